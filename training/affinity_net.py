@@ -1,0 +1,183 @@
+"""AffinityNet: an image -> how alike each pixel is to its neighbours, as a half stencil of P offsets.
+
+Two heads give the same tensor: semantic features (Ahn & Kwak 2018: exp(-mean |f_i - f_j|)) and class
+boundaries (irn: 1 - the highest boundary on the straight path between the pixels).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multisa.kernels import path_offsets, stencil_offsets
+from multisa.runtime.errors import UsageError
+from multisa.training.backbones import Backbone
+
+FEATURE_CHANNELS = (64, 128, 256)  # of the last three levels (psa)
+BOUNDARY_CHANNELS = 32  # of every level (irn)
+GROUPS = 4  # of the group normalisation in the boundary head (irn)
+
+
+class FeatureHead(nn.Module):
+    """Semantic features of the last three levels at stride 8 (psa: 1x1 convolutions and ELU)."""
+
+    stride = 8
+
+    def __init__(self, channels: list[int]) -> None:
+        """Channels are those of the backbone's levels, finest first."""
+        super().__init__()
+        layers = [
+            nn.Conv2d(given, made, 1, bias=False)
+            for given, made in zip(channels[-3:], FEATURE_CHANNELS, strict=True)
+        ]
+        self.reduce = nn.ModuleList(layers)
+        width = sum(FEATURE_CHANNELS)
+        self.mix = nn.Conv2d(width, width, 1, bias=False)
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight)
+        nn.init.xavier_uniform_(self.mix.weight, gain=4)
+
+    def forward(self, levels: list[Tensor], radius: int) -> Tensor:
+        """Pyramid -> affinity float32 [N, P, h, w] for the offsets of `radius`."""
+        last = levels[-3:]
+        size = last[0].shape[-2:]
+        reduced = [
+            _resize(functional.elu(layer(level)), size)
+            for layer, level in zip(self.reduce, last, strict=True)
+        ]
+        return affinity_from_features(functional.elu(self.mix(torch.cat(reduced, 1))), radius)
+
+
+class BoundaryHead(nn.Module):
+    """Class boundaries at stride 4 from all levels of a frozen backbone (irn's edge branch)."""
+
+    stride = 4
+
+    def __init__(self, channels: list[int]) -> None:
+        """Channels are those of the backbone's levels, finest first."""
+        super().__init__()
+        self.reduce = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(given, BOUNDARY_CHANNELS, 1, bias=False), nn.GroupNorm(GROUPS, BOUNDARY_CHANNELS)
+            )
+            for given in channels
+        )
+        self.mix = nn.Conv2d(BOUNDARY_CHANNELS * len(channels), 1, 1)
+
+    def forward(self, levels: list[Tensor], radius: int) -> Tensor:
+        """Pyramid -> affinity float32 [N, P, h, w] for the offsets of `radius`."""
+        return affinity_from_boundary(torch.sigmoid(self.logits(levels))[:, 0], radius)
+
+    def logits(self, levels: list[Tensor]) -> Tensor:
+        """Pyramid -> boundary logits float32 [N, 1, h, w]."""
+        size = levels[1].shape[-2:]
+        reduced = [
+            functional.relu(_resize(layer(level), size))
+            for layer, level in zip(self.reduce, levels, strict=True)
+        ]
+        return torch.as_tensor(self.mix(torch.cat(reduced, 1)))
+
+
+class AffinityNet(nn.Module):
+    """A backbone with one of the two heads.
+
+    The boundary head learns on a frozen backbone (irn detaches every level), the feature head trains it.
+    """
+
+    def __init__(self, backbone: Backbone, *, head: str) -> None:
+        """Head is "features" or "boundary"; the backbone must have levels at strides 4 and 8."""
+        super().__init__()
+        if backbone.strides[1:3] != [4, 8]:
+            raise UsageError(
+                f"AffinityNet needs levels at strides 4 and 8; the backbone has {backbone.strides}"
+            )
+        self.backbone = backbone
+        self.head = BoundaryHead(backbone.channels) if head == "boundary" else FeatureHead(backbone.channels)
+        if head == "boundary":
+            for parameter in backbone.parameters():
+                parameter.requires_grad_(False)
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image for one cell of the affinity grid."""
+        return self.head.stride
+
+    def forward(self, image: Tensor, radius: int) -> Tensor:
+        """Normalised float32 [N, 3, H, W] -> affinity float32 [N, P, ceil(H / stride), ceil(W / stride)]."""
+        return torch.as_tensor(self.head(self.backbone(image), radius))
+
+
+def affinity_from_features(features: Tensor, radius: int) -> Tensor:
+    """exp(-mean_d |f_i - f_j|): [N, D, h, w] -> [N, P, h, w]; 0 where the partner is outside the grid."""
+    planes = []
+    for dy, dx in stencil_offsets(radius):
+        here, there = _pair(features, dy, dx)
+        planes.append(_place(torch.exp(-(here - there).abs().mean(1)), features.shape[-2:], dy, dx))
+    return torch.stack(planes, 1)
+
+
+def affinity_from_boundary(boundary: Tensor, radius: int) -> Tensor:
+    """1 - max of the boundary on the path: [N, h, w] in [0, 1] -> [N, P, h, w]; 0 outside the grid."""
+    height, width = boundary.shape[-2:]
+    margin = radius - 1
+    # Points of a path outside the grid do not block it: zero padding. It also makes every slice legal.
+    padded = functional.pad(boundary, (margin, margin, margin, margin))
+    planes = []
+    for dy, dx in stencil_offsets(radius):
+        views = [
+            padded[..., margin + y : margin + y + height, margin + x : margin + x + width]
+            for y, x in path_offsets(dy, dx)
+        ]
+        highest = views[0]
+        for view in views[1:]:
+            highest = torch.maximum(highest, view)
+        planes.append(1 - highest)
+    return torch.stack(planes, 1) * inside_grid(boundary, radius)
+
+
+def inside_grid(like: Tensor, radius: int) -> Tensor:
+    """1 where a pixel's partner lies in the grid, else 0: [.., h, w] -> float32 [1, P, h, w]."""
+    height, width = like.shape[-2:]
+    rows = torch.arange(height, device=like.device)[:, None]
+    columns = torch.arange(width, device=like.device)[None, :]
+    planes = [
+        (rows + dy < height) & (columns + dx >= 0) & (columns + dx < width)
+        for dy, dx in stencil_offsets(radius)
+    ]
+    return torch.stack(planes)[None].to(like.dtype)
+
+
+def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Labels of the pairs of `affinity_loss`.
+
+    labels: uint8 [N, h, w], 255 = unsure. Returns `same` int8 [N, P, h, w] (1, 0, or -1 where a pixel of the
+    pair is unsure or outside) and `source_is_background`, bool of that shape.
+    """
+    margin = radius - 1
+    height, width = labels.shape[-2:]
+    padded = functional.pad(labels, (margin, margin, 0, margin), value=255)
+    same = []
+    for dy, dx in stencil_offsets(radius):
+        there = padded[:, dy : dy + height, margin + dx : margin + dx + width]
+        counted = (labels != 255) & (there != 255)
+        same.append(
+            torch.where(counted, (labels == there).to(torch.int8), torch.tensor(-1, dtype=torch.int8))
+        )
+    stacked = torch.stack(same, 1)
+    return stacked, (labels == 0)[:, None].expand_as(stacked)
+
+
+def _resize(maps: Tensor, size: torch.Size) -> Tensor:
+    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _pair(maps: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
+    # Both pixels of every pair that lies in the grid; dy >= 0.
+    height, width = maps.shape[-2:]
+    left, right = max(0, -dx), max(0, dx)
+    here = maps[..., : height - dy, left : width - right]
+    there = maps[..., dy:, right : width - left]
+    return here, there
+
+
+def _place(values: Tensor, size: torch.Size, dy: int, dx: int) -> Tensor:
+    return functional.pad(values, (max(0, -dx), max(0, dx), 0, dy))

@@ -1,0 +1,108 @@
+"""Training samples: resize, mirror, crop; uint8 until the network normalises."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from multisa.runtime.images import read_mask
+from multisa.runtime.palette import IGNORE_INDEX
+from multisa.training.config import Schedule, TrainConfig
+from multisa.training.data import Item
+from multisa.training.inference import read_working_image
+
+UInt8 = npt.NDArray[np.uint8]
+# Padding is the mean colour, which is nearly zero after normalisation (PuzzleCAM pads with zero there).
+PADDING = 128
+
+
+class AugmentedPhotographs(Dataset[tuple[Tensor, Tensor]]):
+    """Photographs resized, mirrored and cropped at random, with a target.
+
+    Without masks the target is the multi-hot image label, float32 [n_classes - 1]; with masks it is the mask
+    cut out alike, uint8 [crop, crop], 255 where the photograph does not reach. The image is uint8
+    [crop, crop, 3]. What is drawn depends only on the seed, the epoch and the index.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        schedule: Schedule,
+        run: TrainConfig,
+        *,
+        n_classes: int,
+        masks: Path | None = None,
+    ) -> None:
+        """Masks: a folder of ID.png of the working size; n_classes counts the background."""
+        self.items = items
+        self.schedule = schedule
+        self.n_classes = n_classes
+        self.long_side = run.long_side
+        self.seed = run.seed
+        self.masks = masks
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the random draws belong to; before the loader's processes start."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of photographs."""
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return (image, target) as the class says."""
+        item = self.items[index]
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        image = read_working_image(item, self.long_side)
+        mask = None if self.masks is None else read_mask(self.masks / f"{item.id}.png")
+        image, mask = random_resize(image, mask, self.schedule.resize, random)
+        if random.random() < 0.5:
+            image, mask = image[:, ::-1], None if mask is None else mask[:, ::-1]
+        image, mask = random_crop(image, mask, self.schedule.crop, random)
+        if mask is not None:
+            return torch.from_numpy(image), torch.from_numpy(mask)
+        target = torch.zeros(self.n_classes - 1)
+        target[[class_id - 1 for class_id in item.classes]] = 1.0
+        return torch.from_numpy(image), target
+
+
+def random_resize(
+    image: UInt8, mask: UInt8 | None, long_side: tuple[int, int], random: np.random.Generator
+) -> tuple[UInt8, UInt8 | None]:
+    """Resize so that the long side is drawn uniformly from the range; bicubic, masks nearest."""
+    height, width = image.shape[:2]
+    factor = int(random.integers(long_side[0], long_side[1] + 1)) / max(height, width)
+    size = (max(round(width * factor), 1), max(round(height * factor), 1))
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    if mask is None:
+        return resized, None
+    return resized, np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+
+
+def random_crop(
+    image: UInt8, mask: UInt8 | None, crop: int, random: np.random.Generator
+) -> tuple[UInt8, UInt8 | None]:
+    """Cut a square of `crop` pixels, or place a smaller photograph in it; both at a random position."""
+    height, width = image.shape[:2]
+    top, left = (int(random.integers(0, abs(side - crop) + 1)) for side in (height, width))
+    source = tuple(
+        slice(start, start + crop) if side > crop else slice(0, side)
+        for start, side in ((top, height), (left, width))
+    )
+    target = tuple(
+        slice(0, crop) if side > crop else slice(start, start + side)
+        for start, side in ((top, height), (left, width))
+    )
+    square = np.full((crop, crop, 3), PADDING, np.uint8)
+    square[target] = image[source]
+    if mask is None:
+        return square, None
+    square_mask = np.full((crop, crop), IGNORE_INDEX, np.uint8)
+    square_mask[target] = mask[source]
+    return square, square_mask

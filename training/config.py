@@ -1,0 +1,138 @@
+"""Every number of a training run: frozen dataclasses, read from TOML, changed by command-line overrides."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from multisa.kernels import CrfParameters
+from multisa.runtime.errors import UsageError
+from multisa.runtime.postprocess import LabelParameters
+from multisa.training.records import record_from_dict
+
+WeightSource = Literal["packaged", "timm", "none"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one network is trained: SGD with the poly schedule lr * (1 - t / T) ** power, set at every step."""
+
+    epochs: int = 10
+    batch_size: int = 16
+    crop: int = 256  # pixels, square
+    resize: tuple[int, int] = (256, 448)  # the long side is drawn uniformly from this range
+    learning_rate: float = 0.01  # of the backbone
+    new_layers_factor: float = 10.0  # learning rate of the new layers over the backbone's
+    # A real momentum. (The optimiser of the peers hands its weight decay to SGD as momentum; with their
+    # learning rate of 0.1 that is about 0.01 with a momentum of 0.9.)
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    poly_power: float = 0.9
+    clip_norm: float = 10.0  # gradients longer than this are shortened to it
+    freeze_batch_norm: bool = True  # keep the running statistics (irn, psa); the affine part is trained
+
+
+@dataclass(frozen=True)
+class CamConfig:
+    """The Multi-SA network and its inference."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    weights: WeightSource = "packaged"
+    taps: tuple[int, ...] = (2, 3, 4)  # levels of the backbone, finest first; k = len(taps)
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5)
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True)
+class AffinityLabelConfig:
+    """From class activation maps to the labels AffinityNet learns (irn): two dense CRFs on hard labels."""
+
+    foreground: float = 0.30  # background score that only sure foreground beats
+    background: float = 0.05  # background score that even weak activations beat
+    confidence: float = 0.7  # probability given to the hard label
+    crf: CrfParameters = field(default_factory=lambda: CrfParameters(bilateral_sxy=50.0, bilateral_srgb=5.0))
+
+
+@dataclass(frozen=True)
+class AffinityConfig:
+    """AffinityNet: semantic features (Ahn & Kwak 2018) or class boundaries (irn)."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    weights: WeightSource = "packaged"
+    head: Literal["features", "boundary"] = "boundary"
+    training_radius: int = 5  # pairs closer than this many grid cells are learnt
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """DeepLabV3+."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    weights: WeightSource = "packaged"
+    decoder_channels: int = 128
+    atrous_rates: tuple[int, ...] = (6, 12, 18)
+    dropout: float = 0.1
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of the whole pipeline."""
+
+    name: str = "multisa"
+    seed: int = 0
+    workers: int = 2  # processes that decode images or run the dense CRF
+    long_side: int = 512  # larger photographs are reduced to this before every inference
+    cam_baseline: bool = False  # also train and evaluate the plain CAM (k = 0)
+    # Where the background score of the pseudo-masks comes from: `label.background`, or the one that
+    # maximises mIoU on the masks of the train list (the paper's protocol). Checkpoints are always the last.
+    background_from: Literal["config", "train-masks"] = "config"
+    cam: CamConfig = field(default_factory=CamConfig)
+    affinity_labels: AffinityLabelConfig = field(default_factory=AffinityLabelConfig)
+    affinity: AffinityConfig = field(default_factory=AffinityConfig)
+    label: LabelParameters = field(default_factory=LabelParameters)
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets the package carries."""
+    folder = resources.files("multisa.training.presets")
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a preset by name, or a TOML file by path, and apply overrides like "cam.schedule.epochs=4".
+
+    Raises UsageError for an unknown preset, key or type.
+    """
+    path = Path(preset)
+    if preset in preset_names():
+        text = (resources.files("multisa.training.presets") / f"{preset}.toml").read_text()
+    elif path.suffix == ".toml" and path.is_file():
+        text = path.read_text()
+    else:
+        raise UsageError(f"preset {preset!r}: expected one of {', '.join(preset_names())}, or a .toml file")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{preset}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(values, override)
+    return record_from_dict(TrainConfig, values, preset)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UsageError(f"override {override!r}: expected KEY=VALUE, for example cam.schedule.epochs=4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *tables, name = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+    values[name] = value

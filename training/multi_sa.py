@@ -1,0 +1,150 @@
+"""The Multi-SA network (Eq. 1-8): self-attention on k taps of a backbone, fused and classified.
+
+Also the multi-scale, flipped inference that turns it into class activation maps.
+"""
+
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multisa.training.backbones import Backbone
+
+ATTENTION_GAIN = 0.1  # of the initial queries and keys against their input
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the positions of one feature map (Eq. 1-5).
+
+    f_r = W_r F (1x1, c -> c, no bias), A = softmax(f_1^T f_2) over the keys, not divided by sqrt(c),
+    V = beta A f_3 + F. beta is trained and starts at 0 (as in SAGAN); its sign is free.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Make the three projections for `channels` input channels."""
+        super().__init__()
+        self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(3))
+        self.beta = nn.Parameter(torch.zeros(()))
+        # Small at first: the logits are not scaled, and a softmax that starts one-hot hardly learns.
+        for layer in (self.query, self.key):
+            nn.init.normal_(layer.weight, std=ATTENTION_GAIN / channels**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, c, h, w] -> [N, c, h, w]."""
+        query, key, value = (
+            layer(features).flatten(2).transpose(1, 2)[:, None]
+            for layer in (self.query, self.key, self.value)
+        )
+        # The fused operator never holds the (hw)^2 attention matrix.
+        attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return self.beta * attended[:, 0].transpose(1, 2).reshape(features.shape) + features
+
+
+class MultiSACAM(nn.Module):
+    """Backbone, self-attention on the taps, stacking, fusion, classifier.
+
+    With no tap it is the plain CAM baseline: the classifier on the backbone's last level.
+    """
+
+    def __init__(self, backbone: Backbone, *, taps: tuple[int, ...], n_classes: int) -> None:
+        """Taps are indices of the backbone's levels, finest first; n_classes counts foreground classes."""
+        super().__init__()
+        self.backbone = backbone
+        self.taps = taps
+        self.attention = nn.ModuleList(SelfAttention(backbone.channels[tap]) for tap in taps)
+        stacked = sum(backbone.channels[tap] for tap in taps)
+        self.fuse = nn.Conv2d(stacked, stacked, 1, bias=False) if taps else None
+        self.classifier = nn.Conv2d(stacked if taps else backbone.channels[-1], n_classes, 1, bias=False)
+        if self.fuse is not None:
+            nn.init.kaiming_normal_(self.fuse.weight, nonlinearity="linear")
+        # Small, as backbones differ much in the size of their features: logits start near zero for all.
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters that did not come with the backbone."""
+        return [*self.attention.parameters(), *self.head_parameters()]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the fusion and the classifier."""
+        fuse = [] if self.fuse is None else list(self.fuse.parameters())
+        return [*fuse, *self.classifier.parameters()]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised float32 [N, 3, H, W] -> class activations [N, C, h, w] at the finest tap (Eq. 6-8).
+
+        They are raw: image-level logits are their spatial mean (the classifier is linear, so pooling before
+        it, as the paper draws it, gives the same).
+        """
+        levels = self.backbone(image)
+        if self.fuse is None:
+            return torch.as_tensor(self.classifier(levels[-1]))
+        enhanced = [layer(levels[tap]) for layer, tap in zip(self.attention, self.taps, strict=True)]
+        size = enhanced[0].shape[-2:]
+        stacked = torch.cat(
+            [functional.interpolate(v, size=size, mode="bilinear", align_corners=False) for v in enhanced], 1
+        )
+        return torch.as_tensor(self.classifier(self.fuse(stacked)))
+
+    def betas(self) -> list[float]:
+        """The trained weight of each level's attention."""
+        return [float(layer.beta) for layer in self.attention if isinstance(layer, SelfAttention)]
+
+
+class ActivationNetwork(Protocol):
+    """What multi-scale inference needs: Multi-SA itself, or its folded form."""
+
+    backbone: Backbone
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Normalised image [N, 3, H, W] -> raw activations [N, C, h, w]."""
+
+
+class MultiScaleCAM(nn.Module):
+    """uint8 photographs -> class activation maps in [0, 1] (Eq. 9) and classification scores.
+
+    Every scale and its mirror image pass the network; ReLU, sum, division by each map's own maximum (irn).
+    Scores are the sigmoid of the mean logit over scales and mirrors: no ReLU, which would hide evidence
+    against a class.
+    """
+
+    def __init__(self, network: nn.Module, *, scales: tuple[float, ...]) -> None:
+        """Wrap a MultiSACAM (or its folded form); scales are factors of the image's size."""
+        super().__init__()
+        self.network = network
+        self.scales = tuple(Fraction(scale).limit_denominator(16) for scale in scales)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, H, W, 3] -> cam float32 [N, C, ceil(H/4), ceil(W/4)], scores float32 [N, C]."""
+        batch, height, width = image.shape[0], image.shape[1], image.shape[2]
+        backbone = self.network.backbone
+        assert isinstance(backbone, Backbone)
+        normalised = backbone.normalise(image)
+        grid = ((height + 3) // 4, (width + 3) // 4)
+        maps, logits = [], []
+        for scale in self.scales:
+            scaled = _rescale(normalised, scale)
+            both = self.network(torch.cat([scaled, scaled.flip(-1)]))
+            logits.append(both.mean((-2, -1)))
+            positive = functional.relu(both)
+            straight, mirrored = positive[:batch], positive[batch:]
+            maps.append(
+                functional.interpolate(
+                    straight + mirrored.flip(-1), size=grid, mode="bilinear", align_corners=False
+                )
+            )
+        cam = torch.stack(maps).sum(0)
+        # 1e-5 as in irn: a class without any evidence stays near zero instead of dividing by it.
+        cam = cam / (cam.amax((-2, -1), keepdim=True) + 1e-5)
+        mean_logits = torch.stack(logits).mean(0)
+        return cam, torch.sigmoid((mean_logits[:batch] + mean_logits[batch:]) / 2)
+
+
+def _rescale(image: Tensor, scale: Fraction) -> Tensor:
+    if scale == 1:
+        return image
+    size = tuple(
+        (side * scale.numerator + scale.denominator - 1) // scale.denominator for side in image.shape[-2:]
+    )
+    return functional.interpolate(image, size=size, mode="bilinear", align_corners=False)

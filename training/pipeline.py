@@ -1,0 +1,191 @@
+"""All stages in order: weak labels -> CAMs -> affinities -> pseudo-masks -> segmenter -> table."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from multisa.runtime.errors import UsageError
+from multisa.runtime.files import write_json_atomically
+from multisa.runtime.postprocess import LabelParameters
+from multisa.training.affinity import make_affinity_labels, train_affinity, walk_cams
+from multisa.training.cams import compute_cams, train_cam
+from multisa.training.config import CamConfig, TrainConfig
+from multisa.training.data import DataSet
+from multisa.training.records import record_from_dict, record_to_dict
+from multisa.training.segmentation import evaluate_segmenter, make_pseudo_masks, train_segmenter
+from multisa.training.workspace import Stage, Workspace, dataset_digest
+
+RUN_RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished stage of a run."""
+
+    name: str
+    folder: str  # below the run's folder
+    digest: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results table, in percent."""
+
+    stage: str
+    measured_on: str  # the list: train or val
+    miou: float
+    iou: tuple[float | None, ...]  # one for each class, None where it does not occur
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run made and measured: `run.json`, all that the exporter needs beside the checkpoints."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    data_digest: str
+    label: LabelParameters  # as used for the pseudo-masks
+    score_thresholds: tuple[float, ...]  # one for each foreground class
+    betas: tuple[float, ...]
+    rows: tuple[Row, ...]
+    stages: tuple[StageRecord, ...]
+    seconds: float
+    torch: str
+    threads: int
+
+    def folder(self, root: Path, name: str) -> Path:
+        """Folder of the stage `name` of this run."""
+        return root / next(stage.folder for stage in self.stages if stage.name == name)
+
+
+def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord:
+    """Run every stage that is not made already and write `root/run.json`."""
+    space = Workspace(root)
+    data = dataset_digest(dataset)
+    baseline = None
+    if config.cam_baseline:
+        baseline = _cam_stages(space, replace(config.cam, taps=()), config, dataset, data, "cam-baseline")[1]
+    cam, cams = _cam_stages(space, config.cam, config, dataset, data, "cam")
+    labels = space.stage(
+        "affinity-labels",
+        record_to_dict(config.affinity_labels),
+        [cams],
+        lambda folder: make_affinity_labels(config, dataset, cams, folder),
+    )
+    affinity = space.stage(
+        "affinity",
+        record_to_dict(config.affinity),
+        [labels],
+        lambda folder: train_affinity(config, dataset, labels, folder),
+    )
+    walk_inputs = {
+        k: v for k, v in record_to_dict(config.label).items() if k.startswith(("walk_", "background"))
+    }
+    walked = space.stage(
+        "walk",
+        walk_inputs,
+        [cams, affinity],
+        lambda folder: walk_cams(config, dataset, cams, affinity, folder),
+    )
+    label = _label_parameters(config, walked)
+    masks = space.stage(
+        "pseudo-masks",
+        record_to_dict(label),
+        [walked],
+        lambda folder: make_pseudo_masks(config, label, dataset, walked, folder),
+    )
+    segmenter = space.stage(
+        "segmenter",
+        record_to_dict(config.segmenter),
+        [masks],
+        lambda folder: train_segmenter(config, dataset, masks, folder),
+    )
+    val = space.stage(
+        "val", {}, [segmenter], lambda folder: evaluate_segmenter(config, dataset, segmenter, folder)
+    )
+    record = RunRecord(
+        config=config,
+        classes=dataset.class_names,
+        palette=dataset.palette,
+        data_digest=data,
+        label=label,
+        score_thresholds=tuple(cams.results["score_thresholds"]),
+        betas=tuple(cam.results["betas"]),
+        rows=tuple(_rows(baseline, cams, walked, masks, val, label)),
+        stages=tuple(StageRecord(s.name, s.folder.name, s.digest, round(s.seconds, 1)) for s in space.stages),
+        seconds=round(sum(stage.seconds for stage in space.stages), 1),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+    write_json_atomically(root / RUN_RECORD, record_to_dict(record))
+    return record
+
+
+def load_run(root: Path) -> RunRecord:
+    """Read what `run_pipeline` wrote. Raises UsageError for a folder that holds no finished run."""
+    path = root / RUN_RECORD
+    if not path.is_file():
+        raise UsageError(f"{path}: missing; expected the output folder of a finished `multisa train`")
+    return record_from_dict(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def format_table(run: RunRecord) -> str:
+    """The table of mIoU per stage and class, in percent."""
+    if not run.rows:
+        return "no masks in this data set: nothing was measured"
+    names = [name[:10] for name in run.classes]
+    lines = [f"{'stage':<34}{'list':<7}{'mIoU':>7}  " + "".join(f"{name:>11}" for name in names)]
+    for row in run.rows:
+        ious = "".join(f"{'-' if value is None else f'{value:.2f}':>11}" for value in row.iou)
+        lines.append(f"{row.stage:<34}{row.measured_on:<7}{row.miou:>7.2f}  {ious}")
+    return "\n".join(lines)
+
+
+def _cam_stages(
+    space: Workspace, cam: CamConfig, config: TrainConfig, dataset: DataSet, data: str, name: str
+) -> tuple[Stage, Stage]:
+    inputs = {
+        "data": data,
+        "cam": {key: value for key, value in record_to_dict(cam).items() if key != "scales"},
+        "seed": config.seed,
+        "long_side": config.long_side,
+    }
+    trained = space.stage(name, inputs, [], lambda folder: train_cam(cam, config, dataset, folder))
+    # The baseline is only measured; it has no other use for maps of photographs without masks.
+    items = dataset.weak if cam == config.cam else dataset.train
+    maps = space.stage(
+        f"{name}-maps",
+        {"scales": list(cam.scales), "background": config.label.background},
+        [trained],
+        lambda folder: compute_cams(cam, config, dataset, items, trained, folder),
+    )
+    return trained, maps
+
+
+def _label_parameters(config: TrainConfig, walked: Stage) -> LabelParameters:
+    if config.background_from == "train-masks" and walked.results:
+        return replace(config.label, background=walked.results["best"]["background"])
+    return config.label
+
+
+def _rows(
+    baseline: Stage | None, cams: Stage, walked: Stage, masks: Stage, val: Stage, label: LabelParameters
+) -> list[Row]:
+    measured = [
+        (title, "train", stage.results["best"])
+        for title, stage in (("CAM, k = 0", baseline), ("Multi-SA CAM", cams), ("+ random walk", walked))
+        if stage is not None and "best" in stage.results
+    ]
+    if masks.results:
+        measured.append(("+ dense CRF", "train", {"background": label.background, **masks.results}))
+    rows = [
+        Row(f"{title} (background {scores['background']:.2f})", listed, scores["miou"], tuple(scores["iou"]))
+        for title, listed, scores in measured
+    ]
+    if val.results:
+        rows.append(Row("DeepLabV3+ on pseudo-masks", "val", val.results["miou"], tuple(val.results["iou"])))
+    return rows

@@ -1,0 +1,80 @@
+"""DeepLabV3+ (Chen et al. 2018) with separable convolutions, for every image size."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multisa.training.backbones import Backbone
+
+LOW_LEVEL_CHANNELS = 48  # of the stride-4 features in the decoder
+
+
+class DeepLabV3Plus(nn.Module):
+    """Backbone at output stride 16, atrous spatial pyramid pooling, decoder at stride 4."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        n_classes: int,
+        channels: int,
+        atrous_rates: tuple[int, ...],
+        dropout: float,
+    ) -> None:
+        """n_classes counts the background; `channels` is the width of pyramid and decoder (paper: 256)."""
+        super().__init__()
+        self.backbone = backbone
+        deepest = backbone.channels[-1]
+        self.pyramid = nn.ModuleList([_pointwise(deepest, channels)])
+        self.pyramid.extend(_separable(deepest, channels, rate) for rate in atrous_rates)
+        self.pooled = nn.Sequential(nn.Conv2d(deepest, channels, 1), nn.ReLU(inplace=True))
+        self.project = _pointwise(channels * (2 + len(atrous_rates)), channels)
+        self.low_level = _pointwise(backbone.channels[1], LOW_LEVEL_CHANNELS)
+        self.decode = nn.Sequential(
+            _separable(channels + LOW_LEVEL_CHANNELS, channels, 1), _separable(channels, channels, 1)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Conv2d(channels, n_classes, 1)
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters that did not come with the backbone."""
+        own = {id(parameter) for parameter in self.backbone.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in own]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised float32 [N, 3, H, W] -> logits [N, n_classes, ceil(H/4), ceil(W/4)]."""
+        levels = self.backbone(image)
+        deep, fine = levels[-1], levels[1]
+        pooled = self.pooled(deep.mean((-2, -1), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
+        mixed = self.project(torch.cat([*(branch(deep) for branch in self.pyramid), pooled], 1))
+        raised = functional.interpolate(mixed, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        decoded = self.decode(torch.cat([raised, self.low_level(fine)], 1))
+        return torch.as_tensor(self.classifier(self.dropout(decoded)))
+
+
+class SegmentPhotographs(nn.Module):
+    """uint8 photographs -> labels and confidence at full size: what is deployed."""
+
+    def __init__(self, network: DeepLabV3Plus) -> None:
+        """Wrap a trained network."""
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, H, W, 3] -> labels uint8 [N, H, W], confidence uint8 [N, H, W] (255 = certain)."""
+        logits = self.network(self.network.backbone.normalise(image))
+        size = (image.shape[1], image.shape[2])
+        full = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        # The softmax of the winner alone: 1 / sum exp(l - max), without a tensor of all probabilities.
+        highest, labels = full.max(1)
+        confidence = 1 / torch.exp(full - highest[:, None]).sum(1)
+        return labels.to(torch.uint8), (confidence * 255 + 0.5).to(torch.uint8)
+
+
+def _pointwise(given: int, made: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(given, made, 1, bias=False), nn.BatchNorm2d(made), nn.ReLU(inplace=True))
+
+
+def _separable(given: int, made: int, rate: int) -> nn.Sequential:
+    depthwise = nn.Conv2d(given, given, 3, padding=rate, dilation=rate, groups=given, bias=False)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(given), nn.ReLU(inplace=True), *_pointwise(given, made))
