@@ -1,0 +1,162 @@
+"""From a finished training run to a bundle: fold, convert, compare, and only then write."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from multisa.export.fold import FoldedMultiSACAM
+from multisa.export.graphs import AFFINITY_OUTPUTS, CAM_OUTPUTS, SEGMENTER_OUTPUTS, AffinityPhotographs
+from multisa.export.parity import Outputs, ParityReport, check_parity
+from multisa.export.to_onnx import onnx_from_module
+from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
+from multisa.runtime.engine import OnnxRuntimeEngine
+from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.progress import Progress, say
+from multisa.training.affinity import load_affinity_net
+from multisa.training.cams import CHECKPOINT, load_cam_network
+from multisa.training.data import DataSet, Item
+from multisa.training.inference import as_batch, read_working_image
+from multisa.training.multi_sa import MultiScaleCAM
+from multisa.training.pipeline import RunRecord
+from multisa.training.records import record_to_dict
+from multisa.training.segmentation import load_segmenter
+from multisa.training.segmenter import SegmentPhotographs
+
+UInt8 = npt.NDArray[np.uint8]
+PREPROCESSING = (
+    "EXIF orientation applied, RGB, 8 bits",
+    "reduced to a long side of at most parameters.long_side (bilinear, averaged over the pixels it replaces)",
+    "inside the graphs: cast to float32, mean and standard deviation of the backbone",
+    "inside cam.onnx: bilinear resizing to each of parameters.cam_scales, each with its mirror image",
+)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One file of the bundle: the module as trained, what is exported of it, and its outputs."""
+
+    file: str
+    reference: nn.Module
+    exported: nn.Module
+    outputs: tuple[str, ...]
+
+
+def export_bundle(
+    run: RunRecord, root: Path, dataset: DataSet, output: Path, *, photographs: int, half_weights: bool = True
+) -> Bundle:
+    """Write the bundle of the run in `root` to `output`.
+
+    Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the data
+    set, val list first. Raises ParityError, and writes nothing, when one of them answers differently.
+    """
+    graphs = _graphs(run, root)
+    files: dict[str, bytes] = {}
+    with Progress(len(graphs), "export", "graph") as bar:
+        for graph in graphs:
+            notes = {"name": run.config.name, "classes": list(run.classes), "graph": graph.file}
+            files[graph.file] = onnx_from_module(
+                graph.exported, graph.outputs, notes, half_weights=half_weights
+            )
+            bar.advance(note=graph.file)
+    items = (dataset.val or dataset.weak)[:photographs]
+    report = compare_with_networks(run, graphs, files, items)
+    say(f"parity on {report.photographs} photographs: every figure within its limit")
+    return write_bundle(output, _manifest(run, report), files)
+
+
+def compare_with_networks(
+    run: RunRecord, graphs: tuple[Graph, ...], files: dict[str, bytes], items: tuple[Item, ...]
+) -> ParityReport:
+    """Compare the graphs with the networks on photographs, the pseudo-masks made from both included."""
+    threads = torch.get_num_threads()
+    engines = {graph.file: OnnxRuntimeEngine(files[graph.file], threads=threads) for graph in graphs}
+
+    def pairs() -> Iterator[tuple[Outputs, Outputs]]:
+        with Progress(len(items), "parity") as bar:
+            for item in items:
+                image = read_working_image(item, run.config.long_side)
+                expected, got = _network_outputs(graphs, image), {}
+                for graph in graphs:
+                    got.update(engines[graph.file].run(image[None]))
+                for outputs in (expected, got):
+                    outputs["pseudo_mask"] = _pseudo_mask(run, image, item.classes, outputs)
+                yield expected, got
+                bar.advance()
+
+    return check_parity(pairs())
+
+
+def _graphs(run: RunRecord, root: Path) -> tuple[Graph, ...]:
+    config, n_classes = run.config, len(run.classes)
+    cam = load_cam_network(config.cam, n_classes, run.folder(root, "cam") / CHECKPOINT)
+    affinity = load_affinity_net(config.affinity, run.folder(root, "affinity") / CHECKPOINT)
+    segmenter = load_segmenter(config.segmenter, n_classes, run.folder(root, "segmenter") / CHECKPOINT)
+    affinities = AffinityPhotographs(affinity, run.label.walk_radius).eval()
+    segment = SegmentPhotographs(segmenter).eval()
+    scales = config.cam.scales
+    return (
+        Graph(
+            "cam.onnx",
+            MultiScaleCAM(cam, scales=scales).eval(),
+            MultiScaleCAM(FoldedMultiSACAM(cam), scales=scales).eval(),
+            CAM_OUTPUTS,
+        ),
+        Graph("affinity.onnx", affinities, affinities, AFFINITY_OUTPUTS),
+        Graph("segmenter.onnx", segment, segment, SEGMENTER_OUTPUTS),
+    )
+
+
+def _network_outputs(graphs: tuple[Graph, ...], image: UInt8) -> Outputs:
+    outputs: Outputs = {}
+    for graph in graphs:
+        with torch.inference_mode():
+            made = graph.reference(as_batch(image))
+        made = made if isinstance(made, tuple) else (made,)
+        outputs.update({name: tensor.numpy() for name, tensor in zip(graph.outputs, made, strict=True)})
+    return outputs
+
+
+def _pseudo_mask(run: RunRecord, image: UInt8, classes: tuple[int, ...], outputs: Outputs) -> UInt8:
+    present = [class_id - 1 for class_id in classes]
+    cam = np.asarray(outputs["cam"], np.float32)[0, present]
+    scores = walk_scores(cam, np.asarray(outputs["affinity"], np.float32)[0], run.label)
+    return pseudo_mask(image, scores, classes, run.label).mask
+
+
+def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
+    stride = {"features": 8, "boundary": 4}[run.config.affinity.head]
+    measured = {f"{row.stage} ({row.measured_on})": {"miou": row.miou, "iou": row.iou} for row in run.rows}
+    return Manifest(
+        schema_version=1,
+        name=run.config.name,
+        classes=run.classes,
+        palette=run.palette,
+        ignore_index=IGNORE_INDEX,
+        parameters=BundleParameters(
+            long_side=run.config.long_side,
+            cam_scales=run.config.cam.scales,
+            walk_stride=stride,
+            label=run.label,
+            score_thresholds=dict(zip(run.classes[1:], run.score_thresholds, strict=True)),
+        ),
+        preprocessing=PREPROCESSING,
+        metrics={"training": measured, "parity": report.as_json()},
+        provenance={
+            "config": record_to_dict(run.config),
+            "data_digest": run.data_digest,
+            "training_seconds": run.seconds,
+            "python": platform.python_version(),
+            "versions": {
+                name: metadata.version(name) for name in ("multisa", "torch", "timm", "onnx", "onnxruntime")
+            },
+        },
+        files={},
+    )

@@ -1,0 +1,88 @@
+"""Exact folding of the Multi-SA head: the same function with far less work.
+
+No non-linearity stands between the attention outputs and the classifier, so with P_l = W_c W[:, l], the
+classifier W_c times the columns of the fusion W that belong to level l (C x c_l):
+
+    CAM = sum_l up(P_l V_l)                                bilinear resizing and 1x1 convolutions commute
+    P_l V_l = P_l F + A (beta P_l W_3) F                   values shrink from c_l to C channels
+    A = softmax(F^T M F),  M = W_1^T W_2                   one product matrix; the keys are F itself
+
+Products are taken once, in float64.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multisa.training.backbones import Backbone
+from multisa.training.multi_sa import MultiSACAM, SelfAttention
+
+
+class FoldedLevel(nn.Module):
+    """One tap of the folded head: features [N, c, h, w] -> class activations [N, C, h, w]."""
+
+    def __init__(self, attention: SelfAttention, projection: Tensor) -> None:
+        """Fold one attention layer with its projection to classes, float64 [C, c]."""
+        super().__init__()
+        query, key, value = (_matrix(layer) for layer in (attention.query, attention.key, attention.value))
+        # q_i^T f_j = f_i^T M f_j, so the query convolution is M^T.
+        self.query = _convolution((query.T @ key).T)
+        self.direct = _convolution(projection)
+        self.value = _convolution(attention.beta.detach().double() * projection @ value)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, c, h, w] -> [N, C, h, w]."""
+        query, key, value = (
+            maps.flatten(2).transpose(1, 2)[:, None]
+            for maps in (self.query(features), features, self.value(features))
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+        direct = self.direct(features)
+        return torch.as_tensor(direct + attended[:, 0].transpose(1, 2).reshape(direct.shape))
+
+
+class FoldedMultiSACAM(nn.Module):
+    """Multi-SA with its head folded; same input and output as `MultiSACAM`."""
+
+    def __init__(self, network: MultiSACAM) -> None:
+        """Fold a trained network; its backbone is shared, not copied."""
+        super().__init__()
+        self.backbone: Backbone = network.backbone
+        self.taps = network.taps
+        classifier = _matrix(network.classifier)
+        self.levels = nn.ModuleList()
+        if network.fuse is None:
+            self.classifier: nn.Conv2d | None = _convolution(classifier)
+            return
+        self.classifier = None
+        fused = classifier @ _matrix(network.fuse)
+        start = 0
+        for layer in network.attention:
+            attention = cast(SelfAttention, layer)
+            stop = start + attention.query.in_channels
+            self.levels.append(FoldedLevel(attention, fused[:, start:stop]))
+            start = stop
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised float32 [N, 3, H, W] -> class activations [N, C, h, w] at the finest tap."""
+        pyramid = self.backbone(image)
+        if self.classifier is not None:
+            return torch.as_tensor(self.classifier(pyramid[-1]))
+        maps = [level(pyramid[tap]) for level, tap in zip(self.levels, self.taps, strict=True)]
+        size = maps[0].shape[-2:]
+        raised = [
+            functional.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps[1:]
+        ]
+        return torch.stack([maps[0], *raised]).sum(0)
+
+
+def _matrix(layer: nn.Conv2d) -> Tensor:
+    return layer.weight.detach().double()[:, :, 0, 0]
+
+
+def _convolution(matrix: Tensor) -> nn.Conv2d:
+    layer = nn.Conv2d(matrix.shape[1], matrix.shape[0], 1, bias=False)
+    layer.weight = nn.Parameter(matrix.float()[:, :, None, None], requires_grad=False)
+    return layer

@@ -1,0 +1,24 @@
+"""The module behind each file of a bundle; names, inputs and outputs are the contract the runtime checks."""
+
+from torch import Tensor, nn
+
+from multisa.training.affinity_net import AffinityNet
+
+CAM_OUTPUTS = ("cam", "scores")
+AFFINITY_OUTPUTS = ("affinity",)
+SEGMENTER_OUTPUTS = ("labels", "confidence")
+
+
+class AffinityPhotographs(nn.Module):
+    """uint8 [N, H, W, 3] -> affinity float32 [N, P, h, w] for one radius, on the head's grid."""
+
+    def __init__(self, network: AffinityNet, radius: int) -> None:
+        """Wrap a trained AffinityNet."""
+        super().__init__()
+        self.network = network
+        self.radius = radius
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Affinities of every pixel with its neighbours of the half stencil."""
+        affinity: Tensor = self.network(self.network.backbone.normalise(image), self.radius)
+        return affinity
