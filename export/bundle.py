@@ -20,13 +20,13 @@ from multisa.runtime.engine import OnnxRuntimeEngine
 from multisa.runtime.palette import IGNORE_INDEX
 from multisa.runtime.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, say
+from multisa.runtime.records import record_to_dict
 from multisa.training.affinity import load_affinity_net
 from multisa.training.cams import CHECKPOINT, load_cam_network
 from multisa.training.data import DataSet, Item
 from multisa.training.inference import as_batch, read_working_image
 from multisa.training.multi_sa import MultiScaleCAM
 from multisa.training.pipeline import RunRecord
-from multisa.training.records import record_to_dict
 from multisa.training.segmentation import load_segmenter
 from multisa.training.segmenter import SegmentPhotographs
 
@@ -57,7 +57,7 @@ def export_bundle(
     Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the data
     set, val list first. Raises ParityError, and writes nothing, when one of them answers differently.
     """
-    graphs = _graphs(run, root)
+    graphs = graphs_of_run(run, root)
     files: dict[str, bytes] = {}
     with Progress(len(graphs), "export", "graph") as bar:
         for graph in graphs:
@@ -94,7 +94,7 @@ def compare_with_networks(
     return check_parity(pairs())
 
 
-def _graphs(run: RunRecord, root: Path) -> tuple[Graph, ...]:
+def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     config, n_classes = run.config, len(run.classes)
     cam = load_cam_network(config.cam, n_classes, run.folder(root, "cam") / CHECKPOINT)
     affinity = load_affinity_net(config.affinity, run.folder(root, "affinity") / CHECKPOINT)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from multisa.kernels import CrfParameters
 from multisa.runtime.errors import UsageError
 from multisa.runtime.postprocess import LabelParameters
-from multisa.training.records import record_from_dict
+from multisa.runtime.records import record_from_dict
 
 WeightSource = Literal["packaged", "timm", "none"]
 
@@ -121,7 +121,10 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise UsageError(f"{preset}: not valid TOML: {error}") from error
     for override in overrides:
         _apply(values, override)
-    return record_from_dict(TrainConfig, values, preset)
+    try:
+        return record_from_dict(TrainConfig, values, where=preset)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

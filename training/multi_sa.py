@@ -89,7 +89,7 @@ class MultiSACAM(nn.Module):
 
     def betas(self) -> list[float]:
         """The trained weight of each level's attention."""
-        return [float(layer.beta) for layer in self.attention if isinstance(layer, SelfAttention)]
+        return [float(layer.beta.detach()) for layer in self.attention if isinstance(layer, SelfAttention)]
 
 
 class ActivationNetwork(Protocol):

@@ -9,11 +9,11 @@ import torch
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.postprocess import LabelParameters
+from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.affinity import make_affinity_labels, train_affinity, walk_cams
 from multisa.training.cams import compute_cams, train_cam
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.data import DataSet
-from multisa.training.records import record_from_dict, record_to_dict
 from multisa.training.segmentation import evaluate_segmenter, make_pseudo_masks, train_segmenter
 from multisa.training.workspace import Stage, Workspace, dataset_digest
 
@@ -130,7 +130,10 @@ def load_run(root: Path) -> RunRecord:
     path = root / RUN_RECORD
     if not path.is_file():
         raise UsageError(f"{path}: missing; expected the output folder of a finished `multisa train`")
-    return record_from_dict(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
+    try:
+        return record_from_dict(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except ValueError as error:
+        raise UsageError(f"{error}; run `multisa train` again with this version") from error
 
 
 def format_table(run: RunRecord) -> str:

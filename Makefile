@@ -1,0 +1,43 @@
+# Each verb works on a fresh machine: it makes its own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= ../shared/data/voc-animals
+RUN ?= runs/voc-animals
+
+.PHONY: demo test check bench train clean
+
+demo: $(VENV)/base  ## label and segment the photographs that come with the package
+	$(BIN)/multisa demo -o demo-out
+
+test: $(VENV)/dev  ## static checks, then the test suite
+	$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev  ## format, lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/multisa
+	MYPYPATH=build/typecheck $(BIN)/mypy -p multisa.kernels -p multisa.runtime -p multisa.training -p multisa.export
+
+bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results
+	$(BIN)/python benchmarks/engine_against_eager.py --run $(RUN) --data $(DATA)
+
+train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder
+	$(BIN)/multisa train --data $(DATA) --preset lite0 -o $(RUN)
+	$(BIN)/multisa export $(RUN) --data $(DATA) -o runtime/bundles/voc-animals
+
+clean:  ## remove the environment and everything generated
+	rm -rf $(VENV) build demo-out .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# torch first and pinned: the other packages then take the build that is there.
+$(VENV)/dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@ $(VENV)/base

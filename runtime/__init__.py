@@ -1,0 +1,1 @@
+"""The light side of multisa: bundles, engines, labelling and segmenting in bulk; never imports torch."""

@@ -1,0 +1,200 @@
+"""The bundle: one folder of graphs and bundle.json, read strictly, verified by SHA-256 and written whole.
+
+`multisa inspect FOLDER` prints what `describe` says.
+"""
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from multisa.runtime.errors import BundleError
+from multisa.runtime.files import sha256_of_bytes, sha256_of_file, write_bytes_atomically
+from multisa.runtime.manifest import (
+    MANIFEST_NAME,
+    BundleParameters,
+    FileEntry,
+    Manifest,
+    check_manifest,
+    manifest_from_json,
+    manifest_to_json,
+)
+
+__all__ = [
+    "Bundle",
+    "BundleParameters",
+    "FileEntry",
+    "Manifest",
+    "default_bundle_path",
+    "describe",
+    "load_bundle",
+    "write_bundle",
+]
+
+_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is some kilobytes
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on the disk."""
+
+    path: Path
+    manifest: Manifest
+
+    def read_file(self, name: str) -> bytes:
+        """Bytes of one file, verified as they were read, so that what is run is what was checked.
+
+        Raises BundleError when they are not what the manifest says.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            listed = ", ".join(sorted(self.manifest.files))
+            raise BundleError(f"{self.path}: no file {name!r} in the bundle, it lists {listed}")
+        path = _contained(self.path, name, entry)
+        data = path.read_bytes()
+        _compare(path, sha256_of_bytes(data), entry)
+        return data
+
+
+def default_bundle_path() -> Path:
+    """Folder of the bundle that comes with the package."""
+    return Path(__file__).parent / "bundles" / "voc-animals"
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Read and verify a bundle folder: the manifest's schema, then name, size and SHA-256 of each file.
+
+    Raises BundleError naming the file or key, what was got and what was expected.
+    """
+    manifest_path = path / MANIFEST_NAME
+    if not manifest_path.is_file():
+        raise BundleError(
+            f"{path}: no {MANIFEST_NAME} there, expected a bundle folder as `multisa export` writes"
+        )
+    size = manifest_path.stat().st_size
+    if size > _MANIFEST_LIMIT:
+        raise BundleError(f"{manifest_path}: {size} bytes, expected at most {_MANIFEST_LIMIT}")
+    try:
+        manifest = manifest_from_json(manifest_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{manifest_path}: {error}") from error
+    for name, entry in manifest.files.items():
+        file = _contained(path, name, entry)
+        _compare(file, sha256_of_file(file), entry)
+    return Bundle(path, manifest)
+
+
+def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write `files` and bundle.json to `folder`, replacing a bundle that is there, and verify the result.
+
+    The manifest's `files` are computed here from the bytes given. Everything is written to a temporary folder
+    beside the target first. Raises BundleError when the manifest is not valid or `folder` holds something
+    that is not a bundle.
+    """
+    entries = {name: FileEntry(sha256_of_bytes(data), len(data)) for name, data in sorted(files.items())}
+    complete = replace(manifest, files=entries)
+    try:
+        check_manifest(complete)
+    except ValueError as error:
+        raise BundleError(f"{folder / MANIFEST_NAME}: {error}") from error
+    # An empty folder has nothing to lose.
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_bundle(folder):
+        raise BundleError(f"{folder}: exists and is not a bundle, expected a new folder or one to replace")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as work:
+        new, old = Path(work, "new"), Path(work, "old")
+        new.mkdir()
+        for name, data in files.items():
+            write_bytes_atomically(new / name, data)
+        write_bytes_atomically(new / MANIFEST_NAME, manifest_to_json(complete).encode())
+        _flush_folder(new)
+        if folder.exists():
+            _swap(new, folder, old)
+        else:
+            new.replace(folder)
+        _flush_folder(folder.parent)
+    return load_bundle(folder)
+
+
+def describe(bundle: Bundle) -> str:
+    """A page about the bundle for people."""
+    manifest = bundle.manifest
+    parameters = manifest.parameters
+    label = parameters.label
+    scales = ", ".join(f"{scale:g}" for scale in parameters.cam_scales)
+    thresholds = ", ".join(f"{name} {parameters.score_thresholds[name]:g}" for name in manifest.foreground)
+    lines = [
+        f"{manifest.name} ({bundle.path})",
+        f"  classes       {', '.join(manifest.classes)}; ignored id {manifest.ignore_index}",
+        f"  image         long side at most {parameters.long_side} pixels",
+        f"  cam           scales {scales}",
+        f"  random walk   radius {label.walk_radius} at stride {parameters.walk_stride}, "
+        f"beta {label.walk_beta:g}, {label.walk_steps} steps",
+        f"  background    {label.background:g}, dense CRF {'on' if label.use_crf else 'off'}",
+        f"  thresholds    {thresholds}",
+        *_section("in the graphs", [(str(i), step) for i, step in enumerate(manifest.preprocessing, 1)]),
+        *_section("metrics", list(manifest.metrics.items())),
+        *_section("provenance", list(manifest.provenance.items())),
+        *_section(
+            "files (all verified)",
+            [
+                (name, f"{entry.bytes / 1e6:.2f} MB  sha256 {entry.sha256}")
+                for name, entry in manifest.files.items()
+            ],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _section(title: str, rows: list[tuple[str, Any]]) -> list[str]:
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    return [f"  {title}", *(f"    {key:<16} {text(value)}" for key, value in rows)] if rows else []
+
+
+def _contained(folder: Path, name: str, entry: FileEntry) -> Path:
+    path = folder / name
+    if not path.exists():
+        raise BundleError(f"{path}: the file is missing, {MANIFEST_NAME} lists it")
+    if path.resolve().parent != folder.resolve() or not stat.S_ISREG(path.stat().st_mode):
+        raise BundleError(f"{path}: leads to {path.resolve()}, expected a file inside the bundle's folder")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise BundleError(f"{path}: got {size} bytes, expected {entry.bytes}: get the bundle again")
+    return path
+
+
+def _compare(path: Path, digest: str, entry: FileEntry) -> None:
+    if digest != entry.sha256:
+        raise BundleError(
+            f"{path}: got sha256 {digest}, expected {entry.sha256}: the file was altered, "
+            "get the bundle again"
+        )
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    folder.replace(old)
+    try:
+        new.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _is_bundle(folder: Path) -> bool:
+    return folder.is_dir() and (folder / MANIFEST_NAME).is_file()
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Bundles carried by the package, one folder each."""

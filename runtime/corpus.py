@@ -1,0 +1,123 @@
+"""Finding the images of a corpus, naming their masks, and mapping over them with ordered results."""
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from multisa.runtime.errors import UsageError
+from multisa.runtime.images import EXTENSIONS
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_LOOK_AHEAD = 2  # submitted items for each worker: enough to keep it busy, memory stays bounded
+
+
+@dataclass(frozen=True)
+class CorpusImage:
+    """One image and where its results go, both as posix paths."""
+
+    path: Path
+    relative: str  # below the corpus' folder
+    name: str  # below masks/ and overlays/, without the results' extension
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The images, sorted by relative path, and what was passed over (`path: reason`)."""
+
+    images: tuple[CorpusImage, ...]
+    skipped: tuple[str, ...]
+
+
+def find_images(source: Path) -> Corpus:
+    """Find the images below a folder, or take the one file given.
+
+    Files of other extensions are no images and not mentioned. Hidden files and folders, folders behind
+    symbolic links, links that leave the folder, names that are not UTF-8 and folders that cannot be read are
+    passed over and listed in `skipped`. Raises UsageError when `source` does not exist or holds no image.
+    """
+    if source.is_file():
+        return Corpus((CorpusImage(source, source.name, PurePosixPath(source.name).stem),), ())
+    if not source.is_dir():
+        raise UsageError(f"{source}: does not exist, expected a folder of images or one image")
+    found: list[str] = []
+    skipped: list[str] = []
+    root = source.resolve()
+
+    def unreadable(error: OSError) -> None:
+        skipped.append(f"{_printable(Path(error.filename).relative_to(source).as_posix())}: {error.strerror}")
+
+    for folder, folders, files in os.walk(source, onerror=unreadable):
+        here = Path(folder).relative_to(source)
+        for name in sorted([*folders, *files]):
+            relative = (here / name).as_posix()
+            reason = _passed_over(source / relative, root)
+            if name in folders:
+                if reason or (source / relative).is_symlink():
+                    folders.remove(name)
+                    skipped.append(f"{_printable(relative)}: {reason or 'symbolic link to a folder'}")
+            elif Path(name).suffix.lower() in EXTENSIONS:
+                if reason:
+                    skipped.append(f"{_printable(relative)}: {reason}")
+                else:
+                    found.append(relative)
+    if not found:
+        raise UsageError(
+            f"{source}: no image found, expected files ending in {', '.join(sorted(EXTENSIONS))}"
+        )
+    found.sort()
+    images = (CorpusImage(source / r, r, n) for r, n in zip(found, _result_names(found), strict=True))
+    return Corpus(tuple(images), tuple(sorted(skipped)))
+
+
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Yield `function(item)` in the order of `items`, computed by `workers` threads.
+
+    At most 2 * workers items are under way or waiting to be taken. The first exception is raised where its
+    result would have come; items not yet begun are dropped then, and on an interrupt, too.
+    """
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="multisa")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) >= _LOOK_AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _passed_over(path: Path, root: Path) -> str:
+    if path.name.startswith("."):
+        return "hidden"
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    if path.is_symlink() and not path.resolve().is_relative_to(root):
+        return "symbolic link that leaves the folder"
+    return "" if path.exists() else "broken symbolic link"
+
+
+def _result_names(relatives: list[str]) -> list[str]:
+    """Names without extension; images that would share one keep their full names, every one of them."""
+    names = {relative: PurePosixPath(relative).with_suffix("").as_posix() for relative in relatives}
+    while True:
+        # Some file systems take upper and lower case for the same.
+        uses = Counter(name.casefold() for name in names.values())
+        shared = [r for r, name in names.items() if uses[name.casefold()] > 1 and name != r]
+        if not shared:
+            return [names[relative] for relative in relatives]
+        # A full name may in turn be the short name of another image, so this goes on until none is shared.
+        names.update({relative: relative for relative in shared})
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()

@@ -1,0 +1,1 @@
+"""Photographs that may be shipped, for `multisa demo`."""

@@ -1,0 +1,175 @@
+"""Engines: something that runs a graph of a bundle. Today ONNX Runtime on the CPU."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.errors import EngineError, EngineUnavailable
+
+UInt8 = npt.NDArray[np.uint8]
+
+_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+
+
+@dataclass(frozen=True)
+class TensorContract:
+    """One output of a graph."""
+
+    dtype: str  # as NumPy spells it
+    axes: str  # one letter an axis, for messages and the rank
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """A graph takes `image` uint8 [N, H, W, 3] (RGB) and gives exactly these outputs."""
+
+    name: str
+    outputs: dict[str, TensorContract]
+
+
+CAM = GraphContract(
+    "cam", {"cam": TensorContract("float32", "NChw"), "scores": TensorContract("float32", "NC")}
+)
+AFFINITY = GraphContract("affinity", {"affinity": TensorContract("float32", "NPhw")})
+SEGMENTER = GraphContract(
+    "segmenter", {"labels": TensorContract("uint8", "NHW"), "confidence": TensorContract("uint8", "NHW")}
+)
+CONTRACTS = (CAM, AFFINITY, SEGMENTER)
+
+_ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+
+
+class Engine(Protocol):
+    """Runs one graph; a context manager; `run` may be called from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """What runs the graph, for people and logs."""
+
+    def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name. Raises EngineError."""
+
+    def close(self) -> None:
+        """Give the graph's memory back."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+class OnnxRuntimeEngine:
+    """ONNX Runtime on the CPU.
+
+    `model` is a path or the bytes of a file that was verified. Without `contract` the graph must keep any one
+    of CONTRACTS. Raises EngineUnavailable without onnxruntime, EngineError for a graph that cannot be loaded
+    or breaks the contract.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(
+        self, model: Path | bytes, *, threads: int = 1, contract: GraphContract | None = None
+    ) -> None:
+        runtime = _import_onnxruntime()
+        self._errors: tuple[type[Exception], ...] = _runtime_errors(runtime)
+        label = model.name if isinstance(model, Path) else (contract.name if contract else "graph")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        # Images come in many sizes; a memory plan kept for each of them would grow with the corpus.
+        options.enable_mem_pattern = False
+        try:
+            data = model.read_bytes() if isinstance(model, Path) else model
+            session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except self._errors as error:
+            raise EngineError(f"{label}: cannot be loaded: {_first_line(error)}") from error
+        running = session.get_providers()[0]
+        if running != "CPUExecutionProvider":
+            raise EngineError(f"{label}: got the provider {running}, expected CPUExecutionProvider")
+        self.contract = _kept_contract(session, contract, label)
+        self._session: Any = session
+
+    def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
+        if self._session is None:
+            raise EngineError(f"{self.contract.name}: the engine is closed, expected an open one")
+        if image.dtype != np.uint8 or image.ndim != 4 or image.shape[3] != 3 or image.size == 0:
+            raise EngineError(
+                f"{self.contract.name}: got {image.dtype} {list(image.shape)}, expected uint8 [N, H, W, 3]"
+            )
+        names = list(self.contract.outputs)
+        try:
+            outputs = self._session.run(names, {"image": np.ascontiguousarray(image)})
+        except self._errors as error:
+            raise EngineError(f"{self.contract.name}: cannot be run: {_first_line(error)}") from error
+        return dict(zip(names, outputs, strict=True))
+
+    def close(self) -> None:
+        """Give the session's memory back; `run` is an error afterwards."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_engine(bundle: Bundle, contract: GraphContract, *, threads: int = 1) -> Engine:
+    """Load the bundle's graph that keeps `contract`, from bytes that were verified as they were read."""
+    return OnnxRuntimeEngine(bundle.read_file(f"{contract.name}.onnx"), threads=threads, contract=contract)
+
+
+def _import_onnxruntime() -> Any:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise EngineUnavailable("onnxruntime is not installed, graphs are run by it: pip install onnxruntime")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineUnavailable(f"onnxruntime cannot be imported: {_first_line(error)}") from error
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
+    # ONNX Runtime's exceptions share no base but Exception; they live in its extension module.
+    state = runtime.capi.onnxruntime_pybind11_state
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    return (*own, RuntimeError, ValueError, OSError)
+
+
+def _kept_contract(session: Any, contract: GraphContract | None, label: str) -> GraphContract:
+    inputs = {tensor.name: _signature(tensor) for tensor in session.get_inputs()}
+    if inputs != {"image": "uint8 of rank 4"}:
+        raise EngineError(f"{label}: got the inputs {inputs}, expected image: uint8 of rank 4")
+    outputs = {tensor.name: _signature(tensor) for tensor in session.get_outputs()}
+    candidates = (contract,) if contract else CONTRACTS
+    for candidate in candidates:
+        expected = {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in candidate.outputs.items()}
+        if outputs == expected:
+            return candidate
+    wanted = " or ".join(
+        f"{c.name} ({', '.join(f'{n}: {t.dtype} [{t.axes}]' for n, t in c.outputs.items())})"
+        for c in candidates
+    )
+    raise EngineError(f"{label}: got the outputs {outputs}, expected {wanted}")
+
+
+def _signature(tensor: Any) -> str:
+    return f"{_ORT_DTYPES.get(tensor.type, tensor.type)} of rank {len(tensor.shape)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,58 @@
+"""The one exception tree of multisa; the command line turns each into one line and an exit code.
+
+MultisaError (1)
+    UsageError (2)            an argument or configuration value cannot be used
+    DatasetError (1)          a training data set is not laid out as it must be
+    ImageError (1)            one image cannot be read or processed
+    BundleError (1)           a bundle is incomplete, of another version, or was altered
+    EngineError (1)           a graph was loaded but cannot be run
+    ParityError (3)           an exported graph answers differently from the network it came from
+    TooManyFailures (4)       finished, but more images failed than allowed
+    EngineUnavailable (5)     the engine or an optional package is not there
+"""
+
+
+class MultisaError(Exception):
+    """Base of every error a user can cause; `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(MultisaError):
+    """An argument or a configuration value cannot be used."""
+
+    exit_code = 2
+
+
+class DatasetError(MultisaError):
+    """A training data set is not laid out as it must be."""
+
+
+class ImageError(MultisaError):
+    """One image cannot be read or processed; the message is the reason."""
+
+
+class BundleError(MultisaError):
+    """A bundle is incomplete, of another version, or was altered after it was made."""
+
+
+class EngineError(MultisaError):
+    """A graph was loaded but cannot be run as asked."""
+
+
+class ParityError(MultisaError):
+    """An exported graph answers differently from the network it came from."""
+
+    exit_code = 3
+
+
+class TooManyFailures(MultisaError):
+    """The run finished, but more images failed than were allowed."""
+
+    exit_code = 4
+
+
+class EngineUnavailable(MultisaError):
+    """The engine, driver or optional package asked for is not there."""
+
+    exit_code = 5

@@ -1,0 +1,114 @@
+"""Compare masks with the truth: `multisa evaluate PRED GT`.
+
+Both folders hold PNG masks of class ids, matched by relative name; the protocol is PASCAL VOC's (metrics.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.errors import ImageError, UsageError
+from multisa.runtime.images import read_mask
+from multisa.runtime.metrics import confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Counts over a whole set and what they amount to."""
+
+    classes: tuple[str, ...]
+    confusion: npt.NDArray[np.int64]  # [n, n], rows = truth, columns = prediction
+    images: int
+    missing: tuple[str, ...]  # truth without a prediction, left out
+
+    def to_json(self) -> Mapping[str, Any]:
+        """The figures as JSON values; the IoU of a class that does not occur is null."""
+        ious = iou_per_class(self.confusion).tolist()
+        return {
+            "images": self.images,
+            "missing": list(self.missing),
+            "miou": mean_iou(self.confusion),
+            "pixel_accuracy": pixel_accuracy(self.confusion),
+            # NaN is unequal to itself, and JSON has no word for it.
+            "iou": {name: iou if iou == iou else None for name, iou in zip(self.classes, ious, strict=True)},
+        }
+
+    def table(self) -> str:
+        """The figures for people, in percent."""
+        width = max(len(name) for name in (*self.classes, "pixel accuracy"))
+        ious = iou_per_class(self.confusion).tolist()
+        rows = [
+            (name, f"{iou:7.2%}" if iou == iou else "      -")
+            for name, iou in zip(self.classes, ious, strict=True)
+        ]
+        rows += [("mIoU", f"{mean_iou(self.confusion):7.2%}")]
+        rows += [("pixel accuracy", f"{pixel_accuracy(self.confusion):7.2%}")]
+        lines = [f"{name:<{width}}  {value}" for name, value in [("class", "    IoU"), *rows]]
+        left_out = f", {len(self.missing)} without a prediction left out" if self.missing else ""
+        return "\n".join([*lines, f"{self.images} images{left_out}"])
+
+
+def evaluate_masks(
+    prediction: Path,
+    truth: Path,
+    classes: tuple[str, ...],
+    *,
+    names: tuple[str, ...] | None = None,
+    allow_missing: bool = False,
+) -> Evaluation:
+    """Compare the masks of two folders.
+
+    names: relative names without extension to look at; every PNG of `truth` when None. Pixels of truth 255
+    are left out. Raises UsageError for missing files, ImageError for a mask that cannot be read or does not
+    fit its truth.
+    """
+    for folder in (prediction, truth):
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: is no folder, expected one with PNG masks")
+    found = sorted(path.relative_to(truth).with_suffix("").as_posix() for path in truth.rglob("*.png"))
+    wanted = found if names is None else list(names)
+    if not wanted:
+        raise UsageError(f"{truth}: no mask found, expected PNG files")
+    untrue = sorted(set(wanted) - set(found))
+    if untrue:
+        raise UsageError(f"{truth}: {len(untrue)} masks are missing, among them {untrue[0]}.png")
+    missing = tuple(name for name in wanted if not (prediction / f"{name}.png").is_file())
+    present = [name for name in wanted if name not in set(missing)]
+    if missing and (not allow_missing or not present):
+        hint = f"; did you mean {prediction / 'masks'}?" if (prediction / "masks").is_dir() else ""
+        raise UsageError(
+            f"{prediction}: {len(missing)} of {len(wanted)} predictions are missing, among them "
+            f"{missing[0]}.png: add them or allow it (--allow-missing){hint}"
+        )
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    for name in present:
+        confusion += _confusion(prediction / f"{name}.png", truth / f"{name}.png", len(classes))
+    if confusion.sum() == 0:
+        raise UsageError(f"{truth}: every pixel is marked as ignored (255), nothing can be counted")
+    return Evaluation(classes, confusion, len(present), missing)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Read a list of one name a line; blank lines are skipped, mask extensions dropped. Raises UsageError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    names = tuple(line.strip().removesuffix(".png") for line in lines if line.strip())
+    if not names:
+        raise UsageError(f"{path}: is empty, expected one name a line")
+    if len(set(names)) != len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"{path}: {repeated!r} is there more than once, expected each name once")
+    return names
+
+
+def _confusion(prediction: Path, truth: Path, n_classes: int) -> npt.NDArray[np.int64]:
+    try:
+        return confusion_matrix(read_mask(prediction), read_mask(truth), n_classes)
+    except ValueError as error:
+        raise ImageError(f"{prediction}: {error}") from error

@@ -1,0 +1,165 @@
+"""Image-level labels from a file: CSV (`image,labels`) or JSON ({image: [classes]}).
+
+CSV separates classes by spaces, or by semicolons where names hold spaces:
+
+    image,labels
+    farm/001.jpg,cow horse
+    kitchen.jpg,dining table;chair
+"""
+
+import csv
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from multisa.runtime.errors import UsageError
+
+HEADER = ["image", "labels"]
+
+Labels = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """The rows of a label file, by the key each image is given under."""
+
+    path: Path
+    rows: Mapping[str, Labels]  # classes in the order of the bundle
+
+    def for_image(self, relative: str) -> Labels | None:
+        """Classes of the image at this posix path below the corpus' folder, None when no row is about it.
+
+        Looked for by relative path, with and without extension, then by file name alone. Raises UsageError
+        when several rows fit and differ.
+        """
+        keys = self._keys_for(relative)
+        if len({self.rows[key] for key in keys}) > 1:
+            raise UsageError(
+                f"{self.path}: {relative} fits several rows with different labels ({', '.join(keys)}), "
+                "expected one: write its path relative to the images' folder"
+            )
+        return self.rows[keys[0]] if keys else None
+
+    def match(self, relatives: Sequence[str]) -> dict[str, Labels]:
+        """Classes for each image that has a row.
+
+        Raises UsageError as `for_image` does, and when one row fits several images by file name alone.
+        """
+        matched: dict[str, Labels] = {}
+        users: dict[str, str] = {}
+        for relative in relatives:
+            labels = self.for_image(relative)
+            if labels is None:
+                continue
+            matched[relative] = labels
+            for key in self._keys_for(relative):
+                other = users.setdefault(key, relative)
+                if other != relative:
+                    raise UsageError(
+                        f"{self.path}: row {key!r} fits several images ({other}, {relative}), expected one: "
+                        "write their paths relative to the images' folder"
+                    )
+        return matched
+
+    def unused(self, seen: Iterable[str]) -> tuple[str, ...]:
+        """Keys of the rows that are about none of the images `seen` (relative paths), sorted."""
+        used = {key for relative in seen for key in self._keys_for(relative)}
+        return tuple(sorted(set(self.rows) - used))
+
+    def _keys_for(self, relative: str) -> list[str]:
+        path = PurePosixPath(relative)
+        exact = [
+            key for key in dict.fromkeys((relative, path.with_suffix("").as_posix())) if key in self.rows
+        ]
+        if exact:
+            return exact
+        names = dict.fromkeys((path.name, path.stem))
+        return [key for name in names for key in self._by_file_name.get(name, [])]
+
+    @cached_property
+    def _by_file_name(self) -> dict[str, list[str]]:
+        index: dict[str, list[str]] = {}
+        for key in self.rows:
+            index.setdefault(PurePosixPath(key).name, []).append(key)
+        return index
+
+
+def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
+    """Read a label file (.csv or .json); `classes` are the names it may use, in the order of their ids.
+
+    An image with an empty list shows none of the classes. Raises UsageError naming the line (CSV) or the key
+    (JSON) for a missing header, a malformed row, an unknown class, or an image given twice with different
+    labels.
+    """
+    readers = {".csv": _csv_rows, ".json": _json_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{path}: got a file ending in {path.suffix!r}, expected .csv or .json")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    rows: dict[str, Labels] = {}
+    places: dict[str, str] = {}
+    for place, image, names in reader(path, text, classes):
+        key = PurePosixPath(image.strip().replace("\\", "/")).as_posix()
+        if not image.strip():
+            raise UsageError(f"{path}, {place}: got no image, expected its path or file name")
+        unknown = [name for name in names if name not in classes]
+        if unknown:
+            valid = ", ".join(classes)
+            raise UsageError(f"{path}, {place}: unknown class {unknown[0]!r}, expected {valid}")
+        labels = tuple(name for name in classes if name in names)
+        if rows.setdefault(key, labels) != labels:
+            raise UsageError(
+                f"{path}, {place}: {key} has the labels {list(labels)}, but {list(rows[key])} at "
+                f"{places[key]}: keep one of them"
+            )
+        places.setdefault(key, place)
+    if not rows:
+        raise UsageError(f"{path}: no image in it, expected at least one row")
+    return ImageLabels(path, rows)
+
+
+def _csv_rows(path: Path, text: str, classes: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
+    lines = csv.reader(text.splitlines(), strict=True)
+    try:
+        header = next(lines, [])
+        if [cell.strip() for cell in header] != HEADER:
+            got = ",".join(header)
+            raise UsageError(f"{path}, line 1: got {got!r}, expected the header 'image,labels'")
+        for cells in lines:
+            place = f"line {lines.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(HEADER):
+                raise UsageError(
+                    f"{path}, {place}: got {len(cells)} columns, expected 2 (image,labels): separate classes "
+                    "by spaces or semicolons"
+                )
+            yield place, cells[0], _split_classes(cells[1], classes)
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {lines.line_num}: not CSV: {error}") from error
+
+
+def _split_classes(cell: str, classes: Collection[str]) -> list[str]:
+    if cell.strip() in classes:  # one name, which may hold spaces
+        return [cell.strip()]
+    names = cell.split(";") if ";" in cell else cell.split()
+    return [name.strip() for name in names if name.strip()]
+
+
+def _json_rows(path: Path, text: str, _: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
+    try:
+        # Pairs, because a dictionary would drop all but the last of equal keys without a word.
+        pairs = json.loads(text, object_pairs_hook=list)
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise UsageError(f"{path}: got no JSON object, expected {{image: [classes]}}")
+    for image, names in pairs:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"{path}, key {image!r}: got {names!r}, expected a list of class names")
+        yield f"key {image!r}", image, names

@@ -1,0 +1,120 @@
+"""Label a corpus: class activation maps and affinities to pseudo-masks.
+
+`multisa label IMAGES -o OUT --labels FILE` does this.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.kernels import stencil_offsets
+from multisa.runtime.bulk import (
+    Annotation,
+    RunOptions,
+    RunSummary,
+    StageClock,
+    check_output,
+    name_some,
+    run_corpus,
+)
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.corpus import Corpus, CorpusImage, find_images
+from multisa.runtime.engine import AFFINITY, CAM, Engine, open_engine
+from multisa.runtime.errors import EngineError
+from multisa.runtime.image_labels import ImageLabels, Labels
+from multisa.runtime.manifest import Manifest
+from multisa.runtime.postprocess import PseudoMask, pseudo_mask, walk_scores
+from multisa.runtime.progress import say
+
+UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+
+
+def label_images(
+    source: Path,
+    out: Path,
+    *,
+    bundle: Bundle,
+    labels: ImageLabels | None = None,
+    options: RunOptions | None = None,
+) -> RunSummary:
+    """Write a pseudo-mask for every image of `source` (a folder or one file) to `out`.
+
+    The classes of an image come from `labels`; without a row there, from the classifier's scores and the
+    bundle's thresholds. Raises UsageError for unusable arguments, BundleError and EngineError for a bundle
+    that cannot be run.
+    """
+    check_output(source, out)
+    corpus = find_images(source)
+    matched = _matched_labels(corpus, labels) if labels else {}
+    with open_engine(bundle, CAM) as cam, open_engine(bundle, AFFINITY) as affinity:
+
+        def annotate(image: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
+            return _annotate(rgb, matched.get(image.relative), bundle.manifest, cam, affinity, clock)
+
+        return run_corpus("label", corpus, out, bundle, annotate, options or RunOptions())
+
+
+def _annotate(
+    rgb: UInt8, given: Labels | None, manifest: Manifest, cam: Engine, affinity: Engine, clock: StageClock
+) -> Annotation:
+    with clock.stage("cam"):
+        outputs = cam.run(rgb[np.newaxis])
+    maps: Float32 = outputs["cam"][0]
+    scores: Float32 = outputs["scores"][0]
+    foreground = manifest.foreground
+    if len(maps) != len(foreground) or len(scores) != len(foreground):
+        raise EngineError(f"cam: got {len(maps)} maps, expected one for each of {len(foreground)} classes")
+    named = dict(zip(foreground, scores.tolist(), strict=True))
+    classes = _present(named, manifest.parameters.score_thresholds) if given is None else given
+    labelled = _pseudo_mask(rgb, maps, classes, manifest, affinity, clock)
+    return Annotation(
+        mask=labelled.mask,
+        confidence=float(labelled.confidence.mean(dtype=np.float64)),
+        classes=classes,
+        details={
+            "labels_from": "scores" if given is None else "file",
+            "scores": {name: round(score, 4) for name, score in named.items()},
+        },
+    )
+
+
+def _pseudo_mask(
+    rgb: UInt8, maps: Float32, classes: Labels, manifest: Manifest, affinity: Engine, clock: StageClock
+) -> PseudoMask:
+    parameters = manifest.parameters.label
+    ids = tuple(manifest.classes.index(name) for name in classes)
+    walked: Float32 = np.zeros((0, 1, 1), np.float32)
+    if ids:  # without a class there is nothing to spread
+        with clock.stage("affinity"):
+            edges: Float32 = affinity.run(rgb[np.newaxis])["affinity"][0]
+        expected = len(stencil_offsets(parameters.walk_radius))
+        if len(edges) != expected:
+            raise EngineError(
+                f"affinity: got {len(edges)} offsets, expected {expected} at radius {parameters.walk_radius}"
+            )
+        with clock.stage("walk"):
+            walked = walk_scores(maps[[i - 1 for i in ids]], edges, parameters)
+    with clock.stage("crf"):
+        return pseudo_mask(rgb, walked, ids, parameters)
+
+
+def _present(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:
+    return tuple(name for name, score in scores.items() if score >= thresholds[name])
+
+
+def _matched_labels(corpus: Corpus, labels: ImageLabels) -> dict[str, Labels]:
+    relatives = [image.relative for image in corpus.images]
+    matched = labels.match(relatives)
+    missing = [relative for relative in relatives if relative not in matched]
+    unused = labels.unused(relatives)
+    if missing:
+        say(
+            f"{len(missing)} of {len(relatives)} images have no row in {labels.path} and are labelled from "
+            f"scores: {name_some(missing)}"
+        )
+    if unused:
+        say(f"{len(unused)} rows of {labels.path} are about none of the images: {name_some(unused)}")
+    return matched

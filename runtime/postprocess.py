@@ -1,0 +1,96 @@
+"""From class activation maps and affinities to one pseudo-mask: random walk, background, dense CRF, argmax.
+
+Training and the deployed runtime both call these functions, so there is one definition of the step.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from multisa.kernels import CrfParameters, DenseCRF, random_walk
+
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class LabelParameters:
+    """Every number between the networks' outputs and a pseudo-mask."""
+
+    walk_radius: int = 5
+    walk_beta: float = 8.0
+    walk_steps: int = 256
+    background: float = 0.3  # constant score of the background class, against maps whose maximum is 1
+    use_crf: bool = True
+    crf: CrfParameters = field(default_factory=CrfParameters)
+
+
+@dataclass(frozen=True)
+class PseudoMask:
+    """A mask over the image and how sure it is."""
+
+    mask: UInt8  # [H, W] class ids, 0 = background
+    confidence: Float32  # [H, W] probability of the chosen class, 0..1
+
+
+def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) -> Float32:
+    """Spread class activations along affinities and divide by the global maximum (irn, PuzzleCAM).
+
+    cam: float32 [C, h', w'] in [0, 1], present classes only; affinity: float32 [P, h, w], half stencil.
+    Returns float32 [C, h, w] in [0, 1]. One maximum over all classes: a maximum per class would change which
+    class wins a pixel.
+    """
+    grid = (affinity.shape[-2], affinity.shape[-1])
+    walked = random_walk(
+        resize_maps(cam, grid),
+        affinity,
+        radius=parameters.walk_radius,
+        beta=parameters.walk_beta,
+        steps=parameters.walk_steps,
+    )
+    peak = float(walked.max(initial=0.0))
+    return walked / np.float32(peak) if peak > 0 else walked
+
+
+def pseudo_mask(
+    image: UInt8, scores: Float32, class_ids: tuple[int, ...], parameters: LabelParameters
+) -> PseudoMask:
+    """Turn class scores into a mask of the image's size.
+
+    image: uint8 [H, W, 3]; scores: float32 [C, h, w] in [0, 1], one row for each of `class_ids` (1..).
+    The background competes with the constant score `parameters.background`; the dense CRF sees the scores
+    divided by their sum. With no class at all the mask is background everywhere, with full confidence.
+    """
+    height, width = image.shape[:2]
+    if not class_ids:
+        return PseudoMask(np.zeros((height, width), np.uint8), np.ones((height, width), np.float32))
+    probabilities = background_and_foreground(resize_maps(scores, (height, width)), parameters.background)
+    if parameters.use_crf:
+        probabilities = DenseCRF(image, parameters.crf).infer(probabilities)
+    ids = np.array((0, *class_ids), dtype=np.uint8)
+    return PseudoMask(ids[probabilities.argmax(axis=0)], probabilities.max(axis=0))
+
+
+def background_and_foreground(scores: Float32, background: float) -> Float32:
+    """Put a constant background map before the class maps and divide by the sum over classes.
+
+    scores: float32 [C, H, W] >= 0. Returns float32 [1 + C, H, W], each pixel summing to one.
+    """
+    stacked = np.concatenate([np.full((1, *scores.shape[1:]), background, np.float32), scores])
+    return np.asarray(stacked / stacked.sum(axis=0, keepdims=True), dtype=np.float32)
+
+
+def resize_maps(maps: Float32, size: tuple[int, int]) -> Float32:
+    """Resize float32 [C, h, w] to [C, *size] bilinearly (half-pixel centres; averaged when shrinking)."""
+    if maps.shape[1:] == size:
+        return np.ascontiguousarray(maps)
+    height, width = size
+    resized = [
+        np.asarray(
+            Image.fromarray(np.ascontiguousarray(m)).resize((width, height), Image.Resampling.BILINEAR)
+        )
+        for m in maps
+    ]
+    return np.stack(resized) if resized else np.zeros((0, height, width), np.float32)

@@ -1,0 +1,66 @@
+"""Progress on stderr: a bar with rate and time left on a terminal, a line now and then in a log file."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LINE_INTERVAL = 10.0  # seconds between lines when stderr is not a terminal
+
+
+def say(message: str) -> None:
+    """Print one line on stderr without tearing a bar that is being shown."""
+    tqdm.write(message, file=sys.stderr)
+
+
+class Progress:
+    """Counts finished items; a context manager.
+
+    >>> with Progress(total=3, description="label", unit="image") as progress:
+    ...     for _ in range(3):
+    ...         progress.advance()
+    """
+
+    def __init__(self, total: int, description: str, unit: str = "image") -> None:
+        self._total = total
+        self._description = description
+        self._unit = unit
+        self._done = 0
+        self._note = ""
+        self._start = self._last_line = time.monotonic()
+        self._bar = (
+            tqdm(total=total, desc=description, unit=unit, file=sys.stderr, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` items as done; `note` (a loss, a stage) is shown behind the rate."""
+        self._done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line >= LINE_INTERVAL:
+            self._last_line = time.monotonic()
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        left = (self._total - self._done) / rate if rate > 0 else float("inf")
+        line = (
+            f"{self._description}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left:.0f} s left"
+        )
+        return f"{line}, {self._note}" if self._note else line

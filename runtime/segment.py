@@ -1,0 +1,48 @@
+"""Segment a corpus with the trained segmenter: `multisa segment IMAGES -o OUT`."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.bulk import Annotation, RunOptions, RunSummary, StageClock, check_output, run_corpus
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.corpus import CorpusImage, find_images
+from multisa.runtime.engine import SEGMENTER, Engine, open_engine
+from multisa.runtime.errors import EngineError
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+def segment_images(
+    source: Path, out: Path, *, bundle: Bundle, options: RunOptions | None = None
+) -> RunSummary:
+    """Write the segmenter's mask of every image of `source` (a folder or one file) to `out`.
+
+    Raises UsageError for unusable arguments, BundleError and EngineError for a bundle that cannot be run.
+    """
+    check_output(source, out)
+    corpus = find_images(source)
+    with open_engine(bundle, SEGMENTER) as segmenter:
+
+        def annotate(_: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
+            return _annotate(rgb, bundle.manifest.classes, segmenter, clock)
+
+        return run_corpus("segment", corpus, out, bundle, annotate, options or RunOptions())
+
+
+def _annotate(rgb: UInt8, classes: tuple[str, ...], segmenter: Engine, clock: StageClock) -> Annotation:
+    with clock.stage("segmenter"):
+        outputs = segmenter.run(rgb[np.newaxis])
+    mask: UInt8 = outputs["labels"][0]
+    if mask.shape != rgb.shape[:2]:
+        raise EngineError(f"segmenter: got labels {mask.shape}, expected the image's size {rgb.shape[:2]}")
+    present = np.unique(mask).tolist()
+    if present[-1] >= len(classes):
+        raise EngineError(f"segmenter: got class {present[-1]}, expected 0..{len(classes) - 1}")
+    return Annotation(
+        mask=mask,
+        confidence=float(outputs["confidence"][0].mean(dtype=np.float64)) / 255,
+        classes=tuple(classes[i] for i in present if i > 0),
+        details={},
+    )

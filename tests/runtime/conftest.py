@@ -1,0 +1,154 @@
+"""A tiny real bundle: three ONNX graphs built by hand, so that the true runtime runs without a trained one.
+
+Class 1 is "red thing", class 2 "green". cam.onnx gives the red and green channels, segmenter.onnx thresholds
+the brightness (< 85 background, < 170 class 1, else class 2).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from multisa.kernels import CrfParameters
+from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
+from multisa.runtime.postprocess import LabelParameters
+
+CLASSES = ("background", "red thing", "green")
+OFFSETS = 34
+
+
+@pytest.fixture(scope="session")
+def graphs() -> dict[str, bytes]:
+    return {
+        "cam.onnx": _cam_graph(),
+        "affinity.onnx": _affinity_graph(),
+        "segmenter.onnx": _segmenter_graph(),
+    }
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Manifest:
+    label = LabelParameters(walk_steps=16, crf=CrfParameters(iterations=2))
+    return Manifest(
+        schema_version=1,
+        name="tiny",
+        classes=CLASSES,
+        palette=((0, 0, 0), (200, 40, 40), (40, 200, 40)),
+        ignore_index=255,
+        parameters=BundleParameters(
+            long_side=80,
+            cam_scales=(1.0,),
+            walk_stride=4,
+            label=label,
+            score_thresholds={"red thing": 0.3, "green": 0.3},
+        ),
+        preprocessing=("scale to 0..1",),
+        metrics={"miou": 0.5},
+        provenance={"made by": "the tests"},
+        files={},
+    )
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]) -> Bundle:
+    return write_bundle(tmp_path / "tiny-bundle", manifest, graphs)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five good images in two folders, one of them turned by EXIF, and a file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for i, name in enumerate(("a.jpg", "b.png", "deep/c.jpg", "deep/d.png")):
+        Image.fromarray(scene(40 + 8 * i, 90 - 6 * i)).save(folder / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(scene(48, 72)).save(folder / "turned.jpg", exif=exif)
+    (folder / "broken.jpg").write_bytes(b"this is no image")
+    return folder
+
+
+def scene(height: int, width: int) -> np.ndarray:
+    """A red square and a green one on dark noise, uint8 [height, width, 3]."""
+    rgb = np.random.default_rng(height * width).integers(0, 40, (height, width, 3), dtype=np.uint8)
+    rgb[4 : height // 2, 4 : width // 3] = (255, 60, 30)
+    rgb[height // 3 :, width // 2 :] = (170, 250, 160)
+    return rgb
+
+
+def _model(nodes: list[onnx.NodeProto], outputs: list[tuple[str, int, list[str]]], constants: dict) -> bytes:
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])],
+        [helper.make_tensor_value_info(*output) for output in outputs],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _pooled() -> list[onnx.NodeProto]:
+    """Channels first, 0..1, the maximum of each 4x4 block: ceil(H / 4) x ceil(W / 4)."""
+    return [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["chw"], perm=[0, 3, 1, 2]),
+        helper.make_node("Div", ["chw", "white"], ["unit"]),
+        helper.make_node("MaxPool", ["unit"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4], ceil_mode=1),
+    ]
+
+
+def _cam_graph() -> bytes:
+    nodes = [
+        *_pooled(),
+        helper.make_node("Slice", ["pooled", "zero", "two", "one"], ["maps"]),
+        helper.make_node("ReduceMax", ["maps", "space"], ["peak"], keepdims=1),
+        helper.make_node("Div", ["maps", "peak"], ["cam"]),
+        helper.make_node("ReduceMean", ["maps", "space"], ["scores"], keepdims=0),
+    ]
+    constants = {
+        "white": np.float32(255),
+        "zero": np.array([0]),
+        "two": np.array([2]),
+        "one": np.array([1]),
+        "space": np.array([2, 3]),
+    }
+    outputs = [
+        ("cam", TensorProto.FLOAT, ["N", 2, "h", "w"]),
+        ("scores", TensorProto.FLOAT, ["N", 2]),
+    ]
+    return _model(nodes, outputs, constants)
+
+
+def _affinity_graph(offsets: int = OFFSETS) -> bytes:
+    nodes = [*_pooled(), helper.make_node("Conv", ["pooled", "weight", "bias"], ["affinity"])]
+    constants = {
+        "white": np.float32(255),
+        "weight": np.zeros((offsets, 3, 1, 1), np.float32),
+        "bias": np.full(offsets, 0.4, np.float32),
+    }
+    return _model(nodes, [("affinity", TensorProto.FLOAT, ["N", offsets, "h", "w"])], constants)
+
+
+def _segmenter_graph() -> bytes:
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float", "channels"], ["brightness"], keepdims=0),
+        helper.make_node("Greater", ["brightness", "low"], ["above_low"]),
+        helper.make_node("Greater", ["brightness", "high"], ["above_high"]),
+        helper.make_node("Cast", ["above_low"], ["first"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["above_high"], ["second"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["first", "second"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["labels"], to=TensorProto.UINT8),
+        helper.make_node("Cast", ["brightness"], ["confidence"], to=TensorProto.UINT8),
+    ]
+    constants = {"channels": np.array([3]), "low": np.float32(85), "high": np.float32(170)}
+    outputs = [
+        ("labels", TensorProto.UINT8, ["N", "H", "W"]),
+        ("confidence", TensorProto.UINT8, ["N", "H", "W"]),
+    ]
+    return _model(nodes, outputs, constants)

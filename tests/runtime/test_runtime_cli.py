@@ -1,0 +1,171 @@
+"""The command line: output, exit codes, one-line errors, and what it does not import."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from multisa.runtime import bundle as bundle_module
+from multisa.runtime import cli, commands
+from multisa.runtime import segment as segment_module
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.cli import COMMANDS, root
+
+
+def run_cli(*arguments: object) -> Result:
+    return CliRunner().invoke(root, [str(argument) for argument in arguments])
+
+
+def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    (photos / "broken.jpg").unlink()
+    out = tmp_path / "out"
+    result = run_cli("segment", photos, "-o", out, "--bundle", bundle.path, "--workers", 2)
+    assert result.exit_code == 0, result.output
+    assert "5 images in" in result.stdout and "time by stage" in result.stdout
+    (tmp_path / "labels.csv").write_text("image,labels\na.jpg,red thing;green\n")
+    labels = ("--labels", tmp_path / "labels.csv", "--gallery")
+    result = run_cli("label", photos, "-o", tmp_path / "pseudo", "--bundle", bundle.path, *labels)
+    assert result.exit_code == 0, result.output
+    assert "4 of 5 images have no row" in result.stderr
+    assert "index.html" in result.stdout and (tmp_path / "pseudo/index.html").is_file()
+    folders = (tmp_path / "pseudo/masks", out / "masks")
+    result = run_cli("evaluate", *folders, "--bundle", bundle.path, "--json")
+    assert result.exit_code == 0, result.output
+    assert 0 < json.loads(result.stdout)["miou"] < 1
+    (tmp_path / "classes.txt").write_text("background\nred thing\ngreen\n")
+    (tmp_path / "list.txt").write_text("a\n")
+    few = ("--classes", tmp_path / "classes.txt", "--list", tmp_path / "list.txt")
+    result = run_cli("evaluate", *folders, *few)
+    assert "red thing" in result.stdout and "1 images" in result.stdout
+    result = run_cli("evaluate", *folders, *few, "--bundle", bundle.path)
+    assert result.exit_code == 2 and "both --classes and --bundle" in result.stderr
+
+
+@pytest.mark.parametrize(("limit", "code"), [("0", 4), ("1", 0), ("10%", 4), ("20%", 0), ("few", 2)])
+def test_max_failures(photos: Path, bundle: Bundle, tmp_path: Path, limit: str, code: int) -> None:
+    out = tmp_path / "out"
+    result = run_cli("segment", photos, "-o", out, "--bundle", bundle.path, "--max-failures", limit)
+    assert result.exit_code == code
+    assert (out / "labels.jsonl").is_file() == (code != 2)  # everything else was finished
+    if code:
+        assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_errors_are_one_line(tmp_path: Path, photos: Path) -> None:
+    result = run_cli("segment", photos, "-o", tmp_path / "out", "--bundle", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    result = run_cli("--traceback", "segment", photos, "-o", tmp_path / "out", "--bundle", tmp_path)
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["labels"], ["segment"], ["segment", "a"], ["label", "a", "-o", "b", "--workers", "0"]]
+)
+def test_usage_errors(arguments: list[str]) -> None:
+    assert run_cli(*arguments).exit_code == 2
+
+
+def test_inspect(bundle: Bundle) -> None:
+    result = run_cli("inspect", bundle.path)
+    assert result.exit_code == 0 and "files (all verified)" in result.stdout
+    (bundle.path / "cam.onnx").write_bytes(b"")
+    result = run_cli("inspect", bundle.path)
+    assert result.exit_code == 1 and "cam.onnx" in result.stderr
+
+
+def test_demo(bundle: Bundle, tmp_path: Path) -> None:
+    result = run_cli("demo", "-o", tmp_path / "demo", "--bundle", bundle.path)
+    assert result.exit_code == 0, result.output
+    assert f"open {tmp_path / 'demo' / 'index.html'}" in result.stdout
+    assert sorted(p.name for p in (tmp_path / "demo/masks").iterdir()) == [
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+    ]
+
+
+def test_demo_photographs_have_sources() -> None:
+    folder = Path(commands.__file__).parent / "demo_photos"
+    sources = (folder / "SOURCES.md").read_text()
+    assert all(path.name in sources for path in folder.glob("*.jpg"))
+
+
+def test_the_default_bundle_is_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "default_bundle_path", lambda: bundle.path)
+    assert "tiny" in run_cli("inspect").stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError("no torch", name="torch"), 5, "pip install 'multisa[train]'"),
+        (ModuleNotFoundError("no onnx", name="onnx.helper"), 5, "pip install 'multisa[export]'"),
+        (OSError(28, "No space left on device", "out/a.png"), 1, "error: out/a.png: No space left on device"),
+    ],
+)
+def test_what_ends_a_run(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(segment_module, "segment_images", fail)
+    result = run_cli("segment", "photos", "-o", "out", "--bundle", bundle.path)
+    assert result.exit_code == code
+    assert text in result.stderr
+
+
+def test_a_missing_module_of_our_own_is_not_explained_away(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("no such", name="multisa.lost")
+
+    monkeypatch.setattr(segment_module, "segment_images", fail)
+    result = run_cli("segment", "photos", "-o", "out", "--bundle", bundle.path)
+    assert isinstance(result.exception, ModuleNotFoundError)
+
+
+@pytest.mark.parametrize("name", [n for n, (where, _) in COMMANDS.items() if "runtime" in where])
+def test_every_command_has_help_and_an_example(name: str) -> None:
+    result = run_cli(name, "--help")
+    assert result.exit_code == 0
+    assert f"multisa {name}" in result.stdout.split("Example:")[1]
+
+
+def test_process_exit_codes_and_streams(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "multisa.runtime.cli", "segment", "absent", "-o", "out"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert finished.returncode in (1, 2)  # the default bundle may be there or not
+    assert finished.stdout == "" and finished.stderr.startswith("error: ")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from multisa.runtime.cli import root\n"
+        "root(['--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'onnxruntime', 'onnx', 'numpy', 'scipy', 'PIL', 'tqdm'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: []" in finished.stdout
+    for name, (_, help_line) in cli.COMMANDS.items():
+        assert name in finished.stdout and help_line in finished.stdout
+
+
+def test_running_loads_no_torch(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    code = (
+        "import sys; from multisa.runtime.cli import root\n"
+        "root(sys.argv[1:], standalone_mode=False)\n"
+        "print('heavy:', sorted({'torch', 'onnx', 'pydensecrf'} & set(sys.modules)))\n"
+    )
+    arguments = ["label", str(photos / "a.jpg"), "-o", str(tmp_path / "out"), "--bundle", str(bundle.path)]
+    command = [sys.executable, "-c", code, *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "heavy: []" in finished.stdout

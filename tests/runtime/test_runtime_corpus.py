@@ -1,0 +1,124 @@
+"""Finding images, naming masks, mapping in order."""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from multisa.runtime.corpus import find_images, parallel_map
+from multisa.runtime.errors import UsageError
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["b.jpg", "a.JPG", "notes.txt"], ["a", "b"]),
+        (["x/a.jpg", "a.jpg", "x.y/a.tif"], ["a", "x.y/a", "x/a"]),
+        (["a.jpg", "a.png", "b.png"], ["a.jpg", "a.png", "b"]),
+        (["a.jpg", "A.png"], ["A.png", "a.jpg"]),  # one file on some file systems
+        (["a.jpg", "a.png", "a.jpg.png"], ["a.jpg", "a.jpg.png", "a.png"]),
+        (["a.v1.jpg", "a.v2.jpg"], ["a.v1", "a.v2"]),
+    ],
+)
+def test_names(tmp_path: Path, files: list[str], names: list[str]) -> None:
+    touch(tmp_path, *files)
+    corpus = find_images(tmp_path)
+    assert [image.relative for image in corpus.images] == sorted(f for f in files if not f.endswith("txt"))
+    assert [image.name for image in corpus.images] == names
+    assert all(image.path.is_file() for image in corpus.images)
+    assert corpus.skipped == ()
+
+
+def test_one_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (image,) = find_images(tmp_path / "a.jpg").images
+    assert (image.relative, image.name) == ("a.jpg", "a")
+
+
+def test_passed_over(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    touch(corpus, "a.jpg", ".hidden.jpg", ".git/b.jpg", "real/c.jpg")
+    touch(tmp_path, "outside/d.jpg")
+    (corpus / "inside.jpg").symlink_to(corpus / "a.jpg")
+    (corpus / "leaves.jpg").symlink_to(tmp_path / "outside/d.jpg")
+    (corpus / "folder").symlink_to(corpus / "real")
+    (corpus / "broken.jpg").symlink_to(corpus / "nowhere.jpg")
+    found = find_images(corpus)
+    assert [image.relative for image in found.images] == ["a.jpg", "inside.jpg", "real/c.jpg"]
+    assert found.skipped == (
+        ".git: hidden",
+        ".hidden.jpg: hidden",
+        "broken.jpg: broken symbolic link",
+        "folder: symbolic link to a folder",
+        "leaves.jpg: symbolic link that leaves the folder",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse file names that are not UTF-8")
+def test_name_that_is_not_utf8(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
+    found = find_images(tmp_path)
+    assert len(found.images) == 1
+    assert found.skipped == (r"\udcff.jpg: its name is not UTF-8",)
+
+
+def test_no_images(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        find_images(tmp_path / "absent")
+    touch(tmp_path, "a.txt")
+    with pytest.raises(UsageError, match="no image found"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_parallel_map_keeps_order_and_bounds_its_look_ahead(workers: int) -> None:
+    taken = 0
+
+    def items() -> "list[int]":
+        nonlocal taken
+        for i in range(50):
+            taken += 1
+            yield i
+
+    def slow_when_even(i: int) -> int:
+        time.sleep(0.002 if i % 2 == 0 else 0)
+        return i * i
+
+    results = []
+    for result in parallel_map(slow_when_even, items(), workers):
+        results.append(result)
+        assert taken - len(results) <= 2 * workers
+    assert results == [i * i for i in range(50)]
+
+
+def test_parallel_map_uses_its_workers() -> None:
+    barrier = threading.Barrier(3, timeout=10)
+    assert list(parallel_map(lambda i: (barrier.wait(), i)[1], range(3), 3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_parallel_map_raises_where_the_result_would_have_come(error: type[BaseException]) -> None:
+    begun = []
+
+    def fail_at_three(i: int) -> int:
+        begun.append(i)
+        if i == 3:
+            raise error
+        return i
+
+    results = []
+    with pytest.raises(error):
+        for result in parallel_map(fail_at_three, range(1000), 2):
+            results.append(result)
+    assert results == [0, 1, 2]
+    assert len(begun) < 20  # the rest was dropped

@@ -1,0 +1,106 @@
+"""Label files as rows: text in, labels or an error out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from multisa.runtime.errors import UsageError
+from multisa.runtime.image_labels import ImageLabels, read_image_labels
+
+CLASSES = ("cat", "dog", "dining table")
+
+
+def read(tmp_path: Path, text: str, name: str = "labels.csv") -> ImageLabels:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return read_image_labels(tmp_path / name, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("row", "relative", "expected"),
+    [
+        ("a.jpg,cat", "a.jpg", ("cat",)),
+        ("a.jpg,dog cat", "a.jpg", ("cat", "dog")),  # in the order of the ids
+        ("a.jpg,dog;dining table", "a.jpg", ("dog", "dining table")),
+        ("a.jpg,dining table", "a.jpg", ("dining table",)),
+        ("a.jpg, cat  cat ", "a.jpg", ("cat",)),
+        ("a.jpg,", "a.jpg", ()),
+        ("a,cat", "a.jpg", ("cat",)),
+        ("deep/a.jpg,cat", "deep/a.jpg", ("cat",)),
+        ("deep/a,cat", "deep/a.jpg", ("cat",)),
+        ("deep\\a.jpg,cat", "deep/a.jpg", ("cat",)),
+        ("./deep/a.jpg,cat", "deep/a.jpg", ("cat",)),
+        ("a.jpg,cat", "deep/a.jpg", ("cat",)),  # by file name
+        ("a,cat", "deep/a.jpg", ("cat",)),  # by stem
+        ("JPEGImages/a.jpg,cat", "a.jpg", ("cat",)),
+        ('"a,b.jpg",cat', "a,b.jpg", ("cat",)),
+        ("b.jpg,cat", "a.jpg", None),
+        ("deep/a.jpg,cat\na.jpg,dog", "deep/a.jpg", ("cat",)),  # the path wins over the name
+        ("a.jpg,cat\na.jpg,cat", "a.jpg", ("cat",)),
+    ],
+)
+def test_csv_rows(tmp_path: Path, row: str, relative: str, expected: tuple[str, ...] | None) -> None:
+    assert read(tmp_path, f"image,labels\n{row}\n\n").for_image(relative) == expected
+
+
+def test_csv_with_a_byte_order_mark_and_crlf(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_bytes(b"\xef\xbb\xbfimage,labels\r\na.jpg,cat\r\n")
+    assert read_image_labels(tmp_path / "l.csv", CLASSES).for_image("a.jpg") == ("cat",)
+
+
+def test_json(tmp_path: Path) -> None:
+    labels = read(tmp_path, json.dumps({"a.jpg": ["dining table", "cat"], "b": []}), "labels.json")
+    assert labels.for_image("a.jpg") == ("cat", "dining table")
+    assert labels.for_image("b.png") == ()
+    assert labels.unused(["a.jpg", "c.jpg"]) == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "match"),
+    [
+        ("a.jpg,cat\n", "l.csv", "line 1: got 'a.jpg,cat', expected the header 'image,labels'"),
+        ("", "l.csv", "line 1"),
+        ("image,labels\n", "l.csv", "no image in it"),
+        ("image,labels\na.jpg,cat\nb.jpg,cow\n", "l.csv", "line 3: unknown class 'cow', expected cat, dog"),
+        ("image,labels\na.jpg,cat,dog\n", "l.csv", "line 2: got 3 columns"),
+        ("image,labels\n,cat\n", "l.csv", "line 2: got no image"),
+        ("image,labels\na.jpg,cat\n\na.jpg,dog\n", "l.csv", r"line 4: a\.jpg has .* at line 2"),
+        ('image,labels\n"a.jpg,cat\n', "l.csv", "line 2: not CSV"),
+        ("{", "l.json", "not JSON"),
+        ('["a"]', "l.json", "no JSON object"),
+        ('{"a": "cat"}', "l.json", "key 'a': got 'cat', expected a list"),
+        ('{"a": [1]}', "l.json", "expected a list"),
+        ('{"a": ["cow"]}', "l.json", "key 'a': unknown class 'cow'"),
+        ('{"a": ["cat"], "a": ["dog"]}', "l.json", "keep one"),
+        ("{}", "l.json", "no image in it"),
+        ("a cat", "l.txt", r"expected \.csv or \.json"),
+    ],
+)
+def test_errors(tmp_path: Path, text: str, name: str, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        read(tmp_path, text, name)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_image_labels(tmp_path / "absent.csv", CLASSES)
+    (tmp_path / "latin.csv").write_bytes(b"image,labels\n\xe9.jpg,cat\n")
+    with pytest.raises(UsageError, match="UTF-8"):
+        read_image_labels(tmp_path / "latin.csv", CLASSES)
+
+
+def test_ambiguous_rows(tmp_path: Path) -> None:
+    labels = read(tmp_path, "image,labels\nx/a.jpg,cat\ny/a.jpg,dog\nx/b.jpg,cat\ny/b.jpg,cat\n")
+    with pytest.raises(UsageError, match=r"a\.jpg fits several rows .*x/a\.jpg, y/a\.jpg"):
+        labels.for_image("a.jpg")
+    assert labels.for_image("b.jpg") == ("cat",)  # several, but they agree
+    both = read(tmp_path, "image,labels\na,cat\na.jpg,dog\n")
+    with pytest.raises(UsageError, match="several rows"):
+        both.for_image("a.jpg")
+
+
+def test_one_row_for_several_images(tmp_path: Path) -> None:
+    labels = read(tmp_path, "image,labels\na.jpg,cat\n")
+    assert labels.match(["x/a.jpg", "x/c.jpg"]) == {"x/a.jpg": ("cat",)}
+    with pytest.raises(UsageError, match=r"fits several images \(x/a\.jpg, y/a\.jpg\)"):
+        labels.match(["x/a.jpg", "y/a.jpg"])

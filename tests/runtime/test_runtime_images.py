@@ -1,0 +1,241 @@
+"""Every kind of image a corpus may hold, made here with Pillow."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multisa.runtime.errors import ImageError
+from multisa.runtime.images import (
+    MINIMUM_SIDE,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+    working_size,
+    write_mask,
+)
+from multisa.runtime.palette import voc_palette
+
+GREY = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
+RGB = np.dstack([GREY, 255 - GREY, GREY // 2])
+SIXTEEN = GREY.astype(np.uint16) * 257
+
+
+def palette_image() -> Image.Image:
+    image = Image.fromarray((GREY // 128).astype(np.uint8))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    return image
+
+
+def transparent_palette() -> Image.Image:
+    image = palette_image()
+    image.info["transparency"] = 0
+    return image
+
+
+def alpha(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.dstack([RGB, values.astype(np.uint8)]))
+
+
+ON_WHITE = np.where((GREY < 100)[..., None], 255, RGB)
+PALETTE_RGB = np.array([[10, 20, 30], [200, 100, 50]], np.uint8)[GREY // 128]
+ROWS: list[tuple[str, Callable[[], Image.Image], np.ndarray, str]] = [
+    ("rgb.png", lambda: Image.fromarray(RGB), RGB, ""),
+    ("grey.png", lambda: Image.fromarray(GREY), np.dstack([GREY] * 3), ""),
+    ("grey.bmp", lambda: Image.fromarray(GREY), np.dstack([GREY] * 3), ""),
+    ("sixteen.png", lambda: Image.fromarray(SIXTEEN), np.dstack([GREY] * 3), "16-bit"),
+    ("sixteen.tif", lambda: Image.fromarray(SIXTEEN), np.dstack([GREY] * 3), "16-bit"),
+    ("integer.tif", lambda: Image.fromarray(SIXTEEN.astype(np.int32)), np.dstack([GREY] * 3), "16-bit"),
+    ("palette.png", palette_image, PALETTE_RGB, ""),
+    ("hole.png", transparent_palette, np.where((GREY < 128)[..., None], 255, PALETTE_RGB), "transparency"),
+    ("alpha.png", lambda: alpha(np.where(GREY < 100, 0, 255)), ON_WHITE, "transparency"),
+    ("alpha.tif", lambda: alpha(np.where(GREY < 100, 0, 255)), ON_WHITE, "transparency"),
+    ("bits.png", lambda: Image.fromarray(GREY > 100), np.dstack([(GREY > 100) * 255] * 3), ""),
+    (
+        "cmyk.tif",
+        lambda: Image.fromarray(RGB).convert("CMYK"),
+        np.asarray(Image.fromarray(RGB).convert("CMYK").convert("RGB")),
+        "CMYK",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "expected", "note"), ROWS, ids=[row[0] for row in ROWS])
+def test_read_image_modes(
+    tmp_path: Path, name: str, make: Callable[[], Image.Image], expected: np.ndarray, note: str
+) -> None:
+    make().save(tmp_path / name)
+    photograph = read_image(tmp_path / name)
+    assert photograph.rgb.dtype == np.uint8
+    assert photograph.rgb.flags.c_contiguous and photograph.rgb.flags.writeable
+    np.testing.assert_array_equal(photograph.rgb, expected)
+    assert photograph.orientation == 1
+    assert (note in " ".join(photograph.notes)) if note else photograph.notes == ()
+
+
+def test_read_image_cmyk_jpeg_has_the_right_polarity(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (250, 20, 20)).convert("CMYK").save(tmp_path / "red.jpg", quality=95)
+    red = read_image(tmp_path / "red.jpg").rgb.reshape(-1, 3).mean(axis=0)
+    assert red[0] > 200 and red[1] < 60 and red[2] < 60
+
+
+def test_read_image_takes_the_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    photograph = read_image(tmp_path / "moving.gif")
+    assert photograph.rgb[0, 0].tolist() == [255, 0, 0]
+    assert photograph.notes[0] == "first of 3 frames"
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_read_image_applies_orientation_once(tmp_path: Path, extension: str, orientation: int) -> None:
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16] = (250, 250, 250)  # only the top left is bright
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{extension}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    photograph = read_image(path)
+    assert photograph.orientation == orientation
+    assert photograph.rgb.shape == upright.shape
+    assert np.abs(photograph.rgb.astype(int) - upright).mean() < 4
+
+
+def test_read_image_ignores_an_impossible_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    Image.fromarray(RGB).save(tmp_path / "odd.png", exif=exif)
+    assert read_image(tmp_path / "odd.png").orientation == 1
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for name in ("cut.jpg", "cut.png", "cut.tif", "cut.webp"):
+        Image.fromarray(noise).save(folder / name)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("hello")
+    Image.fromarray(GREY.astype(np.float32)).save(folder / "float.tif")
+    Image.fromarray(GREY.astype(np.int32) * 100000).save(folder / "deep.tif")
+    (folder / "folder.jpg").mkdir()
+    return {path.name: path for path in folder.iterdir()} | {"absent.jpg": folder / "absent.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cut.jpg", "truncated"),
+        ("cut.png", "cannot be decoded"),
+        ("cut.tif", "cannot be decoded"),
+        ("cut.webp", ""),
+        ("empty.jpg", "empty"),
+        ("text.jpg", "not an image"),
+        ("float.tif", "floating-point"),
+        ("deep.tif", "32-bit"),
+        ("folder.jpg", "directory"),
+        ("absent.jpg", "No such file"),
+    ],
+)
+@pytest.mark.filterwarnings("default")  # Pillow warns of what it finds in broken TIFF files
+def test_read_image_errors(tmp_path: Path, name: str, reason: str) -> None:
+    path = broken_files(tmp_path)[name]
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert reason.lower() in str(caught.value).lower()
+
+
+def test_read_image_limit_is_ours_not_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # Pillow would raise at 9 pixels
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "a.png", max_pixels=48).rgb.shape == (6, 8, 3)
+        with pytest.raises(ImageError, match="8x6 = 48 pixels, expected at most 47"):
+            read_image(tmp_path / "a.png", max_pixels=47)
+    assert Image.MAX_IMAGE_PIXELS == 4
+
+
+def test_mask_round_trip_is_deterministic(tmp_path: Path) -> None:
+    mask = np.random.default_rng(1).integers(0, 256, (31, 17), dtype=np.uint8)
+    for name in ("one.png", "two.png"):
+        write_mask(tmp_path / name, mask, voc_palette())
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    np.testing.assert_array_equal(read_mask(tmp_path / "one.png"), mask)
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.mode == "P"
+        assert image.getpalette() == voc_palette().ravel().tolist()
+
+
+def test_read_mask_takes_grey(tmp_path: Path) -> None:
+    Image.fromarray(GREY).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "grey.png"), GREY)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("rgb.png", lambda: Image.fromarray(RGB)),
+        ("bits.png", lambda: Image.fromarray(GREY > 100)),
+        ("sixteen.png", lambda: Image.fromarray(SIXTEEN)),
+        ("grey.jpg", lambda: Image.fromarray(GREY)),
+    ],
+)
+def test_read_mask_errors(tmp_path: Path, name: str, make: Callable[[], Image.Image]) -> None:
+    make().save(tmp_path / name)
+    with pytest.raises(ImageError, match="expected"):
+        read_mask(tmp_path / name)
+
+
+def test_write_mask_needs_a_colour_for_every_id(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="id 3"):
+        write_mask(tmp_path / "a.png", np.full((2, 2), 3, np.uint8), voc_palette()[:3])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (400, 600, (200, 300)),
+        (600, 400, (300, 200)),
+        (100, 70, (100, 70)),  # never enlarged
+        (300, 300, (300, 300)),
+        (10, 20, (MINIMUM_SIDE, MINIMUM_SIDE)),  # but for the smallest side
+        (5000, 20, (300, MINIMUM_SIDE)),
+        (1, 1, (MINIMUM_SIDE, MINIMUM_SIDE)),
+    ],
+)
+def test_working_size(height: int, width: int, expected: tuple[int, int]) -> None:
+    assert working_size(height, width, 300) == expected
+
+
+def test_working_size_error() -> None:
+    with pytest.raises(ValueError, match="at least"):
+        working_size(10, 10, MINIMUM_SIDE - 1)
+
+
+def test_resize() -> None:
+    assert resize_image(RGB, (6, 8)) is RGB
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[::2] = 255
+    shrunk = resize_image(stripes, (16, 16))
+    assert shrunk.shape == (16, 16, 3)
+    assert abs(int(shrunk[8, 8, 0]) - 127) < 8  # averaged, not sampled
+    mask = np.array([[0, 7], [9, 255]], np.uint8)
+    enlarged = resize_mask(mask, (4, 6))
+    np.testing.assert_array_equal(enlarged, mask.repeat(2, 0).repeat(3, 1))

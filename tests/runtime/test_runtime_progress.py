@@ -1,0 +1,40 @@
+"""Progress goes to stderr, as a bar on a terminal and as a line now and then elsewhere."""
+
+import io
+import sys
+
+import pytest
+
+from multisa.runtime import progress as progress_module
+from multisa.runtime.progress import Progress, say
+
+
+def test_quiet_when_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(3, "label") as progress:
+        for _ in range(3):
+            progress.advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress_module, "LINE_INTERVAL", 0.0)
+    with Progress(4, "label") as progress:
+        progress.advance(2, note="1 failed")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("label: 2/4 images, ") and captured.err.endswith("s left, 1 failed\n")
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(2, "label") as progress:
+        progress.advance(note="loss 0.1")
+        say("a remark")
+        progress.advance()
+    text = terminal.getvalue()
+    assert "2/2" in text and "loss 0.1" in text and "a remark\n" in text

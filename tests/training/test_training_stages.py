@@ -1,0 +1,255 @@
+"""Configuration, data readers, the loop, scoring, and the whole pipeline on a small synthetic data set."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from multisa.runtime.errors import DatasetError, MultisaError, UsageError
+from multisa.runtime.images import read_mask
+from multisa.runtime.metrics import confusion_matrix, mean_iou
+from multisa.training.affinity import affinity_labels
+from multisa.training.augment import AugmentedPhotographs, random_crop
+from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, load_config, preset_names
+from multisa.training.data import read_dataset
+from multisa.training.evaluation import ThresholdSweep
+from multisa.training.loop import LoopOptions, train_network
+from multisa.training.pipeline import format_table, load_run, run_pipeline
+
+TINY = Path(__file__).with_name("tiny.toml")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid(name: str) -> None:
+    assert load_config(name).cam.taps == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cam.epoch=3", "unknown key 'epoch'; valid keys: backbone"),
+        ("cam.schedule.epochs=many", "expected int"),
+        ("cam.schedule.epochs=1.5", "expected int"),
+        ("affinity.head=edges", "expected one of 'features', 'boundary'"),
+        ("cam.schedule.resize=[1]", "got 1 values, expected 2"),
+        ("seed", "expected KEY=VALUE"),
+    ],
+)
+def test_bad_overrides_name_the_valid_ones(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("[", r"\[")):
+        load_config("lite0", [override])
+
+
+def test_overrides_change_one_value() -> None:
+    config = load_config(
+        "lite0", ["cam.schedule.epochs=3", "affinity.head=features", "label.crf.iterations=4"]
+    )
+    assert config.cam.schedule.epochs == 3
+    assert config.affinity.head == "features"
+    assert config.label.crf.iterations == 4
+    assert replace(config.cam, schedule=load_config("lite0").cam.schedule) == load_config("lite0").cam
+
+
+def test_unknown_preset_is_an_error() -> None:
+    with pytest.raises(UsageError, match="expected one of lite0"):
+        load_config("resnet9000")
+
+
+def test_voc_layout(voc_folder: Path) -> None:
+    dataset = read_dataset(voc_folder)
+    assert (len(dataset.weak), len(dataset.train), len(dataset.val)) == (8, 6, 4)
+    assert dataset.weak[2].classes == (1, 2)
+    assert dataset.class_names == ("background", "square", "disc")
+
+
+def test_labels_from_voc_annotations(voc_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    labels = json.loads((root / "labels.json").read_text())
+    (root / "labels.json").unlink()
+    (root / "Annotations").mkdir()
+    for name, classes in labels.items():
+        objects = "".join(f"<object><name>{c}</name></object>" for c in [*classes, *classes, "sofa"])
+        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+    read, expected = read_dataset(root), read_dataset(voc_folder)
+    assert [item.classes for item in read.weak] == [item.classes for item in expected.weak]
+
+
+def test_plain_folder_with_a_table(voc_folder: Path, tmp_path: Path) -> None:
+    for name in ("photo_00.jpg", "photo_01.jpg"):
+        shutil.copy(voc_folder / "JPEGImages" / name, tmp_path / name)
+    (tmp_path / "classes.txt").write_text("background\nsquare\ndisc\n")
+    (tmp_path / "labels.csv").write_text("image,labels\nphoto_00.jpg,square\nphoto_01.jpg,disc square\n")
+    dataset = read_dataset(tmp_path)
+    assert [item.classes for item in dataset.weak] == [(1,), (1, 2)]
+    assert dataset.train == dataset.val == ()
+
+
+def test_data_set_errors(voc_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="not a folder"):
+        read_dataset(tmp_path / "missing")
+    with pytest.raises(DatasetError, match=r"no labels\.csv"):
+        read_dataset(tmp_path)
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    (root / "JPEGImages" / "photo_03.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"photo_03\.jpg: listed"):
+        read_dataset(root)
+    (root / "labels.json").unlink()
+    with pytest.raises(DatasetError, match="one is needed"):
+        read_dataset(root)
+
+
+def test_samples_depend_only_on_seed_epoch_and_index(voc_folder: Path) -> None:
+    dataset = read_dataset(voc_folder)
+    photographs = AugmentedPhotographs(
+        dataset.weak, Schedule(crop=64, resize=(48, 128)), TrainConfig(), n_classes=3
+    )
+    image, target = photographs[2]
+    assert image.shape == (64, 64, 3) and image.dtype == torch.uint8
+    assert target.tolist() == [1.0, 1.0]
+    assert torch.equal(photographs[2][0], image)
+    photographs.set_epoch(1)
+    assert not torch.equal(photographs[2][0], image)
+
+
+def test_crop_keeps_image_and_mask_together() -> None:
+    random = np.random.default_rng(0)
+    image = np.arange(40 * 70, dtype=np.uint8).reshape(40, 70)
+    stacked, mask = random_crop(np.dstack([image] * 3), image, 50, random)
+    assert mask is not None
+    assert stacked.shape == (50, 50, 3)
+    inside = mask != 255
+    assert inside.sum() > 40 * 40
+    assert np.array_equal(stacked[..., 0][inside], mask[inside])
+
+
+class Line(nn.Module):
+    """A network with dropout, so that resuming must restore the random stream too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.layer(self.drop(values)))
+
+
+def fit(folder: Path, epochs: int, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Line()
+    values = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(values, values.sum(1, keepdim=True))
+    calls = 0
+
+    def step(batch: list[torch.Tensor]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if stop_after is not None and calls > stop_after:
+            raise KeyboardInterrupt
+        return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+    schedule = Schedule(epochs=epochs, batch_size=4, learning_rate=0.01, new_layers_factor=1.0)
+    options = LoopOptions(folder / "checkpoint.safetensors", seed=5, workers=0, title="line")
+    train_network(model, [], data, step, schedule, options)
+    return dict(model.state_dict())
+
+
+def test_interrupted_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = fit(tmp_path / "a", epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", epochs=4, stop_after=7)
+    resumed = fit(tmp_path / "b", epochs=4)
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
+    data = torch.utils.data.TensorDataset(torch.zeros(4, 8))
+    model = Line()
+    with pytest.raises(MultisaError, match="lower learning_rate"):
+        train_network(
+            model,
+            [],
+            data,
+            lambda batch: model(batch[0]).sum() * float("nan"),
+            Schedule(epochs=1, batch_size=4),
+            LoopOptions(tmp_path / "c", 0, 0, "line"),
+        )
+
+
+def test_sweep_equals_thresholding_one_by_one() -> None:
+    random = np.random.default_rng(0)
+    sweep, masks = ThresholdSweep(4), []
+    for _ in range(3):
+        scores = random.random((2, 12, 15)).astype(np.float32)
+        truth = random.choice(np.array([0, 1, 3, 255], np.uint8), (12, 15))
+        sweep.add(scores, (1, 3), truth)
+        masks.append((scores, truth))
+    for background in (0.0, 0.3, 0.77):
+        expected = np.zeros((4, 4), np.int64)
+        for scores, truth in masks:
+            winner = np.array([1, 3], np.uint8)[scores.argmax(0)]
+            expected += confusion_matrix(
+                np.where(scores.max(0) >= background, winner, 0).astype(np.uint8), truth, 4
+            )
+        assert np.array_equal(sweep.confusion(background), expected)
+    results = sweep.results(0.3)
+    assert results["best"]["miou"] >= results["configured"]["miou"]
+    assert results["configured"]["miou"] == round(100 * mean_iou(sweep.confusion(0.3)), 2)
+
+
+def test_affinity_labels_are_unsure_between_the_two_thresholds() -> None:
+    image = np.full((24, 32, 3), 128, np.uint8)
+    image[:, :10], image[:, 22:] = 30, 220
+    cam = np.zeros((1, 24, 32), np.float32)
+    cam[0, :, :10], cam[0, :, 10:22] = 1.0, 0.2
+    labels = affinity_labels(image, cam, (2,), AffinityLabelConfig(foreground=0.5, background=0.1))
+    assert set(np.unique(labels[:, :8])) == {2}
+    assert set(np.unique(labels[:, 12:20])) == {255}
+    assert set(np.unique(labels[:, 24:])) == {0}
+    assert not affinity_labels(image, cam[:0], (), AffinityLabelConfig()).any()
+
+
+@pytest.fixture(scope="module")
+def run_folder(voc_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), root)
+    return root
+
+
+def test_pipeline_measures_every_stage(run_folder: Path, voc_folder: Path) -> None:
+    run = load_run(run_folder)
+    assert [row.measured_on for row in run.rows] == ["train"] * 4 + ["val"]
+    assert len(run.betas) == 3 and len(run.score_thresholds) == 2
+    assert "DeepLabV3+" in format_table(run)
+    masks = run.folder(run_folder, "pseudo-masks")
+    item = read_dataset(voc_folder).weak[0]
+    mask = read_mask(masks / f"{item.id}.png")
+    assert mask.shape == (96, 96)
+    assert set(np.unique(mask)) <= {0, *item.classes}
+
+
+def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, voc_folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
+    first = load_run(run_folder)
+    again = run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), run_folder)
+    assert again == first
+    changed = run_pipeline(
+        load_config(str(TINY), ["segmenter.decoder_channels=8"]), read_dataset(voc_folder), run_folder
+    )
+    after = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
+    assert {path: after[path] for path in before} == before
+    assert sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys()) == [
+        "segmenter",
+        "val",
+    ]
+    assert changed.folder(run_folder, "walk") == first.folder(run_folder, "walk")
