@@ -166,18 +166,18 @@ def inspect(bundle: Path | None) -> None:
 @click.option("-o", "--out", type=_PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
 @_bundle_option
 def demo(out: Path, bundle: Path | None) -> None:
-    """Segment the photographs that come with the package and make a page to look at.
+    """Label and segment the photographs that come with the package and make a page to look at.
 
     \b
     Example:
       multisa demo
     """
-    from multisa.runtime.segment import segment_images
+    from multisa.runtime.bulk import describe_summary
+    from multisa.runtime.demo import run_demo
 
-    options = _run_options(None, None, True, "0")
-    photographs = Path(__file__).parent / "demo_photos"
-    summary = segment_images(photographs, out, bundle=_load_bundle(bundle), options=options)
-    _report(summary, out, True, "0")
+    for name, summary in run_demo(out, _load_bundle(bundle)).items():
+        click.echo(f"multisa {name}: {describe_summary(summary)}")
+    click.echo(f"open {out / 'index.html'} in a browser")
 
 
 def _run_options(

@@ -5,6 +5,7 @@ The page is one static file with relative links to OUT/overlays/; nothing is loa
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -25,6 +26,18 @@ LONG_SIDE = 640  # of the pictures on the page
 OPACITY = 0.5  # of the mask over the photograph
 
 _JPEG_QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of each image on the page."""
+
+    caption: str
+    kind: str  # "photo" or "overlay", as `write_overlay` writes them
+    run: str = ""  # folder of the run below OUT, ending in "/", when the page shows several runs
+
+
+RUN_PANELS = (Panel("photograph", "photo"), Panel("mask", "overlay"))
 
 
 def overlay(rgb: UInt8, mask: UInt8, palette: UInt8) -> UInt8:
@@ -51,8 +64,15 @@ def write_overlay(out: Path, name: str, rgb: UInt8, mask: UInt8, manifest: Manif
     _write_jpeg(out / _picture(name, "overlay"), overlay(small, small_mask, manifest.mask_palette()))
 
 
-def write_gallery(out: Path, records: Sequence[Mapping[str, Any]], manifest: Manifest, *, title: str) -> None:
-    """Write OUT/index.html about the images of `records` (the lines of labels.jsonl).
+def write_gallery(
+    out: Path,
+    records: Sequence[Mapping[str, Any]],
+    manifest: Manifest,
+    *,
+    title: str,
+    panels: Sequence[Panel] = RUN_PANELS,
+) -> None:
+    """Write OUT/index.html about the images of `records` (the lines of labels.jsonl of the last panel's run).
 
     Their pictures must have been written by `write_overlay`.
     """
@@ -64,7 +84,8 @@ def write_gallery(out: Path, records: Sequence[Mapping[str, Any]], manifest: Man
         bundle=escape(manifest.name),
         count=f"{len(records)} image{'' if len(records) == 1 else 's'}",
         legend=legend,
-        cards="\n".join(_card(record, colours, manifest.classes[0]) for record in records),
+        panels=len(panels),
+        cards="\n".join(_card(record, panels, colours, manifest.classes[0]) for record in records),
     )
     write_bytes_atomically(out / "index.html", page.encode())
 
@@ -89,12 +110,21 @@ def _picture(name: str, kind: str) -> str:
     return f"overlays/{name}.{kind}.jpg"
 
 
-def _card(record: Mapping[str, Any], colours: Mapping[str, Sequence[int]], background: str) -> str:
+def _card(
+    record: Mapping[str, Any],
+    panels: Sequence[Panel],
+    colours: Mapping[str, Sequence[int]],
+    background: str,
+) -> str:
     name = str(record["mask"]).removeprefix("masks/").removesuffix(".png")
     image = escape(str(record["image"]))
-    photo, laid_over, mask = (
-        escape(quote(link))
-        for link in (_picture(name, "photo"), _picture(name, "overlay"), str(record["mask"]))
+    mask = escape(quote(f"{panels[-1].run}{record['mask']}"))
+    pictures = "".join(
+        f'<a href="{link}"><img loading="lazy" src="{link}" alt="{caption}: {image}">'
+        f"<span>{caption}</span></a>"
+        for link, caption in (
+            (escape(quote(panel.run + _picture(name, panel.kind))), escape(panel.caption)) for panel in panels
+        )
     )
     shares = {key: share for key, share in record["pixel_shares"].items() if key != background}
     ordered = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
@@ -104,9 +134,7 @@ def _card(record: Mapping[str, Any], colours: Mapping[str, Sequence[int]], backg
     )
     ratio = f"{record['width']}/{record['height']}"
     return (
-        f'<article><div class="pair" style="--ratio:{ratio}">'
-        f'<a href="{photo}"><img loading="lazy" src="{photo}" alt="photograph {image}"></a>'
-        f'<a href="{laid_over}"><img loading="lazy" src="{laid_over}" alt="mask over {image}"></a></div>'
+        f'<article><div class="panels" style="--ratio:{ratio}">{pictures}</div>'
         f'<div class="bar">{bar}</div><h2 title="{image}">{image}</h2>'
         f'<p class="chips">{chips or "<span>background only</span>"}</p>'
         f'<p class="facts">{record["width"]} × {record["height"]} · confidence {record["confidence"]:.1%} · '
@@ -150,12 +178,15 @@ header p { margin: 0; color: var(--soft); }
         border: 1px solid var(--line); border-radius: 99px; }
 .chip i { width: 11px; height: 11px; border-radius: 50%; box-shadow: 0 0 0 1px rgb(128 128 128 / .45); }
 .chip b { font-weight: 600; font-variant-numeric: tabular-nums; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 20px;
+main { display: grid; gap: 20px;
+       grid-template-columns: repeat(auto-fill, minmax(min(100%, calc($panels * 210px)), 1fr));
        padding: 24px clamp(16px, 3vw, 40px); align-items: start; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; background: var(--line); }
-.pair a { display: block; }
-.pair img { display: block; width: 100%; aspect-ratio: var(--ratio); max-height: 70vh; object-fit: contain;
+.panels { display: grid; grid-template-columns: repeat($panels, 1fr); gap: 2px; background: var(--line); }
+.panels a { display: block; position: relative; }
+.panels span { position: absolute; left: 8px; bottom: 8px; padding: 0 8px; border-radius: 99px;
+               font-size: 12px; color: #fff; background: rgb(0 0 0 / .55); }
+.panels img { display: block; width: 100%; aspect-ratio: var(--ratio); max-height: 70vh; object-fit: contain;
             background: var(--page); }
 .bar { display: flex; height: 4px; background: var(--line); }
 h2 { margin: 12px 16px 6px; font-size: 15px; font-weight: 600; overflow: hidden; text-overflow: ellipsis;

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from click.testing import CliRunner, Result
 
 from multisa.runtime import bundle as bundle_module
@@ -81,11 +82,13 @@ def test_demo(bundle: Bundle, tmp_path: Path) -> None:
     result = run_cli("demo", "-o", tmp_path / "demo", "--bundle", bundle.path)
     assert result.exit_code == 0, result.output
     assert f"open {tmp_path / 'demo' / 'index.html'}" in result.stdout
-    assert sorted(p.name for p in (tmp_path / "demo/masks").iterdir()) == [
-        "astronaut.png",
-        "chelsea.png",
-        "coffee.png",
-    ]
+    page = (tmp_path / "demo/index.html").read_text()
+    for run in ("label", "segment"):
+        masks = sorted(p.name for p in (tmp_path / "demo" / run / "masks").iterdir())
+        assert masks == ["astronaut.png", "chelsea.png", "coffee.png"]
+        assert f"{run}/overlays/chelsea.overlay.jpg" in page
+    with Image.open(tmp_path / "demo/demo.jpg") as sheet:
+        assert sheet.height == 3 * 244
 
 
 def test_demo_photographs_have_sources() -> None:
