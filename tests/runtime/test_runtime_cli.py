@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from multisa.runtime import bundle as bundle_module
 from multisa.runtime import cli, commands
