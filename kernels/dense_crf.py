@@ -25,6 +25,9 @@ Backend = Literal["native", "pydensecrf"]
 # Probabilities below this count as this in the unary energy (pydensecrf's unary_from_softmax).
 PROBABILITY_FLOOR = 1e-5
 
+# Mean field settles within some ten iterations; more than this is a mistake that would take hours.
+MAX_ITERATIONS = 1000
+
 
 @dataclass(frozen=True)
 class CrfParameters:
@@ -39,7 +42,8 @@ class CrfParameters:
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError, naming the field, for a value without meaning."""
-        check_integer("iterations", self.iterations, minimum=0)
+        if check_integer("iterations", self.iterations, minimum=0) > MAX_ITERATIONS:
+            raise ValueError(f"iterations: got {self.iterations}, expected 0..{MAX_ITERATIONS}")
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if field.name.endswith("compat"):

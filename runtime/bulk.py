@@ -37,7 +37,8 @@ from multisa.runtime.progress import Progress, say
 
 UInt8 = npt.NDArray[np.uint8]
 
-_DECIMALS = 4
+DECIMALS = 4  # of every share, score and time in the records
+
 _NAMED = 3  # how many examples a message gives
 
 
@@ -102,17 +103,6 @@ class _Failed:
     image: str
     reason: str
     seconds: dict[str, float]
-
-
-def check_output(source: Path, out: Path) -> None:
-    """Refuse an output folder that is a file, or that lies inside the folder of images. Raises UsageError."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file, expected a folder for the results")
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(
-            f"{out}: lies inside the images' folder {source}, where masks would be taken for images: "
-            "choose a folder outside it"
-        )
 
 
 def run_corpus(
@@ -224,7 +214,7 @@ def _annotate_one(
         with clock.stage("gallery"):
             write_overlay(out, image.name, photograph.rgb, mask, manifest)
     counts = np.bincount(mask.ravel(), minlength=len(manifest.classes))
-    shares = {manifest.classes[i]: round(int(n) / mask.size, _DECIMALS) for i, n in enumerate(counts) if n}
+    shares = {manifest.classes[i]: round(int(n) / mask.size, DECIMALS) for i, n in enumerate(counts) if n}
     record = {
         "image": image.relative,
         "mask": _mask_path(Path(), image).as_posix(),
@@ -233,7 +223,7 @@ def _annotate_one(
         "orientation": photograph.orientation,
         "classes": annotation.classes,
         "pixel_shares": shares,
-        "confidence": round(annotation.confidence, _DECIMALS),
+        "confidence": round(annotation.confidence, DECIMALS),
         **annotation.details,
     }
     return {**record, "notes": photograph.notes} if photograph.notes else record
@@ -277,7 +267,7 @@ def _tell_skipped(corpus: Corpus) -> None:
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(value, _DECIMALS) for name, value in seconds.items()}
+    return {name: round(value, DECIMALS) for name, value in seconds.items()}
 
 
 def _json_line(value: Mapping[str, Any]) -> str:

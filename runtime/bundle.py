@@ -5,6 +5,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -35,6 +36,8 @@ __all__ = [
     "load_bundle",
     "write_bundle",
 ]
+
+ENGINES_FOLDER = "engines"  # serialised engines inside a bundle: a cache that can be made again
 
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is some kilobytes
 
@@ -93,8 +96,8 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
     """Write `files` and bundle.json to `folder`, replacing a bundle that is there, and verify the result.
 
     The manifest's `files` are computed here from the bytes given. Everything is written to a temporary folder
-    beside the target first. Raises BundleError when the manifest is not valid or `folder` holds something
-    that is not a bundle.
+    beside the target first. Raises BundleError when the manifest is not valid or `folder` holds anything
+    but a bundle: its manifest, the files that lists and, perhaps, its cache of engines.
     """
     entries = {name: FileEntry(sha256_of_bytes(data), len(data)) for name, data in sorted(files.items())}
     complete = replace(manifest, files=entries)
@@ -102,22 +105,21 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
         check_manifest(complete)
     except ValueError as error:
         raise BundleError(f"{folder / MANIFEST_NAME}: {error}") from error
-    # An empty folder has nothing to lose.
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_bundle(folder):
-        raise BundleError(f"{folder}: exists and is not a bundle, expected a new folder or one to replace")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as work:
-        new, old = Path(work, "new"), Path(work, "old")
+    _check_replaceable(folder)
+    target = folder.resolve()  # of a link, what it leads to
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as work:
+        new = Path(work, "new")
         new.mkdir()
         for name, data in files.items():
             write_bytes_atomically(new / name, data)
         write_bytes_atomically(new / MANIFEST_NAME, manifest_to_json(complete).encode())
         _flush_folder(new)
-        if folder.exists():
-            _swap(new, folder, old)
+        if target.exists():
+            _swap(new, target)
         else:
-            new.replace(folder)
-        _flush_folder(folder.parent)
+            new.replace(target)
+        _flush_folder(target.parent)
     return load_bundle(folder)
 
 
@@ -137,7 +139,7 @@ def describe(bundle: Bundle) -> str:
         f"beta {label.walk_beta:g}, {label.walk_steps} steps",
         f"  background    {label.background:g}, dense CRF {'on' if label.use_crf else 'off'}",
         f"  thresholds    {thresholds}",
-        *_section("in the graphs", [(str(i), step) for i, step in enumerate(manifest.preprocessing, 1)]),
+        *_section("preprocessing", [(str(i), step) for i, step in enumerate(manifest.preprocessing, 1)]),
         *_section("metrics", list(manifest.metrics.items())),
         *_section("provenance", list(manifest.provenance.items())),
         *_section(
@@ -178,18 +180,54 @@ def _compare(path: Path, digest: str, entry: FileEntry) -> None:
         )
 
 
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    folder.replace(old)
+def _check_replaceable(folder: Path) -> None:
+    """Raise BundleError if replacing `folder` would remove anything that is not of a bundle."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    problem = _what_is_no_bundle(folder)
+    if problem:
+        raise BundleError(
+            f"{folder}: exists and is not a bundle alone ({problem}), expected a new folder or a bundle to "
+            "replace: choose another folder or move what is not of the bundle"
+        )
+
+
+def _what_is_no_bundle(folder: Path) -> str:
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return f"no {MANIFEST_NAME} in it"
+    if path.stat().st_size > _MANIFEST_LIMIT:
+        return f"{MANIFEST_NAME} has more than {_MANIFEST_LIMIT} bytes"
     try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{MANIFEST_NAME} is not JSON"
+    # Only what every version has: a bundle of an older or newer one may be replaced, too.
+    if (
+        not isinstance(value, dict)
+        or "schema_version" not in value
+        or not isinstance(value.get("files"), dict)
+    ):
+        return f"{MANIFEST_NAME} is no manifest: schema_version and files are expected in it"
+    names = {MANIFEST_NAME, *value["files"]}
+    for place in sorted(folder.iterdir()):
+        is_cache = place.name == ENGINES_FOLDER and place.is_dir()
+        if not is_cache and not (place.name in names and place.is_file()):
+            return f"{place.name} is not of it"
+    return ""
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`; on any failure, an interrupt too, `folder` is as it was."""
+    old = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old")
+    try:
+        folder.replace(old)
         new.replace(folder)
-    except OSError:
-        old.replace(folder)
-        raise
-    shutil.rmtree(old)
-
-
-def _is_bundle(folder: Path) -> bool:
-    return folder.is_dir() and (folder / MANIFEST_NAME).is_file()
+    finally:
+        if not folder.exists():
+            old.replace(folder)
+        elif old.exists():
+            shutil.rmtree(old)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -133,17 +133,20 @@ def evaluate(
 ) -> None:
     """Compare the masks of the folder PRED with those of GT: IoU of each class, mIoU, pixel accuracy.
 
+    Both must hold the ids of the same classes: those of --classes, or else of the bundle.
+
     \b
     Example:
-      multisa evaluate out/masks VOC2012/SegmentationClass --list val.txt
+      multisa evaluate out/masks truth
+      multisa evaluate voc-out/masks VOC2012/SegmentationClass --classes voc-classes.txt --list val.txt
     """
     from multisa.runtime.errors import UsageError
-    from multisa.runtime.evaluate import evaluate_masks, read_names
+    from multisa.runtime.evaluate import evaluate_masks, read_class_names, read_mask_names
 
     if classes and bundle:
         raise UsageError("got both --classes and --bundle, expected one of them")
-    class_names = read_names(classes) if classes else _load_bundle(bundle).manifest.classes
-    listed = read_names(names) if names else None
+    class_names = read_class_names(classes) if classes else _load_bundle(bundle).manifest.classes
+    listed = read_mask_names(names) if names else None
     result = evaluate_masks(pred, gt, class_names, names=listed, allow_missing=allow_missing)
     click.echo(json.dumps(result.to_json(), indent=2) if as_json else result.table())
 

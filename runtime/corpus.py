@@ -1,4 +1,4 @@
-"""Finding the images of a corpus, naming their masks, and mapping over them with ordered results."""
+"""Finding the images of a corpus, naming their results, keeping the two apart, and mapping in order."""
 
 import os
 from collections import Counter, deque
@@ -13,6 +13,8 @@ from multisa.runtime.images import EXTENSIONS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+RESULT_FOLDERS = ("masks", "overlays", ".multisa")  # below the folder of a run's results
 
 _LOOK_AHEAD = 2  # submitted items for each worker: enough to keep it busy, memory stays bounded
 
@@ -75,6 +77,32 @@ def find_images(source: Path) -> Corpus:
     return Corpus(tuple(images), tuple(sorted(skipped)))
 
 
+def check_output(source: Path, out: Path, corpus: Corpus) -> None:
+    """Refuse an output folder whose results could replace a source image or be taken for one.
+
+    `corpus` is what `find_images(source)` found. Symbolic links are followed, and folders are compared by
+    identity, as the file system may take upper and lower case for the same. Raises UsageError.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file, expected a folder for the results")
+    # A file is replaced or removed through its folder alone, so it is enough to keep the folders apart.
+    inner = {PurePosixPath(image.name).parent for image in corpus.images}
+    results = [out, *(out / kind / parent for kind in RESULT_FOLDERS for parent in sorted(inner))]
+    if source.is_dir():
+        for folder in results:
+            if _is_within(folder, source):
+                raise UsageError(
+                    f"{folder}: lies inside the images' folder {source}, where masks would be taken for "
+                    "images: choose a folder outside it"
+                )
+    for kind in RESULT_FOLDERS:
+        if _is_within(source, out / kind) or _is_within(source.parent, out / kind):
+            raise UsageError(
+                f"{source}: lies inside {out / kind}, where the results would replace the images: "
+                "choose another folder for the results"
+            )
+
+
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield `function(item)` in the order of `items`, computed by `workers` threads.
 
@@ -92,6 +120,14 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], work
             yield waiting.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether `path`, which need not exist, is the folder or below it once links are followed."""
+    resolved = path.resolve()
+    return folder.exists() and any(
+        place.exists() and place.samefile(folder) for place in (resolved, *resolved.parents)
+    )
 
 
 def _passed_over(path: Path, root: Path) -> str:

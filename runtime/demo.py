@@ -1,5 +1,6 @@
 """The demonstration: label and segment the photographs of the package, side by side on one page."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -19,7 +20,6 @@ PANELS = (
     Panel("multisa label", "overlay", "label/"),
     Panel("multisa segment", "overlay", "segment/"),
 )
-SHOWN_CLASSES = ("cat", "person")  # those of labels.csv
 SHEET_HEIGHT = 240  # pixels of each row of the contact sheet
 
 
@@ -30,8 +30,8 @@ def run_demo(out: Path, bundle: Bundle) -> dict[str, RunSummary]:
     """
     options = RunOptions(gallery=True)
     foreground = bundle.manifest.foreground
-    known = set(SHOWN_CLASSES) <= set(foreground)
-    labels = read_image_labels(PHOTOGRAPHS / "labels.csv", foreground) if known else None
+    table = PHOTOGRAPHS / "labels.csv"
+    labels = read_image_labels(table, foreground) if _named_classes(table) <= set(foreground) else None
     summaries = {
         "label": label_images(PHOTOGRAPHS, out / "label", bundle=bundle, labels=labels, options=options),
         "segment": segment_images(PHOTOGRAPHS, out / "segment", bundle=bundle, options=options),
@@ -41,6 +41,11 @@ def run_demo(out: Path, bundle: Bundle) -> dict[str, RunSummary]:
     write_gallery(out, records, bundle.manifest, title="multisa demo", panels=PANELS)
     _write_contact_sheet(out, [Path(record["image"]).stem for record in records])
     return summaries
+
+
+def _named_classes(table: Path) -> set[str]:
+    with table.open(encoding="utf-8", newline="") as file:
+        return {name for row in csv.DictReader(file) for name in row["labels"].split()}
 
 
 def _write_contact_sheet(out: Path, names: list[str]) -> None:

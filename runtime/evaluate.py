@@ -92,13 +92,31 @@ def evaluate_masks(
     return Evaluation(classes, confusion, len(present), missing)
 
 
-def read_names(path: Path) -> tuple[str, ...]:
-    """Read a list of one name a line; blank lines are skipped, mask extensions dropped. Raises UsageError."""
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read the names of the classes, one a line in the order of ids; blank lines are skipped.
+
+    Raises UsageError for a file that cannot be read or is empty, and for a name given twice.
+    """
+    return _each_once(path, _read_lines(path))
+
+
+def read_mask_names(path: Path) -> tuple[str, ...]:
+    """Read a list of masks, one relative name a line, with or without .png; blank lines are skipped.
+
+    Raises UsageError as `read_class_names` does.
+    """
+    return _each_once(path, tuple(line.removesuffix(".png") for line in _read_lines(path)))
+
+
+def _read_lines(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    names = tuple(line.strip().removesuffix(".png") for line in lines if line.strip())
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _each_once(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise UsageError(f"{path}: is empty, expected one name a line")
     if len(set(names)) != len(names):

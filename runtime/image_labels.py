@@ -29,32 +29,31 @@ class ImageLabels:
     rows: Mapping[str, Labels]  # classes in the order of the bundle
 
     def for_image(self, relative: str) -> Labels | None:
-        """Classes of the image at this posix path below the corpus' folder, None when no row is about it.
+        """Classes of the one image at this posix path below the corpus' folder, None when no row is about it.
 
-        Looked for by relative path, with and without extension, then by file name alone. Raises UsageError
-        when several rows fit and differ.
+        As `match` for a corpus of this image alone.
         """
-        keys = self._keys_for(relative)
-        if len({self.rows[key] for key in keys}) > 1:
-            raise UsageError(
-                f"{self.path}: {relative} fits several rows with different labels ({', '.join(keys)}), "
-                "expected one: write its path relative to the images' folder"
-            )
-        return self.rows[keys[0]] if keys else None
+        return self.match([relative]).get(relative)
 
     def match(self, relatives: Sequence[str]) -> dict[str, Labels]:
-        """Classes for each image that has a row.
+        """Classes for each image that has a row, by posix path below the corpus' folder.
 
-        Raises UsageError as `for_image` does, and when one row fits several images by file name alone.
+        Looked for by relative path, with and without extension, then by file name alone among the rows that
+        are not about another image by its path. Raises UsageError when several rows fit one image and differ,
+        or one row fits several images.
         """
         matched: dict[str, Labels] = {}
         users: dict[str, str] = {}
-        for relative in relatives:
-            labels = self.for_image(relative)
-            if labels is None:
+        for relative, keys in self._keys(relatives).items():
+            if not keys:
                 continue
-            matched[relative] = labels
-            for key in self._keys_for(relative):
+            if len({self.rows[key] for key in keys}) > 1:
+                raise UsageError(
+                    f"{self.path}: {relative} fits several rows with different labels ({', '.join(keys)}), "
+                    "expected one: write its path relative to the images' folder"
+                )
+            matched[relative] = self.rows[keys[0]]
+            for key in keys:
                 other = users.setdefault(key, relative)
                 if other != relative:
                     raise UsageError(
@@ -65,16 +64,24 @@ class ImageLabels:
 
     def unused(self, seen: Iterable[str]) -> tuple[str, ...]:
         """Keys of the rows that are about none of the images `seen` (relative paths), sorted."""
-        used = {key for relative in seen for key in self._keys_for(relative)}
+        used = {key for keys in self._keys(seen).values() for key in keys}
         return tuple(sorted(set(self.rows) - used))
 
-    def _keys_for(self, relative: str) -> list[str]:
+    def _keys(self, relatives: Iterable[str]) -> dict[str, list[str]]:
+        """The rows that fit each image."""
+        exact = {relative: self._exact_keys(relative) for relative in relatives}
+        taken = {key for keys in exact.values() for key in keys}
+        return {
+            relative: keys or [key for key in self._named_keys(relative) if key not in taken]
+            for relative, keys in exact.items()
+        }
+
+    def _exact_keys(self, relative: str) -> list[str]:
+        spellings = dict.fromkeys((relative, PurePosixPath(relative).with_suffix("").as_posix()))
+        return [key for key in spellings if key in self.rows]
+
+    def _named_keys(self, relative: str) -> list[str]:
         path = PurePosixPath(relative)
-        exact = [
-            key for key in dict.fromkeys((relative, path.with_suffix("").as_posix())) if key in self.rows
-        ]
-        if exact:
-            return exact
         names = dict.fromkeys((path.name, path.stem))
         return [key for name in names for key in self._by_file_name.get(name, [])]
 

@@ -3,7 +3,8 @@
 `multisa label IMAGES -o OUT --labels FILE` does this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,18 @@ import numpy.typing as npt
 
 from multisa.kernels import stencil_offsets
 from multisa.runtime.bulk import (
+    DECIMALS,
     Annotation,
     RunOptions,
     RunSummary,
     StageClock,
-    check_output,
     name_some,
     run_corpus,
 )
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.corpus import Corpus, CorpusImage, find_images
+from multisa.runtime.corpus import Corpus, CorpusImage, check_output, find_images
 from multisa.runtime.engine import AFFINITY, CAM, Engine, open_engine
-from multisa.runtime.errors import EngineError
+from multisa.runtime.errors import EngineError, ImageError
 from multisa.runtime.image_labels import ImageLabels, Labels
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.postprocess import PseudoMask, pseudo_mask, walk_scores
@@ -46,8 +47,8 @@ def label_images(
     bundle's thresholds. Raises UsageError for unusable arguments, BundleError and EngineError for a bundle
     that cannot be run.
     """
-    check_output(source, out)
     corpus = find_images(source)
+    check_output(source, out, corpus)
     matched = _matched_labels(corpus, labels) if labels else {}
     with open_engine(bundle, CAM) as cam, open_engine(bundle, AFFINITY) as affinity:
 
@@ -76,7 +77,7 @@ def _annotate(
         classes=classes,
         details={
             "labels_from": "scores" if given is None else "file",
-            "scores": {name: round(score, 4) for name, score in named.items()},
+            "scores": {name: round(score, DECIMALS) for name, score in named.items()},
         },
     )
 
@@ -84,7 +85,7 @@ def _annotate(
 def _pseudo_mask(
     rgb: UInt8, maps: Float32, classes: Labels, manifest: Manifest, affinity: Engine, clock: StageClock
 ) -> PseudoMask:
-    parameters = manifest.parameters.label
+    parameters, stride = manifest.parameters.label, manifest.parameters.walk_stride
     ids = tuple(manifest.classes.index(name) for name in classes)
     walked: Float32 = np.zeros((0, 1, 1), np.float32)
     if ids:  # without a class there is nothing to spread
@@ -95,10 +96,24 @@ def _pseudo_mask(
             raise EngineError(
                 f"affinity: got {len(edges)} offsets, expected {expected} at radius {parameters.walk_radius}"
             )
-        with clock.stage("walk"):
+        grid, wanted = edges.shape[1:], tuple(-(-side // stride) for side in rgb.shape[:2])
+        if grid != wanted:
+            raise EngineError(
+                f"affinity: got a grid of {grid}, expected {wanted} at stride {stride} of {rgb.shape[:2]}"
+            )
+        with clock.stage("walk"), _kernel_errors_of_the_image():
             walked = walk_scores(maps[[i - 1 for i in ids]], edges, parameters)
-    with clock.stage("crf"):
+    with clock.stage("crf"), _kernel_errors_of_the_image():
         return pseudo_mask(rgb, walked, ids, parameters)
+
+
+@contextmanager
+def _kernel_errors_of_the_image() -> Iterator[None]:
+    """What a kernel refuses about one image, say NaN from a network, is a failure of that image."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ImageError(f"post-processing: {error}") from error
 
 
 def _present(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:

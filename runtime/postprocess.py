@@ -3,6 +3,7 @@
 Training and the deployed runtime both call these functions, so there is one definition of the step.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,11 @@ Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 
+# Far above what any recipe uses; a walk beyond them takes minutes or gigabytes for one image.
+MAX_WALK_RADIUS = 32
+MAX_WALK_STEPS = 65536
+
+
 @dataclass(frozen=True)
 class LabelParameters:
     """Every number between the networks' outputs and a pseudo-mask."""
@@ -25,6 +31,19 @@ class LabelParameters:
     background: float = 0.3  # constant score of the background class, against maps whose maximum is 1
     use_crf: bool = True
     crf: CrfParameters = field(default_factory=CrfParameters)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming the field, for a value out of its range."""
+        rules = (
+            ("walk_radius", 2 <= self.walk_radius <= MAX_WALK_RADIUS, f"2..{MAX_WALK_RADIUS}"),
+            ("walk_beta", 0 < self.walk_beta < math.inf, "a finite number above 0"),
+            ("walk_steps", 0 <= self.walk_steps <= MAX_WALK_STEPS, f"0..{MAX_WALK_STEPS}"),
+            # At 0 a pixel where no class scores would belong to nothing; at 1 no class could win.
+            ("background", 0 < self.background < 1, "a number above 0 and below 1"),
+        )
+        for name, holds, expected in rules:
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,24 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """Counts finished items; a context manager.
+    """Counts finished items; a context manager. `initial` of the total were done before and have no rate.
 
     >>> with Progress(total=3, description="label", unit="image") as progress:
     ...     for _ in range(3):
     ...         progress.advance()
     """
 
-    def __init__(self, total: int, description: str, unit: str = "image") -> None:
+    def __init__(self, total: int, description: str, unit: str = "image", initial: int = 0) -> None:
         self._total = total
         self._description = description
         self._unit = unit
-        self._done = 0
+        self._initial = self._done = initial
         self._note = ""
         self._start = self._last_line = time.monotonic()
         self._bar = (
-            tqdm(total=total, desc=description, unit=unit, file=sys.stderr, dynamic_ncols=True)
+            tqdm(
+                total=total, initial=initial, desc=description, unit=unit, file=sys.stderr, dynamic_ncols=True
+            )
             if sys.stderr.isatty()
             else None
         )
@@ -58,7 +60,7 @@ class Progress:
             print(self._line(), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
-        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
         line = (
             f"{self._description}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left:.0f} s left"

@@ -29,7 +29,11 @@ def record_from_dict(kind: type[Record], value: object, where: str = "", *, comp
         raise ValueError(f"{place}: missing key {missing[0]!r}, expected {', '.join(names)}")
     hints = typing.get_type_hints(kind)
     prefix = f"{where}." if where else ""
-    return kind(**{key: _value(hints[key], item, prefix + key, complete) for key, item in value.items()})
+    values = {key: _value(hints[key], item, prefix + key, complete) for key, item in value.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:  # a dataclass that checks its values knows the key, not the place
+        raise ValueError(f"{prefix}{error}") from error
 
 
 def record_to_dict(record: Any) -> dict[str, Any]:
@@ -71,7 +75,12 @@ def _value(hint: Any, value: object, where: str, complete: bool) -> Any:
     # true is a Python int, too; a switch is no number.
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where}: got {_kind(value)}, expected {hint.__name__}")
-    return float(value) if hint is float and isinstance(value, int) else value
+    if hint is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError as error:  # Python's integers have no end
+        raise ValueError(f"{where}: got {_kind(value)}, expected a number that float holds") from error
 
 
 def _tuple(arguments: tuple[Any, ...], value: object, where: str, complete: bool) -> tuple[Any, ...]:

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.bulk import Annotation, RunOptions, RunSummary, StageClock, check_output, run_corpus
+from multisa.runtime.bulk import DECIMALS, Annotation, RunOptions, RunSummary, StageClock, run_corpus
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.corpus import CorpusImage, find_images
+from multisa.runtime.corpus import CorpusImage, check_output, find_images
 from multisa.runtime.engine import SEGMENTER, Engine, open_engine
 from multisa.runtime.errors import EngineError
 
@@ -21,8 +21,8 @@ def segment_images(
 
     Raises UsageError for unusable arguments, BundleError and EngineError for a bundle that cannot be run.
     """
-    check_output(source, out)
     corpus = find_images(source)
+    check_output(source, out, corpus)
     with open_engine(bundle, SEGMENTER) as segmenter:
 
         def annotate(_: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
@@ -37,12 +37,19 @@ def _annotate(rgb: UInt8, classes: tuple[str, ...], segmenter: Engine, clock: St
     mask: UInt8 = outputs["labels"][0]
     if mask.shape != rgb.shape[:2]:
         raise EngineError(f"segmenter: got labels {mask.shape}, expected the image's size {rgb.shape[:2]}")
+    confidence: UInt8 = outputs["confidence"][0]
+    if confidence.shape != mask.shape:
+        raise EngineError(
+            f"segmenter: got confidence {confidence.shape}, expected {mask.shape} as the labels"
+        )
     present = np.unique(mask).tolist()
     if present[-1] >= len(classes):
         raise EngineError(f"segmenter: got class {present[-1]}, expected 0..{len(classes) - 1}")
+    means = {i: float(confidence[mask == i].mean(dtype=np.float64)) / 255 for i in present}
     return Annotation(
         mask=mask,
-        confidence=float(outputs["confidence"][0].mean(dtype=np.float64)) / 255,
+        confidence=float(confidence.mean(dtype=np.float64)) / 255,
         classes=tuple(classes[i] for i in present if i > 0),
-        details={},
+        # Of each class in the mask, the background too: mean confidence over its pixels.
+        details={"scores": {classes[i]: round(mean, DECIMALS) for i, mean in means.items()}},
     )

@@ -86,13 +86,11 @@ def compute_cams(
         workers=run.workers,
         title=f"CAMs, k = {len(config.taps)}",
     )
-    return {**sweep_maps(folder, run, dataset), "score_thresholds": _score_thresholds(folder, items, dataset)}
+    return {"score_thresholds": score_thresholds(folder, items, dataset)}
 
 
-def sweep_maps(folder: Path, run: TrainConfig, dataset: DataSet) -> dict[str, Any]:
-    """Score the maps in `folder` against the train masks, for every background score."""
-    if not dataset.train:
-        return {}
+def measure_maps(folder: Path, run: TrainConfig, dataset: DataSet) -> Mapping[str, Any]:
+    """Score the maps ID.npy of `folder` against the train masks, for every background score."""
     sweep = ThresholdSweep(len(dataset.class_names))
     for item in dataset.train:
         assert item.mask is not None
@@ -100,7 +98,7 @@ def sweep_maps(folder: Path, run: TrainConfig, dataset: DataSet) -> dict[str, An
     return sweep.results(run.label.background)
 
 
-def _score_thresholds(folder: Path, items: tuple[Item, ...], dataset: DataSet) -> list[float]:
+def score_thresholds(folder: Path, items: tuple[Item, ...], dataset: DataSet) -> list[float]:
     """Per foreground class, the score with the best F1 on the weak labels: used where no label is given."""
     scores = np.stack([load_maps(folder / f"{item.id}.scores.npy") for item in items])
     truth = np.zeros(scores.shape, bool)

@@ -1,11 +1,17 @@
 """Data sets: the VOC devkit layout and a plain folder with a label table, read into one description."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import DatasetError
+from multisa.runtime.files import sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.palette import voc_palette
 
@@ -14,7 +20,6 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,22 @@ class DataSet:
         rows = colours[indices].tolist()
         return tuple((red, green, blue) for red, green, blue in rows)
 
+    @property
+    def mask_palette(self) -> npt.NDArray[np.uint8]:
+        """Colours for mask files, uint8 [256, 3]."""
+        colours = voc_palette()
+        colours[: len(self.class_names)] = self.palette
+        return colours
+
+    def weak_digest(self) -> str:
+        """Digest of what is trained on: classes, photographs and image-level labels."""
+        return _digest([self.class_names, [[i.id, i.classes, sha256_of_file(i.image)] for i in self.weak]])
+
+    def masks_digest(self, items: tuple[Item, ...]) -> str:
+        """Digest of photographs with their masks: what is measured on."""
+        files = [[i.id, sha256_of_file(i.image), i.mask and sha256_of_file(i.mask)] for i in items]
+        return _digest([self.class_names, files])
+
 
 def read_dataset(root: Path, labels: Path | None = None) -> DataSet:
     """Read a data set folder.
@@ -73,25 +94,25 @@ def _read_voc(root: Path, labels: Path | None) -> DataSet:
         raise DatasetError(
             f"{root}/ImageSets/Segmentation: neither train_aug.txt nor train.txt; one is needed"
         )
-    val = _read_list(root, "val")
+    relatives = [f"JPEGImages/{name}.jpg" for name in weak]
     table = _label_file(root, labels)
-    known = read_image_labels(table, names) if table else None
-
-    def item(name: str) -> Item:
-        image = root / "JPEGImages" / f"{name}.jpg"
-        if not image.is_file():
-            raise DatasetError(f"{image}: listed in ImageSets/Segmentation but missing")
-        relative = f"JPEGImages/{name}.jpg"
-        classes = known.for_image(relative) if known else _classes_from_xml(root, name, names)
-        if classes is None:
-            raise DatasetError(f"{table}: no row for {relative}")
-        mask = root / "SegmentationClass" / f"{name}.png"
-        return Item(name, image, _class_ids(classes, names), mask if mask.is_file() else None)
-
-    weak_items, val_items = [item(n) for n in weak], [item(n) for n in val]
+    if table:
+        classes = _classes_from_table(table, names, relatives)
+    else:
+        classes = [_classes_from_xml(root, name, names) for name in weak]
+    weak_items = [_voc_item(root, name, ids) for name, ids in zip(weak, classes, strict=True)]
+    val_items = [_voc_item(root, name, ()) for name in _read_list(root, "val")]
     chosen = set(train)
-    measured = tuple(entry for entry in weak_items if entry.id in chosen and entry.mask)
-    return DataSet(root, names, tuple(weak_items), measured, tuple(i for i in val_items if i.mask))
+    measured = tuple(item for item in weak_items if item.id in chosen and item.mask)
+    return DataSet(root, names, tuple(weak_items), measured, tuple(item for item in val_items if item.mask))
+
+
+def _voc_item(root: Path, name: str, class_ids: tuple[int, ...]) -> Item:
+    image = root / "JPEGImages" / f"{name}.jpg"
+    if not image.is_file():
+        raise DatasetError(f"{image}: listed in ImageSets/Segmentation but missing")
+    mask = root / "SegmentationClass" / f"{name}.png"
+    return Item(name, image, class_ids, mask if mask.is_file() else None)
 
 
 def _read_folder(root: Path, labels: Path | None) -> DataSet:
@@ -103,20 +124,14 @@ def _read_folder(root: Path, labels: Path | None) -> DataSet:
     names = _class_names(root)
     if not names:
         raise DatasetError(f"{root}: no classes.txt; write one class a line, 'background' first")
-    known = read_image_labels(table, names)
-    items = []
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        relative = path.relative_to(root).as_posix()
-        classes = known.for_image(relative)
-        if classes is None:
-            raise DatasetError(f"{table}: no row for {relative}; add one, or move the photograph elsewhere")
-        name = path.relative_to(root).with_suffix("").as_posix().replace("/", "__")
-        items.append(Item(name, path, _class_ids(classes, names), None))
-    if not items:
-        raise DatasetError(f"{root}: no photographs ({', '.join(IMAGE_SUFFIXES)})")
-    if len({item.id for item in items}) < len(items):
-        raise DatasetError(f"{root}: two photographs differ only in their suffix; rename one")
-    return DataSet(root, names, tuple(items), (), ())
+    images = find_images(root).images
+    classes = _classes_from_table(table, names, [image.relative for image in images])
+    # One flat folder a stage: the photographs' folders become part of the names.
+    ids = [image.name.replace("/", "__") for image in images]
+    if len(set(ids)) < len(ids):
+        raise DatasetError(f"{root}: two photographs would share a name once '/' is written '__'; rename one")
+    items = zip(ids, images, classes, strict=True)
+    return DataSet(root, names, tuple(Item(i, image.path, c, None) for i, image, c in items), (), ())
 
 
 def _label_file(root: Path, labels: Path | None) -> Path | None:
@@ -125,12 +140,23 @@ def _label_file(root: Path, labels: Path | None) -> Path | None:
     return next((p for p in (root / "labels.json", root / "labels.csv") if p.is_file()), None)
 
 
+def _classes_from_table(table: Path, names: tuple[str, ...], relatives: list[str]) -> list[tuple[int, ...]]:
+    rows = read_image_labels(table, names[1:])
+    matched = rows.match(relatives)
+    missing = [relative for relative in relatives if relative not in matched]
+    if missing:
+        raise DatasetError(f"{table}: no row for {len(missing)} photographs, among them {missing[0]}")
+    return [_class_ids(matched[relative], names) for relative in relatives]
+
+
 def _class_names(root: Path) -> tuple[str, ...]:
     path = root / "classes.txt"
-    names = tuple(path.read_text(encoding="utf-8").split("\n")) if path.is_file() else ()
-    names = tuple(name.strip() for name in names if name.strip())
-    if names and (names[0] != "background" or len(set(names)) < len(names) or len(names) > 255):
-        raise DatasetError(f"{path}: expected 'background' first, no name twice and at most 255 names")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = tuple(line.strip() for line in lines if line.strip())
+    if path.is_file() and (
+        len(names) < 2 or names[0] != "background" or len(set(names)) < len(names) or len(names) > 255
+    ):
+        raise DatasetError(f"{path}: expected 'background', then 1 to 254 other names, none twice")
     return names
 
 
@@ -140,10 +166,14 @@ def _class_ids(classes: Sequence[str], names: tuple[str, ...]) -> tuple[int, ...
 
 def _read_list(root: Path, name: str) -> list[str]:
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
-    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+    names = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    strange = [entry for entry in names if "/" in entry or entry.startswith(".")]
+    if strange or len(set(names)) < len(names):
+        raise DatasetError(f"{path}: expected one plain image name a line, none twice")
+    return names
 
 
-def _classes_from_xml(root: Path, name: str, names: tuple[str, ...]) -> tuple[str, ...]:
+def _classes_from_xml(root: Path, name: str, names: tuple[str, ...]) -> tuple[int, ...]:
     path = root / "Annotations" / f"{name}.xml"
     if not path.is_file():
         raise DatasetError(
@@ -157,4 +187,8 @@ def _classes_from_xml(root: Path, name: str, names: tuple[str, ...]) -> tuple[st
     except ElementTree.ParseError as error:
         raise DatasetError(f"{path}: not valid XML: {error}") from error
     # A data set cut to some classes leaves the others out of its names.
-    return tuple(sorted(found & set(names)))
+    return _class_ids(sorted(found & set(names[1:])), names)
+
+
+def _digest(value: object) -> str:
+    return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())

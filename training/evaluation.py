@@ -68,7 +68,7 @@ def scores_of(confusion: npt.NDArray[np.int64]) -> dict[str, Any]:
     return {"miou": round(100 * mean_iou(confusion), 2), "iou": ious}
 
 
-def evaluate_masks(folder: Path, items: Iterable[Item], n_classes: int) -> dict[str, Any]:
+def score_masks(folder: Path, items: Iterable[Item], n_classes: int) -> dict[str, Any]:
     """Score the masks ID.png of `folder` against the items' ground truth."""
     confusion = np.zeros((n_classes, n_classes), np.int64)
     for item in items:

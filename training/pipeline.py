@@ -11,11 +11,12 @@ from multisa.runtime.files import write_json_atomically
 from multisa.runtime.postprocess import LabelParameters
 from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.affinity import make_affinity_labels, train_affinity, walk_cams
-from multisa.training.cams import compute_cams, train_cam
+from multisa.training.cams import compute_cams, measure_maps, train_cam
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.data import DataSet
+from multisa.training.evaluation import score_masks
 from multisa.training.segmentation import evaluate_segmenter, make_pseudo_masks, train_segmenter
-from multisa.training.workspace import Stage, Workspace, dataset_digest
+from multisa.training.workspace import Stage, Workspace
 
 RUN_RECORD = "run.json"
 
@@ -41,13 +42,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Photographs:
+    """How many photographs each list of the data set has."""
+
+    weak: int  # trained on, by image-level labels
+    train: int  # those of them with masks, which measure the pseudo-masks
+    val: int
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run made and measured: `run.json`, all that the exporter needs beside the checkpoints."""
 
     config: TrainConfig
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    data_digest: str
+    photographs: Photographs
+    data_digest: str  # of what was trained on
     label: LabelParameters  # as used for the pseudo-masks
     score_thresholds: tuple[float, ...]  # one for each foreground class
     betas: tuple[float, ...]
@@ -63,13 +74,20 @@ class RunRecord:
 
 
 def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord:
-    """Run every stage that is not made already and write `root/run.json`."""
+    """Run every stage that is not made already and write `root/run.json`.
+
+    Without masks in the data set nothing is measured, and the plain CAM (which is only measured) is left out.
+    """
     space = Workspace(root)
-    data = dataset_digest(dataset)
+    weak = dataset.weak_digest()
+    truth = dataset.masks_digest(dataset.train) if dataset.train else None
     baseline = None
-    if config.cam_baseline:
-        baseline = _cam_stages(space, replace(config.cam, taps=()), config, dataset, data, "cam-baseline")[1]
-    cam, cams = _cam_stages(space, config.cam, config, dataset, data, "cam")
+    if config.cam_baseline and truth:
+        plain = replace(config.cam, taps=())
+        _, maps = _cam_stages(space, plain, config, dataset, weak, "cam-baseline")
+        baseline = _measure_maps(space, maps, config, dataset, truth)
+    cam, cams = _cam_stages(space, config.cam, config, dataset, weak, "cam")
+    measured_cams = _measure_maps(space, cams, config, dataset, truth)
     labels = space.stage(
         "affinity-labels",
         record_to_dict(config.affinity_labels),
@@ -82,21 +100,26 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         [labels],
         lambda folder: train_affinity(config, dataset, labels, folder),
     )
-    walk_inputs = {
-        k: v for k, v in record_to_dict(config.label).items() if k.startswith(("walk_", "background"))
-    }
+    walk_inputs = {k: v for k, v in record_to_dict(config.label).items() if k.startswith("walk_")}
     walked = space.stage(
         "walk",
         walk_inputs,
         [cams, affinity],
         lambda folder: walk_cams(config, dataset, cams, affinity, folder),
     )
-    label = _label_parameters(config, walked)
+    measured_walk = _measure_maps(space, walked, config, dataset, truth)
+    label = _label_parameters(config, measured_walk)
     masks = space.stage(
         "pseudo-masks",
         record_to_dict(label),
         [walked],
         lambda folder: make_pseudo_masks(config, label, dataset, walked, folder),
+    )
+    measured_masks = truth and space.stage(
+        "pseudo-masks-measured",
+        {"truth": truth},
+        [masks],
+        lambda folder: score_masks(masks.folder, dataset.train, len(dataset.class_names)),
     )
     segmenter = space.stage(
         "segmenter",
@@ -104,18 +127,22 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         [masks],
         lambda folder: train_segmenter(config, dataset, masks, folder),
     )
-    val = space.stage(
-        "val", {}, [segmenter], lambda folder: evaluate_segmenter(config, dataset, segmenter, folder)
+    val = dataset.val and space.stage(
+        "val",
+        {"truth": dataset.masks_digest(dataset.val)},
+        [segmenter],
+        lambda folder: evaluate_segmenter(config, dataset, segmenter, folder),
     )
     record = RunRecord(
         config=config,
         classes=dataset.class_names,
         palette=dataset.palette,
-        data_digest=data,
+        photographs=Photographs(len(dataset.weak), len(dataset.train), len(dataset.val)),
+        data_digest=weak,
         label=label,
         score_thresholds=tuple(cams.results["score_thresholds"]),
         betas=tuple(cam.results["betas"]),
-        rows=tuple(_rows(baseline, cams, walked, masks, val, label)),
+        rows=tuple(_rows(baseline, measured_cams, measured_walk, measured_masks or None, val or None, label)),
         stages=tuple(StageRecord(s.name, s.folder.name, s.digest, round(s.seconds, 1)) for s in space.stages),
         seconds=round(sum(stage.seconds for stage in space.stages), 1),
         torch=torch.__version__,
@@ -149,46 +176,64 @@ def format_table(run: RunRecord) -> str:
 
 
 def _cam_stages(
-    space: Workspace, cam: CamConfig, config: TrainConfig, dataset: DataSet, data: str, name: str
+    space: Workspace, cam: CamConfig, config: TrainConfig, dataset: DataSet, weak: str, name: str
 ) -> tuple[Stage, Stage]:
     inputs = {
-        "data": data,
+        "data": weak,
         "cam": {key: value for key, value in record_to_dict(cam).items() if key != "scales"},
         "seed": config.seed,
         "long_side": config.long_side,
     }
     trained = space.stage(name, inputs, [], lambda folder: train_cam(cam, config, dataset, folder))
     # The baseline is only measured; it has no other use for maps of photographs without masks.
-    items = dataset.weak if cam == config.cam else dataset.train
+    items = dataset.train if name == "cam-baseline" else dataset.weak
     maps = space.stage(
         f"{name}-maps",
-        {"scales": list(cam.scales), "background": config.label.background},
+        {"scales": list(cam.scales), "items": [item.id for item in items]},
         [trained],
         lambda folder: compute_cams(cam, config, dataset, items, trained, folder),
     )
     return trained, maps
 
 
-def _label_parameters(config: TrainConfig, walked: Stage) -> LabelParameters:
-    if config.background_from == "train-masks" and walked.results:
-        return replace(config.label, background=walked.results["best"]["background"])
+def _measure_maps(
+    space: Workspace, maps: Stage, config: TrainConfig, dataset: DataSet, truth: str | None
+) -> Stage | None:
+    if truth is None:
+        return None
+    return space.stage(
+        f"{maps.name}-measured",
+        {"truth": truth, "background": config.label.background},
+        [maps],
+        lambda folder: measure_maps(maps.folder, config, dataset),
+    )
+
+
+def _label_parameters(config: TrainConfig, measured_walk: Stage | None) -> LabelParameters:
+    if config.background_from == "train-masks" and measured_walk:
+        return replace(config.label, background=measured_walk.results["best"]["background"])
     return config.label
 
 
 def _rows(
-    baseline: Stage | None, cams: Stage, walked: Stage, masks: Stage, val: Stage, label: LabelParameters
+    baseline: Stage | None,
+    cams: Stage | None,
+    walked: Stage | None,
+    masks: Stage | None,
+    val: Stage | None,
+    label: LabelParameters,
 ) -> list[Row]:
     measured = [
-        (title, "train", stage.results["best"])
+        (title, stage.results["best"])
         for title, stage in (("CAM, k = 0", baseline), ("Multi-SA CAM", cams), ("+ random walk", walked))
-        if stage is not None and "best" in stage.results
+        if stage
     ]
-    if masks.results:
-        measured.append(("+ dense CRF", "train", {"background": label.background, **masks.results}))
+    if masks:
+        measured.append(("+ dense CRF", {"background": label.background, **masks.results}))
     rows = [
-        Row(f"{title} (background {scores['background']:.2f})", listed, scores["miou"], tuple(scores["iou"]))
-        for title, listed, scores in measured
+        Row(f"{title} (background {scores['background']:.2f})", "train", scores["miou"], tuple(scores["iou"]))
+        for title, scores in measured
     ]
-    if val.results:
+    if val:
         rows.append(Row("DeepLabV3+ on pseudo-masks", "val", val.results["miou"], tuple(val.results["iou"])))
     return rows

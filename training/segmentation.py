@@ -9,7 +9,6 @@ import torch
 
 from multisa.runtime.errors import DatasetError
 from multisa.runtime.images import write_mask
-from multisa.runtime.palette import voc_palette
 from multisa.runtime.postprocess import LabelParameters, pseudo_mask
 from multisa.training.augment import AugmentedPhotographs
 from multisa.training.backbones import Backbone
@@ -17,7 +16,7 @@ from multisa.training.cams import CHECKPOINT
 from multisa.training.checkpoint import load_checkpoint
 from multisa.training.config import SegmenterConfig, TrainConfig
 from multisa.training.data import DataSet, Item
-from multisa.training.evaluation import evaluate_masks
+from multisa.training.evaluation import score_masks
 from multisa.training.inference import as_batch, for_each_item, load_maps, read_working_image
 from multisa.training.loop import LoopOptions, train_network
 from multisa.training.losses import segmentation_loss
@@ -28,8 +27,8 @@ from multisa.training.workspace import Stage
 def make_pseudo_masks(
     run: TrainConfig, parameters: LabelParameters, dataset: DataSet, walked: Stage, folder: Path
 ) -> Mapping[str, Any]:
-    """Write ID.png for each weak photograph and score them on the train masks."""
-    palette = voc_palette()
+    """Write ID.png for each weak photograph."""
+    palette = dataset.mask_palette
 
     def work(item: Item) -> None:
         image = read_working_image(item, run.long_side)
@@ -39,7 +38,7 @@ def make_pseudo_masks(
     for_each_item(
         work, dataset.weak, lambda item: folder / f"{item.id}.png", workers=run.workers, title="pseudo-masks"
     )
-    return evaluate_masks(folder, dataset.train, len(dataset.class_names)) if dataset.train else {}
+    return {}
 
 
 def build_segmenter(config: SegmenterConfig, n_classes: int) -> DeepLabV3Plus:
@@ -91,9 +90,7 @@ def train_segmenter(run: TrainConfig, dataset: DataSet, masks: Stage, folder: Pa
 
 def evaluate_segmenter(run: TrainConfig, dataset: DataSet, trained: Stage, folder: Path) -> Mapping[str, Any]:
     """Segment the val list with the PyTorch network, write ID.png and score them."""
-    if not dataset.val:
-        return {}
-    n_classes, palette = len(dataset.class_names), voc_palette()
+    n_classes, palette = len(dataset.class_names), dataset.mask_palette
     inference = SegmentPhotographs(load_segmenter(run.segmenter, n_classes, trained.folder / CHECKPOINT))
 
     def work(item: Item) -> None:
@@ -102,4 +99,4 @@ def evaluate_segmenter(run: TrainConfig, dataset: DataSet, trained: Stage, folde
         write_mask(folder / f"{item.id}.png", labels[0].numpy(), palette)
 
     for_each_item(work, dataset.val, lambda item: folder / f"{item.id}.png", workers=run.workers, title="val")
-    return evaluate_masks(folder, dataset.val, n_classes)
+    return score_masks(folder, dataset.val, n_classes)

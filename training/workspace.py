@@ -1,8 +1,8 @@
 """A run's folder: one folder a stage, named by the digest of all it was made from.
 
-A stage whose folder holds `stage.json` is done and is skipped; one without is gone on with, item by item.
-A changed configuration or data set gives another digest and so another folder: nothing stale is reused and
-nothing is deleted.
+A stage whose folder holds `stage.json`, and every file it lists as it was written, is done and is skipped;
+any other is gone on with, item by item. A changed configuration or data set gives another digest and so
+another folder: nothing stale is reused and nothing is deleted.
 """
 
 import json
@@ -14,7 +14,10 @@ from typing import Any
 
 from multisa.runtime.files import sha256_of_bytes, sha256_of_file, write_json_atomically
 from multisa.runtime.progress import say
-from multisa.training.data import DataSet
+
+# Part of every digest: raise it when a stage's code comes to mean something else by the same inputs.
+FORMAT = 1
+MARKER, CLOCK = "stage.json", "clock.json"
 
 
 @dataclass(frozen=True)
@@ -48,53 +51,61 @@ class Workspace:
         inputs: JSON values that determine the stage's output; `after`: the stages it reads. What `work`
         returns is kept as the stage's results.
         """
-        described = {"stage": name, "inputs": inputs, "after": [stage.digest for stage in after]}
-        digest = sha256_of_bytes(json.dumps(described, sort_keys=True).encode())
+        digest = stage_digest(name, inputs, [stage.digest for stage in after])
         folder = self.root / f"{name}-{digest[:10]}"
-        marker = folder / "stage.json"
-        if marker.exists():
-            kept = json.loads(marker.read_text())
-            stage = Stage(name, folder, digest, kept["results"], kept["seconds"])
-            say(f"{name}: made already from the same inputs")
-        else:
+        stage = _finished(name, folder, digest)
+        if stage is None:
             folder.mkdir(parents=True, exist_ok=True)
-            before = _spent_seconds(folder)
-            started = time.perf_counter()
-            try:
-                results = work(folder)
-            finally:
-                seconds = before + time.perf_counter() - started
-                # What an interrupted stage has cost so far belongs to its time, too.
-                write_json_atomically(folder / "spent.json", {"seconds": seconds})
+            before, started = _spent(folder), time.time()
+            write_json_atomically(folder / CLOCK, {"seconds": before, "started": started})
+            results = work(folder)
+            seconds = before + time.time() - started
             stage = Stage(name, folder, digest, results, seconds)
-            write_json_atomically(
-                marker, {**described, "digest": digest, "seconds": seconds, "results": results}
-            )
+            made = {"digest": digest, "inputs": inputs, "seconds": seconds, "results": results}
+            write_json_atomically(folder / MARKER, {**made, "files": _files(folder)})
             say(f"{name}: done, {seconds:.0f} s")
+        else:
+            say(f"{name}: made already from the same inputs")
         self.stages.append(stage)
         return stage
 
 
-def dataset_digest(dataset: DataSet) -> str:
-    """Digest of the lists, the image-level labels and every byte of the photographs and masks."""
-    items = {item.id: item for item in (*dataset.weak, *dataset.val)}
-    described = {
-        "classes": dataset.class_names,
-        "weak": [item.id for item in dataset.weak],
-        "train": [item.id for item in dataset.train],
-        "val": [item.id for item in dataset.val],
-        "items": {
-            item.id: [
-                sha256_of_file(item.image),
-                list(item.classes),
-                sha256_of_file(item.mask) if item.mask else None,
-            ]
-            for item in items.values()
-        },
-    }
+def stage_digest(name: str, inputs: Mapping[str, Any], after: list[str]) -> str:
+    """Digest of everything a stage is made from: its name, its inputs, the digests of the stages it reads."""
+    described = {"format": FORMAT, "stage": name, "inputs": inputs, "after": after}
     return sha256_of_bytes(json.dumps(described, sort_keys=True).encode())
 
 
-def _spent_seconds(folder: Path) -> float:
-    path = folder / "spent.json"
-    return float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+def _finished(name: str, folder: Path, digest: str) -> Stage | None:
+    """The stage as it was kept; None when it is not done, or when one of its files is gone or altered."""
+    marker = folder / MARKER
+    if not marker.exists():
+        return None
+    kept = json.loads(marker.read_text(encoding="utf-8"))
+    wrong = [
+        file
+        for file, sha256 in kept["files"].items()
+        if not (folder / file).is_file() or sha256_of_file(folder / file) != sha256
+    ]
+    if kept["digest"] == digest and not wrong:
+        return Stage(name, folder, digest, kept["results"], kept["seconds"])
+    say(f"{name}: made again, {f'{wrong[0]} is gone or altered' if wrong else 'it was of another digest'}")
+    marker.unlink()
+    for file in wrong:
+        (folder / file).unlink(missing_ok=True)
+    return None
+
+
+def _files(folder: Path) -> dict[str, str]:
+    own = (MARKER, CLOCK)
+    return {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name not in own}
+
+
+def _spent(folder: Path) -> float:
+    """Seconds that interrupted attempts have cost: each until it wrote its last file."""
+    path = folder / CLOCK
+    if not path.exists():
+        return 0.0
+    clock = json.loads(path.read_text(encoding="utf-8"))
+    last_written = max(file.stat().st_mtime for file in folder.iterdir())
+    return float(clock["seconds"]) + max(last_written - float(clock["started"]), 0.0)

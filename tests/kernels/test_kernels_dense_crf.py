@@ -156,6 +156,7 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         ({"probabilities": np.zeros((0, 4, 4), np.float32)}, ValueError, "L >= 1"),
         ({"probabilities": np.full((2, 4, 4), np.nan, np.float32)}, ValueError, "got NaN"),
         ({"iterations": -1}, ValueError, "iterations: got -1"),
+        ({"iterations": 1001}, ValueError, "iterations: got 1001, expected 0..1000"),
         ({"iterations": 1.5}, TypeError, "iterations: got float"),
         ({"spatial_sxy": 0.0}, ValueError, "spatial_sxy: got 0"),
         ({"bilateral_srgb": float("nan")}, ValueError, "bilateral_srgb: got nan"),

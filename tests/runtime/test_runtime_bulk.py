@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -56,6 +57,7 @@ def test_segment_records(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     assert first["classes"] == ["red thing", "green"]
     assert "labels_from" not in first and "notes" not in first
     assert sum(first["pixel_shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert set(first["scores"]) == set(first["pixel_shares"]) == set(CLASSES)
     for row in rows:
         mask = read_mask(out / row["mask"])
         assert mask.shape == (row["height"], row["width"])
@@ -73,6 +75,17 @@ def test_segment_gives_the_graphs_mask_where_nothing_is_resized(
     brightness = rgb.astype(np.float32).mean(axis=2)
     expected = (brightness > 85).astype(np.uint8) + (brightness > 170)
     np.testing.assert_array_equal(read_mask(tmp_path / "out/masks/noise.png"), expected)
+    row = records(tmp_path / "out")[0]
+    confidence = brightness.astype(np.uint8) / 255  # as the tiny graph has it
+    means = {name: float(confidence[expected == i].mean()) for i, name in enumerate(CLASSES)}
+    assert row["scores"] == {name: round(mean, 4) for name, mean in means.items()}
+    assert row["confidence"] == round(float(confidence.mean()), 4)
+
+
+def test_segment_scores_are_of_the_classes_in_the_mask(bundle: Bundle, tmp_path: Path) -> None:
+    Image.new("RGB", (70, 70), (102, 102, 102)).save(tmp_path / "grey.png")
+    segment_images(tmp_path / "grey.png", tmp_path / "out", bundle=bundle)
+    assert records(tmp_path / "out")[0]["scores"] == {"red thing": 0.4}
 
 
 def test_label_classes_from_file_and_from_scores(
@@ -140,20 +153,6 @@ def test_notes_are_recorded(bundle: Bundle, tmp_path: Path) -> None:
     assert records(tmp_path / "out")[0]["notes"] == ["transparency laid on white"]
 
 
-@pytest.mark.parametrize("out", [".", "deep", "new/out"])
-def test_output_inside_the_images_is_refused(photos: Path, bundle: Bundle, out: str) -> None:
-    before = sorted(photos.rglob("*"))
-    with pytest.raises(UsageError, match="lies inside"):
-        segment_images(photos, photos / out, bundle=bundle)
-    assert sorted(photos.rglob("*")) == before
-
-
-def test_output_that_is_a_file(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(UsageError, match="is a file"):
-        label_images(photos, tmp_path / "out", bundle=bundle)
-
-
 def test_workers_must_be_positive(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         label_images(photos, tmp_path / "out", bundle=bundle, options=RunOptions(workers=0))
@@ -188,6 +187,36 @@ def test_graphs_that_do_not_fit_the_manifest(
     bundle = write_bundle(tmp_path / "b", two, graphs)
     segment_images(photos / "b.png", tmp_path / "out", bundle=bundle)
     assert "got class 2, expected 0..1" in records(tmp_path / "out", "failed.jsonl")[0]["reason"]
+
+
+def test_affinities_on_another_grid_than_the_bundle_says(
+    photos: Path, tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]
+) -> None:
+    eight = replace(manifest, parameters=replace(manifest.parameters, walk_stride=8))
+    label_images(photos / "a.jpg", tmp_path / "out", bundle=write_bundle(tmp_path / "b", eight, graphs))
+    reason = records(tmp_path / "out", "failed.jsonl")[0]["reason"]
+    assert "affinity: got a grid of (16, 20), expected (8, 10) at stride 8" in reason
+
+
+def test_what_a_kernel_refuses_is_a_failure_of_the_image(
+    photos: Path, tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]
+) -> None:
+    model = onnx.load_from_string(graphs["affinity.onnx"])
+    (bias,) = (constant for constant in model.graph.initializer if constant.name == "bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(34, np.nan, np.float32), "bias"))
+    broken = {**graphs, "affinity.onnx": model.SerializeToString()}
+    narrow = replace(manifest.parameters.label.crf, bilateral_srgb=1e-4)
+    label = replace(manifest.parameters.label, crf=narrow)
+    small = replace(manifest, parameters=replace(manifest.parameters, label=label))
+    for name, bundle, match in (
+        ("walk", write_bundle(tmp_path / "nan", manifest, broken), "affinity: got values from nan"),
+        ("crf", write_bundle(tmp_path / "narrow", small, graphs), "use larger standard deviations"),
+    ):
+        summary = label_images(photos, tmp_path / name, bundle=bundle, options=RunOptions(workers=2))
+        assert (summary.images, summary.failures) == (6, 6)
+        reasons = {row["image"]: row["reason"] for row in records(tmp_path / name, "failed.jsonl")}
+        assert reasons["broken.jpg"].startswith("not an image")
+        assert reasons["a.jpg"].startswith("post-processing: ") and match in reasons["a.jpg"]
 
 
 @pytest.mark.parametrize(

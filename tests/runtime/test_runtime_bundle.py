@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from multisa.kernels import CrfParameters
 from multisa.runtime.bundle import (
     Bundle,
     Manifest,
@@ -19,6 +20,7 @@ from multisa.runtime.bundle import (
 )
 from multisa.runtime.errors import BundleError
 from multisa.runtime.files import sha256_of_bytes
+from multisa.runtime.postprocess import LabelParameters
 
 
 def test_round_trip(bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest) -> None:
@@ -45,6 +47,81 @@ def test_write_refuses_a_folder_that_is_no_bundle(
     with pytest.raises(BundleError, match="is not a bundle"):
         write_bundle(tmp_path, manifest, graphs)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("thesis.txt", "years of work", "thesis.txt is not of it"),
+        ("photos/a.jpg", "a photograph", "photos is not of it"),
+        ("cam.onnx/a.jpg", "a photograph", "cam.onnx is not of it"),
+        ("engines", "a file, no cache", "engines is not of it"),
+        ("bundle.json", '{"name": "of some other tool"}', "no manifest"),
+        ("bundle.json", '{"schema_version": 1, "files": ["cam.onnx"]}', "no manifest"),
+        ("bundle.json", "[]", "no manifest"),
+        ("bundle.json", "{", "not JSON"),
+        ("bundle.json", " " * (2 << 20), "more than"),
+    ],
+)
+def test_write_removes_nothing_foreign(
+    bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest, name: str, content: str, match: str
+) -> None:
+    path = bundle.path / name
+    if path.parent != bundle.path:
+        path.parent.unlink(missing_ok=True)
+        path.parent.mkdir()
+    path.write_text(content)
+    before = {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()}
+    with pytest.raises(BundleError, match=match):
+        write_bundle(bundle.path, manifest, graphs)
+    assert {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()} == before
+
+
+def test_write_replaces_a_bundle_of_any_version_and_its_engines(
+    bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest
+) -> None:
+    (bundle.path / "bundle.json").write_text('{"schema_version": 7, "files": {"cam.onnx": 1, "old.bin": 2}}')
+    (bundle.path / "old.bin").touch()
+    for graph in ("affinity.onnx", "segmenter.onnx"):
+        (bundle.path / graph).unlink()
+    (bundle.path / "engines" / "key").mkdir(parents=True)
+    (bundle.path / "engines" / "key" / "cam.plan").touch()
+    assert write_bundle(bundle.path, manifest, graphs) == bundle
+    assert {path.name for path in bundle.path.iterdir()} == {"bundle.json", *graphs}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_write_leaves_the_old_bundle(
+    bundle: Bundle,
+    graphs: dict[str, bytes],
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    rename = Path.replace
+
+    def replace_unless_new(path: Path, target: Path) -> Path:
+        if path.name == "new":  # the second of the two renames
+            assert not bundle.path.exists()
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_unless_new)
+    with pytest.raises(type(error)):
+        write_bundle(bundle.path, replace(manifest, name="newer"), graphs)
+    assert load_bundle(bundle.path) == bundle
+    assert list(tmp_path.iterdir()) == [bundle.path]
+
+
+def test_write_through_a_link(
+    bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(bundle.path.name, target_is_directory=True)
+    assert write_bundle(link, replace(manifest, name="newer"), graphs).manifest.name == "newer"
+    assert link.is_symlink() and load_bundle(bundle.path).manifest.name == "newer"
+    assert {path.name for path in tmp_path.iterdir()} == {link.name, bundle.path.name}
 
 
 def test_write_takes_an_empty_folder(tmp_path: Path, graphs: dict[str, bytes], manifest: Manifest) -> None:
@@ -94,6 +171,10 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]
     return change
 
 
+def label(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["parameters"]["label"]
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -110,6 +191,27 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]
             "cam_scales: got float 1.0, expected an array",
         ),
         (edit(lambda m: m["parameters"].update(walk_stride=0)), "walk_stride: got 0"),
+        (
+            edit(lambda m: label(m).update(walk_radius=0)),
+            r"parameters\.label\.walk_radius: got 0, expected 2",
+        ),
+        (
+            edit(lambda m: label(m).update(walk_radius=10**9)),
+            r"walk_radius: got 1000000000, expected 2\.\.32",
+        ),
+        (
+            edit(lambda m: label(m).update(walk_beta=-1)),
+            "walk_beta: got -1.0, expected a finite number above",
+        ),
+        (edit(lambda m: label(m).update(walk_beta=10**400)), "label.walk_beta: got int 1000"),
+        (edit(lambda m: label(m).update(walk_steps=-5)), r"walk_steps: got -5, expected 0\.\.65536"),
+        (edit(lambda m: label(m).update(walk_steps=10**9)), "walk_steps: got 1000000000"),
+        (edit(lambda m: label(m).update(background=-3)), "background: got -3.0, expected a number above 0"),
+        (edit(lambda m: label(m).update(background=0)), "background: got 0.0"),
+        (edit(lambda m: label(m).update(background=1)), "background: got 1.0"),
+        (edit(lambda m: label(m)["crf"].update(iterations=-1)), r"label\.crf\.iterations: got -1"),
+        (edit(lambda m: label(m)["crf"].update(iterations=1001)), r"got 1001, expected 0\.\.1000"),
+        (edit(lambda m: label(m)["crf"].update(spatial_sxy=0)), r"label\.crf\.spatial_sxy: got 0\.0"),
         (edit(lambda m: m["parameters"]["score_thresholds"].pop("green")), "score_thresholds"),
         (edit(lambda m: m["parameters"]["score_thresholds"].update(green=2)), "within 0..1"),
         (edit(lambda m: m.update(classes=["a", "b", "c"])), "expected 'background'"),
@@ -152,8 +254,29 @@ def test_no_bundle_there(tmp_path: Path) -> None:
         load_bundle(tmp_path / "absent")
 
 
+def test_walk_beta_beyond_float(bundle: Bundle) -> None:
+    path = bundle.path / "bundle.json"
+    path.write_text(path.read_text().replace('"walk_beta": 8.0', '"walk_beta": 1e999'))
+    with pytest.raises(BundleError, match="walk_beta: got inf, expected a finite number"):
+        load_bundle(bundle.path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"walk_radius": 2, "walk_steps": 0, "walk_beta": 1e-3, "background": 0.01},
+        {"walk_radius": 32, "walk_steps": 65536, "background": 0.99, "crf": CrfParameters(iterations=1000)},
+    ],
+)
+def test_label_parameters_at_their_limits(values: dict[str, Any]) -> None:
+    assert (
+        asdict(LabelParameters(**values)).items() >= {k: v for k, v in values.items() if k != "crf"}.items()
+    )
+
+
 def test_describe_and_palette(bundle: Bundle) -> None:
     page = describe(bundle)
+    assert "preprocessing" in page and "in the graphs" not in page
     for part in ("tiny", "red thing 0.3", "cam.onnx", "miou", "the tests", "scale to 0..1"):
         assert part in page
     palette = bundle.manifest.mask_palette()

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from multisa.runtime import bundle as bundle_module
-from multisa.runtime import cli, commands
+from multisa.runtime import cli, commands, demo
 from multisa.runtime import segment as segment_module
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.cli import COMMANDS, root
@@ -91,6 +91,19 @@ def test_demo(bundle: Bundle, tmp_path: Path) -> None:
         assert sheet.height == 3 * 244
 
 
+def test_demo_takes_the_label_file_if_the_bundle_has_its_classes(
+    bundle: Bundle, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("broken.jpg", "deep/c.jpg", "deep/d.png"):
+        (photos / name).unlink()
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", photos)
+    for classes, source in (("green", "file"), ("green cat", "scores")):
+        (photos / "labels.csv").write_text(f"image,labels\nb.png,\na.jpg,{classes}\n")
+        demo.run_demo(tmp_path / source, bundle)
+        first = json.loads((tmp_path / source / "label/labels.jsonl").read_text().splitlines()[0])
+        assert first["image"] == "a.jpg" and first["labels_from"] == source
+
+
 def test_demo_photographs_have_sources() -> None:
     folder = Path(commands.__file__).parent / "demo_photos"
     sources = (folder / "SOURCES.md").read_text()
@@ -138,7 +151,10 @@ def test_a_missing_module_of_our_own_is_not_explained_away(
 def test_every_command_has_help_and_an_example(name: str) -> None:
     result = run_cli(name, "--help")
     assert result.exit_code == 0
-    assert f"multisa {name}" in result.stdout.split("Example:")[1]
+    examples = result.stdout.split("Example:")[1]
+    assert f"multisa {name}" in examples
+    for line in examples.splitlines():  # VOC's ids are not those of the bundle in the package
+        assert "VOC2012" not in line or "--classes" in line
 
 
 def test_process_exit_codes_and_streams(tmp_path: Path) -> None:

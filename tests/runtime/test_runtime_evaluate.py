@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.evaluate import evaluate_masks, read_names
+from multisa.runtime.evaluate import evaluate_masks, read_class_names, read_mask_names
 from multisa.runtime.images import write_mask
 from multisa.runtime.metrics import confusion_matrix, mean_iou, pixel_accuracy
 from multisa.runtime.palette import voc_palette
@@ -84,13 +84,19 @@ def test_usage_errors(tmp_path: Path) -> None:
 def test_read_names(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("a\n\n deep/b.png \n")
-    assert read_names(path) == ("a", "deep/b")
-    for text, match in (("\n", "is empty"), ("a\na\n", "more than once")):
-        path.write_text(text)
-        with pytest.raises(UsageError, match=match):
-            read_names(path)
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_names(tmp_path / "absent")
+    assert read_mask_names(path) == ("a", "deep/b")
+    assert read_class_names(path) == ("a", "deep/b.png")  # a name, whatever it ends in
+    for read in (read_mask_names, read_class_names):
+        for text, match in (("\n", "is empty"), ("a\na\n", "more than once")):
+            path.write_text(text)
+            with pytest.raises(UsageError, match=match):
+                read(path)
+        with pytest.raises(UsageError, match="cannot be read"):
+            read(tmp_path / "absent")
+    path.write_text("a\na.png\n")
+    assert read_class_names(path) == ("a", "a.png")
+    with pytest.raises(UsageError, match="more than once"):
+        read_mask_names(path)
 
 
 def test_counts_do_not_overflow() -> None:

@@ -99,8 +99,21 @@ def test_ambiguous_rows(tmp_path: Path) -> None:
         both.for_image("a.jpg")
 
 
+@pytest.mark.parametrize("row", ["a.jpg", "a"])
+def test_a_row_about_an_image_by_its_path_is_about_no_other(tmp_path: Path, row: str) -> None:
+    labels = read(tmp_path, f"image,labels\n{row},cat\nx/a.jpg,dog\n")
+    assert labels.match(["a.jpg", "deep/a.jpg"]) == {"a.jpg": ("cat",), "deep/a.jpg": ("dog",)}
+    alone = read(tmp_path, f"image,labels\n{row},cat\n")
+    for order in (["a.jpg", "deep/a.jpg"], ["deep/a.jpg", "a.jpg"]):
+        assert alone.match(order) == {"a.jpg": ("cat",)}
+        assert alone.unused(order) == ()
+    assert alone.match(["deep/a.jpg"]) == {"deep/a.jpg": ("cat",)}
+
+
 def test_one_row_for_several_images(tmp_path: Path) -> None:
     labels = read(tmp_path, "image,labels\na.jpg,cat\n")
     assert labels.match(["x/a.jpg", "x/c.jpg"]) == {"x/a.jpg": ("cat",)}
     with pytest.raises(UsageError, match=r"fits several images \(x/a\.jpg, y/a\.jpg\)"):
         labels.match(["x/a.jpg", "y/a.jpg"])
+    with pytest.raises(UsageError, match="write their paths relative to the images' folder"):
+        labels.match(["x/a.jpg", "y/a.jpg", "z.jpg"])

@@ -25,11 +25,35 @@ def test_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert captured.err.startswith("label: 2/4 images, ") and captured.err.endswith("s left, 1 failed\n")
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+@pytest.mark.parametrize(
+    ("initial", "expected"),
+    [(0, "8/10 images, 0.80/s, 2 s left"), (6, "8/10 images, 0.20/s, 10 s left")],
+)
+def test_what_was_there_before_has_no_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], initial: int, expected: str
+) -> None:
+    clock = iter([100.0, 110.0, 110.0, 110.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    with Progress(10, "label", initial=initial) as progress:
+        progress.advance(8 - initial)
+    assert expected in capsys.readouterr().err
 
+
+def test_a_bar_that_starts_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(4, "label", initial=3) as progress:
+        assert "3/4" in terminal.getvalue()
+        progress.advance()
+    assert "4/4" in terminal.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(2, "label") as progress:

@@ -1,0 +1,75 @@
+"""Runs whose results could replace a photograph, or be taken for one, are refused before anything is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from multisa.runtime.bulk import RunOptions, RunSummary
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.errors import UsageError
+from multisa.runtime.label import label_images
+from multisa.runtime.segment import segment_images
+
+Run = Callable[..., RunSummary]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out", [".", "deep", "new/out"])
+def test_output_inside_the_images_is_refused(photos: Path, bundle: Bundle, out: str) -> None:
+    before = sorted(photos.rglob("*"))
+    with pytest.raises(UsageError, match="lies inside"):
+        segment_images(photos, photos / out, bundle=bundle)
+    assert sorted(photos.rglob("*")) == before
+
+
+@pytest.mark.parametrize("below", ["masks", "masks/deep", "overlays", ".multisa/kept"])
+@pytest.mark.parametrize("run", [label_images, segment_images])
+def test_images_inside_the_results_are_refused_and_kept(
+    run: Run, photos: Path, bundle: Bundle, tmp_path: Path, below: str
+) -> None:
+    out = tmp_path / "out"
+    source = out / below
+    source.parent.mkdir(parents=True)
+    photos.rename(source)
+    (source / "broken.png").write_bytes(b"no image, and its mask would have its very path")
+    before = contents(out)
+    for images in (source, source / "b.png", source / "broken.png"):
+        with pytest.raises(UsageError, match=r"lies inside .*choose"):
+            run(images, out, bundle=bundle, options=RunOptions(gallery=True))
+    assert contents(out) == before
+
+
+def test_images_reached_through_links_are_kept(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    before = contents(photos)
+    for name, place, target in (
+        ("all", "masks", photos),
+        ("inner", "masks/deep", photos / "deep"),
+        ("page", "overlays", photos),
+    ):
+        link = tmp_path / name / place
+        link.parent.mkdir(parents=True)
+        link.symlink_to(target, target_is_directory=True)
+        with pytest.raises(UsageError, match="lies inside the images' folder"):
+            segment_images(photos, tmp_path / name, bundle=bundle)
+    for one in ("b.png", "deep/d.png"):  # the link is the image, or leads to it
+        with pytest.raises(UsageError, match="would replace the images"):
+            segment_images(tmp_path / "all/masks" / one, tmp_path / "all", bundle=bundle)
+    (tmp_path / "alias.png").symlink_to(photos / "b.png")
+    with pytest.raises(UsageError, match="would replace the images"):
+        segment_images(tmp_path / "alias.png", tmp_path / "all", bundle=bundle)
+    assert contents(photos) == before
+
+
+def test_images_beside_the_results_are_taken(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    assert segment_images(photos, tmp_path, bundle=bundle).failures == 1
+    assert (tmp_path / "masks/deep/c.png").is_file()
+
+
+def test_output_that_is_a_file(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        label_images(photos, tmp_path / "out", bundle=bundle)
