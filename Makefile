@@ -22,10 +22,12 @@ check: $(VENV)/dev  ## format, lint and types
 
 bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results
 	$(BIN)/python benchmarks/engine_against_eager.py --run $(RUN) --data $(DATA)
+	$(BIN)/python benchmarks/readme_results.py
 
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder
-	$(BIN)/multisa train --data $(DATA) --preset lite0 -o $(RUN)
+	$(BIN)/multisa train --data $(DATA) --preset lite0 --set name=voc-animals --set background_from=train-masks -o $(RUN)
 	$(BIN)/multisa export $(RUN) --data $(DATA) -o runtime/bundles/voc-animals
+	cp $(RUN)/run.json benchmarks/results/voc-animals.json
 
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) build demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AFFINITY_OUTPUTS, CAM_OUTPUTS, SEGMENTER_OUTPUTS, AffinityPhotographs
+from multisa.export.graphs import AffinityPhotographs
 from multisa.export.parity import Outputs, ParityReport, check_parity
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
-from multisa.runtime.engine import OnnxRuntimeEngine
+from multisa.runtime.engine import AFFINITY, CAM, SEGMENTER, GraphContract, OnnxRuntimeEngine
+from multisa.runtime.errors import UsageError
 from multisa.runtime.palette import IGNORE_INDEX
 from multisa.runtime.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, say
 from multisa.runtime.records import record_to_dict
 from multisa.training.affinity import load_affinity_net
+from multisa.training.affinity_net import head_stride
 from multisa.training.cams import CHECKPOINT, load_cam_network
 from multisa.training.data import DataSet, Item
 from multisa.training.inference import as_batch, read_working_image
@@ -41,12 +43,21 @@ PREPROCESSING = (
 
 @dataclass(frozen=True)
 class Graph:
-    """One file of the bundle: the module as trained, what is exported of it, and its outputs."""
+    """One file of the bundle: what it answers, the module as trained, what is exported of it."""
 
-    file: str
+    contract: GraphContract
     reference: nn.Module
     exported: nn.Module
-    outputs: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of the file in the bundle."""
+        return f"{self.contract.name}.onnx"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return tuple(self.contract.outputs)
 
 
 def export_bundle(
@@ -57,6 +68,8 @@ def export_bundle(
     Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the data
     set, val list first. Raises ParityError, and writes nothing, when one of them answers differently.
     """
+    if dataset.class_names != run.classes or dataset.weak_digest() != run.data_digest:
+        raise UsageError(f"{dataset.root}: not the data set that {root} was trained on; give the same one")
     graphs = graphs_of_run(run, root)
     files: dict[str, bytes] = {}
     with Progress(len(graphs), "export", "graph") as bar:
@@ -77,7 +90,10 @@ def compare_with_networks(
 ) -> ParityReport:
     """Compare the graphs with the networks on photographs, the pseudo-masks made from both included."""
     threads = torch.get_num_threads()
-    engines = {graph.file: OnnxRuntimeEngine(files[graph.file], threads=threads) for graph in graphs}
+    engines = {
+        graph.file: OnnxRuntimeEngine(files[graph.file], threads=threads, contract=graph.contract)
+        for graph in graphs
+    }
 
     def pairs() -> Iterator[tuple[Outputs, Outputs]]:
         with Progress(len(items), "parity") as bar:
@@ -104,13 +120,12 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     scales = config.cam.scales
     return (
         Graph(
-            "cam.onnx",
+            CAM,
             MultiScaleCAM(cam, scales=scales).eval(),
             MultiScaleCAM(FoldedMultiSACAM(cam), scales=scales).eval(),
-            CAM_OUTPUTS,
         ),
-        Graph("affinity.onnx", affinities, affinities, AFFINITY_OUTPUTS),
-        Graph("segmenter.onnx", segment, segment, SEGMENTER_OUTPUTS),
+        Graph(AFFINITY, affinities, affinities),
+        Graph(SEGMENTER, segment, segment),
     )
 
 
@@ -132,7 +147,6 @@ def _pseudo_mask(run: RunRecord, image: UInt8, classes: tuple[int, ...], outputs
 
 
 def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
-    stride = {"features": 8, "boundary": 4}[run.config.affinity.head]
     measured = {f"{row.stage} ({row.measured_on})": {"miou": row.miou, "iou": row.iou} for row in run.rows}
     return Manifest(
         schema_version=1,
@@ -143,7 +157,7 @@ def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
         parameters=BundleParameters(
             long_side=run.config.long_side,
             cam_scales=run.config.cam.scales,
-            walk_stride=stride,
+            walk_stride=head_stride(run.config.affinity.head),
             label=run.label,
             score_thresholds=dict(zip(run.classes[1:], run.score_thresholds, strict=True)),
         ),

@@ -1,12 +1,8 @@
-"""The module behind each file of a bundle; names, inputs and outputs are the contract the runtime checks."""
+"""Modules that give a network the interface of a bundle's graph where training has no use for one."""
 
 from torch import Tensor, nn
 
 from multisa.training.affinity_net import AffinityNet
-
-CAM_OUTPUTS = ("cam", "scores")
-AFFINITY_OUTPUTS = ("affinity",)
-SEGMENTER_OUTPUTS = ("labels", "confidence")
 
 
 class AffinityPhotographs(nn.Module):

@@ -20,6 +20,7 @@ from multisa.training.cams import CHECKPOINT
 from multisa.training.checkpoint import load_checkpoint
 from multisa.training.config import AffinityConfig, AffinityLabelConfig, TrainConfig
 from multisa.training.data import DataSet, Item
+from multisa.training.device import torch_device
 from multisa.training.inference import as_batch, for_each_item, load_maps, read_working_image, save_maps
 from multisa.training.loop import LoopOptions, train_network
 from multisa.training.losses import affinity_loss
@@ -96,7 +97,8 @@ def train_affinity(run: TrainConfig, dataset: DataSet, labels: Stage, folder: Pa
     """Train AffinityNet on the weak set's affinity labels."""
     torch.manual_seed(run.seed)
     config = run.affinity
-    network = build_affinity_net(config)
+    device = torch_device(run)
+    network = build_affinity_net(config).to(device)
     photographs = AugmentedPhotographs(
         dataset.weak, config.schedule, run, n_classes=len(dataset.class_names), masks=labels.folder
     )
@@ -104,9 +106,9 @@ def train_affinity(run: TrainConfig, dataset: DataSet, labels: Stage, folder: Pa
 
     def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         image, mask = batch
-        affinity = network(network.backbone.normalise(image), radius)
+        affinity = network(network.backbone.normalise(image.to(device)), radius)
         grid = (affinity.shape[-2], affinity.shape[-1])
-        small = torch.from_numpy(np.stack([resize_mask(m, grid) for m in mask.numpy()]))
+        small = torch.from_numpy(np.stack([resize_mask(m, grid) for m in mask.numpy()])).to(device)
         return affinity_loss(affinity, *pair_targets(small, radius))
 
     losses = train_network(
@@ -124,12 +126,13 @@ def walk_cams(
     run: TrainConfig, dataset: DataSet, cams: Stage, trained: Stage, folder: Path
 ) -> Mapping[str, Any]:
     """Write ID.npy, the maps after the random walk, for each weak photograph."""
-    network = load_affinity_net(run.affinity, trained.folder / CHECKPOINT)
+    device = torch_device(run)
+    network = load_affinity_net(run.affinity, trained.folder / CHECKPOINT).to(device)
 
     def work(item: Item) -> None:
         with torch.inference_mode():
-            image = network.backbone.normalise(as_batch(read_working_image(item, run.long_side)))
-            affinity = network(image, run.label.walk_radius)[0].numpy()
+            image = network.backbone.normalise(as_batch(read_working_image(item, run.long_side)).to(device))
+            affinity = network(image, run.label.walk_radius)[0].cpu().numpy()
         save_maps(
             folder / f"{item.id}.npy",
             walk_scores(load_maps(cams.folder / f"{item.id}.npy"), affinity, run.label),

@@ -22,12 +22,16 @@ class FeatureHead(nn.Module):
 
     stride = 8
 
-    def __init__(self, channels: list[int]) -> None:
-        """Channels are those of the backbone's levels, finest first."""
+    def __init__(self, backbone: Backbone) -> None:
+        """Make the head for a backbone with a level at stride 8 and two deeper ones."""
         super().__init__()
+        deepest = len(backbone.channels) - 1
+        self.levels = (backbone.level_at(self.stride), deepest - 1, deepest)
+        if self.levels[0] >= self.levels[1]:
+            raise UsageError(f"the feature head needs two levels beyond stride 8; got {backbone.strides}")
         layers = [
-            nn.Conv2d(given, made, 1, bias=False)
-            for given, made in zip(channels[-3:], FEATURE_CHANNELS, strict=True)
+            nn.Conv2d(backbone.channels[level], made, 1, bias=False)
+            for level, made in zip(self.levels, FEATURE_CHANNELS, strict=True)
         ]
         self.reduce = nn.ModuleList(layers)
         width = sum(FEATURE_CHANNELS)
@@ -38,7 +42,7 @@ class FeatureHead(nn.Module):
 
     def forward(self, levels: list[Tensor], radius: int) -> Tensor:
         """Pyramid -> affinity float32 [N, P, h, w] for the offsets of `radius`."""
-        last = levels[-3:]
+        last = [levels[level] for level in self.levels]
         size = last[0].shape[-2:]
         reduced = [
             _resize(functional.elu(layer(level)), size)
@@ -52,9 +56,11 @@ class BoundaryHead(nn.Module):
 
     stride = 4
 
-    def __init__(self, channels: list[int]) -> None:
-        """Channels are those of the backbone's levels, finest first."""
+    def __init__(self, backbone: Backbone) -> None:
+        """Make the head for a backbone with a level at stride 4."""
         super().__init__()
+        self.grid_level = backbone.level_at(self.stride)
+        channels = backbone.channels
         self.reduce = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(given, BOUNDARY_CHANNELS, 1, bias=False), nn.GroupNorm(GROUPS, BOUNDARY_CHANNELS)
@@ -69,12 +75,17 @@ class BoundaryHead(nn.Module):
 
     def logits(self, levels: list[Tensor]) -> Tensor:
         """Pyramid -> boundary logits float32 [N, 1, h, w]."""
-        size = levels[1].shape[-2:]
+        size = levels[self.grid_level].shape[-2:]
         reduced = [
             functional.relu(_resize(layer(level), size))
             for layer, level in zip(self.reduce, levels, strict=True)
         ]
         return torch.as_tensor(self.mix(torch.cat(reduced, 1)))
+
+
+def head_stride(head: str) -> int:
+    """Pixels of the image for one cell of the affinity grid of a head."""
+    return BoundaryHead.stride if head == "boundary" else FeatureHead.stride
 
 
 class AffinityNet(nn.Module):
@@ -84,14 +95,10 @@ class AffinityNet(nn.Module):
     """
 
     def __init__(self, backbone: Backbone, *, head: str) -> None:
-        """Head is "features" or "boundary"; the backbone must have levels at strides 4 and 8."""
+        """Head is "features" (needs a level at stride 8) or "boundary" (one at stride 4)."""
         super().__init__()
-        if backbone.strides[1:3] != [4, 8]:
-            raise UsageError(
-                f"AffinityNet needs levels at strides 4 and 8; the backbone has {backbone.strides}"
-            )
         self.backbone = backbone
-        self.head = BoundaryHead(backbone.channels) if head == "boundary" else FeatureHead(backbone.channels)
+        self.head = BoundaryHead(backbone) if head == "boundary" else FeatureHead(backbone)
         if head == "boundary":
             for parameter in backbone.parameters():
                 parameter.requires_grad_(False)
@@ -160,7 +167,9 @@ def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
         there = padded[:, dy : dy + height, margin + dx : margin + dx + width]
         counted = (labels != 255) & (there != 255)
         same.append(
-            torch.where(counted, (labels == there).to(torch.int8), torch.tensor(-1, dtype=torch.int8))
+            torch.where(
+                counted, (labels == there).to(torch.int8), torch.full_like(labels, -1, dtype=torch.int8)
+            )
         )
     stacked = torch.stack(same, 1)
     return stacked, (labels == 0)[:, None].expand_as(stacked)

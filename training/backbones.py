@@ -41,23 +41,28 @@ class Backbone(nn.Module):
         timm = import_timm()
         if not timm.is_model(name):
             raise UsageError(f"backbone {name!r}: not a timm model; see timm.list_models()")
-        self.network = timm.create_model(
-            name, pretrained=weights == "timm", features_only=True, output_stride=output_stride
-        )
+        self.network = _features_of(timm, name, weights == "timm", output_stride)
         if weights == "packaged":
             _load_packaged_weights(name, self.network)
         elif weights not in ("timm", "none"):
             raise UsageError(f"weights {weights!r}: expected 'packaged', 'timm' or 'none'")
-        self.channels: list[int] = self.network.feature_info.channels()
-        self.strides: list[int] = self.network.feature_info.reduction()
+        levels: Any = self.network.feature_info
+        self.channels: list[int] = levels.channels()
+        self.strides: list[int] = levels.reduction()
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d):
                 _undilate(module)
         _fix_same_padding(self.network)
-        config = self.network.pretrained_cfg
+        config: Any = self.network.pretrained_cfg
         for key in ("mean", "std"):
             scale = torch.tensor(config[key], dtype=torch.float32) * 255.0
             self.register_buffer(key, scale.view(1, 3, 1, 1), persistent=False)
+
+    def level_at(self, stride: int) -> int:
+        """Index of the level at `stride` (the last of them). Raises UsageError when there is none."""
+        if stride not in self.strides:
+            raise UsageError(f"the backbone has levels at strides {self.strides}; one at {stride} is needed")
+        return len(self.strides) - 1 - self.strides[::-1].index(stride)
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] RGB -> float32 [N, 3, H, W], mean and standard deviation of the weights."""
@@ -104,6 +109,20 @@ def import_timm() -> Any:
                 f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             )
     return importlib.import_module("timm")
+
+
+def _features_of(timm: Any, name: str, pretrained: bool, output_stride: int) -> nn.Module:
+    try:
+        # Not every family can keep its resolution; those stay at the stride they have.
+        for options in ({"output_stride": output_stride}, {}):
+            try:
+                made = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+            except (TypeError, AssertionError, NotImplementedError):
+                continue
+            return cast(nn.Module, made)
+    except (RuntimeError, AttributeError) as error:
+        raise UsageError(f"backbone {name!r}: timm cannot give its features: {error}") from error
+    raise UsageError(f"backbone {name!r}: timm cannot give its features")
 
 
 def _undilate(convolution: nn.Conv2d) -> None:

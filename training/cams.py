@@ -14,6 +14,7 @@ from multisa.training.backbones import Backbone
 from multisa.training.checkpoint import load_checkpoint
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.data import DataSet, Item
+from multisa.training.device import torch_device
 from multisa.training.evaluation import ThresholdSweep
 from multisa.training.inference import as_batch, for_each_item, load_maps, read_working_image, save_maps
 from multisa.training.loop import LoopOptions, train_network
@@ -42,11 +43,12 @@ def train_cam(config: CamConfig, run: TrainConfig, dataset: DataSet, folder: Pat
     """Train Multi-SA (or, without taps, the plain CAM) on the weak set."""
     torch.manual_seed(run.seed)
     n_classes = len(dataset.class_names)
-    network = build_cam_network(config, n_classes)
+    device = torch_device(run)
+    network = build_cam_network(config, n_classes).to(device)
     photographs = AugmentedPhotographs(dataset.weak, config.schedule, run, n_classes=n_classes)
 
     def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        image, labels = batch
+        image, labels = (part.to(device) for part in batch)
         return multilabel_soft_margin(network(network.backbone.normalise(image)), labels)
 
     losses = train_network(
@@ -69,15 +71,18 @@ def compute_cams(
     folder: Path,
 ) -> Mapping[str, Any]:
     """Write ID.npy (maps of the present classes) and ID.scores.npy; score them on the train masks."""
+    device = torch_device(run)
     network = load_cam_network(config, len(dataset.class_names), trained.folder / CHECKPOINT)
-    inference = MultiScaleCAM(network, scales=config.scales)
+    inference = MultiScaleCAM(network, scales=config.scales).to(device)
 
     def work(item: Item) -> None:
         with torch.inference_mode():
-            cam, scores = inference(as_batch(read_working_image(item, run.long_side)))
-        save_maps(folder / f"{item.id}.scores.npy", scores[0].numpy())
+            cam, scores = inference(as_batch(read_working_image(item, run.long_side)).to(device))
+        save_maps(folder / f"{item.id}.scores.npy", scores[0].cpu().numpy())
         # The maps come last: their file says that the item is done.
-        save_maps(folder / f"{item.id}.npy", cam[0].numpy()[[class_id - 1 for class_id in item.classes]])
+        save_maps(
+            folder / f"{item.id}.npy", cam[0].cpu().numpy()[[class_id - 1 for class_id in item.classes]]
+        )
 
     for_each_item(
         work,

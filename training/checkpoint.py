@@ -44,7 +44,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | N
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             if MOMENTUM + name in tensors:
-                momentum = tensors[MOMENTUM + name].to(memory_format=torch.preserve_format)
+                momentum = tensors[MOMENTUM + name].to(parameter.device)
                 optimiser.state[parameter]["momentum_buffer"] = momentum
     meta: dict[str, Any] = json.loads(metadata["multisa"])
     return meta

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from multisa.kernels import CrfParameters
 from multisa.runtime.errors import UsageError
+from multisa.runtime.images import MINIMUM_SIDE
 from multisa.runtime.postprocess import LabelParameters
 from multisa.runtime.records import record_from_dict
 
@@ -33,6 +34,17 @@ class Schedule:
     clip_norm: float = 10.0  # gradients longer than this are shortened to it
     freeze_batch_norm: bool = True  # keep the running statistics (irn, psa); the affine part is trained
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers no training can be done with."""
+        _expect(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _expect(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _expect(self.crop >= MINIMUM_SIDE, "crop", self.crop, f"at least {MINIMUM_SIDE}")
+        _expect(1 <= self.resize[0] <= self.resize[1], "resize", self.resize, "an ascending range from 1")
+        _expect(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _expect(self.new_layers_factor > 0, "new_layers_factor", self.new_layers_factor, "above 0")
+        _expect(0 <= self.momentum < 1, "momentum", self.momentum, "within 0..1, below 1")
+        _expect(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
+
 
 @dataclass(frozen=True)
 class CamConfig:
@@ -41,8 +53,13 @@ class CamConfig:
     backbone: str = "tf_efficientnet_lite0"
     weights: WeightSource = "packaged"
     taps: tuple[int, ...] = (2, 3, 4)  # levels of the backbone, finest first; k = len(taps)
-    scales: tuple[float, ...] = (0.5, 1.0, 1.5)
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5)  # multiples of 1/16, so that sizes are exact in the graph
     schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for scales the graph cannot have."""
+        exact = all(scale > 0 and (scale * 16).is_integer() for scale in self.scales)
+        _expect(bool(self.scales) and exact, "scales", self.scales, "one or more multiples of 1/16")
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,8 @@ class TrainConfig:
 
     name: str = "multisa"
     seed: int = 0
-    workers: int = 2  # processes that decode images or run the dense CRF
+    workers: int = 2  # processes that decode images in training, threads that work on images elsewhere
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch has it
     long_side: int = 512  # larger photographs are reduced to this before every inference
     cam_baseline: bool = False  # also train and evaluate the plain CAM (k = 0)
     # Where the background score of the pseudo-masks comes from: `label.background`, or the one that
@@ -95,6 +113,12 @@ class TrainConfig:
     affinity: AffinityConfig = field(default_factory=AffinityConfig)
     label: LabelParameters = field(default_factory=LabelParameters)
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values no run can be done with."""
+        _expect(self.workers >= 1, "workers", self.workers, "at least 1")
+        _expect(self.seed >= 0, "seed", self.seed, "at least 0")
+        _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")
 
 
 def preset_names() -> list[str]:
@@ -138,4 +162,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *tables, name = key.strip().split(".")
     for table in tables:
         values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"override {override!r}: {table} is a value, not a table")
     values[name] = value
+
+
+def _expect(holds: bool, name: str, got: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {got}, expected {expected}")

@@ -13,7 +13,7 @@ from multisa.runtime.palette import IGNORE_INDEX
 from multisa.runtime.postprocess import resize_maps
 from multisa.training.data import Item
 
-BINS = 100  # background scores 0.00, 0.01, .. 0.99 are compared
+BINS = 100  # background scores 0.01, 0.02, .. 0.99 are compared
 
 
 class ThresholdSweep:
@@ -53,12 +53,13 @@ class ThresholdSweep:
 
     def results(self, background: float) -> dict[str, Any]:
         """IoUs at `background` and at the background score with the highest mIoU."""
-        curve = [mean_iou(self.confusion(step / BINS)) for step in range(BINS)]
-        best = int(np.argmax(curve)) / BINS
+        # 0 is no background score: the walked maps are nowhere below it.
+        curve = {step / BINS: mean_iou(self.confusion(step / BINS)) for step in range(1, BINS)}
+        best = max(curve, key=curve.__getitem__)
         return {
             "configured": {"background": background, **scores_of(self.confusion(background))},
             "best": {"background": best, **scores_of(self.confusion(best))},
-            "curve": [round(100 * value, 2) for value in curve],
+            "curve": {f"{score:.2f}": round(100 * value, 2) for score, value in curve.items()},
         }
 
 

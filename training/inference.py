@@ -36,9 +36,8 @@ def for_each_item(
     with (
         _single_threaded_operators(workers),
         ThreadPoolExecutor(workers) as pool,
-        Progress(len(items), title) as bar,
+        Progress(len(items), title, initial=len(items) - len(left)) as bar,
     ):
-        bar.advance(len(items) - len(left))
         futures = [pool.submit(work, item) for item in left]
         try:
             for future in futures:

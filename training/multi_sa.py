@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from multisa.runtime.errors import UsageError
 from multisa.training.backbones import Backbone
 
 ATTENTION_GAIN = 0.1  # of the initial queries and keys against their input
@@ -51,6 +52,9 @@ class MultiSACAM(nn.Module):
     def __init__(self, backbone: Backbone, *, taps: tuple[int, ...], n_classes: int) -> None:
         """Taps are indices of the backbone's levels, finest first; n_classes counts foreground classes."""
         super().__init__()
+        levels = len(backbone.channels)
+        if list(taps) != sorted(set(taps)) or not all(0 <= tap < levels for tap in taps):
+            raise UsageError(f"taps {list(taps)}: expected ascending levels of the backbone, 0..{levels - 1}")
         self.backbone = backbone
         self.taps = taps
         self.attention = nn.ModuleList(SelfAttention(backbone.channels[tap]) for tap in taps)

@@ -16,6 +16,7 @@ from multisa.training.cams import CHECKPOINT
 from multisa.training.checkpoint import load_checkpoint
 from multisa.training.config import SegmenterConfig, TrainConfig
 from multisa.training.data import DataSet, Item
+from multisa.training.device import torch_device
 from multisa.training.evaluation import score_masks
 from multisa.training.inference import as_batch, for_each_item, load_maps, read_working_image
 from multisa.training.loop import LoopOptions, train_network
@@ -68,13 +69,14 @@ def train_segmenter(run: TrainConfig, dataset: DataSet, masks: Stage, folder: Pa
         )
     torch.manual_seed(run.seed)
     config, n_classes = run.segmenter, len(dataset.class_names)
-    network = build_segmenter(config, n_classes)
+    device = torch_device(run)
+    network = build_segmenter(config, n_classes).to(device)
     photographs = AugmentedPhotographs(
         dataset.weak, config.schedule, run, n_classes=n_classes, masks=masks.folder
     )
 
     def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        image, mask = batch
+        image, mask = (part.to(device) for part in batch)
         return segmentation_loss(network(network.backbone.normalise(image)), mask)
 
     losses = train_network(
@@ -91,12 +93,14 @@ def train_segmenter(run: TrainConfig, dataset: DataSet, masks: Stage, folder: Pa
 def evaluate_segmenter(run: TrainConfig, dataset: DataSet, trained: Stage, folder: Path) -> Mapping[str, Any]:
     """Segment the val list with the PyTorch network, write ID.png and score them."""
     n_classes, palette = len(dataset.class_names), dataset.mask_palette
-    inference = SegmentPhotographs(load_segmenter(run.segmenter, n_classes, trained.folder / CHECKPOINT))
+    device = torch_device(run)
+    network = load_segmenter(run.segmenter, n_classes, trained.folder / CHECKPOINT)
+    inference = SegmentPhotographs(network).to(device)
 
     def work(item: Item) -> None:
         with torch.inference_mode():
-            labels, _ = inference(as_batch(read_working_image(item, run.long_side)))
-        write_mask(folder / f"{item.id}.png", labels[0].numpy(), palette)
+            labels, _ = inference(as_batch(read_working_image(item, run.long_side)).to(device))
+        write_mask(folder / f"{item.id}.png", labels[0].cpu().numpy(), palette)
 
     for_each_item(work, dataset.val, lambda item: folder / f"{item.id}.png", workers=run.workers, title="val")
     return score_masks(folder, dataset.val, n_classes)

@@ -24,12 +24,13 @@ class DeepLabV3Plus(nn.Module):
         """n_classes counts the background; `channels` is the width of pyramid and decoder (paper: 256)."""
         super().__init__()
         self.backbone = backbone
+        self.fine_level = backbone.level_at(4)
         deepest = backbone.channels[-1]
         self.pyramid = nn.ModuleList([_pointwise(deepest, channels)])
         self.pyramid.extend(_separable(deepest, channels, rate) for rate in atrous_rates)
         self.pooled = nn.Sequential(nn.Conv2d(deepest, channels, 1), nn.ReLU(inplace=True))
         self.project = _pointwise(channels * (2 + len(atrous_rates)), channels)
-        self.low_level = _pointwise(backbone.channels[1], LOW_LEVEL_CHANNELS)
+        self.low_level = _pointwise(backbone.channels[self.fine_level], LOW_LEVEL_CHANNELS)
         self.decode = nn.Sequential(
             _separable(channels + LOW_LEVEL_CHANNELS, channels, 1), _separable(channels, channels, 1)
         )
@@ -44,7 +45,7 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> logits [N, n_classes, ceil(H/4), ceil(W/4)]."""
         levels = self.backbone(image)
-        deep, fine = levels[-1], levels[1]
+        deep, fine = levels[-1], levels[self.fine_level]
         pooled = self.pooled(deep.mean((-2, -1), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
         mixed = self.project(torch.cat([*(branch(deep) for branch in self.pyramid), pooled], 1))
         raised = functional.interpolate(mixed, size=fine.shape[-2:], mode="bilinear", align_corners=False)

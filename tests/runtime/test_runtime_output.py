@@ -1,4 +1,4 @@
-"""Runs whose results could replace a photograph, or be taken for one, are refused before anything is written."""
+"""Runs whose results could replace a photograph, or be taken for one, are refused before they write."""
 
 from collections.abc import Callable
 from pathlib import Path
