@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
+from multisa.runtime.cli import root as root_command
 from multisa.runtime.errors import DatasetError, MultisaError, UsageError
 from multisa.runtime.images import read_mask
 from multisa.runtime.metrics import confusion_matrix, mean_iou
@@ -253,3 +255,63 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
         "val",
     ]
     assert changed.folder(run_folder, "walk") == first.folder(run_folder, "walk")
+
+
+def test_a_lost_output_is_made_again(run_folder: Path, voc_folder: Path) -> None:
+    run = load_run(run_folder)
+    lost = run.folder(run_folder, "pseudo-masks") / "photo_01.png"
+    before = lost.read_bytes()
+    lost.write_bytes(b"half a fil")
+    run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), run_folder)
+    assert lost.read_bytes() == before
+
+
+def test_other_photographs_or_labels_train_anew_other_masks_do_not(voc_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    dataset = read_dataset(root)
+    mask = root / "SegmentationClass" / "photo_00.png"
+    shutil.copy(root / "SegmentationClass" / "photo_01.png", mask)
+    assert read_dataset(root).weak_digest() == dataset.weak_digest()
+    assert read_dataset(root).masks_digest(dataset.train) != dataset.masks_digest(
+        read_dataset(voc_folder).train
+    )
+    labels = json.loads((root / "labels.json").read_text())
+    (root / "labels.json").write_text(json.dumps({**labels, "photo_00": ["disc"]}))
+    assert read_dataset(root).weak_digest() != dataset.weak_digest()
+
+
+def test_a_plain_folder_goes_all_the_way(voc_folder: Path, tmp_path: Path) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    rows = ["image,labels"]
+    labels = json.loads((voc_folder / "labels.json").read_text())
+    for name in sorted(labels)[:4]:
+        shutil.copy(voc_folder / "JPEGImages" / f"{name}.jpg", photographs / f"{name}.jpg")
+        rows.append(f"{name}.jpg,{' '.join(labels[name])}")
+    (photographs / "labels.csv").write_text("\n".join(rows))
+    (photographs / "classes.txt").write_text("background\nsquare\ndisc\n")
+    settings = ["cam.schedule.epochs=1", "segmenter.schedule.epochs=1", "affinity.head=features"]
+    arguments = ["train", "--data", str(photographs), "--preset", str(TINY), "-o", str(tmp_path / "run")]
+    for setting in settings:
+        arguments += ["--set", setting]
+    result = CliRunner().invoke(root_command, arguments)
+    assert result.exit_code == 0, result.output
+    assert "nothing was measured" in result.stdout
+    assert load_run(tmp_path / "run").rows == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "nowhere"], 1, "not a folder"),
+        (["--data", ".", "--preset", "huge"], 2, "expected one of lite0"),
+        (["--data", ".", "--set", "cam.scales=[0.35]"], 2, "multiples of 1/16"),
+        (["--data", ".", "--set", "workers=0"], 2, "at least 1"),
+        (["--data", ".", "--set", "name.x=1"], 2, "is a value, not a table"),
+    ],
+)
+def test_train_command_errors(arguments: list[str], code: int, message: str) -> None:
+    result = CliRunner().invoke(root_command, ["train", *arguments])
+    assert result.exit_code == code
+    assert message in result.stderr

@@ -1,0 +1,102 @@
+"""Losses against their formulas; the optimiser's momentum, groups and schedule; frozen statistics."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from multisa.training import loop
+from multisa.training.backbones import Backbone
+from multisa.training.config import Schedule
+from multisa.training.loop import LoopOptions, train_network
+from multisa.training.losses import affinity_loss, multilabel_soft_margin, segmentation_loss
+
+
+def test_soft_margin_is_equation_10() -> None:
+    activations = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
+    x = activations.mean((-2, -1)).double().numpy()
+    y = labels.numpy()
+    terms = y * np.log(1 / (1 + np.exp(-x))) + (1 - y) * np.log(np.exp(-x) / (1 + np.exp(-x)))
+    assert multilabel_soft_margin(activations, labels).item() == pytest.approx(-terms.mean(), rel=1e-5)
+
+
+def test_affinity_loss_weighs_the_three_kinds_of_pairs() -> None:
+    affinity = torch.tensor([0.9, 0.8, 0.3, 0.6, 0.5]).view(1, 5, 1, 1)
+    same = torch.tensor([1, 1, 1, 0, -1], dtype=torch.int8).view(1, 5, 1, 1)
+    background = torch.tensor([True, False, False, True, True]).view(1, 5, 1, 1)
+    expected = -np.log(0.9) / 4 - (np.log(0.8) + np.log(0.3)) / 2 / 4 - np.log(0.4) / 2
+    assert affinity_loss(affinity, same, background).item() == pytest.approx(expected, rel=1e-3)
+    nothing = torch.full_like(same, -1)
+    assert affinity_loss(affinity, nothing, background).item() == 0.0
+
+
+def test_segmentation_loss_leaves_out_255() -> None:
+    logits = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[[0, 255], [2, 255]]], dtype=torch.uint8)
+    logs = logits.log_softmax(1)[0]
+    expected = -(logs[0, 0, 0] + logs[2, 1, 0]) / 2
+    torch.testing.assert_close(segmentation_loss(logits, mask), expected)
+
+
+def test_momentum_groups_and_poly_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[list[float]] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            rates.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    made: list[Watched] = []
+
+    def make(*arguments: object, **options: object) -> Watched:
+        made.append(Watched(*arguments, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr(loop.torch.optim, "SGD", make)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    data = torch.utils.data.TensorDataset(torch.randn(8, 2))
+    schedule = Schedule(epochs=2, batch_size=4, learning_rate=0.1, new_layers_factor=5.0, momentum=0.9)
+    train_network(
+        model,
+        model[1].parameters(),
+        data,
+        lambda batch: model(batch[0]).square().mean(),
+        schedule,
+        LoopOptions(tmp_path / "checkpoint", 0, 0, "groups"),
+    )
+    assert [group["momentum"] for group in made[0].param_groups] == [0.9, 0.9]
+    expected = [(1 - step / 4) ** 0.9 for step in range(4)]
+    np.testing.assert_allclose(rates, [[0.1 * rate, 0.5 * rate] for rate in expected])
+
+
+def test_frozen_statistics_stay_while_the_affine_part_learns(tmp_path: Path) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Backbone("test_efficientnet", weights="none")
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.backbone(image)[-1])
+
+    data = torch.utils.data.TensorDataset(torch.randn(4, 3, 64, 64))
+    changed = {}
+    for frozen in (True, False):
+        torch.manual_seed(0)
+        model = Network()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        train_network(
+            model,
+            [],
+            data,
+            lambda batch, model=model: model(batch[0]).square().mean(),
+            Schedule(epochs=1, batch_size=4, freeze_batch_norm=frozen),
+            LoopOptions(tmp_path / f"frozen-{frozen}", 0, 0, "frozen"),
+        )
+        after = model.state_dict()
+        changed[frozen] = {key for key in before if not torch.equal(before[key], after[key])}
+    assert not any("running" in key for key in changed[True])
+    assert any("running" in key for key in changed[False])
+    assert any("bn" in key and key.endswith("weight") for key in changed[True])
