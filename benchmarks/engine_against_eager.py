@@ -1,7 +1,8 @@
-"""The segmenter on ONNX Runtime against PyTorch eager: equal masks, and how much faster.
+"""`multisa segment` against PyTorch eager on the val list: the same masks, and how much faster the engine is.
 
-Both segment every photograph of the val list in turn, one image at a time, so that a noisy machine slows
-both alike. Writes benchmarks/results/engine_against_eager.json.
+Masks: the command's own (decoding, engine, PNG) against those the training run kept from its PyTorch
+network. Speed: engine and network on one photograph at a time, in turn, so that a noisy machine slows both
+alike. Writes benchmarks/results/engine_against_eager.json.
 
     python benchmarks/engine_against_eager.py --run runs/voc-animals --data VOC_LAYOUT
 """
@@ -9,31 +10,89 @@ both alike. Writes benchmarks/results/engine_against_eager.json.
 import argparse
 import json
 import platform
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
 
-from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.engine import SEGMENTER, OnnxRuntimeEngine
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.engine import SEGMENTER, open_engine
+from multisa.runtime.evaluate import evaluate_masks
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.images import read_mask
-from multisa.runtime.metrics import confusion_matrix, mean_iou
 from multisa.runtime.progress import Progress
+from multisa.runtime.segment import segment_images
 from multisa.training.cams import CHECKPOINT
-from multisa.training.data import read_dataset
+from multisa.training.data import Item, read_dataset
 from multisa.training.inference import as_batch, read_working_image
-from multisa.training.pipeline import load_run
+from multisa.training.pipeline import RunRecord, load_run
 from multisa.training.segmentation import load_segmenter
 from multisa.training.segmenter import SegmentPhotographs
 
 UInt8 = npt.NDArray[np.uint8]
 RESULTS = Path(__file__).parent / "results" / "engine_against_eager.json"
+
+
+def compare_masks(run: RunRecord, eager: Path, items: tuple[Item, ...], bundle: Bundle) -> dict[str, Any]:
+    """mIoU of the command's masks and of PyTorch's, and the share of pixels on which they agree."""
+    names = tuple(item.id for item in items)
+    equal = pixels = 0
+    with tempfile.TemporaryDirectory() as work:
+        photographs, out = Path(work, "photographs"), Path(work, "out")
+        photographs.mkdir()
+        for item in items:
+            shutil.copy(item.image, photographs / f"{item.id}{item.image.suffix}")
+        segment_images(photographs, out, bundle=bundle)
+        masks = {"pytorch-eager": eager, "multisa segment": out / "masks"}
+        truth = items[0].mask.parent if items[0].mask else eager
+        miou = {
+            name: round(100 * evaluate_masks(folder, truth, run.classes, names=names).to_json()["miou"], 3)
+            for name, folder in masks.items()
+        }
+        for name in names:
+            reference, answer = (read_mask(folder / f"{name}.png") for folder in masks.values())
+            equal += int((reference == answer).sum())
+            pixels += answer.size
+    return {"miou": miou, "label_agreement": equal / pixels}
+
+
+def compare_speed(
+    run: RunRecord, root: Path, items: tuple[Item, ...], bundle: Bundle, threads: int
+) -> dict[str, Any]:
+    """Median milliseconds for one photograph, both on `threads` threads."""
+    torch.set_num_threads(threads)
+    network = load_segmenter(
+        run.config.segmenter, len(run.classes), run.folder(root, "segmenter") / CHECKPOINT
+    )
+    eager = SegmentPhotographs(network)
+    engine = open_engine(bundle, SEGMENTER, threads=threads)
+    segmenters: dict[str, Callable[[UInt8], object]] = {
+        "pytorch-eager": lambda image: eager(as_batch(image)),
+        "onnxruntime": lambda image: engine.run(image[None]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in segmenters}
+    with Progress(len(items), "engine against eager") as bar, torch.inference_mode():
+        for item in items:
+            image = read_working_image(item, run.config.long_side)
+            for name, segment in segmenters.items():
+                start = time.perf_counter()
+                segment(image)
+                seconds[name].append(time.perf_counter() - start)
+            bar.advance()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "threads": threads,
+        "median_milliseconds": {name: round(1000 * value, 2) for name, value in medians.items()},
+        "engine_speedup": round(medians["pytorch-eager"] / medians["onnxruntime"], 2),
+    }
 
 
 def main() -> None:
@@ -45,43 +104,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
 
-    run, dataset = load_run(options.run), read_dataset(options.data)
-    torch.set_num_threads(options.threads)
-    n_classes = len(run.classes)
-    eager = SegmentPhotographs(
-        load_segmenter(run.config.segmenter, n_classes, run.folder(options.run, "segmenter") / CHECKPOINT)
-    ).to(memory_format=torch.channels_last)
-    engine = OnnxRuntimeEngine(
-        load_bundle(options.bundle).read_file("segmenter.onnx"), threads=options.threads, contract=SEGMENTER
-    )
-    segmenters: dict[str, Callable[[UInt8], UInt8]] = {
-        "pytorch-eager": lambda image: eager(as_batch(image))[0][0].numpy(),
-        "onnxruntime": lambda image: engine.run(image[None])["labels"][0],
-    }
-    confusion = {name: np.zeros((n_classes, n_classes), np.int64) for name in segmenters}
-    seconds: dict[str, list[float]] = {name: [] for name in confusion}
-    equal = pixels = 0
-    with Progress(len(dataset.val), "engine against eager") as bar, torch.inference_mode():
-        for item in dataset.val:
-            image = read_working_image(item, run.config.long_side)
-            truth = read_mask(item.mask) if item.mask else np.full(image.shape[:2], 255, np.uint8)
-            answers = {}
-            for name, segment in segmenters.items():
-                start = time.perf_counter()
-                answers[name] = segment(image)
-                seconds[name].append(time.perf_counter() - start)
-                confusion[name] += confusion_matrix(answers[name], truth, n_classes)
-            equal += int((answers["pytorch-eager"] == answers["onnxruntime"]).sum())
-            pixels += answers["onnxruntime"].size
-            bar.advance()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    run, items, bundle = load_run(options.run), read_dataset(options.data).val, load_bundle(options.bundle)
     results = {
-        "photographs": len(dataset.val),
-        "threads": options.threads,
-        "miou": {name: round(100 * mean_iou(counts), 3) for name, counts in confusion.items()},
-        "label_agreement": equal / pixels,
-        "median_milliseconds": {name: round(1000 * value, 2) for name, value in medians.items()},
-        "engine_speedup": round(medians["pytorch-eager"] / medians["onnxruntime"], 2),
+        "photographs": len(items),
+        **compare_masks(run, run.folder(options.run, "val"), items, bundle),
+        **compare_speed(run, options.run, items, bundle, options.threads),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
         "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
     }

@@ -28,33 +28,30 @@ def results_section(run: dict[str, Any], engine: dict[str, Any]) -> str:
         lines.append(
             f"| {row['stage']} | {row['measured_on']} | **{row['miou']:.2f}** | {paper:.2f} | {ious} |"
         )
-    cam, segmenter = run["config"]["cam"], run["config"]["segmenter"]
+    cam, segmenter, photographs = run["config"]["cam"], run["config"]["segmenter"], run["photographs"]
     miou, milliseconds = engine["miou"], engine["median_milliseconds"]
-    lines += ["", _paragraph(
-        f"Measured on six animal classes of PASCAL VOC 2012 and background: 903 photographs with image-level "
-        f"labels to train on; 437 of them have masks, on which the pseudo-masks are measured (image-level "
-        f"labels given); {engine['photographs']} other photographs for the segmenter, measured once.",
-        f"Backbone {cam['backbone']}, {cam['schedule']['epochs']} epochs for each CAM network and "
-        f"{segmenter['schedule']['epochs']} for DeepLabV3+, {run['threads']} CPU cores, "
-        f"{run['seconds'] / 60:.0f} minutes for all stages.",
-        "CAM and walk rows are at the background score with the highest mIoU, as in the paper; its figures "
+    lines += [
+        "",
+        f"Measured on {len(classes) - 1} classes of PASCAL VOC 2012 and background:",
+        f"{photographs['weak']} photographs with image-level labels to train on; {photographs['train']} of them",
+        "have masks, on which the pseudo-masks are measured (image-level labels given);",
+        f"{photographs['val']} other photographs for the segmenter, measured once. Backbone {cam['backbone']},",
+        f"{cam['schedule']['epochs']} epochs for each CAM network and {segmenter['schedule']['epochs']} for",
+        f"DeepLabV3+, {run['threads']} CPU cores, {run['seconds'] / 60:.0f} minutes for all stages.",
+        "CAM and walk rows are at the background score with the highest mIoU, as in the paper; its figures",
         "(ResNeSt-101, 21 classes) stand beside for their order, not for comparison.",
         f"Learned betas: {', '.join(f'{beta:.3f}' for beta in run['betas'])}.",
         "[benchmarks/results/voc-animals.json](benchmarks/results/voc-animals.json)",
-    )]  # fmt: skip
-    lines += ["", _paragraph(
-        f"The exported segmenter on ONNX Runtime against PyTorch eager, same photographs, "
-        f"{engine['threads']} threads, single images in turn: mIoU {miou['onnxruntime']:.2f} against "
-        f"{miou['pytorch-eager']:.2f}, {engine['label_agreement']:.3%} of all pixels labelled alike, "
-        f"{engine['engine_speedup']:.2f} times as fast (medians {milliseconds['onnxruntime']:.0f} and "
-        f"{milliseconds['pytorch-eager']:.0f} ms).",
+        "",
+        "`multisa segment` against PyTorch eager on the same photographs: mIoU "
+        f"{miou['multisa segment']:.2f} against {miou['pytorch-eager']:.2f},",
+        f"{engine['label_agreement']:.3%} of all pixels labelled alike; ONNX Runtime is "
+        f"{engine['engine_speedup']:.2f} times as fast as eager",
+        f"(medians {milliseconds['onnxruntime']:.0f} and {milliseconds['pytorch-eager']:.0f} ms for one "
+        f"photograph on {engine['threads']} threads, in turn).",
         "[benchmarks/results/engine_against_eager.json](benchmarks/results/engine_against_eager.json)",
-    )]  # fmt: skip
+    ]
     return "\n".join(lines)
-
-
-def _paragraph(*sentences: str) -> str:
-    return "\n".join(sentences)
 
 
 def updated(readme: str) -> str:

@@ -1,0 +1,62 @@
+"""What is built is what is shipped: a wheel with the bundle, the presets and the photographs."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGEST_BUNDLE = 30_000_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    # A copy: building leaves files behind, and those of earlier builds would get into the wheel.
+    source = folder / "source"
+    for room in ("kernels", "runtime", "training", "export"):
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, source / file)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("multisa-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_carries_the_bundle(wheel: zipfile.ZipFile) -> None:
+    prefix = "multisa/runtime/bundles/voc-animals/"
+    files = {
+        info.filename.removeprefix(prefix): info.file_size
+        for info in wheel.infolist()
+        if prefix in info.filename
+    }
+    assert set(files) == {"bundle.json", "cam.onnx", "affinity.onnx", "segmenter.onnx"}
+    assert sum(files.values()) <= LARGEST_BUNDLE
+
+
+def test_wheel_carries_presets_photographs_and_types(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    for folder, patterns in {
+        "training/presets": "*.toml",
+        "runtime/demo_photos": "*.*",
+        "kernels": "py.typed",
+    }.items():
+        for path in (ROOT / folder).glob(patterns):
+            assert f"multisa/{folder}/{path.name}" in names
+
+
+def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"multisa"}
+    assert not any("/tests/" in name for name in wheel.namelist())
+
+
+def test_base_install_brings_nothing_heavy() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = {entry.split(">")[0].split("=")[0] for entry in project["dependencies"]}
+    assert base == {"numpy", "scipy", "onnxruntime", "pillow", "click", "tqdm"}
