@@ -25,18 +25,17 @@ def results_section(run: dict[str, Any], engine: dict[str, Any]) -> str:
     ]
     for row, paper in zip(run["rows"], PAPER, strict=True):
         ious = " | ".join("-" if value is None else f"{value:.1f}" for value in row["iou"])
-        lines.append(
-            f"| {row['stage']} | {row['measured_on']} | **{row['miou']:.2f}** | {paper:.2f} | {ious} |"
-        )
+        cells = [row["stage"], row["measured_on"], f"**{row['miou']:.2f}**", f"{paper:.2f}", ious]
+        lines.append(f"| {' | '.join(cells)} |")
     cam, segmenter, photographs = run["config"]["cam"], run["config"]["segmenter"], run["photographs"]
     miou, milliseconds = engine["miou"], engine["median_milliseconds"]
     lines += [
         "",
         f"Measured on {len(classes) - 1} classes of PASCAL VOC 2012 and background:",
-        f"{photographs['weak']} photographs with image-level labels to train on; {photographs['train']} of them",
-        "have masks, on which the pseudo-masks are measured (image-level labels given);",
-        f"{photographs['val']} other photographs for the segmenter, measured once. Backbone {cam['backbone']},",
-        f"{cam['schedule']['epochs']} epochs for each CAM network and {segmenter['schedule']['epochs']} for",
+        f"{photographs['weak']} photographs with image-level labels to train on;",
+        f"{photographs['train']} of them have masks, on which the pseudo-masks are measured (image-level labels given);",
+        f"{photographs['val']} other photographs for the segmenter, measured once.",
+        f"Backbone {cam['backbone']}, {cam['schedule']['epochs']} epochs for each CAM network and {segmenter['schedule']['epochs']} for",
         f"DeepLabV3+, {run['threads']} CPU cores, {run['seconds'] / 60:.0f} minutes for all stages.",
         "CAM and walk rows are at the background score with the highest mIoU, as in the paper; its figures",
         "(ResNeSt-101, 21 classes) stand beside for their order, not for comparison.",
