@@ -6,6 +6,7 @@ python benchmarks/readme_results.py --check   # exit 1 when README.md is out of 
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,41 @@ def results_section(run: dict[str, Any], engine: dict[str, Any]) -> str:
         ious = " | ".join("-" if value is None else f"{value:.1f}" for value in row["iou"])
         cells = [row["stage"], row["measured_on"], f"**{row['miou']:.2f}**", f"{paper:.2f}", ious]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _conditions(run), "", _engine(engine)])
+
+
+def _conditions(run: dict[str, Any]) -> str:
     cam, segmenter, photographs = run["config"]["cam"], run["config"]["segmenter"], run["photographs"]
-    miou, milliseconds = engine["miou"], engine["median_milliseconds"]
-    lines += [
-        "",
-        f"Measured on {len(classes) - 1} classes of PASCAL VOC 2012 and background:",
-        f"{photographs['weak']} photographs with image-level labels to train on;",
-        f"{photographs['train']} of them have masks, on which the pseudo-masks are measured (image-level labels given);",
+    return _paragraph(
+        f"Measured on {len(run['classes']) - 1} classes of PASCAL VOC 2012 and background:",
+        f"{photographs['weak']} photographs with image-level labels to train on; {photographs['train']} of",
+        "them have masks, on which the pseudo-masks are measured (image-level labels given);",
         f"{photographs['val']} other photographs for the segmenter, measured once.",
-        f"Backbone {cam['backbone']}, {cam['schedule']['epochs']} epochs for each CAM network and {segmenter['schedule']['epochs']} for",
-        f"DeepLabV3+, {run['threads']} CPU cores, {run['seconds'] / 60:.0f} minutes for all stages.",
+        f"Backbone {cam['backbone']}, {cam['schedule']['epochs']} epochs for each CAM network and",
+        f"{segmenter['schedule']['epochs']} for DeepLabV3+, {run['threads']} CPU cores,",
+        f"{run['seconds'] / 60:.0f} minutes for all stages.",
         "CAM and walk rows are at the background score with the highest mIoU, as in the paper; its figures",
         "(ResNeSt-101, 21 classes) stand beside for their order, not for comparison.",
         f"Learned betas: {', '.join(f'{beta:.3f}' for beta in run['betas'])}.",
         "[benchmarks/results/voc-animals.json](benchmarks/results/voc-animals.json)",
-        "",
-        "`multisa segment` against PyTorch eager on the same photographs: mIoU "
+    )
+
+
+def _engine(engine: dict[str, Any]) -> str:
+    miou, milliseconds = engine["miou"], engine["median_milliseconds"]
+    return _paragraph(
+        "`multisa segment` against PyTorch eager on the same photographs: mIoU",
         f"{miou['multisa segment']:.2f} against {miou['pytorch-eager']:.2f},",
-        f"{engine['label_agreement']:.3%} of all pixels labelled alike; ONNX Runtime is "
-        f"{engine['engine_speedup']:.2f} times as fast as eager",
-        f"(medians {milliseconds['onnxruntime']:.0f} and {milliseconds['pytorch-eager']:.0f} ms for one "
-        f"photograph on {engine['threads']} threads, in turn).",
+        f"{engine['label_agreement']:.3%} of all pixels labelled alike; ONNX Runtime is",
+        f"{engine['engine_speedup']:.2f} times as fast as eager (medians",
+        f"{milliseconds['onnxruntime']:.0f} and {milliseconds['pytorch-eager']:.0f} ms for one photograph on",
+        f"{engine['threads']} threads, in turn).",
         "[benchmarks/results/engine_against_eager.json](benchmarks/results/engine_against_eager.json)",
-    ]
-    return "\n".join(lines)
+    )
+
+
+def _paragraph(*pieces: str) -> str:
+    return textwrap.fill(" ".join(pieces), 108, break_long_words=False, break_on_hyphens=False)
 
 
 def updated(readme: str) -> str:
