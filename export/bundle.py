@@ -65,8 +65,9 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle of the run in `root` to `output`.
 
-    Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the data
-    set, val list first. Raises ParityError, and writes nothing, when one of them answers differently.
+    Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the weak
+    list. Raises ParityError, and writes nothing, when one of them answers differently, UsageError for another
+    data set than the run's.
     """
     if dataset.class_names != run.classes or dataset.weak_digest() != run.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {root} was trained on; give the same one")
@@ -79,7 +80,8 @@ def export_bundle(
                 graph.exported, graph.outputs, notes, half_weights=half_weights
             )
             bar.advance(note=graph.file)
-    items = (dataset.val or dataset.weak)[:photographs]
+    # Spread over the weak list: its photographs have the image-level labels that pseudo-masks need.
+    items = dataset.weak[:: max(len(dataset.weak) // photographs, 1)][:photographs]
     report = compare_with_networks(run, graphs, files, items)
     say(f"parity on {report.photographs} photographs: every figure within its limit")
     return write_bundle(output, _manifest(run, report), files)
@@ -111,6 +113,7 @@ def compare_with_networks(
 
 
 def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
+    """Load the three trained networks of the run in `root`, each as trained and as it is exported."""
     config, n_classes = run.config, len(run.classes)
     cam = load_cam_network(config.cam, n_classes, run.folder(root, "cam") / CHECKPOINT)
     affinity = load_affinity_net(config.affinity, run.folder(root, "affinity") / CHECKPOINT)
