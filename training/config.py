@@ -89,6 +89,8 @@ class SegmenterConfig:
 
     backbone: str = "tf_efficientnet_lite0"
     weights: WeightSource = "packaged"
+    # Start from the backbone of the trained CAM network, which knows the classes, instead of `weights`.
+    start_from_cam: bool = False
     decoder_channels: int = 128
     atrous_rates: tuple[int, ...] = (6, 12, 18)
     dropout: float = 0.1

@@ -125,7 +125,7 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         "segmenter",
         record_to_dict(config.segmenter),
         [masks],
-        lambda folder: train_segmenter(config, dataset, masks, folder),
+        lambda folder: train_segmenter(config, dataset, masks, cam, folder),
     )
     val = dataset.val and space.stage(
         "val",

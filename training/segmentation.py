@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from multisa.runtime.errors import DatasetError
+from multisa.runtime.errors import DatasetError, UsageError
 from multisa.runtime.images import write_mask
 from multisa.runtime.postprocess import LabelParameters, pseudo_mask
 from multisa.training.augment import AugmentedPhotographs
 from multisa.training.backbones import Backbone
-from multisa.training.cams import CHECKPOINT
+from multisa.training.cams import CHECKPOINT, load_cam_network
 from multisa.training.checkpoint import load_checkpoint
 from multisa.training.config import SegmenterConfig, TrainConfig
 from multisa.training.data import DataSet, Item
@@ -61,7 +61,9 @@ def load_segmenter(config: SegmenterConfig, n_classes: int, checkpoint: Path) ->
     return network.eval()
 
 
-def train_segmenter(run: TrainConfig, dataset: DataSet, masks: Stage, folder: Path) -> Mapping[str, Any]:
+def train_segmenter(
+    run: TrainConfig, dataset: DataSet, masks: Stage, cam: Stage, folder: Path
+) -> Mapping[str, Any]:
     """Train DeepLabV3+ on the pseudo-masks of the weak set."""
     if masks.folder.resolve() == (dataset.root / "SegmentationClass").resolve():
         raise DatasetError(
@@ -71,6 +73,13 @@ def train_segmenter(run: TrainConfig, dataset: DataSet, masks: Stage, folder: Pa
     config, n_classes = run.segmenter, len(dataset.class_names)
     device = torch_device(run)
     network = build_segmenter(config, n_classes).to(device)
+    if config.start_from_cam:
+        if config.backbone != run.cam.backbone:
+            raise UsageError(
+                f"segmenter.start_from_cam: the backbones differ ({config.backbone} and {run.cam.backbone})"
+            )
+        trained = load_cam_network(run.cam, n_classes, cam.folder / CHECKPOINT)
+        network.backbone.load_state_dict(trained.backbone.state_dict())
     photographs = AugmentedPhotographs(
         dataset.weak, config.schedule, run, n_classes=n_classes, masks=masks.folder
     )
