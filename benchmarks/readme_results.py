@@ -37,7 +37,7 @@ def _conditions(run: dict[str, Any]) -> str:
         f"Measured on {len(run['classes']) - 1} classes of PASCAL VOC 2012 and background:",
         f"{photographs['weak']} photographs with image-level labels to train on; {photographs['train']} of",
         "them have masks, on which the pseudo-masks are measured (image-level labels given);",
-        f"{photographs['val']} other photographs for the segmenter, measured once.",
+        f"{photographs['val']} other photographs measure the segmenter and choose nothing.",
         f"Backbone {cam['backbone']}, {cam['schedule']['epochs']} epochs for each CAM network and",
         f"{segmenter['schedule']['epochs']} for DeepLabV3+, {run['threads']} CPU cores,",
         f"{run['seconds'] / 60:.0f} minutes for all stages.",
