@@ -100,7 +100,7 @@ def test_a_graph_that_answers_differently_is_not_shipped(
 
         def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             labels, confidence = self.module(image)
-            return labels + 1, confidence
+            return (labels.int() + 1).to(torch.uint8), confidence
 
     graphs = export_module.graphs_of_run(*trained)
     wrong = replace(graphs[2], exported=Shifted(graphs[2].exported))
