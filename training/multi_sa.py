@@ -4,7 +4,6 @@ Also the multi-scale, flipped inference that turns it into class activation maps
 """
 
 from fractions import Fraction
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,15 +93,6 @@ class MultiSACAM(nn.Module):
     def betas(self) -> list[float]:
         """The trained weight of each level's attention."""
         return [float(layer.beta.detach()) for layer in self.attention if isinstance(layer, SelfAttention)]
-
-
-class ActivationNetwork(Protocol):
-    """What multi-scale inference needs: Multi-SA itself, or its folded form."""
-
-    backbone: Backbone
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Normalised image [N, 3, H, W] -> raw activations [N, C, h, w]."""
 
 
 class MultiScaleCAM(nn.Module):
