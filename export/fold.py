@@ -7,6 +7,7 @@ classifier W_c times the columns of the fusion W that belong to level l (C x c_l
     P_l V_l = P_l F + A (beta P_l W_3) F                   values shrink from c_l to C channels
     A = softmax(F^T M F),  M = W_1^T W_2                   one product matrix; the keys are F itself
 
+With F = g G, the constant gain g times what the backbone gives, P_l and W_3 take g and M takes g^2.
 Products are taken once, in float64.
 """
 
@@ -23,14 +24,14 @@ from multisa.training.multi_sa import MultiSACAM, SelfAttention
 class FoldedLevel(nn.Module):
     """One tap of the folded head: features [N, c, h, w] -> class activations [N, C, h, w]."""
 
-    def __init__(self, attention: SelfAttention, projection: Tensor) -> None:
-        """Fold one attention layer with its projection to classes, float64 [C, c]."""
+    def __init__(self, attention: SelfAttention, projection: Tensor, gain: float) -> None:
+        """Fold one attention layer with its projection to classes, float64 [C, c], and its level's gain."""
         super().__init__()
         query, key, value = (_matrix(layer) for layer in (attention.query, attention.key, attention.value))
         # q_i^T f_j = f_i^T M f_j, so the query convolution is M^T.
-        self.query = _convolution((query.T @ key).T)
-        self.direct = _convolution(projection)
-        self.value = _convolution(attention.beta.detach().double() * projection @ value)
+        self.query = _convolution((query.T @ key).T * gain**2)
+        self.direct = _convolution(projection * gain)
+        self.value = _convolution(attention.beta.detach().double() * projection @ value * gain)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, c, h, w] -> [N, C, h, w]."""
@@ -52,17 +53,18 @@ class FoldedMultiSACAM(nn.Module):
         self.backbone: Backbone = network.backbone
         self.taps = network.taps
         classifier = _matrix(network.classifier)
+        gains = [float(gain) for gain in network.level_gain]
         self.levels = nn.ModuleList()
         if network.fuse is None:
-            self.classifier: nn.Conv2d | None = _convolution(classifier)
+            self.classifier: nn.Conv2d | None = _convolution(classifier * gains[-1])
             return
         self.classifier = None
         fused = classifier @ _matrix(network.fuse)
         start = 0
-        for layer in network.attention:
+        for layer, tap in zip(network.attention, network.taps, strict=True):
             attention = cast(SelfAttention, layer)
             stop = start + attention.query.in_channels
-            self.levels.append(FoldedLevel(attention, fused[:, start:stop]))
+            self.levels.append(FoldedLevel(attention, fused[:, start:stop], gains[tap]))
             start = stop
 
     def forward(self, image: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ def describe(bundle: Bundle) -> str:
     label = parameters.label
     scales = ", ".join(f"{scale:g}" for scale in parameters.cam_scales)
     thresholds = ", ".join(f"{name} {parameters.score_thresholds[name]:g}" for name in manifest.foreground)
+    gains = ", ".join(f"{n} {g:g}" for n, g in zip(manifest.foreground, label.class_gain, strict=False))
     lines = [
         f"{manifest.name} ({bundle.path})",
         f"  classes       {', '.join(manifest.classes)}; ignored id {manifest.ignore_index}",
@@ -138,6 +139,7 @@ def describe(bundle: Bundle) -> str:
         f"  random walk   radius {label.walk_radius} at stride {parameters.walk_stride}, "
         f"beta {label.walk_beta:g}, {label.walk_steps} steps",
         f"  background    {label.background:g}, dense CRF {'on' if label.use_crf else 'off'}",
+        f"  class gains   {gains or 'none'}",
         f"  thresholds    {thresholds}",
         *_section("preprocessing", [(str(i), step) for i, step in enumerate(manifest.preprocessing, 1)]),
         *_section("metrics", list(manifest.metrics.items())),

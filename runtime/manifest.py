@@ -117,6 +117,11 @@ def check_manifest(manifest: Manifest) -> None:
             all(0 <= threshold <= 1 for threshold in thresholds.values()),
             f"parameters.score_thresholds: expected values within 0..1, got {thresholds}",
         ),
+        (
+            len(parameters.label.class_gain) in (0, len(classes) - 1),
+            f"parameters.label.class_gain: got {len(parameters.label.class_gain)} numbers, expected one for "
+            f"each of {len(classes) - 1} foreground classes, or none",
+        ),
         (not bad_names, f"files: got {bad_names}, expected plain file names inside the folder"),
         (
             set(GRAPH_NAMES) <= set(manifest.files),

@@ -4,6 +4,7 @@ Training and the deployed runtime both call these functions, so there is one def
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,19 +29,26 @@ class LabelParameters:
     walk_radius: int = 5
     walk_beta: float = 8.0
     walk_steps: int = 256
-    background: float = 0.3  # constant score of the background class, against maps whose maximum is 1
+    # Divide the walked maps by their one highest value (irn, PuzzleCAM), or leave them as the averages they
+    # are (psa). One pixel walled in by edges keeps its score and sets that value for the whole image.
+    walk_to_peak: bool = True
+    background: float = 0.3  # constant score of the background class
+    # Factor on each foreground class's walked map before it competes, in the order of the classes; empty: 1.
+    class_gain: tuple[float, ...] = ()
     use_crf: bool = True
     crf: CrfParameters = field(default_factory=CrfParameters)
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value out of its range."""
-        rules = (
+        rules: tuple[tuple[str, bool, str], ...] = (
             ("walk_radius", 2 <= self.walk_radius <= MAX_WALK_RADIUS, f"2..{MAX_WALK_RADIUS}"),
             ("walk_beta", 0 < self.walk_beta < math.inf, "a finite number above 0"),
             ("walk_steps", 0 <= self.walk_steps <= MAX_WALK_STEPS, f"0..{MAX_WALK_STEPS}"),
             # At 0 a pixel where no class scores would belong to nothing; at 1 no class could win.
             ("background", 0 < self.background < 1, "a number above 0 and below 1"),
         )
+        gains = all(0 < gain < math.inf for gain in self.class_gain)
+        rules += (("class_gain", gains, "finite numbers above 0"),)
         for name, holds, expected in rules:
             if not holds:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
@@ -55,11 +63,11 @@ class PseudoMask:
 
 
 def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) -> Float32:
-    """Spread class activations along affinities and divide by the global maximum (irn, PuzzleCAM).
+    """Spread class activations along affinities.
 
     cam: float32 [C, h', w'] in [0, 1], present classes only; affinity: float32 [P, h, w], half stencil.
-    Returns float32 [C, h, w] in [0, 1]. One maximum over all classes: a maximum per class would change which
-    class wins a pixel.
+    Returns float32 [C, h, w] in [0, 1]: weighted averages of `cam`. With `walk_to_peak` they are divided by
+    one maximum over all classes: a maximum per class would change which class wins a pixel.
     """
     grid = (affinity.shape[-2], affinity.shape[-1])
     walked = random_walk(
@@ -69,7 +77,7 @@ def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) ->
         beta=parameters.walk_beta,
         steps=parameters.walk_steps,
     )
-    peak = float(walked.max(initial=0.0))
+    peak = float(walked.max(initial=0.0)) if parameters.walk_to_peak else 1.0
     return walked / np.float32(peak) if peak > 0 else walked
 
 
@@ -79,17 +87,37 @@ def pseudo_mask(
     """Turn class scores into a mask of the image's size.
 
     image: uint8 [H, W, 3]; scores: float32 [C, h, w] in [0, 1], one row for each of `class_ids` (1..).
-    The background competes with the constant score `parameters.background`; the dense CRF sees the scores
-    divided by their sum. With no class at all the mask is background everywhere, with full confidence.
+    The maps are multiplied by their classes' gains; the background competes with the constant score
+    `parameters.background`; the dense CRF sees the scores divided by their sum. With no class at all the mask
+    is background everywhere, with full confidence.
     """
-    height, width = image.shape[:2]
+    return pseudo_masks(image, scores, class_ids, parameters, (parameters.background,))[0]
+
+
+def pseudo_masks(
+    image: UInt8,
+    scores: Float32,
+    class_ids: tuple[int, ...],
+    parameters: LabelParameters,
+    backgrounds: Sequence[float],
+) -> list[PseudoMask]:
+    """Make the masks of `pseudo_mask` for several background scores, instead of the parameters' own."""
+    size = (image.shape[0], image.shape[1])
     if not class_ids:
-        return PseudoMask(np.zeros((height, width), np.uint8), np.ones((height, width), np.float32))
-    probabilities = background_and_foreground(resize_maps(scores, (height, width)), parameters.background)
-    if parameters.use_crf:
-        probabilities = DenseCRF(image, parameters.crf).infer(probabilities)
+        return [PseudoMask(np.zeros(size, np.uint8), np.ones(size, np.float32)) for _ in backgrounds]
+    full = resize_maps(scores, size)
+    if parameters.class_gain:
+        gains = np.array([parameters.class_gain[class_id - 1] for class_id in class_ids], np.float32)
+        full = full * gains[:, None, None]
+    crf = DenseCRF(image, parameters.crf) if parameters.use_crf else None
     ids = np.array((0, *class_ids), dtype=np.uint8)
-    return PseudoMask(ids[probabilities.argmax(axis=0)], probabilities.max(axis=0))
+    made = []
+    for background in backgrounds:
+        probabilities = background_and_foreground(full, background)
+        if crf is not None:
+            probabilities = crf.infer(probabilities)
+        made.append(PseudoMask(ids[probabilities.argmax(axis=0)], probabilities.max(axis=0)))
+    return made
 
 
 def background_and_foreground(scores: Float32, background: float) -> Float32:

@@ -113,7 +113,7 @@ def train_affinity(run: TrainConfig, dataset: DataSet, labels: Stage, folder: Pa
 
     losses = train_network(
         network,
-        network.head.parameters(),
+        [(config.schedule.new_layers_factor, network.head.parameters())],
         photographs,
         step,
         config.schedule,

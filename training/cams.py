@@ -23,6 +23,7 @@ from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.workspace import Stage
 
 CHECKPOINT = "checkpoint.safetensors"
+CALIBRATION_SIZE = 16  # photographs that the levels' sizes are measured on
 
 
 def build_cam_network(config: CamConfig, n_classes: int) -> MultiSACAM:
@@ -46,6 +47,8 @@ def train_cam(config: CamConfig, run: TrainConfig, dataset: DataSet, folder: Pat
     device = torch_device(run)
     network = build_cam_network(config, n_classes).to(device)
     photographs = AugmentedPhotographs(dataset.weak, config.schedule, run, n_classes=n_classes)
+    first = torch.stack([photographs[i][0] for i in range(min(CALIBRATION_SIZE, len(photographs)))])
+    network.eval().calibrate(network.backbone.normalise(first.to(device)))
 
     def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         image, labels = (part.to(device) for part in batch)
@@ -53,7 +56,10 @@ def train_cam(config: CamConfig, run: TrainConfig, dataset: DataSet, folder: Pat
 
     losses = train_network(
         network,
-        network.new_parameters(),
+        [
+            (config.schedule.new_layers_factor, network.new_parameters()),
+            (config.beta_factor, network.beta_parameters()),
+        ],
         photographs,
         step,
         config.schedule,

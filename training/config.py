@@ -54,10 +54,15 @@ class CamConfig:
     weights: WeightSource = "packaged"
     taps: tuple[int, ...] = (2, 3, 4)  # levels of the backbone, finest first; k = len(taps)
     scales: tuple[float, ...] = (0.5, 1.0, 1.5)  # multiples of 1/16, so that sizes are exact in the graph
+    # Learning rate of the betas over the backbone's. They are single numbers that must travel from 0 to a few
+    # tenths: at a fifth of this they hardly leave 0, and the attention behind them learns as little; at three
+    # times this they reach 0.6, and the maps spread over the surroundings.
+    beta_factor: float = 10.0
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for scales the graph cannot have."""
+        """Raise ValueError for scales the graph cannot have, or a rate nothing learns at."""
+        _expect(self.beta_factor > 0, "beta_factor", self.beta_factor, "above 0")
         exact = all(scale > 0 and (scale * 16).is_integer() for scale in self.scales)
         _expect(bool(self.scales) and exact, "scales", self.scales, "one or more multiples of 1/16")
 
@@ -107,9 +112,10 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch has it
     long_side: int = 512  # larger photographs are reduced to this before every inference
     cam_baseline: bool = False  # also train and evaluate the plain CAM (k = 0)
-    # Where the background score of the pseudo-masks comes from: `label.background`, or the one that
-    # maximises mIoU on the masks of the train list (the paper's protocol). Checkpoints are always the last.
-    background_from: Literal["config", "train-masks"] = "config"
+    # Where the background score of the pseudo-masks comes from: `label.background`, or the one whose masks
+    # have the highest mIoU on the train list (the paper's protocol), alone or with a gain for each class.
+    # Checkpoints are always the last.
+    background_from: Literal["config", "train-masks", "train-masks-per-class"] = "config"
     cam: CamConfig = field(default_factory=CamConfig)
     affinity_labels: AffinityLabelConfig = field(default_factory=AffinityLabelConfig)
     affinity: AffinityConfig = field(default_factory=AffinityConfig)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class LoopOptions:
 
 def train_network(
     model: nn.Module,
-    new_parameters: Iterable[nn.Parameter],
+    faster: Sequence[tuple[float, Iterable[nn.Parameter]]],
     dataset: Dataset[Any],
     step: Callable[[Any], Tensor],
     schedule: Schedule,
@@ -37,12 +37,12 @@ def train_network(
 ) -> list[float]:
     """Train `model` in place and return the mean loss of every epoch.
 
-    step: maps a batch of `dataset` to the loss. Parameters in `new_parameters` learn faster by
-    `schedule.new_layers_factor`; those with requires_grad False do not learn. Interrupted and called again,
-    it goes on after the last whole epoch, to the same result: order, augmentation and dropout of an epoch
-    depend only on the seed and the epoch.
+    faster: (factor, parameters) pairs; these learn at `schedule.learning_rate` times the factor, all others
+    at the rate itself, and those with requires_grad False not at all. step: maps a batch of `dataset` to the
+    loss. Interrupted and called again, it goes on after the last whole epoch, to the same result: order,
+    augmentation and dropout of an epoch depend only on the seed and the epoch.
     """
-    optimiser = _optimiser(model, list(new_parameters), schedule)
+    optimiser = _optimiser(model, faster, schedule)
     losses: list[float] = []
     if options.checkpoint.exists():
         losses = load_checkpoint(options.checkpoint, model, optimiser)["losses"]
@@ -53,7 +53,7 @@ def train_network(
         torch.manual_seed(options.seed * 1_000_003 + epoch)
         total, started = 0.0, time.perf_counter()
         batches = _batches(dataset, schedule, options, epoch)
-        with Progress(steps_per_epoch, f"{options.title} {epoch + 1}/{schedule.epochs}", "batch") as bar:
+        with Progress(steps_per_epoch, f"{options.title} {epoch + 1}/{schedule.epochs}", "step") as bar:
             for index, batch in enumerate(batches):
                 done = (epoch * steps_per_epoch + index) / (schedule.epochs * steps_per_epoch)
                 for group, base in zip(optimiser.param_groups, base_rates, strict=True):
@@ -76,18 +76,16 @@ def train_network(
     return losses
 
 
-def _optimiser(model: nn.Module, new: list[nn.Parameter], schedule: Schedule) -> torch.optim.SGD:
-    new_ids = {id(parameter) for parameter in new}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in new_ids], "lr": schedule.learning_rate},
-        {
-            "params": [p for p in trained if id(p) in new_ids],
-            "lr": schedule.learning_rate * schedule.new_layers_factor,
-        },
-    ]
+def _optimiser(
+    model: nn.Module, faster: Sequence[tuple[float, Iterable[nn.Parameter]]], schedule: Schedule
+) -> torch.optim.SGD:
+    factors = {id(parameter): factor for factor, parameters in faster for parameter in parameters}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        [{"params": group, "lr": schedule.learning_rate * factor} for factor, group in groups.items()],
         lr=schedule.learning_rate,
         momentum=schedule.momentum,
         weight_decay=schedule.weight_decay,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from multisa.runtime.errors import UsageError
 from multisa.training.backbones import Backbone
 
-ATTENTION_GAIN = 0.1  # of the initial queries and keys against their input
+ATTENTION_GAIN = 0.3  # of the initial queries and keys against their input
 
 
 class SelfAttention(nn.Module):
@@ -45,8 +45,13 @@ class SelfAttention(nn.Module):
 class MultiSACAM(nn.Module):
     """Backbone, self-attention on the taps, stacking, fusion, classifier.
 
-    With no tap it is the plain CAM baseline: the classifier on the backbone's last level.
+    With no tap it is the plain CAM baseline: the classifier on the backbone's last level. Levels are
+    multiplied by constants, `level_gain` (1 unless `calibrate` has set them), so that none outweighs another
+    by its size alone: those of linear bottlenecks measure 3 to 7, the finest most, and not about 1 as after a
+    ReLU.
     """
+
+    level_gain: Tensor
 
     def __init__(self, backbone: Backbone, *, taps: tuple[int, ...], n_classes: int) -> None:
         """Taps are indices of the backbone's levels, finest first; n_classes counts foreground classes."""
@@ -62,12 +67,25 @@ class MultiSACAM(nn.Module):
         self.classifier = nn.Conv2d(stacked if taps else backbone.channels[-1], n_classes, 1, bias=False)
         if self.fuse is not None:
             nn.init.kaiming_normal_(self.fuse.weight, nonlinearity="linear")
-        # Small, as backbones differ much in the size of their features: logits start near zero for all.
+        # Small: logits start near zero.
         nn.init.normal_(self.classifier.weight, std=0.001)
+        self.register_buffer("level_gain", torch.ones(levels))
+
+    def calibrate(self, image: Tensor) -> None:
+        """Set `level_gain` so that each level's root mean square is 1 on normalised photographs."""
+        with torch.inference_mode():
+            sizes = torch.stack([level.square().mean().sqrt() for level in self.backbone(image)])
+        self.level_gain.copy_(1 / sizes.clamp(min=1e-6))
 
     def new_parameters(self) -> list[nn.Parameter]:
-        """Parameters that did not come with the backbone."""
-        return [*self.attention.parameters(), *self.head_parameters()]
+        """Layers that did not come with the backbone: projections, fusion, classifier."""
+        betas = {id(beta) for beta in self.beta_parameters()}
+        attention = [parameter for parameter in self.attention.parameters() if id(parameter) not in betas]
+        return [*attention, *self.head_parameters()]
+
+    def beta_parameters(self) -> list[nn.Parameter]:
+        """The weight of each level's attention."""
+        return [layer.beta for layer in self.attention if isinstance(layer, SelfAttention)]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the fusion and the classifier."""
@@ -82,8 +100,11 @@ class MultiSACAM(nn.Module):
         """
         levels = self.backbone(image)
         if self.fuse is None:
-            return torch.as_tensor(self.classifier(levels[-1]))
-        enhanced = [layer(levels[tap]) for layer, tap in zip(self.attention, self.taps, strict=True)]
+            return torch.as_tensor(self.classifier(levels[-1] * self.level_gain[-1]))
+        enhanced = [
+            layer(levels[tap] * self.level_gain[tap])
+            for layer, tap in zip(self.attention, self.taps, strict=True)
+        ]
         size = enhanced[0].shape[-2:]
         stacked = torch.cat(
             [functional.interpolate(v, size=size, mode="bilinear", align_corners=False) for v in enhanced], 1
@@ -92,7 +113,7 @@ class MultiSACAM(nn.Module):
 
     def betas(self) -> list[float]:
         """The trained weight of each level's attention."""
-        return [float(layer.beta.detach()) for layer in self.attention if isinstance(layer, SelfAttention)]
+        return [float(beta.detach()) for beta in self.beta_parameters()]
 
 
 class MultiScaleCAM(nn.Module):

@@ -11,11 +11,16 @@ from multisa.runtime.files import write_json_atomically
 from multisa.runtime.postprocess import LabelParameters
 from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.affinity import make_affinity_labels, train_affinity, walk_cams
+from multisa.training.calibration import calibrate
 from multisa.training.cams import compute_cams, measure_maps, train_cam
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.data import DataSet
 from multisa.training.evaluation import score_masks
-from multisa.training.segmentation import evaluate_segmenter, make_pseudo_masks, train_segmenter
+from multisa.training.segmentation import (
+    evaluate_segmenter,
+    make_pseudo_masks,
+    train_segmenter,
+)
 from multisa.training.workspace import Stage, Workspace
 
 RUN_RECORD = "run.json"
@@ -78,6 +83,12 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
 
     Without masks in the data set nothing is measured, and the plain CAM (which is only measured) is left out.
     """
+    foreground = len(dataset.class_names) - 1
+    if len(config.label.class_gain) not in (0, foreground):
+        raise UsageError(
+            f"label.class_gain: got {len(config.label.class_gain)} numbers, expected {foreground}, one for "
+            "each foreground class, or none"
+        )
     space = Workspace(root)
     weak = dataset.weak_digest()
     truth = dataset.masks_digest(dataset.train) if dataset.train else None
@@ -108,7 +119,7 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         lambda folder: walk_cams(config, dataset, cams, affinity, folder),
     )
     measured_walk = _measure_maps(space, walked, config, dataset, truth)
-    label = _label_parameters(config, measured_walk)
+    label = _label_parameters(space, config, dataset, walked, measured_walk)
     masks = space.stage(
         "pseudo-masks",
         record_to_dict(label),
@@ -209,10 +220,19 @@ def _measure_maps(
     )
 
 
-def _label_parameters(config: TrainConfig, measured_walk: Stage | None) -> LabelParameters:
-    if config.background_from == "train-masks" and measured_walk:
-        return replace(config.label, background=measured_walk.results["best"]["background"])
-    return config.label
+def _label_parameters(
+    space: Workspace, config: TrainConfig, dataset: DataSet, walked: Stage, measured_walk: Stage | None
+) -> LabelParameters:
+    if config.background_from == "config" or measured_walk is None:
+        return config.label
+    background = measured_walk.results["best"]["background"]
+    chosen = space.stage(
+        "calibration",
+        {"label": record_to_dict(config.label), "from": config.background_from},
+        [walked, measured_walk],
+        lambda folder: calibrate(config, dataset, walked, background, folder),
+    ).results
+    return replace(config.label, background=chosen["background"], class_gain=tuple(chosen["class_gain"]))
 
 
 def _rows(
@@ -229,7 +249,8 @@ def _rows(
         if stage
     ]
     if masks:
-        measured.append(("+ dense CRF", {"background": label.background, **masks.results}))
+        title = "+ class gains, dense CRF" if label.class_gain else "+ dense CRF"
+        measured.append((title, {"background": label.background, **masks.results}))
     rows = [
         Row(f"{title} (background {scores['background']:.2f})", "train", scores["miou"], tuple(scores["iou"]))
         for title, scores in measured

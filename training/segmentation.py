@@ -1,4 +1,4 @@
-"""Stages 6 to 8: pseudo-masks from the walked maps, DeepLabV3+ trained on them, measured once on val."""
+"""Stages 7 to 9: pseudo-masks from the walked maps, DeepLabV3+ trained on them, measured once on val."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -90,7 +90,7 @@ def train_segmenter(
 
     losses = train_network(
         network,
-        network.new_parameters(),
+        [(config.schedule.new_layers_factor, network.new_parameters())],
         photographs,
         step,
         config.schedule,

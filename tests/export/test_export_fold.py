@@ -13,6 +13,7 @@ from multisa.training.multi_sa import MultiSACAM
 def network_with(taps: tuple[int, ...], betas: tuple[float, ...], seed: int) -> MultiSACAM:
     torch.manual_seed(seed)
     network = MultiSACAM(Backbone("test_efficientnet", weights="none"), taps=taps, n_classes=3).eval()
+    network.level_gain.copy_(torch.rand(len(network.level_gain)) + 0.5)
     for layer, beta in zip(network.attention, betas, strict=False):
         layer.beta.data.fill_(beta)
         torch.nn.init.normal_(layer.query.weight, std=0.5)

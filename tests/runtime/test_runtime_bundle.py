@@ -191,6 +191,8 @@ def label(manifest: dict[str, Any]) -> dict[str, Any]:
             "cam_scales: got float 1.0, expected an array",
         ),
         (edit(lambda m: m["parameters"].update(walk_stride=0)), "walk_stride: got 0"),
+        (edit(lambda m: m["parameters"]["label"].update(class_gain=[1.0] * 9)), "class_gain: got 9 numbers"),
+        (edit(lambda m: m["parameters"]["label"].update(class_gain=[0.0])), "class_gain: got"),
         (
             edit(lambda m: label(m).update(walk_radius=0)),
             r"parameters\.label\.walk_radius: got 0, expected 2",

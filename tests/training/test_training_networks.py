@@ -111,6 +111,28 @@ def test_multi_sa_with_any_taps(taps: tuple[int, ...]) -> None:
     )
 
 
+def test_calibrated_levels_weigh_alike() -> None:
+    backbone = tiny_backbone()
+    with torch.no_grad():
+        for module in backbone.network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.mul_(3.0)
+    network = MultiSACAM(backbone, taps=(2, 3, 4), n_classes=3).eval()
+    image = torch.randn(2, 3, 64, 64)
+    network.calibrate(image)
+    for level, gain in zip(backbone(image), network.level_gain, strict=True):
+        assert (level * gain).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    assert "level_gain" in network.state_dict()  # a checkpoint carries it
+
+
+def test_every_parameter_of_multi_sa_has_one_rate() -> None:
+    network = MultiSACAM(tiny_backbone(), taps=(2, 3, 4), n_classes=3)
+    parts = [network.new_parameters(), network.beta_parameters(), list(network.backbone.parameters())]
+    assert [len(part) for part in parts[:2]] == [3 * 3 + 2, 3]
+    identities = [id(parameter) for part in parts for parameter in part]
+    assert sorted(identities) == sorted(id(parameter) for parameter in network.parameters())
+
+
 @pytest.mark.parametrize("size", ODD_SIZES)
 def test_multi_scale_cam_is_normalised_and_mirrors(size: tuple[int, int]) -> None:
     network = MultiSACAM(tiny_backbone(), taps=(2, 3, 4), n_classes=3).eval()

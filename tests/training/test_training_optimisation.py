@@ -61,7 +61,7 @@ def test_momentum_groups_and_poly_rate(tmp_path: Path, monkeypatch: pytest.Monke
     schedule = Schedule(epochs=2, batch_size=4, learning_rate=0.1, new_layers_factor=5.0, momentum=0.9)
     train_network(
         model,
-        model[1].parameters(),
+        [(schedule.new_layers_factor, model[1].parameters())],
         data,
         lambda batch: model(batch[0]).square().mean(),
         schedule,

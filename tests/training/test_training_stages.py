@@ -17,6 +17,7 @@ from multisa.runtime.images import read_mask
 from multisa.runtime.metrics import confusion_matrix, mean_iou
 from multisa.training.affinity import affinity_labels
 from multisa.training.augment import AugmentedPhotographs, random_crop
+from multisa.training.calibration import MapsWithTruth, choose_class_gains
 from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, load_config, preset_names
 from multisa.training.data import read_dataset
 from multisa.training.evaluation import ThresholdSweep
@@ -238,6 +239,30 @@ def test_pipeline_measures_every_stage(run_folder: Path, voc_folder: Path) -> No
     mask = read_mask(masks / f"{item.id}.png")
     assert mask.shape == (96, 96)
     assert set(np.unique(mask)) <= {0, *item.classes}
+
+
+def test_background_score_is_chosen_by_the_masks_it_makes(run_folder: Path, voc_folder: Path) -> None:
+    dataset, run = read_dataset(voc_folder), load_run(run_folder)
+    stage = json.loads((run.folder(run_folder, "calibration") / "stage.json").read_text())
+    curve = {float(score): miou for score, miou in stage["results"]["curve"].items()}
+    assert len(curve) >= 3 and run.label.class_gain == ()
+    assert len(list(run.folder(run_folder, "calibration").glob("*.npy"))) == len(dataset.train)
+    assert run.label.background == stage["results"]["background"]
+    assert curve[run.label.background] == max(curve.values())
+    # With all train photographs asked, the winner's score is that of the pseudo-masks themselves.
+    assert run.rows[-2].miou == curve[run.label.background]
+
+
+def test_a_class_that_spreads_gets_a_gain_below_one() -> None:
+    """Two classes whose maps are right at opposite ends of the background score."""
+    truth = np.zeros((10, 10), np.uint8)
+    truth[:5] = 1
+    compact, spread = np.zeros((1, 10, 10), np.float32), np.full((1, 10, 10), 0.35, np.float32)
+    compact[0, :5], spread[0, :5] = 0.26, 0.9
+    photographs = [MapsWithTruth(compact, (1,), truth), MapsWithTruth(spread, (2,), truth * 2)]
+    gains = choose_class_gains(photographs, 0.3, 3)
+    assert gains[0] > 1.15 and gains[1] < 0.86
+    assert choose_class_gains(photographs, 0.3, 4)[2] == 1  # a class that no photograph has
 
 
 def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, voc_folder: Path) -> None:
