@@ -14,7 +14,7 @@ from multisa.training.affinity import make_affinity_labels, train_affinity, walk
 from multisa.training.calibration import calibrate
 from multisa.training.cams import compute_cams, measure_maps, train_cam
 from multisa.training.config import CamConfig, TrainConfig
-from multisa.training.data import DataSet
+from multisa.training.data import DataSet, Item
 from multisa.training.evaluation import score_masks
 from multisa.training.segmentation import (
     evaluate_segmenter,
@@ -119,19 +119,17 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         lambda folder: walk_cams(config, dataset, cams, affinity, folder),
     )
     measured_walk = _measure_maps(space, walked, config, dataset, truth)
-    label = _label_parameters(space, config, dataset, walked, measured_walk)
-    masks = space.stage(
-        "pseudo-masks",
-        record_to_dict(label),
-        [walked],
-        lambda folder: make_pseudo_masks(config, label, dataset, walked, folder),
-    )
-    measured_masks = truth and space.stage(
-        "pseudo-masks-measured",
-        {"truth": truth},
-        [masks],
-        lambda folder: score_masks(masks.folder, dataset.train, len(dataset.class_names)),
-    )
+    measured_masks: list[tuple[LabelParameters, Stage]] = []
+    if config.background_from == "train-masks-per-class" and truth:
+        # Only measured, beside the masks with gains: the paper's protocol, one background score for all.
+        one_score = replace(config, background_from="train-masks")
+        parameters = _label_parameters(space, one_score, dataset, walked, measured_walk, "calibration-plain")
+        made = _masks(space, config, parameters, dataset, dataset.train, walked, "pseudo-masks-plain")
+        measured_masks.append((parameters, _measure_masks(space, made, dataset, truth)))
+    label = _label_parameters(space, config, dataset, walked, measured_walk, "calibration")
+    masks = _masks(space, config, label, dataset, dataset.weak, walked, "pseudo-masks")
+    if truth:
+        measured_masks.append((label, _measure_masks(space, masks, dataset, truth)))
     segmenter = space.stage(
         "segmenter",
         record_to_dict(config.segmenter),
@@ -153,7 +151,7 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         label=label,
         score_thresholds=tuple(cams.results["score_thresholds"]),
         betas=tuple(cam.results["betas"]),
-        rows=tuple(_rows(baseline, measured_cams, measured_walk, measured_masks or None, val or None, label)),
+        rows=tuple(_rows(baseline, measured_cams, measured_walk, measured_masks, val or None)),
         stages=tuple(StageRecord(s.name, s.folder.name, s.digest, round(s.seconds, 1)) for s in space.stages),
         seconds=round(sum(stage.seconds for stage in space.stages), 1),
         torch=torch.__version__,
@@ -220,14 +218,47 @@ def _measure_maps(
     )
 
 
+def _masks(
+    space: Workspace,
+    config: TrainConfig,
+    label: LabelParameters,
+    dataset: DataSet,
+    items: tuple[Item, ...],
+    walked: Stage,
+    name: str,
+) -> Stage:
+    # The weak list is part of what the walked maps were made from; any other list is not.
+    chosen = {} if items == dataset.weak else {"items": [item.id for item in items]}
+    return space.stage(
+        name,
+        {**chosen, **record_to_dict(label)},
+        [walked],
+        lambda folder: make_pseudo_masks(config, label, dataset, items, walked, folder),
+    )
+
+
+def _measure_masks(space: Workspace, masks: Stage, dataset: DataSet, truth: str) -> Stage:
+    return space.stage(
+        f"{masks.name}-measured",
+        {"truth": truth},
+        [masks],
+        lambda folder: score_masks(masks.folder, dataset.train, len(dataset.class_names)),
+    )
+
+
 def _label_parameters(
-    space: Workspace, config: TrainConfig, dataset: DataSet, walked: Stage, measured_walk: Stage | None
+    space: Workspace,
+    config: TrainConfig,
+    dataset: DataSet,
+    walked: Stage,
+    measured_walk: Stage | None,
+    name: str,
 ) -> LabelParameters:
     if config.background_from == "config" or measured_walk is None:
         return config.label
     background = measured_walk.results["best"]["background"]
     chosen = space.stage(
-        "calibration",
+        name,
         {"label": record_to_dict(config.label), "from": config.background_from},
         [walked, measured_walk],
         lambda folder: calibrate(config, dataset, walked, background, folder),
@@ -239,18 +270,17 @@ def _rows(
     baseline: Stage | None,
     cams: Stage | None,
     walked: Stage | None,
-    masks: Stage | None,
+    masks: list[tuple[LabelParameters, Stage]],
     val: Stage | None,
-    label: LabelParameters,
 ) -> list[Row]:
     measured = [
         (title, stage.results["best"])
         for title, stage in (("CAM, k = 0", baseline), ("Multi-SA CAM", cams), ("+ random walk", walked))
         if stage
     ]
-    if masks:
-        title = "+ class gains, dense CRF" if label.class_gain else "+ dense CRF"
-        measured.append((title, {"background": label.background, **masks.results}))
+    for label, stage in masks:
+        title = "+ gains of classes" if label.class_gain else "+ dense CRF"
+        measured.append((title, {"background": label.background, **stage.results}))
     rows = [
         Row(f"{title} (background {scores['background']:.2f})", "train", scores["miou"], tuple(scores["iou"]))
         for title, scores in measured

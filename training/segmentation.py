@@ -26,9 +26,14 @@ from multisa.training.workspace import Stage
 
 
 def make_pseudo_masks(
-    run: TrainConfig, parameters: LabelParameters, dataset: DataSet, walked: Stage, folder: Path
+    run: TrainConfig,
+    parameters: LabelParameters,
+    dataset: DataSet,
+    items: tuple[Item, ...],
+    walked: Stage,
+    folder: Path,
 ) -> Mapping[str, Any]:
-    """Write ID.png for each weak photograph."""
+    """Write ID.png for each photograph of `items`."""
     palette = dataset.mask_palette
 
     def work(item: Item) -> None:
@@ -37,7 +42,7 @@ def make_pseudo_masks(
         write_mask(folder / f"{item.id}.png", made.mask, palette)
 
     for_each_item(
-        work, dataset.weak, lambda item: folder / f"{item.id}.png", workers=run.workers, title="pseudo-masks"
+        work, items, lambda item: folder / f"{item.id}.png", workers=run.workers, title="pseudo-masks"
     )
     return {}
 

@@ -253,6 +253,18 @@ def test_background_score_is_chosen_by_the_masks_it_makes(run_folder: Path, voc_
     assert run.rows[-2].miou == curve[run.label.background]
 
 
+def test_a_gain_for_each_class_is_measured_beside_one_background(
+    run_folder: Path, voc_folder: Path, tmp_path: Path
+) -> None:
+    config = load_config(str(TINY), ["background_from=train-masks-per-class"])
+    shutil.copytree(run_folder, tmp_path / "run")
+    run = run_pipeline(config, read_dataset(voc_folder), tmp_path / "run")
+    assert len(run.label.class_gain) == 2
+    names = [row.stage.split(" (")[0] for row in run.rows]
+    assert names[-3:] == ["+ dense CRF", "+ gains of classes", "DeepLabV3+ on pseudo-masks"]
+    assert run.rows[-3].miou == load_run(run_folder).rows[-2].miou
+
+
 def test_a_class_that_spreads_gets_a_gain_below_one() -> None:
     """Two classes whose maps are right at opposite ends of the background score."""
     truth = np.zeros((10, 10), np.uint8)
