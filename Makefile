@@ -22,6 +22,8 @@ check: $(VENV)/dev  ## format, lint and types
 
 bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results
 	$(BIN)/python benchmarks/engine_against_eager.py --run $(RUN) --data $(DATA)
+	$(BIN)/python benchmarks/random_walk.py
+	$(BIN)/python benchmarks/dense_crf.py
 	$(BIN)/python benchmarks/readme_results.py
 
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder
@@ -30,16 +32,20 @@ train: $(VENV)/dev  ## train, measure and export the bundle of the package: make
 	cp $(RUN)/run.json benchmarks/results/voc-animals.json
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) build demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build demo-out .pytest_cache .mypy_cache .ruff_cache kernels/*.so
 
-$(VENV)/base: pyproject.toml
+# The CPU kernels are compiled on the way (g++ or clang). The CUDA kernels, minutes of nvcc, are not: nothing
+# here runs on a GPU, and the tests compile them for themselves.
+KERNELS := setup.py $(wildcard kernels/csrc/cpu/*)
+
+$(VENV)/base: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	MULTISA_CUDA=0 $(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 # torch first and pinned: the other packages then take the build that is there.
-$(VENV)/dev: pyproject.toml constraints.txt
+$(VENV)/dev: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	MULTISA_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@ $(VENV)/base

@@ -8,7 +8,8 @@ For example:
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.stencil import pair_slices, path_offsets, stencil_offsets
+from multisa.kernels.native import native
+from multisa.kernels.stencil import stencil_offsets
 
 Float32 = npt.NDArray[np.float32]
 
@@ -21,14 +22,7 @@ def affinity_from_features(features: Float32, *, radius: int = 5) -> Float32:
     grid. Raises TypeError for another dtype, ValueError for another shape.
     """
     _check_map("features", features, (3, 4), "[D, h, w] or [N, D, h, w]")
-    offsets = stencil_offsets(radius)
-    *batch, _, height, width = features.shape
-    affinity = np.zeros((*batch, len(offsets), height, width), dtype=np.float32)
-    for index, offset in enumerate(offsets):
-        source, target = pair_slices(offset, (height, width))
-        difference = np.abs(features[..., *source] - features[..., *target])
-        affinity[..., index, *source] = np.exp(-difference.mean(axis=-3))
-    return affinity
+    return _half_stencil("features", features, features.shape[-3:], radius, boundary=False)
 
 
 def affinity_from_boundary(boundary: Float32, *, radius: int = 5) -> Float32:
@@ -39,22 +33,25 @@ def affinity_from_boundary(boundary: Float32, *, radius: int = 5) -> Float32:
     grid. Raises TypeError for another dtype, ValueError for another shape or values outside [0, 1].
     """
     _check_map("boundary", boundary, (2, 3), "[h, w] or [N, h, w]")
-    if not (boundary.min() >= 0 and boundary.max() <= 1):
-        raise ValueError(
-            f"boundary: got values from {boundary.min()} to {boundary.max()}, expected probabilities in "
-            "[0, 1]; apply the sigmoid first"
-        )
-    offsets = stencil_offsets(radius)
-    *batch, height, width = boundary.shape
-    affinity = np.zeros((*batch, len(offsets), height, width), dtype=np.float32)
-    for index, offset in enumerate(offsets):
-        (rows, columns), _ = pair_slices(offset, (height, width))
-        highest = np.zeros((*batch, rows.stop - rows.start, columns.stop - columns.start), dtype=np.float32)
-        for y, x in path_offsets(*offset):
-            shifted = (slice(rows.start + y, rows.stop + y), slice(columns.start + x, columns.stop + x))
-            np.maximum(highest, boundary[..., *shifted], out=highest)
-        affinity[..., index, rows, columns] = 1 - highest
-    return affinity
+    return _half_stencil("boundary", boundary, (1, *boundary.shape[-2:]), radius, boundary=True)
+
+
+def _half_stencil(
+    name: str, array: Float32, shape: tuple[int, ...], radius: int, *, boundary: bool
+) -> Float32:
+    """Run the compiled kernel on maps of shape [D, h, w] with or without a batch in front."""
+    planes = len(stencil_offsets(radius))
+    batch = array.shape[: array.ndim - (2 if boundary else 3)]
+    maps = np.ascontiguousarray(array).reshape(-1, *shape)
+    affinity = np.empty((len(maps), planes, *shape[-2:]), dtype=np.float32)
+    if not native.affinity(maps, affinity, radius, boundary):
+        if boundary:
+            raise ValueError(
+                f"{name}: got values from {array.min()} to {array.max()}, expected probabilities in [0, 1]; "
+                "apply the sigmoid first"
+            )
+        raise ValueError(f"{name}: got NaN or infinity, expected finite values; check the network's output")
+    return affinity.reshape(*batch, planes, *shape[-2:])
 
 
 def _check_map(name: str, array: Float32, ranks: tuple[int, int], expected: str) -> None:

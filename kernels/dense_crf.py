@@ -10,13 +10,16 @@ parameters carry over.
 import functools
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.permutohedral import GaussianFilter
+from multisa.kernels.native import native
 from multisa.kernels.stencil import check_integer
+
+if TYPE_CHECKING:
+    from multisa.kernels._native import Lattice
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -66,19 +69,33 @@ class DenseCRF:
         self.parameters = CrfParameters() if parameters is None else parameters
         height, width = image.shape[:2]
         self._shape = (height, width)
-        self._spatial = _spatial_filter(height, width, self.parameters.spatial_sxy)
-        position = _positions(height, width, self.parameters.bilateral_sxy)
-        colour = image.reshape(-1, 3).T / np.float32(self.parameters.bilateral_srgb)
-        self._bilateral = GaussianFilter(np.concatenate([position, colour]))
+        self._crf = native.dense_crf(
+            np.ascontiguousarray(image),
+            _spatial_lattice(height, width, self.parameters.spatial_sxy),
+            self.parameters.bilateral_sxy,
+            self.parameters.bilateral_srgb,
+            self.parameters.bilateral_compat,
+            self.parameters.spatial_compat,
+        )
 
     def infer(self, probabilities: Float32) -> Float32:
         """Refine class probabilities, float32 [L, h, w] -> float32 [L, h, w] that sum to one over L.
 
-        The unary energy is -log of the probabilities clipped to [1e-5, 1]; they need not sum to one. Raises
-        TypeError for another dtype, ValueError for another shape or NaN.
+        The unary energy is -log of the probabilities clipped to [1e-5, 1]; they need not sum to one. A label
+        that is nowhere above 1e-5 while another is takes no part and stays 0: its share would be of that
+        order, and the cost grows with the labels. Raises TypeError for another dtype, ValueError for another
+        shape or NaN.
         """
         _check_probabilities(probabilities, self._shape)
-        return self._mean_field(_unary_from_probabilities(probabilities))
+        highest = probabilities.max(axis=(1, 2))
+        present = np.flatnonzero(highest > PROBABILITY_FLOOR)
+        if len(present) == 0:
+            present = np.arange(len(probabilities))
+        refined = np.zeros(probabilities.shape, dtype=np.float32)
+        self._crf.infer(
+            np.ascontiguousarray(probabilities), present.tolist(), refined, self.parameters.iterations
+        )
+        return refined
 
     def infer_labels(self, labels: UInt8, n_labels: int, confidence: float = 0.7) -> Float32:
         """Refine a hard label map, uint8 [h, w] of 0..n_labels-1, trusted with probability `confidence`.
@@ -98,21 +115,9 @@ class DenseCRF:
             raise ValueError(f"confidence: got {confidence}, expected a probability between 0 and 1")
         if n_labels == 1:
             return np.ones((1, *self._shape), dtype=np.float32)
-        unary = np.full((n_labels, labels.size), -np.log((1 - confidence) / (n_labels - 1)), dtype=np.float32)
-        unary[labels.reshape(-1), np.arange(labels.size)] = -np.log(confidence)
-        return self._mean_field(unary)
-
-    def _mean_field(self, unary: Float32) -> Float32:
-        """Iterate equation 4 of the paper from the unary energies [L, h * w]; returns Q [L, h, w]."""
-        belief = _softmax(-unary)
-        spatial_weight = np.float32(self.parameters.spatial_compat)
-        bilateral_weight = np.float32(self.parameters.bilateral_compat)
-        for _ in range(self.parameters.iterations):
-            columns = np.ascontiguousarray(belief.T)
-            message = self._spatial(columns) * spatial_weight
-            message += self._bilateral(columns) * bilateral_weight
-            belief = _softmax(message.T - unary)
-        return belief.reshape(-1, *self._shape)
+        refined = np.empty((n_labels, *self._shape), dtype=np.float32)
+        self._crf.infer_labels(np.ascontiguousarray(labels), confidence, refined, self.parameters.iterations)
+        return refined
 
 
 def dense_crf(
@@ -169,28 +174,15 @@ def _infer_with_pydensecrf(image: UInt8, probabilities: Float32, parameters: Crf
 
 
 @functools.lru_cache(maxsize=4)
-def _spatial_filter(height: int, width: int, sxy: float) -> GaussianFilter:
-    """Build the spatial kernel, which depends on the image's size alone: corpora repeat a few sizes."""
-    return GaussianFilter(_positions(height, width, sxy))
-
-
-def _positions(height: int, width: int, sxy: float) -> Float32:
-    """Return the pixel positions (x, y) in standard deviations, float32 [2, h * w]."""
-    y, x = np.indices((height, width), dtype=np.float32).reshape(2, -1)
-    return np.stack([x, y]) / np.float32(sxy)
+def _spatial_lattice(height: int, width: int, sxy: float) -> "Lattice":
+    """Build the spatial kernel's lattice, which depends on the image's size alone: corpora repeat a few."""
+    return native.spatial_lattice(height, width, sxy)
 
 
 def _unary_from_probabilities(probabilities: Float32) -> Float32:
     """Turn [L, h, w] into energies [L, h * w]."""
     unary = -np.log(np.clip(probabilities, np.float32(PROBABILITY_FLOOR), np.float32(1)))
     return np.ascontiguousarray(unary.reshape(len(probabilities), -1))
-
-
-def _softmax(logits: Float32) -> Float32:
-    """Normalise exp(logits) over the first axis of [L, N]."""
-    powers: Float32 = np.exp(logits - logits.max(axis=0))
-    powers /= powers.sum(axis=0)
-    return powers
 
 
 def _kind(value: object) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.random_walk import check_walk_arguments
+from multisa.kernels.random_walk import check_walk_arguments, check_walk_values
 from multisa.kernels.stencil import Boundary, edge_mask, pair_slices, stencil_offsets
 
 Float32 = npt.NDArray[np.float32]
@@ -26,6 +26,7 @@ def random_walk_reference(
     """
     check_walk_arguments(scores, affinity, radius=radius, beta=beta, steps=steps)
     mask = edge_mask(radius, (scores.shape[-2], scores.shape[-1]), boundary)
+    check_walk_values(scores, affinity, mask)
     powered = np.where(mask, affinity, 0.0).astype(np.float64) ** beta
     ones = np.ones((*scores.shape[:-3], 1, *scores.shape[-2:]))
     degree = _apply_affinity(powered, ones, radius)

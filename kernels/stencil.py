@@ -13,15 +13,21 @@ import numpy.typing as npt
 
 Boundary = Literal["full", "psa"]
 
+# The compiled kernels keep tables of this many stencil rows; 64 already means 6,000 planes.
+MAX_RADIUS = 64
+
 
 @functools.lru_cache(maxsize=32)
 def stencil_offsets(radius: int) -> tuple[tuple[int, int], ...]:
     """List the offsets (dy, dx) of the half stencil: dx^2 + dy^2 < radius^2, forwards in reading order.
 
     First (0, 1..radius-1), then for dy = 1..radius-1 each dx from -(radius-1) to radius-1 (Ahn & Kwak 2018).
-    Radius 5 gives 34 offsets, radius 1 none. Raises TypeError or ValueError unless radius is an integer >= 1.
+    Radius 5 gives 34 offsets, radius 1 none. Raises TypeError or ValueError unless radius is an integer in
+    1..MAX_RADIUS.
     """
     radius = check_integer("radius", radius, minimum=1)
+    if radius > MAX_RADIUS:
+        raise ValueError(f"radius: got {radius}, expected at most {MAX_RADIUS}")
     reach = range(-(radius - 1), radius)
     right = [(0, dx) for dx in range(1, radius)]
     below = [(dy, dx) for dy in range(1, radius) for dx in reach if dx * dx + dy * dy < radius * radius]

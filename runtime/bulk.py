@@ -245,7 +245,7 @@ def _write_results(out: Path, done: list[_Done], failed: list[_Failed]) -> None:
 def _run_record(
     command: str, started: datetime, summary: RunSummary, corpus: Corpus, bundle: Bundle, options: RunOptions
 ) -> dict[str, Any]:
-    packages = ("multisa", "numpy", "scipy", "onnxruntime", "pillow")
+    packages = ("multisa", "numpy", "onnxruntime", "pillow")
     return {
         "command": command,
         "started": started.isoformat(timespec="seconds"),

@@ -1,0 +1,107 @@
+"""The dense CRF: ours against pydensecrf on one thread, with the agreement beside the times.
+
+    python benchmarks/dense_crf.py              # two minutes
+
+Writes benchmarks/results/dense_crf.json.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from harness import RESULTS, environment, interleave, peaks
+from scenes import class_probabilities, photograph_bytes
+
+from multisa.kernels import CrfParameters, DenseCRF, dense_crf
+from multisa.runtime.files import write_json_atomically
+
+PSA = CrfParameters()
+SETTINGS = {
+    "psa": PSA,
+    "irn": replace(PSA, bilateral_sxy=50.0, bilateral_srgb=5.0),
+    "deeplab": replace(PSA, spatial_sxy=1.0, bilateral_sxy=67.0, bilateral_srgb=3.0, bilateral_compat=4.0),
+}
+HEIGHT, WIDTH = 375, 500
+
+
+def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[str, Any]:
+    """Both on one photograph: whole calls, from the image to the refined probabilities."""
+    image, parameters = photograph_bytes(HEIGHT, WIDTH), SETTINGS[name]
+    probabilities = class_probabilities(labels, HEIGHT, WIDTH, present)
+    numbers = asdict(parameters)
+    crf = DenseCRF(image, parameters)
+    times = interleave(
+        {
+            "multisa": lambda: dense_crf(image, probabilities, **numbers),
+            "multisa, second call on the image": lambda: crf.infer(probabilities),
+            "pydensecrf": lambda: dense_crf(image, probabilities, backend="pydensecrf", **numbers),
+        },
+        repeats=repeats,
+    )
+    ours = dense_crf(image, probabilities, **numbers)
+    theirs = dense_crf(image, probabilities, backend="pydensecrf", **numbers)
+    return {
+        "parameters": name,
+        "labels": labels,
+        "present": present or labels,
+        "ways": {key: value.to_json() for key, value in times.items()},
+        "speedup": round(times["pydensecrf"].median / times["multisa"].median, 2),
+        "argmax_agreement": float((ours.argmax(axis=0) == theirs.argmax(axis=0)).mean()),
+        "max_difference": float(np.abs(ours - theirs).max()),
+    }
+
+
+def scaling(repeats: int) -> list[dict[str, float]]:
+    """Time for one pixel over sizes and labels."""
+    rows = []
+    for size, labels in ((32, 3), (64, 3), (128, 3), (256, 3), (512, 3), (256, 8), (256, 16), (256, 24)):
+        image, probabilities = photograph_bytes(size, size), class_probabilities(labels, size, size)
+        times = interleave({"ours": lambda i=image, p=probabilities: dense_crf(i, p)}, repeats=repeats)
+        seconds = times["ours"].median
+        rows.append(
+            {
+                "size": size,
+                "labels": labels,
+                "median_ms": round(1000 * seconds, 2),
+                "ns_per_pixel": round(1e9 * seconds / (size * size), 1),
+            }
+        )
+    return rows
+
+
+def floor(row: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
+    """What the bytes alone would take: each point's record and energies, read once in each iteration."""
+    padded = next(length for length in (4, 8, 16, 24, 32) if row["present"] <= length)
+    read = PSA.iterations * HEIGHT * WIDTH * (48 + 4 * padded)
+    seconds = read / machine["copied_bytes_per_second"]
+    return {
+        "bytes": read,
+        "floor_ms": round(1000 * seconds, 2),
+        "share_of_floor": round(1000 * seconds / row["ways"]["multisa"]["median_ms"], 3),
+    }
+
+
+def main() -> None:
+    """Measure, print, write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    repeats = 3 if parser.parse_args().quick else 9
+    machine = peaks()
+    cases = [("psa", 3, None), ("psa", 21, None), ("psa", 21, 3), ("irn", 3, None), ("deeplab", 3, None)]
+    rows = [compare(name, labels, present, repeats) for name, labels, present in cases]
+    results = {
+        "environment": environment("pydensecrf2"),
+        "peaks": machine,
+        "image": [HEIGHT, WIDTH],
+        "settings": {name: asdict(parameters) for name, parameters in SETTINGS.items()},
+        "comparisons": [{**row, "floor": floor(row, machine)} for row in rows],
+        "scaling": scaling(repeats),
+    }
+    write_json_atomically(RESULTS / "dense_crf.json", results)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

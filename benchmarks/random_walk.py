@@ -1,0 +1,163 @@
+"""The random walk: ours against the peers' dense squaring and against SciPy, with errors beside the times.
+
+    python benchmarks/random_walk.py            # five minutes; --quick leaves out the dense squaring
+
+Dense squaring is what psa, irn and PuzzleCAM do: the transition matrix of the whole grid, squared eight times.
+SciPy does the same walk as ours on a sparse matrix. Writes benchmarks/results/random_walk.json.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from harness import RESULTS, environment, interleave, peaks
+from scenes import photograph, smooth_scores
+from scipy.sparse import csr_array
+
+from multisa.kernels import affinity_from_features, random_walk, random_walk_reference, stencil_offsets
+from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree
+from multisa.kernels.stencil import pair_slices
+from multisa.runtime.files import write_json_atomically
+
+Float32 = npt.NDArray[np.float32]
+STEPS, BETA, RADIUS = 256, 8.0, 5
+
+
+def transition(affinity: Float32) -> csr_array:
+    """The row-stochastic D^-1 A^beta of one image as a sparse matrix [h w, h w]."""
+    height, width = affinity.shape[-2:]
+    index = np.arange(height * width).reshape(height, width)
+    rows, columns, values = [index.ravel()], [index.ravel()], [np.ones(index.size)]
+    for plane, offset in zip(affinity, stencil_offsets(RADIUS), strict=True):
+        source, target = pair_slices(offset, (height, width))
+        edges = plane[source].astype(np.float64).ravel() ** BETA
+        rows += [index[source].ravel(), index[target].ravel()]
+        columns += [index[target].ravel(), index[source].ravel()]
+        values += [edges, edges]
+    shape = (index.size, index.size)
+    pairs = (np.concatenate(rows), np.concatenate(columns))
+    matrix = csr_array((np.concatenate(values), pairs), shape=shape)
+    return (matrix / matrix.sum(axis=1)[:, None]).tocsr().astype(np.float32)
+
+
+def sparse_chebyshev(affinity: Float32, scores: Float32) -> Float32:
+    """Our algorithm on SciPy's sparse products."""
+    matrix = transition(affinity)
+    coefficients = chebyshev_coefficients(STEPS, chebyshev_degree(STEPS))
+    previous = scores.reshape(len(scores), -1).T
+    current = matrix @ previous
+    total = np.float32(coefficients[0]) * previous + np.float32(coefficients[1]) * current
+    for coefficient in coefficients[2:]:
+        previous, current = current, 2 * (matrix @ current) - previous
+        if coefficient:
+            total += np.float32(coefficient) * current
+    return np.ascontiguousarray(total.T).reshape(scores.shape)
+
+
+def sparse_steps(affinity: Float32, scores: Float32) -> Float32:
+    """Every step on SciPy's sparse products."""
+    matrix = transition(affinity)
+    state = scores.reshape(len(scores), -1).T
+    for _ in range(STEPS):
+        state = matrix @ state
+    return np.ascontiguousarray(state.T).reshape(scores.shape)
+
+
+def dense_squaring(affinity: Float32, scores: Float32) -> Float32:
+    """The peers' way, in PyTorch on all cores: eight squarings of the dense matrix, then one product."""
+    import torch
+
+    matrix = torch.from_numpy(transition(affinity).toarray())
+    for _ in range(8):
+        matrix = matrix @ matrix
+    flat = torch.from_numpy(scores.reshape(len(scores), -1))
+    return (flat @ matrix.T).numpy().reshape(scores.shape)
+
+
+def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str, Any]:
+    """All ways on one image of size x size: times, ratios to ours, errors against float64."""
+    affinity = affinity_from_features(photograph(size, size), radius=RADIUS)
+    scores = smooth_scores(channels, size, size)
+    ways = {
+        "multisa": lambda: random_walk(scores, affinity),
+        "multisa, every step": lambda: random_walk(scores, affinity, exact=True),
+        "scipy, Chebyshev": lambda: sparse_chebyshev(affinity, scores),
+        "scipy, every step": lambda: sparse_steps(affinity, scores),
+    }
+    slow = {"scipy, Chebyshev": 3, "scipy, every step": 3}
+    if dense:
+        ways["dense squaring"] = lambda: dense_squaring(affinity, scores)
+        slow["dense squaring"] = 3
+    times = interleave(ways, repeats=repeats, slow=slow)
+    reference = random_walk_reference(scores, affinity)
+    rows = {}
+    for name, way in ways.items():
+        walked = way()
+        rows[name] = {
+            **times[name].to_json(),
+            "times_ours": round(times[name].median / times["multisa"].median, 2),
+            "max_error": float(np.abs(walked - reference).max()),
+            "argmax_changes": int((walked.argmax(axis=0) != reference.argmax(axis=0)).sum()),
+        }
+    return {"size": size, "channels": channels, "ways": rows}
+
+
+def floor(times: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
+    """What the arithmetic alone would take: every pair twice and the self-loop, in every product."""
+    pixels, channels = times["size"] ** 2, times["channels"]
+    products = chebyshev_degree(STEPS)
+    operations = products * pixels * channels * (2 * len(stencil_offsets(RADIUS)) + 1)
+    seconds = operations / machine["multiply_adds_per_second"]
+    taken = times["ways"]["multisa"]["median_ms"] / 1000
+    return {
+        "multiply_adds": operations,
+        "floor_ms": round(1000 * seconds, 3),
+        "share_of_peak": round(seconds / taken, 3),
+    }
+
+
+def scaling(repeats: int) -> list[dict[str, float]]:
+    """Time for one pixel and channel over sizes and channels: a flat line is linear cost."""
+    rows = []
+    for size, channels in ((32, 4), (64, 1), (64, 4), (64, 16), (128, 4), (256, 4), (512, 4)):
+        affinity = affinity_from_features(photograph(size, size), radius=RADIUS)
+        scores = smooth_scores(channels, size, size)
+        times = interleave({"ours": lambda a=affinity, s=scores: random_walk(s, a)}, repeats=repeats)
+        seconds = times["ours"].median
+        rows.append(
+            {
+                "size": size,
+                "channels": channels,
+                "median_ms": round(1000 * seconds, 3),
+                "ns_per_pixel_and_channel": round(1e9 * seconds / (size * size * channels), 1),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="without the dense squaring, fewer repeats")
+    options = parser.parse_args()
+    repeats = 5 if options.quick else 15
+    machine = peaks()
+    comparisons = [
+        compare(64, 4, dense=not options.quick, repeats=repeats),
+        compare(128, 4, dense=False, repeats=repeats),
+    ]
+    results = {
+        "environment": environment("scipy", "torch"),
+        "peaks": machine,
+        "parameters": {"radius": RADIUS, "beta": BETA, "steps": STEPS, "threads": "1; dense squaring all cores"},
+        "comparisons": [{**rows, "floor": floor(rows, machine)} for rows in comparisons],
+        "scaling": scaling(repeats),
+    }
+    write_json_atomically(RESULTS / "random_walk.json", results)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

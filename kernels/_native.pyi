@@ -1,0 +1,45 @@
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+def walk(
+    scores: npt.NDArray[np.float32],
+    affinity: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float32],
+    radius: int,
+    beta: float,
+    margin: int,
+    steps: int,
+    coefficients: Sequence[float],
+) -> bool: ...
+def affinity(map: npt.NDArray[np.float32], out: npt.NDArray[np.float32], radius: int, boundary: bool) -> bool: ...
+
+class Lattice:
+    vertices: int
+
+class DenseCrf:
+    def infer(
+        self,
+        probabilities: npt.NDArray[np.float32],
+        labels: Sequence[int],
+        out: npt.NDArray[np.float32],
+        iterations: int,
+    ) -> None: ...
+    def infer_labels(
+        self, labels: npt.NDArray[np.uint8], confidence: float, out: npt.NDArray[np.float32], iterations: int
+    ) -> None: ...
+
+def spatial_lattice(height: int, width: int, sxy: float) -> Lattice: ...
+def dense_crf(
+    image: npt.NDArray[np.uint8],
+    spatial: Lattice,
+    sxy: float,
+    srgb: float,
+    bilateral_compat: float,
+    spatial_compat: float,
+) -> DenseCrf: ...
+def peak_multiply_adds(seconds: float) -> float: ...
+def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
+def choose_instruction_set(name: str) -> None: ...

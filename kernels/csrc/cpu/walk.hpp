@@ -1,0 +1,387 @@
+// The random walk on one image: (D^-1 W)^steps on every channel, without a matrix; W is A^beta and the identity.
+//
+// Operator. One product is P x = r (W' x) + c x: W' holds the pairs, r is 1 / D in float32 and c is 1 - r D', with
+// D' the row sums of W' as this very code adds them up. Rows of P therefore sum to one to the last bit, and a
+// constant stays what it is however many steps are taken. P is similar to the symmetric D^-1/2 W D^-1/2, so
+// its eigenvalues are real and in [-1, 1], and the Chebyshev series of x^steps applies to it.
+//
+// Layout. The image, flattened row by row, is cut into WIDTH segments of equal length, one for each lane: lane
+// i of vector j is pixel i * length + j. A neighbour at a fixed offset is then the vector at a fixed distance,
+// so every load is whole and aligned, for every offset and every image width. Past both ends of the segments
+// lies a halo, the vectors of the other end with the lanes moved by one. Of each pair only one weight is
+// stored, at its source; the target finds it there, so the weights of a 64 x 64 image fit the second cache.
+#pragma once
+
+#include "problems.hpp"
+#include "vector.hpp"
+
+namespace MULTISA_ISA {
+
+using multisa::WalkProblem;
+
+constexpr int MAX_RADIUS = 64;
+// Channels taken at once: each weight is loaded once for all of them.
+constexpr int CHANNEL_GROUP = 4;
+// The most vectors of one channel summed at once; segments are multiples of it.
+constexpr int MAX_BLOCK = 8;
+// Edges below this count as none: far under the resolution of a float32 sum with the self-loop of 1.
+constexpr float NEGLIGIBLE_EDGE = 1e-20f;
+
+// An image in the layout above. Row dy of the stencil has the planes dx = -reach..reach, side by side.
+struct Grid {
+    long width, pixels, length, halo;
+    int radius;
+    int reach[MAX_RADIUS];
+    const Vec* row[MAX_RADIUS];  // [length][2 * reach + 1], a halo in front
+    const Vec* inverse_degree;   // r, [length]
+    const Vec* self;             // c, [length]
+};
+
+// One product: next = scale * P x - previous where `subtract`, and total += coefficient * next.
+struct Step {
+    float scale;
+    bool subtract;
+    float coefficient;
+};
+
+// The channels of a group in the layout above; `next` is `previous` before the step.
+struct States {
+    const Vec* current[CHANNEL_GROUP];
+    Vec* next[CHANNEL_GROUP];
+    Vec* total[CHANNEL_GROUP];
+};
+
+static Grid grid_of(const WalkProblem& problem) {
+    Grid grid = {};
+    grid.width = problem.width;
+    grid.pixels = problem.height * problem.width;
+    const long unit = WIDTH * MAX_BLOCK;
+    grid.length = (grid.pixels + unit - 1) / unit * MAX_BLOCK;
+    grid.radius = problem.radius;
+    const long far = problem.radius - 1;
+    grid.halo = far * problem.width + far + 1;
+    for (int dy = 0; dy <= far; ++dy) grid.reach[dy] = multisa::reach_of(problem.radius, dy);
+    return grid;
+}
+
+// Vectors that a row of the stencil takes in the workspace, with its halo.
+MULTISA_INLINE long row_size(const Grid& grid, int dy) {
+    return (grid.halo + grid.length) * (2 * grid.reach[dy] + 1);
+}
+
+MULTISA_INLINE long state_size(const Grid& grid) { return grid.length + 2 * grid.halo + 1; }
+
+// Floats of workspace for a problem.
+static long walk_workspace(const WalkProblem& problem) {
+    const Grid grid = grid_of(problem);
+    long vectors = 2 * grid.length + 3 * CHANNEL_GROUP * state_size(grid);
+    for (int dy = 0; dy < grid.radius; ++dy) vectors += row_size(grid, dy);
+    return (vectors + 1) * WIDTH;
+}
+
+// base^exponent for base in [0, 1].
+struct Power {
+    float exponent;
+    int whole;  // the exponent, or 0 when it is no small whole number
+
+    MULTISA_MEMBER Vec operator()(Vec base) const {
+        if (whole == 0) {
+            const Vec result = exponential(logarithm(larger(base, broadcast(1e-37f))) * exponent);
+            return base > 0 ? result : Vec{};
+        }
+        Vec result = broadcast(1.0f), square = base;
+        for (int rest = whole;; square *= square) {
+            if (rest & 1) result *= square;
+            if ((rest >>= 1) == 0) return result;
+        }
+    }
+};
+
+// The pixels of vector j: lane i is from[i * length + j], or `missing` past the last pixel.
+MULTISA_INLINE Vec gather(const float* from, const Grid& grid, long j, float missing) {
+    Vec value;
+    if (j + (WIDTH - 1) * grid.length < grid.pixels) {
+        for (int lane = 0; lane < WIDTH; ++lane) value[lane] = from[lane * grid.length + j];
+        return value;
+    }
+    for (int lane = 0; lane < WIDTH; ++lane) {
+        const long pixel = lane * grid.length + j;
+        value[lane] = pixel < grid.pixels ? from[pixel] : missing;
+    }
+    return value;
+}
+
+// Put plane dx of stencil row dy into the layout, to the power of beta, 0 where there is no pair.
+// Returns false for an affinity outside [0, 1] or NaN.
+static bool lay_out_plane(const WalkProblem& problem, const Grid& grid, const float* plane, int dy, int dx, Vec* to,
+                          const Power& power) {
+    const long planes = 2 * grid.reach[dy] + 1;
+    const long left = dx < 0 ? -dx : 0, right = dx > 0 ? dx : 0;
+    const int first = (int)(left > problem.margin ? left : problem.margin);
+    const int last = (int)(problem.width - (right > problem.margin ? right : problem.margin));  // exclusive
+    const long rows = problem.height - (dy > problem.margin ? dy : problem.margin);
+    IntVec column, sources;  // of each lane: where in its row it is, and how many of its pixels have this pair
+    for (int lane = 0; lane < WIDTH; ++lane) {
+        column[lane] = (int)(lane * grid.length % problem.width);
+        sources[lane] = (int)(rows * problem.width - lane * grid.length);
+    }
+    IntVec valid = ~IntVec{};
+    for (long j = 0; j < grid.length; ++j) {
+        const IntVec inside = (column >= first) & (column < last) & ((int)j < sources);
+        const Vec value = (Vec)((IntVec)gather(plane, grid, j, 0.0f) & inside);
+        valid &= (value >= 0) & (value <= 1);  // false for a NaN
+        const Vec weight = power(value);
+        to[j * planes] = weight >= NEGLIGIBLE_EDGE ? weight : Vec{};
+        column += 1;
+        column = column == (int)problem.width ? IntVec{} : column;
+    }
+    // The halo in front: lane i belongs to the segment before, and the first lane has none.
+    IntVec after_first = ~IntVec{};
+    after_first[0] = 0;
+    for (long j = -1; j >= -grid.halo; --j) {
+        const Vec before = load((const float*)(to + (j + grid.length) * planes) - 1);
+        to[j * planes] = (Vec)((IntVec)before & after_first);
+    }
+    return all(valid);
+}
+
+// One row of the stencil, seen from the source of its pairs: acc += w[k] * x[at + k - REACH]. FIRST is 0, or
+// REACH + 1 for the row of the pixel itself, where only pairs to the right are stored.
+template <int CHANNELS, int BLOCK, int REACH, int FIRST>
+MULTISA_INLINE void pull_forward(Vec (&acc)[CHANNELS][BLOCK], const Vec* w, const States& states, long at) {
+    constexpr int PLANES = 2 * REACH + 1;
+#pragma GCC unroll 32
+    for (int i = 0; i < BLOCK + 2 * REACH; ++i) {
+#pragma GCC unroll 8
+        for (int c = 0; c < CHANNELS; ++c) {
+            const Vec value = states.current[c][at + i - REACH];
+#pragma GCC unroll 8
+            for (int b = 0; b < BLOCK; ++b) {
+                const int k = i - b;
+                if (k >= FIRST && k < PLANES) acc[c][b] += w[b * PLANES + k] * value;
+            }
+        }
+    }
+}
+
+// The same row seen from the target: the weight lies at the source, under the mirrored offset.
+template <int CHANNELS, int BLOCK, int REACH, int FIRST>
+MULTISA_INLINE void pull_backward(Vec (&acc)[CHANNELS][BLOCK], const Vec* w, const States& states, long at) {
+    constexpr int PLANES = 2 * REACH + 1;
+#pragma GCC unroll 32
+    for (int i = 0; i < BLOCK + 2 * REACH; ++i) {
+#pragma GCC unroll 8
+        for (int c = 0; c < CHANNELS; ++c) {
+            const Vec value = states.current[c][at + i - REACH];
+#pragma GCC unroll 8
+            for (int b = 0; b < BLOCK; ++b) {
+                const int k = 2 * REACH - (i - b);
+                if (k >= FIRST && k < PLANES) acc[c][b] += w[(i - REACH) * PLANES + k] * value;
+            }
+        }
+    }
+}
+
+// The sum over all neighbours for radius 5, the one everybody uses, written out.
+template <int CHANNELS, int BLOCK>
+MULTISA_INLINE void pull_radius_5(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid, const States& states, long at) {
+    const Vec* const* row = grid.row;
+    const long w = grid.width;
+    pull_backward<CHANNELS, BLOCK, 2, 0>(acc, row[4] + (at - 4 * w) * 5, states, at - 4 * w);
+    pull_backward<CHANNELS, BLOCK, 3, 0>(acc, row[3] + (at - 3 * w) * 7, states, at - 3 * w);
+    pull_backward<CHANNELS, BLOCK, 4, 0>(acc, row[2] + (at - 2 * w) * 9, states, at - 2 * w);
+    pull_backward<CHANNELS, BLOCK, 4, 0>(acc, row[1] + (at - w) * 9, states, at - w);
+    pull_backward<CHANNELS, BLOCK, 4, 5>(acc, row[0] + at * 9, states, at);
+    pull_forward<CHANNELS, BLOCK, 4, 5>(acc, row[0] + at * 9, states, at);
+    pull_forward<CHANNELS, BLOCK, 4, 0>(acc, row[1] + at * 9, states, at + w);
+    pull_forward<CHANNELS, BLOCK, 4, 0>(acc, row[2] + at * 9, states, at + 2 * w);
+    pull_forward<CHANNELS, BLOCK, 3, 0>(acc, row[3] + at * 7, states, at + 3 * w);
+    pull_forward<CHANNELS, BLOCK, 2, 0>(acc, row[4] + at * 5, states, at + 4 * w);
+}
+
+// The same for any radius.
+template <int CHANNELS, int BLOCK>
+MULTISA_INLINE void pull_any_radius(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid, const States& states, long at) {
+    for (int dy = 0; dy < grid.radius; ++dy) {
+        const int reach = grid.reach[dy], planes = 2 * reach + 1;
+        const long above = at - dy * grid.width, below = at + dy * grid.width;
+        for (int dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx) {
+            const Vec* forward = grid.row[dy] + at * planes + dx + reach;
+            const Vec* backward = grid.row[dy] + (above - dx) * planes + dx + reach;
+            for (int b = 0; b < BLOCK; ++b) {
+                for (int c = 0; c < CHANNELS; ++c)
+                    acc[c][b] += forward[b * planes] * states.current[c][below + dx + b] +
+                                 backward[b * planes] * states.current[c][above - dx + b];
+            }
+        }
+    }
+}
+
+template <int CHANNELS, int BLOCK>
+MULTISA_INLINE void pull(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid, const States& states, long at) {
+    for (auto& channel : acc)
+        for (Vec& sum : channel) sum = Vec{};
+    if (grid.radius == 5)
+        pull_radius_5<CHANNELS, BLOCK>(acc, grid, states, at);
+    else
+        pull_any_radius<CHANNELS, BLOCK>(acc, grid, states, at);
+}
+
+// Copy the ends into the halos. Lane i before the first vector belongs to the segment before; a lane without
+// one holds some finite number, whose weights are zero.
+static void fill_halo(Vec* state, const Grid& grid) {
+    float* values = (float*)state;
+    for (long j = -1; j >= -grid.halo; --j)
+        store(values + j * WIDTH, load(values + (j + grid.length) * WIDTH - 1));
+    for (long j = grid.length; j < grid.length + grid.halo; ++j)
+        store(values + j * WIDTH, load(values + (j - grid.length) * WIDTH + 1));
+}
+
+template <int CHANNELS>
+static void take_step(const Grid& grid, const States& states, const Step& step) {
+    // Eight sums side by side hide the latency of a multiply-add; more would not fit the registers.
+    constexpr int BLOCK = CHANNELS == 1 ? 8 : CHANNELS == 2 ? 4 : 2;
+    for (long at = 0; at < grid.length; at += BLOCK) {
+        Vec acc[CHANNELS][BLOCK];
+        pull<CHANNELS, BLOCK>(acc, grid, states, at);
+        for (int b = 0; b < BLOCK; ++b) {
+            const Vec inverse_degree = grid.inverse_degree[at + b], self = grid.self[at + b];
+            for (int c = 0; c < CHANNELS; ++c) {
+                // The self-loop comes last: it is near 1 where all neighbours are tiny, and a sum that starts
+                // with it would lose them one by one.
+                Vec next = (acc[c][b] * inverse_degree + self * states.current[c][at + b]) * step.scale;
+                Vec* place = states.next[c] + at + b;
+                if (step.subtract) next -= *place;
+                *place = next;
+                if (step.coefficient != 0) states.total[c][at + b] += next * step.coefficient;
+            }
+        }
+    }
+    for (int c = 0; c < CHANNELS; ++c) fill_halo(states.next[c], grid);
+}
+
+static void take_step(int channels, const Grid& grid, const States& states, const Step& step) {
+    switch (channels) {
+        case 1: return take_step<1>(grid, states, step);
+        case 2: return take_step<2>(grid, states, step);
+        case 3: return take_step<3>(grid, states, step);
+        default: return take_step<4>(grid, states, step);
+    }
+}
+
+// Set r and c from one product with ones, which `states` has room for.
+static void normalise(const Grid& grid, const States& states, Vec* inverse_degree, Vec* self) {
+    Vec* ones = const_cast<Vec*>(states.current[0]);
+    for (long j = -grid.halo; j < grid.length + grid.halo; ++j) ones[j] = broadcast(1.0f);
+    for (long at = 0; at < grid.length; ++at) {
+        // In blocks of one, but the order of each sum is that of take_step, and so is its rounding.
+        Vec acc[1][1];
+        pull<1, 1>(acc, grid, states, at);
+        inverse_degree[at] = 1.0f / (acc[0][0] + 1.0f);
+        self[at] = 1.0f - acc[0][0] * inverse_degree[at];
+    }
+}
+
+// Lay out the weights of a problem in the workspace; returns what follows them, or null for an invalid one.
+static Vec* lay_out_weights(const WalkProblem& problem, Grid& grid, Vec* workspace) {
+    Power power = {problem.beta, 0};
+    if (problem.beta == (float)(int)problem.beta && problem.beta <= 64) power.whole = (int)problem.beta;
+    const float* plane = problem.affinity;
+    bool valid = true;
+    for (int dy = 0; dy < grid.radius; ++dy) {
+        const int reach = grid.reach[dy], planes = 2 * reach + 1;
+        Vec* row = workspace + grid.halo * planes;
+        grid.row[dy] = row;
+        workspace += row_size(grid, dy);
+        for (int dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx, plane += grid.pixels)
+            valid &= lay_out_plane(problem, grid, plane, dy, dx, row + dx + reach, power);
+    }
+    return valid ? workspace : nullptr;
+}
+
+// Range of the values of one channel.
+struct Range {
+    float low, high;
+};
+
+// Put one channel into the layout and start its sum; the range is that of its values.
+static Range lay_out_state(const float* scores, const Grid& grid, Vec* state, Vec* total, float coefficient) {
+    Vec low = broadcast(scores[0]), high = low;
+    for (long j = 0; j < grid.length; ++j) {
+        const Vec value = gather(scores, grid, j, scores[0]);
+        low = smaller(low, value);
+        high = larger(high, value);
+        state[j] = value;
+        total[j] = value * coefficient;
+    }
+    fill_halo(state, grid);
+    Range range = {low[0], high[0]};
+    for (int lane = 1; lane < WIDTH; ++lane) {
+        if (low[lane] < range.low) range.low = low[lane];
+        if (high[lane] > range.high) range.high = high[lane];
+    }
+    return range;
+}
+
+// Write one channel back. An average never leaves the range of its input; the last bits of rounding may.
+static void read_back(const Vec* state, const Grid& grid, Range range, float* out) {
+    for (long j = 0; j < grid.length; ++j) {
+        const Vec value = larger(smaller(state[j], broadcast(range.high)), broadcast(range.low));
+        for (int lane = 0; lane < WIDTH; ++lane) {
+            const long pixel = lane * grid.length + j;
+            if (pixel < grid.pixels) out[pixel] = value[lane];
+        }
+    }
+}
+
+static void walk_group(const WalkProblem& problem, const Grid& grid, Vec* workspace, long first, int channels) {
+    const bool series = problem.coefficients != nullptr;
+    States states;
+    Range range[CHANNEL_GROUP];
+    for (int c = 0; c < channels; ++c) {
+        Vec* place[3];
+        for (int i = 0; i < 3; ++i) place[i] = workspace + (3 * c + i) * state_size(grid) + grid.halo;
+        states.current[c] = place[0];
+        states.next[c] = place[1];
+        states.total[c] = place[2];
+        range[c] = lay_out_state(problem.scores + (first + c) * grid.pixels, grid, place[0], place[2],
+                                 series ? problem.coefficients[0] : 0.0f);
+    }
+    const long products = series ? problem.coefficient_count - 1 : problem.steps;
+    for (long k = 1; k <= products; ++k) {
+        // T_1 is P x; after it comes T_k+1 = 2 P T_k - T_k-1.
+        const bool recur = series && k > 1;
+        take_step(channels, grid, states, {recur ? 2.0f : 1.0f, recur, series ? problem.coefficients[k] : 0.0f});
+        for (int c = 0; c < channels; ++c) {
+            Vec* next = states.next[c];
+            states.next[c] = const_cast<Vec*>(states.current[c]);
+            states.current[c] = next;
+        }
+    }
+    for (int c = 0; c < channels; ++c)
+        read_back(series ? states.total[c] : states.current[c], grid, range[c],
+                  problem.out + (first + c) * grid.pixels);
+}
+
+// Walk one image; `workspace` has walk_workspace() floats and is aligned to a vector. Returns false, with
+// nothing written, for scores that are not finite or an affinity outside [0, 1].
+static bool walk(const WalkProblem& problem, float* workspace) {
+    if (!all_finite(problem.scores, problem.channels * problem.height * problem.width)) return false;
+    Grid grid = grid_of(problem);
+    Vec* inverse_degree = lay_out_weights(problem, grid, (Vec*)workspace);
+    if (inverse_degree == nullptr) return false;
+    Vec* self = inverse_degree + grid.length;
+    Vec* rest = self + grid.length;
+    grid.inverse_degree = inverse_degree;
+    grid.self = self;
+    States states = {};
+    states.current[0] = rest + grid.halo;
+    normalise(grid, states, inverse_degree, self);
+    for (long c = 0; c < problem.channels; c += CHANNEL_GROUP) {
+        const long left = problem.channels - c;
+        walk_group(problem, grid, rest, c, (int)(left < CHANNEL_GROUP ? left : CHANNEL_GROUP));
+    }
+    return true;
+}
+
+}  // namespace MULTISA_ISA
