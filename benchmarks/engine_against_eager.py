@@ -25,9 +25,9 @@ import torch
 
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.engine import SEGMENTER, open_engine
-from multisa.runtime.evaluate import evaluate_masks
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.images import read_mask
+from multisa.runtime.images import read_mask, resize_mask
+from multisa.runtime.metrics import confusion_matrix, mean_iou
 from multisa.runtime.progress import Progress
 from multisa.runtime.segment import segment_images
 from multisa.training.cams import CHECKPOINT
@@ -38,12 +38,17 @@ from multisa.training.segmentation import load_segmenter
 from multisa.training.segmenter import SegmentPhotographs
 
 UInt8 = npt.NDArray[np.uint8]
+COMMAND = "multisa segment"
 RESULTS = Path(__file__).parent / "results" / "engine_against_eager.json"
 
 
 def compare_masks(run: RunRecord, eager: Path, items: tuple[Item, ...], bundle: Bundle) -> dict[str, Any]:
-    """mIoU of the command's masks and of PyTorch's, and the share of pixels on which they agree."""
-    names = tuple(item.id for item in items)
+    """mIoU of the command's masks and of PyTorch's, and the share of pixels on which they agree.
+
+    eager: folder of ID.png at the working size; they are enlarged as the command enlarges its own.
+    """
+    n_classes = len(run.classes)
+    confusion = {name: np.zeros((n_classes, n_classes), np.int64) for name in ("pytorch-eager", COMMAND)}
     equal = pixels = 0
     with tempfile.TemporaryDirectory() as work:
         photographs, out = Path(work, "photographs"), Path(work, "out")
@@ -51,16 +56,15 @@ def compare_masks(run: RunRecord, eager: Path, items: tuple[Item, ...], bundle: 
         for item in items:
             shutil.copy(item.image, photographs / f"{item.id}{item.image.suffix}")
         segment_images(photographs, out, bundle=bundle)
-        masks = {"pytorch-eager": eager, "multisa segment": out / "masks"}
-        truth = items[0].mask.parent if items[0].mask else eager
-        miou = {
-            name: round(100 * evaluate_masks(folder, truth, run.classes, names=names).to_json()["miou"], 3)
-            for name, folder in masks.items()
-        }
-        for name in names:
-            reference, answer = (read_mask(folder / f"{name}.png") for folder in masks.values())
+        for item in items:
+            assert item.mask is not None
+            answer, truth = read_mask(out / "masks" / f"{item.id}.png"), read_mask(item.mask)
+            reference = resize_mask(read_mask(eager / f"{item.id}.png"), (answer.shape[0], answer.shape[1]))
+            confusion["pytorch-eager"] += confusion_matrix(reference, truth, n_classes)
+            confusion[COMMAND] += confusion_matrix(answer, truth, n_classes)
             equal += int((reference == answer).sum())
             pixels += answer.size
+    miou = {name: round(100 * mean_iou(counts), 3) for name, counts in confusion.items()}
     return {"miou": miou, "label_agreement": equal / pixels}
 
 
@@ -107,6 +111,9 @@ def main() -> None:
     run, items, bundle = load_run(options.run), read_dataset(options.data).val, load_bundle(options.bundle)
     results = {
         "photographs": len(items),
+        # What was measured: the README's check compares them with the run and the bundle it speaks of.
+        "segmenter_stage": next(stage.digest for stage in run.stages if stage.name == "segmenter"),
+        "segmenter_sha256": bundle.manifest.files["segmenter.onnx"].sha256,
         **compare_masks(run, run.folder(options.run, "val"), items, bundle),
         **compare_speed(run, options.run, items, bundle, options.threads),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",

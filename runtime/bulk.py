@@ -1,7 +1,7 @@
 """One run over a corpus: read, annotate, write masks and records; what labelling and segmenting share.
 
 OUT/masks/NAME.png, OUT/labels.jsonl and OUT/failed.jsonl hold the results, the same bytes for any number of
-workers. What may differ between runs (times, versions) is under OUT/.multisa/.
+workers and whatever OUT held before. What may differ between runs (times, versions) is under OUT/.multisa/.
 """
 
 import json
@@ -34,6 +34,7 @@ from multisa.runtime.images import (
 )
 from multisa.runtime.manifest import MANIFEST_NAME
 from multisa.runtime.progress import Progress, say
+from multisa.runtime.results import FAILURES, NAME_ERRORS, RECORDS, begin_results, finish_results, mask_of
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -94,6 +95,7 @@ Annotate = Callable[[CorpusImage, UInt8, StageClock], Annotation]
 @dataclass(frozen=True)
 class _Done:
     image: str
+    name: str
     record: dict[str, Any]
     seconds: dict[str, float]
 
@@ -111,42 +113,49 @@ def run_corpus(
     """Annotate every image of `corpus` with the worker threads of `options` and write the results to `out`.
 
     `annotate` gets uint8 [h, w, 3] at the bundle's working size. An image that raises MultisaError is
-    recorded in failed.jsonl with the reason, and the run goes on; anything else ends it.
+    recorded in failed.jsonl with the reason, and the run goes on, as it does where the name of a result
+    cannot be had (too long, or taken by a folder). Anything else ends it, what is done being recorded.
     """
     if options.workers < 1:
         raise UsageError(f"got {options.workers} workers, expected at least 1")
     _tell_skipped(corpus)
     started, start = datetime.now(UTC), time.perf_counter()
     private = out / ".multisa"
-    private.mkdir(parents=True, exist_ok=True)
+    begin_results(out, (image.name for image in corpus.images))
 
     def process(image: CorpusImage) -> _Done | _Failed:
         clock = StageClock()
         try:
             record = _annotate_one(image, out, bundle, annotate, options, clock)
         except MultisaError as error:
-            # A mask of an earlier run must not stand for an image that failed in this one.
-            _mask_path(out, image).unlink(missing_ok=True)
             return _Failed(image.relative, str(error).removeprefix(f"{image.path}: "), clock.seconds)
-        return _Done(image.relative, record, clock.seconds)
+        except OSError as error:
+            if error.errno not in NAME_ERRORS:
+                raise
+            reason = f"its results cannot be written: {os.strerror(error.errno)}: rename the image"
+            return _Failed(image.relative, reason, clock.seconds)
+        return _Done(image.relative, image.name, record, clock.seconds)
 
     done: list[_Done] = []
     failed: list[_Failed] = []
     stages: dict[str, float] = {}
-    with (
-        (private / "log.jsonl").open("w", encoding="utf-8") as log,
-        Progress(len(corpus.images), command) as progress,
-    ):
-        for outcome in parallel_map(process, corpus.images, options.workers):
-            if isinstance(outcome, _Done):
-                done.append(outcome)
-            else:
-                failed.append(outcome)
-            for name, seconds in outcome.seconds.items():
-                stages[name] = stages.get(name, 0.0) + seconds
-            log.write(_json_line({"image": outcome.image, "seconds": _rounded(outcome.seconds)}))
-            progress.advance(note=f"{len(failed)} failed" if failed else "")
-    _write_results(out, done, failed)
+    try:
+        with (
+            (private / "log.jsonl").open("w", encoding="utf-8") as log,
+            Progress(len(corpus.images), command) as progress,
+        ):
+            for outcome in parallel_map(process, corpus.images, options.workers):
+                if isinstance(outcome, _Done):
+                    done.append(outcome)
+                else:
+                    failed.append(outcome)
+                for name, seconds in outcome.seconds.items():
+                    stages[name] = stages.get(name, 0.0) + seconds
+                log.write(_json_line({"image": outcome.image, "seconds": _rounded(outcome.seconds)}))
+                progress.advance(note=f"{len(failed)} failed" if failed else "")
+    finally:
+        _write_records(out, done, failed)
+    finish_results(out, (item.name for item in done), pictures=options.gallery)
     if options.gallery:
         write_gallery(out, [item.record for item in done], bundle.manifest, title=f"multisa {command}")
     seconds = time.perf_counter() - start
@@ -209,7 +218,7 @@ def _annotate_one(
     annotation = annotate(image, rgb, clock)
     with clock.stage("write"):
         mask = resize_mask(annotation.mask, (height, width))
-        write_mask(_mask_path(out, image), mask, manifest.mask_palette())
+        write_mask(out / mask_of(image.name), mask, manifest.mask_palette())
     if options.gallery:
         with clock.stage("gallery"):
             write_overlay(out, image.name, photograph.rgb, mask, manifest)
@@ -217,7 +226,7 @@ def _annotate_one(
     shares = {manifest.classes[i]: round(int(n) / mask.size, DECIMALS) for i, n in enumerate(counts) if n}
     record = {
         "image": image.relative,
-        "mask": _mask_path(Path(), image).as_posix(),
+        "mask": mask_of(image.name),
         "width": width,
         "height": height,
         "orientation": photograph.orientation,
@@ -229,17 +238,11 @@ def _annotate_one(
     return {**record, "notes": photograph.notes} if photograph.notes else record
 
 
-def _mask_path(out: Path, image: CorpusImage) -> Path:
-    return out / "masks" / f"{image.name}.png"
-
-
-def _write_results(out: Path, done: list[_Done], failed: list[_Failed]) -> None:
-    write_bytes_atomically(out / "labels.jsonl", "".join(_json_line(item.record) for item in done).encode())
+def _write_records(out: Path, done: list[_Done], failed: list[_Failed]) -> None:
+    write_bytes_atomically(out / RECORDS, "".join(_json_line(item.record) for item in done).encode())
     failures = "".join(_json_line({"image": item.image, "reason": item.reason}) for item in failed)
     if failures:
-        write_bytes_atomically(out / "failed.jsonl", failures.encode())
-    else:
-        (out / "failed.jsonl").unlink(missing_ok=True)
+        write_bytes_atomically(out / FAILURES, failures.encode())
 
 
 def _run_record(
@@ -264,6 +267,8 @@ def _run_record(
 def _tell_skipped(corpus: Corpus) -> None:
     if corpus.skipped:
         say(f"passed over {len(corpus.skipped)}: {name_some(corpus.skipped)}")
+    if corpus.other_files:
+        say(f"{corpus.other_files} files are no images by their extension")
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -202,8 +202,8 @@ def _what_is_no_bundle(folder: Path) -> str:
         return f"{MANIFEST_NAME} has more than {_MANIFEST_LIMIT} bytes"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{MANIFEST_NAME} is not JSON"
+    except (ValueError, RecursionError):
+        return f"{MANIFEST_NAME} is not JSON, or nested too deeply"
     # Only what every version has: a bundle of an older or newer one may be replaced, too.
     if (
         not isinstance(value, dict)

@@ -22,6 +22,12 @@ def _bundle_option(command: Command) -> Command:
     )(command)
 
 
+def _max_pixels_option(what: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--max-pixels", type=click.IntRange(1), metavar="N", help=f"Largest {what}; 50 million by default."
+    )
+
+
 def _corpus_options(command: Command) -> Command:
     """The arguments `label` and `segment` share."""
     for decorate in reversed(
@@ -41,12 +47,7 @@ def _corpus_options(command: Command) -> Command:
                 metavar="N|P%",
                 help="Images that may fail before the exit code is 4.",
             ),
-            click.option(
-                "--max-pixels",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Largest image; 50 million by default.",
-            ),
+            _max_pixels_option("image"),
             click.option("--gallery", is_flag=True, help="Also write OUT/index.html to look at."),
         )
     ):
@@ -121,6 +122,7 @@ def segment(
 @_bundle_option
 @click.option("--list", "names", type=_PATH, metavar="FILE", help="Masks to compare, one name a line.")
 @click.option("--allow-missing", is_flag=True, help="Leave out truth without a prediction.")
+@_max_pixels_option("mask")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     pred: Path,
@@ -129,6 +131,7 @@ def evaluate(
     bundle: Path | None,
     names: Path | None,
     allow_missing: bool,
+    max_pixels: int | None,
     as_json: bool,
 ) -> None:
     """Compare the masks of the folder PRED with those of GT: IoU of each class, mIoU, pixel accuracy.
@@ -142,12 +145,20 @@ def evaluate(
     """
     from multisa.runtime.errors import UsageError
     from multisa.runtime.evaluate import evaluate_masks, read_class_names, read_mask_names
+    from multisa.runtime.images import MAX_PIXELS
 
     if classes and bundle:
         raise UsageError("got both --classes and --bundle, expected one of them")
     class_names = read_class_names(classes) if classes else _load_bundle(bundle).manifest.classes
     listed = read_mask_names(names) if names else None
-    result = evaluate_masks(pred, gt, class_names, names=listed, allow_missing=allow_missing)
+    result = evaluate_masks(
+        pred,
+        gt,
+        class_names,
+        names=listed,
+        allow_missing=allow_missing,
+        max_pixels=max_pixels or MAX_PIXELS,
+    )
     click.echo(json.dumps(result.to_json(), indent=2) if as_json else result.table())
 
 

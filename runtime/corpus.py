@@ -15,6 +15,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 RESULT_FOLDERS = ("masks", "overlays", ".multisa")  # below the folder of a run's results
+RESULT_ENDINGS = (".png", ".photo.jpg", ".overlay.jpg")  # of the files that are named after an image
 
 _LOOK_AHEAD = 2  # submitted items for each worker: enough to keep it busy, memory stays bounded
 
@@ -34,21 +35,22 @@ class Corpus:
 
     images: tuple[CorpusImage, ...]
     skipped: tuple[str, ...]
+    other_files: int = 0  # how many files are no images by their extension
 
 
 def find_images(source: Path) -> Corpus:
     """Find the images below a folder, or take the one file given.
 
-    Files of other extensions are no images and not mentioned. Hidden files and folders, folders behind
-    symbolic links, links that leave the folder, names that are not UTF-8 and folders that cannot be read are
-    passed over and listed in `skipped`. Raises UsageError when `source` does not exist or holds no image.
+    Files of other extensions are no images and only counted. Hidden files and folders, folders behind
+    symbolic links, links that leave the folder, what is no regular file, names that are not UTF-8 and folders
+    that cannot be read are passed over and listed in `skipped`. Raises UsageError when `source` does not
+    exist, holds no image, or is one file that would be passed over for its name.
     """
-    if source.is_file():
-        return Corpus((CorpusImage(source, source.name, PurePosixPath(source.name).stem),), ())
     if not source.is_dir():
-        raise UsageError(f"{source}: does not exist, expected a folder of images or one image")
+        return _one_file(source)
     found: list[str] = []
     skipped: list[str] = []
+    others = 0
     root = source.resolve()
 
     def unreadable(error: OSError) -> None:
@@ -68,13 +70,15 @@ def find_images(source: Path) -> Corpus:
                     skipped.append(f"{_printable(relative)}: {reason}")
                 else:
                     found.append(relative)
+            elif not reason:
+                others += 1
     if not found:
         raise UsageError(
             f"{source}: no image found, expected files ending in {', '.join(sorted(EXTENSIONS))}"
         )
     found.sort()
     images = (CorpusImage(source / r, r, n) for r, n in zip(found, _result_names(found), strict=True))
-    return Corpus(tuple(images), tuple(sorted(skipped)))
+    return Corpus(tuple(images), tuple(sorted(skipped)), others)
 
 
 def check_output(source: Path, out: Path, corpus: Corpus) -> None:
@@ -130,24 +134,48 @@ def _is_within(path: Path, folder: Path) -> bool:
     )
 
 
+def _one_file(source: Path) -> Corpus:
+    shown = _printable(str(source))
+    if not source.exists():
+        raise UsageError(f"{shown}: does not exist, expected a folder of images or one image")
+    reason = _bad_name(source.name) or ("" if source.is_file() else "not a regular file")
+    if reason:
+        raise UsageError(f"{shown}: {reason}, expected a folder of images or one image: rename or copy it")
+    return Corpus((CorpusImage(source, source.name, PurePosixPath(source.name).stem),), ())
+
+
 def _passed_over(path: Path, root: Path) -> str:
-    if path.name.startswith("."):
-        return "hidden"
-    try:
-        path.name.encode()
-    except UnicodeEncodeError:
-        return "its name is not UTF-8"
+    if reason := _bad_name(path.name):
+        return reason
     if path.is_symlink() and not path.resolve().is_relative_to(root):
         return "symbolic link that leaves the folder"
-    return "" if path.exists() else "broken symbolic link"
+    if not path.exists():
+        return "broken symbolic link"
+    return "" if path.is_file() or path.is_dir() else "not a regular file"
+
+
+def _bad_name(name: str) -> str:
+    if name.startswith("."):
+        return "hidden"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return ""
 
 
 def _result_names(relatives: list[str]) -> list[str]:
-    """Names without extension; images that would share one keep their full names, every one of them."""
+    """Names without extension; images that would share one keep their full names, every one of them.
+
+    So does an image whose mask or picture would have the name of a folder (a.jpg beside a.png/b.jpg).
+    """
     names = {relative: PurePosixPath(relative).with_suffix("").as_posix() for relative in relatives}
+    folders = {parent.as_posix().casefold() for r in relatives for parent in PurePosixPath(r).parents}
     while True:
         # Some file systems take upper and lower case for the same.
         uses = Counter(name.casefold() for name in names.values())
+        for name in names.values():
+            uses[name.casefold()] += any(f"{name}{end}".casefold() in folders for end in RESULT_ENDINGS)
         shared = [r for r, name in names.items() if uses[name.casefold()] > 1 and name != r]
         if not shared:
             return [names[relative] for relative in relatives]

@@ -3,6 +3,7 @@
 MultisaError (1)
     UsageError (2)            an argument or configuration value cannot be used
     DatasetError (1)          a training data set is not laid out as it must be
+    CheckpointError (1)       a trained network's file is missing or damaged
     ImageError (1)            one image cannot be read or processed
     BundleError (1)           a bundle is incomplete, of another version, or was altered
     EngineError (1)           a graph was loaded but cannot be run
@@ -26,6 +27,10 @@ class UsageError(MultisaError):
 
 class DatasetError(MultisaError):
     """A training data set is not laid out as it must be."""
+
+
+class CheckpointError(MultisaError):
+    """The file of a trained network is missing, damaged, or of another network."""
 
 
 class ImageError(MultisaError):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.images import read_mask
+from multisa.runtime.images import MAX_PIXELS, read_mask
 from multisa.runtime.metrics import confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
 
 
@@ -59,6 +59,7 @@ def evaluate_masks(
     *,
     names: tuple[str, ...] | None = None,
     allow_missing: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
     """Compare the masks of two folders.
 
@@ -86,7 +87,9 @@ def evaluate_masks(
         )
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     for name in present:
-        confusion += _confusion(prediction / f"{name}.png", truth / f"{name}.png", len(classes))
+        confusion += _confusion(
+            prediction / f"{name}.png", truth / f"{name}.png", len(classes), max_pixels=max_pixels
+        )
     if confusion.sum() == 0:
         raise UsageError(f"{truth}: every pixel is marked as ignored (255), nothing can be counted")
     return Evaluation(classes, confusion, len(present), missing)
@@ -125,8 +128,9 @@ def _each_once(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _confusion(prediction: Path, truth: Path, n_classes: int) -> npt.NDArray[np.int64]:
+def _confusion(prediction: Path, truth: Path, n_classes: int, *, max_pixels: int) -> npt.NDArray[np.int64]:
+    answer, expected = (read_mask(path, max_pixels=max_pixels) for path in (prediction, truth))
     try:
-        return confusion_matrix(read_mask(prediction), read_mask(truth), n_classes)
+        return confusion_matrix(answer, expected, n_classes)
     except ValueError as error:
         raise ImageError(f"{prediction}: {error}") from error

@@ -90,6 +90,11 @@ def write_gallery(
     write_bytes_atomically(out / "index.html", page.encode())
 
 
+def picture_paths(name: str) -> tuple[str, ...]:
+    """Paths below OUT of the pictures `write_overlay` writes for the image `name`."""
+    return tuple(_picture(name, kind) for kind in ("photo", "overlay"))
+
+
 def _edges(mask: UInt8) -> npt.NDArray[np.bool_]:
     edges = np.zeros(mask.shape, np.bool_)
     rows, columns = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]

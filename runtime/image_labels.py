@@ -28,13 +28,6 @@ class ImageLabels:
     path: Path
     rows: Mapping[str, Labels]  # classes in the order of the bundle
 
-    def for_image(self, relative: str) -> Labels | None:
-        """Classes of the one image at this posix path below the corpus' folder, None when no row is about it.
-
-        As `match` for a corpus of this image alone.
-        """
-        return self.match([relative]).get(relative)
-
     def match(self, relatives: Sequence[str]) -> dict[str, Labels]:
         """Classes for each image that has a row, by posix path below the corpus' folder.
 
@@ -162,8 +155,8 @@ def _json_rows(path: Path, text: str, _: Collection[str]) -> Iterator[tuple[str,
     try:
         # Pairs, because a dictionary would drop all but the last of equal keys without a word.
         pairs = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not JSON, or nested too deeply: {error}") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise UsageError(f"{path}: got no JSON object, expected {{image: [classes]}}")
     for image, names in pairs:

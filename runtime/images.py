@@ -29,6 +29,7 @@ EXTENSIONS = frozenset(
         ".jpg",
         ".jpeg",
         ".jpe",
+        ".jfif",
         ".jp2",
         ".png",
         ".webp",
@@ -80,12 +81,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Photograph:
     """
     try:
         with _open(path, FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > max_pixels:
-                raise ImageError(
-                    f"{path}: {image.width}x{image.height} = {pixels} pixels, expected at most {max_pixels}: "
-                    "shrink it or raise the limit"
-                )
+            _check_size(path, image, max_pixels)
             notes = []
             frames = int(getattr(image, "n_frames", 1))
             if frames > 1:
@@ -102,13 +98,14 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Photograph:
     return Photograph(np.array(rgb, dtype=np.uint8, order="C"), found, tuple(notes))
 
 
-def read_mask(path: Path) -> UInt8:
-    """Read class ids uint8 [H, W] from a palette or 8-bit grey PNG.
+def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> UInt8:
+    """Read class ids uint8 [H, W] from a palette or 8-bit grey PNG of at most `max_pixels`.
 
     Raises ImageError for anything else: a mask of colours or of another depth has no ids to read.
     """
     try:
         with _open(path, MASK_FORMATS) as image:
+            _check_size(path, image, max_pixels)
             mode = image.mode
             # Pillow stretches grey of 1, 2 or 4 bits to 0..255, which would change the ids.
             raw_mode = str(image.tile[0].args)
@@ -179,6 +176,15 @@ def _open(path: Path, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]
             Image.MAX_IMAGE_PIXELS = limit
     with image:
         yield image
+
+
+def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise ImageError(
+            f"{path}: {image.width}x{image.height} = {pixels} pixels, expected at most {max_pixels}: "
+            "shrink it or raise the limit (--max-pixels)"
+        )
 
 
 def _orientation(image: Image.Image) -> int:

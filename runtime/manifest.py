@@ -69,7 +69,10 @@ class Manifest:
 
 def manifest_from_json(text: str) -> Manifest:
     """Parse and check bundle.json. Raises ValueError that names the key, got and expected."""
-    value = json.loads(text, parse_constant=_refuse_constant)
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply, expected the levels `multisa export` writes") from error
     version = value.get("schema_version") if isinstance(value, dict) else None
     # Said before the keys are compared: those of another version differ, which would be a puzzling message.
     if isinstance(value, dict) and "schema_version" in value and version != SCHEMA_VERSION:

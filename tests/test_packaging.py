@@ -20,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     source = folder / "source"
     for room in ("kernels", "runtime", "training", "export"):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md"):
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source]
     subprocess.run(command, check=True, capture_output=True)
@@ -48,6 +48,11 @@ def test_wheel_carries_presets_photographs_and_types(wheel: zipfile.ZipFile) -> 
     }.items():
         for path in (ROOT / folder).glob(patterns):
             assert f"multisa/{folder}/{path.name}" in names
+
+
+def test_wheel_carries_the_license(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
+    assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
 def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:

@@ -46,7 +46,7 @@ def make_affinity_labels(run: TrainConfig, dataset: DataSet, cams: Stage, folder
     for_each_item(
         work,
         dataset.weak,
-        lambda item: folder / f"{item.id}.png",
+        lambda item: (folder / f"{item.id}.png",),
         workers=run.workers,
         title="affinity labels",
     )
@@ -139,6 +139,10 @@ def walk_cams(
         )
 
     for_each_item(
-        work, dataset.weak, lambda item: folder / f"{item.id}.npy", workers=run.workers, title="random walk"
+        work,
+        dataset.weak,
+        lambda item: (folder / f"{item.id}.npy",),
+        workers=run.workers,
+        title="random walk",
     )
     return {}

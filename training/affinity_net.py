@@ -114,7 +114,10 @@ class AffinityNet(nn.Module):
 
 
 def affinity_from_features(features: Tensor, radius: int) -> Tensor:
-    """exp(-mean_d |f_i - f_j|): [N, D, h, w] -> [N, P, h, w]; 0 where the partner is outside the grid."""
+    """exp(-mean_d |f_i - f_j|): [N, D, h, w] -> [N, P, h, w]; 0 where the partner is outside the grid.
+
+    Every grid will do in eager mode; exported with free sizes, none may be smaller than radius - 1 cells.
+    """
     planes = []
     for dy, dx in stencil_offsets(radius):
         here, there = _pair(features, dy, dx)
@@ -180,13 +183,15 @@ def _resize(maps: Tensor, size: torch.Size) -> Tensor:
 
 
 def _pair(maps: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
-    # Both pixels of every pair that lies in the grid; dy >= 0.
-    height, width = maps.shape[-2:]
+    # Both pixels of every pair that lies in the grid; dy >= 0. Ends counted from behind, so that an offset
+    # beyond the grid leaves no pixel instead of a negative size.
     left, right = max(0, -dx), max(0, dx)
-    here = maps[..., : height - dy, left : width - right]
-    there = maps[..., dy:, right : width - left]
+    here = maps[..., : -dy or None, left : -right or None]
+    there = maps[..., dy:, right : -left or None]
     return here, there
 
 
 def _place(values: Tensor, size: torch.Size, dy: int, dx: int) -> Tensor:
-    return functional.pad(values, (max(0, -dx), max(0, dx), 0, dy))
+    height, width = size
+    left, right = min(max(0, -dx), width), min(max(0, dx), width)
+    return functional.pad(values, (left, right, 0, min(dy, height)))

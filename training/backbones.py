@@ -5,6 +5,7 @@ Every level has size ceil(input / stride): the exporter and the decoders rely on
 
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,14 +39,13 @@ class Backbone(nn.Module):
         (as PuzzleCAM's ResNet does; dilated depthwise convolutions are slow on a CPU).
         """
         super().__init__()
+        check_weights(name, weights)
         timm = import_timm()
         if not timm.is_model(name):
             raise UsageError(f"backbone {name!r}: not a timm model; see timm.list_models()")
         self.network = _features_of(timm, name, weights == "timm", output_stride)
         if weights == "packaged":
             _load_packaged_weights(name, self.network)
-        elif weights not in ("timm", "none"):
-            raise UsageError(f"weights {weights!r}: expected 'packaged', 'timm' or 'none'")
         levels: Any = self.network.feature_info
         self.channels: list[int] = levels.channels()
         self.strides: list[int] = levels.reduction()
@@ -88,6 +88,15 @@ class FixedSameConv2d(nn.Conv2d):
         right = kernel - 1 - left
         padded = functional.pad(input, (left, right, left, right))
         return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def check_weights(name: str, weights: str) -> None:
+    """Raise UsageError unless `weights` is a source that can have them for the backbone `name`."""
+    if weights not in ("packaged", "timm", "none"):
+        raise UsageError(f"weights {weights!r}: expected 'packaged', 'timm' or 'none'")
+    if weights == "packaged" and name not in PACKAGED_WEIGHTS:
+        known = ", ".join(PACKAGED_WEIGHTS)
+        raise UsageError(f"backbone {name!r}: no packaged weights (there are: {known}); use weights = 'timm'")
 
 
 def import_timm() -> Any:
@@ -150,19 +159,27 @@ def _fix_same_padding(network: nn.Module) -> None:
 
 
 def _load_packaged_weights(name: str, network: nn.Module) -> None:
-    if name not in PACKAGED_WEIGHTS:
-        known = ", ".join(PACKAGED_WEIGHTS)
-        raise UsageError(f"backbone {name!r}: no packaged weights (there are: {known}); use weights = 'timm'")
     package, file = PACKAGED_WEIGHTS[name]
     folder = Path(str(importlib.import_module(package).__file__)).parent
     stored = torch.load(folder / "models" / file, weights_only=True, map_location="cpu")
-    # The file's names are those of another implementation, in the same order; the features-only network
-    # leaves out the head, which comes last. Shapes are checked one by one.
-    target = network.state_dict()
+    network.load_state_dict(in_order(network.state_dict(), stored, file), strict=True)
+
+
+def in_order(target: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Give the stored tensors the names of `target`, which another implementation has in the same order.
+
+    What is stored beyond the last of `target` is left out: a features-only network lacks the head. Raises
+    UsageError, naming `source`, where a shape or the last part of a name ("weight", "running_var") differs.
+    """
+    if len(stored) < len(target):
+        raise UsageError(f"{source}: got {len(stored)} tensors, expected at least {len(target)}")
+    named = {}
     for (key, tensor), (stored_key, value) in zip(target.items(), stored.items(), strict=False):
-        if tensor.shape != value.shape:
+        same_kind = key.rsplit(".")[-1] == stored_key.rsplit(".")[-1]
+        if not same_kind or tensor.shape != value.shape:
             raise UsageError(
-                f"{file}: {stored_key} is {tuple(value.shape)}, {key} needs {tuple(tensor.shape)}"
+                f"{source}: got {stored_key} {tuple(value.shape)}, expected {key} {tuple(tensor.shape)}; "
+                "install the version of the package that pyproject.toml names"
             )
-        target[key] = value
-    network.load_state_dict(target, strict=True)
+        named[key] = value
+    return named

@@ -137,7 +137,7 @@ def _miou_after_crf(
         write_bytes_atomically(folder / f"{item.id}.npy", buffer.getvalue())
 
     for_each_item(
-        work, items, lambda item: folder / f"{item.id}.npy", workers=run.workers, title="background score"
+        work, items, lambda item: (folder / f"{item.id}.npy",), workers=run.workers, title="background score"
     )
     confusion = sum(np.load(folder / f"{item.id}.npy", allow_pickle=False) for item in items)
     return {score: mean_iou(counts) for score, counts in zip(candidates, confusion, strict=True)}

@@ -84,19 +84,14 @@ def compute_cams(
     def work(item: Item) -> None:
         with torch.inference_mode():
             cam, scores = inference(as_batch(read_working_image(item, run.long_side)).to(device))
-        save_maps(folder / f"{item.id}.scores.npy", scores[0].cpu().numpy())
-        # The maps come last: their file says that the item is done.
-        save_maps(
-            folder / f"{item.id}.npy", cam[0].cpu().numpy()[[class_id - 1 for class_id in item.classes]]
-        )
+        maps = cam[0].cpu().numpy()[[class_id - 1 for class_id in item.classes]]
+        for path, values in zip(made(item), (maps, scores[0].cpu().numpy()), strict=True):
+            save_maps(path, values)
 
-    for_each_item(
-        work,
-        items,
-        lambda item: folder / f"{item.id}.npy",
-        workers=run.workers,
-        title=f"CAMs, k = {len(config.taps)}",
-    )
+    def made(item: Item) -> tuple[Path, Path]:
+        return folder / f"{item.id}.npy", folder / f"{item.id}.scores.npy"
+
+    for_each_item(work, items, made, workers=run.workers, title=f"CAMs, k = {len(config.taps)}")
     return {"score_thresholds": score_thresholds(folder, items, dataset)}
 
 

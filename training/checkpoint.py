@@ -9,10 +9,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from multisa.runtime.errors import DatasetError
+from multisa.runtime.errors import CheckpointError
 from multisa.runtime.files import write_bytes_atomically
 
 MODEL, MOMENTUM = "model.", "momentum."
+
+_REMEDY = "delete it and run `multisa train` again, which makes the stage anew"
 
 
 def save_checkpoint(
@@ -31,16 +33,25 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | None = None) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote and return its `meta`; every key must fit the model."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    """Restore what `save_checkpoint` wrote and return its `meta`; every key must fit the model.
+
+    Raises CheckpointError for a file that is missing, damaged, or of another network.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, expected a trained network; run `multisa train` again")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); {_REMEDY}") from error
     if "multisa" not in metadata:
-        raise DatasetError(f"{path}: not a multisa checkpoint; delete it to train this stage again")
-    model.load_state_dict(
-        {key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)},
-        strict=True,
-    )
+        raise CheckpointError(f"{path}: not a multisa checkpoint; {_REMEDY}")
+    state = {key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)}
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:  # its message lists every key, a page of them
+        raise CheckpointError(f"{path}: of another network than the one expected; {_REMEDY}") from error
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             if MOMENTUM + name in tensors:

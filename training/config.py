@@ -1,5 +1,6 @@
 """Every number of a training run: frozen dataclasses, read from TOML, changed by command-line overrides."""
 
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import Any, Literal
 from multisa.kernels import CrfParameters
 from multisa.runtime.errors import UsageError
 from multisa.runtime.images import MINIMUM_SIDE
-from multisa.runtime.postprocess import LabelParameters
+from multisa.runtime.postprocess import MAX_WALK_RADIUS, LabelParameters
 from multisa.runtime.records import record_from_dict
+
+MAX_SEED = 2**32 - 1
 
 WeightSource = Literal["packaged", "timm", "none"]
 
@@ -40,8 +43,10 @@ class Schedule:
         _expect(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _expect(self.crop >= MINIMUM_SIDE, "crop", self.crop, f"at least {MINIMUM_SIDE}")
         _expect(1 <= self.resize[0] <= self.resize[1], "resize", self.resize, "an ascending range from 1")
-        _expect(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _expect(self.new_layers_factor > 0, "new_layers_factor", self.new_layers_factor, "above 0")
+        for name in ("learning_rate", "new_layers_factor"):
+            _expect(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a finite number above 0")
+        for name in ("weight_decay", "poly_power"):
+            _expect(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number from 0")
         _expect(0 <= self.momentum < 1, "momentum", self.momentum, "within 0..1, below 1")
         _expect(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
 
@@ -61,8 +66,10 @@ class CamConfig:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for scales the graph cannot have, or a rate nothing learns at."""
-        _expect(self.beta_factor > 0, "beta_factor", self.beta_factor, "above 0")
+        """Raise ValueError for scales the graph cannot have, taps in disorder, or a rate out of range."""
+        _expect(0 < self.beta_factor < math.inf, "beta_factor", self.beta_factor, "a finite number above 0")
+        ordered = list(self.taps) == sorted(set(self.taps)) and min(self.taps, default=0) >= 0
+        _expect(ordered, "taps", self.taps, "ascending levels of the backbone, from 0")
         exact = all(scale > 0 and (scale * 16).is_integer() for scale in self.scales)
         _expect(bool(self.scales) and exact, "scales", self.scales, "one or more multiples of 1/16")
 
@@ -76,6 +83,13 @@ class AffinityLabelConfig:
     confidence: float = 0.7  # probability given to the hard label
     crf: CrfParameters = field(default_factory=lambda: CrfParameters(bilateral_sxy=50.0, bilateral_srgb=5.0))
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for scores in the wrong order or a confidence that is no probability."""
+        _expect(0 < self.foreground < 1, "foreground", self.foreground, "above 0 and below 1")
+        below = f"above 0 and below foreground, {self.foreground}"
+        _expect(0 < self.background < self.foreground, "background", self.background, below)
+        _expect(0 < self.confidence < 1, "confidence", self.confidence, "above 0 and below 1")
+
 
 @dataclass(frozen=True)
 class AffinityConfig:
@@ -86,6 +100,11 @@ class AffinityConfig:
     head: Literal["features", "boundary"] = "boundary"
     training_radius: int = 5  # pairs closer than this many grid cells are learnt
     schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a radius without pairs, or one whose pairs fill the memory."""
+        within = 2 <= self.training_radius <= MAX_WALK_RADIUS
+        _expect(within, "training_radius", self.training_radius, f"2..{MAX_WALK_RADIUS}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,12 @@ class SegmenterConfig:
     atrous_rates: tuple[int, ...] = (6, 12, 18)
     dropout: float = 0.1
     schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for layers that cannot be built."""
+        _expect(self.decoder_channels >= 1, "decoder_channels", self.decoder_channels, "at least 1")
+        _expect(min(self.atrous_rates, default=1) >= 1, "atrous_rates", self.atrous_rates, "each at least 1")
+        _expect(0 <= self.dropout < 1, "dropout", self.dropout, "within 0..1, below 1")
 
 
 @dataclass(frozen=True)
@@ -125,8 +150,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for values no run can be done with."""
         _expect(self.workers >= 1, "workers", self.workers, "at least 1")
-        _expect(self.seed >= 0, "seed", self.seed, "at least 0")
+        _expect(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0..{MAX_SEED}")
         _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")
+        if self.segmenter.start_from_cam and self.segmenter.backbone != self.cam.backbone:
+            raise ValueError(
+                f"segmenter.backbone: got {self.segmenter.backbone}, expected cam.backbone, "
+                f"{self.cam.backbone}, to start from: set both, or segmenter.start_from_cam=false"
+            )
 
 
 def preset_names() -> list[str]:

@@ -14,6 +14,7 @@ from multisa.runtime.errors import DatasetError
 from multisa.runtime.files import sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.palette import voc_palette
+from multisa.runtime.progress import say
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -94,6 +95,8 @@ def _read_voc(root: Path, labels: Path | None) -> DataSet:
         raise DatasetError(
             f"{root}/ImageSets/Segmentation: neither train_aug.txt nor train.txt; one is needed"
         )
+    val = _read_list(root, "val")
+    _check_lists(root, weak, train, val)
     relatives = [f"JPEGImages/{name}.jpg" for name in weak]
     table = _label_file(root, labels)
     if table:
@@ -101,10 +104,35 @@ def _read_voc(root: Path, labels: Path | None) -> DataSet:
     else:
         classes = [_classes_from_xml(root, name, names) for name in weak]
     weak_items = [_voc_item(root, name, ids) for name, ids in zip(weak, classes, strict=True)]
-    val_items = [_voc_item(root, name, ()) for name in _read_list(root, "val")]
+    val_items = [_voc_item(root, name, ()) for name in val]
     chosen = set(train)
-    measured = tuple(item for item in weak_items if item.id in chosen and item.mask)
-    return DataSet(root, names, tuple(weak_items), measured, tuple(item for item in val_items if item.mask))
+    train_items = [item for item in weak_items if item.id in chosen]
+    return DataSet(
+        root, names, tuple(weak_items), _with_masks("train", train_items), _with_masks("val", val_items)
+    )
+
+
+def _check_lists(root: Path, weak: list[str], train: list[str], val: list[str]) -> None:
+    folder = root / "ImageSets" / "Segmentation"
+    beyond = sorted(set(train) - set(weak))
+    if beyond:
+        raise DatasetError(
+            f"{folder}/train.txt: {len(beyond)} names are not in train_aug.txt, among them {beyond[0]}; "
+            "expected all of them there: only what has a pseudo-mask can be measured"
+        )
+    both = sorted(set(weak) & set(val))
+    if both:
+        raise DatasetError(
+            f"{folder}/val.txt: {len(both)} names are trained on, too, among them {both[0]}; expected none: "
+            "take them out of one list"
+        )
+
+
+def _with_masks(name: str, items: list[Item]) -> tuple[Item, ...]:
+    found = tuple(item for item in items if item.mask)
+    if len(found) < len(items):
+        say(f"{name}: {len(items) - len(found)} of {len(items)} photographs have no mask and measure nothing")
+    return found
 
 
 def _voc_item(root: Path, name: str, class_ids: tuple[int, ...]) -> Item:

@@ -22,17 +22,17 @@ Float32 = npt.NDArray[np.float32]
 def for_each_item(
     work: Callable[[Item], None],
     items: Sequence[Item],
-    made: Callable[[Item], Path],
+    made: Callable[[Item], tuple[Path, ...]],
     *,
     workers: int,
     title: str,
 ) -> None:
-    """Call `work` on every item whose file `made(item)` is not there yet, on `workers` threads.
+    """Call `work` on every item that lacks one of its files `made(item)`, on `workers` threads.
 
-    `work` writes that file atomically, so an interrupted stage goes on where it stopped. The first error ends
-    the stage.
+    `work` writes each of them atomically, so an interrupted stage goes on where it stopped. The first error
+    ends the stage.
     """
-    left = [item for item in items if not made(item).exists()]
+    left = [item for item in items if not all(path.exists() for path in made(item))]
     with (
         _single_threaded_operators(workers),
         ThreadPoolExecutor(workers) as pool,

@@ -97,6 +97,11 @@ def _set_training_mode(model: nn.Module, schedule: Schedule) -> None:
     backbone = getattr(model, "backbone", None)
     if schedule.freeze_batch_norm and isinstance(backbone, nn.Module):
         backbone.eval()
+    # What learns nothing stays as it is, statistics included: a frozen backbone must not drift.
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
 
 
 def _steps_per_epoch(size: int, schedule: Schedule) -> int:

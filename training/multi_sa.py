@@ -37,7 +37,8 @@ class SelfAttention(nn.Module):
             layer(features).flatten(2).transpose(1, 2)[:, None]
             for layer in (self.query, self.key, self.value)
         )
-        # The fused operator never holds the (hw)^2 attention matrix.
+        # Eager training never holds the (hw)^2 attention matrix: the operator is fused there. An exported
+        # graph does.
         attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
         return self.beta * attended[:, 0].transpose(1, 2).reshape(features.shape) + features
 

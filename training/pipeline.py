@@ -13,6 +13,7 @@ from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.affinity import make_affinity_labels, train_affinity, walk_cams
 from multisa.training.calibration import calibrate
 from multisa.training.cams import compute_cams, measure_maps, train_cam
+from multisa.training.checks import check_run
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.data import DataSet, Item
 from multisa.training.evaluation import score_masks
@@ -83,12 +84,7 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
 
     Without masks in the data set nothing is measured, and the plain CAM (which is only measured) is left out.
     """
-    foreground = len(dataset.class_names) - 1
-    if len(config.label.class_gain) not in (0, foreground):
-        raise UsageError(
-            f"label.class_gain: got {len(config.label.class_gain)} numbers, expected {foreground}, one for "
-            "each foreground class, or none"
-        )
+    check_run(config, dataset)
     space = Workspace(root)
     weak = dataset.weak_digest()
     truth = dataset.masks_digest(dataset.train) if dataset.train else None
@@ -177,10 +173,11 @@ def format_table(run: RunRecord) -> str:
     if not run.rows:
         return "no masks in this data set: nothing was measured"
     names = [name[:10] for name in run.classes]
-    lines = [f"{'stage':<34}{'list':<7}{'mIoU':>7}  " + "".join(f"{name:>11}" for name in names)]
+    width = max(len(row.stage) for row in run.rows) + 2
+    lines = [f"{'stage':<{width}}{'list':<7}{'mIoU':>7}  " + "".join(f"{name:>11}" for name in names)]
     for row in run.rows:
         ious = "".join(f"{'-' if value is None else f'{value:.2f}':>11}" for value in row.iou)
-        lines.append(f"{row.stage:<34}{row.measured_on:<7}{row.miou:>7.2f}  {ious}")
+        lines.append(f"{row.stage:<{width}}{row.measured_on:<7}{row.miou:>7.2f}  {ious}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from multisa.runtime.errors import DatasetError, UsageError
+from multisa.runtime.errors import DatasetError
 from multisa.runtime.images import write_mask
 from multisa.runtime.postprocess import LabelParameters, pseudo_mask
 from multisa.training.augment import AugmentedPhotographs
@@ -42,7 +42,7 @@ def make_pseudo_masks(
         write_mask(folder / f"{item.id}.png", made.mask, palette)
 
     for_each_item(
-        work, items, lambda item: folder / f"{item.id}.png", workers=run.workers, title="pseudo-masks"
+        work, items, lambda item: (folder / f"{item.id}.png",), workers=run.workers, title="pseudo-masks"
     )
     return {}
 
@@ -79,10 +79,6 @@ def train_segmenter(
     device = torch_device(run)
     network = build_segmenter(config, n_classes).to(device)
     if config.start_from_cam:
-        if config.backbone != run.cam.backbone:
-            raise UsageError(
-                f"segmenter.start_from_cam: the backbones differ ({config.backbone} and {run.cam.backbone})"
-            )
         trained = load_cam_network(run.cam, n_classes, cam.folder / CHECKPOINT)
         network.backbone.load_state_dict(trained.backbone.state_dict())
     photographs = AugmentedPhotographs(
@@ -116,5 +112,7 @@ def evaluate_segmenter(run: TrainConfig, dataset: DataSet, trained: Stage, folde
             labels, _ = inference(as_batch(read_working_image(item, run.long_side)).to(device))
         write_mask(folder / f"{item.id}.png", labels[0].cpu().numpy(), palette)
 
-    for_each_item(work, dataset.val, lambda item: folder / f"{item.id}.png", workers=run.workers, title="val")
+    for_each_item(
+        work, dataset.val, lambda item: (folder / f"{item.id}.png",), workers=run.workers, title="val"
+    )
     return score_masks(folder, dataset.val, n_classes)

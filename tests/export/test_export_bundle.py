@@ -1,6 +1,8 @@
 """From a training run to a bundle: the graphs are compared, and a wrong one is never shipped."""
 
 import re
+import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 
 from multisa.export import bundle as export_module
@@ -17,6 +21,7 @@ from multisa.export.graphs import AffinityPhotographs
 from multisa.export.parity import LIMITS, check_parity
 from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.runtime.bundle import Bundle, load_bundle
+from multisa.runtime.cli import root as root_command
 from multisa.runtime.engine import AFFINITY, CAM, OnnxRuntimeEngine
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.training.affinity_net import AffinityNet
@@ -25,6 +30,8 @@ from multisa.training.config import load_config
 from multisa.training.data import DataSet, read_dataset
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.pipeline import RunRecord, run_pipeline
+from multisa.training.segmentation import evaluate_segmenter
+from multisa.training.workspace import Stage
 
 TINY = Path(__file__).parents[1] / "training" / "tiny.toml"
 
@@ -109,6 +116,41 @@ def test_a_graph_that_answers_differently_is_not_shipped(
         export_bundle(*trained, dataset, tmp_path / "bundle", photographs=2)
     assert raised.value.exit_code == 3
     assert not (tmp_path / "bundle").exists()
+
+
+def test_photographs_larger_than_the_networks_see_are_compared_at_their_size(
+    trained: tuple[RunRecord, Path], exported: Bundle, voc_folder: Path, tmp_path: Path
+) -> None:
+    run, root = trained
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "engine_against_eager.py"))
+    items = []
+    for item in read_dataset(voc_folder).val[:2]:
+        assert item.mask is not None
+        large = []
+        for path in (item.image, item.mask):
+            with Image.open(path) as image:
+                size = (image.width * 2, image.height * 2)
+                image.resize(size, Image.Resampling.NEAREST).save(tmp_path / path.name)
+            large.append(tmp_path / path.name)
+        items.append(replace(item, image=large[0], mask=large[1]))
+    segmented = replace(read_dataset(voc_folder), val=tuple(items))
+    trained_stage = Stage("segmenter", run.folder(root, "segmenter"), "")
+    (tmp_path / "eager").mkdir()
+    scores = evaluate_segmenter(run.config, segmented, trained_stage, tmp_path / "eager")
+    compared = script["compare_masks"](run, tmp_path / "eager", segmented.val, exported)
+    assert compared["label_agreement"] > 0.99
+    assert compared["miou"]["pytorch-eager"] == pytest.approx(scores["miou"], abs=0.0051)
+
+
+def test_a_run_without_its_checkpoints_is_one_line(
+    trained: tuple[RunRecord, Path], voc_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(trained[1] / "run.json", tmp_path / "run.json")
+    arguments = ["export", str(tmp_path), "--data", str(voc_folder), "-o", str(tmp_path / "bundle")]
+    result = CliRunner().invoke(root_command, arguments)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "missing, expected a trained network" in line
 
 
 def test_parity_names_every_figure_beyond_its_limit() -> None:

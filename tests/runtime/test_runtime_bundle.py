@@ -60,6 +60,7 @@ def test_write_refuses_a_folder_that_is_no_bundle(
         ("bundle.json", '{"schema_version": 1, "files": ["cam.onnx"]}', "no manifest"),
         ("bundle.json", "[]", "no manifest"),
         ("bundle.json", "{", "not JSON"),
+        ("bundle.json", "[" * 500_000, "nested too deeply"),
         ("bundle.json", " " * (2 << 20), "more than"),
     ],
 )
@@ -254,6 +255,12 @@ def test_manifest_size_limit(bundle: Bundle) -> None:
 def test_no_bundle_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no bundle\.json"):
         load_bundle(tmp_path / "absent")
+
+
+def test_nested_too_deeply(bundle: Bundle) -> None:
+    (bundle.path / "bundle.json").write_text("[" * 500_000)
+    with pytest.raises(BundleError, match="nested too deeply"):
+        load_bundle(bundle.path)
 
 
 def test_walk_beta_beyond_float(bundle: Bundle) -> None:

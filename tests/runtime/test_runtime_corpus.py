@@ -27,6 +27,9 @@ def touch(folder: Path, *names: str) -> None:
         (["a.jpg", "A.png"], ["A.png", "a.jpg"]),  # one file on some file systems
         (["a.jpg", "a.png", "a.jpg.png"], ["a.jpg", "a.jpg.png", "a.png"]),
         (["a.v1.jpg", "a.v2.jpg"], ["a.v1", "a.v2"]),
+        (["a.jpg", "a.png/b.jpg"], ["a.jpg", "a.png/b"]),  # a mask would be named as a folder
+        (["a.jpg", "A.PNG/x/b.jpg"], ["A.PNG/x/b", "a.jpg"]),
+        (["a.jpg", "a.overlay.jpg/b.jpg", "c.jfif"], ["a.jpg", "a.overlay.jpg/b", "c"]),
     ],
 )
 def test_names(tmp_path: Path, files: list[str], names: list[str]) -> None:
@@ -36,12 +39,34 @@ def test_names(tmp_path: Path, files: list[str], names: list[str]) -> None:
     assert [image.name for image in corpus.images] == names
     assert all(image.path.is_file() for image in corpus.images)
     assert corpus.skipped == ()
+    assert corpus.other_files == sum(file.endswith("txt") for file in files)
 
 
 def test_one_file(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     (image,) = find_images(tmp_path / "a.jpg").images
     assert (image.relative, image.name) == ("a.jpg", "a")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names or files")
+def test_one_file_that_cannot_be_taken(tmp_path: Path) -> None:
+    touch(tmp_path, ".hidden.jpg")
+    with pytest.raises(UsageError, match="hidden, expected a folder of images or one image"):
+        find_images(tmp_path / ".hidden.jpg")
+    no_text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg"))
+    no_text.touch()
+    with pytest.raises(UsageError, match=r"\\udcff\.jpg: its name is not UTF-8"):
+        find_images(no_text)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UsageError, match="not a regular file"):
+        find_images(tmp_path / "pipe.jpg")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such files")
+def test_a_pipe_is_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert find_images(tmp_path).skipped == ("pipe.jpg: not a regular file",)
 
 
 def test_passed_over(tmp_path: Path) -> None:

@@ -40,18 +40,17 @@ def read(tmp_path: Path, text: str, name: str = "labels.csv") -> ImageLabels:
     ],
 )
 def test_csv_rows(tmp_path: Path, row: str, relative: str, expected: tuple[str, ...] | None) -> None:
-    assert read(tmp_path, f"image,labels\n{row}\n\n").for_image(relative) == expected
+    assert read(tmp_path, f"image,labels\n{row}\n\n").match([relative]).get(relative) == expected
 
 
 def test_csv_with_a_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_bytes(b"\xef\xbb\xbfimage,labels\r\na.jpg,cat\r\n")
-    assert read_image_labels(tmp_path / "l.csv", CLASSES).for_image("a.jpg") == ("cat",)
+    assert read_image_labels(tmp_path / "l.csv", CLASSES).match(["a.jpg"]) == {"a.jpg": ("cat",)}
 
 
 def test_json(tmp_path: Path) -> None:
     labels = read(tmp_path, json.dumps({"a.jpg": ["dining table", "cat"], "b": []}), "labels.json")
-    assert labels.for_image("a.jpg") == ("cat", "dining table")
-    assert labels.for_image("b.png") == ()
+    assert labels.match(["a.jpg", "b.png"]) == {"a.jpg": ("cat", "dining table"), "b.png": ()}
     assert labels.unused(["a.jpg", "c.jpg"]) == ("b",)
 
 
@@ -67,6 +66,7 @@ def test_json(tmp_path: Path) -> None:
         ("image,labels\na.jpg,cat\n\na.jpg,dog\n", "l.csv", r"line 4: a\.jpg has .* at line 2"),
         ('image,labels\n"a.jpg,cat\n', "l.csv", "line 2: not CSV"),
         ("{", "l.json", "not JSON"),
+        ("[" * 500_000, "l.json", "nested too deeply"),
         ('["a"]', "l.json", "no JSON object"),
         ('{"a": "cat"}', "l.json", "key 'a': got 'cat', expected a list"),
         ('{"a": [1]}', "l.json", "expected a list"),
@@ -92,11 +92,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_ambiguous_rows(tmp_path: Path) -> None:
     labels = read(tmp_path, "image,labels\nx/a.jpg,cat\ny/a.jpg,dog\nx/b.jpg,cat\ny/b.jpg,cat\n")
     with pytest.raises(UsageError, match=r"a\.jpg fits several rows .*x/a\.jpg, y/a\.jpg"):
-        labels.for_image("a.jpg")
-    assert labels.for_image("b.jpg") == ("cat",)  # several, but they agree
+        labels.match(["a.jpg"])
+    assert labels.match(["b.jpg"]) == {"b.jpg": ("cat",)}  # several, but they agree
     both = read(tmp_path, "image,labels\na,cat\na.jpg,dog\n")
     with pytest.raises(UsageError, match="several rows"):
-        both.for_image("a.jpg")
+        both.match(["a.jpg"])
 
 
 @pytest.mark.parametrize("row", ["a.jpg", "a"])

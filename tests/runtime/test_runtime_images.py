@@ -203,6 +203,13 @@ def test_read_mask_errors(tmp_path: Path, name: str, make: Callable[[], Image.Im
         read_mask(tmp_path / name)
 
 
+def test_read_mask_refuses_a_bomb_before_it_is_decoded(tmp_path: Path) -> None:
+    write_mask(tmp_path / "a.png", np.zeros((6, 8), np.uint8), voc_palette())
+    assert read_mask(tmp_path / "a.png", max_pixels=48).shape == (6, 8)
+    with pytest.raises(ImageError, match="8x6 = 48 pixels, expected at most 47"):
+        read_mask(tmp_path / "a.png", max_pixels=47)
+
+
 def test_write_mask_needs_a_colour_for_every_id(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="id 3"):
         write_mask(tmp_path / "a.png", np.full((2, 2), 3, np.uint8), voc_palette()[:3])

@@ -162,6 +162,14 @@ def test_affinities_equal_the_numpy_kernels(radius: int) -> None:
     np.testing.assert_allclose(from_features, affinity_from_features(features, radius=radius), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (3, 20), (20, 3), (1, 1)])
+def test_a_radius_beyond_the_grid_leaves_empty_planes(size: tuple[int, int]) -> None:
+    features = np.random.default_rng(4).random((1, 4, *size)).astype(np.float32)
+    got = affinity_net.affinity_from_features(torch.from_numpy(features), 10).numpy()
+    np.testing.assert_allclose(got, affinity_from_features(features, radius=10), atol=1e-6)
+    assert (got.max((0, 2, 3)) == 0).any()
+
+
 @pytest.mark.parametrize(("head", "stride"), [("boundary", 4), ("features", 8)])
 def test_affinity_net_heads_give_the_same_kind_of_tensor(head: str, stride: int) -> None:
     network = AffinityNet(tiny_backbone(), head=head)

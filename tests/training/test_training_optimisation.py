@@ -97,6 +97,12 @@ def test_frozen_statistics_stay_while_the_affine_part_learns(tmp_path: Path) -> 
         )
         after = model.state_dict()
         changed[frozen] = {key for key in before if not torch.equal(before[key], after[key])}
+    model = Network()
+    model.backbone.requires_grad_(False)
+    model.extra = nn.BatchNorm2d(3)
+    model.train()
+    loop._set_training_mode(model, Schedule(freeze_batch_norm=False))
+    assert not any(module.training for module in model.backbone.modules()) and model.extra.training
     assert not any("running" in key for key in changed[True])
     assert any("running" in key for key in changed[False])
     assert any("bn" in key and key.endswith("weight") for key in changed[True])

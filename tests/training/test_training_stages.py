@@ -41,6 +41,21 @@ def test_presets_are_valid(name: str) -> None:
         ("affinity.head=edges", "expected one of 'features', 'boundary'"),
         ("cam.schedule.resize=[1]", "got 1 values, expected 2"),
         ("seed", "expected KEY=VALUE"),
+        ("seed=99999999999999", "expected 0..4294967295"),
+        ("affinity_labels.confidence=1.0", "got 1.0, expected above 0 and below 1"),
+        ("affinity_labels.foreground=1.5", "got 1.5, expected above 0 and below 1"),
+        ("affinity_labels.background=0.6", "got 0.6, expected above 0 and below foreground, 0.4"),
+        ("affinity.training_radius=1", "got 1, expected 2..32"),
+        ("segmenter.dropout=2.0", "got 2.0, expected within 0..1, below 1"),
+        ("segmenter.decoder_channels=0", "got 0, expected at least 1"),
+        ("segmenter.atrous_rates=[6, 0]", "expected each at least 1"),
+        ("cam.schedule.weight_decay=-0.1", "got -0.1, expected a finite number from 0"),
+        ("cam.schedule.learning_rate=inf", "got inf, expected a finite number above 0"),
+        ("cam.schedule.poly_power=nan", "got nan, expected a finite number from 0"),
+        ("cam.beta_factor=inf", "expected a finite number above 0"),
+        ("cam.taps=[3, 2]", "expected ascending levels"),
+        ("cam.taps=[-1]", "expected ascending levels"),
+        ("segmenter.backbone=resnet18", "got resnet18, expected cam.backbone, tf_efficientnet_lite0"),
     ],
 )
 def test_bad_overrides_name_the_valid_ones(override: str, message: str) -> None:
@@ -296,11 +311,25 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
 
 def test_a_lost_output_is_made_again(run_folder: Path, voc_folder: Path) -> None:
     run = load_run(run_folder)
-    lost = run.folder(run_folder, "pseudo-masks") / "photo_01.png"
-    before = lost.read_bytes()
-    lost.write_bytes(b"half a fil")
-    run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), run_folder)
-    assert lost.read_bytes() == before
+    altered = run.folder(run_folder, "pseudo-masks") / "photo_01.png"
+    gone = [run.folder(run_folder, "cam-maps") / f"photo_0{n}" for n in ("1.npy", "2.scores.npy")]
+    before = {path: path.read_bytes() for path in (altered, *gone)}
+    altered.write_bytes(b"half a fil")
+    for path in gone:
+        path.unlink()
+    assert run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), run_folder).rows == run.rows
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_columns_of_the_table_stand_below_each_other(run_folder: Path) -> None:
+    run = load_run(run_folder)
+    long = replace(
+        run, rows=(replace(run.rows[0], stage="a stage with a name of over forty characters"), *run.rows)
+    )
+    header, *rows = format_table(long).splitlines()
+    assert {row.index(mark) for row in rows for mark in (" train ", " val ") if mark in row} == {
+        header.index(" list ")
+    }
 
 
 def test_other_photographs_or_labels_train_anew_other_masks_do_not(voc_folder: Path, tmp_path: Path) -> None:
@@ -335,6 +364,7 @@ def test_a_plain_folder_goes_all_the_way(voc_folder: Path, tmp_path: Path) -> No
     result = CliRunner().invoke(root_command, arguments)
     assert result.exit_code == 0, result.output
     assert "nothing was measured" in result.stdout
+    assert "background_from=train-masks: no mask of the train list" in result.stderr
     assert load_run(tmp_path / "run").rows == ()
 
 

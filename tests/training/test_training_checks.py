@@ -1,0 +1,136 @@
+"""Mistakes that are said before the first stage, and not hours into the run."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multisa.runtime.errors import CheckpointError, DatasetError, UsageError
+from multisa.training import pipeline
+from multisa.training.backbones import in_order
+from multisa.training.checkpoint import load_checkpoint, save_checkpoint
+from multisa.training.checks import check_networks, check_run
+from multisa.training.config import load_config, preset_names
+from multisa.training.data import read_dataset
+from multisa.training.pipeline import run_pipeline
+
+TINY = Path(__file__).with_name("tiny.toml")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_name_networks_that_can_be_built(name: str) -> None:
+    before = torch.get_rng_state()
+    check_networks(load_config(name), 21)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["segmenter.backbone=no_such_net"], "not a timm model"),
+        (["segmenter.weights=packaged"], "no packaged weights"),
+        (["cam.taps=[2, 9]"], r"expected ascending levels of the backbone, 0\.\.4"),
+        (["affinity.backbone=test_vit", "affinity.head=features"], "backbone"),
+        (["affinity.head=features", "label.walk_radius=10"], "got 10, expected at most 9 with affinity.head"),
+        (["label.class_gain=[1.0]"], "got 1 numbers, expected 2"),
+        (["label.class_gain=[1.0, 2.0]", "background_from=train-masks-per-class"], "leave out one"),
+    ],
+)
+def test_configurations_that_cannot_go_to_the_end(
+    voc_folder: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_pipeline(load_config(str(TINY), overrides), read_dataset(voc_folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "message"),
+    [
+        ("photo_01.png", "L", r"photo_01\.png: got class id 7, expected 0\.\.2 or 255"),
+        ("photo_09.png", "L", r"photo_09\.png: got class id 7"),
+        ("photo_09.png", "RGB", r"photo_09\.png: got a mask of mode RGB"),
+    ],
+)
+def test_ground_truth_of_other_classes(
+    voc_folder: Path, tmp_path: Path, name: str, mode: str, message: str
+) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    mask = np.full((96, 96), 255, np.uint8)
+    mask[0, 0] = 7
+    Image.fromarray(mask).convert(mode).save(root / "SegmentationClass" / name)
+    with pytest.raises(DatasetError, match=message):
+        check_run(load_config(str(TINY)), read_dataset(root))
+
+
+def write_list(root: Path, name: str, *numbers: int) -> None:
+    lines = "".join(f"photo_{number:02d}\n" for number in numbers)
+    (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(lines)
+
+
+def test_lists_that_contradict_each_other(voc_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    write_list(root, "val", 7, 8)
+    with pytest.raises(DatasetError, match=r"val\.txt: 1 names are trained on, too, among them photo_07"):
+        read_dataset(root)
+    write_list(root, "val", 10, 11)
+    write_list(root, "train", 0, 9)
+    with pytest.raises(DatasetError, match=r"train\.txt: 1 names are not in train_aug.*photo_09"):
+        read_dataset(root)
+
+
+def test_photographs_without_a_mask_are_told(
+    voc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    for number in (1, 2, 8):
+        (root / "SegmentationClass" / f"photo_{number:02d}.png").unlink()
+    dataset = read_dataset(root)
+    assert (len(dataset.weak), len(dataset.train), len(dataset.val)) == (8, 4, 3)
+    errors = capsys.readouterr().err
+    assert "train: 2 of 6 photographs have no mask" in errors
+    assert "val: 1 of 4 photographs have no mask" in errors
+
+
+def test_the_pipeline_checks_first(voc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UsageError("checked")
+
+    monkeypatch.setattr(pipeline, "check_run", refuse)
+    with pytest.raises(UsageError, match="checked"):
+        run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
+    path, model = tmp_path / "checkpoint.safetensors", torch.nn.Linear(2, 3)
+    with pytest.raises(CheckpointError, match="missing, expected a trained network; run `multisa train`"):
+        load_checkpoint(path, model)
+    save_checkpoint(path, model, None, {"losses": []})
+    with pytest.raises(CheckpointError, match="of another network"):
+        load_checkpoint(path, torch.nn.Linear(4, 3))
+    whole = path.read_bytes()
+    for damaged in (whole[:-5], b"", b"no tensors here"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"damaged .*; delete it and run `multisa train` again"):
+            load_checkpoint(path, model)
+
+
+def test_packaged_weights_are_matched_by_order_kind_and_shape() -> None:
+    one, two, head = torch.ones(3), torch.zeros(3), torch.ones(7)
+    target = {"bn1.weight": one, "bn1.bias": one}
+    stored = {"stem.1.weight": one, "stem.1.bias": two, "head.weight": head}
+    assert in_order(target, stored, "file") == {"bn1.weight": one, "bn1.bias": two}
+    swapped = {"stem.1.bias": two, "stem.1.weight": one, "head.weight": head}
+    with pytest.raises(UsageError, match=r"file: got stem\.1\.bias \(3,\), expected bn1\.weight \(3,\)"):
+        in_order(target, swapped, "file")
+    with pytest.raises(UsageError, match="got 1 tensors, expected at least 2"):
+        in_order(target, {"stem.1.weight": one}, "file")
+    with pytest.raises(UsageError, match=r"got stem\.1\.weight \(7,\)"):
+        in_order(target, {**stored, "stem.1.weight": head}, "file")

@@ -1,0 +1,87 @@
+"""What a run needs, checked before its first stage: a mistake costs seconds then, and hours afterwards."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from multisa.runtime.errors import DatasetError, ImageError, UsageError
+from multisa.runtime.images import MINIMUM_SIDE, read_mask
+from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.progress import say
+from multisa.training.affinity import build_affinity_net
+from multisa.training.affinity_net import head_stride
+from multisa.training.backbones import check_weights
+from multisa.training.cams import build_cam_network
+from multisa.training.config import TrainConfig
+from multisa.training.data import DataSet, Item
+from multisa.training.segmentation import build_segmenter
+
+
+def check_run(config: TrainConfig, dataset: DataSet) -> None:
+    """Check what a configuration asks for against the networks it names and the data set it is given.
+
+    Raises UsageError for the configuration, DatasetError for the ground truth.
+    """
+    _check_label(config, dataset)
+    check_networks(config, len(dataset.class_names))
+    check_ground_truth((*dataset.train, *dataset.val), len(dataset.class_names))
+
+
+def check_networks(config: TrainConfig, n_classes: int) -> None:
+    """Build the three networks without storage or weights; n_classes counts the background.
+
+    Raises UsageError for a backbone, weights, taps, a head or a radius that do not exist or do not go
+    together.
+    """
+    for part in (config.cam, config.affinity, config.segmenter):
+        check_weights(part.backbone, part.weights)
+    largest = MINIMUM_SIDE // head_stride(config.affinity.head) + 1
+    # The boundary head pads and takes any radius. The slices of the other must fit the smallest grid: a graph
+    # with free sizes has to be sure of that.
+    if config.affinity.head == "features" and config.label.walk_radius > largest:
+        raise UsageError(
+            f"label.walk_radius: got {config.label.walk_radius}, expected at most {largest} with "
+            f"affinity.head=features, whose graph must take photographs of {MINIMUM_SIDE} pixels: lower it "
+            "or choose the boundary head"
+        )
+    with torch.device("meta"):
+        build_cam_network(replace(config.cam, weights="none"), n_classes)
+        build_affinity_net(replace(config.affinity, weights="none"))
+        build_segmenter(replace(config.segmenter, weights="none"), n_classes)
+
+
+def check_ground_truth(items: Iterable[Item], n_classes: int) -> None:
+    """Raise DatasetError, naming the file, for a mask that cannot be read or holds an id of no class."""
+    for item in items:
+        if item.mask is None:
+            continue
+        try:
+            mask = read_mask(item.mask)
+        except ImageError as error:
+            raise DatasetError(str(error)) from error
+        highest = int(mask[mask != IGNORE_INDEX].max(initial=0))
+        if highest >= n_classes:
+            raise DatasetError(
+                f"{item.mask}: got class id {highest}, expected 0..{n_classes - 1} or {IGNORE_INDEX}; name "
+                f"every class in classes.txt, or write {IGNORE_INDEX}, which is left out, for the others"
+            )
+
+
+def _check_label(config: TrainConfig, dataset: DataSet) -> None:
+    gains, foreground = config.label.class_gain, len(dataset.class_names) - 1
+    if len(gains) not in (0, foreground):
+        raise UsageError(
+            f"label.class_gain: got {len(gains)} numbers, expected {foreground}, one for each foreground "
+            "class, or none"
+        )
+    if gains and config.background_from == "train-masks-per-class":
+        raise UsageError(
+            f"label.class_gain: got {list(gains)}, expected none with background_from=train-masks-per-class, "
+            "which chooses them: leave out one of the two"
+        )
+    if config.background_from != "config" and not dataset.train:
+        say(
+            f"background_from={config.background_from}: no mask of the train list to choose on, "
+            f"label.background {config.label.background:g} is used as it is"
+        )
