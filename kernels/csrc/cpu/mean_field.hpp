@@ -314,7 +314,7 @@ static void mean_field(const MeanFieldProblem& problem, float* workspace) {
     switch (row_length(problem.labels)) {
         case 4: iterate<VectorOf<4>::Aligned, 1>(problem, memory); break;
         case 8: iterate<VectorOf<HALF>::Aligned, 8 / HALF>(problem, memory); break;
-        case 24: iterate<VectorOf<HALF>::Aligned, 1>(problem, memory); break;
+        case 24: iterate<VectorOf<HALF>::Aligned, WIDTH < 16 ? 1 : 3>(problem, memory); break;
         default: iterate<Vec, 1>(problem, memory);
     }
     read_belief(problem, memory.rows);

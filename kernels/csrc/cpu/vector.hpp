@@ -94,6 +94,18 @@ MULTISA_INLINE V exchanged(V v) {
 #endif
 }
 
+// Lane i of the result is lane `lanes[i]`.
+template <class V>
+MULTISA_INLINE V permuted(V v, IntOf<V> lanes) {
+#if defined(__clang__)
+    V result;
+    for (int lane = 0; lane < LANES_OF<V>; ++lane) result[lane] = v[lanes[lane]];
+    return result;
+#else
+    return __builtin_shuffle(v, lanes);
+#endif
+}
+
 // The largest lane, in every lane.
 template <class V>
 MULTISA_INLINE V largest_of_lanes(V v) {

@@ -9,7 +9,9 @@
 // i of vector j is pixel i * length + j. A neighbour at a fixed offset is then the vector at a fixed distance,
 // so every load is whole and aligned, for every offset and every image width. Past both ends of the segments
 // lies a halo, the vectors of the other end with the lanes moved by one. Of each pair only one weight is
-// stored, at its source; the target finds it there, so the weights of a 64 x 64 image fit the second cache.
+// stored, at its source, and the target finds it there: weights are what is read most, and so those of a 128 x
+// 128 image nearly fit the second cache. They have no such halo, but are read one float early for each lane that
+// they have to move by; the lanes that get nothing meet zeros in the halo of the state.
 #pragma once
 
 #include "problems.hpp"
@@ -22,17 +24,18 @@ using multisa::WalkProblem;
 constexpr int MAX_RADIUS = 64;
 // Channels taken at once: each weight is loaded once for all of them.
 constexpr int CHANNEL_GROUP = 4;
-// The most vectors of one channel summed at once; segments are multiples of it.
+// The most vectors of one channel summed at once; segments are multiples of it, and weights have so many extra
+// vectors in front that a block never has to move only some of its lanes.
 constexpr int MAX_BLOCK = 8;
 // Edges below this count as none: far under the resolution of a float32 sum with the self-loop of 1.
 constexpr float NEGLIGIBLE_EDGE = 1e-20f;
 
 // An image in the layout above. Row dy of the stencil has the planes dx = -reach..reach, side by side.
 struct Grid {
-    long width, pixels, length, halo;
+    long width, pixels, length, halo, lead;
     int radius;
     int reach[MAX_RADIUS];
-    const Vec* row[MAX_RADIUS];  // [length][2 * reach + 1], a halo in front
+    const Vec* row[MAX_RADIUS];  // [length][planes_of_row], `lead` vectors in front
     const Vec* inverse_degree;   // r, [length]
     const Vec* self;             // c, [length]
 };
@@ -54,29 +57,37 @@ struct States {
 static Grid grid_of(const WalkProblem& problem) {
     Grid grid = {};
     grid.width = problem.width;
-    grid.pixels = problem.height * problem.width;
+    grid.pixels = problem.height * grid.width;
     const long unit = WIDTH * MAX_BLOCK;
     grid.length = (grid.pixels + unit - 1) / unit * MAX_BLOCK;
     grid.radius = problem.radius;
     const long far = problem.radius - 1;
-    grid.halo = far * problem.width + far + 1;
+    grid.halo = far * grid.width + far + 1;
+    grid.lead = 2 * far + MAX_BLOCK;
     for (int dy = 0; dy <= far; ++dy) grid.reach[dy] = multisa::reach_of(problem.radius, dy);
     return grid;
 }
 
-// Vectors that a row of the stencil takes in the workspace, with its halo.
-MULTISA_INLINE long row_size(const Grid& grid, int dy) {
-    return (grid.halo + grid.length) * (2 * grid.reach[dy] + 1);
+// Planes of a row of the stencil; in the row of the pixel itself only pairs to the right are stored.
+MULTISA_INLINE long planes_of_row(const Grid& grid, int dy) {
+    return dy == 0 ? grid.reach[0] : 2 * grid.reach[dy] + 1;
 }
 
+// Vectors that a row of the stencil takes in the workspace.
+MULTISA_INLINE long row_size(const Grid& grid, int dy) {
+    return (grid.lead + grid.length) * planes_of_row(grid, dy);
+}
+
+// Vectors of one channel: two states with halos, and their sum.
 MULTISA_INLINE long state_size(const Grid& grid) { return grid.length + 2 * grid.halo + 1; }
+MULTISA_INLINE long channel_size(const Grid& grid) { return 2 * state_size(grid) + grid.length; }
 
 // Floats of workspace for a problem.
 static long walk_workspace(const WalkProblem& problem) {
     const Grid grid = grid_of(problem);
-    long vectors = 2 * grid.length + 3 * CHANNEL_GROUP * state_size(grid);
+    long vectors = 1 + 2 * grid.length + CHANNEL_GROUP * channel_size(grid);
     for (int dy = 0; dy < grid.radius; ++dy) vectors += row_size(grid, dy);
-    return (vectors + 1) * WIDTH;
+    return vectors * WIDTH;
 }
 
 // base^exponent for base in [0, 1].
@@ -97,6 +108,20 @@ struct Power {
     }
 };
 
+// Lane i of the result is lane (i + by) of the vector, modulo the lanes.
+MULTISA_INLINE Vec rotated(Vec v, int by) {
+    IntVec lanes;
+    for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] = (lane + by) & (WIDTH - 1);
+    return permuted(v, lanes);
+}
+
+// Lane i of the result is lane i - 1, the segment before; the first has none and gets zero.
+MULTISA_INLINE Vec one_lane_on(Vec v) {
+    IntVec after_first = ~IntVec{};
+    after_first[0] = 0;
+    return (Vec)((IntVec)rotated(v, -1) & after_first);
+}
+
 // The pixels of vector j: lane i is from[i * length + j], or `missing` past the last pixel.
 MULTISA_INLINE Vec gather(const float* from, const Grid& grid, long j, float missing) {
     Vec value;
@@ -115,15 +140,15 @@ MULTISA_INLINE Vec gather(const float* from, const Grid& grid, long j, float mis
 // Returns false for an affinity outside [0, 1] or NaN.
 static bool lay_out_plane(const WalkProblem& problem, const Grid& grid, const float* plane, int dy, int dx, Vec* to,
                           const Power& power) {
-    const long planes = 2 * grid.reach[dy] + 1;
+    const long planes = planes_of_row(grid, dy);
     const long left = dx < 0 ? -dx : 0, right = dx > 0 ? dx : 0;
     const int first = (int)(left > problem.margin ? left : problem.margin);
     const int last = (int)(problem.width - (right > problem.margin ? right : problem.margin));  // exclusive
     const long rows = problem.height - (dy > problem.margin ? dy : problem.margin);
     IntVec column, sources;  // of each lane: where in its row it is, and how many of its pixels have this pair
     for (int lane = 0; lane < WIDTH; ++lane) {
-        column[lane] = (int)(lane * grid.length % problem.width);
-        sources[lane] = (int)(rows * problem.width - lane * grid.length);
+        column[lane] = (int)(lane * grid.length % grid.width);
+        sources[lane] = (int)(rows * grid.width - lane * grid.length);
     }
     IntVec valid = ~IntVec{};
     for (long j = 0; j < grid.length; ++j) {
@@ -133,32 +158,33 @@ static bool lay_out_plane(const WalkProblem& problem, const Grid& grid, const fl
         const Vec weight = power(value);
         to[j * planes] = weight >= NEGLIGIBLE_EDGE ? weight : Vec{};
         column += 1;
-        column = column == (int)problem.width ? IntVec{} : column;
+        column = column == (int)grid.width ? IntVec{} : column;
     }
-    // The halo in front: lane i belongs to the segment before, and the first lane has none.
-    IntVec after_first = ~IntVec{};
-    after_first[0] = 0;
-    for (long j = -1; j >= -grid.halo; --j) {
-        const Vec before = load((const float*)(to + (j + grid.length) * planes) - 1);
-        to[j * planes] = (Vec)((IntVec)before & after_first);
-    }
+    for (long j = -1; j >= -grid.lead; --j) to[j * planes] = one_lane_on(to[(j + grid.length) * planes]);
     return all(valid);
+}
+
+// Where the sources lie whose pairs of row dy end at vector `at`: a pointer to its weights, as loads want it.
+MULTISA_INLINE const float* weights_above(const Grid& grid, int dy, long at) {
+    long source = at - dy * grid.width, lanes = 0;
+    for (; source < 1 - grid.radius - MAX_BLOCK; source += grid.length) ++lanes;
+    return (const float*)(grid.row[dy] + source * planes_of_row(grid, dy)) - lanes;
 }
 
 // One row of the stencil, seen from the source of its pairs: acc += w[k] * x[at + k - REACH]. FIRST is 0, or
 // REACH + 1 for the row of the pixel itself, where only pairs to the right are stored.
 template <int CHANNELS, int BLOCK, int REACH, int FIRST>
 MULTISA_INLINE void pull_forward(Vec (&acc)[CHANNELS][BLOCK], const Vec* w, const States& states, long at) {
-    constexpr int PLANES = 2 * REACH + 1;
+    constexpr int PLANES = 2 * REACH + 1 - FIRST;
 #pragma GCC unroll 32
-    for (int i = 0; i < BLOCK + 2 * REACH; ++i) {
+    for (int i = FIRST; i < BLOCK + 2 * REACH; ++i) {
 #pragma GCC unroll 8
         for (int c = 0; c < CHANNELS; ++c) {
             const Vec value = states.current[c][at + i - REACH];
 #pragma GCC unroll 8
             for (int b = 0; b < BLOCK; ++b) {
-                const int k = i - b;
-                if (k >= FIRST && k < PLANES) acc[c][b] += w[b * PLANES + k] * value;
+                const int k = i - b - FIRST;
+                if (k >= 0 && k < PLANES) acc[c][b] += w[b * PLANES + k] * value;
             }
         }
     }
@@ -166,17 +192,17 @@ MULTISA_INLINE void pull_forward(Vec (&acc)[CHANNELS][BLOCK], const Vec* w, cons
 
 // The same row seen from the target: the weight lies at the source, under the mirrored offset.
 template <int CHANNELS, int BLOCK, int REACH, int FIRST>
-MULTISA_INLINE void pull_backward(Vec (&acc)[CHANNELS][BLOCK], const Vec* w, const States& states, long at) {
-    constexpr int PLANES = 2 * REACH + 1;
+MULTISA_INLINE void pull_backward(Vec (&acc)[CHANNELS][BLOCK], const float* w, const States& states, long at) {
+    constexpr int PLANES = 2 * REACH + 1 - FIRST;
 #pragma GCC unroll 32
-    for (int i = 0; i < BLOCK + 2 * REACH; ++i) {
+    for (int i = 0; i < BLOCK + 2 * REACH - FIRST; ++i) {
 #pragma GCC unroll 8
         for (int c = 0; c < CHANNELS; ++c) {
             const Vec value = states.current[c][at + i - REACH];
 #pragma GCC unroll 8
             for (int b = 0; b < BLOCK; ++b) {
-                const int k = 2 * REACH - (i - b);
-                if (k >= FIRST && k < PLANES) acc[c][b] += w[(i - REACH) * PLANES + k] * value;
+                const int k = 2 * REACH - (i - b) - FIRST;
+                if (k >= 0 && k < PLANES) acc[c][b] += load(w + ((i - REACH) * PLANES + k) * WIDTH) * value;
             }
         }
     }
@@ -187,12 +213,12 @@ template <int CHANNELS, int BLOCK>
 MULTISA_INLINE void pull_radius_5(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid, const States& states, long at) {
     const Vec* const* row = grid.row;
     const long w = grid.width;
-    pull_backward<CHANNELS, BLOCK, 2, 0>(acc, row[4] + (at - 4 * w) * 5, states, at - 4 * w);
-    pull_backward<CHANNELS, BLOCK, 3, 0>(acc, row[3] + (at - 3 * w) * 7, states, at - 3 * w);
-    pull_backward<CHANNELS, BLOCK, 4, 0>(acc, row[2] + (at - 2 * w) * 9, states, at - 2 * w);
-    pull_backward<CHANNELS, BLOCK, 4, 0>(acc, row[1] + (at - w) * 9, states, at - w);
-    pull_backward<CHANNELS, BLOCK, 4, 5>(acc, row[0] + at * 9, states, at);
-    pull_forward<CHANNELS, BLOCK, 4, 5>(acc, row[0] + at * 9, states, at);
+    pull_backward<CHANNELS, BLOCK, 2, 0>(acc, weights_above(grid, 4, at), states, at - 4 * w);
+    pull_backward<CHANNELS, BLOCK, 3, 0>(acc, weights_above(grid, 3, at), states, at - 3 * w);
+    pull_backward<CHANNELS, BLOCK, 4, 0>(acc, weights_above(grid, 2, at), states, at - 2 * w);
+    pull_backward<CHANNELS, BLOCK, 4, 0>(acc, weights_above(grid, 1, at), states, at - w);
+    pull_backward<CHANNELS, BLOCK, 4, 5>(acc, weights_above(grid, 0, at), states, at);
+    pull_forward<CHANNELS, BLOCK, 4, 5>(acc, row[0] + at * 4, states, at);
     pull_forward<CHANNELS, BLOCK, 4, 0>(acc, row[1] + at * 9, states, at + w);
     pull_forward<CHANNELS, BLOCK, 4, 0>(acc, row[2] + at * 9, states, at + 2 * w);
     pull_forward<CHANNELS, BLOCK, 3, 0>(acc, row[3] + at * 7, states, at + 3 * w);
@@ -203,15 +229,16 @@ MULTISA_INLINE void pull_radius_5(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid,
 template <int CHANNELS, int BLOCK>
 MULTISA_INLINE void pull_any_radius(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid, const States& states, long at) {
     for (int dy = 0; dy < grid.radius; ++dy) {
-        const int reach = grid.reach[dy], planes = 2 * reach + 1;
-        const long above = at - dy * grid.width, below = at + dy * grid.width;
-        for (int dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx) {
-            const Vec* forward = grid.row[dy] + at * planes + dx + reach;
-            const Vec* backward = grid.row[dy] + (above - dx) * planes + dx + reach;
+        const int reach = grid.reach[dy], first = dy == 0 ? 1 : -reach;
+        const long planes = planes_of_row(grid, dy), above = at - dy * grid.width, below = at + dy * grid.width;
+        const float* sources = weights_above(grid, dy, at);
+        for (int dx = first; dx <= reach; ++dx) {
+            const Vec* forward = grid.row[dy] + at * planes + dx - first;
+            const float* backward = sources + (dx - first - dx * planes) * WIDTH;
             for (int b = 0; b < BLOCK; ++b) {
                 for (int c = 0; c < CHANNELS; ++c)
                     acc[c][b] += forward[b * planes] * states.current[c][below + dx + b] +
-                                 backward[b * planes] * states.current[c][above - dx + b];
+                                 load(backward + b * planes * WIDTH) * states.current[c][above - dx + b];
             }
         }
     }
@@ -227,20 +254,19 @@ MULTISA_INLINE void pull(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid, const St
         pull_any_radius<CHANNELS, BLOCK>(acc, grid, states, at);
 }
 
-// Copy the ends into the halos. Lane i before the first vector belongs to the segment before; a lane without
-// one holds some finite number, whose weights are zero.
+// Copy the ends into the halos. After the last vector, lanes without a segment hold some finite number, whose
+// weights are zero; before the first they hold zero, whose weights are some finite number.
 static void fill_halo(Vec* state, const Grid& grid) {
-    float* values = (float*)state;
-    for (long j = -1; j >= -grid.halo; --j)
-        store(values + j * WIDTH, load(values + (j + grid.length) * WIDTH - 1));
+    for (long j = -1; j >= -grid.halo; --j) state[j] = one_lane_on(state[j + grid.length]);
     for (long j = grid.length; j < grid.length + grid.halo; ++j)
-        store(values + j * WIDTH, load(values + (j - grid.length) * WIDTH + 1));
+        state[j] = rotated(state[j - grid.length], 1);
 }
 
 template <int CHANNELS>
 static void take_step(const Grid& grid, const States& states, const Step& step) {
-    // Eight sums side by side hide the latency of a multiply-add; more would not fit the registers.
-    constexpr int BLOCK = CHANNELS == 1 ? 8 : CHANNELS == 2 ? 4 : 2;
+    // Sums side by side hide the latency of a multiply-add and share what they load, as many as there are
+    // registers for: AVX-512 has 32, the others 16.
+    constexpr int BLOCK = WIDTH < 16 ? (CHANNELS == 1 ? 8 : CHANNELS == 2 ? 4 : 2) : CHANNELS <= 2 ? 8 : 4;
     for (long at = 0; at < grid.length; at += BLOCK) {
         Vec acc[CHANNELS][BLOCK];
         pull<CHANNELS, BLOCK>(acc, grid, states, at);
@@ -272,7 +298,8 @@ static void take_step(int channels, const Grid& grid, const States& states, cons
 // Set r and c from one product with ones, which `states` has room for.
 static void normalise(const Grid& grid, const States& states, Vec* inverse_degree, Vec* self) {
     Vec* ones = const_cast<Vec*>(states.current[0]);
-    for (long j = -grid.halo; j < grid.length + grid.halo; ++j) ones[j] = broadcast(1.0f);
+    for (long j = 0; j < grid.length; ++j) ones[j] = broadcast(1.0f);
+    fill_halo(ones, grid);
     for (long at = 0; at < grid.length; ++at) {
         // In blocks of one, but the order of each sum is that of take_step, and so is its rounding.
         Vec acc[1][1];
@@ -288,13 +315,14 @@ static Vec* lay_out_weights(const WalkProblem& problem, Grid& grid, Vec* workspa
     if (problem.beta == (float)(int)problem.beta && problem.beta <= 64) power.whole = (int)problem.beta;
     const float* plane = problem.affinity;
     bool valid = true;
+    *workspace++ = Vec{};  // what a load that begins early may meet
     for (int dy = 0; dy < grid.radius; ++dy) {
-        const int reach = grid.reach[dy], planes = 2 * reach + 1;
-        Vec* row = workspace + grid.halo * planes;
+        const int reach = grid.reach[dy], first = dy == 0 ? 1 : -reach;
+        Vec* row = workspace + grid.lead * planes_of_row(grid, dy);
         grid.row[dy] = row;
         workspace += row_size(grid, dy);
-        for (int dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx, plane += grid.pixels)
-            valid &= lay_out_plane(problem, grid, plane, dy, dx, row + dx + reach, power);
+        for (int dx = first; dx <= reach; ++dx, plane += grid.pixels)
+            valid &= lay_out_plane(problem, grid, plane, dy, dx, row + dx - first, power);
     }
     return valid ? workspace : nullptr;
 }
@@ -304,23 +332,22 @@ struct Range {
     float low, high;
 };
 
-// Put one channel into the layout and start its sum; the range is that of its values.
-static Range lay_out_state(const float* scores, const Grid& grid, Vec* state, Vec* total, float coefficient) {
-    Vec low = broadcast(scores[0]), high = low;
-    for (long j = 0; j < grid.length; ++j) {
-        const Vec value = gather(scores, grid, j, scores[0]);
-        low = smaller(low, value);
-        high = larger(high, value);
-        state[j] = value;
-        total[j] = value * coefficient;
-    }
-    fill_halo(state, grid);
-    Range range = {low[0], high[0]};
-    for (int lane = 1; lane < WIDTH; ++lane) {
-        if (low[lane] < range.low) range.low = low[lane];
-        if (high[lane] > range.high) range.high = high[lane];
+static Range range_of(const float* values, long count) {
+    Range range = {values[0], values[0]};
+    for (long i = 1; i < count; ++i) {
+        range.low = values[i] < range.low ? values[i] : range.low;
+        range.high = values[i] > range.high ? values[i] : range.high;
     }
     return range;
+}
+
+// Put one channel into the layout and start its sum.
+static void lay_out_state(const float* scores, const Grid& grid, Vec* state, Vec* total, float coefficient) {
+    for (long j = 0; j < grid.length; ++j) {
+        state[j] = gather(scores, grid, j, 0.0f);
+        total[j] = state[j] * coefficient;
+    }
+    fill_halo(state, grid);
 }
 
 // Write one channel back. An average never leaves the range of its input; the last bits of rounding may.
@@ -339,13 +366,13 @@ static void walk_group(const WalkProblem& problem, const Grid& grid, Vec* worksp
     States states;
     Range range[CHANNEL_GROUP];
     for (int c = 0; c < channels; ++c) {
-        Vec* place[3];
-        for (int i = 0; i < 3; ++i) place[i] = workspace + (3 * c + i) * state_size(grid) + grid.halo;
-        states.current[c] = place[0];
-        states.next[c] = place[1];
-        states.total[c] = place[2];
-        range[c] = lay_out_state(problem.scores + (first + c) * grid.pixels, grid, place[0], place[2],
-                                 series ? problem.coefficients[0] : 0.0f);
+        Vec* state = workspace + c * channel_size(grid) + grid.halo;
+        states.current[c] = state;
+        states.next[c] = state + state_size(grid);
+        states.total[c] = workspace + (c + 1) * channel_size(grid) - grid.length;
+        const float* scores = problem.scores + (first + c) * grid.pixels;
+        range[c] = range_of(scores, grid.pixels);
+        lay_out_state(scores, grid, state, states.total[c], series ? problem.coefficients[0] : 0.0f);
     }
     const long products = series ? problem.coefficient_count - 1 : problem.steps;
     for (long k = 1; k <= products; ++k) {

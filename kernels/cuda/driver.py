@@ -1,0 +1,139 @@
+"""The calls of the CUDA driver that pycuda does not offer: launches on a caller's stream, and graphs.
+
+pycuda wraps only streams of its own making and has no graphs; these functions go to the libcuda that it has
+loaded. Contexts and memory remain with pycuda.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from multisa.kernels.cuda.device import Argument, Dim3
+
+LIBRARY = "libcuda.so.1"
+# Relaxed: a first launch of a kernel may load its code, which the stricter modes forbid during a capture.
+CAPTURE_MODE_RELAXED = 2
+NUM_REGS = 4  # CUfunction_attribute
+
+_pointer, _int, _unsigned, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
+_SIGNATURES: dict[str, list[Any]] = {
+    "cuModuleLoadData": [_pointer, ctypes.c_char_p],
+    "cuModuleUnload": [_pointer],
+    "cuModuleGetFunction": [_pointer, _pointer, ctypes.c_char_p],
+    "cuFuncGetAttribute": [_pointer, _int, _pointer],
+    "cuLaunchKernel": [_pointer, *[_unsigned] * 7, _pointer, _pointer, _pointer],
+    "cuMemsetD32Async": [ctypes.c_uint64, _unsigned, _size, _pointer],
+    "cuStreamSynchronize": [_pointer],
+    "cuStreamBeginCapture_v2": [_pointer, _int],
+    "cuStreamEndCapture": [_pointer, _pointer],
+    "cuGraphInstantiateWithFlags": [_pointer, _pointer, ctypes.c_ulonglong],
+    "cuGraphDestroy": [_pointer],
+    "cuGraphLaunch": [_pointer, _pointer],
+    "cuGraphExecDestroy": [_pointer],
+    "cuGetErrorString": [_int, _pointer],
+}
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+
+class Driver:
+    """Thin, typed calls; handles are plain integers. Every call raises DriverError when the driver refuses.
+
+    All but the constructor need a current context.
+    """
+
+    def __init__(self) -> None:
+        """Bind to the driver's library; raises DriverError when there is none."""
+        try:
+            library = ctypes.CDLL(LIBRARY)
+            self._calls = {name: getattr(library, name) for name in _SIGNATURES}
+        except (OSError, AttributeError) as error:
+            raise DriverError(f"{LIBRARY}: {error}; install or update the NVIDIA driver") from error
+        for name, signature in _SIGNATURES.items():
+            self._calls[name].argtypes = signature
+            self._calls[name].restype = _int
+
+    def load_module(self, image: bytes) -> int:
+        """Load a fat binary and return the module."""
+        module = ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), image)
+        return _handle(module)
+
+    def unload_module(self, module: int) -> None:
+        """Unload it."""
+        self._call("cuModuleUnload", module)
+
+    def function(self, module: int, name: str) -> int:
+        """Return a kernel of the module, its code loaded."""
+        function, registers = ctypes.c_void_p(), ctypes.c_int()
+        self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        # Asking for an attribute makes the driver load the code now rather than at the first launch.
+        self._call("cuFuncGetAttribute", ctypes.byref(registers), NUM_REGS, function)
+        return _handle(function)
+
+    def launch(
+        self,
+        function: int,
+        grid: Dim3,
+        block: Dim3,
+        arguments: Sequence[Argument],
+        shared_bytes: int,
+        stream: int,
+    ) -> None:
+        """Queue a launch; the driver copies the arguments before this returns."""
+        values = [np.array(a if isinstance(a, np.generic) else np.uint64(a)) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        self._call("cuLaunchKernel", function, *grid, *block, shared_bytes, stream, pointers, None)
+
+    def fill(self, target: int, value: int, count: int, stream: int) -> None:
+        """Queue writing `count` 32-bit words."""
+        self._call("cuMemsetD32Async", target, value, count, stream)
+
+    def synchronise(self, stream: int) -> None:
+        """Wait until all work queued on the stream is done."""
+        self._call("cuStreamSynchronize", stream)
+
+    def begin_capture(self, stream: int) -> None:
+        """Record what is queued on the stream from now on, instead of running it; not for stream 0."""
+        self._call("cuStreamBeginCapture_v2", stream, CAPTURE_MODE_RELAXED)
+
+    def end_capture(self, stream: int) -> int:
+        """End the recording; return its graph."""
+        graph = ctypes.c_void_p()
+        self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        return _handle(graph)
+
+    def instantiate(self, graph: int) -> int:
+        """Turn a graph into one that can be launched, and give the graph itself back."""
+        executable = ctypes.c_void_p()
+        try:
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, 0)
+        finally:
+            self._call("cuGraphDestroy", graph)
+        return _handle(executable)
+
+    def launch_graph(self, executable: int, stream: int) -> None:
+        """Queue a whole graph."""
+        self._call("cuGraphLaunch", executable, stream)
+
+    def destroy_graph(self, executable: int) -> None:
+        """Free a graph made by `instantiate`."""
+        self._call("cuGraphExecDestroy", executable)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        """Call the driver; raise DriverError with its own words for the status."""
+        status = self._calls[name](*arguments)
+        if status:
+            text = ctypes.c_char_p()
+            self._calls["cuGetErrorString"](status, ctypes.byref(text))
+            said = text.value.decode() if text.value else "unknown error"
+            raise DriverError(f"{name}: {said} (CUDA error {status})")
+
+
+def _handle(pointer: ctypes.c_void_p) -> int:
+    """Return the address in a handle that the driver has filled."""
+    return pointer.value or 0

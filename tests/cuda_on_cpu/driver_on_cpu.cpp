@@ -1,0 +1,126 @@
+// A libcuda.so.1 whose one device is the CPU, for tests: what PycudaDevice asks of pycuda and of the driver is
+// really carried out, on the kernels of the library named by CUDA_ON_CPU_KERNELS. Included by fake_driver.py
+// after functions of all other names, which say that there is no device.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr int invalid_value = 1, not_found = 500, launch_failed = 719, not_permitted = 800;
+
+using Launch = const char *(const char *, const unsigned *, const unsigned *, unsigned long long, const char *, void **,
+                            unsigned);
+using Graph = std::vector<std::function<int()>>;
+
+void *kernels() {
+    static void *const library = dlopen(std::getenv("CUDA_ON_CPU_KERNELS"), RTLD_NOW);
+    return library;
+}
+
+const char *kinds(const char *name) {
+    return reinterpret_cast<const char *(*)(const char *)>(dlsym(kernels(), "cuda_on_cpu_kinds"))(name);
+}
+
+int context_depth = 0;
+int the_context, the_module;  // only their addresses matter
+struct Stream { Graph *capture = nullptr; };
+
+// Runs at once, or is kept when the stream is being captured.
+int queue(Stream *stream, std::function<int()> work) {
+    if (!context_depth) return 201;  // invalid context
+    if (!stream || !stream->capture) return work();
+    stream->capture->push_back(std::move(work));
+    return 0;
+}
+
+}  // namespace
+
+extern "C" {
+int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
+int cuDeviceGetCount(int *count) { return *count = 1, 0; }
+int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? 101 : 0; }
+int cuDeviceGetName(char *name, int length, int) { return std::strncpy(name, "CPU", static_cast<std::size_t>(length)), 0; }
+int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &the_context, 0; }
+int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuCtxPushCurrent_v2(void *) { return ++context_depth, 0; }
+int cuCtxPopCurrent_v2(void **context) { return *context = &the_context, context_depth-- > 0 ? 0 : 201; }
+int cuCtxGetCurrent(void **context) { return *context = context_depth ? &the_context : nullptr, 0; }
+int cuCtxGetDevice(int *device) { return *device = 0; }
+int cuCtxSynchronize() { return 0; }
+int cuMemAlloc_v2(std::uint64_t *address, std::size_t size) {
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 256, size)) return 2;
+    std::memset(memory, 0xff, size);
+    return *address = reinterpret_cast<std::uint64_t>(memory), 0;
+}
+int cuMemFree_v2(std::uint64_t address) { return std::free(reinterpret_cast<void *>(address)), 0; }
+int cuMemcpyHtoD_v2(std::uint64_t target, const void *source, std::size_t size) {
+    return std::memcpy(reinterpret_cast<void *>(target), source, size), 0;
+}
+int cuMemcpyDtoH_v2(void *target, std::uint64_t source, std::size_t size) {
+    return std::memcpy(target, reinterpret_cast<const void *>(source), size), 0;
+}
+int cuMemsetD32Async(std::uint64_t target, unsigned value, std::size_t count, Stream *stream) {
+    return queue(stream, [=] {
+        for (std::size_t i = 0; i < count; ++i) reinterpret_cast<unsigned *>(target)[i] = value;
+        return 0;
+    });
+}
+int cuStreamCreate(Stream **stream, unsigned) { return *stream = new Stream, 0; }
+int cuStreamDestroy_v2(Stream *stream) { return delete stream, 0; }
+int cuStreamSynchronize(Stream *stream) { return stream && stream->capture ? not_permitted : 0; }
+int cuModuleLoadData(void **module, const void *image) {
+    // What nvcc writes begins with this number; anything else is not a fat binary.
+    unsigned magic;
+    std::memcpy(&magic, image, sizeof magic);
+    return *module = &the_module, magic == 0xba55ed50u ? 0 : 200;
+}
+int cuModuleUnload(void *) { return 0; }
+int cuModuleGetFunction(char **function, void *, const char *name) {
+    return kinds(name) ? (*function = strdup(name), 0) : not_found;
+}
+int cuFuncGetAttribute(int *value, int, char *) { return *value = 32, 0; }
+int cuLaunchKernel(char *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, Stream *stream, void **parameters, void **) {
+    const std::string name = function, letters = kinds(function);
+    std::vector<std::uint64_t> values(letters.size());
+    for (std::size_t i = 0; i < letters.size(); ++i)
+        std::memcpy(&values[i], parameters[i], std::string("iIf").find(letters[i]) == std::string::npos ? 8 : 4);
+    return queue(stream, [=]() mutable {
+        const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+        std::vector<void *> pointers;
+        for (std::uint64_t &value : values) pointers.push_back(&value);
+        const auto launch = reinterpret_cast<Launch *>(dlsym(kernels(), "cuda_on_cpu_launch"));
+        return *launch(name.c_str(), grid, block, shared, letters.c_str(), pointers.data(), 0) ? launch_failed : 0;
+    });
+}
+int cuStreamBeginCapture_v2(Stream *stream, int) {
+    if (!stream || stream->capture) return not_permitted;
+    return stream->capture = new Graph, 0;
+}
+int cuStreamEndCapture(Stream *stream, Graph **graph) {
+    *graph = stream->capture;
+    stream->capture = nullptr;
+    return *graph ? 0 : not_permitted;
+}
+int cuGraphInstantiateWithFlags(Graph **executable, Graph *graph, unsigned long long) {
+    return *executable = new Graph(*graph), 0;
+}
+int cuGraphDestroy(Graph *graph) { return delete graph, 0; }
+int cuGraphExecDestroy(Graph *graph) { return delete graph, 0; }
+int cuGraphLaunch(Graph *graph, Stream *stream) {
+    for (const auto &work : *graph)
+        if (const int status = queue(stream, work)) return status;
+    return 0;
+}
+int cuGetErrorString(int error, const char **text) {
+    return *text = error == 100 ? "no CUDA-capable device is detected" : "an error of the driver on the CPU", 0;
+}
+int cuGetErrorName(int, const char **text) { return *text = "CUDA_ERROR", 0; }
+}
