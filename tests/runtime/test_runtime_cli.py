@@ -40,7 +40,7 @@ def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) ->
     (tmp_path / "list.txt").write_text("a\n")
     few = ("--classes", tmp_path / "classes.txt", "--list", tmp_path / "list.txt")
     result = run_cli("evaluate", *folders, *few)
-    assert "red thing" in result.stdout and "1 images" in result.stdout
+    assert "red thing" in result.stdout and result.stdout.endswith("\n1 image\n")
     result = run_cli("evaluate", *folders, *few, "--bundle", bundle.path)
     assert result.exit_code == 2 and "both --classes and --bundle" in result.stderr
 
