@@ -49,7 +49,7 @@ def numbers(parameters: CrfParameters) -> dict[str, Any]:
 
 def require_pydensecrf() -> None:
     """Skip the test where the reference package is missing."""
-    pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 (multisa[reference]) is not installed")
+    pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed")
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=NAMES)
@@ -141,7 +141,7 @@ def test_smallest_image() -> None:
 def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     image, probabilities = scene(2, 4, 4)
-    with pytest.raises(ImportError, match=r"pip install 'multisa\[reference\]'"):
+    with pytest.raises(ImportError, match=r"pip install pydensecrf2 or use backend='native'"):
         dense_crf(image, probabilities, backend="pydensecrf")
 
 

@@ -15,6 +15,8 @@ from multisa.runtime import segment as segment_module
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.cli import COMMANDS, root
 
+INSTALL_EXPORT = 'is not installed: pip install ".[export]" in a clone of the project'
+
 
 def run_cli(*arguments: object) -> Result:
     return CliRunner().invoke(root, [str(argument) for argument in arguments])
@@ -129,8 +131,8 @@ def test_the_default_bundle_is_used(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     ("error", "code", "text"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (ModuleNotFoundError("no torch", name="torch"), 5, "pip install 'multisa[train]'"),
-        (ModuleNotFoundError("no onnx", name="onnx.helper"), 5, "pip install 'multisa[export]'"),
+        (ModuleNotFoundError("no torch", name="torch"), 5, INSTALL_EXPORT),
+        (ModuleNotFoundError("no onnx", name="onnx.helper"), 5, INSTALL_EXPORT),
         (OSError(28, "No space left on device", "out/a.png"), 1, "error: out/a.png: No space left on device"),
     ],
 )
