@@ -32,7 +32,7 @@ def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) ->
     labels = ("--labels", tmp_path / "labels.csv", "--gallery")
     result = run_cli("label", photos, "-o", tmp_path / "pseudo", "--bundle", bundle.path, *labels)
     assert result.exit_code == 0, result.output
-    assert "4 of 5 images have no row" in result.stderr
+    assert "labelled from scores: 4 of 5 images: b.png" in result.stderr
     assert "index.html" in result.stdout and (tmp_path / "pseudo/index.html").is_file()
     folders = (tmp_path / "pseudo/masks", out / "masks")
     result = run_cli("evaluate", *folders, "--bundle", bundle.path, "--json")
@@ -70,6 +70,37 @@ def test_errors_are_one_line(tmp_path: Path, photos: Path) -> None:
 )
 def test_usage_errors(arguments: list[str]) -> None:
     assert run_cli(*arguments).exit_code == 2
+
+
+def test_a_bundle_that_is_not_there_is_a_usage_error(tmp_path: Path, photos: Path) -> None:
+    absent = tmp_path / "absent"
+    for arguments in (("inspect", absent), ("segment", photos, "-o", tmp_path / "o", "--bundle", absent)):
+        result = run_cli(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {absent}: does not exist, expected a bundle folder")
+
+
+def test_what_is_said_of_one_image(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--gallery")
+    result = run_cli("segment", photos / "broken.jpg", *run)
+    assert result.exit_code == 4
+    assert result.stderr.startswith("broken.jpg: not an image")
+    assert "0 images in" in result.stdout and "(0.00/s), 1 failed" in result.stdout
+    assert "masks:" not in result.stdout and "records:" not in result.stdout
+    assert f"failures: {tmp_path / 'out/failed.jsonl'}" in result.stdout
+    result = run_cli("segment", photos / "a.jpg", *run)
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "1 image in" in result.stdout and "failures:" not in result.stdout
+    assert f"masks: {tmp_path / 'out/masks'}, records: {tmp_path / 'out/labels.jsonl'}" in result.stdout
+
+
+def test_the_first_few_failures_are_said(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    for i in range(5):
+        (tmp_path / "bad" / f"{i}.jpg").write_bytes(b"no image")
+    result = run_cli("segment", tmp_path / "bad", "-o", tmp_path / "out", "--bundle", bundle.path)
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["0.jpg", "1.jpg", "2.jpg", "error"]
 
 
 def test_inspect(bundle: Bundle) -> None:
