@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -115,13 +116,24 @@ def test_demo(bundle: Bundle, tmp_path: Path) -> None:
     result = run_cli("demo", "-o", tmp_path / "demo", "--bundle", bundle.path)
     assert result.exit_code == 0, result.output
     assert f"open {tmp_path / 'demo' / 'index.html'}" in result.stdout
+    assert "extension" not in result.stderr  # the package's own files
     page = (tmp_path / "demo/index.html").read_text()
     for run in ("label", "segment"):
         masks = sorted(p.name for p in (tmp_path / "demo" / run / "masks").iterdir())
         assert masks == ["astronaut.png", "chelsea.png", "coffee.png"]
         assert f"{run}/overlays/chelsea.overlay.jpg" in page
     with Image.open(tmp_path / "demo/demo.jpg") as sheet:
-        assert sheet.height == 3 * 244
+        pixels = np.asarray(sheet.convert("L")).astype(int)
+        heights = [360, 239, 240]  # of the photographs, each 360 wide; 32 above them for the captions
+        assert sheet.size == (3 * 360 + 2 * 4, 32 + sum(heights) + 2 * 4)
+    for column in range(3):
+        left = column * 364
+        assert (pixels[:32, left : left + 360] < 100).any()  # a caption
+        top = 32
+        for height in heights:  # no row ends before the column does
+            assert (pixels[top : top + height, left : left + 360] < 250).mean() > 0.9
+            assert (pixels[top + 4 : top + height - 4, left + 350 : left + 360] < 250).mean() > 0.9
+            top += height + 4
 
 
 def test_demo_takes_the_label_file_if_the_bundle_has_its_classes(
