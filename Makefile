@@ -30,7 +30,7 @@ train: $(VENV)/dev  ## train, measure and export the bundle of the package: make
 	cp $(RUN)/run.json benchmarks/results/voc-animals.json
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) build demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
