@@ -154,8 +154,8 @@ def _infer_with_pydensecrf(image: UInt8, probabilities: Float32, parameters: Crf
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:
         raise ImportError(
-            "backend 'pydensecrf' needs the package pydensecrf2; run pip install 'multisa[reference]' "
-            "or use backend='native'"
+            "backend 'pydensecrf' needs the package pydensecrf2; run pip install pydensecrf2 or use "
+            "backend='native'"
         ) from error
     _check_image(image)
     height, width = image.shape[:2]

@@ -33,7 +33,7 @@ from multisa.runtime.images import (
     write_mask,
 )
 from multisa.runtime.manifest import MANIFEST_NAME
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, counted, say
 from multisa.runtime.results import FAILURES, NAME_ERRORS, RECORDS, begin_results, finish_results, mask_of
 
 UInt8 = npt.NDArray[np.uint8]
@@ -50,6 +50,7 @@ class RunOptions:
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     max_pixels: int = MAX_PIXELS
     gallery: bool = False
+    tell_other_files: bool = True  # say how many files of the folder are no images
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +67,20 @@ class Annotation:
 class RunSummary:
     """What a run did and where its time went (stage seconds are summed over the workers)."""
 
-    images: int
-    failures: int
+    images: int  # all that were tried
+    failures: int  # so many of them are not done
     seconds: float
-    images_per_second: float
     stage_seconds: dict[str, float]
+
+    @property
+    def done(self) -> int:
+        """How many images have a mask."""
+        return self.images - self.failures
+
+    @property
+    def images_per_second(self) -> float:
+        """How many images were done in a second."""
+        return self.done / self.seconds
 
 
 class StageClock:
@@ -118,7 +128,7 @@ def run_corpus(
     """
     if options.workers < 1:
         raise UsageError(f"got {options.workers} workers, expected at least 1")
-    _tell_skipped(corpus)
+    _tell_skipped(corpus, options)
     started, start = datetime.now(UTC), time.perf_counter()
     private = out / ".multisa"
     begin_results(out, (image.name for image in corpus.images))
@@ -149,6 +159,8 @@ def run_corpus(
                     done.append(outcome)
                 else:
                     failed.append(outcome)
+                    if len(failed) <= _NAMED:
+                        say(f"{outcome.image}: {outcome.reason}")
                 for name, seconds in outcome.seconds.items():
                     stages[name] = stages.get(name, 0.0) + seconds
                 log.write(_json_line({"image": outcome.image, "seconds": _rounded(outcome.seconds)}))
@@ -159,7 +171,7 @@ def run_corpus(
     if options.gallery:
         write_gallery(out, [item.record for item in done], bundle.manifest, title=f"multisa {command}")
     seconds = time.perf_counter() - start
-    summary = RunSummary(len(corpus.images), len(failed), seconds, len(corpus.images) / seconds, stages)
+    summary = RunSummary(len(corpus.images), len(failed), seconds, stages)
     write_json_atomically(
         private / "run.json", _run_record(command, started, summary, corpus, bundle, options)
     )
@@ -174,7 +186,7 @@ def check_failures(summary: RunSummary, allowed: str, out: Path) -> None:
     limit = failure_limit(allowed, summary.images)
     if summary.failures > limit:
         raise TooManyFailures(
-            f"{summary.failures} of {summary.images} images failed, allowed were {allowed}: "
+            f"{summary.failures} of {counted(summary.images, 'image')} failed, allowed were {allowed}: "
             f"the reasons are in {out / 'failed.jsonl'}"
         )
 
@@ -195,7 +207,7 @@ def describe_summary(summary: RunSummary) -> str:
     stages = sorted(summary.stage_seconds.items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in stages)
     return (
-        f"{summary.images - summary.failures} images in {summary.seconds:.1f} s "
+        f"{counted(summary.done, 'image')} in {summary.seconds:.1f} s "
         f"({summary.images_per_second:.2f}/s), {summary.failures} failed\ntime by stage: {shares}"
     )
 
@@ -252,7 +264,7 @@ def _run_record(
     return {
         "command": command,
         "started": started.isoformat(timespec="seconds"),
-        "images": summary.images,
+        "images": summary.done,
         "failures": summary.failures,
         "skipped": corpus.skipped,
         "seconds": round(summary.seconds, 3),
@@ -264,11 +276,11 @@ def _run_record(
     }
 
 
-def _tell_skipped(corpus: Corpus) -> None:
+def _tell_skipped(corpus: Corpus, options: RunOptions) -> None:
     if corpus.skipped:
         say(f"passed over {len(corpus.skipped)}: {name_some(corpus.skipped)}")
-    if corpus.other_files:
-        say(f"{corpus.other_files} files are no images by their extension")
+    if corpus.other_files and options.tell_other_files:
+        say(f"left out, no image by extension: {counted(corpus.other_files, 'file')}")
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

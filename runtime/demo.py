@@ -4,8 +4,7 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from multisa.runtime.bulk import RunOptions, RunSummary, check_failures
 from multisa.runtime.bundle import Bundle
@@ -23,7 +22,10 @@ PANELS = (
     Panel("multisa label", "overlay", "label/"),
     Panel("multisa segment", "overlay", "segment/"),
 )
-SHEET_HEIGHT = 240  # pixels of each row of the contact sheet
+COLUMN_WIDTH = 360  # pixels of the contact sheet, as the following
+CAPTION_HEIGHT = 32
+CAPTION_SIZE = 18
+GAP = 4  # between rows and between columns
 
 
 def run_demo(out: Path, bundle: Bundle) -> dict[str, RunSummary]:
@@ -32,7 +34,7 @@ def run_demo(out: Path, bundle: Bundle) -> dict[str, RunSummary]:
     Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
     TooManyFailures, before it makes page and sheet, if any photograph failed.
     """
-    options = RunOptions(gallery=True)
+    options = RunOptions(gallery=True, tell_other_files=False)  # they are the package's own
     try:
         labels = read_image_labels(PHOTOGRAPHS / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
@@ -52,16 +54,25 @@ def run_demo(out: Path, bundle: Bundle) -> dict[str, RunSummary]:
 
 
 def _write_contact_sheet(out: Path, names: list[str]) -> None:
-    """Paste the panels of every photograph into one row, the rows into one picture."""
-    rows = []
-    for name in names:
-        pictures = [Image.open(out / p.run / "overlays" / f"{name}.{p.kind}.jpg") for p in PANELS]
-        width = round(pictures[0].width * SHEET_HEIGHT / pictures[0].height)
-        rows.append(np.hstack([np.asarray(picture.resize((width, SHEET_HEIGHT))) for picture in pictures]))
-    widest = max(row.shape[1] for row in rows)
-    sheet = np.vstack(
-        [np.pad(row, ((0, 4), (0, widest - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    )
+    """Write one picture: a captioned column for each panel, a row for each photograph."""
+    rows = [[_read_picture(out, panel, name) for panel in PANELS] for name in names]
+    height = CAPTION_HEIGHT + sum(row[0].height for row in rows) + GAP * (len(rows) - 1)
+    sheet = Image.new("RGB", (COLUMN_WIDTH * len(PANELS) + GAP * (len(PANELS) - 1), height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=CAPTION_SIZE)
+    for column, panel in enumerate(PANELS):
+        left, top = column * (COLUMN_WIDTH + GAP), CAPTION_HEIGHT
+        middle = (left + COLUMN_WIDTH / 2, CAPTION_HEIGHT / 2)
+        draw.text(middle, panel.caption, fill="black", font=font, anchor="mm")
+        for row in rows:
+            sheet.paste(row[column], (left, top))
+            top += row[column].height + GAP
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "JPEG", quality=90)
+    sheet.save(buffer, "JPEG", quality=90)
     write_bytes_atomically(out / "demo.jpg", buffer.getvalue())
+
+
+def _read_picture(out: Path, panel: Panel, name: str) -> Image.Image:
+    """One panel of one photograph, as wide as its column."""
+    with Image.open(out / panel.run / "overlays" / f"{name}.{panel.kind}.jpg") as picture:
+        height = round(picture.height * COLUMN_WIDTH / picture.width)
+        return picture.resize((COLUMN_WIDTH, height), Image.Resampling.LANCZOS)

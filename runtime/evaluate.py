@@ -12,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import ImageError, UsageError
+from multisa.runtime.files import read_user_text
 from multisa.runtime.images import MAX_PIXELS, read_mask
 from multisa.runtime.metrics import confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
+from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.progress import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,7 @@ class Evaluation:
         rows += [("pixel accuracy", f"{pixel_accuracy(self.confusion):7.2%}")]
         lines = [f"{name:<{width}}  {value}" for name, value in [("class", "    IoU"), *rows]]
         left_out = f", {len(self.missing)} without a prediction left out" if self.missing else ""
-        return "\n".join([*lines, f"{self.images} images{left_out}"])
+        return "\n".join([*lines, f"{counted(self.images, 'image')}{left_out}"])
 
 
 def evaluate_masks(
@@ -76,13 +79,13 @@ def evaluate_masks(
         raise UsageError(f"{truth}: no mask found, expected PNG files")
     untrue = sorted(set(wanted) - set(found))
     if untrue:
-        raise UsageError(f"{truth}: {len(untrue)} masks are missing, among them {untrue[0]}.png")
+        raise UsageError(f"{truth}: lacks {counted(len(untrue), 'mask')}, among them {untrue[0]}.png")
     missing = tuple(name for name in wanted if not (prediction / f"{name}.png").is_file())
     present = [name for name in wanted if name not in set(missing)]
     if missing and (not allow_missing or not present):
         hint = f"; did you mean {prediction / 'masks'}?" if (prediction / "masks").is_dir() else ""
         raise UsageError(
-            f"{prediction}: {len(missing)} of {len(wanted)} predictions are missing, among them "
+            f"{prediction}: lacks {len(missing)} of {counted(len(wanted), 'prediction')}, among them "
             f"{missing[0]}.png: add them or allow it (--allow-missing){hint}"
         )
     confusion = np.zeros((len(classes), len(classes)), np.int64)
@@ -112,11 +115,7 @@ def read_mask_names(path: Path) -> tuple[str, ...]:
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(line.strip() for line in read_user_text(path).splitlines() if line.strip())
 
 
 def _each_once(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -130,6 +129,12 @@ def _each_once(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _confusion(prediction: Path, truth: Path, n_classes: int, *, max_pixels: int) -> npt.NDArray[np.int64]:
     answer, expected = (read_mask(path, max_pixels=max_pixels) for path in (prediction, truth))
+    highest = int(expected[expected != IGNORE_INDEX].max(initial=0))
+    if highest >= n_classes:
+        raise ImageError(
+            f"{truth}: truth holds class {highest}, expected 0..{n_classes - 1} or {IGNORE_INDEX}: name the "
+            "classes of its ids with --classes; the predictions must have the same ids"
+        )
     try:
         return confusion_matrix(answer, expected, n_classes)
     except ValueError as error:

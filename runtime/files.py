@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old bytes or the new ones, never half of them."""
+"""Writing files so that a reader sees the old bytes or the new ones; reading what arguments name."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from multisa.runtime.errors import UsageError
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
@@ -24,6 +26,21 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_user_text(path: Path) -> str:
+    """Text of a file that an argument names: UTF-8, a byte order mark left out.
+
+    Raises UsageError saying what keeps it from being read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: not found, expected a text file") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def write_json_atomically(path: Path, value: Mapping[str, Any]) -> None:

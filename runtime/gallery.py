@@ -19,11 +19,13 @@ from PIL import Image
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.images import resize_image, resize_mask, working_size
 from multisa.runtime.manifest import Manifest
+from multisa.runtime.progress import counted
 
 UInt8 = npt.NDArray[np.uint8]
 
 LONG_SIDE = 640  # of the pictures on the page
 OPACITY = 0.5  # of the mask over the photograph
+SMALLEST_SHARE = 0.0005  # of a photograph's pixels that the page names a class with: less would be 0.0 %
 
 _JPEG_QUALITY = 88
 
@@ -77,12 +79,12 @@ def write_gallery(
     Their pictures must have been written by `write_overlay`.
     """
     colours = dict(zip(manifest.classes, manifest.palette, strict=True))
-    shown = {name for record in records for name in record["pixel_shares"]} - {manifest.classes[0]}
+    shown = {name for record in records for name in _shares(record, manifest.classes[0])}
     legend = "".join(_chip(name, colours[name]) for name in manifest.foreground if name in shown)
     page = _PAGE.substitute(
         title=escape(title),
         bundle=escape(manifest.name),
-        count=f"{len(records)} image{'' if len(records) == 1 else 's'}",
+        count=counted(len(records), "image"),
         legend=legend,
         panels=len(panels),
         cards="\n".join(_card(record, panels, colours, manifest.classes[0]) for record in records),
@@ -131,8 +133,7 @@ def _card(
             (escape(quote(panel.run + _picture(name, panel.kind))), escape(panel.caption)) for panel in panels
         )
     )
-    shares = {key: share for key, share in record["pixel_shares"].items() if key != background}
-    ordered = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+    ordered = sorted(_shares(record, background).items(), key=lambda item: (-item[1], item[0]))
     chips = "".join(_chip(key, colours[key], f"{share:.1%}") for key, share in ordered)
     bar = "".join(
         f'<i style="width:{share:.2%};background:{_css(colours[key])}"></i>' for key, share in ordered
@@ -145,6 +146,12 @@ def _card(
         f'<p class="facts">{record["width"]} × {record["height"]} · confidence {record["confidence"]:.1%} · '
         f'<a href="{mask}">mask</a></p></article>'
     )
+
+
+def _shares(record: Mapping[str, Any], background: str) -> dict[str, float]:
+    """The classes that the page names of an image, and their shares of its pixels."""
+    shares = record["pixel_shares"].items()
+    return {name: share for name, share in shares if name != background and share >= SMALLEST_SHARE}
 
 
 def _chip(name: str, colour: Sequence[int], share: str = "") -> str:

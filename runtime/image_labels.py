@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from multisa.runtime.errors import UsageError
+from multisa.runtime.files import read_user_text
 
 HEADER = ["image", "labels"]
 
@@ -97,10 +98,7 @@ def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"{path}: got a file ending in {path.suffix!r}, expected .csv or .json")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    text = read_user_text(path)
     rows: dict[str, Labels] = {}
     places: dict[str, str] = {}
     for place, image, names in reader(path, text, classes):

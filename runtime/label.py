@@ -27,7 +27,7 @@ from multisa.runtime.errors import EngineError, ImageError
 from multisa.runtime.image_labels import ImageLabels, Labels
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.postprocess import PseudoMask, pseudo_mask, walk_scores
-from multisa.runtime.progress import say
+from multisa.runtime.progress import counted, say
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
@@ -127,9 +127,10 @@ def _matched_labels(corpus: Corpus, labels: ImageLabels) -> dict[str, Labels]:
     unused = labels.unused(relatives)
     if missing:
         say(
-            f"{len(missing)} of {len(relatives)} images have no row in {labels.path} and are labelled from "
-            f"scores: {name_some(missing)}"
+            f"without a row in {labels.path} and labelled from scores: {len(missing)} of "
+            f"{counted(len(relatives), 'image')}: {name_some(missing)}"
         )
     if unused:
-        say(f"{len(unused)} rows of {labels.path} are about none of the images: {name_some(unused)}")
+        rows = counted(len(unused), "row")
+        say(f"about none of the images: {rows} of {labels.path}: {name_some(unused)}")
     return matched

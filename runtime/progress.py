@@ -15,6 +15,11 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: "1 image", "2 images"; `noun` is one that takes an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Progress:
     """Counts finished items; a context manager. `initial` of the total were done before and have no rate.
 

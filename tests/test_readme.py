@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli import COMMANDS
 from multisa.training.calibration import BACKGROUND_SAMPLE
 from multisa.training.checks import check_networks
@@ -46,6 +47,14 @@ def test_results_are_of_one_training() -> None:
     ):
         (found,) = script["disagreements"](run, {**engine, **change}, bundle)
         assert problem in found
+
+
+def test_what_is_said_of_the_packaged_bundle() -> None:
+    (sample,) = re.findall(r"chosen with the masks of (\d+) train\nphotographs", README)
+    assert re.search(rf"on a sample of {sample}\s+of those", README)
+    manifest = load_bundle(default_bundle_path()).manifest
+    assert f"in the order of their ids from 1: {', '.join(manifest.foreground)}." in README
+    assert f"the bundle's ids ({manifest.foreground[0]} = 1, ...)" in README
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -114,10 +114,7 @@ class AffinityNet(nn.Module):
 
 
 def affinity_from_features(features: Tensor, radius: int) -> Tensor:
-    """exp(-mean_d |f_i - f_j|): [N, D, h, w] -> [N, P, h, w]; 0 where the partner is outside the grid.
-
-    Every grid will do in eager mode; exported with free sizes, none may be smaller than radius - 1 cells.
-    """
+    """exp(-mean_d |f_i - f_j|): [N, D, h, w] -> [N, P, h, w]; 0 where the partner is outside the grid."""
     planes = []
     for dy, dx in stencil_offsets(radius):
         here, there = _pair(features, dy, dx)

@@ -6,11 +6,10 @@ from dataclasses import replace
 import torch
 
 from multisa.runtime.errors import DatasetError, ImageError, UsageError
-from multisa.runtime.images import MINIMUM_SIDE, read_mask
+from multisa.runtime.images import read_mask
 from multisa.runtime.palette import IGNORE_INDEX
 from multisa.runtime.progress import say
 from multisa.training.affinity import build_affinity_net
-from multisa.training.affinity_net import head_stride
 from multisa.training.backbones import check_weights
 from multisa.training.cams import build_cam_network
 from multisa.training.config import TrainConfig
@@ -31,20 +30,10 @@ def check_run(config: TrainConfig, dataset: DataSet) -> None:
 def check_networks(config: TrainConfig, n_classes: int) -> None:
     """Build the three networks without storage or weights; n_classes counts the background.
 
-    Raises UsageError for a backbone, weights, taps, a head or a radius that do not exist or do not go
-    together.
+    Raises UsageError for a backbone, weights, taps or a head that do not exist or do not go together.
     """
     for part in (config.cam, config.affinity, config.segmenter):
         check_weights(part.backbone, part.weights)
-    largest = MINIMUM_SIDE // head_stride(config.affinity.head) + 1
-    # The boundary head pads and takes any radius. The slices of the other must fit the smallest grid: a graph
-    # with free sizes has to be sure of that.
-    if config.affinity.head == "features" and config.label.walk_radius > largest:
-        raise UsageError(
-            f"label.walk_radius: got {config.label.walk_radius}, expected at most {largest} with "
-            f"affinity.head=features, whose graph must take photographs of {MINIMUM_SIDE} pixels: lower it "
-            "or choose the boundary head"
-        )
     with torch.device("meta"):
         build_cam_network(replace(config.cam, weights="none"), n_classes)
         build_affinity_net(replace(config.affinity, weights="none"))

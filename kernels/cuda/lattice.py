@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from multisa.kernels.cuda.device import Device, Workspace, divide_up
 from multisa.kernels.cuda.sort import Sorter
-from multisa.kernels.permutohedral import FEATURE_LIMIT, NORM_FLOOR
 
+# As in csrc/cpu/lattice.cpp: the norm below which a pixel is not divided further, and the largest feature.
+NORM_FLOOR = 1e-20
+FEATURE_LIMIT = 2.0**16  # standard deviations
 THREADS = 256  # a block, in all kernels of the lattice
 SPLAT_VERTICES = 32  # splat_vertices
 STRIDING_BLOCKS = 2048  # enough to fill a device; threads stride over the rest
@@ -99,7 +101,7 @@ def lattice_geometry(
 
 
 def _scales(dimension: int) -> npt.NDArray[np.float32]:
-    """Return the factors of the elevation, rounded as in multisa.kernels.permutohedral: float32 [d]."""
+    """Return the factors of the elevation, rounded as pydensecrf rounds them: float32 [d]."""
     deviation = float(np.float32(math.sqrt(2 / 3) * (dimension + 1)))
     axes = range(1, dimension + 1)
     return np.array([1 / math.sqrt(axis * (axis + 1)) * deviation for axis in axes], dtype=np.float32)

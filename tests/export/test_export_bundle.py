@@ -20,6 +20,7 @@ from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.graphs import AffinityPhotographs
 from multisa.export.parity import LIMITS, check_parity
 from multisa.export.to_onnx import OPSET, onnx_from_module
+from multisa.kernels import stencil_offsets
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.cli import root as root_command
 from multisa.runtime.engine import AFFINITY, CAM, OnnxRuntimeEngine
@@ -180,13 +181,17 @@ def test_another_data_set_than_the_runs_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("taps", "head", "stride"), [((), "boundary", 4), ((4,), "features", 8), ((1, 3), "boundary", 4)]
+    ("taps", "head", "stride", "radius"),
+    # With radius 10, pairs of the feature head reach beyond the grid of the photograph below.
+    [((), "boundary", 4, 5), ((4,), "features", 8, 10), ((1, 3), "boundary", 4, 5)],
 )
-def test_other_taps_and_heads_export_alike(taps: tuple[int, ...], head: str, stride: int) -> None:
+def test_other_taps_and_heads_export_alike(
+    taps: tuple[int, ...], head: str, stride: int, radius: int
+) -> None:
     torch.manual_seed(0)
     backbone = Backbone("test_efficientnet", weights="none").eval()
     cam = MultiSACAM(backbone, taps=taps, n_classes=2).eval()
-    affinity = AffinityPhotographs(AffinityNet(backbone, head=head), 5).eval()
+    affinity = AffinityPhotographs(AffinityNet(backbone, head=head), radius).eval()
     exported = MultiScaleCAM(FoldedMultiSACAM(cam), scales=(0.5, 1.0)).eval()
     image = np.random.default_rng(1).integers(0, 256, (1, 97, 66, 3)).astype(np.uint8)
     for contract, reference, module in (
@@ -201,4 +206,5 @@ def test_other_taps_and_heads_export_alike(taps: tuple[int, ...], head: str, str
             got = engine.run(image)
         for name, tensor in zip(contract.outputs, expected, strict=True):
             np.testing.assert_allclose(got[name], tensor.numpy(), atol=1e-4)
-    assert got["affinity"].shape == (1, 34, -(-97 // stride), -(-66 // stride))
+    planes = len(stencil_offsets(radius))
+    assert got["affinity"].shape == (1, planes, -(-97 // stride), -(-66 // stride))

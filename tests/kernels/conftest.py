@@ -1,6 +1,7 @@
-"""Lets the tests of this folder import the modules that run CUDA kernels on the CPU."""
+"""Lets the tests of this folder import each other's helpers and those that run CUDA kernels on the CPU."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_on_cpu"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "cuda_on_cpu")]

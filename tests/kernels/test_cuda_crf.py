@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from cpu_device import SOURCES, CpuDevice, build
 from crf_checks import IRN, PSA, infer, prepare, refine, scene
+from permutohedral_reference import GaussianFilter
 
 from multisa.kernels import CrfParameters, dense_crf
 from multisa.kernels.cuda.crf import DeviceCRF
 from multisa.kernels.cuda.lattice import lattice_geometry
 from multisa.kernels.cuda.sort import Sorter
-from multisa.kernels.permutohedral import GaussianFilter
 
 FEW = replace(PSA, iterations=3)
 

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from permutohedral_reference import GaussianFilter
+
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
-from multisa.kernels.permutohedral import GaussianFilter
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -49,7 +50,7 @@ def numbers(parameters: CrfParameters) -> dict[str, Any]:
 
 def require_pydensecrf() -> None:
     """Skip the test where the reference package is missing."""
-    pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 (multisa[reference]) is not installed")
+    pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed")
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=NAMES)
@@ -103,6 +104,60 @@ def test_label_parity_with_pydensecrf(n_labels: int) -> None:
     assert (belief.argmax(axis=0) != labels).any()
 
 
+def test_filters_are_those_of_the_numpy_reference() -> None:
+    image, probabilities = scene(4, 40, 52, seed=3)
+    y, x = np.indices((40, 52), dtype=np.float32).reshape(2, -1)
+    position = np.stack([x, y])
+    colour = image.reshape(-1, 3).T.astype(np.float32)
+    spatial = GaussianFilter(position / np.float32(3))
+    bilateral = GaussianFilter(np.concatenate([position / np.float32(80), colour / np.float32(13)]))
+    unary = -np.log(probabilities.reshape(4, -1).clip(1e-5, 1)).T
+    belief = np.exp(-unary) / np.exp(-unary).sum(axis=1, keepdims=True)
+    for _ in range(PSA.iterations):
+        logits = 3 * spatial(belief.astype(np.float32)) + 10 * bilateral(belief.astype(np.float32)) - unary
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        belief = powers / powers.sum(axis=1, keepdims=True)
+    refined = DenseCRF(image).infer(probabilities)
+    np.testing.assert_allclose(refined.reshape(4, -1).T, belief, atol=1e-4)
+
+
+def test_absent_labels_take_no_part() -> None:
+    image, probabilities = scene(3, 30, 40)
+    among = np.zeros((21, 30, 40), np.float32)
+    among[[0, 7, 20]] = probabilities
+    refined = dense_crf(image, among)
+    np.testing.assert_array_equal(refined[[0, 7, 20]], dense_crf(image, probabilities))
+    assert refined.sum(axis=0) == pytest.approx(1, abs=1e-5)
+    # Where no label is present, all of them are.
+    nothing = dense_crf(image, np.zeros((3, 30, 40), np.float32))
+    assert nothing == pytest.approx(1 / 3, abs=1e-5)
+
+
+def test_read_only_image() -> None:
+    image, probabilities = scene(3, 30, 40)
+    expected = dense_crf(image, probabilities)
+    image.setflags(write=False)
+    probabilities.setflags(write=False)
+    np.testing.assert_array_equal(dense_crf(image, probabilities), expected)
+
+
+@pytest.mark.parametrize("labels", [1, 4, 5, 9, 17, 25, 40])
+def test_batches_are_single_images(labels: int) -> None:
+    scenes = [scene(labels, 20, 27, seed) for seed in range(3)]
+    images, probabilities = (np.stack(arrays) for arrays in zip(*scenes, strict=True))
+    refined = dense_crf(images, probabilities)
+    for index, (image, maps) in enumerate(scenes):
+        np.testing.assert_array_equal(refined[index], dense_crf(image, maps))
+
+
+def test_permuted_labels_give_permuted_beliefs() -> None:
+    image, probabilities = scene(5, 30, 40)
+    order = [3, 0, 4, 1, 2]
+    np.testing.assert_allclose(
+        dense_crf(image, probabilities[order]), dense_crf(image, probabilities)[order], atol=1e-4
+    )
+
+
 def test_one_crf_serves_several_unaries() -> None:
     image, probabilities = scene(3, 40, 52)
     _, others = scene(4, 40, 52, seed=1)
@@ -141,7 +196,7 @@ def test_smallest_image() -> None:
 def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     image, probabilities = scene(2, 4, 4)
-    with pytest.raises(ImportError, match=r"pip install 'multisa\[reference\]'"):
+    with pytest.raises(ImportError, match=r"pip install pydensecrf2 or use backend='native'"):
         dense_crf(image, probabilities, backend="pydensecrf")
 
 
@@ -162,7 +217,7 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         ({"bilateral_srgb": float("nan")}, ValueError, "bilateral_srgb: got nan"),
         ({"bilateral_compat": -1.0}, ValueError, "bilateral_compat: got -1"),
         ({"spatial_sxy": 1e-6}, ValueError, "use larger standard deviations"),
-        ({"backend": "cuda"}, ValueError, "native, pydensecrf"),
+        ({"backend": "gpu"}, ValueError, "auto, cpu, cuda, pydensecrf"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -191,7 +246,7 @@ def test_bad_labels(arguments: tuple[Any, ...], error: type[Exception], message:
 
 def test_lattice_too_fine_for_its_keys() -> None:
     image = np.random.default_rng(5).integers(0, 256, (30, 30, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match=r"bits a vertex.*larger standard deviations"):
+    with pytest.raises(ValueError, match=r"bits for a vertex.*larger standard deviations"):
         DenseCRF(image, replace(PSA, bilateral_srgb=0.01))
 
 

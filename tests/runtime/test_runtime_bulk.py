@@ -107,8 +107,8 @@ def test_label_classes_from_file_and_from_scores(
     assert set(other["classes"]) == {name for name, score in other["scores"].items() if score >= 0.3}
     assert other["classes"]
     errors = capsys.readouterr().err
-    assert "3 of 6 images have no row" in errors and "broken.jpg, deep/d.png, turned.jpg" in errors
-    assert "1 rows of" in errors and "gone.jpg" in errors
+    assert "labelled from scores: 3 of 6 images: broken.jpg, deep/d.png, turned.jpg" in errors
+    assert f"about none of the images: 1 row of {tmp_path / 'labels.csv'}: gone.jpg" in errors
 
 
 def test_label_finds_the_red_square(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -141,6 +141,8 @@ def test_private_records(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     label_images(photos, tmp_path / "out", bundle=bundle, options=RunOptions(workers=2))
     run = json.loads((tmp_path / "out/.multisa/run.json").read_text())
     assert run["command"] == "label" and run["workers"] == 2 and run["bundle"]["name"] == "tiny"
+    assert (run["images"], run["failures"]) == (5, 1)  # one that failed is not done
+    assert run["images_per_second"] == pytest.approx(5 / run["seconds"], rel=0.05)
     assert {"read", "cam", "affinity", "walk", "crf", "write"} == set(run["stage_seconds"])
     log = records(tmp_path / "out/.multisa", "log.jsonl")
     assert [row["image"] for row in log] == [image.relative for image in find_images(photos).images]
@@ -151,6 +153,19 @@ def test_notes_are_recorded(bundle: Bundle, tmp_path: Path) -> None:
     Image.new("RGBA", (64, 64), (0, 0, 0, 9)).save(tmp_path / "glass.png")
     segment_images(tmp_path / "glass.png", tmp_path / "out", bundle=bundle)
     assert records(tmp_path / "out")[0]["notes"] == ["transparency laid on white"]
+
+
+def test_other_files_are_counted(
+    photos: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, names in ((1, ["a.txt"]), (2, ["a.txt", "b.txt"])):
+        for name in names:
+            (photos / name).touch()
+        segment_images(photos, tmp_path / "out", bundle=bundle)
+        files = "1 file" if number == 1 else "2 files"
+        assert f"left out, no image by extension: {files}\n" in capsys.readouterr().err
+    segment_images(photos, tmp_path / "out", bundle=bundle, options=RunOptions(tell_other_files=False))
+    assert "extension" not in capsys.readouterr().err
 
 
 def test_workers_must_be_positive(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -234,10 +249,11 @@ def test_failure_limit_errors(allowed: str) -> None:
 
 
 def test_check_failures_and_summary() -> None:
-    summary = RunSummary(10, 2, 4.0, 2.5, {"read": 1.0, "crf": 3.0})
+    summary = RunSummary(10, 2, 4.0, {"read": 1.0, "crf": 3.0})
     check_failures(summary, "2", Path("out"))
     check_failures(summary, "20%", Path("out"))
     with pytest.raises(TooManyFailures, match="2 of 10 images failed, allowed were 1") as caught:
         check_failures(summary, "1", Path("out"))
     assert isinstance(caught.value, MultisaError) and caught.value.exit_code == 4
-    assert "crf 75%, read 25%" in describe_summary(summary)
+    text = describe_summary(summary)
+    assert "8 images in 4.0 s (2.00/s), 2 failed" in text and "crf 75%, read 25%" in text

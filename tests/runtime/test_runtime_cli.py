@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -14,6 +15,8 @@ from multisa.runtime import commands, demo
 from multisa.runtime import segment as segment_module
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.cli import COMMANDS, root
+
+INSTALL_EXPORT = 'is not installed: pip install ".[export]" in a clone of the project'
 
 
 def run_cli(*arguments: object) -> Result:
@@ -30,7 +33,7 @@ def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) ->
     labels = ("--labels", tmp_path / "labels.csv", "--gallery")
     result = run_cli("label", photos, "-o", tmp_path / "pseudo", "--bundle", bundle.path, *labels)
     assert result.exit_code == 0, result.output
-    assert "4 of 5 images have no row" in result.stderr
+    assert "labelled from scores: 4 of 5 images: b.png" in result.stderr
     assert "index.html" in result.stdout and (tmp_path / "pseudo/index.html").is_file()
     folders = (tmp_path / "pseudo/masks", out / "masks")
     result = run_cli("evaluate", *folders, "--bundle", bundle.path, "--json")
@@ -40,7 +43,7 @@ def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) ->
     (tmp_path / "list.txt").write_text("a\n")
     few = ("--classes", tmp_path / "classes.txt", "--list", tmp_path / "list.txt")
     result = run_cli("evaluate", *folders, *few)
-    assert "red thing" in result.stdout and "1 images" in result.stdout
+    assert "red thing" in result.stdout and result.stdout.endswith("\n1 image\n")
     result = run_cli("evaluate", *folders, *few, "--bundle", bundle.path)
     assert result.exit_code == 2 and "both --classes and --bundle" in result.stderr
 
@@ -70,6 +73,37 @@ def test_usage_errors(arguments: list[str]) -> None:
     assert run_cli(*arguments).exit_code == 2
 
 
+def test_a_bundle_that_is_not_there_is_a_usage_error(tmp_path: Path, photos: Path) -> None:
+    absent = tmp_path / "absent"
+    for arguments in (("inspect", absent), ("segment", photos, "-o", tmp_path / "o", "--bundle", absent)):
+        result = run_cli(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {absent}: does not exist, expected a bundle folder")
+
+
+def test_what_is_said_of_one_image(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--gallery")
+    result = run_cli("segment", photos / "broken.jpg", *run)
+    assert result.exit_code == 4
+    assert result.stderr.startswith("broken.jpg: not an image")
+    assert "0 images in" in result.stdout and "(0.00/s), 1 failed" in result.stdout
+    assert "masks:" not in result.stdout and "records:" not in result.stdout
+    assert f"failures: {tmp_path / 'out/failed.jsonl'}" in result.stdout
+    result = run_cli("segment", photos / "a.jpg", *run)
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "1 image in" in result.stdout and "failures:" not in result.stdout
+    assert f"masks: {tmp_path / 'out/masks'}, records: {tmp_path / 'out/labels.jsonl'}" in result.stdout
+
+
+def test_the_first_few_failures_are_said(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    for i in range(5):
+        (tmp_path / "bad" / f"{i}.jpg").write_bytes(b"no image")
+    result = run_cli("segment", tmp_path / "bad", "-o", tmp_path / "out", "--bundle", bundle.path)
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["0.jpg", "1.jpg", "2.jpg", "error"]
+
+
 def test_inspect(bundle: Bundle) -> None:
     result = run_cli("inspect", bundle.path)
     assert result.exit_code == 0 and "files (all verified)" in result.stdout
@@ -82,13 +116,24 @@ def test_demo(bundle: Bundle, tmp_path: Path) -> None:
     result = run_cli("demo", "-o", tmp_path / "demo", "--bundle", bundle.path)
     assert result.exit_code == 0, result.output
     assert f"open {tmp_path / 'demo' / 'index.html'}" in result.stdout
+    assert "extension" not in result.stderr  # the package's own files
     page = (tmp_path / "demo/index.html").read_text()
     for run in ("label", "segment"):
         masks = sorted(p.name for p in (tmp_path / "demo" / run / "masks").iterdir())
         assert masks == ["astronaut.png", "chelsea.png", "coffee.png"]
         assert f"{run}/overlays/chelsea.overlay.jpg" in page
     with Image.open(tmp_path / "demo/demo.jpg") as sheet:
-        assert sheet.height == 3 * 244
+        pixels = np.asarray(sheet.convert("L")).astype(int)
+        heights = [360, 239, 240]  # of the photographs, each 360 wide; 32 above them for the captions
+        assert sheet.size == (3 * 360 + 2 * 4, 32 + sum(heights) + 2 * 4)
+    for column in range(3):
+        left = column * 364
+        assert (pixels[:32, left : left + 360] < 100).any()  # a caption
+        top = 32
+        for height in heights:  # no row ends before the column does
+            assert (pixels[top : top + height, left : left + 360] < 250).mean() > 0.9
+            assert (pixels[top + 4 : top + height - 4, left + 350 : left + 360] < 250).mean() > 0.9
+            top += height + 4
 
 
 def test_demo_takes_the_label_file_if_the_bundle_has_its_classes(
@@ -129,8 +174,8 @@ def test_the_default_bundle_is_used(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     ("error", "code", "text"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (ModuleNotFoundError("no torch", name="torch"), 5, "pip install 'multisa[train]'"),
-        (ModuleNotFoundError("no onnx", name="onnx.helper"), 5, "pip install 'multisa[export]'"),
+        (ModuleNotFoundError("no torch", name="torch"), 5, INSTALL_EXPORT),
+        (ModuleNotFoundError("no onnx", name="onnx.helper"), 5, INSTALL_EXPORT),
         (OSError(28, "No space left on device", "out/a.png"), 1, "error: out/a.png: No space left on device"),
     ],
 )

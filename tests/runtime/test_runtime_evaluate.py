@@ -38,7 +38,7 @@ def test_figures(tmp_path: Path) -> None:
 def test_missing_predictions(tmp_path: Path) -> None:
     truth = save(tmp_path / "gt", a=TRUTH, b=TRUTH)
     guess = save(tmp_path / "pred", a=GUESS)
-    with pytest.raises(UsageError, match=r"1 of 2 predictions are missing, among them b\.png"):
+    with pytest.raises(UsageError, match=r"lacks 1 of 2 predictions, among them b\.png"):
         evaluate_masks(guess, truth, CLASSES)
     result = evaluate_masks(guess, truth, CLASSES, allow_missing=True)
     assert result.images == 1 and result.missing == ("b",)
@@ -67,6 +67,13 @@ def test_masks_that_do_not_fit(tmp_path: Path, guess: np.ndarray, match: str) ->
         evaluate_masks(save(tmp_path / "pred", a=guess), truth, CLASSES)
 
 
+def test_truth_of_other_classes_names_its_file(tmp_path: Path) -> None:
+    truth = save(tmp_path / "gt", a=np.where(TRUTH == 2, 17, TRUTH).astype(np.uint8))
+    match = r"gt/a\.png: truth holds class 17, expected 0\.\.3 or 255: .*--classes"
+    with pytest.raises(ImageError, match=match):
+        evaluate_masks(save(tmp_path / "pred", a=GUESS), truth, CLASSES)
+
+
 def test_usage_errors(tmp_path: Path) -> None:
     truth = save(tmp_path / "gt", a=np.full_like(TRUTH, 255))
     guess = save(tmp_path / "pred", a=GUESS)
@@ -74,7 +81,7 @@ def test_usage_errors(tmp_path: Path) -> None:
         evaluate_masks(tmp_path / "absent", truth, CLASSES)
     with pytest.raises(UsageError, match="every pixel is marked as ignored"):
         evaluate_masks(guess, truth, CLASSES)
-    with pytest.raises(UsageError, match=r"1 masks are missing, among them x\.png"):
+    with pytest.raises(UsageError, match=r"gt: lacks 1 mask, among them x\.png"):
         evaluate_masks(guess, truth, CLASSES, names=("x",))
     (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match="no mask found"):
@@ -91,8 +98,10 @@ def test_read_names(tmp_path: Path) -> None:
             path.write_text(text)
             with pytest.raises(UsageError, match=match):
                 read(path)
-        with pytest.raises(UsageError, match="cannot be read"):
+        with pytest.raises(UsageError, match="absent: not found"):
             read(tmp_path / "absent")
+        with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+            read(tmp_path)
     path.write_text("a\na.png\n")
     assert read_class_names(path) == ("a", "a.png")
     with pytest.raises(UsageError, match="more than once"):

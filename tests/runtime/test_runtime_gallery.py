@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from multisa.runtime.bulk import RunOptions
-from multisa.runtime.bundle import Bundle
-from multisa.runtime.gallery import overlay
+from multisa.runtime.bundle import Bundle, Manifest
+from multisa.runtime.gallery import overlay, write_gallery
 from multisa.runtime.segment import segment_images
 
 ODD_NAME = "<script>alert('x')</script>&\" 100%#?.png".replace("/", "∕")
@@ -60,6 +60,15 @@ def test_page_is_complete(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for part in ("5 images", "red thing", "rgb(200 40 40)", "prefers-color-scheme: dark", "confidence"):
         assert part in text
+
+
+def test_shares_that_round_to_nothing_are_not_shown(tmp_path: Path, manifest: Manifest) -> None:
+    facts = {"image": "a.jpg", "mask": "masks/a.png", "width": 9, "height": 9, "confidence": 0.9}
+    shares = {"background": 0.9991, "red thing": 0.0005, "green": 0.0004}
+    write_gallery(tmp_path, [{**facts, "pixel_shares": shares}], manifest, title="t")
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "red thing <b>0.1%</b>" in text and text.count("red thing") == 2  # in the legend, too
+    assert "green" not in text and ">0.0%" not in text
 
 
 def test_pictures_are_shrunk(tmp_path: Path, bundle: Bundle) -> None:

@@ -43,6 +43,28 @@ def test_images_inside_the_results_are_refused_and_kept(
     assert contents(out) == before
 
 
+def test_output_in_the_folder_of_the_one_image_is_refused(
+    photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "alias.jpg").symlink_to(photos / "a.jpg")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/masks").symlink_to(photos / "masks", target_is_directory=True)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(photos)
+    for image, out in (
+        ("a.jpg", "."),
+        ("a.jpg", photos),
+        ("a.jpg", "deep/.."),
+        ("deep/c.jpg", "deep"),
+        (tmp_path / "alias.jpg", photos),
+        ("a.jpg", tmp_path / "linked"),
+    ):
+        with pytest.raises(UsageError, match="results would lie beside the image"):
+            segment_images(Path(image), Path(out), bundle=bundle)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert segment_images(Path("a.jpg"), Path("out"), bundle=bundle).failures == 0
+
+
 def test_images_reached_through_links_are_kept(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     before = contents(photos)
     for name, place, target in (

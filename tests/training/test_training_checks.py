@@ -34,7 +34,6 @@ def test_presets_name_networks_that_can_be_built(name: str) -> None:
         (["segmenter.weights=packaged"], "no packaged weights"),
         (["cam.taps=[2, 9]"], r"expected ascending levels of the backbone, 0\.\.4"),
         (["affinity.backbone=test_vit", "affinity.head=features"], "backbone"),
-        (["affinity.head=features", "label.walk_radius=10"], "got 10, expected at most 9 with affinity.head"),
         (["label.class_gain=[1.0]"], "got 1 numbers, expected 2"),
         (["label.class_gain=[1.0, 2.0]", "background_from=train-masks-per-class"], "leave out one"),
     ],
