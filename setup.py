@@ -58,8 +58,8 @@ setup(
             depends=sorted(str(path) for path in SOURCES.glob("*.*")),
             include_dirs=[str(SOURCES)],
             cxx_std=17,
-            # -Wno-psabi: vectors are passed between inlined functions only. Without the last, GCC moves the loads
-            # of the unrolled walk away from their use and spills what does not fit the registers (5 % slower).
+            # -Wno-psabi: vectors are passed between inlined functions only. Without the last, GCC moves the
+            # loads of the unrolled walk away from their use, and spills what does not fit the registers.
             extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi", "-fno-schedule-insns2"],
         )
     ],

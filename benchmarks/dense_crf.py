@@ -85,7 +85,9 @@ def floor(row: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     repeats = 3 if parser.parse_args().quick else 9
     machine = peaks()

@@ -2,8 +2,8 @@
 
     python benchmarks/random_walk.py            # five minutes; --quick leaves out the dense squaring
 
-Dense squaring is what psa, irn and PuzzleCAM do: the transition matrix of the whole grid, squared eight times.
-SciPy does the same walk as ours on a sparse matrix. Writes benchmarks/results/random_walk.json.
+Dense squaring is what psa, irn and PuzzleCAM do: the transition matrix of the whole grid, squared eight
+times. SciPy does the same walk as ours on a sparse matrix. Writes benchmarks/results/random_walk.json.
 """
 
 import argparse
@@ -139,7 +139,9 @@ def scaling(repeats: int) -> list[dict[str, float]]:
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="without the dense squaring, fewer repeats")
     options = parser.parse_args()
     repeats = 5 if options.quick else 15
@@ -151,7 +153,12 @@ def main() -> None:
     results = {
         "environment": environment("scipy", "torch"),
         "peaks": machine,
-        "parameters": {"radius": RADIUS, "beta": BETA, "steps": STEPS, "threads": "1; dense squaring all cores"},
+        "parameters": {
+            "radius": RADIUS,
+            "beta": BETA,
+            "steps": STEPS,
+            "threads": "1; dense squaring all cores",
+        },
         "comparisons": [{**rows, "floor": floor(rows, machine)} for rows in comparisons],
         "scaling": scaling(repeats),
     }

@@ -1,4 +1,4 @@
-"""Inputs of the kernel benchmarks: a photograph that ships with the package, and class maps as networks make them."""
+"""Inputs of the kernel benchmarks: a photograph of the package, and class maps as networks make them."""
 
 from importlib.resources import files
 

@@ -13,7 +13,9 @@ def walk(
     steps: int,
     coefficients: Sequence[float],
 ) -> bool: ...
-def affinity(map: npt.NDArray[np.float32], out: npt.NDArray[np.float32], radius: int, boundary: bool) -> bool: ...
+def affinity(
+    map: npt.NDArray[np.float32], out: npt.NDArray[np.float32], radius: int, boundary: bool
+) -> bool: ...
 
 class Lattice:
     vertices: int

@@ -8,32 +8,47 @@ For example:
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels.backend import Backend, choose_backend
 from multisa.kernels.native import native
 from multisa.kernels.stencil import stencil_offsets
 
 Float32 = npt.NDArray[np.float32]
 
 
-def affinity_from_features(features: Float32, *, radius: int = 5) -> Float32:
+def affinity_from_features(features: Float32, *, radius: int = 5, backend: Backend = "auto") -> Float32:
     """Compare the features of every pair: exp(-mean over D of |f_i - f_j|) (Ahn & Kwak 2018, equation 1).
 
     features: float32 [D, h, w] or [N, D, h, w], finite, D, h, w >= 1. Returns float32 [P, h, w] or [N, P, h,
     w] in [0, 1], planes in the order of `stencil_offsets(radius)`; 0 where the pair's target lies outside the
-    grid. Raises TypeError for another dtype, ValueError for another shape.
+    grid. `backend` is as in `random_walk`. Raises TypeError for another dtype, ValueError for another shape
+    or values that are not finite.
     """
+    if choose_backend("affinity_from_features", backend, features) == "cuda":
+        return _on_device("features", features, radius)
     _check_map("features", features, (3, 4), "[D, h, w] or [N, D, h, w]")
     return _half_stencil("features", features, features.shape[-3:], radius, boundary=False)
 
 
-def affinity_from_boundary(boundary: Float32, *, radius: int = 5) -> Float32:
+def affinity_from_boundary(boundary: Float32, *, radius: int = 5, backend: Backend = "auto") -> Float32:
     """Look for boundaries between the pixels of every pair: 1 - max over the straight path (Ahn et al. 2019).
 
     boundary: float32 [h, w] or [N, h, w], probabilities in [0, 1]. Returns float32 [P, h, w] or [N, P, h, w]
     in [0, 1], planes in the order of `stencil_offsets(radius)`; 0 where the pair's target lies outside the
-    grid. Raises TypeError for another dtype, ValueError for another shape or values outside [0, 1].
+    grid. `backend` is as in `random_walk`. Raises TypeError for another dtype, ValueError for another shape
+    or values outside [0, 1].
     """
+    if choose_backend("affinity_from_boundary", backend, boundary) == "cuda":
+        return _on_device("boundary", boundary, radius)
     _check_map("boundary", boundary, (2, 3), "[h, w] or [N, h, w]")
     return _half_stencil("boundary", boundary, (1, *boundary.shape[-2:]), radius, boundary=True)
+
+
+def _on_device(name: str, array: Float32, radius: int) -> Float32:
+    """Run on the first GPU."""
+    from multisa.kernels.cuda import calls
+
+    affinity: Float32 = calls.affinity_on_device(name, array, radius, calls.default_device())
+    return affinity
 
 
 def _half_stencil(

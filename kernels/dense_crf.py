@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels.backend import choose_backend
 from multisa.kernels.native import native
 from multisa.kernels.stencil import check_integer
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
-Backend = Literal["native", "pydensecrf"]
+CrfBackend = Literal["auto", "cpu", "cuda", "pydensecrf"]
 
 # Probabilities below this count as this in the unary energy (pydensecrf's unary_from_softmax).
 PROBABILITY_FLOOR = 1e-5
@@ -130,21 +131,37 @@ def dense_crf(
     bilateral_sxy: float = 80.0,
     bilateral_srgb: float = 13.0,
     bilateral_compat: float = 10.0,
-    backend: Backend = "native",
+    backend: CrfBackend = "auto",
 ) -> Float32:
     """Refine class probabilities along the edges of an image.
 
-    image: uint8 [h, w, 3] RGB; probabilities: float32 [L, h, w]. Returns float32 [L, h, w] that sums to one
-    over L. The numbers are those of `CrfParameters`. backend="pydensecrf" asks the reference package instead,
-    to compare with. Raises TypeError, ValueError, or ImportError when that package is not installed.
+    image: uint8 [h, w, 3] RGB; probabilities: float32 [L, h, w]; or both with a batch in front. Returns
+    float32 of the probabilities' shape that sums to one over L. The numbers are those of `CrfParameters`.
+    backend="pydensecrf" asks the reference package instead, to compare with; the others are as in
+    `random_walk`. Raises TypeError, ValueError, or ImportError when that package is not installed.
     """
     parameters = CrfParameters(
         iterations, spatial_sxy, spatial_compat, bilateral_sxy, bilateral_srgb, bilateral_compat
     )
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
-    if backend == "pydensecrf":
-        return _infer_with_pydensecrf(image, probabilities, parameters)
+    if backend not in get_args(CrfBackend):
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(CrfBackend))}")
+    if backend != "pydensecrf" and choose_backend("dense_crf", backend, image, probabilities) == "cuda":
+        from multisa.kernels.cuda import calls
+
+        there: Float32 = calls.dense_crf_on_device(image, probabilities, parameters, calls.default_device())
+        return there
+    refine = _infer_with_pydensecrf if backend == "pydensecrf" else _infer_on_cpu
+    if getattr(image, "ndim", 3) != 4:
+        return refine(image, probabilities, parameters)
+    if len(image) != len(probabilities):
+        raise ValueError(
+            f"probabilities: got a batch of {len(probabilities)}, expected {len(image)} as the images"
+        )
+    return np.stack([refine(*pair, parameters) for pair in zip(image, probabilities, strict=True)])
+
+
+def _infer_on_cpu(image: UInt8, probabilities: Float32, parameters: CrfParameters) -> Float32:
+    """Run the compiled kernel."""
     return DenseCRF(image, parameters).infer(probabilities)
 
 
@@ -155,7 +172,7 @@ def _infer_with_pydensecrf(image: UInt8, probabilities: Float32, parameters: Crf
     except ImportError as error:
         raise ImportError(
             "backend 'pydensecrf' needs the package pydensecrf2; run pip install pydensecrf2 or use "
-            "backend='native'"
+            "backend='cpu'"
         ) from error
     _check_image(image)
     height, width = image.shape[:2]

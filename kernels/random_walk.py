@@ -10,12 +10,12 @@ power is well approximated by a Chebyshev series of degree about sqrt(steps) (Sa
 
 import functools
 import math
-
 from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels.backend import Backend, choose_backend
 from multisa.kernels.native import native
 from multisa.kernels.stencil import Boundary, check_integer, edge_mask, stencil_offsets
 
@@ -35,6 +35,7 @@ def random_walk(
     exact: bool = False,
     boundary: Boundary = "full",
     out: Float32 | None = None,
+    backend: Backend = "auto",
 ) -> Float32:
     """Average the scores along the affinities: (D^-1 A^beta)^steps on each channel, self-loops of weight 1.
 
@@ -43,9 +44,20 @@ def random_walk(
     Returns float32 of the scores' shape (in `out` when given), within each channel's [min, max]; a constant
     stays. beta > 0 is the elementwise power of A, steps >= 0 the length of the walk. exact=True takes every
     step instead of the Chebyshev series (tail below CHEBYSHEV_TOLERANCE). boundary="psa" drops pairs near the
-    left, right and bottom border as psa does. Raises TypeError for another dtype, ValueError for another
-    shape or value.
+    left, right and bottom border as psa does. backend="cuda" runs on a GPU, as does "auto" where the arrays
+    lie there (anything with `__cuda_array_interface__`): the result is then a device array, nothing waits, and
+    the values are not checked. Raises TypeError for another dtype, ValueError for another shape or value; what
+    `out` holds is then not defined.
     """
+    if choose_backend("random_walk", backend, scores, affinity) == "cuda":
+        from multisa.kernels.cuda import calls
+        from multisa.kernels.cuda.walk import WalkSettings
+
+        settings = WalkSettings(radius, beta, steps, exact, boundary)
+        walked_there: Float32 = calls.random_walk_on_device(
+            scores, affinity, settings, out, calls.default_device()
+        )
+        return walked_there
     check_walk_arguments(scores, affinity, radius=radius, beta=beta, steps=steps)
     if boundary not in get_args(Boundary):
         raise ValueError(f"boundary: got {boundary!r}, expected one of {', '.join(get_args(Boundary))}")

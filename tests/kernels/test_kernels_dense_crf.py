@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.ndimage import gaussian_filter
-
 from permutohedral_reference import GaussianFilter
+from scipy.ndimage import gaussian_filter
 
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
 

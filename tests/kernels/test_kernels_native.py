@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from crf_checks import scene as crf_scene
 
 from multisa.kernels import (
     affinity_from_boundary,
@@ -52,10 +53,8 @@ def test_walk_on_each_instruction_set(instruction_set: str, size: tuple[int, int
 
 def test_crf_on_each_instruction_set(instruction_set: str) -> None:
     native_sets = native.instruction_sets()
-    rng = np.random.default_rng(4)
-    image = rng.integers(0, 256, (24, 31, 3), dtype=np.uint8) // 64 * 50
     for labels in (1, 3, 6, 12, 20, 30, 40):
-        probabilities = rng.random((labels, 24, 31), dtype=np.float32)
+        image, probabilities = crf_scene(labels, 24, 31)
         refined = dense_crf(image, probabilities)
         native.choose_instruction_set(native_sets[-1])
         np.testing.assert_allclose(refined, dense_crf(image, probabilities), atol=1e-4)
