@@ -5,8 +5,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "multisa.kernels: the compiled module _native is missing or does not fit this Python. Install the "
-        "package again (pip install multisa, or pip install -e . in a clone); that needs a C++17 compiler, for "
-        "example from apt-get install g++"
+        "package again (pip install multisa, or pip install -e . in a clone); that needs a C++17 compiler, "
+        "for example from apt-get install g++"
     ) from error
 
 __all__ = ["native"]

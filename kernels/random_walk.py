@@ -45,9 +45,9 @@ def random_walk(
     stays. beta > 0 is the elementwise power of A, steps >= 0 the length of the walk. exact=True takes every
     step instead of the Chebyshev series (tail below CHEBYSHEV_TOLERANCE). boundary="psa" drops pairs near the
     left, right and bottom border as psa does. backend="cuda" runs on a GPU, as does "auto" where the arrays
-    lie there (anything with `__cuda_array_interface__`): the result is then a device array, nothing waits, and
-    the values are not checked. Raises TypeError for another dtype, ValueError for another shape or value; what
-    `out` holds is then not defined.
+    lie there (anything with `__cuda_array_interface__`): the result is then a device array, nothing waits,
+    and the values are not checked. Raises TypeError for another dtype, ValueError for another shape or value;
+    what `out` holds is then not defined.
     """
     if choose_backend("random_walk", backend, scores, affinity) == "cuda":
         from multisa.kernels.cuda import calls

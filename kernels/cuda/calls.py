@@ -207,17 +207,17 @@ def _present_labels(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _walk_of(device: Any, shape: WalkShape, settings: WalkSettings) -> DeviceWalk:
+def _walk_of(device: Device, shape: WalkShape, settings: WalkSettings) -> DeviceWalk:
     return DeviceWalk(device, shape, settings)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _affinity_of(device: Any, shape: GridShape, radius: int) -> DeviceAffinity:
+def _affinity_of(device: Device, shape: GridShape, radius: int) -> DeviceAffinity:
     return DeviceAffinity(device, shape, radius)
 
 
 @functools.lru_cache(maxsize=KEPT)
 def _crf_of(
-    device: Any, images: int, height: int, width: int, labels: int, parameters: CrfParameters
+    device: Device, images: int, height: int, width: int, labels: int, parameters: CrfParameters
 ) -> DeviceCRF:
     return DeviceCRF(device, images, height, width, labels, parameters)

@@ -34,6 +34,9 @@ class Buffer(Protocol):
 class Device(Protocol):
     """A CUDA device, or what stands for one. `stream` is a CUstream as an integer, 0 the default stream."""
 
+    def __hash__(self) -> int:
+        """Tell devices apart: what is made for one is kept under it."""
+
     def allocate(self, size: int) -> Buffer:
         """Allocate `size` bytes (0 is allowed). Never called inside an operation, only in constructors."""
 

@@ -195,7 +195,7 @@ def test_smallest_image() -> None:
 def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     image, probabilities = scene(2, 4, 4)
-    with pytest.raises(ImportError, match=r"pip install pydensecrf2 or use backend='native'"):
+    with pytest.raises(ImportError, match=r"pip install pydensecrf2 or use backend='cpu'"):
         dense_crf(image, probabilities, backend="pydensecrf")
 
 
