@@ -32,6 +32,9 @@ PROBABILITY_FLOOR = 1e-5
 # Mean field settles within some ten iterations; more than this is a mistake that would take hours.
 MAX_ITERATIONS = 1000
 
+# Labels that may take part at once (csrc/cpu/mean_field.hpp), as many as uint8 masks can tell apart.
+MAX_LABELS = 256
+
 
 @dataclass(frozen=True)
 class CrfParameters:
@@ -92,6 +95,8 @@ class DenseCRF:
         present = np.flatnonzero(highest > PROBABILITY_FLOOR)
         if len(present) == 0:
             present = np.arange(len(probabilities))
+        if len(present) > MAX_LABELS:
+            raise ValueError(f"probabilities: got {len(present)} labels, expected at most {MAX_LABELS} present")
         refined = np.zeros(probabilities.shape, dtype=np.float32)
         self._crf.infer(
             np.ascontiguousarray(probabilities), present.tolist(), refined, self.parameters.iterations
@@ -104,7 +109,8 @@ class DenseCRF:
         The other labels share 1 - confidence; label 0 is a label like any other. Returns float32
         [n_labels, h, w] that sums to one, all ones where n_labels is 1. Raises TypeError or ValueError.
         """
-        n_labels = check_integer("n_labels", n_labels, minimum=1)
+        if check_integer("n_labels", n_labels, minimum=1) > MAX_LABELS:
+            raise ValueError(f"n_labels: got {n_labels}, expected at most {MAX_LABELS}")
         if not isinstance(labels, np.ndarray) or labels.dtype != np.uint8:
             raise TypeError(f"labels: got {_kind(labels)}, expected a uint8 array [h, w]")
         if labels.shape != self._shape or labels.max() >= n_labels:

@@ -132,6 +132,15 @@ def test_absent_labels_take_no_part() -> None:
     assert nothing == pytest.approx(1 / 3, abs=1e-5)
 
 
+def test_as_many_labels_as_masks_can_hold() -> None:
+    image, probabilities = scene(256, 9, 13)
+    refined = dense_crf(image, probabilities)
+    assert refined.sum(axis=0) == pytest.approx(1, abs=1e-4)
+    many = np.zeros((1000, 9, 13), np.float32)
+    many[:: 1000 // 255][:256] = probabilities
+    np.testing.assert_array_equal(dense_crf(image, many)[:: 1000 // 255][:256], refined)
+
+
 def test_read_only_image() -> None:
     image, probabilities = scene(3, 30, 40)
     expected = dense_crf(image, probabilities)
@@ -208,6 +217,7 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         ({"probabilities": np.zeros((2, 4, 4))}, TypeError, "probabilities: got float64"),
         ({"probabilities": np.zeros((2, 4, 5), np.float32)}, ValueError, "resize the maps"),
         ({"probabilities": np.zeros((0, 4, 4), np.float32)}, ValueError, "L >= 1"),
+        ({"probabilities": np.ones((257, 4, 4), np.float32)}, ValueError, "got 257 labels"),
         ({"probabilities": np.full((2, 4, 4), np.nan, np.float32)}, ValueError, "got NaN"),
         ({"iterations": -1}, ValueError, "iterations: got -1"),
         ({"iterations": 1001}, ValueError, "iterations: got 1001, expected 0..1000"),
@@ -235,6 +245,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         ((np.zeros((4, 5), np.uint8), 2), ValueError, r"labels: got shape \[4, 5\]"),
         ((np.full((4, 4), 2, np.uint8), 2), ValueError, "values up to 2"),
         ((np.zeros((4, 4), np.uint8), 0), ValueError, "n_labels: got 0"),
+        ((np.zeros((4, 4), np.uint8), 257), ValueError, "n_labels: got 257, expected at most 256"),
         ((np.zeros((4, 4), np.uint8), 2, 1.0), ValueError, "confidence: got 1.0"),
     ],
 )

@@ -118,23 +118,6 @@ static void blur(Values& values, const int32_t* neighbours, int axes, long verti
     }
 }
 
-// Reduce the lanes of each group of GROUP, the result in every lane of the group.
-template <int GROUP>
-MULTISA_INLINE Vec largest_of_group(Vec v) {
-    if constexpr (GROUP > 8) v = larger(v, exchanged<8>(v));
-    if constexpr (GROUP > 4) v = larger(v, exchanged<4>(v));
-    v = larger(v, exchanged<2>(v));
-    return larger(v, exchanged<1>(v));
-}
-
-template <int GROUP>
-MULTISA_INLINE Vec sum_of_group(Vec v) {
-    if constexpr (GROUP > 8) v += exchanged<8>(v);
-    if constexpr (GROUP > 4) v += exchanged<4>(v);
-    v += exchanged<2>(v);
-    return v + exchanged<1>(v);
-}
-
 // Softmax of each row in place. Short rows share a vector: GROUP lanes each.
 template <int GROUP>
 static void softmax_rows(float* values, long floats) {
@@ -151,13 +134,13 @@ static void softmax_long_rows(float* values, long floats, long row) {
     for (float* end = values + floats; values < end; values += row) {
         V highest = load<V>(values), sum = {};
         for (long i = LANES_OF<V>; i < row; i += LANES_OF<V>) highest = larger(highest, load<V>(values + i));
-        highest = largest_of_lanes(highest);
+        highest = largest_of_group<LANES_OF<V>>(highest);
         for (long i = 0; i < row; i += LANES_OF<V>) {
             const V power = exponential(load<V>(values + i) - highest);
             store(values + i, power);
             sum += power;
         }
-        const V share = 1.0f / sum_of_lanes(sum);
+        const V share = 1.0f / sum_of_group<LANES_OF<V>>(sum);
         for (long i = 0; i < row; i += LANES_OF<V>) store(values + i, load<V>(values + i) * share);
     }
 }
@@ -178,8 +161,8 @@ struct Block {
     long first, last, simplex;
 };
 
-// Take from both lattices, less the unary energy: belief[point - first] = message - energy. A row is CHUNKS
-// vectors, handled COUNT at a time so that the corners fit the registers.
+// Take from both lattices, less the unary energy: belief[point - first] = message - energy. COUNT vectors of a
+// row at a time, those from `offset` on, so that the corners fit the registers.
 template <class V, int COUNT>
 MULTISA_INLINE void slice(const MeanFieldProblem& problem, const MeanFieldMemory& memory, const Block& block, long row,
                           long offset, float* belief) {

@@ -106,20 +106,19 @@ MULTISA_INLINE V permuted(V v, IntOf<V> lanes) {
 #endif
 }
 
-// The largest lane, in every lane.
-template <class V>
-MULTISA_INLINE V largest_of_lanes(V v) {
-    if constexpr (LANES_OF<V> > 8) v = larger(v, exchanged<8>(v));
-    if constexpr (LANES_OF<V> > 4) v = larger(v, exchanged<4>(v));
+// Reduce the lanes of each group of GROUP neighbours, a power of two of at least 4; the result is in all of them.
+template <int GROUP, class V>
+MULTISA_INLINE V largest_of_group(V v) {
+    if constexpr (GROUP > 8) v = larger(v, exchanged<8>(v));
+    if constexpr (GROUP > 4) v = larger(v, exchanged<4>(v));
     v = larger(v, exchanged<2>(v));
     return larger(v, exchanged<1>(v));
 }
 
-// The sum of the lanes, in every lane.
-template <class V>
-MULTISA_INLINE V sum_of_lanes(V v) {
-    if constexpr (LANES_OF<V> > 8) v += exchanged<8>(v);
-    if constexpr (LANES_OF<V> > 4) v += exchanged<4>(v);
+template <int GROUP, class V>
+MULTISA_INLINE V sum_of_group(V v) {
+    if constexpr (GROUP > 8) v += exchanged<8>(v);
+    if constexpr (GROUP > 4) v += exchanged<4>(v);
     v += exchanged<2>(v);
     return v + exchanged<1>(v);
 }
