@@ -15,6 +15,7 @@ from harness import RESULTS, environment, interleave, peaks
 from scenes import class_probabilities, photograph_bytes
 
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
+from multisa.kernels.dense_crf import _spatial_lattice
 from multisa.runtime.files import write_json_atomically
 
 PSA = CrfParameters()
@@ -32,9 +33,16 @@ def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[s
     probabilities = class_probabilities(labels, HEIGHT, WIDTH, present)
     numbers = asdict(parameters)
     crf = DenseCRF(image, parameters)
+
+    def alone() -> object:
+        # Without the spatial lattice of an earlier call on this size: pydensecrf makes its own each time.
+        _spatial_lattice.cache_clear()
+        return dense_crf(image, probabilities, **numbers)
+
     times = interleave(
         {
-            "multisa": lambda: dense_crf(image, probabilities, **numbers),
+            "multisa": alone,
+            "multisa, next photograph of this size": lambda: dense_crf(image, probabilities, **numbers),
             "multisa, second call on the image": lambda: crf.infer(probabilities),
             "pydensecrf": lambda: dense_crf(image, probabilities, backend="pydensecrf", **numbers),
         },

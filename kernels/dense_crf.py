@@ -8,7 +8,6 @@ parameters carry over.
 """
 
 import functools
-import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -35,6 +34,9 @@ MAX_ITERATIONS = 1000
 # Labels that may take part at once (csrc/cpu/mean_field.hpp), as many as uint8 masks can tell apart.
 MAX_LABELS = 256
 
+# Of float32, in which the kernels calculate.
+SMALLEST, LARGEST = float(np.finfo(np.float32).smallest_normal), float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class CrfParameters:
@@ -54,9 +56,9 @@ class CrfParameters:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if field.name.endswith("compat"):
-                valid, expected = 0 <= value < math.inf, "of at least 0"
+                valid, expected = 0 <= value <= LARGEST, "of at least 0"
             else:
-                valid, expected = 0 < value < math.inf, "above 0"
+                valid, expected = SMALLEST <= value <= LARGEST, "above 0"
             if not valid:
                 raise ValueError(f"{field.name}: got {value}, expected a finite number {expected}")
 
@@ -96,7 +98,9 @@ class DenseCRF:
         if len(present) == 0:
             present = np.arange(len(probabilities))
         if len(present) > MAX_LABELS:
-            raise ValueError(f"probabilities: got {len(present)} labels, expected at most {MAX_LABELS} present")
+            raise ValueError(
+                f"probabilities: got {len(present)} labels, expected at most {MAX_LABELS} present"
+            )
         refined = np.zeros(probabilities.shape, dtype=np.float32)
         self._crf.infer(
             np.ascontiguousarray(probabilities), present.tolist(), refined, self.parameters.iterations

@@ -24,6 +24,12 @@ Float32 = npt.NDArray[np.float32]
 # Bound of the truncated Chebyshev tail, relative to the range of the scores; float32 sums err by 1e-5.
 CHEBYSHEV_TOLERANCE = 1e-4
 
+# Far beyond any walk that is still on its way.
+MAX_STEPS = 2**31 - 1
+
+# Of float32, in which the kernels calculate.
+SMALLEST, LARGEST = float(np.finfo(np.float32).smallest_normal), float(np.finfo(np.float32).max)
+
 
 def random_walk(
     scores: Float32,
@@ -61,11 +67,13 @@ def random_walk(
     check_walk_arguments(scores, affinity, radius=radius, beta=beta, steps=steps)
     if boundary not in get_args(Boundary):
         raise ValueError(f"boundary: got {boundary!r}, expected one of {', '.join(get_args(Boundary))}")
-    result = _check_out(out, scores)
+    check_out(out, scores.shape)
     degree = steps if exact else chebyshev_degree(steps)
     series = chebyshev_coefficients(steps, degree) if degree < steps else []
     batch = (1,) * (4 - scores.ndim)
-    walked = np.ascontiguousarray(result)
+    # Channels are written one group after the other, so the result may not lie in what is still to be read.
+    direct = out is not None and out.flags.c_contiguous and not np.may_share_memory(out, scores)
+    walked = out if out is not None and direct else np.empty(scores.shape, dtype=np.float32)
     valid = native.walk(
         np.ascontiguousarray(scores).reshape(*batch, *scores.shape),
         np.ascontiguousarray(affinity).reshape(*batch, *affinity.shape),
@@ -78,9 +86,10 @@ def random_walk(
     )
     if not valid:
         check_walk_values(scores, affinity, edge_mask(radius, (scores.shape[-2], scores.shape[-1]), boundary))
-    if walked is not result:
-        result[...] = walked
-    return result
+    if out is None or walked is out:
+        return walked
+    out[...] = walked
+    return out
 
 
 def chebyshev_degree(steps: int) -> int:
@@ -115,8 +124,9 @@ def check_walk_arguments(scores: Float32, affinity: Float32, *, radius: int, bet
         if not isinstance(array, np.ndarray) or array.dtype != np.float32:
             got = getattr(array, "dtype", type(array).__name__)
             raise TypeError(f"{name}: got {got}, expected a float32 array; use .astype(numpy.float32)")
-    check_integer("steps", steps, minimum=0)
-    if not (math.isfinite(beta) and beta > 0):
+    if check_integer("steps", steps, minimum=0) > MAX_STEPS:
+        raise ValueError(f"steps: got {steps}, expected at most {MAX_STEPS}")
+    if not SMALLEST <= beta <= LARGEST:
         raise ValueError(f"beta: got {beta}, expected a finite number above 0")
     if scores.ndim not in (3, 4) or 0 in scores.shape[-2:]:
         raise ValueError(
@@ -141,12 +151,15 @@ def check_walk_values(scores: Float32, affinity: Float32, mask: npt.NDArray[np.b
         )
 
 
-def _check_out(out: Float32 | None, scores: Float32) -> Float32:
-    """Return `out` when it can hold the result, a new array when it is None."""
+def check_out(out: Float32 | None, shape: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError unless `out` is None or an array that can hold the result."""
     if out is None:
-        return np.empty(scores.shape, dtype=np.float32)
-    if out.dtype != np.float32 or out.shape != scores.shape:
+        return
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: got {type(out).__name__}, expected a float32 array {list(shape)} or None")
+    if out.dtype != np.float32 or out.shape != shape:
         raise ValueError(
-            f"out: got {out.dtype} {list(out.shape)}, expected float32 {list(scores.shape)} as the scores"
+            f"out: got {out.dtype} {list(out.shape)}, expected float32 {list(shape)} as the scores"
         )
-    return out
+    if not out.flags.writeable:
+        raise ValueError("out: got a read-only array, expected one that can be written")

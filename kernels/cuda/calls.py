@@ -5,7 +5,9 @@ for each shape and setting and kept for the next call. A program that wants to c
 check at a moment of its own, uses `DeviceWalk`, `DeviceAffinity` and `DeviceCRF` instead.
 """
 
+import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +20,16 @@ from multisa.kernels.cuda.crf import DeviceCRF
 from multisa.kernels.cuda.device import Buffer, Device
 from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
 from multisa.kernels.dense_crf import PROBABILITY_FLOOR, CrfParameters
+from multisa.kernels.random_walk import check_out
 from multisa.kernels.stencil import stencil_offsets
 
-KEPT = 8  # shapes and settings whose memory is kept, of each kernel
+KEPT = 8  # shapes and settings of walk and affinities whose memory is kept
+KEPT_CRFS = 2  # of the dense CRF, which needs hundreds of megabytes for a photograph
+# What __cuda_array_interface__ calls the default stream; all work here is queued on it.
+LEGACY_STREAM = 1
+
+# Calls share memory and the default stream, so one thread at a time queues its work.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class DeviceArray:
@@ -45,6 +54,7 @@ class DeviceArray:
             "data": (self.pointer, False),
             "version": 3,
             "strides": None,
+            "stream": LEGACY_STREAM,
         }
 
     def numpy(self, stream: int = 0) -> npt.NDArray[Any]:
@@ -62,6 +72,18 @@ def default_device() -> Device:
     return PycudaDevice()
 
 
+def _queued_alone(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one thread at a time run a call."""
+
+    @functools.wraps(call)
+    def alone(*arguments: Any) -> Any:
+        with _ONE_AT_A_TIME:
+            return call(*arguments)
+
+    return alone
+
+
+@_queued_alone
 def random_walk_on_device(
     scores: Any, affinity: Any, settings: WalkSettings, out: Any, device: Device
 ) -> Any:
@@ -81,6 +103,7 @@ def random_walk_on_device(
     )
 
 
+@_queued_alone
 def affinity_on_device(name: str, array: Any, radius: int, device: Device) -> Any:
     """`affinity_from_features` or `affinity_from_boundary`, by the name of their argument, on a device."""
     view = _View(device, name, array)
@@ -99,6 +122,7 @@ def affinity_on_device(name: str, array: Any, radius: int, device: Device) -> An
     return _answer(device, view, (*leading, planes, height, width), None, run, kernel.check)
 
 
+@_queued_alone
 def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameters, device: Device) -> Any:
     """`multisa.kernels.dense_crf` on a device; absent labels take no part where the host can see them."""
     pixels = _View(device, "image", image, np.uint8)
@@ -135,6 +159,9 @@ class _View:
             self._check_dtype(np.dtype(interface["typestr"]), expected)
             self._check_contiguous(interface.get("strides"), expected.itemsize)
             self.pointer, self._kept = int(interface["data"][0]), array
+            stream = interface.get("stream")
+            if stream not in (None, LEGACY_STREAM):
+                device.download(self.pointer, np.empty(0, dtype), stream)  # waits for who is still writing it
             return
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name}: got {type(array).__name__}, expected a {expected} array")
@@ -186,6 +213,9 @@ def _answer(
         view.expect_shape(shape)
         run(view.pointer)
         return target
+    check_out(out, shape)
+    with contextlib.suppress(ValueError):
+        check()  # of an earlier call on device arrays, which nobody asked about
     memory = DeviceArray(device, shape)
     run(memory.pointer)
     check()
@@ -216,7 +246,7 @@ def _affinity_of(device: Device, shape: GridShape, radius: int) -> DeviceAffinit
     return DeviceAffinity(device, shape, radius)
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=KEPT_CRFS)
 def _crf_of(
     device: Device, images: int, height: int, width: int, labels: int, parameters: CrfParameters
 ) -> DeviceCRF:

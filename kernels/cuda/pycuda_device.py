@@ -8,6 +8,7 @@ It needs pycuda, the NVIDIA driver, a GPU, and kernels.fatbin (made by multisa.k
 """
 
 import contextlib
+import json
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.cuda.build import FATBIN
+from multisa.kernels.cuda.build import FATBIN, SOURCES, source_digest
 from multisa.kernels.cuda.device import Argument, Dim3, Schedule
 from multisa.kernels.cuda.driver import Driver, DriverError
 
@@ -49,6 +50,7 @@ class PycudaDevice:
             raise DeviceUnavailableError(
                 f"{fatbin}: not found; run python -m multisa.kernels.cuda.build (needs nvcc)"
             )
+        _check_current(fatbin)
         self._cuda = cuda = _import_pycuda()
         try:
             cuda.init()
@@ -153,6 +155,18 @@ def _unload(cuda: Any, context: Any, driver: Driver, module: int) -> None:
     """Unload the kernels of a device that nobody holds any more."""
     with _current(cuda, context):
         driver.unload_module(module)
+
+
+def _check_current(fatbin: Path) -> None:
+    """Refuse kernels of other sources than those beside them: their arguments may be others."""
+    record = fatbin.with_suffix(".json")
+    if not (record.is_file() and SOURCES.is_dir()):
+        return
+    if json.loads(record.read_text(encoding="utf-8")).get("sources") != source_digest():
+        raise DeviceUnavailableError(
+            f"{fatbin}: made of other sources than those in {SOURCES}; run "
+            "python -m multisa.kernels.cuda.build"
+        )
 
 
 def _import_pycuda() -> Any:

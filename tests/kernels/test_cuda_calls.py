@@ -1,5 +1,6 @@
 """One call on arrays, on a device that is the CPU: NumPy in and out, device arrays that stay."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,22 @@ def test_values_are_checked_where_the_host_waits_anyway(device: CpuDevice) -> No
         random_walk(scores, affinity + 1, backend="cuda")
     with pytest.raises(ValueError, match="scores: got NaN"):
         random_walk(scores * np.float32(np.nan), affinity, backend="cuda")
+
+
+def test_an_error_nobody_asked_about_is_not_the_next_calls(device: CpuDevice) -> None:
+    scores, affinity = walk_scene()
+    random_walk(on(device, scores * np.float32(np.nan)), on(device, affinity))  # type: ignore[arg-type]
+    assert np.isfinite(random_walk(scores, affinity, backend="cuda")).all()
+
+
+def test_threads_share_a_device(device: CpuDevice) -> None:
+    scenes = [walk_scene() for _ in range(2)]
+    inputs = [(scores * np.float32(factor), affinity) for (scores, affinity), factor in zip(scenes, (1, 0.5))]  # noqa: B905
+    alone = [random_walk(*arguments, steps=9, backend="cuda") for arguments in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda pair: random_walk(*pair, steps=9, backend="cuda"), inputs * 4))
+    for index, walked in enumerate(together):
+        np.testing.assert_array_equal(walked, alone[index % 2])
 
 
 def test_arguments_that_cannot_be(device: CpuDevice) -> None:

@@ -65,6 +65,58 @@ def test_kernel_is_the_reference(size: tuple[int, int], boundary: Boundary, exac
     assert (np.abs(reference - scores).max() > 0.05) == has_edges  # the input is meaningful
 
 
+@pytest.mark.parametrize("radius", [1, 2, 3, 7, 11, 16])
+@pytest.mark.parametrize("size", [(50, 1), (64, 1), (100, 2), (1, 130), (3, 3), (19, 40)])
+@pytest.mark.parametrize("steps", [4, 256])
+def test_every_radius_on_every_shape(size: tuple[int, int], radius: int, steps: int) -> None:
+    rng = np.random.default_rng(7)
+    scores = rng.random((5, *size), dtype=np.float32)
+    affinity = rng.random((len(stencil_offsets(radius)), *size), dtype=np.float32)
+    reference = random_walk_reference(scores, affinity, radius=radius, steps=steps)
+    assert np.abs(random_walk(scores, affinity, radius=radius, steps=steps) - reference).max() < 1e-4
+
+
+def test_permuted_channels_give_permuted_maps() -> None:
+    scores, affinity = scene(9, 14, 19)
+    order = [8, 0, 3, 1, 7, 2, 6, 5, 4]
+    walked = random_walk(scores, affinity)
+    np.testing.assert_allclose(random_walk(scores[order], affinity), walked[order], atol=2e-5)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_constant_between_walls_stays(exact: bool) -> None:
+    # Two values, so that keeping the result within the range of the input cannot do it.
+    boundary = np.random.default_rng(8).random((20, 31), dtype=np.float32) * np.float32(0.9)
+    boundary[:, 15] = 1
+    scores = np.full((1, 20, 31), 0.25, np.float32)
+    scores[..., 16:] = 0.75
+    walked = random_walk(scores, affinity_from_boundary(boundary), exact=exact)
+    np.testing.assert_allclose(walked[..., :15], 0.25, atol=3e-5)
+    np.testing.assert_allclose(walked[..., 16:], 0.75, atol=3e-5)
+
+
+def test_out_that_overlaps_the_scores() -> None:
+    _, affinity = scene(1, 9, 11)
+    memory = np.random.default_rng(9).random((10, 9, 11), dtype=np.float32)
+    expected = random_walk(memory[:9].copy(), affinity)
+    np.testing.assert_array_equal(random_walk(memory[:9], affinity, out=memory[1:]), expected)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        ([1], TypeError, "out: got list"),
+        (np.zeros((3, 2, 9, 11), np.float32), ValueError, r"out: got float32 \[3, 2, 9, 11\]"),
+        (np.zeros((2, 9, 11)), ValueError, "out: got float64"),
+        (np.broadcast_to(np.float32(0), (2, 9, 11)), ValueError, "out: got a read-only array"),
+    ],
+)
+def test_out_that_cannot_be(out: Any, error: type[Exception], message: str) -> None:
+    scores, affinity = scene(2, 9, 11)
+    with pytest.raises(error, match=message):
+        random_walk(scores, affinity, out=out)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 19, 20, 33, 64, 1000])
 @pytest.mark.parametrize("beta", [0.5, 10.0])
 def test_lengths_of_walk(steps: int, beta: float) -> None:
@@ -176,6 +228,8 @@ def test_chebyshev_series() -> None:
         ({"radius": 0}, ValueError, "radius: got 0"),
         ({"beta": 0.0}, ValueError, "beta: got 0"),
         ({"beta": float("inf")}, ValueError, "beta: got inf"),
+        ({"beta": 1e39}, ValueError, "beta: got 1e\\+39"),
+        ({"steps": 2**63}, ValueError, "steps: got 9223372036854775808"),
         ({"steps": -1}, ValueError, "steps: got -1"),
         ({"steps": 2.0}, TypeError, "steps: got float"),
         ({"boundary": "wrap"}, ValueError, "full, psa"),

@@ -64,6 +64,7 @@ void DenseCrf::run(const Unary& unary, const std::vector<float*>& out, long iter
     const FlushDenormals flush;
     const Kernels& kernels = chosen_kernels();
     kernels.mean_field(problem, workspace(kernels.mean_field_workspace(problem)));
+    trim_workspace();
 }
 
 void DenseCrf::infer(const std::vector<const float*>& probabilities, const std::vector<float*>& out,

@@ -6,10 +6,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -50,6 +48,7 @@ bool walk(const Floats& scores, const Floats& affinity, Floats& out, int radius,
         problem.out = to + image * problem.channels * problem.height * problem.width;
         if (!kernels.walk(problem, workspace)) return false;
     }
+    multisa::trim_workspace();
     return true;
 }
 
@@ -69,6 +68,7 @@ bool affinity(const Floats& map, Floats& out, int radius, bool boundary) {
                                     : kernels.affinity_from_features(problem, workspace);
         if (!valid) return false;
     }
+    multisa::trim_workspace();
     return true;
 }
 

@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstddef>
-#include <memory>
 #include <new>
 #include <stdexcept>
 
@@ -55,20 +54,37 @@ void choose_instruction_set(const std::string& name) {
     throw std::invalid_argument(message);
 }
 
-float* workspace(long floats) {
-    constexpr std::align_val_t CACHE_LINE{64};
-    struct Release {
-        void operator()(float* memory) const { ::operator delete(memory, CACHE_LINE); }
-    };
-    thread_local std::unique_ptr<float, Release> memory;
-    thread_local long size = 0;
-    if (size < floats) {
-        memory.reset();
+namespace {
+
+constexpr std::align_val_t CACHE_LINE{64};
+constexpr long LARGE = 1 << 24;  // floats, 64 MiB
+
+struct Memory {
+    float* floats = nullptr;
+    long size = 0;
+
+    void resize(long wanted) {
+        ::operator delete(floats, CACHE_LINE);
+        floats = nullptr;
         size = 0;
-        memory.reset(static_cast<float*>(::operator new(static_cast<std::size_t>(floats) * sizeof(float), CACHE_LINE)));
-        size = floats;
+        if (wanted == 0) return;
+        floats = static_cast<float*>(::operator new(static_cast<std::size_t>(wanted) * sizeof(float), CACHE_LINE));
+        size = wanted;
     }
-    return memory.get();
+    ~Memory() { resize(0); }
+};
+
+thread_local Memory memory;
+
+}  // namespace
+
+float* workspace(long floats) {
+    if (memory.size < floats) memory.resize(floats);
+    return memory.floats;
+}
+
+void trim_workspace() {
+    if (memory.size > LARGE) memory.resize(0);
 }
 
 #if defined(__x86_64__)

@@ -21,6 +21,9 @@ void choose_instruction_set(const std::string& name);
 // a run over many images asks the system once. What it holds is not defined.
 float* workspace(long floats);
 
+// Give the memory of this thread back if it is large: one huge image should not be held for ever.
+void trim_workspace();
+
 // Denormal numbers count as zero while this lives: they are far below any result, and processors take a
 // hundred times longer for them.
 class FlushDenormals {

@@ -1,8 +1,8 @@
 // The random walk on one image: (D^-1 W)^steps on every channel, without a matrix; W is A^beta and the identity.
 //
 // Operator. One product is P x = r (W' x) + c x: W' holds the pairs, r is 1 / D in float32 and c is 1 - r D', with
-// D' the row sums of W' as this very code adds them up. Rows of P therefore sum to one to the last bit, and a
-// constant stays what it is however many steps are taken. P is similar to the symmetric D^-1/2 W D^-1/2, so
+// D' the row sums of W' as this very code adds them up. Rows of P therefore sum to one as nearly as float32 can
+// say, and no step shifts a constant but by its own rounding. P is similar to the symmetric D^-1/2 W D^-1/2, so
 // its eigenvalues are real and in [-1, 1], and the Chebyshev series of x^steps applies to it.
 //
 // Layout. The image, flattened row by row, is cut into WIDTH segments of equal length, one for each lane: lane
@@ -35,7 +35,7 @@ struct Grid {
     long width, pixels, length, halo, lead;
     int radius;
     int reach[MAX_RADIUS];
-    const Vec* row[MAX_RADIUS];  // [length][planes_of_row], `lead` vectors in front
+    const Vec* row[MAX_RADIUS];  // [length][planes_of_row], `lead` vectors in front, radius - 1 behind
     const Vec* inverse_degree;   // r, [length]
     const Vec* self;             // c, [length]
 };
@@ -75,7 +75,7 @@ MULTISA_INLINE long planes_of_row(const Grid& grid, int dy) {
 
 // Vectors that a row of the stencil takes in the workspace.
 MULTISA_INLINE long row_size(const Grid& grid, int dy) {
-    return (grid.lead + grid.length) * planes_of_row(grid, dy);
+    return (grid.lead + grid.length + grid.radius - 1) * planes_of_row(grid, dy);
 }
 
 // Vectors of one channel: two states with halos, and their sum.
@@ -160,6 +160,8 @@ static bool lay_out_plane(const WalkProblem& problem, const Grid& grid, const fl
         column += 1;
         column = column == (int)grid.width ? IntVec{} : column;
     }
+    // On a grid narrower than the stencil the "source" of a pair that cannot be may lie beyond the last vector.
+    for (long j = grid.length; j < grid.length + grid.radius - 1; ++j) to[j * planes] = Vec{};
     for (long j = -1; j >= -grid.lead; --j) to[j * planes] = one_lane_on(to[(j + grid.length) * planes]);
     return all(valid);
 }
@@ -312,7 +314,7 @@ static void normalise(const Grid& grid, const States& states, Vec* inverse_degre
 // Lay out the weights of a problem in the workspace; returns what follows them, or null for an invalid one.
 static Vec* lay_out_weights(const WalkProblem& problem, Grid& grid, Vec* workspace) {
     Power power = {problem.beta, 0};
-    if (problem.beta == (float)(int)problem.beta && problem.beta <= 64) power.whole = (int)problem.beta;
+    if (problem.beta <= 64 && problem.beta == (float)(int)problem.beta) power.whole = (int)problem.beta;
     const float* plane = problem.affinity;
     bool valid = true;
     *workspace++ = Vec{};  // what a load that begins early may meet
