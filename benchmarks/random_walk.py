@@ -8,11 +8,13 @@ times. SciPy does the same walk as ours on a sparse matrix. Writes benchmarks/re
 
 import argparse
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import RESULTS, environment, interleave, peaks
+from harness import RESULTS, Times, environment, interleave, peaks
 from scenes import photograph, smooth_scores
 from scipy.sparse import csr_array
 
@@ -69,13 +71,31 @@ def dense_squaring(affinity: Float32, scores: Float32) -> Float32:
     """The peers' way, in PyTorch on all cores: eight squarings of the dense matrix, then one product."""
     import torch
 
-    # Squares of small weights are denormal numbers, which would make the peers' way four times slower still.
-    torch.set_flush_denormal(True)
     matrix = torch.from_numpy(transition(affinity).toarray())
     for _ in range(8):
         matrix = matrix @ matrix
     flat = torch.from_numpy(scores.reshape(len(scores), -1))
     return (flat @ matrix.T).numpy().reshape(scores.shape)
+
+
+def flushed_dense_squaring(size: int, channels: int) -> Times:
+    """The same where denormal numbers, which squares of small weights become, count as zero.
+
+    The peers' code does not ask for that. In a process of its own: threads take the setting when they start.
+    """
+    command = [sys.executable, __file__, "--flushed-dense", str(size), str(channels)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Times(tuple(json.loads(result.stdout)))
+
+
+def time_flushed(size: int, channels: int) -> list[float]:
+    """Seconds of three dense squarings in this process, its threads not yet started."""
+    import torch
+
+    torch.set_flush_denormal(True)
+    affinity, scores = affinity_from_features(photograph(size, size)), smooth_scores(channels, size, size)
+    times = interleave({"dense": lambda: dense_squaring(affinity, scores)}, repeats=3, slow={"dense": 3})
+    return list(times["dense"].seconds)
 
 
 def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str, Any]:
@@ -96,13 +116,17 @@ def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str,
     reference = random_walk_reference(scores, affinity)
     rows = {}
     for name, way in ways.items():
-        walked = way()
+        walked = way()  # once more: that is what its error is of
         rows[name] = {
             **times[name].to_json(),
             "times_ours": round(times[name].median / times["multisa"].median, 2),
             "max_error": float(np.abs(walked - reference).max()),
             "argmax_changes": int((walked.argmax(axis=0) != reference.argmax(axis=0)).sum()),
         }
+    if dense:
+        flushed = flushed_dense_squaring(size, channels)
+        ratio = round(flushed.median / times["multisa"].median, 2)
+        rows["dense squaring, denormals flushed"] = {**flushed.to_json(), "times_ours": ratio}
     return {"size": size, "channels": channels, "ways": rows}
 
 
@@ -145,7 +169,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="without the dense squaring, fewer repeats")
+    parser.add_argument("--flushed-dense", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.flushed_dense:
+        print(json.dumps(time_flushed(*options.flushed_dense)))
+        return
     repeats = 5 if options.quick else 15
     machine = peaks()
     comparisons = [
