@@ -10,14 +10,13 @@ power is well approximated by a Chebyshev series of degree about sqrt(steps) (Sa
 
 import functools
 import math
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from multisa.kernels.backend import Backend, choose_backend
 from multisa.kernels.native import native
-from multisa.kernels.stencil import Boundary, check_integer, edge_mask, stencil_offsets
+from multisa.kernels.stencil import Boundary, check_boundary, check_integer, edge_mask, stencil_offsets
 
 Float32 = npt.NDArray[np.float32]
 
@@ -65,8 +64,7 @@ def random_walk(
         )
         return walked_there
     check_walk_arguments(scores, affinity, radius=radius, beta=beta, steps=steps)
-    if boundary not in get_args(Boundary):
-        raise ValueError(f"boundary: got {boundary!r}, expected one of {', '.join(get_args(Boundary))}")
+    check_boundary(boundary)
     check_out(out, scores.shape)
     degree = steps if exact else chebyshev_degree(steps)
     series = chebyshev_coefficients(steps, degree) if degree < steps else []
@@ -118,16 +116,21 @@ def chebyshev_coefficients(steps: int, degree: int) -> list[float]:
     return [coefficient / total for coefficient in series]
 
 
+def check_walk_numbers(beta: float, steps: int) -> None:
+    """Raise TypeError or ValueError unless beta is above 0 and steps at least 0, both within bounds."""
+    if check_integer("steps", steps, minimum=0) > MAX_STEPS:
+        raise ValueError(f"steps: got {steps}, expected at most {MAX_STEPS}")
+    if not SMALLEST <= beta <= LARGEST:
+        raise ValueError(f"beta: got {beta}, expected a finite number above 0")
+
+
 def check_walk_arguments(scores: Float32, affinity: Float32, *, radius: int, beta: float, steps: int) -> None:
     """Raise TypeError or ValueError, naming the argument, unless a walk is defined on these arguments."""
     for name, array in (("scores", scores), ("affinity", affinity)):
         if not isinstance(array, np.ndarray) or array.dtype != np.float32:
             got = getattr(array, "dtype", type(array).__name__)
             raise TypeError(f"{name}: got {got}, expected a float32 array; use .astype(numpy.float32)")
-    if check_integer("steps", steps, minimum=0) > MAX_STEPS:
-        raise ValueError(f"steps: got {steps}, expected at most {MAX_STEPS}")
-    if not SMALLEST <= beta <= LARGEST:
-        raise ValueError(f"beta: got {beta}, expected a finite number above 0")
+    check_walk_numbers(beta, steps)
     if scores.ndim not in (3, 4) or 0 in scores.shape[-2:]:
         raise ValueError(
             f"scores: got shape {list(scores.shape)}, expected [C, h, w] or [N, C, h, w], h, w >= 1"

@@ -66,14 +66,19 @@ def pair_slices(
     return source, target
 
 
+def check_boundary(boundary: Boundary) -> None:
+    """Raise ValueError unless `boundary` is one of the conventions."""
+    if boundary not in get_args(Boundary):
+        raise ValueError(f"boundary: got {boundary!r}, expected one of {', '.join(get_args(Boundary))}")
+
+
 def edge_mask(radius: int, shape: tuple[int, int], boundary: Boundary) -> npt.NDArray[np.bool_]:
     """Mark the pairs that exist, as bool [P, h, w].
 
     "full" keeps every pair whose target lies in the grid. "psa" also drops the pairs whose source lies within
     radius-1 pixels of the left, right or bottom border, as the code of Ahn & Kwak (2018) does.
     """
-    if boundary not in get_args(Boundary):
-        raise ValueError(f"boundary: got {boundary!r}, expected one of {', '.join(get_args(Boundary))}")
+    check_boundary(boundary)
     height, width = shape
     offsets = stencil_offsets(radius)
     mask = np.zeros((len(offsets), height, width), dtype=np.bool_)

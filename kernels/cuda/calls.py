@@ -144,7 +144,7 @@ def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameter
         else:
             crf.infer(maps.pointer, target, channels=listed.pointer, classes=labels)
 
-    return _answer(device, maps, maps.shape, None, run, lambda: crf.check())
+    return _answer(device, maps, maps.shape, None, run, crf.check)
 
 
 class _View:

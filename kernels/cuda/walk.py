@@ -9,14 +9,13 @@ every step is an average (rows sum to one); states are float32.
 """
 
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
 from multisa.kernels.cuda.device import Argument, Device, Workspace, divide_up
 from multisa.kernels.cuda.limits import LARGEST_GRID_YZ, MAX_RADIUS, ErrorWord, check_positive
-from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree
-from multisa.kernels.stencil import Boundary, check_integer, stencil_offsets
+from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree, check_walk_numbers
+from multisa.kernels.stencil import Boundary, check_boundary, check_integer, stencil_offsets
 
 # As in walk.cuh: pixels of a block, pixels of a thread, and the radius whose steps are unrolled.
 TILE_WIDTH, TILE_HEIGHT, RUN = 32, 16, 4
@@ -50,15 +49,10 @@ class WalkSettings:
 
     def __post_init__(self) -> None:
         check_integer("radius", self.radius, minimum=1)
-        check_integer("steps", self.steps, minimum=0)
         if self.radius > MAX_RADIUS:
             raise ValueError(f"radius: got {self.radius}, expected at most {MAX_RADIUS} on a device")
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta: got {self.beta}, expected a finite number above 0")
-        if self.boundary not in get_args(Boundary):
-            raise ValueError(
-                f"boundary: got {self.boundary!r}, expected one of {', '.join(get_args(Boundary))}"
-            )
+        check_walk_numbers(self.beta, self.steps)
+        check_boundary(self.boundary)
 
 
 class DeviceWalk:
@@ -90,11 +84,6 @@ class DeviceWalk:
         device.upload(self._memory["offsets"], offsets)
         self._steps, self._result = self._plan()
         self._run_steps = device.record(self._queue_steps) if self._steps else None
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Device memory held, in bytes."""
-        return self._memory.size
 
     def walk(self, scores: int, affinity: int, out: int, stream: int = 0) -> None:
         """Queue the walk on `stream`; nothing waits.

@@ -63,8 +63,8 @@ void DenseCrf::run(const Unary& unary, const std::vector<float*>& out, long iter
     problem.out = out.data();
     const FlushDenormals flush;
     const Kernels& kernels = chosen_kernels();
-    kernels.mean_field(problem, workspace(kernels.mean_field_workspace(problem)));
-    trim_workspace();
+    const Workspace workspace(kernels.mean_field_workspace(problem));
+    kernels.mean_field(problem, workspace.floats());
 }
 
 void DenseCrf::infer(const std::vector<const float*>& probabilities, const std::vector<float*>& out,

@@ -41,14 +41,13 @@ bool walk(const Floats& scores, const Floats& affinity, Floats& out, int radius,
     const py::gil_scoped_release released;
     const multisa::FlushDenormals flush;
     const multisa::Kernels& kernels = multisa::chosen_kernels();
-    float* workspace = multisa::workspace(kernels.walk_workspace(problem));
+    const multisa::Workspace workspace(kernels.walk_workspace(problem));
     for (py::ssize_t image = 0; image < images; ++image) {
         problem.scores = from + image * problem.channels * problem.height * problem.width;
         problem.affinity = pairs + image * affinity.shape(1) * problem.height * problem.width;
         problem.out = to + image * problem.channels * problem.height * problem.width;
-        if (!kernels.walk(problem, workspace)) return false;
+        if (!kernels.walk(problem, workspace.floats())) return false;
     }
-    multisa::trim_workspace();
     return true;
 }
 
@@ -60,15 +59,14 @@ bool affinity(const Floats& map, Floats& out, int radius, bool boundary) {
     const py::gil_scoped_release released;
     const multisa::FlushDenormals flush;
     const multisa::Kernels& kernels = multisa::chosen_kernels();
-    float* workspace = multisa::workspace(kernels.affinity_workspace(problem));
+    const multisa::Workspace workspace(kernels.affinity_workspace(problem));
     for (py::ssize_t image = 0; image < images; ++image) {
         problem.map = from + image * problem.depth * problem.height * problem.width;
         problem.out = to + image * out.shape(1) * problem.height * problem.width;
-        const bool valid = boundary ? kernels.affinity_from_boundary(problem, workspace)
-                                    : kernels.affinity_from_features(problem, workspace);
+        const bool valid = boundary ? kernels.affinity_from_boundary(problem, workspace.floats())
+                                    : kernels.affinity_from_features(problem, workspace.floats());
         if (!valid) return false;
     }
-    multisa::trim_workspace();
     return true;
 }
 

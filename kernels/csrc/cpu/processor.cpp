@@ -78,12 +78,12 @@ thread_local Memory memory;
 
 }  // namespace
 
-float* workspace(long floats) {
+Workspace::Workspace(long floats) {
     if (memory.size < floats) memory.resize(floats);
-    return memory.floats;
+    floats_ = memory.floats;
 }
 
-void trim_workspace() {
+Workspace::~Workspace() {
     if (memory.size > LARGE) memory.resize(0);
 }
 

@@ -17,12 +17,21 @@ std::vector<std::string> available_instruction_sets();
 // Use the named instruction set from now on, in every thread; throws std::invalid_argument for an unknown one.
 void choose_instruction_set(const std::string& name);
 
-// Memory of this thread for `floats` floats, aligned to a cache line; the same memory at every call, so that
-// a run over many images asks the system once. What it holds is not defined.
-float* workspace(long floats);
+// Memory of this thread for so many floats, aligned to a cache line, one at a time; the same memory for the next, so
+// that a run over many images asks the system once. What it holds is not defined. Memory that is large goes back
+// to the system at the end: one huge image should not be held for ever.
+class Workspace {
+public:
+    explicit Workspace(long floats);
+    ~Workspace();
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
 
-// Give the memory of this thread back if it is large: one huge image should not be held for ever.
-void trim_workspace();
+    float* floats() const { return floats_; }
+
+private:
+    float* floats_;
+};
 
 // Denormal numbers count as zero while this lives: they are far below any result, and processors take a
 // hundred times longer for them.

@@ -122,8 +122,8 @@ MULTISA_INLINE Vec one_lane_on(Vec v) {
     return (Vec)((IntVec)rotated(v, -1) & after_first);
 }
 
-// The pixels of vector j: lane i is from[i * length + j], or `missing` past the last pixel.
-MULTISA_INLINE Vec gather(const float* from, const Grid& grid, long j, float missing) {
+// The pixels of vector j: lane i is from[i * length + j], or zero past the last pixel.
+MULTISA_INLINE Vec gather(const float* from, const Grid& grid, long j) {
     Vec value;
     if (j + (WIDTH - 1) * grid.length < grid.pixels) {
         for (int lane = 0; lane < WIDTH; ++lane) value[lane] = from[lane * grid.length + j];
@@ -131,7 +131,7 @@ MULTISA_INLINE Vec gather(const float* from, const Grid& grid, long j, float mis
     }
     for (int lane = 0; lane < WIDTH; ++lane) {
         const long pixel = lane * grid.length + j;
-        value[lane] = pixel < grid.pixels ? from[pixel] : missing;
+        value[lane] = pixel < grid.pixels ? from[pixel] : 0.0f;
     }
     return value;
 }
@@ -153,7 +153,7 @@ static bool lay_out_plane(const WalkProblem& problem, const Grid& grid, const fl
     IntVec valid = ~IntVec{};
     for (long j = 0; j < grid.length; ++j) {
         const IntVec inside = (column >= first) & (column < last) & ((int)j < sources);
-        const Vec value = (Vec)((IntVec)gather(plane, grid, j, 0.0f) & inside);
+        const Vec value = (Vec)((IntVec)gather(plane, grid, j) & inside);
         valid &= (value >= 0) & (value <= 1);  // false for a NaN
         const Vec weight = power(value);
         to[j * planes] = weight >= NEGLIGIBLE_EDGE ? weight : Vec{};
@@ -346,7 +346,7 @@ static Range range_of(const float* values, long count) {
 // Put one channel into the layout and start its sum.
 static void lay_out_state(const float* scores, const Grid& grid, Vec* state, Vec* total, float coefficient) {
     for (long j = 0; j < grid.length; ++j) {
-        state[j] = gather(scores, grid, j, 0.0f);
+        state[j] = gather(scores, grid, j);
         total[j] = state[j] * coefficient;
     }
     fill_halo(state, grid);

@@ -59,7 +59,8 @@ Floats walked(long height, long width, long channels, int radius, long margin, b
     problem.affinity = affinity.data();
     problem.out = out.data();
     const multisa::Kernels& kernels = multisa::chosen_kernels();
-    if (!kernels.walk(problem, multisa::workspace(kernels.walk_workspace(problem)))) std::abort();
+    const multisa::Workspace workspace(kernels.walk_workspace(problem));
+    if (!kernels.walk(problem, workspace.floats())) std::abort();
     return out;
 }
 
@@ -70,9 +71,9 @@ Floats compared(long height, long width, long depth, int radius, bool boundary) 
     Floats out(pixels * planes_of(radius), -1.0f);
     const multisa::AffinityProblem problem = {depth, height, width, radius, map.data(), out.data()};
     const multisa::Kernels& kernels = multisa::chosen_kernels();
-    float* workspace = multisa::workspace(kernels.affinity_workspace(problem));
-    const bool valid = boundary ? kernels.affinity_from_boundary(problem, workspace)
-                                : kernels.affinity_from_features(problem, workspace);
+    const multisa::Workspace workspace(kernels.affinity_workspace(problem));
+    const bool valid = boundary ? kernels.affinity_from_boundary(problem, workspace.floats())
+                                : kernels.affinity_from_features(problem, workspace.floats());
     if (!valid) std::abort();
     return out;
 }
