@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import walk_checks
-from cpu_device import CpuDevice, build, changed_sources
+from cpu_device import CpuDevice, changed_sources
 from sanitisers import run_sanitised
 from walk_checks import check_affinities, put
 
@@ -13,16 +13,6 @@ from multisa.kernels.cuda.affinity import DeviceAffinity, GridShape
 
 SCRIPT = Path(walk_checks.__file__)
 MAIN = "affinity.cuh"
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    return build(main=MAIN)
-
-
-@pytest.fixture
-def device(library: Path) -> CpuDevice:
-    return CpuDevice(library)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from cpu_device import CpuDevice, build
+from cpu_device import CpuDevice
 from crf_checks import scene as crf_scene
 
 from multisa.kernels import (
@@ -21,11 +21,6 @@ from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError
 from multisa.kernels.stencil import stencil_offsets
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    return build()
 
 
 @pytest.fixture

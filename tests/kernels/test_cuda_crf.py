@@ -24,16 +24,6 @@ from multisa.kernels.cuda.sort import Sorter
 FEW = replace(PSA, iterations=3)
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    return build()
-
-
-@pytest.fixture
-def device(library: Path) -> CpuDevice:
-    return CpuDevice(library)
-
-
 @pytest.mark.parametrize(
     ("labels", "height", "width", "parameters"),
     [

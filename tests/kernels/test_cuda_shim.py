@@ -85,11 +85,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(folder)
 
 
-@pytest.fixture
-def device(library: Path) -> CpuDevice:
-    return CpuDevice(library)
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_shared_memory_barriers_and_shuffles(library: Path, seed: int) -> None:
     device = CpuDevice(library, seed=seed)

@@ -16,16 +16,6 @@ SCRIPT = Path(walk_checks.__file__)
 MAIN = "walk_ends.cuh"
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    return build(main=MAIN)
-
-
-@pytest.fixture
-def device(library: Path) -> CpuDevice:
-    return CpuDevice(library)
-
-
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
