@@ -6,17 +6,15 @@ Writes benchmarks/results/dense_crf.json.
 """
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from harness import RESULTS, environment, interleave, peaks
+from harness import environment, interleave, peaks, save_results
 from scenes import class_probabilities, photograph_bytes
 
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
 from multisa.kernels.dense_crf import _spatial_lattice
-from multisa.runtime.files import write_json_atomically
 
 PSA = CrfParameters()
 SETTINGS = {
@@ -109,8 +107,7 @@ def main() -> None:
         "comparisons": [{**row, "floor": floor(row, machine)} for row in rows],
         "scaling": scaling(repeats),
     }
-    write_json_atomically(RESULTS / "dense_crf.json", results)
-    print(json.dumps(results, indent=2))
+    save_results("dense_crf", results)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A machine that is shared slows down and speeds up; cases that run in turn are sl
 holds where their times do not.
 """
 
+import json
 import os
 import platform
 import statistics
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from multisa.kernels.native import native
+from multisa.runtime.files import write_json_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -66,6 +68,12 @@ def interleave(
             case()
             seconds[name].append(time.perf_counter() - start)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def save_results(subject: str, results: dict[str, Any]) -> None:
+    """Write results/SUBJECT.json and print it."""
+    write_json_atomically(RESULTS / f"{subject}.json", results)
+    print(json.dumps(results, indent=2))
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import RESULTS, Times, environment, interleave, peaks
+from harness import Times, environment, interleave, peaks, save_results
 from scenes import photograph, smooth_scores
 from scipy.sparse import csr_array
 
 from multisa.kernels import affinity_from_features, random_walk, random_walk_reference, stencil_offsets
 from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree
 from multisa.kernels.stencil import pair_slices
-from multisa.runtime.files import write_json_atomically
 
 Float32 = npt.NDArray[np.float32]
 STEPS, BETA, RADIUS = 256, 8.0, 5
@@ -192,8 +191,7 @@ def main() -> None:
         "comparisons": [{**rows, "floor": floor(rows, machine)} for rows in comparisons],
         "scaling": scaling(repeats),
     }
-    write_json_atomically(RESULTS / "random_walk.json", results)
-    print(json.dumps(results, indent=2))
+    save_results("random_walk", results)
 
 
 if __name__ == "__main__":
