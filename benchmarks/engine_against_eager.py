@@ -24,7 +24,8 @@ import onnxruntime
 import torch
 
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.engine import SEGMENTER, open_engine
+from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.contract import SEGMENTER
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.images import read_mask, resize_mask
 from multisa.runtime.metrics import confusion_matrix, mean_iou

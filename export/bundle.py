@@ -16,7 +16,8 @@ from multisa.export.graphs import AffinityPhotographs
 from multisa.export.parity import Outputs, ParityReport, check_parity
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
-from multisa.runtime.engine import AFFINITY, CAM, SEGMENTER, GraphContract, OnnxRuntimeEngine
+from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import UsageError
 from multisa.runtime.palette import IGNORE_INDEX
 from multisa.runtime.postprocess import pseudo_mask, walk_scores
@@ -52,7 +53,7 @@ class Graph:
     @property
     def file(self) -> str:
         """Name of the file in the bundle."""
-        return f"{self.contract.name}.onnx"
+        return graph_file(self.contract)
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from multisa.runtime.bulk import (
 )
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.corpus import Corpus, CorpusImage, check_output, find_images
-from multisa.runtime.engine import AFFINITY, CAM, Engine, open_engine
+from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.contract import AFFINITY, CAM, Engine
 from multisa.runtime.errors import EngineError, ImageError
 from multisa.runtime.image_labels import ImageLabels, Labels
 from multisa.runtime.manifest import Manifest

@@ -8,7 +8,8 @@ import numpy.typing as npt
 from multisa.runtime.bulk import DECIMALS, Annotation, RunOptions, RunSummary, StageClock, run_corpus
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.corpus import CorpusImage, check_output, find_images
-from multisa.runtime.engine import SEGMENTER, Engine, open_engine
+from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.contract import SEGMENTER, Engine
 from multisa.runtime.errors import EngineError
 
 UInt8 = npt.NDArray[np.uint8]

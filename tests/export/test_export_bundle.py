@@ -23,7 +23,8 @@ from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.kernels import stencil_offsets
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.cli import root as root_command
-from multisa.runtime.engine import AFFINITY, CAM, OnnxRuntimeEngine
+from multisa.runtime.engines.contract import AFFINITY, CAM
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone

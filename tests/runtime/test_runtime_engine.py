@@ -10,7 +10,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engine import AFFINITY, CAM, SEGMENTER, Engine, OnnxRuntimeEngine, open_engine
+from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, Engine
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import EngineError, EngineUnavailable
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (2, 41, 67, 3), dtype=np.uint8)

@@ -1,68 +1,20 @@
-"""Engines: something that runs a graph of a bundle. Today ONNX Runtime on the CPU."""
+"""Graphs on ONNX Runtime, on the CPU."""
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines.contract import CONTRACTS, GraphContract, UInt8, check_image
 from multisa.runtime.errors import EngineError, EngineUnavailable
-
-UInt8 = npt.NDArray[np.uint8]
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
-@dataclass(frozen=True)
-class TensorContract:
-    """One output of a graph."""
-
-    dtype: str  # as NumPy spells it
-    axes: str  # one letter an axis, for messages and the rank
-
-
-@dataclass(frozen=True)
-class GraphContract:
-    """A graph takes `image` uint8 [N, H, W, 3] (RGB) and gives exactly these outputs."""
-
-    name: str
-    outputs: dict[str, TensorContract]
-
-
-CAM = GraphContract(
-    "cam", {"cam": TensorContract("float32", "NChw"), "scores": TensorContract("float32", "NC")}
-)
-AFFINITY = GraphContract("affinity", {"affinity": TensorContract("float32", "NPhw")})
-SEGMENTER = GraphContract(
-    "segmenter", {"labels": TensorContract("uint8", "NHW"), "confidence": TensorContract("uint8", "NHW")}
-)
-CONTRACTS = (CAM, AFFINITY, SEGMENTER)
-
 _ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
-
-
-class Engine(Protocol):
-    """Runs one graph; a context manager; `run` may be called from several threads at once."""
-
-    @property
-    def name(self) -> str:
-        """What runs the graph, for people and logs."""
-
-    def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name. Raises EngineError."""
-
-    def close(self) -> None:
-        """Give the graph's memory back."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
 
 
 class OnnxRuntimeEngine:
@@ -102,10 +54,7 @@ class OnnxRuntimeEngine:
         """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
         if self._session is None:
             raise EngineError(f"{self.contract.name}: the engine is closed, expected an open one")
-        if image.dtype != np.uint8 or image.ndim != 4 or image.shape[3] != 3 or image.size == 0:
-            raise EngineError(
-                f"{self.contract.name}: got {image.dtype} {list(image.shape)}, expected uint8 [N, H, W, 3]"
-            )
+        check_image(image, self.contract.name)
         names = list(self.contract.outputs)
         try:
             outputs = self._session.run(names, {"image": np.ascontiguousarray(image)})
@@ -124,11 +73,6 @@ class OnnxRuntimeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def open_engine(bundle: Bundle, contract: GraphContract, *, threads: int = 1) -> Engine:
-    """Load the bundle's graph that keeps `contract`, from bytes that were verified as they were read."""
-    return OnnxRuntimeEngine(bundle.read_file(f"{contract.name}.onnx"), threads=threads, contract=contract)
 
 
 def _import_onnxruntime() -> Any:

@@ -1,0 +1,1 @@
+"""Engines: what runs the graphs of a bundle, behind one protocol."""

@@ -1,0 +1,72 @@
+"""What a graph of a bundle takes and gives, and what runs one: the protocol that every engine keeps."""
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.errors import EngineError
+
+UInt8 = npt.NDArray[np.uint8]
+
+# Of a graph's arithmetic. The graphs of a bundle are fp32; others lie beside them, made by `multisa convert`.
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class TensorContract:
+    """One output of a graph."""
+
+    dtype: str  # as NumPy spells it
+    axes: str  # one letter an axis, for messages and the rank
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """A graph takes `image` uint8 [N, H, W, 3] (RGB) and gives exactly these outputs."""
+
+    name: str
+    outputs: dict[str, TensorContract]
+
+
+CAM = GraphContract(
+    "cam", {"cam": TensorContract("float32", "NChw"), "scores": TensorContract("float32", "NC")}
+)
+AFFINITY = GraphContract("affinity", {"affinity": TensorContract("float32", "NPhw")})
+SEGMENTER = GraphContract(
+    "segmenter", {"labels": TensorContract("uint8", "NHW"), "confidence": TensorContract("uint8", "NHW")}
+)
+CONTRACTS = (CAM, AFFINITY, SEGMENTER)
+
+
+def graph_file(contract: GraphContract, precision: str = "fp32") -> str:
+    """Name of a graph's file in a bundle: cam.onnx, cam.fp16.onnx."""
+    return f"{contract.name}.onnx" if precision == "fp32" else f"{contract.name}.{precision}.onnx"
+
+
+class Engine(Protocol):
+    """Runs one graph; a context manager; `run` may be called from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """What runs the graph, for people and logs."""
+
+    def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name. Raises EngineError."""
+
+    def close(self) -> None:
+        """Give the graph's memory back."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+def check_image(image: UInt8, graph: str) -> None:
+    """Raise EngineError unless `image` is what every graph takes, uint8 [N, H, W, 3] and not empty."""
+    if image.dtype != np.uint8 or image.ndim != 4 or image.shape[3] != 3 or image.size == 0:
+        raise EngineError(f"{graph}: got {image.dtype} {list(image.shape)}, expected uint8 [N, H, W, 3]")
