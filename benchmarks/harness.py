@@ -95,17 +95,27 @@ def environment(*packages: str) -> dict[str, Any]:
 
 def peaks() -> dict[str, float]:
     """Measure what one thread can do: multiply-adds a second in float32, and bytes a second of a copy."""
-    source = np.ones(1 << 25, dtype=np.float32)  # 128 MiB, beyond every cache
-    target = np.empty_like(source)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        seconds.append(time.perf_counter() - start)
     return {
         "multiply_adds_per_second": native.peak_multiply_adds(0.5),
-        "copied_bytes_per_second": 2 * source.nbytes / min(seconds),  # read and written
+        "copied_bytes_per_second": copied_bytes_per_second(1 << 28),  # 256 MiB, beyond every cache
     }
+
+
+def copied_bytes_per_second(working_set: int) -> float:
+    """Measure the bytes that a copy reads and writes in a second, over `working_set` bytes again and again.
+
+    A working set that fits a cache is copied at that cache's rate.
+    """
+    source = np.ones(working_set // 8, dtype=np.float32)
+    target = np.empty_like(source)
+    copies = max((1 << 26) // working_set, 1)  # enough of them for the clock
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(copies):
+            np.copyto(target, source)
+        seconds.append(time.perf_counter() - start)
+    return copies * 2 * source.nbytes / min(seconds)
 
 
 def _processor() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import Times, environment, interleave, peaks, save_results
+from harness import Times, copied_bytes_per_second, environment, interleave, peaks, save_results
 from scenes import photograph, smooth_scores
 from scipy.sparse import csr_array
 
@@ -130,16 +130,27 @@ def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str,
 
 
 def floor(times: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
-    """What the arithmetic alone would take: every pair twice and the self-loop, in every product."""
-    pixels, channels = times["size"] ** 2, times["channels"]
+    """What the arithmetic alone and the bytes alone would take, over the rates measured on this machine.
+
+    Each product multiplies every pair twice and the self-loop. It cannot do without reading the weights and
+    the state, and reading and writing the state before, which becomes the next, and the sum of the series.
+    """
+    pixels, channels, planes = times["size"] ** 2, times["channels"], len(stencil_offsets(RADIUS))
     products = chebyshev_degree(STEPS)
-    operations = products * pixels * channels * (2 * len(stencil_offsets(RADIUS)) + 1)
+    operations = products * pixels * channels * (2 * planes + 1)
     seconds = operations / machine["multiply_adds_per_second"]
+    held = 4 * pixels * (planes + 3 * channels)
+    moved = products * 4 * pixels * (planes + 5 * channels)
+    rate = copied_bytes_per_second(held)
     taken = times["ways"]["multisa"]["median_ms"] / 1000
     return {
         "multiply_adds": operations,
         "floor_ms": round(1000 * seconds, 3),
         "share_of_peak": round(seconds / taken, 3),
+        "bytes": moved,
+        "bytes_per_second_of_a_copy_of_that_size": round(rate),
+        "bytes_floor_ms": round(1000 * moved / rate, 3),
+        "share_of_bytes_floor": round(moved / rate / taken, 3),
     }
 
 
