@@ -1,9 +1,11 @@
-"""Graphs on ONNX Runtime, on the CPU."""
+"""Graphs on ONNX Runtime, on the CPU or on an NVIDIA GPU through its CUDA execution provider."""
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,25 +13,48 @@ import numpy.typing as npt
 from multisa.runtime.engines.contract import CONTRACTS, GraphContract, UInt8, check_image
 from multisa.runtime.errors import EngineError, EngineUnavailable
 
+Provider = Literal["cpu", "cuda"]
+
+# Two packages are one module, so the one that is there has to make room for the other.
+INSTALL_CUDA = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
+
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
-
-
+_PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": (
+        "CUDAExecutionProvider",
+        {
+            "use_tf32": "0",  # fp32 is fp32, as the parity gate measured it
+            # The default times every algorithm for every new size, and images come in many sizes.
+            "cudnn_conv_algo_search": "HEURISTIC",
+        },
+    ),
+}
 _ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+# What ONNX Runtime raises about the graph itself, whatever runs it.
+_OF_THE_GRAPH = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NotImplemented")
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime on the CPU.
+    """ONNX Runtime with one execution provider: "cpu", or "cuda" for the first NVIDIA GPU.
 
-    `model` is a path or the bytes of a file that was verified. Without `contract` the graph must keep any one
-    of CONTRACTS. Raises EngineUnavailable without onnxruntime, EngineError for a graph that cannot be loaded
-    or breaks the contract.
+    `model` is a path or the bytes of a file that was verified; `threads` are those of the CPU. Without
+    `contract` the graph must keep any one of CONTRACTS. Raises EngineUnavailable without onnxruntime, or where
+    the provider asked for is not the one that runs; EngineError for a graph that cannot be loaded or breaks
+    the contract.
     """
 
-    name = "onnxruntime-cpu"
-
     def __init__(
-        self, model: Path | bytes, *, threads: int = 1, contract: GraphContract | None = None
+        self,
+        model: Path | bytes,
+        *,
+        threads: int = 1,
+        contract: GraphContract | None = None,
+        provider: Provider = "cpu",
     ) -> None:
+        if provider not in _PROVIDERS:
+            raise EngineError(f"got the provider {provider!r}, expected {' or '.join(get_args(Provider))}")
+        self.name = f"onnxruntime-{provider}"
         runtime = _import_onnxruntime()
         self._errors: tuple[type[Exception], ...] = _runtime_errors(runtime)
         label = model.name if isinstance(model, Path) else (contract.name if contract else "graph")
@@ -39,14 +64,21 @@ class OnnxRuntimeEngine:
         options.log_severity_level = _ERRORS_ONLY
         # Images come in many sizes; a memory plan kept for each of them would grow with the corpus.
         options.enable_mem_pattern = False
+        said = _prepare_cuda(runtime) if provider == "cuda" else ""
         try:
             data = model.read_bytes() if isinstance(model, Path) else model
-            session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            # Without this, what fails on the GPU would run on the CPU, and only a line on stdout would say so.
+            session = runtime.InferenceSession(
+                data, options, providers=[_PROVIDERS[provider]], enable_fallback=0
+            )
         except self._errors as error:
+            if provider == "cuda" and type(error).__name__ not in (*_OF_THE_GRAPH, "OSError"):
+                raise _no_cuda(f"{label}: {_first_line(error)}") from error
             raise EngineError(f"{label}: cannot be loaded: {_first_line(error)}") from error
-        running = session.get_providers()[0]
-        if running != "CPUExecutionProvider":
-            raise EngineError(f"{label}: got the provider {running}, expected CPUExecutionProvider")
+        running, expected = session.get_providers()[0], _PROVIDERS[provider][0]
+        if running != expected:
+            cause = f"got the provider {running}, expected {expected}"
+            raise _no_cuda(f"{cause} ({said})" if said else cause)
         self.contract = _kept_contract(session, contract, label)
         self._session: Any = session
 
@@ -84,6 +116,21 @@ def _import_onnxruntime() -> Any:
         raise EngineUnavailable(f"onnxruntime cannot be imported: {_first_line(error)}") from error
     onnxruntime.disable_telemetry_events()
     return onnxruntime
+
+
+def _prepare_cuda(runtime: Any) -> str:
+    """Load CUDA and cuDNN from their packages; what could not be, in the words of ONNX Runtime."""
+    providers = runtime.get_available_providers()
+    if _PROVIDERS["cuda"][0] not in providers:
+        raise _no_cuda(f"onnxruntime {runtime.__version__} here has {', '.join(providers)}")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it prints; results are what belongs on stdout
+        runtime.preload_dlls()
+    return next(iter(said.getvalue().splitlines()), "")
+
+
+def _no_cuda(cause: str) -> EngineUnavailable:
+    return EngineUnavailable(f"onnxruntime-cuda cannot run here: {cause}: {INSTALL_CUDA}")
 
 
 def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
