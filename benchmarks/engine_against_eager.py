@@ -78,7 +78,7 @@ def compare_speed(
         run.config.segmenter, len(run.classes), run.folder(root, "segmenter") / CHECKPOINT
     )
     eager = SegmentPhotographs(network)
-    engine = open_engine(bundle, SEGMENTER, threads=threads)
+    engine = open_engine(bundle, SEGMENTER, threads=threads, engine="onnxruntime-cpu")
     segmenters: dict[str, Callable[[UInt8], object]] = {
         "pytorch-eager": lambda image: eager(as_batch(image)),
         "onnxruntime": lambda image: engine.run(image[None]),

@@ -8,11 +8,10 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.corpus import Corpus, CorpusImage, parallel_map
+from multisa.runtime.engines.choice import Choice
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
 from multisa.runtime.files import sha256_of_file, write_bytes_atomically, write_json_atomically
 from multisa.runtime.gallery import write_gallery, write_overlay
@@ -35,11 +35,13 @@ from multisa.runtime.images import (
 from multisa.runtime.manifest import MANIFEST_NAME
 from multisa.runtime.progress import Progress, counted, say
 from multisa.runtime.results import FAILURES, NAME_ERRORS, RECORDS, begin_results, finish_results, mask_of
+from multisa.runtime.versions import installed_versions
 
 UInt8 = npt.NDArray[np.uint8]
 
 DECIMALS = 4  # of every share, score and time in the records
 
+_PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow")
 _NAMED = 3  # how many examples a message gives
 
 
@@ -103,6 +105,15 @@ Annotate = Callable[[CorpusImage, UInt8, StageClock], Annotation]
 
 
 @dataclass(frozen=True)
+class Method:
+    """What a run does with an image, and what runs the graphs in it."""
+
+    command: str  # "label"
+    annotate: Annotate
+    engines: Sequence[Choice]
+
+
+@dataclass(frozen=True)
 class _Done:
     image: str
     name: str
@@ -117,12 +128,10 @@ class _Failed:
     seconds: dict[str, float]
 
 
-def run_corpus(
-    command: str, corpus: Corpus, out: Path, bundle: Bundle, annotate: Annotate, options: RunOptions
-) -> RunSummary:
+def run_corpus(method: Method, corpus: Corpus, out: Path, bundle: Bundle, options: RunOptions) -> RunSummary:
     """Annotate every image of `corpus` with the worker threads of `options` and write the results to `out`.
 
-    `annotate` gets uint8 [h, w, 3] at the bundle's working size. An image that raises MultisaError is
+    `method.annotate` gets uint8 [h, w, 3] at the bundle's working size. An image that raises MultisaError is
     recorded in failed.jsonl with the reason, and the run goes on, as it does where the name of a result
     cannot be had (too long, or taken by a folder). Anything else ends it, what is done being recorded.
     """
@@ -136,7 +145,7 @@ def run_corpus(
     def process(image: CorpusImage) -> _Done | _Failed:
         clock = StageClock()
         try:
-            record = _annotate_one(image, out, bundle, annotate, options, clock)
+            record = _annotate_one(image, out, bundle, method.annotate, options, clock)
         except MultisaError as error:
             return _Failed(image.relative, str(error).removeprefix(f"{image.path}: "), clock.seconds)
         except OSError as error:
@@ -152,7 +161,7 @@ def run_corpus(
     try:
         with (
             (private / "log.jsonl").open("w", encoding="utf-8") as log,
-            Progress(len(corpus.images), command) as progress,
+            Progress(len(corpus.images), method.command) as progress,
         ):
             for outcome in parallel_map(process, corpus.images, options.workers):
                 if isinstance(outcome, _Done):
@@ -169,11 +178,11 @@ def run_corpus(
         _write_records(out, done, failed)
     finish_results(out, (item.name for item in done), pictures=options.gallery)
     if options.gallery:
-        write_gallery(out, [item.record for item in done], bundle.manifest, title=f"multisa {command}")
+        write_gallery(out, [item.record for item in done], bundle.manifest, title=f"multisa {method.command}")
     seconds = time.perf_counter() - start
     summary = RunSummary(len(corpus.images), len(failed), seconds, stages)
     write_json_atomically(
-        private / "run.json", _run_record(command, started, summary, corpus, bundle, options)
+        private / "run.json", _run_record(method, started, summary, corpus, bundle, options)
     )
     return summary
 
@@ -258,11 +267,15 @@ def _write_records(out: Path, done: list[_Done], failed: list[_Failed]) -> None:
 
 
 def _run_record(
-    command: str, started: datetime, summary: RunSummary, corpus: Corpus, bundle: Bundle, options: RunOptions
+    method: Method,
+    started: datetime,
+    summary: RunSummary,
+    corpus: Corpus,
+    bundle: Bundle,
+    options: RunOptions,
 ) -> dict[str, Any]:
-    packages = ("multisa", "numpy", "onnxruntime", "pillow")
     return {
-        "command": command,
+        "command": method.command,
         "started": started.isoformat(timespec="seconds"),
         "images": summary.done,
         "failures": summary.failures,
@@ -272,7 +285,8 @@ def _run_record(
         "stage_seconds": _rounded(summary.stage_seconds),
         "workers": options.workers,
         "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "engines": {choice.graph: choice.to_json() for choice in method.engines},
+        "versions": {"python": platform.python_version(), **installed_versions(_PACKAGES)},
     }
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "segment": ("multisa.runtime.commands:segment", "Segment images with the trained segmenter."),
     "evaluate": ("multisa.runtime.commands:evaluate", "Compare masks with the truth (IoU, mIoU)."),
     "inspect": ("multisa.runtime.commands:inspect", "Verify a bundle and tell what is in it."),
+    "doctor": ("multisa.runtime.commands:doctor", "Tell what this machine can run, and what is amiss."),
     "demo": ("multisa.runtime.commands:demo", "Label and segment the photographs of the package."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),

@@ -1,6 +1,7 @@
 """The light commands: parse, call the library, print; bodies import what they need, so help stays fast."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,30 @@ def _max_pixels_option(what: str) -> Callable[[Command], Command]:
     )
 
 
+def _engine_options(command: Command) -> Command:
+    """Which engine runs the graphs, and in which precision."""
+    for decorate in (
+        click.option(
+            "--precision",
+            default="auto",
+            show_default=True,
+            metavar="P",
+            help="Of the graphs: fp32, fp16 or int8, as the bundle has.",
+        ),
+        click.option(
+            "--engine",
+            default="auto",
+            show_default=True,
+            metavar="NAME",
+            # The names of runtime/engines/choice.py, which help does not load.
+            help="What runs the graphs: tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu; "
+            "auto takes the first that is there.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 def _corpus_options(command: Command) -> Command:
     """The arguments `label` and `segment` share."""
     for decorate in reversed(
@@ -37,6 +62,7 @@ def _corpus_options(command: Command) -> Command:
                 "-o", "--out", type=_PATH, required=True, metavar="OUT", help="Folder for the results."
             ),
             _bundle_option,
+            _engine_options,
             click.option(
                 "--workers", type=click.IntRange(1), metavar="N", help="Threads; one a processor by default."
             ),
@@ -63,6 +89,8 @@ def label(
     out: Path,
     labels: Path | None,
     bundle: Path | None,
+    engine: str,
+    precision: str,
     workers: int | None,
     max_failures: str,
     max_pixels: int | None,
@@ -77,13 +105,15 @@ def label(
     Example:
       multisa label photos -o out --labels labels.csv --gallery
     """
+    from multisa.runtime.engines.choice import EngineRequest
     from multisa.runtime.image_labels import read_image_labels
     from multisa.runtime.label import label_images
 
     options = _run_options(workers, max_pixels, gallery, max_failures)
     loaded = _load_bundle(bundle)
     rows = read_image_labels(labels, loaded.manifest.foreground) if labels else None
-    summary = label_images(images, out, bundle=loaded, labels=rows, options=options)
+    request = EngineRequest(engine, precision)
+    summary = label_images(images, out, bundle=loaded, labels=rows, options=options, request=request)
     _report(summary, out, gallery, max_failures)
 
 
@@ -93,6 +123,8 @@ def segment(
     images: Path,
     out: Path,
     bundle: Path | None,
+    engine: str,
+    precision: str,
     workers: int | None,
     max_failures: str,
     max_pixels: int | None,
@@ -106,10 +138,12 @@ def segment(
     Example:
       multisa segment photos -o out
     """
+    from multisa.runtime.engines.choice import EngineRequest
     from multisa.runtime.segment import segment_images
 
     options = _run_options(workers, max_pixels, gallery, max_failures)
-    summary = segment_images(images, out, bundle=_load_bundle(bundle), options=options)
+    request = EngineRequest(engine, precision)
+    summary = segment_images(images, out, bundle=_load_bundle(bundle), options=options, request=request)
     _report(summary, out, gallery, max_failures)
 
 
@@ -177,9 +211,28 @@ def inspect(bundle: Path | None) -> None:
 
 
 @click.command()
+@_bundle_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(bundle: Path | None, as_json: bool) -> None:
+    """Tell what this machine can run: versions, processor, kernels, GPUs, and each engine, tried.
+
+    \b
+    Example:
+      multisa doctor
+    """
+    from multisa.runtime.doctor import describe_diagnosis, examine
+
+    diagnosis = examine(bundle)
+    width = max(80, min(120, shutil.get_terminal_size().columns))
+    text = json.dumps(diagnosis.to_json(), indent=2) if as_json else describe_diagnosis(diagnosis, width)
+    click.echo(text)
+
+
+@click.command()
 @click.option("-o", "--out", type=_PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
 @_bundle_option
-def demo(out: Path, bundle: Path | None) -> None:
+@_engine_options
+def demo(out: Path, bundle: Path | None, engine: str, precision: str) -> None:
     """Label and segment the photographs that come with the package and make a page to look at.
 
     \b
@@ -188,8 +241,10 @@ def demo(out: Path, bundle: Path | None) -> None:
     """
     from multisa.runtime.bulk import describe_summary
     from multisa.runtime.demo import run_demo
+    from multisa.runtime.engines.choice import EngineRequest
 
-    for name, summary in run_demo(out, _load_bundle(bundle)).items():
+    summaries = run_demo(out, _load_bundle(bundle), EngineRequest(engine, precision))
+    for name, summary in summaries.items():
         click.echo(f"multisa {name}: {describe_summary(summary)}")
     click.echo(f"open {out / 'index.html'} in a browser")
 

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from multisa.runtime.bulk import RunOptions, RunSummary, check_failures
 from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.gallery import Panel, write_gallery
@@ -28,7 +29,7 @@ CAPTION_SIZE = 18
 GAP = 4  # between rows and between columns
 
 
-def run_demo(out: Path, bundle: Bundle) -> dict[str, RunSummary]:
+def run_demo(out: Path, bundle: Bundle, request: EngineRequest | None = None) -> dict[str, RunSummary]:
     """Write OUT/label, OUT/segment, OUT/index.html and the contact sheet OUT/demo.jpg.
 
     Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
@@ -41,8 +42,12 @@ def run_demo(out: Path, bundle: Bundle) -> dict[str, RunSummary]:
         say(f"{error}; the photographs are labelled from scores")
         labels = None
     summaries = {
-        "label": label_images(PHOTOGRAPHS, out / "label", bundle=bundle, labels=labels, options=options),
-        "segment": segment_images(PHOTOGRAPHS, out / "segment", bundle=bundle, options=options),
+        "label": label_images(
+            PHOTOGRAPHS, out / "label", bundle=bundle, labels=labels, options=options, request=request
+        ),
+        "segment": segment_images(
+            PHOTOGRAPHS, out / "segment", bundle=bundle, options=options, request=request
+        ),
     }
     for name, summary in summaries.items():
         check_failures(summary, "0", out / name)

@@ -14,6 +14,7 @@ from multisa.kernels import stencil_offsets
 from multisa.runtime.bulk import (
     DECIMALS,
     Annotation,
+    Method,
     RunOptions,
     RunSummary,
     StageClock,
@@ -22,7 +23,7 @@ from multisa.runtime.bulk import (
 )
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.corpus import Corpus, CorpusImage, check_output, find_images
-from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.choice import EngineRequest, chosen_engines
 from multisa.runtime.engines.contract import AFFINITY, CAM, Engine
 from multisa.runtime.errors import EngineError, ImageError
 from multisa.runtime.image_labels import ImageLabels, Labels
@@ -41,22 +42,25 @@ def label_images(
     bundle: Bundle,
     labels: ImageLabels | None = None,
     options: RunOptions | None = None,
+    request: EngineRequest | None = None,
 ) -> RunSummary:
     """Write a pseudo-mask for every image of `source` (a folder or one file) to `out`.
 
     The classes of an image come from `labels`; without a row there, from the classifier's scores and the
-    bundle's thresholds. Raises UsageError for unusable arguments, BundleError and EngineError for a bundle
-    that cannot be run.
+    bundle's thresholds. The engine is the one of `request`, or chosen and said. Raises UsageError for
+    unusable arguments, BundleError and EngineError for a bundle that cannot be run, EngineUnavailable for an
+    engine that is not there.
     """
     corpus = find_images(source)
     check_output(source, out, corpus)
     matched = _matched_labels(corpus, labels) if labels else {}
-    with open_engine(bundle, CAM) as cam, open_engine(bundle, AFFINITY) as affinity:
+    with chosen_engines(bundle, (CAM, AFFINITY), request) as chosen:
+        cam, affinity = (choice.engine for choice in chosen)
 
         def annotate(image: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
             return _annotate(rgb, matched.get(image.relative), bundle.manifest, cam, affinity, clock)
 
-        return run_corpus("label", corpus, out, bundle, annotate, options or RunOptions())
+        return run_corpus(Method("label", annotate, chosen), corpus, out, bundle, options or RunOptions())
 
 
 def _annotate(

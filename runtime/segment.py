@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.bulk import DECIMALS, Annotation, RunOptions, RunSummary, StageClock, run_corpus
+from multisa.runtime.bulk import DECIMALS, Annotation, Method, RunOptions, RunSummary, StageClock, run_corpus
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.corpus import CorpusImage, check_output, find_images
-from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.choice import EngineRequest, chosen_engines
 from multisa.runtime.engines.contract import SEGMENTER, Engine
 from multisa.runtime.errors import EngineError
 
@@ -16,20 +16,27 @@ UInt8 = npt.NDArray[np.uint8]
 
 
 def segment_images(
-    source: Path, out: Path, *, bundle: Bundle, options: RunOptions | None = None
+    source: Path,
+    out: Path,
+    *,
+    bundle: Bundle,
+    options: RunOptions | None = None,
+    request: EngineRequest | None = None,
 ) -> RunSummary:
     """Write the segmenter's mask of every image of `source` (a folder or one file) to `out`.
 
-    Raises UsageError for unusable arguments, BundleError and EngineError for a bundle that cannot be run.
+    The engine is the one of `request`, or chosen and said. Raises UsageError for unusable arguments,
+    BundleError and EngineError for a bundle that cannot be run, EngineUnavailable for an engine not there.
     """
     corpus = find_images(source)
     check_output(source, out, corpus)
-    with open_engine(bundle, SEGMENTER) as segmenter:
+    with chosen_engines(bundle, (SEGMENTER,), request) as chosen:
+        segmenter = chosen[0].engine
 
         def annotate(_: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
             return _annotate(rgb, bundle.manifest.classes, segmenter, clock)
 
-        return run_corpus("segment", corpus, out, bundle, annotate, options or RunOptions())
+        return run_corpus(Method("segment", annotate, chosen), corpus, out, bundle, options or RunOptions())
 
 
 def _annotate(rgb: UInt8, classes: tuple[str, ...], segmenter: Engine, clock: StageClock) -> Annotation:

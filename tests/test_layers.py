@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("kernels", "runtime", "training", "export")
 # What the light side must not name anywhere, and what it may import only inside functions.
 NEVER_LIGHT = {"torch", "torchvision", "timm", "onnx", "onnxscript", "safetensors"}
-HEAVY = NEVER_LIGHT | {"onnxruntime", "numpy", "scipy", "PIL", "tqdm", "pycuda", "tensorrt"}  # to start with
-ONLY_INSIDE_FUNCTIONS = {"onnxruntime", "tensorrt", "pycuda", "pydensecrf"}
+ONLY_INSIDE_FUNCTIONS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda", "pydensecrf"}
+HEAVY = NEVER_LIGHT | ONLY_INSIDE_FUNCTIONS | {"numpy", "scipy", "PIL", "tqdm"}  # to start with
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

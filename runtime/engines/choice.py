@@ -1,10 +1,191 @@
-"""Which engine runs a graph of a bundle."""
+"""Which engine runs a graph of a bundle: the one asked for, or the first of ENGINES that is there.
 
-from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.contract import Engine, GraphContract, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
+choice = choose_engine(load_bundle(path), SEGMENTER)
+choice.engine.run(image), choice.reason
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
+from multisa.runtime.engines.contract import PRECISIONS, Engine, GraphContract, graph_file
+from multisa.runtime.engines.gpus import probe_gpus
+from multisa.runtime.engines.ort import OnnxRuntimeEngine, Provider
+from multisa.runtime.errors import EngineUnavailable, UsageError
+from multisa.runtime.progress import say
+
+AUTO = "auto"
+
+# Which a GPU prefers, of those the bundle has; the CPU runs fp32, for which fp16 is no gain.
+_GPU_PRECISIONS = ("fp16", "fp32")
 
 
-def open_engine(bundle: Bundle, contract: GraphContract, *, threads: int = 1) -> Engine:
-    """Load the bundle's graph that keeps `contract`, from bytes that were verified as they were read."""
-    return OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), threads=threads, contract=contract)
+@dataclass(frozen=True)
+class EngineRequest:
+    """What was asked for; AUTO leaves it to `choose_engine`."""
+
+    engine: str = AUTO
+    precision: str = AUTO
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An open engine for one graph, and why it is this one."""
+
+    graph: str
+    engine: Engine
+    precision: str
+    reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """For the record of a run."""
+        return {"engine": self.engine.name, "precision": self.precision, "reason": self.reason}
+
+
+Opener = Callable[[Bundle, GraphContract, str, int], Engine]
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """How an engine is opened for (bundle, contract, precision, CPU threads), and what it needs."""
+
+    open: Opener
+    needs_gpu: bool
+
+
+def _open_onnxruntime(
+    provider: Provider, bundle: Bundle, contract: GraphContract, precision: str, threads: int
+) -> Engine:
+    graph = bundle.read_file(graph_file(contract, precision))
+    return OnnxRuntimeEngine(graph, threads=threads, contract=contract, provider=provider)
+
+
+def _open_tensorrt(
+    library: Literal["tensorrt", "tensorrt-rtx"],
+    bundle: Bundle,
+    contract: GraphContract,
+    precision: str,
+    threads: int,  # of the CPU, which a plan has no use for
+) -> Engine:
+    from multisa.runtime.engines.tensorrt import open_tensorrt
+
+    cache = bundle.path / ENGINES_FOLDER
+    return open_tensorrt(bundle, contract, precision=precision, library=library, cache=cache)
+
+
+# In the order "auto" tries them.
+ENGINES: dict[str, EngineKind] = {
+    "tensorrt": EngineKind(partial(_open_tensorrt, "tensorrt"), needs_gpu=True),
+    "tensorrt-rtx": EngineKind(partial(_open_tensorrt, "tensorrt-rtx"), needs_gpu=True),
+    "onnxruntime-cuda": EngineKind(partial(_open_onnxruntime, "cuda"), needs_gpu=True),
+    "onnxruntime-cpu": EngineKind(partial(_open_onnxruntime, "cpu"), needs_gpu=False),
+}
+_WITHOUT_GPU = " or ".join(name for name, kind in ENGINES.items() if not kind.needs_gpu)
+
+
+def open_engine(
+    bundle: Bundle, contract: GraphContract, *, threads: int = 1, engine: str = AUTO, precision: str = AUTO
+) -> Engine:
+    """Load the bundle's graph that keeps `contract`; `choose_engine` without the reason."""
+    return choose_engine(bundle, contract, EngineRequest(engine, precision), threads=threads).engine
+
+
+def choose_engine(
+    bundle: Bundle, contract: GraphContract, request: EngineRequest | None = None, *, threads: int = 1
+) -> Choice:
+    """Open the engine asked for on the bundle's graph that keeps `contract`, or the first that is there.
+
+    Precision "auto" is fp16 on a GPU where the bundle has it, else fp32. Raises UsageError for an engine that
+    does not exist or a precision the bundle lacks, EngineUnavailable where the engine cannot run here,
+    EngineError for a graph that cannot be loaded.
+    """
+    request = request or EngineRequest()
+    _check_request(bundle, contract, request)
+    names = tuple(ENGINES) if request.engine == AUTO else (request.engine,)
+    passed_over: list[str] = []
+    # The GPU first: without a driver some libraries cannot even be imported, or end the process.
+    without_gpu = probe_gpus().problem if ENGINES[names[0]].needs_gpu else ""
+    if without_gpu:
+        passed_over.append(without_gpu)
+        names = tuple(name for name in names if not ENGINES[name].needs_gpu)
+    for name in names:
+        for precision in _precisions(bundle, contract, request, name):
+            try:
+                engine = ENGINES[name].open(bundle, contract, precision, threads)
+            except EngineUnavailable as error:
+                passed_over.append(str(error))
+                continue
+            return Choice(contract.name, engine, precision, _reason(request, passed_over))
+    causes = "; ".join(dict.fromkeys(passed_over))
+    if request.engine == AUTO:
+        raise EngineUnavailable(f"no engine can run {contract.name} here: {causes}")
+    remedy = f": choose {_WITHOUT_GPU}, or a machine with an NVIDIA GPU and its driver" if without_gpu else ""
+    raise EngineUnavailable(f"{request.engine} cannot run {contract.name} here: {causes}{remedy}")
+
+
+@contextmanager
+def chosen_engines(
+    bundle: Bundle, contracts: Sequence[GraphContract], request: EngineRequest | None = None
+) -> Iterator[tuple[Choice, ...]]:
+    """Open an engine for each contract, say on stderr which and why, and close them at the end."""
+    with ExitStack() as stack:
+        choices = []
+        for contract in contracts:
+            choice = choose_engine(bundle, contract, request)
+            stack.callback(choice.engine.close)
+            choices.append(choice)
+        for line in describe_choices(choices):
+            say(line)
+        yield tuple(choices)
+
+
+def describe_choices(choices: Sequence[Choice]) -> list[str]:
+    """A line for people about each engine that was chosen, graphs of the same one together."""
+    graphs: dict[tuple[str, str, str], list[str]] = {}
+    for choice in choices:
+        same = (choice.engine.name, choice.precision, choice.reason)
+        graphs.setdefault(same, []).append(choice.graph)
+    return [
+        f"{', '.join(of)}: on {name}, {precision} ({reason})"
+        for (name, precision, reason), of in graphs.items()
+    ]
+
+
+def bundle_precisions(bundle: Bundle, contract: GraphContract) -> tuple[str, ...]:
+    """Precisions of one graph that the bundle has, in the order of PRECISIONS."""
+    return tuple(p for p in PRECISIONS if graph_file(contract, p) in bundle.manifest.files)
+
+
+def _check_request(bundle: Bundle, contract: GraphContract, request: EngineRequest) -> None:
+    if request.engine != AUTO and request.engine not in ENGINES:
+        raise UsageError(f"got the engine {request.engine!r}, expected {AUTO} or one of {', '.join(ENGINES)}")
+    if request.precision not in (AUTO, *PRECISIONS):
+        raise UsageError(
+            f"got the precision {request.precision!r}, expected {AUTO} or one of {', '.join(PRECISIONS)}"
+        )
+    there = bundle_precisions(bundle, contract)
+    if request.precision != AUTO and request.precision not in there:
+        raise UsageError(
+            f"{bundle.path}: has {contract.name} in {' and '.join(there)}, got --precision "
+            f"{request.precision}: make it with `multisa convert {bundle.path} --precision "
+            f"{request.precision}`"
+        )
+
+
+def _precisions(
+    bundle: Bundle, contract: GraphContract, request: EngineRequest, name: str
+) -> tuple[str, ...]:
+    if request.precision != AUTO:
+        return (request.precision,)
+    if not ENGINES[name].needs_gpu:
+        return ("fp32",)
+    return tuple(p for p in _GPU_PRECISIONS if p in bundle_precisions(bundle, contract))
+
+
+def _reason(request: EngineRequest, passed_over: Sequence[str]) -> str:
+    if request.engine != AUTO:
+        return "asked for"
+    return f"auto: {'; '.join(dict.fromkeys(passed_over))}" if passed_over else "auto"

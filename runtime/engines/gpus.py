@@ -1,6 +1,6 @@
 """Which NVIDIA GPUs are here, asked of the driver alone: no context is made and no library of CUDA is loaded.
 
-    python -c "from multisa.runtime.engines.gpus import probe_gpus; print(probe_gpus())"
+python -c "from multisa.runtime.engines.gpus import probe_gpus; print(probe_gpus())"
 """
 
 import ctypes

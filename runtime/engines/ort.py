@@ -39,9 +39,9 @@ class OnnxRuntimeEngine:
     """ONNX Runtime with one execution provider: "cpu", or "cuda" for the first NVIDIA GPU.
 
     `model` is a path or the bytes of a file that was verified; `threads` are those of the CPU. Without
-    `contract` the graph must keep any one of CONTRACTS. Raises EngineUnavailable without onnxruntime, or where
-    the provider asked for is not the one that runs; EngineError for a graph that cannot be loaded or breaks
-    the contract.
+    `contract` the graph must keep any one of CONTRACTS. Raises EngineUnavailable without onnxruntime, or
+    where the provider asked for is not the one that runs; EngineError for a graph that cannot be loaded or
+    breaks the contract.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class OnnxRuntimeEngine:
         said = _prepare_cuda(runtime) if provider == "cuda" else ""
         try:
             data = model.read_bytes() if isinstance(model, Path) else model
-            # Without this, what fails on the GPU would run on the CPU, and only a line on stdout would say so.
+            # With the fallback, what fails on the GPU would run on the CPU, said by a line on stdout alone.
             session = runtime.InferenceSession(
                 data, options, providers=[_PROVIDERS[provider]], enable_fallback=0
             )
@@ -130,7 +130,7 @@ def _prepare_cuda(runtime: Any) -> str:
 
 
 def _no_cuda(cause: str) -> EngineUnavailable:
-    return EngineUnavailable(f"onnxruntime-cuda cannot run here: {cause}: {INSTALL_CUDA}")
+    return EngineUnavailable(f"onnxruntime-cuda: {cause}: {INSTALL_CUDA}")
 
 
 def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:

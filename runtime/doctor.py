@@ -1,0 +1,237 @@
+"""What this machine can run, found by trying: `multisa doctor`.
+
+Every probe stands alone: a package that is broken or absent is a line of the report, not its end.
+"""
+
+import json
+import os
+import platform
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multisa.runtime.errors import BundleError, MultisaError
+from multisa.runtime.versions import installed_versions
+
+if TYPE_CHECKING:
+    from multisa.runtime.bundle import Bundle
+
+PACKAGES = (
+    "multisa",
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "pycuda",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+    "onnx",
+)
+# Of a processor's features, those that the kernels and the engines have code for.
+FEATURES = re.compile(
+    r"avx2|fma|avx512f|avx512_?vnni|avx_vnni|avx512_?bf16|amx_(?:int8|bf16)|asimd|asimddp|sve"
+)
+_COMPILE_CUDA = "run python -m multisa.kernels.cuda.build (needs nvcc)"
+_BROKEN = (ImportError, OSError, AttributeError, RuntimeError, ValueError)  # what broken packages raise
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    text: str  # what is there; or what is not, and what to do
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The whole report."""
+
+    versions: dict[str, str]
+    machine: list[Finding]  # processor, kernels, GPU, bundle
+    engines: list[Finding]
+    auto: list[str]  # what "auto" would choose, a line each
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def examine(bundle_path: Path | None = None) -> Diagnosis:
+    """Look at this machine and try every engine on the bundle (the packaged one by default); raises nothing
+    about what is broken or absent.
+    """
+    bundle_finding, bundle = _bundle(bundle_path)
+    machine = [_processor(), _onnxruntime(), _kernels(), _cuda_kernels(), _gpu(), bundle_finding]
+    engines = list(_engines(bundle)) if bundle else []
+    return Diagnosis(
+        {"python": platform.python_version(), **installed_versions(PACKAGES)},
+        machine,
+        engines,
+        _auto(bundle) if bundle else ["nothing: there is no bundle to run"],
+    )
+
+
+def describe_diagnosis(diagnosis: Diagnosis, width: int = 100) -> str:
+    """The report for people, lines of at most `width` columns where words allow it."""
+    versions = ", ".join(f"{name} {number}" for name, number in diagnosis.versions.items())
+    lines = [
+        *_entry("versions", versions, width),
+        *(line for item in diagnosis.machine for line in _entry(item.name, item.text, width)),
+        "",
+        "engines",
+        *(line for item in diagnosis.engines for line in _entry(f"  {item.name}", _state(item), width)),
+        *(line for choice in diagnosis.auto for line in _entry("  auto", choice, width)),
+    ]
+    return "\n".join(lines)
+
+
+def _state(engine: Finding) -> str:
+    return f"{'usable' if engine.ok else 'not usable'}: {engine.text}"
+
+
+def _entry(name: str, text: str, width: int) -> list[str]:
+    indent = " " * 20
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=name.ljust(len(indent)),
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _processor() -> Finding:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    features = [flag for flag in (flags[1].split() if flags else ()) if FEATURES.fullmatch(flag)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = model[1] if model else platform.processor() or "unknown processor"
+    where = f"{name}, {platform.machine()}, {cores} cores to use of {os.cpu_count()}, {sys.platform}"
+    return Finding("processor", True, f"{where}; {' '.join(sorted(set(features))) or 'features unknown'}")
+
+
+def _onnxruntime() -> Finding:
+    # Two packages with one module: whichever was installed last has overwritten the other's files.
+    packages = installed_versions(["onnxruntime"])
+    if len(packages) > 1:
+        both = " and ".join(f"{name} {number}" for name, number in packages.items())
+        return Finding(
+            "onnxruntime", False, f"{both} overwrite each other: uninstall both, then install one of them"
+        )
+    try:
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+    except _BROKEN as error:
+        return Finding("onnxruntime", False, f"{_line(error)}: pip install onnxruntime")
+    return Finding("onnxruntime", True, f"{onnxruntime.__version__}, providers {', '.join(providers)}")
+
+
+def _kernels() -> Finding:
+    try:
+        from multisa.kernels.native import native
+    except _BROKEN as error:
+        return Finding("CPU kernels", False, _line(error))
+    there = ", ".join(native.instruction_sets())
+    return Finding("CPU kernels", True, f"run with {native.instruction_set()}, there are {there}")
+
+
+def _cuda_kernels() -> Finding:
+    try:
+        from multisa.kernels.cuda.build import FATBIN, SOURCES, FatbinRecord, source_digest
+        from multisa.runtime.records import record_from_dict
+
+        if not FATBIN.is_file():
+            return Finding("CUDA kernels", False, f"not compiled: {_COMPILE_CUDA}")
+        value = json.loads(FATBIN.with_suffix(".json").read_text(encoding="utf-8"))
+        record = record_from_dict(FatbinRecord, value, complete=True)
+        if SOURCES.is_dir() and record.sources != source_digest():
+            return Finding("CUDA kernels", False, f"made of other sources than these: {_COMPILE_CUDA}")
+    except _BROKEN as error:
+        return Finding("CUDA kernels", False, f"{_line(error)}: {_COMPILE_CUDA}")
+    codes = ", ".join(f"sm{arch}" for arch in record.architectures)
+    later = ", ".join(f"sm{arch}" for arch in record.ptx)
+    return Finding(
+        "CUDA kernels", True, f"for {codes}, and later ones from PTX of {later}; nvcc {record.nvcc}"
+    )
+
+
+def _gpu() -> Finding:
+    try:
+        from multisa.runtime.engines.gpus import probe_gpus
+    except _BROKEN as error:
+        return Finding("GPU", False, _line(error))
+    probe = probe_gpus()
+    if probe.problem:
+        return Finding("GPU", False, probe.problem)
+    names = ", ".join(f"{gpu.name} ({gpu.target})" for gpu in probe.gpus)
+    return Finding("GPU", True, f"{names}; the driver runs CUDA up to {probe.driver}")
+
+
+def _bundle(path: Path | None) -> tuple[Finding, "Bundle | None"]:
+    try:
+        from multisa.runtime.bundle import ENGINES_FOLDER, default_bundle_path, load_bundle
+        from multisa.runtime.engines.choice import bundle_precisions
+        from multisa.runtime.engines.contract import CONTRACTS
+
+        bundle = load_bundle(path or default_bundle_path())
+        plans = len(list((bundle.path / ENGINES_FOLDER).glob("*/plan.json")))
+    except (BundleError, *_BROKEN) as error:
+        return Finding("bundle", False, _line(error)), None
+    graphs = ", ".join(f"{c.name} ({' '.join(bundle_precisions(bundle, c))})" for c in CONTRACTS)
+    has = f"{bundle.manifest.name}, all files verified; {graphs}; TensorRT plans: {plans}; {bundle.path}"
+    return Finding("bundle", True, has), bundle
+
+
+def _engines(bundle: "Bundle") -> Iterator[Finding]:
+    """Open each engine on all graphs, and run them on an image of the bundle's largest size."""
+    import numpy as np
+
+    from multisa.runtime.engines.choice import ENGINES, EngineRequest, choose_engine
+    from multisa.runtime.engines.contract import CONTRACTS
+
+    side = bundle.manifest.parameters.long_side
+    image = np.zeros((1, side, side, 3), np.uint8)
+    for name in ENGINES:
+        ran = []
+        try:
+            for contract in CONTRACTS:
+                choice = choose_engine(bundle, contract, EngineRequest(name))
+                with choice.engine as engine:
+                    engine.run(image)
+                ran.append(f"{contract.name} {choice.precision}")
+        except (MultisaError, *_BROKEN) as error:
+            done = f"; but ran {', '.join(ran)}" if ran else ""
+            yield Finding(name, False, f"{_line(error)}{done}")
+        else:
+            yield Finding(name, True, f"ran {', '.join(ran)}")
+
+
+def _auto(bundle: "Bundle") -> list[str]:
+    from multisa.runtime.engines.choice import choose_engine, describe_choices
+    from multisa.runtime.engines.contract import CONTRACTS
+
+    choices = []
+    try:
+        for contract in CONTRACTS:
+            choice = choose_engine(bundle, contract)
+            choice.engine.close()
+            choices.append(choice)
+    except (MultisaError, *_BROKEN) as error:
+        return [*describe_choices(choices), _line(error)]
+    return describe_choices(choices)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
