@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
 from multisa.kernels import CrfParameters
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
+from multisa.runtime.engines import choice
+from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.postprocess import LabelParameters
 
 CLASSES = ("background", "red thing", "green")
@@ -55,6 +58,45 @@ def manifest() -> Manifest:
 @pytest.fixture
 def bundle(tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]) -> Bundle:
     return write_bundle(tmp_path / "tiny-bundle", manifest, graphs)
+
+
+@pytest.fixture
+def bundle_of_precisions(tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]) -> Bundle:
+    """The tiny bundle with cam in fp16, too, and a segmenter in int8 that calls nothing background."""
+    more = {"cam.fp16.onnx": graphs["cam.onnx"], "segmenter.int8.onnx": _segmenter_graph(low=-1)}
+    return write_bundle(tmp_path / "precise-bundle", manifest, graphs | more)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that knows of one GPU, as far as choosing an engine asks."""
+    probe = GpuProbe("13.2", (Gpu("NVIDIA Test", "sm89"),))
+    monkeypatch.setattr(choice, "probe_gpus", lambda: probe)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "probe_gpus", lambda: GpuProbe(problem="no NVIDIA driver here"))
+
+
+@pytest.fixture
+def cuda_on_cpu(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime whose CUDA provider is its CPU provider under another name."""
+    real = onnxruntime.InferenceSession
+
+    class Session(real):  # type: ignore[misc, valid-type]
+        def __init__(
+            self, data: bytes, options: object, *, providers: list[tuple[str, dict]], enable_fallback: int
+        ) -> None:
+            assert not enable_fallback
+            self.asked = [name for name, _ in providers]
+            super().__init__(data, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return [*self.asked, "CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
 
 
 @pytest.fixture
@@ -134,7 +176,7 @@ def _affinity_graph(offsets: int = OFFSETS) -> bytes:
     return _model(nodes, [("affinity", TensorProto.FLOAT, ["N", offsets, "h", "w"])], constants)
 
 
-def _segmenter_graph() -> bytes:
+def _segmenter_graph(low: float = 85) -> bytes:
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["float", "channels"], ["brightness"], keepdims=0),
@@ -146,7 +188,7 @@ def _segmenter_graph() -> bytes:
         helper.make_node("Cast", ["sum"], ["labels"], to=TensorProto.UINT8),
         helper.make_node("Cast", ["brightness"], ["confidence"], to=TensorProto.UINT8),
     ]
-    constants = {"channels": np.array([3]), "low": np.float32(85), "high": np.float32(170)}
+    constants = {"channels": np.array([3]), "low": np.float32(low), "high": np.float32(170)}
     outputs = [
         ("labels", TensorProto.UINT8, ["N", "H", "W"]),
         ("confidence", TensorProto.UINT8, ["N", "H", "W"]),

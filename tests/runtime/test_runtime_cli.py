@@ -15,6 +15,8 @@ from multisa.runtime import commands, demo
 from multisa.runtime import segment as segment_module
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.cli import COMMANDS, root
+from multisa.runtime.engines.choice import ENGINES
+from multisa.runtime.engines.contract import PRECISIONS
 
 INSTALL_EXPORT = 'is not installed: pip install ".[export]" in a clone of the project'
 
@@ -237,3 +239,32 @@ def test_running_loads_no_torch(photos: Path, bundle: Bundle, tmp_path: Path) ->
     command = [sys.executable, "-c", code, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "heavy: []" in finished.stdout
+
+
+def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_path: Path) -> None:
+    run = ("-o", tmp_path / "out", "--bundle", bundle_of_precisions.path)
+    result = run_cli("segment", photos / "a.jpg", *run, "--engine", "onnxruntime-cpu", "--precision", "int8")
+    assert result.exit_code == 0
+    assert result.stderr == "segmenter: on onnxruntime-cpu, int8 (asked for)\n"
+    assert "background" not in json.loads((tmp_path / "out/labels.jsonl").read_text())["pixel_shares"]
+    result = run_cli("label", photos / "a.jpg", *run, "--precision", "int8")
+    assert result.exit_code == 2 and "has cam in fp32 and fp16, got --precision int8" in result.stderr
+    result = run_cli("demo", *run, "--engine", "opencv")
+    assert result.exit_code == 2 and "got the engine 'opencv'" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["label", "segment"])
+def test_an_engine_that_is_not_there(
+    command: str, photos: Path, bundle: Bundle, tmp_path: Path, no_gpu: None
+) -> None:
+    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--engine", "tensorrt")
+    result = run_cli(command, photos, *run)
+    assert result.exit_code == 5 and result.stderr.startswith("error: tensorrt cannot run ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["label", "segment", "demo"])
+def test_help_names_every_engine_and_precision(command: str) -> None:
+    page = " ".join(run_cli(command, "--help").stdout.split())
+    for name in (*ENGINES, *PRECISIONS):
+        assert name in page

@@ -1,75 +1,229 @@
-"""ONNX Runtime on the CPU: outputs, the contract, and one named error for everything that goes wrong."""
+"""Every engine: outputs, the contract, and one named error for everything that goes wrong."""
 
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import open_engine
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, Engine
+from multisa.runtime.bundle import Bundle, Manifest, default_bundle_path, load_bundle, write_bundle
+from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.engines.choice import ENGINES, open_engine
+from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, Engine, GraphContract
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.images import read_image, resize_image
+
+Open = Callable[..., Engine]
+Answer = dict[str, np.ndarray]
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (2, 41, 67, 3), dtype=np.uint8)
 
 
-def test_segmenter_answers(graphs: dict[str, bytes]) -> None:
-    with OnnxRuntimeEngine(graphs["segmenter.onnx"]) as engine:
-        outputs = engine.run(IMAGE)
-    brightness = IMAGE.astype(np.float32).mean(axis=3)
-    expected = (brightness > 85).astype(np.uint8) + (brightness > 170)
-    assert set(np.unique(expected)) == {0, 1, 2}
-    np.testing.assert_array_equal(outputs["labels"], expected)
-    assert outputs["confidence"].dtype == np.uint8
-    assert engine.contract == SEGMENTER
+@pytest.fixture(scope="module")
+def photograph() -> np.ndarray:
+    return resize_image(read_image(PHOTOGRAPHS / "chelsea.jpg").rgb, (129, 193))[np.newaxis]
 
 
-def test_shapes_of_the_other_graphs(bundle: Bundle) -> None:
-    engine: Engine
-    with open_engine(bundle, CAM) as engine:
-        cam = engine.run(IMAGE)
-        assert cam["cam"].shape == (2, 2, 11, 17) and cam["scores"].shape == (2, 2)
-        assert engine.name == "onnxruntime-cpu"
-    with open_engine(bundle, AFFINITY, threads=2) as engine:
-        assert engine.run(IMAGE)["affinity"].shape == (2, 34, 11, 17)
+# Engines as they are here, and what can be tried without a GPU: the way through ONNX Runtime's CUDA provider.
+ENGINES_HERE = [*ENGINES, "onnxruntime-cuda, the provider being the CPU"]
 
 
-def test_path_and_bytes_and_threads_agree(graphs: dict[str, bytes], tmp_path: Path) -> None:
-    (tmp_path / "cam.onnx").write_bytes(graphs["cam.onnx"])
-    with OnnxRuntimeEngine(tmp_path / "cam.onnx") as one, OnnxRuntimeEngine(graphs["cam.onnx"]) as two:
-        expected = one.run(IMAGE)["cam"]
+@pytest.mark.parametrize("case", ENGINES_HERE)
+class TestEveryEngine:
+    """What holds for each engine; those that are not here are skipped with the reason."""
+
+    @pytest.fixture
+    def opened(self, case: str, request: pytest.FixtureRequest) -> Iterator[Open]:
+        name, _, emulated = case.partition(", ")
+        if emulated:
+            request.getfixturevalue("cuda_on_cpu")
+        with ExitStack() as stack:
+
+            def open_here(
+                bundle: Bundle, contract: GraphContract, *, threads: int = 1, precision: str = "fp32"
+            ) -> Engine:
+                try:
+                    engine = open_engine(bundle, contract, threads=threads, engine=name, precision=precision)
+                except EngineUnavailable as error:
+                    if name == "onnxruntime-cpu" or emulated:  # they are everywhere
+                        raise
+                    pytest.skip(str(error))
+                assert engine.name.startswith(name)
+                return stack.enter_context(engine)
+
+            yield open_here
+
+    def test_answers_are_those_of_the_graph(self, opened: Open, bundle: Bundle) -> None:
+        """Against NumPy: the tiny graphs are simple enough."""
+        answers = (expected_cam(), expected_affinity(), expected_segmenter())
+        for contract, answer in zip(CONTRACTS, answers, strict=True):
+            outputs = opened(bundle, contract).run(IMAGE)
+            assert outputs.keys() == answer.keys() == contract.outputs.keys()
+            for name, tensor in contract.outputs.items():
+                assert outputs[name].dtype == tensor.dtype and outputs[name].ndim == len(tensor.axes)
+                np.testing.assert_allclose(outputs[name], answer[name], rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
+    def test_the_packaged_bundle_on_a_photograph(
+        self, opened: Open, photograph: np.ndarray, contract: GraphContract
+    ) -> None:
+        """Against onnxruntime-cpu on two threads, which sums in another order."""
+        bundle = load_bundle(default_bundle_path())
+        outputs = opened(bundle, contract).run(photograph)
+        with open_engine(bundle, contract, threads=2, engine="onnxruntime-cpu") as reference:
+            wanted = reference.run(photograph)
+        if contract == SEGMENTER:
+            assert len(np.unique(wanted["labels"])) > 1
+            assert (outputs["labels"] == wanted["labels"]).mean() >= 0.999
+            return
+        for name, values in wanted.items():
+            assert np.ptp(values) > 0.2
+            np.testing.assert_allclose(outputs[name], values, rtol=0, atol=1e-3)
+
+    def test_several_threads_at_once(self, opened: Open, bundle: Bundle) -> None:
+        engine = opened(bundle, CAM)
+        images = [IMAGE[:, : 20 + i, : 30 + i] for i in range(8)]
+        alone = [engine.run(image)["cam"] for image in images]
         with ThreadPoolExecutor(4) as pool:
-            for outputs in pool.map(two.run, [IMAGE] * 8):
-                np.testing.assert_array_equal(outputs["cam"], expected)
+            together = list(pool.map(lambda image: engine.run(image)["cam"], images * 3))
+        for expected, cam in zip(alone * 3, together, strict=True):
+            np.testing.assert_array_equal(cam, expected)
 
+    def test_threads_of_the_cpu_do_not_change_the_answer(self, opened: Open, bundle: Bundle) -> None:
+        one, two = (opened(bundle, AFFINITY, threads=n).run(IMAGE)["affinity"] for n in (1, 2))
+        assert one.shape == (2, 34, 11, 17)
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
 
-def test_non_contiguous_input(graphs: dict[str, bytes]) -> None:
-    with OnnxRuntimeEngine(graphs["segmenter.onnx"]) as engine:
+    def test_non_contiguous_input(self, opened: Open, bundle: Bundle) -> None:
+        engine = opened(bundle, SEGMENTER)
         turned = IMAGE.transpose(0, 2, 1, 3)
         expected = engine.run(IMAGE)["labels"].transpose(0, 2, 1)
         np.testing.assert_array_equal(engine.run(turned)["labels"], expected)
 
+    def test_an_answer_is_the_callers(self, opened: Open, bundle: Bundle) -> None:
+        """The next call does not write into what an earlier one gave."""
+        engine = opened(bundle, SEGMENTER)
+        first = engine.run(IMAGE)["labels"]
+        kept = first.copy()
+        engine.run(255 - IMAGE)
+        np.testing.assert_array_equal(first, kept)
 
-@pytest.mark.parametrize(
-    "image",
-    [IMAGE.astype(np.float32), IMAGE[0], IMAGE[..., :2], IMAGE[:0]],
-    ids=["dtype", "rank", "channels", "empty"],
-)
-def test_run_refuses_other_input(graphs: dict[str, bytes], image: np.ndarray) -> None:
-    with OnnxRuntimeEngine(graphs["segmenter.onnx"]) as engine, pytest.raises(EngineError, match="expected"):
-        engine.run(image)
+    @pytest.mark.parametrize(
+        "image",
+        [IMAGE.astype(np.float32), IMAGE[0], IMAGE[..., :2], IMAGE[:0]],
+        ids=["dtype", "rank", "channels", "empty"],
+    )
+    def test_other_input_is_refused(self, opened: Open, bundle: Bundle, image: np.ndarray) -> None:
+        with pytest.raises(EngineError, match=r"segmenter: got .*expected uint8 \[N, H, W, 3\]"):
+            opened(bundle, SEGMENTER).run(image)
+
+    def test_closed_once_or_twice(self, opened: Open, bundle: Bundle) -> None:
+        engine = opened(bundle, SEGMENTER)
+        engine.close()
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            engine.run(IMAGE)
+
+    def test_a_graph_of_another_contract(
+        self, opened: Open, tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]
+    ) -> None:
+        swapped = graphs | {"segmenter.onnx": graphs["cam.onnx"]}
+        with pytest.raises(EngineError, match="segmenter: got the outputs"):
+            opened(write_bundle(tmp_path / "swapped", manifest, swapped), SEGMENTER)
+
+    def test_the_precision_asked_for(self, opened: Open, bundle_of_precisions: Bundle) -> None:
+        labels = [
+            opened(bundle_of_precisions, SEGMENTER, precision=p).run(IMAGE)["labels"]
+            for p in ("fp32", "int8")
+        ]
+        assert (labels[0] == 0).any() and not (labels[1] == 0).any()
+
+    def test_its_package_is_not_there(
+        self, opened: Open, case: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, one_gpu: None
+    ) -> None:
+        if case.startswith("tensorrt"):
+            pytest.skip("TensorRT's own tests take its packages away")
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(EngineUnavailable, match="pip install onnxruntime") as caught:
+            open_engine(bundle, CAM, engine=case.partition(", ")[0])
+        assert caught.value.exit_code == 5
 
 
-def test_closed_engine(graphs: dict[str, bytes]) -> None:
-    engine = OnnxRuntimeEngine(graphs["segmenter.onnx"])
-    engine.close()
-    with pytest.raises(EngineError, match="closed"):
-        engine.run(IMAGE)
+def expected_cam() -> Answer:
+    maps = pooled_blocks()[:, :2]
+    return {"cam": maps / maps.max(axis=(2, 3), keepdims=True), "scores": maps.mean(axis=(2, 3))}
+
+
+def expected_affinity() -> Answer:
+    return {"affinity": np.full((2, 34, *pooled_blocks().shape[2:]), 0.4, np.float32)}
+
+
+def expected_segmenter() -> Answer:
+    brightness = IMAGE.astype(np.float32).mean(axis=3)
+    labels = (brightness > 85).astype(np.uint8) + (brightness > 170)
+    assert set(np.unique(labels)) == {0, 1, 2}
+    return {"labels": labels, "confidence": brightness.astype(np.uint8)}
+
+
+def pooled_blocks() -> np.ndarray:
+    """The maximum of each 4x4 block, float32 [N, 3, ceil(H / 4), ceil(W / 4)] within 0..1."""
+    count, height, width, _ = IMAGE.shape
+    padded = np.zeros((count, -(-height // 4) * 4, -(-width // 4) * 4, 3), np.float32)
+    padded[:, :height, :width] = IMAGE / 255
+    rows, columns = padded.shape[1] // 4, padded.shape[2] // 4
+    return padded.reshape(count, rows, 4, columns, 4, 3).max(axis=(2, 4)).transpose(0, 3, 1, 2)
+
+
+def test_path_or_bytes(graphs: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "cam.onnx").write_bytes(graphs["cam.onnx"])
+    with OnnxRuntimeEngine(tmp_path / "cam.onnx") as one, OnnxRuntimeEngine(graphs["cam.onnx"]) as two:
+        assert one.contract == two.contract == CAM
+        np.testing.assert_array_equal(one.run(IMAGE)["cam"], two.run(IMAGE)["cam"])
+
+
+def test_cuda_is_not_in_this_onnxruntime(graphs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineUnavailable, match=r"here has CPUExecutionProvider: pip uninstall .*-gpu\["):
+        OnnxRuntimeEngine(graphs["cam.onnx"], provider="cuda")
+
+
+def test_cuda_asked_for_and_the_cpu_runs(
+    graphs: dict[str, bytes],
+    cuda_on_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the CUDA package behaves without its libraries: it says so on stdout, and makes a CPU session."""
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(session, "get_providers", lambda _: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas\nand more"))
+    with pytest.raises(
+        EngineUnavailable,
+        match=r"got the provider CPU\w+, expected CUDA\w+ \(Failed to load libcublas\): pip uninstall",
+    ):
+        OnnxRuntimeEngine(graphs["cam.onnx"], provider="cuda")
+    assert capsys.readouterr().out == ""
+
+
+def test_cuda_that_fails_is_told_from_a_graph_that_does(
+    graphs: dict[str, bytes], cuda_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        OnnxRuntimeEngine(b"not a graph", provider="cuda")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA failure 35: CUDA driver version is insufficient")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(EngineUnavailable, match="graph: CUDA failure 35"):
+        OnnxRuntimeEngine(graphs["cam.onnx"], provider="cuda")
 
 
 def model(nodes: list[onnx.NodeProto], outputs: list[tuple[str, int, list[object]]]) -> bytes:
@@ -118,10 +272,3 @@ def test_failure_while_running() -> None:
     engine = OnnxRuntimeEngine(odd.SerializeToString())
     with engine, pytest.raises(EngineError, match="segmenter: cannot be run"):
         engine.run(IMAGE)
-
-
-def test_without_onnxruntime(graphs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EngineUnavailable, match="pip install onnxruntime") as caught:
-        OnnxRuntimeEngine(graphs["cam.onnx"])
-    assert caught.value.exit_code == 5

@@ -1,0 +1,226 @@
+"""Which engine runs: what auto takes and why, what is asked for and not there, and what a run records."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+from multisa.runtime.bundle import ENGINES_FOLDER, Bundle, Manifest, write_bundle
+from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.engines.choice import (
+    ENGINES,
+    Choice,
+    EngineRequest,
+    bundle_precisions,
+    choose_engine,
+    chosen_engines,
+    describe_choices,
+    open_engine,
+)
+from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract
+from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.label import label_images
+from multisa.runtime.segment import segment_images
+
+
+class Plan:
+    """Stands for a TensorRT engine, which needs a GPU to be one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.closed = False
+
+    def run(self, image: np.ndarray) -> dict[str, Any]:
+        raise EngineError(f"{self.name}: is not meant to run {image.shape}")
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Plans:
+    """Stands for the module multisa.runtime.engines.tensorrt and the plans it would find."""
+
+    def __init__(self, there: set[tuple[str, str, str]]) -> None:
+        self.there = there
+        self.asked: list[tuple[str, str, str]] = []
+        self.opened: list[Plan] = []
+
+    def open_tensorrt(
+        self, bundle: Bundle, contract: GraphContract, *, precision: str, library: str, cache: Path
+    ) -> Plan:
+        assert cache == bundle.path / ENGINES_FOLDER
+        self.asked.append((library, contract.name, precision))
+        if self.asked[-1] not in self.there:
+            raise EngineUnavailable(f"{library}: no plan of {contract.name} in {precision} for sm89")
+        self.opened.append(Plan(f"{library}-sm89"))
+        return self.opened[-1]
+
+
+@pytest.fixture
+def plans(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Plans:
+    found = Plans(set())
+    module = ModuleType("multisa.runtime.engines.tensorrt")
+    module.open_tensorrt = found.open_tensorrt  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return found
+
+
+def chosen(choice: Choice) -> tuple[str, str, str]:
+    with choice.engine as engine:
+        return (engine.name, choice.precision, choice.reason)
+
+
+def test_auto_without_a_gpu(bundle_of_precisions: Bundle, no_gpu: None) -> None:
+    for contract in CONTRACTS:
+        answer = chosen(choose_engine(bundle_of_precisions, contract))
+        assert answer == ("onnxruntime-cpu", "fp32", "auto: no NVIDIA driver here")
+
+
+def test_auto_takes_a_plan_of_low_precision_first(bundle_of_precisions: Bundle, plans: Plans) -> None:
+    plans.there |= {("tensorrt-rtx", "cam", "fp16"), ("tensorrt-rtx", "cam", "fp32")}
+    name, precision, reason = chosen(choose_engine(bundle_of_precisions, CAM))
+    assert (name, precision) == ("tensorrt-rtx-sm89", "fp16")
+    assert reason == (
+        "auto: tensorrt: no plan of cam in fp16 for sm89; tensorrt: no plan of cam in fp32 for sm89"
+    )
+    plans.there |= {("tensorrt", "cam", "fp32"), ("tensorrt", "segmenter", "fp32")}
+    assert chosen(choose_engine(bundle_of_precisions, CAM))[:2] == ("tensorrt-sm89", "fp32")
+    plans.asked.clear()
+    assert chosen(choose_engine(bundle_of_precisions, SEGMENTER)) == ("tensorrt-sm89", "fp32", "auto")
+    assert plans.asked == [("tensorrt", "segmenter", "fp32")]  # int8 is taken only where it is asked for
+
+
+def test_auto_without_a_plan_takes_cuda(
+    bundle_of_precisions: Bundle, plans: Plans, cuda_on_cpu: None
+) -> None:
+    name, precision, reason = chosen(choose_engine(bundle_of_precisions, CAM))
+    assert (name, precision) == ("onnxruntime-cuda", "fp16")
+    assert reason.count("no plan of cam") == 4
+    assert chosen(choose_engine(bundle_of_precisions, AFFINITY))[:2] == ("onnxruntime-cuda", "fp32")
+
+
+def test_auto_with_a_gpu_that_nothing_here_can_use(bundle: Bundle, plans: Plans) -> None:
+    name, precision, reason = chosen(choose_engine(bundle, CAM))
+    assert (name, precision) == ("onnxruntime-cpu", "fp32")
+    assert "tensorrt-rtx: no plan" in reason and "pip uninstall -y onnxruntime" in reason
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ENGINES.items() if kind.needs_gpu])
+def test_asked_for_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> None:
+    with pytest.raises(EngineUnavailable) as caught:
+        open_engine(bundle, CAM, engine=name)
+    assert caught.value.exit_code == 5
+    assert str(caught.value) == (
+        f"{name} cannot run cam here: no NVIDIA driver here: "
+        "choose onnxruntime-cpu, or a machine with an NVIDIA GPU and its driver"
+    )
+
+
+def test_asked_for_without_a_plan(bundle_of_precisions: Bundle, plans: Plans) -> None:
+    with pytest.raises(EngineUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no plan of cam"):
+        open_engine(bundle_of_precisions, CAM, engine="tensorrt")
+    assert [precision for *_, precision in plans.asked] == ["fp16", "fp32"]
+    with pytest.raises(EngineUnavailable, match=r"in fp32 for sm89$"):
+        open_engine(bundle_of_precisions, CAM, engine="tensorrt-rtx", precision="fp32")
+
+
+def test_what_is_asked_for_is_taken(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:
+    request = EngineRequest("onnxruntime-cpu", "int8")
+    answer = chosen(choose_engine(bundle_of_precisions, SEGMENTER, request))
+    assert answer == ("onnxruntime-cpu", "int8", "asked for")
+    with open_engine(bundle_of_precisions, CAM, engine="onnxruntime-cuda", precision="fp32") as engine:
+        assert engine.name == "onnxruntime-cuda"
+
+
+def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EngineUnavailable, match=r"^no engine can run cam here: no NVIDIA .*pip install onnx"):
+        open_engine(bundle, CAM)
+
+
+@pytest.mark.parametrize(
+    ("request_", "problem"),
+    [
+        (EngineRequest("opencv"), "got the engine 'opencv', expected auto or one of tensorrt, tensorrt-rtx"),
+        (EngineRequest(precision="bf16"), "got the precision 'bf16', expected auto or one of fp32, fp16"),
+        (
+            EngineRequest(precision="fp16"),
+            r"has segmenter in fp32 and int8, got --precision fp16: make it with `multisa convert .* fp16`",
+        ),
+    ],
+)
+def test_requests_that_cannot_be(bundle_of_precisions: Bundle, request_: EngineRequest, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        choose_engine(bundle_of_precisions, SEGMENTER, request_)
+
+
+def test_a_graph_that_is_not_listed_is_not_there(bundle: Bundle, graphs: dict[str, bytes]) -> None:
+    (bundle.path / "cam.fp16.onnx").write_bytes(graphs["cam.onnx"])
+    assert bundle_precisions(bundle, CAM) == ("fp32",)
+    with pytest.raises(UsageError, match="multisa convert"):
+        open_engine(bundle, CAM, precision="fp16")
+
+
+def test_engines_are_closed_when_a_later_one_fails(
+    tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes], plans: Plans
+) -> None:
+    plans.there |= {("tensorrt", "cam", "fp32")}
+    broken = write_bundle(tmp_path / "broken", manifest, graphs | {"affinity.onnx": graphs["cam.onnx"]})
+    with pytest.raises(EngineError, match="affinity"), chosen_engines(broken, (CAM, AFFINITY)):
+        pytest.fail("the second engine cannot be opened")
+    assert [plan.closed for plan in plans.opened] == [True]
+
+
+def test_graphs_of_one_engine_share_a_line() -> None:
+    engine = Plan("fast")
+    choices = [
+        Choice("cam", engine, "fp16", "auto"),
+        Choice("affinity", engine, "fp16", "auto"),
+        Choice("segmenter", engine, "fp32", "auto"),
+    ]
+    assert describe_choices(choices) == [
+        "cam, affinity: on fast, fp16 (auto)",
+        "segmenter: on fast, fp32 (auto)",
+    ]
+
+
+def test_a_run_says_and_records_its_engines(
+    bundle: Bundle, photos: Path, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "label"
+    label_images(photos / "a.jpg", out, bundle=bundle)
+    line = "on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
+    assert capsys.readouterr().err == f"cam, affinity: {line}\n"
+    record = json.loads((out / ".multisa/run.json").read_text())
+    reason = {
+        "engine": "onnxruntime-cpu",
+        "precision": "fp32",
+        "reason": "auto: no NVIDIA driver here",
+    }
+    assert record["engines"] == {"cam": reason, "affinity": reason}
+    assert record["versions"].keys() >= {"python", "multisa", "numpy", "onnxruntime", "pillow"}
+
+
+def test_masks_do_not_depend_on_how_the_engine_was_found(
+    bundle: Bundle, tmp_path: Path, no_gpu: None
+) -> None:
+    """All but .multisa is the same bytes, chosen or asked for."""
+    results = []
+    for name in ("auto", "onnxruntime-cpu"):
+        out = tmp_path / name
+        segment_images(PHOTOGRAPHS, out, bundle=bundle, request=EngineRequest(name))
+        files = [path for path in out.rglob("*") if path.is_file() and ".multisa" not in path.parts]
+        results.append({path.relative_to(out): path.read_bytes() for path in files})
+    assert results[0] == results[1] and len(results[0]) == 4
