@@ -160,6 +160,29 @@ def test_missing_and_unlisted_files(bundle: Bundle) -> None:
         load_bundle(bundle.path)
 
 
+def test_graphs_of_other_precisions_are_files_like_others(
+    bundle_of_precisions: Bundle, graphs: dict[str, bytes]
+) -> None:
+    bundle = load_bundle(bundle_of_precisions.path)
+    more = {"cam.fp16.onnx", "segmenter.int8.onnx"}
+    assert set(bundle.manifest.files) == {*graphs, *more}
+    assert bundle.read_file("cam.fp16.onnx") == graphs["cam.onnx"]
+    page = describe(bundle)
+    assert all(name in page for name in more)
+    for name in more:
+        path = bundle.path / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # one bit
+        for read in (lambda: load_bundle(bundle.path), lambda name=name: bundle.read_file(name)):
+            with pytest.raises(BundleError, match=rf"{name}: got sha256 .*expected"):
+                read()
+        path.unlink()
+        with pytest.raises(BundleError, match=rf"{name}: the file is missing"):
+            load_bundle(bundle.path)
+        path.write_bytes(data)
+    assert load_bundle(bundle.path) == bundle
+
+
 def test_link_out_of_the_folder(bundle: Bundle, tmp_path: Path) -> None:
     path = bundle.path / "cam.onnx"
     path.rename(tmp_path / "elsewhere.onnx")

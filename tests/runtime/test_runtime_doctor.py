@@ -1,0 +1,152 @@
+"""The doctor: what it finds, that it tries what it says, and that nothing broken ends it."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+
+import multisa.kernels.native as native_module
+from multisa.kernels.cuda import build
+from multisa.runtime import doctor, versions
+from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
+from multisa.runtime.cli import root
+from multisa.runtime.doctor import Diagnosis, Finding, describe_diagnosis, examine
+from multisa.runtime.engines import gpus
+from multisa.runtime.engines.choice import ENGINES
+
+
+def found(diagnosis: Diagnosis, name: str) -> Finding:
+    (finding,) = (f for f in (*diagnosis.machine, *diagnosis.engines) if f.name == name)
+    return finding
+
+
+def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "LIBRARY", "libcuda.so.absent")
+    plan = bundle.path / ENGINES_FOLDER / ("0" * 16) / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text("{}")
+    diagnosis = examine(bundle.path)
+    assert diagnosis.versions["onnxruntime"] == onnxruntime.__version__
+    assert found(diagnosis, "onnxruntime").text.startswith(onnxruntime.__version__)
+    assert "CPUExecutionProvider" in found(diagnosis, "onnxruntime").text
+    kernels = native_module.native
+    assert f"run with {kernels.instruction_set()}" in found(diagnosis, "CPU kernels").text
+    assert found(diagnosis, "GPU") == Finding(
+        "GPU", False, "no NVIDIA driver here: libcuda.so.absent cannot be loaded"
+    )
+    has = found(diagnosis, "bundle").text
+    assert has.startswith("tiny, all files verified; cam (fp32), affinity (fp32), segmenter (fp32); ")
+    assert "TensorRT plans: 1" in has
+    assert [engine.name for engine in diagnosis.engines] == list(ENGINES)
+    usable = Finding("onnxruntime-cpu", True, "ran cam fp32, affinity fp32, segmenter fp32")
+    assert [engine for engine in diagnosis.engines if engine.ok] == [usable]
+    assert "no NVIDIA driver here" in found(diagnosis, "tensorrt").text
+    line = "cam, affinity, segmenter: on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
+    assert diagnosis.auto == [line]
+
+
+def test_a_gpu_and_its_precisions(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:
+    diagnosis = examine(bundle_of_precisions.path)
+    assert "cam (fp32 fp16), affinity (fp32), segmenter (fp32 int8)" in found(diagnosis, "bundle").text
+    ran = Finding("onnxruntime-cuda", True, "ran cam fp16, affinity fp32, segmenter fp32")
+    assert found(diagnosis, "onnxruntime-cuda") == ran
+
+
+def test_the_packaged_bundle_is_the_default() -> None:
+    finding, bundle = doctor._bundle(None)
+    assert finding.ok and bundle is not None and "voc-animals" in finding.text
+
+
+def test_the_driver_says_what_is_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = gpus.GpuProbe("13.2", (gpus.Gpu("NVIDIA A", "sm89"), gpus.Gpu("NVIDIA B", "sm120")))
+    monkeypatch.setattr(gpus, "probe_gpus", lambda: probe)
+    text = "NVIDIA A (sm89), NVIDIA B (sm120); the driver runs CUDA up to 13.2"
+    assert found(examine(bundle.path), "GPU") == Finding("GPU", True, text)
+
+
+def test_a_damaged_bundle(bundle: Bundle) -> None:
+    (bundle.path / "cam.onnx").write_bytes(b"")
+    diagnosis = examine(bundle.path)
+    finding = found(diagnosis, "bundle")
+    assert not finding.ok and "cam.onnx: got 0 bytes, expected" in finding.text
+    assert diagnosis.engines == [] and diagnosis.auto == ["nothing: there is no bundle to run"]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("onnxruntime", ("onnxruntime", "onnxruntime-cpu")),
+        ("multisa.kernels.native", ("CPU kernels",)),
+        ("multisa.kernels.cuda.build", ("CUDA kernels",)),
+        ("multisa.runtime.engines.gpus", ("GPU",)),
+        ("multisa.runtime.bundle", ("bundle",)),
+    ],
+)
+def test_a_module_that_cannot_be_imported(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, module: str, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    diagnosis = examine(bundle.path)
+    for name in names:
+        assert not found(diagnosis, name).ok and found(diagnosis, name).text
+    assert found(diagnosis, "processor").ok
+
+
+def test_an_onnxruntime_that_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder is that was left behind: it can be imported and holds nothing."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    diagnosis = examine(bundle.path)
+    assert "get_available_providers" in found(diagnosis, "onnxruntime").text
+    assert not found(diagnosis, "onnxruntime-cpu").ok
+    assert "onnxruntime" in diagnosis.auto[0]
+
+
+def test_two_packages_of_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "version", lambda name: "1.31.1" if name.endswith("-gpu") else "1.32.0")
+    finding = found(examine(bundle.path), "onnxruntime")
+    assert not finding.ok
+    assert "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 overwrite each other" in finding.text
+
+
+def test_cuda_kernels(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fatbin = tmp_path / "kernels.fatbin"
+    monkeypatch.setattr(build, "FATBIN", fatbin)
+    record = {"nvcc": "13.0.88", "sources": build.source_digest(), "architectures": [75, 120], "ptx": [120]}
+    said = []
+    for text in (None, json.dumps(record), json.dumps(record | {"sources": "others"}), "{}", "no json"):
+        if text is not None:
+            fatbin.write_bytes(b"code")
+            fatbin.with_suffix(".json").write_text(text)
+        finding = doctor._cuda_kernels()
+        said.append((finding.ok, finding.text.partition(": run python -m multisa")[0]))
+    assert said[:3] == [
+        (False, "not compiled"),
+        (True, "for sm75, sm120, and later ones from PTX of sm120; nvcc 13.0.88"),
+        (False, "made of other sources than these"),
+    ]
+    assert [ok for ok, _ in said[3:]] == [False, False]
+    fatbin.with_suffix(".json").unlink()
+    assert not doctor._cuda_kernels().ok
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_page_fits_its_columns(bundle: Bundle, no_gpu: None, width: int) -> None:
+    page = describe_diagnosis(examine(bundle.path), width).splitlines()
+    assert all(len(line) <= width or " " not in line.strip() for line in page)
+    assert any(line.startswith("  onnxruntime-cpu") and "usable: ran cam" in line for line in page)
+    assert any(line.startswith("  tensorrt  ") and "not usable: " in line for line in page)
+
+
+def test_command(bundle: Bundle, no_gpu: None) -> None:
+    result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path)])
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "\n  onnxruntime-cpu   usable: ran cam fp32" in result.stdout
+    result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["engines"][-1]["name"] == "onnxruntime-cpu"
+    result = CliRunner().invoke(root, ["doctor", "--bundle", "absent"])
+    assert result.exit_code == 0 and "there is no bundle to run" in result.stdout
