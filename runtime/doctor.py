@@ -186,12 +186,26 @@ def _bundle(path: Path | None) -> tuple[Finding, "Bundle | None"]:
         from multisa.runtime.engines.contract import CONTRACTS
 
         bundle = load_bundle(path or default_bundle_path())
-        plans = len(list((bundle.path / ENGINES_FOLDER).glob("*/plan.json")))
+        plans = _plans(bundle.path / ENGINES_FOLDER)
     except (BundleError, *_BROKEN) as error:
         return Finding("bundle", False, _line(error)), None
     graphs = ", ".join(f"{c.name} ({' '.join(bundle_precisions(bundle, c))})" for c in CONTRACTS)
-    has = f"{bundle.manifest.name}, all files verified; {graphs}; TensorRT plans: {plans}; {bundle.path}"
+    has = f"{bundle.manifest.name}, all files verified; {graphs}; plans: {plans}; {bundle.path}"
     return Finding("bundle", True, has), bundle
+
+
+def _plans(folder: Path) -> str:
+    """The TensorRT plans that a cache tells of; whether they are whole is known when one is opened."""
+    built: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*/plan.json")):
+        try:
+            key = json.loads(path.read_text(encoding="utf-8"))["key"]
+            where, what = f"{key['library']} {key['target']}", f"{key['graph']} {key['precision']}"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            where, what = "unreadable", path.parent.name
+        # What is in the file is not known to be ours: nothing of it steers the terminal.
+        built.setdefault(ascii(where)[1:-1], []).append(ascii(what)[1:-1])
+    return ", ".join(f"{where} ({', '.join(sorted(whats))})" for where, whats in built.items()) or "none"
 
 
 def _engines(bundle: "Bundle") -> Iterator[Finding]:

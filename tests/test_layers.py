@@ -72,7 +72,8 @@ def test_packages_listed_are_the_packages_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["train", "--help"], ["export", "--help"], ["label", "--help"]]
+    "command",
+    [["--help"], ["train", "--help"], ["export", "--help"], ["label", "--help"], ["doctor", "--help"]],
 )
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     program = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
+from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.contract import PRECISIONS, Engine, GraphContract, graph_file
 from multisa.runtime.engines.gpus import probe_gpus
 from multisa.runtime.engines.ort import OnnxRuntimeEngine, Provider
@@ -72,8 +72,7 @@ def _open_tensorrt(
 ) -> Engine:
     from multisa.runtime.engines.tensorrt import open_tensorrt
 
-    cache = bundle.path / ENGINES_FOLDER
-    return open_tensorrt(bundle, contract, precision=precision, library=library, cache=cache)
+    return open_tensorrt(bundle, contract, precision=precision, library=library)
 
 
 # In the order "auto" tries them.

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,16 @@ def test_running_loads_no_torch(photos: Path, bundle: Bundle, tmp_path: Path) ->
     command = [sys.executable, "-c", code, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "heavy: []" in finished.stdout
+
+
+def test_the_doctor_finds_torch_without_loading_it(bundle: Bundle) -> None:
+    code = (
+        "import sys; from multisa.runtime.doctor import examine\n"
+        "print(examine(__import__('pathlib').Path(sys.argv[1])).versions['torch'], 'torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, str(bundle.path)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert finished.stdout.split() == [metadata.version("torch"), "False"]
 
 
 def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_path: Path) -> None:

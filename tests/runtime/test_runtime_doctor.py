@@ -26,9 +26,6 @@ def found(diagnosis: Diagnosis, name: str) -> Finding:
 
 def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "LIBRARY", "libcuda.so.absent")
-    plan = bundle.path / ENGINES_FOLDER / ("0" * 16) / "plan.json"
-    plan.parent.mkdir(parents=True)
-    plan.write_text("{}")
     diagnosis = examine(bundle.path)
     assert diagnosis.versions["onnxruntime"] == onnxruntime.__version__
     assert found(diagnosis, "onnxruntime").text.startswith(onnxruntime.__version__)
@@ -40,13 +37,26 @@ def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPa
     )
     has = found(diagnosis, "bundle").text
     assert has.startswith("tiny, all files verified; cam (fp32), affinity (fp32), segmenter (fp32); ")
-    assert "TensorRT plans: 1" in has
+    assert "plans: none" in has
     assert [engine.name for engine in diagnosis.engines] == list(ENGINES)
     usable = Finding("onnxruntime-cpu", True, "ran cam fp32, affinity fp32, segmenter fp32")
     assert [engine for engine in diagnosis.engines if engine.ok] == [usable]
     assert "no NVIDIA driver here" in found(diagnosis, "tensorrt").text
     line = "cam, affinity, segmenter: on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
     assert diagnosis.auto == [line]
+
+
+def test_plans(bundle: Bundle) -> None:
+    key = {"library": "tensorrt-rtx", "target": "sm89", "graph": "cam", "precision": "fp16"}
+    plans = [{"key": key}, {"key": key | {"graph": "affinity"}}, {"key": key | {"target": "\x1b[2J"}}, {}, []]
+    for i, plan in enumerate(plans):
+        path = bundle.path / ENGINES_FOLDER / f"{i:016x}" / "plan.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(plan))
+    assert (
+        "; plans: tensorrt-rtx sm89 (affinity fp16, cam fp16), tensorrt-rtx \\x1b[2J (cam fp16), "
+        "unreadable (0000000000000003, 0000000000000004); " in found(examine(bundle.path), "bundle").text
+    )
 
 
 def test_a_gpu_and_its_precisions(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:

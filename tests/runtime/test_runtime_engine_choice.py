@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from multisa.runtime.bundle import ENGINES_FOLDER, Bundle, Manifest, write_bundle
+from multisa.runtime.bundle import Bundle, Manifest, write_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.engines.choice import (
     ENGINES,
@@ -57,10 +57,7 @@ class Plans:
         self.asked: list[tuple[str, str, str]] = []
         self.opened: list[Plan] = []
 
-    def open_tensorrt(
-        self, bundle: Bundle, contract: GraphContract, *, precision: str, library: str, cache: Path
-    ) -> Plan:
-        assert cache == bundle.path / ENGINES_FOLDER
+    def open_tensorrt(self, bundle: Bundle, contract: GraphContract, *, precision: str, library: str) -> Plan:
         self.asked.append((library, contract.name, precision))
         if self.asked[-1] not in self.there:
             raise EngineUnavailable(f"{library}: no plan of {contract.name} in {precision} for sm89")
