@@ -181,9 +181,9 @@ def run_corpus(method: Method, corpus: Corpus, out: Path, bundle: Bundle, option
         write_gallery(out, [item.record for item in done], bundle.manifest, title=f"multisa {method.command}")
     seconds = time.perf_counter() - start
     summary = RunSummary(len(corpus.images), len(failed), seconds, stages)
-    write_json_atomically(
-        private / "run.json", _run_record(method, started, summary, corpus, bundle, options)
-    )
+    record = _run_record(method, summary, corpus, bundle, options)
+    started_at = {"started": started.isoformat(timespec="seconds")}
+    write_json_atomically(private / "run.json", started_at | record)
     return summary
 
 
@@ -267,16 +267,10 @@ def _write_records(out: Path, done: list[_Done], failed: list[_Failed]) -> None:
 
 
 def _run_record(
-    method: Method,
-    started: datetime,
-    summary: RunSummary,
-    corpus: Corpus,
-    bundle: Bundle,
-    options: RunOptions,
+    method: Method, summary: RunSummary, corpus: Corpus, bundle: Bundle, options: RunOptions
 ) -> dict[str, Any]:
     return {
         "command": method.command,
-        "started": started.isoformat(timespec="seconds"),
         "images": summary.done,
         "failures": summary.failures,
         "skipped": corpus.skipped,
