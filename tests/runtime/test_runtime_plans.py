@@ -1,0 +1,266 @@
+"""The cache of plans cannot lie: what is found was built from exactly what is asked for."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from multisa.runtime.engines.plans import QUARANTINE, PlanCache, PlanKey, Profile, StoredPlan
+from multisa.runtime.errors import BundleError
+
+SMALL = Profile((1, 64, 64), (1, 320, 320), (8, 320, 320))
+KEY = PlanKey(
+    graph="cam",
+    precision="fp32",
+    onnx_sha256="ab" * 32,
+    library="tensorrt-rtx",
+    library_version="1.7.1.116",
+    target="sm89",
+    gpu="",
+    profiles=(SMALL,),
+    flags=("TF32=0",),
+    platform="linux-x86_64",
+)
+# Another value for every field: a field that is added without one fails the test below.
+OTHER = {
+    "graph": "segmenter",
+    "precision": "fp16",
+    "onnx_sha256": "cd" * 32,
+    "library": "tensorrt",
+    "library_version": "1.7.1.117",
+    "target": "sm86",
+    "gpu": "NVIDIA L4",
+    "profiles": (dataclasses.replace(SMALL, optimum=(1, 256, 320)),),
+    "flags": (),
+    "platform": "linux-aarch64",
+}
+
+
+class Builder:
+    """A callable that gives fixed bytes and counts its calls."""
+
+    def __init__(self, plan: bytes = b"plan") -> None:
+        self.plan, self.calls = plan, 0
+
+    def __call__(self) -> bytes:
+        self.calls += 1
+        return self.plan
+
+
+def never() -> bytes:
+    raise AssertionError("built though the plan is there")
+
+
+def test_a_plan_is_built_once_and_found_as_it_was(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "engines")
+    assert cache.get(KEY) is None
+    built = cache.get_or_build(KEY, Builder(b"the plan"))
+    found = PlanCache(tmp_path / "engines").get_or_build(KEY, never)
+    assert found == built and found.read() == b"the plan" and found.bytes == 8
+    assert found.path == tmp_path / "engines" / KEY.digest[:16] / "model.plan"
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PlanKey)])
+def test_every_field_of_the_key_is_another_plan(tmp_path: Path, field: str) -> None:
+    cache = PlanCache(tmp_path)
+    cache.get_or_build(KEY, Builder())
+    other = dataclasses.replace(KEY, **{field: OTHER[field]})
+    assert other.digest != KEY.digest
+    assert cache.get(other) is None
+    assert cache.get_or_build(other, Builder(b"another")).read() == b"another"
+    assert cache.get_or_build(KEY, never).read() == b"plan"
+
+
+def test_find_is_by_graph_library_version_and_target(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    keys = [dataclasses.replace(KEY, **{name: value}) for name, value in OTHER.items()]
+    for key in (KEY, *keys):
+        cache.get_or_build(key, Builder(key.digest.encode()))
+    asked = {name: getattr(KEY, name) for name in ("onnx_sha256", "library", "library_version", "target")}
+    expected = {key.digest for key in (KEY, *keys) if all(getattr(key, n) == v for n, v in asked.items())}
+    found = cache.find(**asked)
+    assert {plan.key.digest for plan in found} == expected and len(expected) == len(keys) - 3
+    assert [plan.read().decode() for plan in found] == sorted(expected)
+    assert PlanCache(tmp_path / "none").find(**asked) == []
+
+
+def flip_a_bit(plan: StoredPlan) -> None:
+    data = bytearray(plan.path.read_bytes())
+    data[1] ^= 4
+    plan.path.write_bytes(data)
+
+
+def edit(plan: StoredPlan, change: Callable[[dict], None]) -> None:
+    path = plan.path.with_name("plan.json")
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+DAMAGE: dict[str, Callable[[StoredPlan], object]] = {
+    "a flipped bit": flip_a_bit,
+    "cut short": lambda plan: os.truncate(plan.path, 2),
+    "gone": lambda plan: plan.path.unlink(),
+    "a link": lambda plan: (plan.path.rename(plan.path.with_name("x")), plan.path.symlink_to("x")),
+    "record cut short": lambda plan: os.truncate(plan.path.with_name("plan.json"), 40),
+    "record empty": lambda plan: os.truncate(plan.path.with_name("plan.json"), 0),
+    "record too large": lambda plan: os.truncate(plan.path.with_name("plan.json"), 1 << 20),
+    "record nested": lambda plan: plan.path.with_name("plan.json").write_text("[" * 60_000),
+    "record no text": lambda plan: plan.path.with_name("plan.json").write_bytes(b"\xff\xfe{"),
+    "record of another key": lambda plan: edit(plan, lambda r: r["key"].update(target="sm120")),
+    "record with more": lambda plan: edit(plan, lambda r: r.update(path="../../elsewhere")),
+    "record of another version": lambda plan: edit(plan, lambda r: r.update(schema_version=2)),
+    "profile out of order": lambda plan: edit(
+        plan, lambda r: r["key"]["profiles"][0].update(minimum=[9, 9, 9])
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_heals_itself(
+    tmp_path: Path, damage: Callable[[StoredPlan], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = PlanCache(tmp_path)
+    stored = cache.get_or_build(KEY, Builder())
+    damage(stored)
+    again = Builder(b"anew")
+    assert cache.get_or_build(KEY, again).read() == b"anew"
+    assert again.calls == 1
+    assert cache.get_or_build(KEY, never).read() == b"anew"
+    reason = (tmp_path / QUARANTINE / KEY.digest[:16] / "reason.txt").read_text().strip()
+    assert reason and reason in capsys.readouterr().err
+
+
+def test_get_puts_a_damaged_plan_aside(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    stored = cache.get_or_build(KEY, Builder())
+    flip_a_bit(stored)
+    with pytest.raises(BundleError, match="damaged"):
+        stored.read()
+    assert cache.get(KEY) is None
+    assert not stored.path.exists() and (tmp_path / QUARANTINE / stored.path.parent.name).is_dir()
+
+
+def test_quarantine_takes_what_was_refused_and_nothing_newer(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    old = cache.get_or_build(KEY, Builder(b"old"))
+    cache.quarantine(old, "the library refuses it")
+    reason = tmp_path / QUARANTINE / KEY.digest[:16] / "reason.txt"
+    assert reason.read_text() == "the library refuses it\n"
+    cache.quarantine(old, "again")  # gone already
+    new = cache.get_or_build(KEY, Builder(b"new"))
+    cache.quarantine(old, "the library refuses it")  # said of the plan before this one
+    assert cache.get(KEY) == new
+    cache.quarantine(new, "refused, too")  # its place in the quarantine is taken by one of the same key
+    assert cache.get(KEY) is None and reason.read_text() == "refused, too\n"
+
+
+def test_a_builder_that_fails_stores_nothing(tmp_path: Path) -> None:
+    def fail() -> bytes:
+        raise RuntimeError("no plan")
+
+    cache = PlanCache(tmp_path)
+    with pytest.raises(RuntimeError, match="no plan"):
+        cache.get_or_build(KEY, fail)
+    assert cache.get(KEY) is None
+    assert cache.get_or_build(KEY, Builder()).read() == b"plan"  # the lock was given back
+
+
+def test_a_damaged_plan_that_cannot_be_put_aside_is_absent(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    stored = cache.get_or_build(KEY, Builder())
+    flip_a_bit(stored)
+    lock = tmp_path / f"{KEY.digest[:16]}.lock"
+    lock.unlink()
+    lock.mkdir()  # as where the folder may only be read: nothing can be locked or moved
+    assert cache.get(KEY) is None
+    assert stored.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "problem"),
+    [
+        (((2, 64, 64), (1, 64, 64), (1, 64, 64)), "batch 2, 1, 1"),
+        (((1, 64, 64), (1, 512, 64), (1, 320, 64)), "height 64, 512, 320"),
+        (((1, 64, 0), (1, 64, 64), (1, 64, 64)), "width 0, 64, 64"),
+    ],
+)
+def test_a_profile_is_in_order(shapes: tuple[tuple[int, int, int], ...], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Profile(*shapes)
+
+
+def test_a_profile_says_what_it_covers() -> None:
+    assert SMALL.covers((1, 64, 64)) and SMALL.covers((8, 320, 100))
+    assert not SMALL.covers((9, 64, 64)) and not SMALL.covers((1, 63, 64))
+    assert str(SMALL) == "1x64x64:1x320x320:8x320x320"
+
+
+# One process that builds: it notes when it begins, and builds until it is told to finish.
+BUILD = """
+import sys, time
+from pathlib import Path
+from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile
+work, name = Path(sys.argv[1]), sys.argv[2]
+key = PlanKey("cam", "fp32", "ab" * 32, "tensorrt-rtx", "1.7.1.116", "sm89", "",
+              (Profile((1, 64, 64), (1, 320, 320), (8, 320, 320)),), ("TF32=0",), "linux-x86_64")
+def build():
+    (work / f"{name}.building").touch()
+    while not (work / f"{name}.go").exists():
+        time.sleep(0.01)
+    return name.encode()
+print(PlanCache(work / "engines").get_or_build(key, build).read().decode())
+"""
+
+
+def start(work: Path, name: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILD, str(work), name]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} never came"
+        time.sleep(0.01)
+
+
+def test_a_second_builder_waits_and_finds_the_plan_of_the_first(tmp_path: Path) -> None:
+    first = start(tmp_path, "first")
+    wait_for(tmp_path / "first.building")
+    second = start(tmp_path, "second")
+    assert second.stderr is not None
+    assert "waiting for another process that builds cam for sm89" in second.stderr.readline()
+    (tmp_path / "first.go").touch()
+    assert first.communicate(timeout=60)[0] == second.communicate(timeout=60)[0] == "first\n"
+    assert not (tmp_path / "second.building").exists()
+
+
+def test_a_builder_that_is_killed_leaves_the_next_one_free(tmp_path: Path) -> None:
+    killed = start(tmp_path, "killed")
+    wait_for(tmp_path / "killed.building")
+    waiting = start(tmp_path, "waiting")
+    assert waiting.stderr is not None and "waiting" in waiting.stderr.readline()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    wait_for(tmp_path / "waiting.building")  # it got the lock that the system took back
+    (tmp_path / "waiting.go").touch()
+    assert waiting.communicate(timeout=60)[0] == "waiting\n"
+
+
+def test_what_a_killed_builder_was_writing_is_no_plan_and_goes(tmp_path: Path) -> None:
+    place = tmp_path / KEY.digest[:16]
+    place.mkdir(parents=True)
+    (place / ".model.plan.0123456789abcdef.tmp").write_bytes(b"half of a")
+    (place / "model.plan").write_bytes(b"whole, but without the record that is written last")
+    cache = PlanCache(tmp_path)
+    assert cache.get(KEY) is None
+    assert cache.get_or_build(KEY, Builder()).read() == b"plan"
+    assert sorted(path.name for path in place.iterdir()) == ["model.plan", "plan.json"]
