@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.engines.contract import CONTRACTS, GraphContract, UInt8, check_image
+from multisa.runtime.engines.onnx_file import check_onnx
 from multisa.runtime.errors import EngineError, EngineUnavailable
 
 Provider = Literal["cpu", "cuda"]
@@ -67,6 +68,7 @@ class OnnxRuntimeEngine:
         said = _prepare_cuda(runtime) if provider == "cuda" else ""
         try:
             data = model.read_bytes() if isinstance(model, Path) else model
+            check_onnx(data, label)
             # With the fallback, what fails on the GPU would run on the CPU, said by a line on stdout alone.
             session = runtime.InferenceSession(
                 data, options, providers=[_PROVIDERS[provider]], enable_fallback=0
