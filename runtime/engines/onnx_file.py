@@ -1,7 +1,8 @@
 """What an ONNX file asks of its reader, seen before any library opens it.
 
 `check_onnx(data, "cam.onnx")` refuses an operator set that the engines do not know, weights that lie in
-other files, and bytes that are no ONNX file. It reads the few fields that say so, from the bytes alone (https://protobuf.dev/programming-guides/encoding, onnx.proto of ONNX 1.23), so the runtime needs no onnx.
+other files, and bytes that are no ONNX file. It reads the few fields that say so from the bytes alone, so
+the runtime needs no onnx (onnx.proto of ONNX 1.23, https://protobuf.dev/programming-guides/encoding).
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,218 @@
+"""`multisa build`: plans of a bundle's graphs for several targets, from the cache where they are in it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from multisa.export.tensorrt.builder import FLAGS, build_plan, check_targets
+from multisa.export.tensorrt.library import Gpu, Library, first_gpu, import_library, this_platform
+from multisa.export.tensorrt.profiles import parse_profiles
+from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
+from multisa.runtime.engines.contract import CONTRACTS, PRECISIONS, GraphContract, graph_file
+from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile
+from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.files import sha256_of_bytes
+from multisa.runtime.progress import Progress, counted, say
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `multisa build` was asked for."""
+
+    targets: tuple[str, ...]
+    precision: str = "fp32"
+    graphs: tuple[str, ...] = ()  # names of contracts; all that have the precision when empty
+    profiles: tuple[str, ...] = ()  # as `parse_profiles` takes them; the default ones when empty
+    library: str = "tensorrt-rtx"
+    cache: Path | None = None  # the bundle's own folder by default
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan that was built or found."""
+
+    graph: str
+    target: str
+    precision: str
+    profiles: tuple[Profile, ...]
+    bytes: int
+    build_seconds: float  # of the build, also where it was found in the cache
+    is_cached: bool
+    path: Path
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """Everything one run of `multisa build` has done."""
+
+    bundle: str
+    library: Library
+    rows: tuple[PlanRow, ...]
+    failures: tuple[str, ...]
+
+    def raise_failures(self) -> None:
+        """Raise EngineError with the reasons of all plans that could not be built."""
+        if self.failures:
+            number = counted(len(self.failures), "plan")
+            raise EngineError("\n".join((f"{number} could not be built", *self.failures)))
+
+
+def build_plans(bundle: Bundle, options: BuildOptions) -> BuildReport:
+    """Build every graph for every target, or find it in the cache; graphs are verified as they are read.
+
+    A plan that cannot be built does not keep the others from it: its reason is in the report's failures.
+    Raises UsageError for arguments that cannot be, EngineUnavailable without library, driver or GPU.
+    """
+    targets = parse_targets(options.targets)
+    graphs = _graphs(bundle, options)
+    profiles = parse_profiles(options.profiles, bundle.manifest.parameters.long_side)
+    library = import_library(options.library)
+    check_targets(library, targets)
+    gpu = None if library.is_rtx else _gpu_of(targets, library)
+    cache = PlanCache(options.cache or bundle.path / ENGINES_FOLDER)
+    rows: list[PlanRow] = []
+    failures: list[str] = []
+    with Progress(len(graphs) * len(targets), "build", "plan") as bar:
+        for contract in graphs:
+            data = bundle.read_file(graph_file(contract, options.precision))
+            for target in targets:
+                key = _key(contract, options.precision, data, library, target, gpu, profiles)
+                try:
+                    rows.append(_build(cache, key, data, library))
+                except EngineError as error:
+                    failures.append(str(error))
+                bar.advance(note=f"{contract.name} {target}")
+    return BuildReport(bundle.manifest.name, library, tuple(rows), tuple(failures))
+
+
+def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
+    """Targets as "sm89", several in one text between commas, each once. Raises UsageError."""
+    targets = [part.strip().lower() for text in texts for part in text.split(",")]
+    for target in targets:
+        if not re.fullmatch(r"sm\d{2,3}", target):
+            raise UsageError(f"target: got {target!r}, expected a compute capability like sm89, or sm80,sm89")
+    if not targets:
+        raise UsageError("target: got none, expected a compute capability like sm89")
+    return tuple(dict.fromkeys(targets))
+
+
+def describe_report(report: BuildReport) -> str:
+    """A table for people: a line for each plan."""
+    header = ("graph", "target", "precision", "profiles", "MB", "seconds", "")
+    lines = [
+        (
+            row.graph,
+            row.target,
+            row.precision,
+            str(len(row.profiles)),
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.build_seconds:.1f}",
+            "from the cache" if row.is_cached else "built",
+        )
+        for row in report.rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *lines)]
+    return "\n".join((f"{report.bundle}, {report.library}", *table))
+
+
+def report_as_json(report: BuildReport) -> dict[str, Any]:
+    """The report as JSON holds it; sizes in bytes, times in seconds."""
+    return {
+        "bundle": report.bundle,
+        "library": report.library.name,
+        "library_version": report.library.version,
+        "plans": [
+            {
+                "graph": row.graph,
+                "target": row.target,
+                "precision": row.precision,
+                "profiles": [str(profile) for profile in row.profiles],
+                "bytes": row.bytes,
+                "build_seconds": row.build_seconds,
+                "cached": row.is_cached,
+                "path": str(row.path),
+            }
+            for row in report.rows
+        ],
+        "failures": list(report.failures),
+    }
+
+
+def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[GraphContract, ...]:
+    """The graphs to build; those not asked for by name are left out where they lack the precision."""
+    if options.precision not in PRECISIONS:
+        raise UsageError(f"precision: got {options.precision!r}, expected one of {', '.join(PRECISIONS)}")
+    names = [contract.name for contract in CONTRACTS]
+    for name in options.graphs:
+        if name not in names:
+            raise UsageError(f"graph: got {name!r}, expected one of {', '.join(names)}")
+    asked = [contract for contract in CONTRACTS if not options.graphs or contract.name in options.graphs]
+    files = [graph_file(contract, options.precision) for contract in asked]
+    missing = [file for file in files if file not in bundle.manifest.files]
+    if missing and (options.graphs or len(missing) == len(asked)):
+        raise UsageError(
+            f"{bundle.path}: no {', '.join(missing)} in it; make a bundle that has: "
+            f"multisa convert {bundle.path} --precision {options.precision} --photographs DIR -o NEW_BUNDLE"
+        )
+    if missing:
+        say(f"{bundle.path}: left out, the bundle has no {', '.join(missing)}")
+    return tuple(contract for contract, file in zip(asked, files, strict=True) if file not in missing)
+
+
+def _gpu_of(targets: tuple[str, ...], library: Library) -> Gpu:
+    """The GPU of this machine, which TensorRT tunes on and builds for."""
+    gpu = first_gpu()
+    if targets != (gpu.target,):
+        raise EngineUnavailable(
+            f"{library} builds for the GPU that is here, {gpu.name} ({gpu.target}); got the target "
+            f"{', '.join(targets)}: build on a machine that has it, or with --library tensorrt-rtx"
+        )
+    return gpu
+
+
+def _key(
+    contract: GraphContract,
+    precision: str,
+    data: bytes,
+    library: Library,
+    target: str,
+    gpu: Gpu | None,
+    profiles: tuple[Profile, ...],
+) -> PlanKey:
+    return PlanKey(
+        graph=contract.name,
+        precision=precision,
+        onnx_sha256=sha256_of_bytes(data),
+        library=library.name,
+        library_version=library.version,
+        target=target,
+        gpu=gpu.name if gpu else "",
+        profiles=profiles,
+        flags=FLAGS,
+        platform=this_platform(),
+    )
+
+
+def _build(cache: PlanCache, key: PlanKey, data: bytes, library: Library) -> PlanRow:
+    built = False
+
+    def build() -> bytes:
+        nonlocal built
+        built = True
+        label = f"{key.graph} ({key.precision}, {key.target})"
+        return build_plan(library, data, key.profiles, (key.target,), label)
+
+    stored = cache.get_or_build(key, build)
+    return PlanRow(
+        graph=key.graph,
+        target=key.target,
+        precision=key.precision,
+        profiles=key.profiles,
+        bytes=stored.bytes,
+        build_seconds=stored.build_seconds,
+        is_cached=not built,
+        path=stored.path,
+    )

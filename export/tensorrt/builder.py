@@ -1,0 +1,147 @@
+"""One plan from one graph: parse, check, configure, build. The same calls for every library and version."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from multisa.export.tensorrt.library import BuildLog, Library, build_log
+from multisa.runtime.engines.onnx_file import check_onnx
+from multisa.runtime.engines.plans import Profile
+from multisa.runtime.errors import EngineError, UsageError
+
+if TYPE_CHECKING:  # names what is what: a test holds every call below to TensorRT's type stubs
+    import tensorrt as trt
+
+IMAGE = "image"  # the one input of every graph, uint8 [N, H, W, 3]
+# fp32 is fp32: with TF32 convolutions and products would keep ten bits of mantissa. Part of the plan's key.
+FLAGS = ("TF32=0",)
+
+_TURING_PRODUCT = "FP32 GEMM is not supported"
+_REFUSED_NODE = (
+    "export the graph again without such nodes (types of one operator must agree: TensorRT casts nothing by "
+    "itself), or run it on ONNX Runtime"
+)
+_REFUSED_FILE = "the file is malformed: get the bundle again, or export it again"
+
+
+def check_targets(library: Library, targets: Sequence[str]) -> None:
+    """Raise UsageError unless RTX knows every target; TensorRT has none but the GPU it runs on."""
+    if not library.is_rtx:
+        return
+    known = _capabilities(library)
+    for target in targets:
+        if target not in known:
+            raise UsageError(
+                f"target: got {target!r}, expected one of {', '.join(known)}, which {library} builds for; "
+                "for other GPUs use --library tensorrt on the machine that has one"
+            )
+
+
+def build_plan(
+    library: Library, graph: bytes, profiles: Sequence[Profile], targets: Sequence[str], label: str
+) -> bytes:
+    """Build the ONNX file `graph` and return the plan, byte for byte as the library gives it.
+
+    With TensorRT-RTX for all of `targets`, without a GPU; with TensorRT for the GPU that is there. `label`
+    begins each message. Raises EngineError with all that the parser or the builder has said, UsageError for a
+    target that the library does not know.
+    """
+    check_onnx(graph, label)
+    check_targets(library, targets)
+    module = library.module
+    logger, log = build_log(module)
+    log.clear()
+    builder: trt.Builder = module.Builder(logger)
+    network: trt.INetworkDefinition = builder.create_network(_network_flags(library))
+    parser: trt.OnnxParser = module.OnnxParser(network, logger)
+    # Bytes, not a path: there is nothing beside the graph to look for (check_onnx has seen to it).
+    if not parser.parse(graph):
+        raise EngineError(f"{label}: {library} cannot read it:{_parser_errors(parser, module, log)}")
+    _check_image(network, module, label)
+    config: trt.IBuilderConfig = builder.create_builder_config()
+    config.clear_flag(module.BuilderFlag.TF32)
+    if library.is_rtx:
+        _set_targets(config, library, targets)
+    for profile in profiles:
+        _add_profile(builder, config, profile, log, label)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{label}: {library} builds no plan for {', '.join(targets)}:{_build_errors(log)}")
+    return bytes(plan)
+
+
+def _network_flags(library: Library) -> int:
+    """Types are the graph's own: TensorRT 10 must be told, all others know nothing else."""
+    if library.is_rtx or library.major > 10:
+        return 0
+    return 1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _check_image(network: "trt.INetworkDefinition", module: Any, label: str) -> None:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    got = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in inputs)
+    is_image = (
+        len(inputs) == 1
+        and inputs[0].name == IMAGE
+        and inputs[0].dtype == module.DataType.UINT8
+        and list(inputs[0].shape) == [-1, -1, -1, 3]
+    )
+    if not is_image:
+        raise EngineError(
+            f"{label}: got the inputs {got or 'none'}, expected {IMAGE}: uint8 [N, H, W, 3], all but 3 free"
+        )
+
+
+def _set_targets(config: Any, library: Library, targets: Sequence[str]) -> None:
+    known = _capabilities(library)  # Any: TensorRT's own stubs have no word of what RTX adds
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        if not config.set_compute_capability(known[target], index):
+            raise EngineError(f"{library}: does not take the target {target} at place {index}")
+
+
+def _capabilities(library: Library) -> dict[str, Any]:
+    members = library.module.ComputeCapability.__members__
+    return {name.lower(): value for name, value in members.items() if name.startswith("SM")}
+
+
+def _add_profile(
+    builder: "trt.Builder", config: "trt.IBuilderConfig", profile: Profile, log: BuildLog, label: str
+) -> None:
+    optimisation = builder.create_optimization_profile()
+    problem = ""
+    try:
+        shapes = [(*shape, 3) for shape in (profile.minimum, profile.optimum, profile.maximum)]
+        optimisation.set_shape(IMAGE, *shapes)
+    except ValueError as error:
+        problem = str(error)
+    if problem or not optimisation or config.add_optimization_profile(optimisation) < 0:
+        raise EngineError(
+            f"{label}: input {IMAGE}: profile {profile} is refused: {problem}{_lines(log.errors)}"
+        )
+
+
+def _parser_errors(parser: "trt.OnnxParser", module: Any, log: BuildLog) -> str:
+    codes = module.ErrorCode
+    lines = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        text = " ".join(line for line in error.desc().splitlines() if "catchCudaError" not in line)
+        is_file = error.code() in (codes.MODEL_DESERIALIZE_FAILED, codes.INVALID_GRAPH)
+        where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
+        lines.append(f"{where}{text} [{error.code().name}]; {_REFUSED_FILE if is_file else _REFUSED_NODE}")
+    return _lines(lines or log.errors)
+
+
+def _build_errors(log: BuildLog) -> str:
+    text = _lines(log.errors)
+    if _TURING_PRODUCT in text:
+        text += (
+            "\n  TensorRT-RTX has no float32 matrix product on Turing: leave sm75 out, or take a graph whose "
+            "products are float16 (--precision fp16)"
+        )
+    return text
+
+
+def _lines(messages: Sequence[str]) -> str:
+    """Every message on a line of its own, in order and once."""
+    return "".join(f"\n  {message}" for message in dict.fromkeys(messages)) or " it gives no reason"
