@@ -80,7 +80,7 @@ def build_plans(bundle: Bundle, options: BuildOptions) -> BuildReport:
             for target in targets:
                 key = _key(contract, options.precision, data, library, target, gpu, profiles)
                 try:
-                    rows.append(_build(cache, key, data, library))
+                    rows.append(_build(cache, key, data, contract, library))
                 except EngineError as error:
                     failures.append(str(error))
                 bar.advance(note=f"{contract.name} {target}")
@@ -196,14 +196,13 @@ def _key(
     )
 
 
-def _build(cache: PlanCache, key: PlanKey, data: bytes, library: Library) -> PlanRow:
+def _build(cache: PlanCache, key: PlanKey, data: bytes, contract: GraphContract, library: Library) -> PlanRow:
     built = False
 
     def build() -> bytes:
         nonlocal built
         built = True
-        label = f"{key.graph} ({key.precision}, {key.target})"
-        return build_plan(library, data, key.profiles, (key.target,), label)
+        return build_plan(library, data, contract, key.profiles, (key.target,))
 
     stored = cache.get_or_build(key, build)
     return PlanRow(

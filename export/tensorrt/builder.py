@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from multisa.export.tensorrt.library import BuildLog, Library, build_log
+from multisa.runtime.engines.contract import GraphContract
 from multisa.runtime.engines.onnx_file import check_onnx
 from multisa.runtime.engines.plans import Profile
 from multisa.runtime.errors import EngineError, UsageError
@@ -15,6 +16,8 @@ IMAGE = "image"  # the one input of every graph, uint8 [N, H, W, 3]
 # fp32 is fp32: with TF32 convolutions and products would keep ten bits of mantissa. Part of the plan's key.
 FLAGS = ("TF32=0",)
 
+# NumPy's names of the library's types, those of the contracts.
+_DTYPES = {"FLOAT": "float32", "UINT8": "uint8"}
 _TURING_PRODUCT = "FP32 GEMM is not supported"
 _REFUSED_NODE = (
     "export the graph again without such nodes (types of one operator must agree: TensorRT casts nothing by "
@@ -37,14 +40,19 @@ def check_targets(library: Library, targets: Sequence[str]) -> None:
 
 
 def build_plan(
-    library: Library, graph: bytes, profiles: Sequence[Profile], targets: Sequence[str], label: str
+    library: Library,
+    graph: bytes,
+    contract: GraphContract,
+    profiles: Sequence[Profile],
+    targets: Sequence[str],
 ) -> bytes:
     """Build the ONNX file `graph` and return the plan, byte for byte as the library gives it.
 
-    With TensorRT-RTX for all of `targets`, without a GPU; with TensorRT for the GPU that is there. `label`
-    begins each message. Raises EngineError with all that the parser or the builder has said, UsageError for a
-    target that the library does not know.
+    With TensorRT-RTX for all of `targets`, without a GPU; with TensorRT for the GPU that is there. Raises
+    EngineError with all that the parser or the builder has said, or for a graph that breaks the contract,
+    UsageError for a target that the library does not know.
     """
+    label = f"{contract.name} ({', '.join(targets)})"
     check_onnx(graph, label)
     check_targets(library, targets)
     module = library.module
@@ -56,7 +64,7 @@ def build_plan(
     # Bytes, not a path: there is nothing beside the graph to look for (check_onnx has seen to it).
     if not parser.parse(graph):
         raise EngineError(f"{label}: {library} cannot read it:{_parser_errors(parser, module, log)}")
-    _check_image(network, module, label)
+    _check_contract(network, contract, label)
     config: trt.IBuilderConfig = builder.create_builder_config()
     config.clear_flag(module.BuilderFlag.TF32)
     if library.is_rtx:
@@ -65,7 +73,7 @@ def build_plan(
         _add_profile(builder, config, profile, log, label)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{label}: {library} builds no plan for {', '.join(targets)}:{_build_errors(log)}")
+        raise EngineError(f"{label}: {library} builds no plan:{_build_errors(log)}")
     return bytes(plan)
 
 
@@ -76,26 +84,31 @@ def _network_flags(library: Library) -> int:
     return 1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _check_image(network: "trt.INetworkDefinition", module: Any, label: str) -> None:
+def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, label: str) -> None:
+    """Raise EngineError unless the graph takes and gives what its contract says."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    got = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in inputs)
-    is_image = (
-        len(inputs) == 1
-        and inputs[0].name == IMAGE
-        and inputs[0].dtype == module.DataType.UINT8
-        and list(inputs[0].shape) == [-1, -1, -1, 3]
-    )
-    if not is_image:
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    got = {tensor.name: f"{_dtype(tensor)} {list(tensor.shape)}" for tensor in inputs}
+    if got != {IMAGE: "uint8 [-1, -1, -1, 3]"}:
         raise EngineError(
-            f"{label}: got the inputs {got or 'none'}, expected {IMAGE}: uint8 [N, H, W, 3], all but 3 free"
+            f"{label}: got the inputs {got}, expected {IMAGE}: uint8 [N, H, W, 3], all but 3 free"
         )
+    got = {tensor.name: f"{_dtype(tensor)} of rank {len(tensor.shape)}" for tensor in outputs}
+    expected = {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in contract.outputs.items()}
+    if got != expected:
+        raise EngineError(f"{label}: got the outputs {got}, expected {expected}")
 
 
-def _set_targets(config: Any, library: Library, targets: Sequence[str]) -> None:
-    known = _capabilities(library)  # Any: TensorRT's own stubs have no word of what RTX adds
-    config.num_compute_capabilities = len(targets)
+def _dtype(tensor: "trt.ITensor") -> str:
+    name = str(tensor.dtype.name)
+    return _DTYPES.get(name, name)
+
+
+def _set_targets(rtx_config: Any, library: Library, targets: Sequence[str]) -> None:
+    known = _capabilities(library)  # what RTX adds to the interface, and TensorRT's stubs do not have
+    rtx_config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
-        if not config.set_compute_capability(known[target], index):
+        if not rtx_config.set_compute_capability(known[target], index):
             raise EngineError(f"{library}: does not take the target {target} at place {index}")
 
 
@@ -107,7 +120,7 @@ def _capabilities(library: Library) -> dict[str, Any]:
 def _add_profile(
     builder: "trt.Builder", config: "trt.IBuilderConfig", profile: Profile, log: BuildLog, label: str
 ) -> None:
-    optimisation = builder.create_optimization_profile()
+    optimisation: trt.IOptimizationProfile = builder.create_optimization_profile()
     problem = ""
     try:
         shapes = [(*shape, 3) for shape in (profile.minimum, profile.optimum, profile.maximum)]
@@ -121,14 +134,14 @@ def _add_profile(
 
 
 def _parser_errors(parser: "trt.OnnxParser", module: Any, log: BuildLog) -> str:
-    codes = module.ErrorCode
+    file_errors = (module.ErrorCode.MODEL_DESERIALIZE_FAILED, module.ErrorCode.INVALID_GRAPH)
     lines = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         text = " ".join(line for line in error.desc().splitlines() if "catchCudaError" not in line)
-        is_file = error.code() in (codes.MODEL_DESERIALIZE_FAILED, codes.INVALID_GRAPH)
+        remedy = _REFUSED_FILE if error.code() in file_errors else _REFUSED_NODE
         where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
-        lines.append(f"{where}{text} [{error.code().name}]; {_REFUSED_FILE if is_file else _REFUSED_NODE}")
+        lines.append(f"{where}{text} [{error.code().name}]; {remedy}")
     return _lines(lines or log.errors)
 
 

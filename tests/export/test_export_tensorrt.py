@@ -1,0 +1,564 @@
+"""Plans, really built by TensorRT-RTX, which needs no GPU for it; TensorRT itself by contract only."""
+
+import ast
+import ctypes
+import dataclasses
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from multisa.export.tensorrt import build as building
+from multisa.export.tensorrt import builder
+from multisa.export.tensorrt import library as libraries
+from multisa.export.tensorrt.build import BuildOptions, build_plans, parse_targets
+from multisa.export.tensorrt.builder import build_plan
+from multisa.export.tensorrt.library import Gpu, Library, first_gpu, import_library
+from multisa.export.tensorrt.profiles import default_profiles, parse_profiles
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
+from multisa.runtime.cli import root
+from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.plans import Profile
+from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
+ONE = (Profile((1, 64, 64), (1, 96, 128), (2, 128, 128)),)
+UNREACHABLE = Library("tensorrt-rtx", None, "0")  # whoever calls it fails otherwise than expected
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Library:
+    try:
+        return import_library("tensorrt-rtx")
+    except EngineUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Bundle:
+    return load_bundle(default_bundle_path())
+
+
+def tiny(nodes: tuple[onnx.NodeProto, ...] = (), weight: float = 2.0, opset: int = 18) -> bytes:
+    """A graph that keeps SEGMENTER: the brightness of each pixel, scaled, twice; `nodes` go before it."""
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])
+    outputs = [
+        helper.make_tensor_value_info(n, TensorProto.UINT8, ["N", "H", "W"]) for n in SEGMENTER.outputs
+    ]
+    body = [
+        helper.make_node("Cast", ["image"], ["float"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float", "axis"], ["mean"], "mean", keepdims=0),
+        helper.make_node("Mul", ["mean", "weight"], ["scaled"], "scale"),
+        helper.make_node("Cast", ["scaled"], ["labels"], "labels", to=TensorProto.UINT8),
+        helper.make_node("Cast", ["mean"], ["confidence"], "confidence", to=TensorProto.UINT8),
+    ]
+    constants = [
+        numpy_helper.from_array(np.array([3]), "axis"),
+        numpy_helper.from_array(np.array(weight, np.float32), "weight"),
+    ]
+    graph = helper.make_graph([*nodes, *body], "tiny", [image], outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    return model.SerializeToString()
+
+
+def tiny_bundle(folder: Path, packaged: Bundle, **graphs: bytes) -> Bundle:
+    files = {graph_file(contract): b"not built" for contract in CONTRACTS}
+    files |= {name.replace("_", ".") + ".onnx": data for name, data in graphs.items()}
+    return write_bundle(folder, packaged.manifest, files)
+
+
+# --- every graph of the package, for every target
+
+
+@pytest.mark.parametrize(
+    ("contract", "targets"), [(CAM, TARGETS[1:]), (AFFINITY, TARGETS), (SEGMENTER, TARGETS)]
+)
+def test_the_packaged_graphs_build_for_every_target(
+    rtx: Library, packaged: Bundle, contract: GraphContract, targets: tuple[str, ...]
+) -> None:
+    # All targets in one plan: a build for each takes as long as this one.
+    data = packaged.read_file(graph_file(contract))
+    plan = build_plan(rtx, data, contract, ONE, targets)
+    assert len(plan) > len(data) / 2  # its weights are in it, as float16 or more
+
+
+def test_turing_has_no_float32_product_and_the_error_says_what_to_do(rtx: Library, packaged: Bundle) -> None:
+    with pytest.raises(EngineError, match="FP32 GEMM is not supported") as caught:
+        build_plan(rtx, packaged.read_file("cam.onnx"), CAM, ONE, ("sm75",))
+    assert "leave sm75 out" in str(caught.value) and "--precision fp16" in str(caught.value)
+
+
+def test_plans_of_each_target_and_the_cache(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
+    command = ["build", str(packaged.path), "--graph", "segmenter", "--target", ",".join(TARGETS)]
+    command += ["--cache", str(tmp_path / "plans"), "--json", str(tmp_path / "plans.json")]
+    command += ["--profile", "1x64x64:1x96x128:2x128x128"]
+    reports = []
+    for said in ("built", "from the cache"):
+        result = CliRunner().invoke(root, command)
+        assert result.exit_code == 0, result.output
+        assert all(re.search(rf"segmenter +{t} +fp32 +1 .* {said}\n", result.output) for t in TARGETS)
+        reports.append(json.loads((tmp_path / "plans.json").read_text()))
+    built, cached = (report["plans"] for report in reports)
+    assert [row["target"] for row in built] == list(TARGETS)
+    assert [row["cached"] for row in built + cached] == [False] * 5 + [True] * 5
+    assert len({row["path"] for row in built}) == 5
+    assert all(Path(row["path"]).stat().st_size == row["bytes"] > 1e6 for row in built)
+    assert [{**row, "cached": True} for row in built] == cached
+
+
+def test_equal_graphs_of_other_weights_never_share_a_plan(
+    rtx: Library, packaged: Bundle, tmp_path: Path
+) -> None:
+    options = BuildOptions(("sm89",), graphs=("segmenter",), cache=tmp_path / "plans")
+    rows = [
+        build_plans(tiny_bundle(tmp_path / name, packaged, segmenter=tiny(weight=weight)), options).rows[0]
+        for name, weight in (("one", 2.0), ("other", 2.5), ("same", 2.0))
+    ]
+    assert [row.is_cached for row in rows] == [False, False, True]
+    assert rows[0].path == rows[2].path != rows[1].path
+
+
+def test_one_plan_that_fails_does_not_keep_the_others_from_it(
+    rtx: Library, packaged: Bundle, tmp_path: Path
+) -> None:
+    bad = tiny((helper.make_node("Bogus", ["image"], ["b"], "my_bogus"),))
+    tiny_bundle(tmp_path / "bundle", packaged, cam=bad, affinity=bad, segmenter=tiny())
+    result = CliRunner().invoke(root, ["build", str(tmp_path / "bundle"), "--target", "sm89"])
+    assert result.exit_code == 1
+    assert re.search(r"segmenter +sm89 .* built", result.output)
+    assert "2 plans could not be built" in result.output
+    assert result.output.count("node 'my_bogus' (Bogus)") == 2
+    assert [p.name for p in (tmp_path / "bundle" / "engines").glob("*/model.plan")] == ["model.plan"]
+
+
+# --- what is refused
+
+
+MIXED = (
+    helper.make_node("Cast", ["image"], ["f"], "wide", to=TensorProto.FLOAT),
+    helper.make_node("Cast", ["image"], ["h"], "narrow", to=TensorProto.FLOAT16),
+    helper.make_node("Add", ["f", "h"], ["s"], "mixed"),
+)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (
+            (helper.make_node("Bogus", ["image"], ["b"], "my_bogus"),),
+            r"node 'my_bogus' \(Bogus\): .*Plugin not",
+        ),
+        (
+            MIXED,
+            r"node 'mixed' \(Add\): .*must have same input types.*\[INVALID_NODE\]; export the graph again",
+        ),
+    ],
+)
+def test_parser_errors_name_the_node_and_what_to_do(
+    rtx: Library, nodes: tuple[onnx.NodeProto, ...], said: str
+) -> None:
+    with pytest.raises(EngineError, match=said) as caught:
+        build_plan(rtx, tiny(nodes), SEGMENTER, ONE, ("sm89",))
+    assert str(caught.value).startswith("segmenter (sm89): tensorrt-rtx 1.")
+    assert "CUDA driver" not in str(caught.value)
+
+
+def test_a_file_of_no_graph_is_said_to_be_malformed(rtx: Library) -> None:
+    model = onnx.ModelProto(ir_version=9, opset_import=[helper.make_opsetid("", 18)])
+    model.graph.name = "nothing in it"
+    with pytest.raises(EngineError, match=r"segmenter \(sm89\): "):
+        build_plan(rtx, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
+
+
+@pytest.mark.parametrize("location", ["../x", "/etc/passwd", "weights.bin"])
+def test_weights_in_other_files_are_refused_before_the_library_sees_them(location: str) -> None:
+    model = onnx.load_from_string(tiny())
+    weight = model.graph.initializer[1]
+    weight.ClearField("float_data")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    with pytest.raises(EngineError, match="'weight' lie in another file") as caught:
+        build_plan(UNREACHABLE, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
+    assert repr(location) in str(caught.value)
+
+
+def test_a_foreign_opset_is_refused_before_the_library_sees_it() -> None:
+    with pytest.raises(EngineError, match="got opset 99, expected 9 to 20"):
+        build_plan(UNREACHABLE, tiny(opset=99), SEGMENTER, ONE, ("sm89",))
+
+
+def test_a_damaged_bundle_is_refused(packaged: Bundle, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle", packaged, segmenter=tiny())
+    path = bundle.path / "segmenter.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    result = CliRunner().invoke(root, ["build", str(bundle.path), "--target", "sm89"])
+    assert result.exit_code == 1 and "the file was altered" in result.output
+
+
+@pytest.mark.parametrize(
+    ("contract", "said"),
+    [(CAM, r"got the outputs .*labels.*expected .*scores"), (SEGMENTER, r"got the inputs .*photo")],
+)
+def test_a_graph_that_breaks_its_contract_is_refused(
+    rtx: Library, contract: GraphContract, said: str
+) -> None:
+    data = tiny()
+    if contract is SEGMENTER:
+        model = onnx.load_from_string(data)
+        model.graph.input[0].name = model.graph.node[0].input[0] = "photo"
+        data = model.SerializeToString()
+    with pytest.raises(EngineError, match=said):
+        build_plan(rtx, data, contract, ONE, ("sm89",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "ada"], "target: got 'ada', expected a compute capability like sm89"),
+        (["--target", "sm90"], "target: got 'sm90', expected one of sm75, sm80, sm86, sm89"),
+        (["--target", "sm89", "--graph", "walk"], "graph: got 'walk', expected one of cam, affinity, seg"),
+        (
+            ["--target", "sm89", "--precision", "fp8"],
+            "precision: got 'fp8', expected one of fp32, fp16, int8",
+        ),
+        (["--target", "sm89", "--precision", "fp16"], "no cam.fp16.onnx, affinity.fp16.onnx, segmenter.fp16"),
+        (["--target", "sm89", "--precision", "fp16"], "multisa convert .* --precision fp16 --photographs"),
+        (["--target", "sm89", "--library", "trt"], "library: got 'trt', expected tensorrt or tensorrt-rtx"),
+        (["--target", "sm89", "--profile", "64x64"], "profile: got '64x64', expected NxHxW:NxHxW:NxHxW"),
+    ],
+)
+def test_arguments_that_cannot_be_are_usage_errors(
+    rtx: Library, packaged: Bundle, arguments: list[str], said: str
+) -> None:
+    result = CliRunner().invoke(root, ["build", str(packaged.path), *arguments])
+    assert result.exit_code == 2, result.output
+    assert re.search(said, result.output)
+
+
+def test_an_absent_bundle_is_a_usage_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(root, ["build", str(tmp_path / "none"), "--target", "sm89"])
+    assert result.exit_code == 2 and "does not exist" in result.output
+
+
+def test_graphs_without_the_precision_are_left_out_unless_asked_for(
+    rtx: Library, packaged: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle", packaged, segmenter_int8=tiny())
+    rows = build_plans(bundle, BuildOptions(("sm89",), precision="int8")).rows
+    assert [(row.graph, row.precision) for row in rows] == [("segmenter", "int8")]
+    assert "left out, the bundle has no cam.int8.onnx, affinity.int8.onnx" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"no cam\.int8\.onnx"):
+        build_plans(bundle, BuildOptions(("sm89",), precision="int8", graphs=("cam", "segmenter")))
+
+
+# --- targets and profiles
+
+
+def test_targets_are_named_once_in_order() -> None:
+    assert parse_targets(("SM89, sm80", "sm89,sm120")) == ("sm89", "sm80", "sm120")
+    for text in ("", "sm", "89", "sm8.9", "sm89;sm80"):
+        with pytest.raises(UsageError, match="target: got"):
+            parse_targets((text,))
+
+
+@pytest.mark.parametrize("long_side", [64, 65, 100, 320, 512, 640, 1023, 1536])
+def test_default_profiles_cover_every_photograph(long_side: int) -> None:
+    profiles = default_profiles(long_side)
+    assert parse_profiles([str(profile) for profile in profiles], long_side) == profiles
+    sides = np.unique(np.linspace(64, long_side, 40).astype(int)).tolist()
+    for batch in (1, 8):
+        for height in sides:
+            for width in sides:
+                assert any(profile.covers((batch, height, width)) for profile in profiles)
+
+
+def test_default_profiles_are_tuned_for_photographs_of_both_kinds() -> None:
+    assert [str(profile) for profile in default_profiles(512)] == [
+        "1x64x64:1x384x512:8x512x512",
+        "1x64x64:1x512x384:8x512x384",
+        "1x64x64:1x320x320:8x320x320",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1x64x64:1x512x512", "profile: got '1x64x64:1x512x512', expected NxHxW:NxHxW:NxHxW"),
+        ("1x64x64:1x5e2x512:1x512x512", "expected NxHxW:NxHxW:NxHxW"),
+        ("1x64x64:1x256x512:1x512x256", "input image: profile .*: width 64, 512, 256: expected 1 <= min"),
+        ("2x64x64:1x64x64:2x64x64", "input image: profile .*: batch 2, 1, 2"),
+        ("0x64x64:1x64x64:2x64x64", "input image: profile .*: batch 0, 1, 2"),
+        ("1x32x64:1x64x64:2x64x64", "input image: profile .*: got a side of 32, expected at least 64"),
+        ("1x64x64:1x64x64:2x64x513", "input image: profile .*: got a side of 513, expected at most 512"),
+    ],
+)
+def test_profiles_that_cannot_be(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_profiles([text], 512)
+
+
+def test_a_profile_given_twice() -> None:
+    with pytest.raises(UsageError, match="given twice"):
+        parse_profiles(["1x64x64:1x64x64:1x64x64"] * 2, 512)
+
+
+def test_a_profile_that_the_library_refuses_is_named(rtx: Library) -> None:
+    backwards = object.__new__(Profile)  # as no Profile can be made: what the library itself would refuse
+    shapes = {"minimum": (1, 64, 64), "optimum": (1, 96, 96), "maximum": (1, 80, 96)}
+    for name, shape in shapes.items():
+        object.__setattr__(backwards, name, shape)
+    with pytest.raises(
+        EngineError, match="input image: profile 1x64x64:1x96x96:1x80x96 is refused"
+    ) as caught:
+        build_plan(rtx, tiny(), SEGMENTER, (backwards,), ("sm89",))
+    assert "MIN<=OPT<=MAX" in str(caught.value)
+
+
+# --- libraries that are not there
+
+
+def write_module(folder: Path, name: str, text: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "tensorrt is not installed, it builds the plans: pip install tensorrt"),
+        (
+            "raise ImportError('libnvinfer.so.11: cannot open')",
+            r"cannot be loaded \(libnvinfer.so.11: cannot",
+        ),
+        ("__version__ = '8.6.1'", r"tensorrt 8.6.1: expected version 10 or newer"),
+    ],
+)
+def test_tensorrt_absent_broken_or_old(
+    text: str | None, said: str, packaged: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_bindings", None)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    if text is None:
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+    else:
+        write_module(tmp_path, "tensorrt", text)
+        monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["build", str(packaged.path), "--target", "sm89", "--library", "tensorrt"]
+    result = CliRunner().invoke(root, arguments)
+    sys.modules.pop("tensorrt", None)
+    assert result.exit_code == 5, result.output
+    assert re.search(said, result.output) and "pypi.nvidia.com" in result.output
+
+
+def test_type_stubs_are_not_taken_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_bindings"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.pyi").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(EngineUnavailable, match="tensorrt is not installed"):
+        import_library("tensorrt")
+
+
+def test_rtx_absent(packaged: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = CliRunner().invoke(root, ["build", str(packaged.path), "--target", "sm89"])
+    assert result.exit_code == 5
+    assert "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs" in result.output
+
+
+class FakeDriver:
+    """libcuda of a machine with one GPU, or with none."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = ordinal
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = {75: 8, 76: 9}[attribute]
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
+        name.value = b"NVIDIA L4"
+        return 0
+
+
+def test_the_gpu_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
+    assert first_gpu() == Gpu("NVIDIA L4", "sm89")
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        (lambda name: FakeDriver(status=100), r"the NVIDIA driver offers no GPU \(cuInit: error 100\)"),
+        (lambda name: ctypes.cdll.LoadLibrary("no-such-library.so"), r"no NVIDIA driver here \(no-such-lib"),
+    ],
+)
+def test_without_driver_or_gpu_tensorrt_is_unavailable(
+    load: Callable[[str], Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = ctypes.LibraryLoader(ctypes.CDLL)
+    monkeypatch.setattr(ctypes, "cdll", loader)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(EngineUnavailable, match=said) as caught:
+        first_gpu()
+    assert "--library tensorrt-rtx" in str(caught.value)
+
+
+# --- TensorRT 10 and 11, which build on a GPU only: the same calls, carried out by RTX's bindings
+
+
+@pytest.fixture
+def enterprise(
+    rtx: Library, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Library, list[int]]:
+    """TensorRT of the version asked for, with nothing in it that only RTX has, and its flags of networks."""
+    flags: list[int] = []
+
+    class Builder:
+        def __init__(self, logger: Any) -> None:
+            self.real = rtx.module.Builder(logger)
+
+        def create_network(self, asked: int) -> Any:
+            flags.append(asked)
+            return self.real.create_network(asked)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+    module = ModuleType("tensorrt")
+    vars(module).update({n: v for n, v in vars(rtx.module).items() if n != "ComputeCapability"})
+    vars(module).update(Builder=Builder, __version__=request.param)
+    library = Library("tensorrt", module, request.param)
+    monkeypatch.setattr(building, "import_library", lambda name: library)
+    monkeypatch.setattr(building, "first_gpu", lambda: Gpu("NVIDIA L4", "sm89"))
+    return library, flags
+
+
+@pytest.mark.parametrize(
+    ("enterprise", "flags"), [("10.13.0.35", 1), ("11.4.0.106", 0)], indirect=["enterprise"]
+)
+def test_tensorrt_builds_for_its_gpu_with_the_types_of_the_graph(
+    enterprise: tuple[Library, list[int]], flags: int, packaged: Bundle, tmp_path: Path
+) -> None:
+    library, seen = enterprise
+    bundle = tiny_bundle(tmp_path / "bundle", packaged, segmenter=tiny())
+    options = BuildOptions(("sm89",), graphs=("segmenter",), library="tensorrt")
+    (row,) = build_plans(bundle, options).rows
+    strongly_typed = int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert seen == [flags << strongly_typed]
+    key = json.loads(row.path.with_name("plan.json").read_text())["key"]
+    assert (key["library"], key["library_version"]) == ("tensorrt", library.version)
+    assert (key["target"], key["gpu"]) == ("sm89", "NVIDIA L4")
+    with pytest.raises(EngineUnavailable, match=r"for the GPU that is here, NVIDIA L4 \(sm89\); got .* sm80"):
+        build_plans(bundle, dataclasses.replace(options, targets=("sm80",)))
+
+
+def calls_of_the_builder() -> set[tuple[str, str]]:
+    """(class, member) of everything that builder.py asks of the library; "" for what a module has."""
+    tree = ast.parse(inspect.getsource(builder))
+    found: set[tuple[str, str]] = set()
+    classes: dict[str, str] = {}
+    for node in ast.walk(tree):
+        annotation = getattr(node, "annotation", None)
+        name = getattr(node, "arg", None) or getattr(getattr(node, "target", None), "id", None)
+        text = ast.unparse(annotation).strip("'\"") if annotation is not None else ""
+        if name and text.startswith("trt."):
+            assert classes.setdefault(name, text[4:]) == text[4:], f"{name}: two classes of one name"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        path = ast.unparse(node).removeprefix("library.").split(".")
+        if path[0] in classes and len(path) == 2:
+            found.add((classes[path[0]], path[1]))
+        if path[0] == "module" and len(path) == 3:
+            found.add((path[1], path[2]))
+        if path[0] == "module" and len(path) == 2:
+            found.add((path[1], ""))
+    return found | {("ParserError", n) for n in ("desc", "code", "node", "node_name", "node_operator")}
+
+
+RTX_ONLY = {("ComputeCapability", ""), ("ComputeCapability", "__members__")}
+
+
+def test_the_calls_that_are_checked_are_those_that_are_made() -> None:
+    calls = calls_of_the_builder()
+    assert {("Builder", "build_serialized_network"), ("OnnxParser", "parse"), ("ITensor", "dtype")} <= calls
+    assert {("IBuilderConfig", "add_optimization_profile"), ("BuilderFlag", "TF32")} <= calls
+    assert ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") in calls and calls > RTX_ONLY
+
+
+def test_tensorrt_10_has_everything_that_is_called() -> None:
+    specification = importlib.util.find_spec("tensorrt_stubs")
+    if specification is None or specification.origin is None:
+        pytest.skip("tensorrt-stubs is not installed: pip install tensorrt-stubs")
+    # Text, not syntax: some signatures in the stubs are no Python.
+    text = Path(specification.origin).parents[1].joinpath("tensorrt_bindings", "tensorrt.pyi").read_text()
+    bodies = dict(re.findall(r"^class (\w+).*?:\n((?:(?:    .*)?\n)+)", text, re.MULTILINE))
+    for kind, member in calls_of_the_builder() - RTX_ONLY:
+        assert kind in bodies, kind
+        if member:
+            assert re.search(rf"^    (?:def {member}\(|{member}:)", bodies[kind], re.MULTILINE), (
+                kind,
+                member,
+            )
+
+
+def test_tensorrt_11_has_what_its_runtime_bindings_show() -> None:
+    lean = pytest.importorskip("tensorrt_lean_bindings", reason="pip install tensorrt-lean-cu13-bindings")
+    assert int(lean.__version__.split(".")[0]) >= 11
+    shown = {(kind, member) for kind, member in calls_of_the_builder() - RTX_ONLY if hasattr(lean, kind)}
+    assert {kind for kind, _ in shown} == {"BuilderFlag", "IOptimizationProfile"}  # it builds nothing
+    for kind, member in shown:
+        assert not member or hasattr(getattr(lean, kind), member), (kind, member)
+
+
+def test_tensorrt_11_has_the_names_of_everything_that_is_called() -> None:
+    # The bindings cannot be imported without the library, but what they define is written in them.
+    try:
+        version = importlib.metadata.version("tensorrt-cu13-bindings")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("tensorrt-cu13-bindings is not installed: pip install tensorrt-cu13-bindings")
+    assert int(version.split(".")[0]) >= 11
+    files = importlib.metadata.files("tensorrt-cu13-bindings") or []
+    (compiled,) = (Path(str(file.locate())) for file in files if file.name == "tensorrt.so")
+    text = compiled.read_bytes()
+    for kind, member in calls_of_the_builder() - RTX_ONLY:
+        for name in filter(None, (kind, member)):
+            # A linker may let a name be the end of a longer one, so only its end is sure.
+            assert name.encode() + b"\0" in text, (kind, member)
+    assert b"EXPLICIT_BATCH\0" not in text  # that this finds out: a flag that 11 no longer has
+
+
+def test_the_log_keeps_what_matters(rtx: Library) -> None:
+    logger, log = libraries.build_log(rtx.module)
+    assert libraries.build_log(rtx.module)[0] is logger  # the library keeps the first for good
+    log.clear()
+    severity = rtx.module.ILogger.Severity
+    for kind in (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING, severity.INFO):
+        logger.log(kind, f" {kind.name}\n")
+    logger.log(severity.ERROR, "Cuda Runtime (CUDA driver version is insufficient for CUDA runtime version)")
+    assert (log.errors, log.warnings) == (["INTERNAL_ERROR", "ERROR"], ["WARNING"])
