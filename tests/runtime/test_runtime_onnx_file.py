@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, onnx_ml_pb2
 
@@ -47,9 +47,9 @@ def test_the_graphs_of_the_package_are_taken_at_once() -> None:
     bundle = load_bundle(default_bundle_path())
     for name in bundle.manifest.files:
         data = bundle.read_file(name)
-        start = time.perf_counter()
+        start = time.process_time()
         check_onnx(data, name)
-        assert time.perf_counter() - start < 2, name
+        assert time.process_time() - start < 1, name
 
 
 @pytest.mark.parametrize("location", ["../x", "/etc/passwd", "weights.bin", ""])
@@ -156,6 +156,7 @@ def test_a_file_nested_without_end_is_refused() -> None:
         check_onnx(b"\x3a" + size + data, "cam.onnx")
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=200))
 def test_any_bytes_are_taken_or_refused_and_nothing_else(data: bytes) -> None:
     try:

@@ -1,0 +1,204 @@
+"""Plans for GPUs that are not here: sizes, build times, and parity of the graphs they are built from.
+
+    python benchmarks/plans.py                                       # the bundle of the package, minutes
+    python benchmarks/plans.py --preset paper-resnet50 --work DIR    # networks of a preset, random weights
+
+A preset's networks have random weights: sizes, times and parity do not ask what a network has learnt.
+TensorRT-RTX builds the plans on the CPU; none is run, and no figure is of a GPU. What was exported and built
+stays in --work, so a run that was cut goes on where it was. Each run replaces its own rows in
+benchmarks/results/plans.json.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from harness import RESULTS, environment, save_results
+from torch import nn
+
+from multisa.export.bundle import Graph
+from multisa.export.fold import FoldedMultiSACAM
+from multisa.export.graphs import AffinityPhotographs
+from multisa.export.tensorrt.build import BuildOptions, build_plans
+from multisa.export.to_onnx import onnx_from_module
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
+from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.errors import EngineError
+from multisa.runtime.images import read_image, resize_image, working_size
+from multisa.runtime.palette import voc_palette
+from multisa.runtime.progress import say
+from multisa.training.affinity import build_affinity_net
+from multisa.training.affinity_net import head_stride
+from multisa.training.cams import build_cam_network
+from multisa.training.config import TrainConfig, load_config
+from multisa.training.inference import as_batch
+from multisa.training.multi_sa import MultiScaleCAM, SelfAttention
+from multisa.training.segmentation import build_segmenter
+from multisa.training.segmenter import SegmentPhotographs
+
+TARGETS = ("sm80", "sm86", "sm89", "sm120")
+CLASSES = 21
+PARITY_SIDE = 256  # pixels: the eager network of a preset takes seconds for each photograph
+PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_photos"
+PACKAGED = "packaged"
+
+
+def photographs() -> list[np.ndarray]:
+    """The photographs of the package, uint8 [h, w, 3], reduced."""
+    images = [read_image(path).rgb for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]
+    return [resize_image(rgb, working_size(*rgb.shape[:2], PARITY_SIDE)) for rgb in images]
+
+
+def random_graphs(config: TrainConfig) -> Iterator[Graph]:
+    """A preset's three networks with random weights, as `multisa export` would see them."""
+    torch.manual_seed(0)
+    cam = build_cam_network(replace(config.cam, weights="none"), CLASSES)
+    settle(cam)
+    for layer in cam.attention:
+        cast(SelfAttention, layer).beta.data.fill_(0.1)  # at 0, as it starts, attention would not be seen
+    yield Graph(
+        CAM,
+        MultiScaleCAM(cam, scales=config.cam.scales).eval(),
+        MultiScaleCAM(FoldedMultiSACAM(cam), scales=config.cam.scales).eval(),
+    )
+    affinity = build_affinity_net(replace(config.affinity, weights="none"))
+    settle(affinity.backbone)
+    wrapped = AffinityPhotographs(affinity, config.label.walk_radius).eval()
+    yield Graph(AFFINITY, wrapped, wrapped)
+    segmenter = build_segmenter(replace(config.segmenter, weights="none"), CLASSES)
+    settle(segmenter)
+    segment = SegmentPhotographs(segmenter).eval()
+    yield Graph(SEGMENTER, segment, segment)
+
+
+def settle(network: nn.Module) -> None:
+    """Give batch norm the statistics of photographs; without them a deep random network overflows."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+            layer.reset_running_stats()
+    backbone = getattr(network, "backbone", network)
+    batch = torch.cat([as_batch(image[:128, :128]) for image in photographs()])
+    network.train()
+    with torch.no_grad():
+        network(backbone.normalise(batch))
+    network.eval()
+
+
+def parity(graph: Graph, data: bytes) -> dict[str, float]:
+    """The largest errors of ONNX Runtime against eager PyTorch, not folded, by output."""
+    errors: dict[str, float] = {}
+    with OnnxRuntimeEngine(data, threads=torch.get_num_threads(), contract=graph.contract) as engine:
+        for image in photographs():
+            with torch.inference_mode():
+                made = graph.reference(as_batch(image))
+            made = made if isinstance(made, tuple) else (made,)
+            got = engine.run(image[None])
+            for name, tensor in zip(graph.outputs, made, strict=True):
+                expected = tensor.numpy()
+                if name == "labels":
+                    key, error = "labels: share that differs", float((expected != got[name]).mean())
+                else:
+                    span = float(np.abs(expected).max()) or 1.0
+                    difference = np.abs(expected.astype(np.float64) - got[name]).max()
+                    key, error = f"{name}: error by maximum", float(difference) / span
+                errors[key] = max(errors.get(key, 0.0), float(f"{error:.3g}"))
+    return errors
+
+
+def random_bundle(preset: str, folder: Path) -> tuple[Bundle, dict[str, Any]]:
+    """Export a preset's networks to `folder`; returns the bundle and figures of each graph's export."""
+    config = load_config(preset)
+    files: dict[str, bytes] = {}
+    figures: dict[str, Any] = {}
+    for graph in random_graphs(config):
+        start = time.perf_counter()
+        data = onnx_from_module(graph.exported, graph.outputs, {"name": preset}, half_weights=False)
+        seconds = time.perf_counter() - start
+        files[graph.file] = data
+        figures[graph.contract.name] = {
+            "onnx_megabytes": round(len(data) / 1e6, 2),
+            "export_seconds": round(seconds, 1),
+            "onnxruntime_against_eager": parity(graph, data),
+        }
+        say(f"{preset} {graph.file}: {figures[graph.contract.name]}")
+    names = ("background", *(f"class {index}" for index in range(1, CLASSES)))
+    manifest = load_bundle(default_bundle_path()).manifest
+    manifest = replace(
+        manifest,
+        name=f"{preset}, random weights",
+        classes=names,
+        palette=tuple((int(r), int(g), int(b)) for r, g, b in voc_palette()[:CLASSES]),
+        parameters=replace(
+            manifest.parameters,
+            long_side=config.long_side,
+            cam_scales=config.cam.scales,
+            walk_stride=head_stride(config.affinity.head),
+            label=config.label,
+            score_thresholds=dict.fromkeys(names[1:], 0.5),
+        ),
+        metrics={"export": figures},
+    )
+    return write_bundle(folder, manifest, files), figures
+
+
+def plan_rows(bundle: Bundle, cache: Path | None, targets: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """One row for each graph and target, as each is done."""
+    for contract in CONTRACTS:
+        for target in targets:
+            cpu = time.process_time()
+            report = build_plans(bundle, BuildOptions((target,), graphs=(contract.name,), cache=cache))
+            cpu = time.process_time() - cpu
+            for failure in report.failures:
+                yield {"graph": contract.name, "target": target, "failure": failure}
+            for row in report.rows:
+                yield {
+                    "graph": row.graph,
+                    "target": row.target,
+                    "precision": row.precision,
+                    "profiles": [str(profile) for profile in row.profiles],
+                    "megabytes": round(row.bytes / 1e6, 2),
+                    "build_seconds": round(row.build_seconds, 2),
+                    "build_cpu_seconds": None if row.is_cached else round(cpu, 2),
+                }
+
+
+def main() -> None:
+    """Build, and write the results after each plan."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default=PACKAGED, help="a preset's name; the bundle of the package else")
+    parser.add_argument("--work", type=Path, default=Path("build/plans"))
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    options = parser.parse_args()
+
+    path = RESULTS / "plans.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if options.preset == PACKAGED:
+        bundle, figures = load_bundle(default_bundle_path()), {}
+    elif (options.work / options.preset / "bundle.json").is_file():
+        bundle = load_bundle(options.work / options.preset)
+        figures = bundle.manifest.metrics["export"]
+    else:
+        bundle, figures = random_bundle(options.preset, options.work / options.preset)
+    results |= environment("torch", "onnxruntime", "tensorrt-rtx-cu13-libs")
+    entry = {"graphs": figures, "plans": [], "load_average_at_start": round(os.getloadavg()[0], 1)}
+    results.setdefault("bundles", {})[bundle.manifest.name] = entry
+    cache = options.work / "cache"
+    for row in plan_rows(bundle, cache, tuple(options.targets.split(","))):
+        entry["plans"].append(row)
+        say(json.dumps(row))
+    save_results("plans", results)
+    if any("failure" in row for row in entry["plans"]):
+        raise SystemExit(EngineError.exit_code)
+
+
+if __name__ == "__main__":
+    main()
