@@ -1,7 +1,7 @@
-"""The calls of the CUDA driver that pycuda does not offer: launches on a caller's stream, and graphs.
+"""The calls of the CUDA driver that pycuda does not offer: streams, launches on a caller's stream, graphs.
 
-pycuda wraps only streams of its own making and has no graphs; these functions go to the libcuda that it has
-loaded. Contexts and memory remain with pycuda.
+pycuda wraps only streams of its own making, which it can give back only in the thread that made them, and has no
+graphs; these functions go to the libcuda that it has loaded. Contexts and memory remain with pycuda.
 """
 
 import ctypes
@@ -16,6 +16,8 @@ LIBRARY = "libcuda.so.1"
 # Relaxed: a first launch of a kernel may load its code, which the stricter modes forbid during a capture.
 CAPTURE_MODE_RELAXED = 2
 NUM_REGS = 4  # CUfunction_attribute
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the stream and the default stream do not wait for each other
+DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 _pointer, _int, _unsigned, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
 _SIGNATURES: dict[str, list[Any]] = {
@@ -25,7 +27,15 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuFuncGetAttribute": [_pointer, _int, _pointer],
     "cuLaunchKernel": [_pointer, *[_unsigned] * 7, _pointer, _pointer, _pointer],
     "cuMemsetD32Async": [ctypes.c_uint64, _unsigned, _size, _pointer],
+    "cuMemcpyHtoDAsync_v2": [ctypes.c_uint64, _pointer, _size, _pointer],
+    "cuMemcpyDtoHAsync_v2": [_pointer, ctypes.c_uint64, _size, _pointer],
+    "cuStreamCreate": [_pointer, _unsigned],
+    "cuStreamDestroy_v2": [_pointer],
     "cuStreamSynchronize": [_pointer],
+    "cuStreamWaitEvent": [_pointer, _pointer, _unsigned],
+    "cuEventCreate": [_pointer, _unsigned],
+    "cuEventRecord": [_pointer, _pointer],
+    "cuEventDestroy_v2": [_pointer],
     "cuStreamBeginCapture_v2": [_pointer, _int],
     "cuStreamEndCapture": [_pointer, _pointer],
     "cuGraphInstantiateWithFlags": [_pointer, _pointer, ctypes.c_ulonglong],
@@ -92,6 +102,34 @@ class Driver:
     def fill(self, target: int, value: int, count: int, stream: int) -> None:
         """Queue writing `count` 32-bit words."""
         self._call("cuMemsetD32Async", target, value, count, stream)
+
+    def upload(self, target: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy of `size` bytes from pinned host memory to the device."""
+        self._call("cuMemcpyHtoDAsync_v2", target, source, size, stream)
+
+    def download(self, target: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy of `size` bytes from the device to pinned host memory."""
+        self._call("cuMemcpyDtoHAsync_v2", target, source, size, stream)
+
+    def create_stream(self) -> int:
+        """Return a new stream, which does not wait for the default stream."""
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
+        return _handle(stream)
+
+    def destroy_stream(self, stream: int) -> None:
+        """Give a stream back; its work is still done."""
+        self._call("cuStreamDestroy_v2", stream)
+
+    def queue_after(self, later: int, earlier: int) -> None:
+        """Let what is queued on `later` from now on wait for what `earlier` has been given; does not wait."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), DISABLE_TIMING)
+        try:
+            self._call("cuEventRecord", event, earlier)
+            self._call("cuStreamWaitEvent", later, event, 0)
+        finally:
+            self._call("cuEventDestroy_v2", event)  # freed by the driver once it has happened
 
     def synchronise(self, stream: int) -> None:
         """Wait until all work queued on the stream is done."""

@@ -1,11 +1,17 @@
 // A libcuda.so.1 whose one device is the CPU, for tests: what PycudaDevice asks of pycuda and of the driver is
 // really carried out, on the kernels of the library named by CUDA_ON_CPU_KERNELS. Included by fake_driver.py
 // after functions of all other names, which say that there is no device.
+//
+// What is queued on a stream is done when somebody waits for it and not before, so that a wait that was
+// forgotten shows. The default stream works at once.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <deque>
 #include <functional>
+#include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -26,15 +32,59 @@ const char *kinds(const char *name) {
     return reinterpret_cast<const char *(*)(const char *)>(dlsym(kernels(), "cuda_on_cpu_kinds"))(name);
 }
 
-int context_depth = 0;
+thread_local int context_depth = 0;
 int the_context, the_module;  // only their addresses matter
-struct Stream { Graph *capture = nullptr; };
 
-// Runs at once, or is kept when the stream is being captured.
+struct Stream {
+    Graph *capture = nullptr;
+    std::deque<std::function<int()>> pending;
+    std::recursive_mutex working;  // work is done in order; a host function may queue more
+};
+
+std::mutex of_streams;
+std::set<Stream *> streams;
+
+// The default stream has three names.
+bool is_default(const Stream *stream) { return reinterpret_cast<std::uintptr_t>(stream) <= 2; }
+
+bool exists(Stream *stream) {
+    const std::lock_guard lock(of_streams);
+    return streams.count(stream) > 0;
+}
+
+int finish(Stream *stream) {
+    if (is_default(stream)) return 0;
+    if (!exists(stream)) return 400;  // invalid handle
+    const std::lock_guard lock(stream->working);
+    if (stream->capture) return not_permitted;
+    int status = 0;
+    while (!stream->pending.empty()) {
+        const auto work = std::move(stream->pending.front());
+        stream->pending.pop_front();
+        if (const int failed = work()) status = failed;
+    }
+    return status;
+}
+
+int finish_all() {
+    std::set<Stream *> all;
+    {
+        const std::lock_guard lock(of_streams);
+        all = streams;
+    }
+    for (Stream *stream : all)
+        if (const int status = finish(stream); status && status != not_permitted) return status;
+    return 0;
+}
+
+// Kept until somebody waits, or for the graph when the stream is being captured.
 int queue(Stream *stream, std::function<int()> work) {
     if (!context_depth) return 201;  // invalid context
-    if (!stream || !stream->capture) return work();
-    stream->capture->push_back(std::move(work));
+    if (is_default(stream)) return work();
+    if (!exists(stream)) return 400;
+    const std::lock_guard lock(stream->working);
+    if (stream->capture) stream->capture->push_back(std::move(work));
+    else stream->pending.push_back(std::move(work));
     return 0;
 }
 
@@ -45,6 +95,7 @@ int cuInit(unsigned) { return 0; }
 int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
 int cuDeviceGetCount(int *count) { return *count = 1, 0; }
 int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? 101 : 0; }
+int cuDeviceComputeCapability(int *major, int *minor, int) { return *major = 8, *minor = 9, 0; }
 int cuDeviceGetName(char *name, int length, int) { return std::strncpy(name, "CPU", static_cast<std::size_t>(length)), 0; }
 int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &the_context, 0; }
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
@@ -52,14 +103,27 @@ int cuCtxPushCurrent_v2(void *) { return ++context_depth, 0; }
 int cuCtxPopCurrent_v2(void **context) { return *context = &the_context, context_depth-- > 0 ? 0 : 201; }
 int cuCtxGetCurrent(void **context) { return *context = context_depth ? &the_context : nullptr, 0; }
 int cuCtxGetDevice(int *device) { return *device = 0; }
-int cuCtxSynchronize() { return 0; }
+int cuCtxSynchronize() { return finish_all(); }
 int cuMemAlloc_v2(std::uint64_t *address, std::size_t size) {
     void *memory = nullptr;
     if (posix_memalign(&memory, 256, size)) return 2;
     std::memset(memory, 0xff, size);
     return *address = reinterpret_cast<std::uint64_t>(memory), 0;
 }
-int cuMemFree_v2(std::uint64_t address) { return std::free(reinterpret_cast<void *>(address)), 0; }
+int cuMemFree_v2(std::uint64_t address) {
+    if (!context_depth) return 201;
+    finish_all();
+    return std::free(reinterpret_cast<void *>(address)), 0;
+}
+int cuMemAllocHost_v2(void **memory, std::size_t size) { return posix_memalign(memory, 4096, size) ? 2 : 0; }
+int cuMemHostAlloc(void **memory, std::size_t size, unsigned) { return cuMemAllocHost_v2(memory, size); }
+int cuMemFreeHost(void *memory) { return context_depth ? (std::free(memory), 0) : 201; }
+int cuMemcpyHtoDAsync_v2(std::uint64_t target, const void *source, std::size_t size, Stream *stream) {
+    return queue(stream, [=] { return std::memcpy(reinterpret_cast<void *>(target), source, size), 0; });
+}
+int cuMemcpyDtoHAsync_v2(void *target, std::uint64_t source, std::size_t size, Stream *stream) {
+    return queue(stream, [=] { return std::memcpy(target, reinterpret_cast<const void *>(source), size), 0; });
+}
 int cuMemcpyHtoD_v2(std::uint64_t target, const void *source, std::size_t size) {
     return std::memcpy(reinterpret_cast<void *>(target), source, size), 0;
 }
@@ -72,9 +136,27 @@ int cuMemsetD32Async(std::uint64_t target, unsigned value, std::size_t count, St
         return 0;
     });
 }
-int cuStreamCreate(Stream **stream, unsigned) { return *stream = new Stream, 0; }
-int cuStreamDestroy_v2(Stream *stream) { return delete stream, 0; }
-int cuStreamSynchronize(Stream *stream) { return stream && stream->capture ? not_permitted : 0; }
+int cuStreamCreate(Stream **stream, unsigned) {
+    *stream = new Stream;
+    const std::lock_guard lock(of_streams);
+    return streams.insert(*stream), 0;
+}
+int cuStreamDestroy_v2(Stream *stream) {
+    if (const int status = finish(stream)) return status;
+    const std::lock_guard lock(of_streams);
+    return streams.erase(stream), delete stream, 0;
+}
+int cuStreamSynchronize(Stream *stream) { return finish(stream); }
+// An event is as good as the last stream it was recorded on; who waits for it waits for all of that stream.
+int cuEventCreate(Stream ***event, unsigned) { return *event = new Stream *(nullptr), 0; }
+int cuEventRecord(Stream **event, Stream *stream) { return *event = stream, 0; }
+int cuEventDestroy_v2(Stream **event) { return delete event, 0; }
+int cuStreamWaitEvent(Stream *stream, Stream **event, unsigned) {
+    return queue(stream, [earlier = *event] { return finish(earlier); });
+}
+int cuLaunchHostFunc(Stream *stream, void (*function)(void *), void *argument) {
+    return queue(stream, [=] { return function(argument), 0; });
+}
 int cuModuleLoadData(void **module, const void *image) {
     // What nvcc writes begins with this number; anything else is not a fat binary.
     unsigned magic;
@@ -101,7 +183,7 @@ int cuLaunchKernel(char *function, unsigned gx, unsigned gy, unsigned gz, unsign
     });
 }
 int cuStreamBeginCapture_v2(Stream *stream, int) {
-    if (!stream || stream->capture) return not_permitted;
+    if (is_default(stream) || !exists(stream) || stream->capture) return not_permitted;
     return stream->capture = new Graph, 0;
 }
 int cuStreamEndCapture(Stream *stream, Graph **graph) {

@@ -1,0 +1,137 @@
+"""`PrimaryContext`: a GPU's primary context and its memory, from any thread; needs pycuda and the driver.
+
+For example:
+
+    gpu = PrimaryContext()
+    with gpu.active():
+        ...                              # calls of the driver, and of libraries that use the current context
+
+Frameworks share the primary context of a GPU, so an address from one of them is good in another.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.kernels.cuda.driver import Driver, DriverError
+
+
+class DeviceUnavailableError(RuntimeError):
+    """Nothing can run on a GPU here; the message says what is missing."""
+
+
+class PycudaBuffer:
+    """Memory of the device, freed with this object."""
+
+    def __init__(self, context: "PrimaryContext", allocation: Any, size: int) -> None:
+        """Keep pycuda's DeviceAllocation."""
+        self.pointer = int(allocation)
+        self.size = size
+        weakref.finalize(self, _free, context, allocation)
+
+
+class PinnedBuffer:
+    """Memory of the host that the device copies from and to by itself, freed with this object.
+
+    `array` is uint8 [size]; no view of it may outlive the buffer.
+    """
+
+    def __init__(self, context: "PrimaryContext", array: npt.NDArray[np.uint8]) -> None:
+        """Keep what pycuda's pagelocked_empty gave."""
+        self.array = array
+        self.size = array.size
+        weakref.finalize(self, _free, context, array.base)
+
+    @property
+    def pointer(self) -> int:
+        """Host address of the first byte."""
+        return int(self.array.ctypes.data)
+
+
+class PrimaryContext:
+    """GPU `ordinal`: its primary context, memory, and copies; `driver` has the calls on streams.
+
+    It may be used by several threads; one buffer by one at a time.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        """Retain the primary context; raises DeviceUnavailableError."""
+        self._cuda = cuda = _import_pycuda()
+        try:
+            cuda.init()
+            count = cuda.Device.count()
+            if not 0 <= ordinal < count:
+                raise DeviceUnavailableError(f"GPU {ordinal}: got {count} GPUs, expected more than {ordinal}")
+            gpu = cuda.Device(ordinal)
+            self._context = gpu.retain_primary_context()
+            self.name = str(gpu.name())
+            major, minor = gpu.compute_capability()
+            self.driver = Driver()
+        except cuda.Error as error:
+            raise DeviceUnavailableError(f"{error}; check the driver by running nvidia-smi") from error
+        except DriverError as error:
+            raise DeviceUnavailableError(str(error)) from error
+        self.compute_capability: tuple[int, int] = (int(major), int(minor))
+        # What pycuda, a module without types, raises; callers that name it need not import pycuda.
+        self.errors: tuple[type[Exception], ...] = (cuda.Error, DriverError)
+
+    def allocate(self, size: int) -> PycudaBuffer:
+        """Allocate device memory; raises pycuda's MemoryError when there is not enough."""
+        with self.active():
+            return PycudaBuffer(self, self._cuda.mem_alloc(max(size, 1)), size)
+
+    def allocate_pinned(self, size: int) -> PinnedBuffer:
+        """Allocate pinned host memory; raises pycuda's MemoryError when there is not enough."""
+        with self.active():
+            return PinnedBuffer(self, self._cuda.pagelocked_empty(max(size, 1), np.uint8))
+
+    def upload(self, target: int, array: npt.NDArray[Any]) -> None:
+        """Copy to the device; returns when it is there for every stream."""
+        if not array.size:
+            return
+        with self.active():
+            self._cuda.memcpy_htod(target, np.ascontiguousarray(array))
+            # From pageable memory the copy may still be under way for streams that do not wait for stream 0.
+            self._cuda.Context.synchronize()
+
+    def download(self, source: int, array: npt.NDArray[Any], stream: int = 0) -> None:
+        """Wait for `stream`, then copy into the contiguous `array`."""
+        with self.active():
+            self.driver.synchronise(stream)
+            if array.size:
+                self._cuda.memcpy_dtoh(array, source)
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Return a `with` block in which the primary context is current, and afterwards whichever was."""
+        return current(self._cuda, self._context)
+
+
+@contextlib.contextmanager
+def current(cuda: Any, context: Any) -> Iterator[None]:
+    """Push a context of pycuda, and pop it."""
+    context.push()
+    try:
+        yield
+    finally:
+        cuda.Context.pop()
+
+
+def _free(context: PrimaryContext, allocation: Any) -> None:
+    # pycuda cannot free in another thread than the context's unless the context is current there.
+    with context.active():
+        allocation.free()
+
+
+def _import_pycuda() -> Any:
+    """Import pycuda.driver; it has no type information."""
+    try:
+        import pycuda.driver
+    except ImportError as error:
+        raise DeviceUnavailableError(
+            f"pycuda: cannot be imported ({error}); pip install 'multisa[gpu]', and an NVIDIA driver"
+        ) from error
+    return pycuda.driver
