@@ -17,7 +17,7 @@ import numpy.typing as npt
 from multisa.kernels.backend import is_device_array
 from multisa.kernels.cuda.affinity import DeviceAffinity, GridShape
 from multisa.kernels.cuda.crf import DeviceCRF
-from multisa.kernels.cuda.device import Buffer, Device
+from multisa.kernels.cuda.device import Buffer, Device, DeviceMemory
 from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
 from multisa.kernels.dense_crf import PROBABILITY_FLOOR, CrfParameters
 from multisa.kernels.random_walk import check_out
@@ -35,7 +35,9 @@ _ONE_AT_A_TIME = threading.RLock()
 class DeviceArray:
     """Contiguous device memory with a shape, for anything that reads `__cuda_array_interface__`."""
 
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> None:
+    def __init__(
+        self, device: DeviceMemory, shape: tuple[int, ...], dtype: type[np.generic] = np.float32
+    ) -> None:
         """Allocate; what it holds is not defined."""
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._device = device

@@ -31,11 +31,8 @@ class Buffer(Protocol):
         """Size in bytes."""
 
 
-class Device(Protocol):
-    """A CUDA device, or what stands for one. `stream` is a CUstream as an integer, 0 the default stream."""
-
-    def __hash__(self) -> int:
-        """Tell devices apart: what is made for one is kept under it."""
+class DeviceMemory(Protocol):
+    """Memory of a CUDA device, or what stands for it. `stream` is a CUstream as an integer, 0 the default."""
 
     def allocate(self, size: int) -> Buffer:
         """Allocate `size` bytes (0 is allowed). Never called inside an operation, only in constructors."""
@@ -45,6 +42,13 @@ class Device(Protocol):
 
     def download(self, source: int, array: npt.NDArray[Any], stream: int = 0) -> None:
         """Copy device memory into a contiguous array, after the work queued on `stream`; waits for it."""
+
+
+class Device(DeviceMemory, Protocol):
+    """A CUDA device that launches our kernels, or what stands for one."""
+
+    def __hash__(self) -> int:
+        """Tell devices apart: what is made for one is kept under it."""
 
     def fill(self, target: int, value: int, count: int, stream: int = 0) -> None:
         """Queue writing `count` 32-bit words `value` (unsigned) from `target` on; does not wait."""

@@ -1,7 +1,7 @@
 """The calls of the CUDA driver that pycuda does not offer: streams, launches on a caller's stream, graphs.
 
-pycuda wraps only streams of its own making, which it can give back only in the thread that made them, and has no
-graphs; these functions go to the libcuda that it has loaded. Contexts and memory remain with pycuda.
+pycuda wraps only streams of its own making, which it can give back only in the thread that made them, and has
+no graphs; these functions go to the libcuda that it has loaded. Contexts and memory remain with pycuda.
 """
 
 import ctypes
@@ -144,6 +144,14 @@ class Driver:
         graph = ctypes.c_void_p()
         self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
         return _handle(graph)
+
+    def abandon_capture(self, stream: int) -> None:
+        """End a recording that failed, whatever is in it."""
+        graph = ctypes.c_void_p()
+        # The status says again that the recording failed.
+        self._calls["cuStreamEndCapture"](stream, ctypes.byref(graph))
+        if graph.value:
+            self._call("cuGraphDestroy", graph)
 
     def instantiate(self, graph: int) -> int:
         """Turn a graph into one that can be launched, and give the graph itself back."""

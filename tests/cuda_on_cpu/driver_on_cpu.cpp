@@ -38,7 +38,8 @@ int the_context, the_module;  // only their addresses matter
 struct Stream {
     Graph *capture = nullptr;
     std::deque<std::function<int()>> pending;
-    std::recursive_mutex working;  // work is done in order; a host function may queue more
+    std::recursive_mutex working;
+    bool busy = false;  // a host function is running, and may come back here through Python's garbage
 };
 
 std::mutex of_streams;
@@ -57,24 +58,32 @@ int finish(Stream *stream) {
     if (!exists(stream)) return 400;  // invalid handle
     const std::lock_guard lock(stream->working);
     if (stream->capture) return not_permitted;
+    if (stream->busy) return 0;
     int status = 0;
+    stream->busy = true;
     while (!stream->pending.empty()) {
         const auto work = std::move(stream->pending.front());
         stream->pending.pop_front();
         if (const int failed = work()) status = failed;
     }
+    stream->busy = false;
     return status;
 }
 
-int finish_all() {
+// Whether all streams are done. Who calls may hold Python's lock, which the work of another thread may need,
+// so that is not waited for.
+bool finish_all() {
     std::set<Stream *> all;
     {
         const std::lock_guard lock(of_streams);
         all = streams;
     }
-    for (Stream *stream : all)
-        if (const int status = finish(stream); status && status != not_permitted) return status;
-    return 0;
+    bool done = true;
+    for (Stream *stream : all) {
+        const std::unique_lock working(stream->working, std::try_to_lock);
+        done = working && !stream->busy && !finish(stream) && done;
+    }
+    return done;
 }
 
 // Kept until somebody waits, or for the graph when the stream is being captured.
@@ -103,7 +112,7 @@ int cuCtxPushCurrent_v2(void *) { return ++context_depth, 0; }
 int cuCtxPopCurrent_v2(void **context) { return *context = &the_context, context_depth-- > 0 ? 0 : 201; }
 int cuCtxGetCurrent(void **context) { return *context = context_depth ? &the_context : nullptr, 0; }
 int cuCtxGetDevice(int *device) { return *device = 0; }
-int cuCtxSynchronize() { return finish_all(); }
+int cuCtxSynchronize() { return finish_all(), 0; }
 int cuMemAlloc_v2(std::uint64_t *address, std::size_t size) {
     void *memory = nullptr;
     if (posix_memalign(&memory, 256, size)) return 2;
@@ -112,8 +121,8 @@ int cuMemAlloc_v2(std::uint64_t *address, std::size_t size) {
 }
 int cuMemFree_v2(std::uint64_t address) {
     if (!context_depth) return 201;
-    finish_all();
-    return std::free(reinterpret_cast<void *>(address)), 0;
+    if (finish_all()) std::free(reinterpret_cast<void *>(address));
+    return 0;
 }
 int cuMemAllocHost_v2(void **memory, std::size_t size) { return posix_memalign(memory, 4096, size) ? 2 : 0; }
 int cuMemHostAlloc(void **memory, std::size_t size, unsigned) { return cuMemAllocHost_v2(memory, size); }
@@ -144,7 +153,7 @@ int cuStreamCreate(Stream **stream, unsigned) {
 int cuStreamDestroy_v2(Stream *stream) {
     if (const int status = finish(stream)) return status;
     const std::lock_guard lock(of_streams);
-    return streams.erase(stream), delete stream, 0;
+    return streams.erase(stream), 0;  // not deleted: another thread may be looking at it
 }
 int cuStreamSynchronize(Stream *stream) { return finish(stream); }
 // An event is as good as the last stream it was recorded on; who waits for it waits for all of that stream.
@@ -186,6 +195,7 @@ int cuStreamBeginCapture_v2(Stream *stream, int) {
     if (is_default(stream) || !exists(stream) || stream->capture) return not_permitted;
     return stream->capture = new Graph, 0;
 }
+int cuStreamIsCapturing(Stream *stream, int *status) { return *status = !is_default(stream) && stream->capture, 0; }
 int cuStreamEndCapture(Stream *stream, Graph **graph) {
     *graph = stream->capture;
     stream->capture = nullptr;

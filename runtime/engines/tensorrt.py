@@ -1,0 +1,280 @@
+"""Graphs on TensorRT 10 and 11 and on TensorRT-RTX, from the plans that `multisa build` has made.
+
+    with open_tensorrt(bundle, CAM) as engine:
+        outputs = engine.run(image)                   # NumPy arrays
+        there = engine.run_on_device(image)           # arrays of the device, for multisa.kernels
+
+This runs plans and makes none: a bundle without one for this GPU is EngineUnavailable.
+"""
+
+import logging
+import platform
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy.typing as npt
+
+from multisa.kernels.cuda.calls import DeviceArray
+from multisa.kernels.cuda.pycuda_context import PrimaryContext
+from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
+from multisa.runtime.engines.contract import PRECISIONS, GraphContract, UInt8, check_image, graph_file
+from multisa.runtime.engines.plans import PlanCache, Profile, StoredPlan
+from multisa.runtime.engines.tensorrt_lane import IMAGE, Lane, LoadedPlan
+from multisa.runtime.engines.tensorrt_library import (
+    TENSORRT,
+    TENSORRT_RTX,
+    Library,
+    default_gpu,
+    import_library,
+    start_library,
+)
+from multisa.runtime.errors import BundleError, EngineError, EngineUnavailable, UsageError
+
+LIBRARIES = (TENSORRT, TENSORRT_RTX)  # in the order they are tried
+
+# NumPy's names of the library's; a plan with a tensor of any other type breaks every contract.
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
+_LOGGER = logging.getLogger("multisa.runtime.tensorrt")
+
+
+def open_tensorrt(
+    bundle: Bundle,
+    contract: GraphContract,
+    *,
+    precision: str = "fp32",
+    library: str | None = None,
+    cache: Path | None = None,
+) -> "TensorRTEngine":
+    """Load the plan of a bundle's graph for the first GPU.
+
+    `library` is one of LIBRARIES, or None for the first that is here and has a plan; `cache` is the folder of
+    plans when that is not the bundle's own. Raises UsageError for a precision the bundle does not have or an
+    unknown library, EngineUnavailable without driver, pycuda, library or plan, EngineError for a plan that
+    breaks the contract or finds no memory.
+    """
+    digest = _digest_of_graph(bundle, contract, precision)
+    if library is not None and library not in LIBRARIES:
+        raise UsageError(f"library: got {library!r}, expected one of {', '.join(LIBRARIES)}")
+    gpu = default_gpu()  # before any library: TensorRT ends the process where there is no driver
+    target = "sm{}{}".format(*gpu.compute_capability)
+    plans = PlanCache(cache if cache is not None else bundle.path / ENGINES_FOLDER)
+    reasons = []
+    for name in LIBRARIES if library is None else (library,):
+        remedy = _build_command(bundle, contract, precision, target, name, cache)
+        try:
+            version = str(import_library(name).__version__)
+            found = plans.find(onnx_sha256=digest, library=name, library_version=version, target=target)
+            if not found:
+                raise EngineUnavailable(f"{name} {version}: no plan for {target} ({gpu.name}): {remedy}")
+            return _open_first(plans, found, contract, start_library(name, gpu), gpu, remedy)
+        except EngineUnavailable as error:
+            reasons.append(str(error))
+    raise EngineUnavailable(f"{contract.name}: " + "; ".join(reasons))
+
+
+class TensorRTEngine:
+    """A plan on a GPU, through pycuda; each of its profiles is a `Lane`, made when it is first used."""
+
+    def __init__(
+        self, plan: bytes, contract: GraphContract, *, library: Library, gpu: PrimaryContext, remedy: str
+    ) -> None:
+        """Load the plan's bytes, which must be verified: TensorRT runs the code in them.
+
+        `remedy` is the command that builds the plan. Raises EngineUnavailable when the library refuses it,
+        EngineError when it breaks the contract.
+        """
+        self.name, self.contract = library.name, contract
+        self._remedy = remedy
+        with gpu.active():
+            library.errors.take()  # of other calls
+            engine = library.runtime.deserialize_cuda_engine(plan)
+            if engine is None:
+                raise EngineUnavailable(f"{library.name} cannot load the plan: {library.errors.take()}")
+            outputs = _kept_outputs(engine, contract, library.module)
+            self._profiles = _profiles(engine, contract)
+        self._plan = LoadedPlan(contract.name, library, gpu, engine, outputs)
+        self._lanes: dict[int, Lane] = {}
+        self._opening = threading.Lock()
+        self._finalizer = weakref.finalize(self, _close, self._plan, self._lanes)
+
+    @property
+    def profiles(self) -> Sequence[Profile]:
+        """Sizes of the image that the plan was built for."""
+        return self._profiles
+
+    def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
+        lane = self._lane_for(image)
+        try:
+            return lane.run(image)
+        except self._plan.gpu.errors as error:
+            raise self._failure(error) from error
+
+    def run_on_device(self, image: UInt8) -> dict[str, DeviceArray]:
+        """Run on uint8 [N, H, W, 3] RGB without waiting; the outputs stay on the device. Raises EngineError.
+
+        They are ready in the order of the default stream, on which `multisa.kernels` works, and remain good
+        after the engine was closed.
+        """
+        lane = self._lane_for(image)
+        try:
+            return lane.run_on_device(image)
+        except self._plan.gpu.errors as error:
+            raise self._failure(error) from error
+
+    def close(self) -> None:
+        """Wait for calls under way and give the GPU's memory back; `run` is an error afterwards."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lane_for(self, image: UInt8) -> Lane:
+        check_image(image, self.contract.name)
+        batch, height, width, _ = image.shape
+        fitting = [index for index, p in enumerate(self._profiles) if p.covers((batch, height, width))]
+        if not fitting:
+            listed = ", ".join(map(str, self._profiles))
+            raise EngineError(
+                f"{self.contract.name}: got an image of {batch}x{height}x{width} (batch x height x width), "
+                f"expected one of the plan's profiles (min:opt:max) {listed}; build one that fits: "
+                f"{self._remedy} --profile ..."
+            )
+        # The kernels of a profile are chosen for its optimum, so the narrowest one knows this size best.
+        index = min(fitting, key=lambda index: _pixels(self._profiles[index].maximum))
+        with self._opening:
+            if not self._finalizer.alive:
+                raise EngineError(f"{self.contract.name}: the engine is closed, expected an open one")
+            if index not in self._lanes:
+                try:
+                    self._lanes[index] = Lane(self._plan, index)
+                except self._plan.gpu.errors as error:
+                    raise self._failure(error) from error
+            return self._lanes[index]
+
+    def _failure(self, error: Exception) -> EngineError:
+        said = self._plan.library.errors.take()
+        return EngineError(f"{self.contract.name}: cannot be run on {self._plan.gpu.name}: {error} ({said})")
+
+
+def _close(plan: LoadedPlan, lanes: dict[int, Lane]) -> None:
+    """Close what an engine has opened; the library needs the context to be current for that."""
+    with plan.gpu.active():
+        for lane in lanes.values():
+            lane.close()
+        plan.engine = None
+
+
+def _open_first(
+    plans: PlanCache,
+    found: Sequence[StoredPlan],
+    contract: GraphContract,
+    library: Library,
+    gpu: PrimaryContext,
+    remedy: str,
+) -> TensorRTEngine:
+    """Load the best plan that can be loaded; those that cannot are put aside."""
+    reasons = []
+    for stored in sorted(found, key=lambda plan: _rank(plan, gpu.name)):
+        try:
+            engine = TensorRTEngine(stored.read(), contract, library=library, gpu=gpu, remedy=remedy)
+        except (BundleError, EngineUnavailable) as error:
+            if "out of memory" in str(error).lower():  # not the plan's fault
+                raise EngineError(f"{contract.name}: {error}; free memory of {gpu.name}") from error
+            reasons.append(f"{stored.path}: {error}{_put_aside(plans, stored, str(error))}")
+            continue
+        if stored.key.gpu not in ("", gpu.name):
+            _LOGGER.warning(
+                "%s: the plan was tuned on %s and runs on %s, which may be slow: %s",
+                contract.name, stored.key.gpu, gpu.name, remedy,
+            )  # fmt: skip
+        _LOGGER.info("%s: %s on %s", contract.name, stored.path, gpu.name)
+        return engine
+    raise EngineUnavailable(f"{'; '.join(reasons)}; make it again: {remedy}")
+
+
+def _rank(plan: StoredPlan, gpu: str) -> tuple[bool, int, int, str]:
+    """Plans of this machine first, then those tuned on this very GPU, then those with most profiles."""
+    place = (gpu, "").index(plan.key.gpu) if plan.key.gpu in (gpu, "") else 2
+    here = f"{platform.system().lower()}-{platform.machine()}"
+    return plan.key.platform != here, place, -len(plan.key.profiles), plan.key.digest
+
+
+def _put_aside(plans: PlanCache, stored: StoredPlan, reason: str) -> str:
+    try:
+        plans.quarantine(stored, reason)
+    except OSError as error:
+        return f" (and cannot be put aside: {error.strerror})"
+    return ""
+
+
+def _digest_of_graph(bundle: Bundle, contract: GraphContract, precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    files = bundle.manifest.files
+    name = graph_file(contract, precision)
+    if name not in files:
+        has = [p for p in PRECISIONS if graph_file(contract, p) in files]
+        raise UsageError(
+            f"{bundle.path}: got precision {precision} for {contract.name}, expected {' or '.join(has)}; "
+            f"make it: multisa convert {bundle.path} --precision {precision}"
+        )
+    return files[name].sha256
+
+
+def _build_command(
+    bundle: Bundle, contract: GraphContract, precision: str, target: str, library: str, cache: Path | None
+) -> str:
+    command = f"multisa build {bundle.path} --target {target} --graph {contract.name} --library {library}"
+    if precision != "fp32":
+        command += f" --precision {precision}"
+    return command if cache is None else f"{command} --cache {cache}"
+
+
+def _kept_outputs(engine: Any, contract: GraphContract, module: Any) -> dict[str, str]:
+    """Compare a plan's tensors with the contract; returns NumPy's name of each output's dtype."""
+    found: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
+    for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
+        kind = engine.get_tensor_dtype(name).name
+        dtypes[name] = _DTYPES.get(kind, kind)
+        is_input = engine.get_tensor_mode(name) == module.TensorIOMode.INPUT
+        plain = engine.get_tensor_location(name) == module.TensorLocation.DEVICE
+        plain = plain and engine.get_tensor_format(name) == module.TensorFormat.LINEAR
+        found[name] = (
+            f"{'input' if is_input else 'output'} {dtypes[name]} of rank "
+            f"{len(tuple(engine.get_tensor_shape(name)))}{'' if plain else ', not linear on the device'}"
+        )
+    expected = {IMAGE: "input uint8 of rank 4"}
+    expected |= {n: f"output {t.dtype} of rank {len(t.axes)}" for n, t in contract.outputs.items()}
+    if found != expected:
+        raise EngineError(f"{contract.name}: got a plan of {found}, expected {expected}")
+    return {name: dtypes[name] for name in contract.outputs}
+
+
+def _profiles(engine: Any, contract: GraphContract) -> tuple[Profile, ...]:
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape(IMAGE, index)]
+        try:
+            sizes = [(batch, height, width) for batch, height, width, channels in shapes if channels == 3]
+            profiles.append(Profile(*sizes))
+        except (TypeError, ValueError) as error:
+            raise EngineError(
+                f"{contract.name}: profile {index}: got {shapes}, expected three of [N, H, W, 3]"
+            ) from error
+    return tuple(profiles)
+
+
+def _pixels(shape: tuple[int, int, int]) -> int:
+    batch, height, width = shape
+    return batch * height * width
