@@ -68,6 +68,8 @@ class PrimaryContext:
                 raise DeviceUnavailableError(f"GPU {ordinal}: got {count} GPUs, expected more than {ordinal}")
             gpu = cuda.Device(ordinal)
             self._context = gpu.retain_primary_context()
+            # At exit, after all that was made in it; pycuda's own destructor makes the wrong call for it.
+            weakref.finalize(cuda, _release, self._context)
             self.name = str(gpu.name())
             major, minor = gpu.compute_capability()
             self.driver = Driver()
@@ -118,6 +120,11 @@ def current(cuda: Any, context: Any) -> Iterator[None]:
         yield
     finally:
         cuda.Context.pop()
+
+
+def _release(context: Any) -> None:
+    context.push()
+    context.detach()
 
 
 def _free(context: PrimaryContext, allocation: Any) -> None:

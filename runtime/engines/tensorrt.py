@@ -248,11 +248,10 @@ def _kept_outputs(engine: Any, contract: GraphContract, module: Any) -> dict[str
         kind = engine.get_tensor_dtype(name).name
         dtypes[name] = _DTYPES.get(kind, kind)
         is_input = engine.get_tensor_mode(name) == module.TensorIOMode.INPUT
-        plain = engine.get_tensor_location(name) == module.TensorLocation.DEVICE
-        plain = plain and engine.get_tensor_format(name) == module.TensorFormat.LINEAR
+        on_device = engine.get_tensor_location(name) == module.TensorLocation.DEVICE
         found[name] = (
             f"{'input' if is_input else 'output'} {dtypes[name]} of rank "
-            f"{len(tuple(engine.get_tensor_shape(name)))}{'' if plain else ', not linear on the device'}"
+            f"{len(tuple(engine.get_tensor_shape(name)))}{'' if on_device else ', on the host'}"
         )
     expected = {IMAGE: "input uint8 of rank 4"}
     expected |= {n: f"output {t.dtype} of rank {len(t.axes)}" for n, t in contract.outputs.items()}

@@ -3,7 +3,7 @@
 // after functions of all other names, which say that there is no device.
 //
 // What is queued on a stream is done when somebody waits for it and not before, so that a wait that was
-// forgotten shows. The default stream works at once.
+// forgotten shows. The default stream works at once, after what it was told to wait for.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -53,8 +53,24 @@ bool exists(Stream *stream) {
     return streams.count(stream) > 0;
 }
 
+int finish(Stream *stream);
+
+std::vector<Stream *> awaited;  // by the default stream
+
+int settle_default() {
+    std::vector<Stream *> streams;
+    {
+        const std::lock_guard lock(of_streams);
+        streams.swap(awaited);
+    }
+    int status = 0;
+    for (Stream *stream : streams)
+        if (const int failed = finish(stream)) status = failed == 400 ? status : failed;  // gone is done
+    return status;
+}
+
 int finish(Stream *stream) {
-    if (is_default(stream)) return 0;
+    if (is_default(stream)) return settle_default();
     if (!exists(stream)) return 400;  // invalid handle
     const std::lock_guard lock(stream->working);
     if (stream->capture) return not_permitted;
@@ -89,7 +105,10 @@ bool finish_all() {
 // Kept until somebody waits, or for the graph when the stream is being captured.
 int queue(Stream *stream, std::function<int()> work) {
     if (!context_depth) return 201;  // invalid context
-    if (is_default(stream)) return work();
+    if (is_default(stream)) {
+        const int status = settle_default();
+        return status ? status : work();
+    }
     if (!exists(stream)) return 400;
     const std::lock_guard lock(stream->working);
     if (stream->capture) stream->capture->push_back(std::move(work));
@@ -134,10 +153,10 @@ int cuMemcpyDtoHAsync_v2(void *target, std::uint64_t source, std::size_t size, S
     return queue(stream, [=] { return std::memcpy(target, reinterpret_cast<const void *>(source), size), 0; });
 }
 int cuMemcpyHtoD_v2(std::uint64_t target, const void *source, std::size_t size) {
-    return std::memcpy(reinterpret_cast<void *>(target), source, size), 0;
+    return queue(nullptr, [=] { return std::memcpy(reinterpret_cast<void *>(target), source, size), 0; });
 }
 int cuMemcpyDtoH_v2(void *target, std::uint64_t source, std::size_t size) {
-    return std::memcpy(target, reinterpret_cast<const void *>(source), size), 0;
+    return queue(nullptr, [=] { return std::memcpy(target, reinterpret_cast<const void *>(source), size), 0; });
 }
 int cuMemsetD32Async(std::uint64_t target, unsigned value, std::size_t count, Stream *stream) {
     return queue(stream, [=] {
@@ -161,7 +180,9 @@ int cuEventCreate(Stream ***event, unsigned) { return *event = new Stream *(null
 int cuEventRecord(Stream **event, Stream *stream) { return *event = stream, 0; }
 int cuEventDestroy_v2(Stream **event) { return delete event, 0; }
 int cuStreamWaitEvent(Stream *stream, Stream **event, unsigned) {
-    return queue(stream, [earlier = *event] { return finish(earlier); });
+    if (!is_default(stream)) return queue(stream, [earlier = *event] { return finish(earlier); });
+    const std::lock_guard lock(of_streams);
+    return awaited.push_back(*event), 0;
 }
 int cuLaunchHostFunc(Stream *stream, void (*function)(void *), void *argument) {
     return queue(stream, [=] { return function(argument), 0; });

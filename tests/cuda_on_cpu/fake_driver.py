@@ -47,6 +47,30 @@ def make_fake_driver(headers: Path, folder: Path, *, device: bool = False) -> Pa
     return library
 
 
+def cuda_headers() -> Path:
+    """The folder with cuda.h; skips the test that asks where there is none, or no pycuda to run."""
+    import importlib.util
+    import os
+
+    import pytest
+
+    from multisa.kernels.cuda.build import BuildError, find_nvcc
+
+    if importlib.util.find_spec("pycuda") is None:
+        pytest.skip("pycuda (multisa[gpu]) is not installed")
+    try:
+        # Through a link or a wrapper, nvcc itself knows where it lives.
+        command = [str(find_nvcc()), "--dryrun", "-x", "cu", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    except BuildError as error:
+        pytest.skip(str(error))
+    (top,) = (line.split("TOP=")[1] for line in said.splitlines() if "TOP=" in line)
+    folder = Path(top) / "include"
+    if not (folder / "cuda.h").is_file():
+        pytest.skip(f"{folder} has no cuda.h")
+    return folder
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a libcuda.so.1 that needs no GPU.")
     parser.add_argument("headers", type=Path, help="the folder with cuda.h")

@@ -1,6 +1,5 @@
 """PycudaDevice without a GPU: its errors, and its calls carried out by a driver whose device is the CPU."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,9 +8,8 @@ from pathlib import Path
 import pycuda_checks
 import pytest
 from cpu_device import build
-from fake_driver import make_fake_driver
+from fake_driver import cuda_headers, make_fake_driver
 
-from multisa.kernels.cuda.build import BuildError, find_nvcc
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
 
 SCRIPT = Path(pycuda_checks.__file__)
@@ -20,19 +18,7 @@ MAGIC = 0xBA55ED50.to_bytes(4, "little")  # how a fat binary begins: all that th
 
 @pytest.fixture(scope="module")
 def headers() -> Path:
-    if importlib.util.find_spec("pycuda") is None:
-        pytest.skip("pycuda (multisa[gpu]) is not installed")
-    try:
-        # Through a link or a wrapper, nvcc itself knows where it lives.
-        command = [str(find_nvcc()), "--dryrun", "-x", "cu", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    except BuildError as error:
-        pytest.skip(str(error))
-    (top,) = (line.split("TOP=")[1] for line in said.splitlines() if "TOP=" in line)
-    folder = Path(top) / "include"
-    if not (folder / "cuda.h").is_file():
-        pytest.skip(f"{folder} has no cuda.h")
-    return folder
+    return cuda_headers()
 
 
 def run(task: str, driver: Path, folder: Path, **environment: str) -> str:

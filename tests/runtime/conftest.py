@@ -4,6 +4,7 @@ Class 1 is "red thing", class 2 "green". cam.onnx gives the red and green channe
 the brightness (< 85 background, < 170 class 1, else class 2).
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bun
 from multisa.runtime.engines import choice
 from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.postprocess import LabelParameters
+
+# For the engines that run on a device which is the CPU.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_on_cpu"))
 
 CLASSES = ("background", "red thing", "green")
 OFFSETS = 34

@@ -1,0 +1,463 @@
+"""TensorRTEngine on the CPU: test_runtime_tensorrt.py runs these tests in a process with the CPU's libcuda.
+
+The plans are computed by fake_tensorrt.py; every byte goes through pycuda, the driver's streams and
+recordings.
+"""
+
+import dataclasses
+import gc
+import itertools
+import logging
+import platform
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_tensorrt import make_library, make_plan
+from PIL import Image
+
+from multisa.kernels import random_walk
+from multisa.kernels.cuda import calls
+from multisa.kernels.cuda.driver import Driver, DriverError
+from multisa.kernels.cuda.pycuda_device import PycudaDevice
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.engines import tensorrt_lane, tensorrt_library
+from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile
+from multisa.runtime.engines.tensorrt import TensorRTEngine, open_tensorrt
+from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+
+PROFILES = [((1, 32, 32), (1, 64, 64), (2, 96, 96)), ((1, 32, 32), (1, 96, 128), (4, 160, 160))]
+VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
+MAGIC = 0xBA55ED50.to_bytes(4, "little")
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Bundle:
+    return load_bundle(default_bundle_path())
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """Both libraries installed; at the end no rule of theirs was broken."""
+    modules = {name: make_library(name.replace("-", "_"), version) for name, version in VERSIONS.items()}
+    for module in modules.values():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    tensorrt_library.start_library.cache_clear()
+    yield modules
+    for module in modules.values():
+        assert module.Runtime._broken_rules == []
+
+
+@pytest.fixture(params=VERSIONS)
+def library(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+Store = Callable[..., Path]
+
+
+@pytest.fixture
+def store(bundle: Bundle, tmp_path: Path) -> Store:
+    """Put plans into a cache as the builder does."""
+
+    def put(
+        contract: GraphContract, library: str = "tensorrt", *, plan: bytes | None = None, **key: Any
+    ) -> Path:
+        name = graph_file(contract)
+        facts = {
+            "graph": contract.name,
+            "precision": "fp32",
+            "onnx_sha256": bundle.manifest.files[name].sha256,
+            "library": library,
+            "library_version": VERSIONS[library],
+            "target": "sm89",
+            "gpu": "CPU",
+            "profiles": tuple(Profile(*profile) for profile in PROFILES),
+            "flags": (),
+            "platform": f"{platform.system().lower()}-{platform.machine()}",
+        }
+        data = plan if plan is not None else make_plan(bundle.read_file(name), PROFILES)
+        PlanCache(tmp_path / "plans").get_or_build(PlanKey(**facts | key), lambda: data)
+        return tmp_path / "plans"
+
+    return put
+
+
+def photograph(height: int, width: int, batch: int = 1) -> np.ndarray:
+    """Pieces of a photograph, uint8 [batch, height, width, 3]."""
+    with Image.open(default_bundle_path().parents[1] / "demo_photos" / "chelsea.jpg") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return np.stack([pixels[9 * i : 9 * i + height, 7 * i : 7 * i + width] for i in range(batch)])
+
+
+def assert_equal(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(got) == list(expected)
+    for name, array in expected.items():
+        assert got[name].dtype == array.dtype
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every launch of a CUDA graph."""
+    seen: list[int] = []
+    launch = Driver.launch_graph
+
+    def counted(self: Driver, executable: int, stream: int) -> None:
+        seen.append(executable)
+        launch(self, executable, stream)
+
+    monkeypatch.setattr(Driver, "launch_graph", counted)
+    return seen
+
+
+@pytest.mark.parametrize("contract", [CAM, AFFINITY, SEGMENTER], ids=lambda contract: contract.name)
+def test_equals_onnx_runtime(bundle: Bundle, store: Store, library: str, contract: GraphContract) -> None:
+    cache = store(contract, library)
+    reference = OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), contract=contract)
+    images = [
+        photograph(64, 80),
+        photograph(33, 47, batch=2),
+        photograph(64, 80)[:, ::-1],
+        photograph(64, 80),
+    ]
+    with reference, open_tensorrt(bundle, contract, library=library, cache=cache) as engine:
+        assert engine.name == library and engine.contract is contract
+        for image in images:
+            assert_equal(engine.run(image), reference.run(image))
+
+
+def test_recorded_calls(bundle: Bundle, store: Store, launches: list[int]) -> None:
+    """Two plain calls of a shape, then recorded ones; other shapes between them change nothing."""
+    cache = store(SEGMENTER)
+    reference = OnnxRuntimeEngine(bundle.read_file("segmenter.onnx"))
+    with reference, open_tensorrt(bundle, SEGMENTER, cache=cache) as engine:
+        kept = engine.run(photograph(64, 64))  # must not change with later calls
+        first = {name: array.copy() for name, array in kept.items()}
+        for shift in range(4):
+            image = np.roll(photograph(64, 64), 9 * shift, axis=2)
+            assert_equal(engine.run(image), reference.run(image))
+            assert_equal(engine.run(photograph(40, 50)), reference.run(photograph(40, 50)))
+        assert len(launches) == 5 and len(set(launches)) == 2
+        assert_equal(kept, first)
+        # Larger memory than the recordings know, in the same profile, and back.
+        assert_equal(engine.run(photograph(96, 96, 2)), reference.run(photograph(96, 96, 2)))
+        for _ in range(3):
+            assert_equal(engine.run(photograph(64, 64)), reference.run(photograph(64, 64)))
+
+
+def test_a_folder_of_many_sizes_records_a_few(
+    bundle: Bundle, store: Store, launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_lane, "RECORDINGS_KEPT", 2)
+    destroyed: list[int] = []
+    destroy = Driver.destroy_graph
+    monkeypatch.setattr(Driver, "destroy_graph", lambda self, e: (destroyed.append(e), destroy(self, e))[1])
+    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
+        engine.run(photograph(96, 96))  # memory for all that follow
+        for _, height in itertools.product(range(2), (40, 48, 56)):
+            engine.run(photograph(height, 40))
+        assert launches == [] and len(destroyed) == 1
+        engine.run(photograph(56, 40))
+        assert len(launches) == 1
+    assert len(destroyed) == 3
+
+
+def test_rtx_records_by_itself(bundle: Bundle, store: Store, launches: list[int]) -> None:
+    cache = store(SEGMENTER, "tensorrt-rtx")
+    with open_tensorrt(bundle, SEGMENTER, library="tensorrt-rtx", cache=cache) as engine:
+        results = [engine.run(photograph(64, 64)) for _ in range(4)]
+    assert_equal(results[3], results[0])
+    assert launches == []
+
+
+def test_what_cannot_be_recorded_runs(
+    bundle: Bundle, store: Store, launches: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan(bundle.read_file("segmenter.onnx"), PROFILES, not_capturable=True)
+    reference = OnnxRuntimeEngine(bundle.read_file("segmenter.onnx"))
+    with reference, open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, plan=plan)) as engine:
+        for shift in range(4):
+            image = np.roll(photograph(64, 64), shift, axis=1)
+            assert_equal(engine.run(image), reference.run(image))
+    assert launches == []
+    (message,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert "not recorded as CUDA graphs" in message and "a loop cannot be captured" in message
+
+
+def test_threads(bundle: Bundle, store: Store, library: str) -> None:
+    """Eight threads, two profiles, shapes that are recorded on the way."""
+    cache = store(SEGMENTER, library)
+    images = [photograph(*size) for size in ((64, 64), (48, 80), (120, 140), (33, 159, 3))]
+    with (
+        OnnxRuntimeEngine(bundle.read_file("segmenter.onnx")) as reference,
+        open_tensorrt(bundle, SEGMENTER, library=library, cache=cache) as engine,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        expected = [reference.run(image) for image in images]
+        for got, wanted in zip(pool.map(engine.run, images * 8), expected * 8, strict=True):
+            assert_equal(got, wanted)
+
+
+def test_the_narrowest_profile_is_chosen(bundle: Bundle, store: Store) -> None:
+    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
+        assert [str(profile) for profile in engine.profiles] == [
+            "1x32x32:1x64x64:2x96x96",
+            "1x32x32:1x96x128:4x160x160",
+        ]
+        engine.run(photograph(64, 64))
+        assert list(engine._lanes) == [0]
+        engine.run(photograph(64, 64, 3))
+        assert list(engine._lanes) == [0, 1]
+        with pytest.raises(
+            EngineError,
+            match=r"got an image of 1x161x40 .*1x32x32:1x64x64:2x96x96, 1x32.*multisa build .* --target sm89",
+        ):
+            engine.run(photograph(161, 40))
+        with pytest.raises(EngineError, match="expected uint8"):
+            engine.run(photograph(64, 64)[0])
+
+
+def test_walk_on_what_the_network_left_on_the_device(
+    bundle: Bundle, store: Store, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The affinity never visits the host; a later call and the end of the engine leave it alone."""
+    (tmp_path / "kernels.fatbin").write_bytes(MAGIC)
+    device = PycudaDevice(fatbin=tmp_path / "kernels.fatbin")
+    monkeypatch.setattr(calls, "default_device", lambda: device)
+    image = photograph(64, 64)
+    with OnnxRuntimeEngine(bundle.read_file("affinity.onnx")) as reference:
+        affinity = reference.run(image)["affinity"]
+    scores = np.random.default_rng(1).random((1, 2, *affinity.shape[2:]), dtype=np.float32)
+    there = calls.DeviceArray(device, scores.shape)
+    device.upload(there.pointer, scores)
+    with open_tensorrt(bundle, AFFINITY, library=library, cache=store(AFFINITY, library)) as engine:
+        outputs = engine.run_on_device(image)
+        assert outputs["affinity"].__cuda_array_interface__["shape"] == affinity.shape
+        walked = random_walk(there, outputs["affinity"], steps=8, backend="cuda")
+        other = engine.run_on_device(image[:, ::-1])
+    np.testing.assert_array_equal(outputs["affinity"].numpy(), affinity)
+    assert not np.array_equal(other["affinity"].numpy(), affinity)
+    expected = random_walk(scores, affinity, steps=8, backend="cpu")
+    np.testing.assert_allclose(walked.numpy(), expected, atol=1e-4)
+
+
+def test_arrays_of_the_device(bundle: Bundle, store: Store, library: str) -> None:
+    """Whoever works on the default stream waits for them; any thread may let go of them."""
+    image = photograph(64, 64)
+    with (
+        OnnxRuntimeEngine(bundle.read_file("segmenter.onnx")) as reference,
+        open_tensorrt(bundle, SEGMENTER, library=library, cache=store(SEGMENTER, library)) as engine,
+        warnings.catch_warnings(record=True) as told,
+    ):
+        kept = [engine.run_on_device(image)]
+        got = {name: array.numpy() for name, array in kept[0].items()}
+        thread = threading.Thread(target=kept.clear)
+        thread.start()
+        thread.join()
+        assert_equal(got, reference.run(image))
+    assert [str(warning.message) for warning in told] == []
+
+
+def test_run_after_run_on_device(bundle: Bundle, store: Store) -> None:
+    """The image of a call that nobody waited for is not written over by the next call's."""
+    images = [np.roll(photograph(64, 64), 11 * i, axis=1) for i in range(6)]
+    with (
+        OnnxRuntimeEngine(bundle.read_file("segmenter.onnx")) as reference,
+        open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
+    ):
+        left = [engine.run_on_device(image) for image in images]
+        assert_equal(engine.run(images[0]), reference.run(images[0]))
+        for arrays, image in zip(left, images, strict=True):
+            got = {name: array.numpy() for name, array in arrays.items()}
+            assert_equal(got, reference.run(image))
+
+
+def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine gives back its streams and recordings, in whatever thread it is forgotten."""
+    alive: set[int] = set()
+    create, destroy = Driver.create_stream, Driver.destroy_stream
+
+    def created(self: Driver) -> int:
+        stream = create(self)
+        alive.add(stream)
+        return stream
+
+    monkeypatch.setattr(Driver, "create_stream", created)
+    monkeypatch.setattr(
+        Driver, "destroy_stream", lambda self, stream: (alive.discard(stream), destroy(self, stream))[1]
+    )
+    engine = open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))
+    engine.run(photograph(64, 64))
+    assert len(alive) == 1
+    engine.close()
+    engine.close()
+    assert not alive
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(photograph(64, 64))
+
+    forgotten = [open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))]
+    for _ in range(3):
+        forgotten[0].run(photograph(64, 64))
+    assert len(alive) == 1
+    thread = threading.Thread(target=forgotten.clear)
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert not alive
+
+
+def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver says becomes an EngineError, and the next call works again."""
+    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
+        expected = engine.run(photograph(64, 64))
+        with monkeypatch.context() as patch:
+
+            def refuse(*_: Any) -> None:
+                raise DriverError("cuMemcpyHtoDAsync_v2: an illegal address (CUDA error 700)")
+
+            patch.setattr(Driver, "upload", refuse)
+            with pytest.raises(EngineError, match=r"segmenter: cannot be run on CPU: .*illegal address"):
+                engine.run(photograph(64, 64))
+        assert_equal(engine.run(photograph(64, 64)), expected)
+
+
+@pytest.mark.parametrize(
+    "library_call",
+    ["set_input_shape", "set_tensor_address", "execute_async_v3", "set_optimization_profile_async"],
+)
+def test_every_refusal_is_told(
+    bundle: Bundle,
+    store: Store,
+    libraries: dict[str, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    library_call: str,
+) -> None:
+    """A call that returns False ends in an error with its name, not in a wrong answer."""
+    context = libraries["tensorrt"].IExecutionContext
+    monkeypatch.setattr(context, library_call, lambda *_: False)
+    with (
+        open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
+        pytest.raises(EngineError, match=f"tensorrt refused {library_call}"),
+    ):
+        engine.run(photograph(64, 64))
+
+
+def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
+    cache = store(SEGMENTER, target="sm80")
+    store(SEGMENTER, library_version="10.13.3.9")
+    store(SEGMENTER, onnx_sha256="0" * 64)
+    with pytest.raises(EngineUnavailable) as caught:
+        open_tensorrt(bundle, SEGMENTER, cache=cache)
+    said = str(caught.value)
+    assert caught.value.exit_code == 5
+    for name, version in VERSIONS.items():
+        assert f"{name} {version}: no plan for sm89 (CPU): multisa build {bundle.path} --target sm89" in said
+        assert f"--library {name} --cache {cache}" in said
+    with pytest.raises(
+        EngineUnavailable, match=r"^segmenter: tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"
+    ):
+        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=tmp_path / "none")
+
+
+def test_the_library_with_a_plan_is_taken(
+    bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = store(SEGMENTER, "tensorrt-rtx", gpu="")
+    with open_tensorrt(bundle, SEGMENTER, cache=cache) as engine:
+        assert engine.name == "tensorrt-rtx"
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    with pytest.raises(
+        EngineUnavailable, match=r"tensorrt-rtx: is not installed: pip install 'multisa\[rtx\]'"
+    ):
+        open_tensorrt(bundle, SEGMENTER, cache=cache)
+
+
+def test_a_plan_of_this_gpu_comes_first(
+    bundle: Bundle, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    cache = store(SEGMENTER, gpu="Another GPU")
+    with open_tensorrt(bundle, SEGMENTER, cache=cache):
+        assert "tuned on Another GPU and runs on CPU" in caplog.text
+    store(SEGMENTER, gpu="CPU")
+    caplog.clear()
+    with open_tensorrt(bundle, SEGMENTER, cache=cache):
+        assert "tuned on" not in caplog.text and "model.plan on CPU" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["refused by the library", "bytes on the disk"])
+def test_a_plan_that_cannot_be_loaded_is_put_aside(bundle: Bundle, store: Store, damage: str) -> None:
+    broken = b"not a plan\n" if damage == "refused by the library" else None
+    cache = store(SEGMENTER, plan=broken)
+    if broken is None:
+        (path,) = cache.glob("*/model.plan")
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    reason = "magicTag failed" if broken else "damaged"
+    with pytest.raises(EngineUnavailable, match=f"{reason}.*multisa build .* --target sm89"):
+        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+    assert not list(cache.glob("[0-9a-f]*/model.plan"))
+    (kept,) = (cache / "quarantine").glob("*/reason.txt")
+    assert kept.read_text().strip()
+    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
+        engine.run(photograph(64, 64))
+
+
+def test_the_next_plan_is_tried(bundle: Bundle, store: Store) -> None:
+    store(SEGMENTER, plan=b"not a plan\n")
+    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, gpu="")) as engine:
+        assert isinstance(engine, TensorRTEngine)
+
+
+def test_a_full_gpu_is_no_reason_to_discard_a_plan(bundle: Bundle, store: Store) -> None:
+    cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused="[defaultAllocator] CUDA Out of Memory"))
+    with pytest.raises(EngineError, match="free memory of CPU"):
+        open_tensorrt(bundle, SEGMENTER, cache=cache)
+    assert list(cache.glob("*/model.plan"))
+
+
+@pytest.mark.parametrize(
+    ("graph", "changes", "message"),
+    [
+        ("cam.onnx", {}, "got a plan of .*cam"),
+        ("segmenter.onnx", {"on_host": "labels"}, "labels.*on the host"),
+        ("segmenter.onnx", {"profiles": [((1, 64, 64), (1, 32, 32), (2, 96, 96))]}, "profile 0: got"),
+    ],
+    ids=["another graph", "on the host", "profile out of order"],
+)
+def test_a_plan_that_breaks_the_contract(
+    bundle: Bundle, store: Store, graph: str, changes: dict[str, Any], message: str
+) -> None:
+    plan = make_plan(bundle.read_file(graph), **{"profiles": PROFILES, **changes})
+    with pytest.raises(EngineError, match=message):
+        open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, plan=plan))
+
+
+def test_usage(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="library: got 'openvino', expected one of tensorrt, tensorrt-rtx"):
+        open_tensorrt(bundle, CAM, library="openvino")
+    with pytest.raises(UsageError, match="precision: got 'fp8', expected one of fp32, fp16, int8"):
+        open_tensorrt(bundle, CAM, precision="fp8")
+    files = {"cam.onnx": bundle.manifest.files["cam.onnx"]}
+    plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, files=files))
+    with pytest.raises(UsageError, match=r"precision fp16 for cam, expected fp32; make it: multisa convert"):
+        open_tensorrt(plain, CAM, precision="fp16")
+
+
+def test_the_bundles_own_plans(bundle: Bundle, store: Store, tmp_path: Path) -> None:
+    store(SEGMENTER).rename(tmp_path / "engines")
+    moved = dataclasses.replace(bundle, path=tmp_path)
+    with open_tensorrt(moved, SEGMENTER) as engine:
+        engine.run(photograph(64, 64))
