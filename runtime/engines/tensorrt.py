@@ -38,6 +38,7 @@ LIBRARIES = (TENSORRT, TENSORRT_RTX)  # in the order they are tried
 
 # NumPy's names of the library's; a plan with a tensor of any other type breaks every contract.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
+_SMALLEST = 64  # pixels a side, of a profile that is proposed
 _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
 
 
@@ -144,10 +145,12 @@ class TensorRTEngine:
         fitting = [index for index, p in enumerate(self._profiles) if p.covers((batch, height, width))]
         if not fitting:
             listed = ", ".join(map(str, self._profiles))
+            size = f"{batch}x{height}x{width}"
+            bucket = f"1x{min(height, _SMALLEST)}x{min(width, _SMALLEST)}:{size}:{size}"
             raise EngineError(
-                f"{self.contract.name}: got an image of {batch}x{height}x{width} (batch x height x width), "
+                f"{self.contract.name}: got an image of {size} (batch x height x width), "
                 f"expected one of the plan's profiles (min:opt:max) {listed}; build one that fits: "
-                f"{self._remedy} --profile ..."
+                f"{self._remedy} --profile {bucket}"
             )
         # The kernels of a profile are chosen for its optimum, so the narrowest one knows this size best.
         index = min(fitting, key=lambda index: _pixels(self._profiles[index].maximum))

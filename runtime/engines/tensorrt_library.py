@@ -25,7 +25,7 @@ _MODULES = {
     TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 _REMEDIES = {
-    TENSORRT: "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
+    TENSORRT: "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
     TENSORRT_RTX: "pip install 'multisa[rtx]'",
 }
 _OLDEST = {TENSORRT: 10, TENSORRT_RTX: 1}  # major versions
@@ -106,10 +106,10 @@ def start_library(name: str, gpu: PrimaryContext) -> Library:
     Raises EngineUnavailable when it does not start.
     """
     module: Any = import_library(name)
-    errors = ErrorLog()
+    logger, errors = library_log(module)
     with gpu.active():
         try:
-            runtime = module.Runtime(_logger(module, errors))
+            runtime = module.Runtime(logger)
         except (TypeError, RuntimeError) as error:  # how the bindings report a null pointer
             said = f"{error}; {errors.take()}"
             raise EngineUnavailable(
@@ -118,15 +118,14 @@ def start_library(name: str, gpu: PrimaryContext) -> Library:
     return Library(name, module, runtime, errors)
 
 
-def _find(module_name: str) -> Any:
-    try:
-        return importlib.util.find_spec(module_name)
-    except ValueError:  # imported, and without a specification
-        return None
+@functools.cache
+def library_log(module: Any) -> tuple[Any, ErrorLog]:
+    """Return the library's logger and the errors it keeps; its messages go to `logging`.
 
-
-def _logger(module: Any, errors: ErrorLog) -> Any:
-    """Make the library's messages ours: errors are kept for the exception, all go to `logging`."""
+    A library holds on to the first logger it is given for as long as it is loaded, so there is one in a
+    process and it never goes away.
+    """
+    errors = ErrorLog()
     severity = module.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,
@@ -145,4 +144,11 @@ def _logger(module: Any, errors: ErrorLog) -> Any:
                 level = logging.DEBUG  # it becomes an exception, which says it once
             _LOGGER.log(level, "%s", message)
 
-    return Logger()
+    return Logger(), errors
+
+
+def _find(module_name: str) -> Any:
+    try:
+        return importlib.util.find_spec(module_name)
+    except ValueError:  # imported, and without a specification
+        return None

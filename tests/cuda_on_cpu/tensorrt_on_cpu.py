@@ -220,7 +220,8 @@ def test_the_narrowest_profile_is_chosen(bundle: Bundle, store: Store) -> None:
         assert list(engine._lanes) == [0, 1]
         with pytest.raises(
             EngineError,
-            match=r"got an image of 1x161x40 .*1x32x32:1x64x64:2x96x96, 1x32.*multisa build .* --target sm89",
+            match=r"got an image of 1x161x40 .*1x32x32:1x64x64:2x96x96, 1x32.*multisa build .* --target sm89 "
+            ".*--profile 1x64x40:1x161x40:1x161x40",
         ):
             engine.run(photograph(161, 40))
         with pytest.raises(EngineError, match="expected uint8"):
