@@ -191,8 +191,11 @@ def _open_first(
         try:
             engine = TensorRTEngine(stored.read(), contract, library=library, gpu=gpu, remedy=remedy)
         except (BundleError, EngineUnavailable) as error:
-            if "out of memory" in str(error).lower():  # not the plan's fault
+            said = str(error).lower()  # what is not the plan's fault leaves it where it is
+            if "out of memory" in said:
                 raise EngineError(f"{contract.name}: {error}; free memory of {gpu.name}") from error
+            if "driver version is insufficient" in said:
+                raise EngineUnavailable(f"{contract.name}: {error}; update the NVIDIA driver") from error
             reasons.append(f"{stored.path}: {error}{_put_aside(plans, stored, str(error))}")
             continue
         if stored.key.gpu not in ("", gpu.name):

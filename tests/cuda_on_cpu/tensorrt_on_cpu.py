@@ -422,11 +422,22 @@ def test_the_next_plan_is_tried(bundle: Bundle, store: Store) -> None:
         assert isinstance(engine, TensorRTEngine)
 
 
-def test_a_full_gpu_is_no_reason_to_discard_a_plan(bundle: Bundle, store: Store) -> None:
-    cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused="[defaultAllocator] CUDA Out of Memory"))
-    with pytest.raises(EngineError, match="free memory of CPU"):
-        open_tensorrt(bundle, SEGMENTER, cache=cache)
-    assert list(cache.glob("*/model.plan"))
+@pytest.mark.parametrize(
+    ("said", "error", "remedy"),
+    [
+        ("[defaultAllocator] CUDA Out of Memory", EngineError, "free memory of CPU"),
+        ("CUDA driver version is insufficient", EngineUnavailable, "update the NVIDIA driver"),
+    ],
+    ids=["memory", "driver"],
+)
+def test_a_good_plan_stays(
+    bundle: Bundle, store: Store, said: str, error: type[Exception], remedy: str
+) -> None:
+    """Where the machine is at fault, a plan is not put aside."""
+    cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused=said))
+    with pytest.raises(error, match=f"{said.replace('[', '.').replace(']', '.')}; {remedy}"):
+        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+    assert list(cache.glob("[0-9a-f]*/model.plan"))
 
 
 @pytest.mark.parametrize(
