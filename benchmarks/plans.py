@@ -32,6 +32,7 @@ from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, wri
 from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import EngineError
+from multisa.runtime.files import write_json_atomically
 from multisa.runtime.images import read_image, resize_image, working_size
 from multisa.runtime.palette import voc_palette
 from multisa.runtime.progress import say
@@ -114,14 +115,14 @@ def parity(graph: Graph, data: bytes) -> dict[str, float]:
     return errors
 
 
-def random_bundle(preset: str, folder: Path) -> tuple[Bundle, dict[str, Any]]:
-    """Export a preset's networks to `folder`; returns the bundle and figures of each graph's export."""
+def random_bundle(preset: str, folder: Path) -> Bundle:
+    """Export a preset's networks to `folder`; figures of each graph's export are in the bundle's metrics."""
     config = load_config(preset)
     files: dict[str, bytes] = {}
     figures: dict[str, Any] = {}
     for graph in random_graphs(config):
         start = time.perf_counter()
-        data = onnx_from_module(graph.exported, graph.outputs, {"name": preset}, half_weights=False)
+        data = onnx_from_module(graph.exported, graph.outputs, {"name": config.name}, half_weights=False)
         seconds = time.perf_counter() - start
         files[graph.file] = data
         figures[graph.contract.name] = {
@@ -129,12 +130,12 @@ def random_bundle(preset: str, folder: Path) -> tuple[Bundle, dict[str, Any]]:
             "export_seconds": round(seconds, 1),
             "onnxruntime_against_eager": parity(graph, data),
         }
-        say(f"{preset} {graph.file}: {figures[graph.contract.name]}")
+        say(f"{config.name} {graph.file}: {figures[graph.contract.name]}")
     names = ("background", *(f"class {index}" for index in range(1, CLASSES)))
     manifest = load_bundle(default_bundle_path()).manifest
     manifest = replace(
         manifest,
-        name=f"{preset}, random weights",
+        name=f"{config.name}, random weights",
         classes=names,
         palette=tuple((int(r), int(g), int(b)) for r, g, b in voc_palette()[:CLASSES]),
         parameters=replace(
@@ -147,7 +148,7 @@ def random_bundle(preset: str, folder: Path) -> tuple[Bundle, dict[str, Any]]:
         ),
         metrics={"export": figures},
     )
-    return write_bundle(folder, manifest, files), figures
+    return write_bundle(folder, manifest, files)
 
 
 def plan_rows(bundle: Bundle, cache: Path | None, targets: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -174,7 +175,9 @@ def plan_rows(bundle: Bundle, cache: Path | None, targets: tuple[str, ...]) -> I
 def main() -> None:
     """Build, and write the results after each plan."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default=PACKAGED, help="a preset's name; the bundle of the package else")
+    parser.add_argument(
+        "--preset", default=PACKAGED, help="a preset's name or file; the bundle of the package else"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/plans"))
     parser.add_argument("--targets", default=",".join(TARGETS))
     options = parser.parse_args()
@@ -183,11 +186,12 @@ def main() -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if options.preset == PACKAGED:
         bundle, figures = load_bundle(default_bundle_path()), {}
-    elif (options.work / options.preset / "bundle.json").is_file():
-        bundle = load_bundle(options.work / options.preset)
-        figures = bundle.manifest.metrics["export"]
     else:
-        bundle, figures = random_bundle(options.preset, options.work / options.preset)
+        folder = options.work / Path(options.preset).stem
+        if not (folder / "bundle.json").is_file():
+            random_bundle(options.preset, folder)
+        bundle = load_bundle(folder)
+        figures = bundle.manifest.metrics["export"]
     results |= environment("torch", "onnxruntime", "tensorrt-rtx-cu13-libs")
     entry = {"graphs": figures, "plans": [], "load_average_at_start": round(os.getloadavg()[0], 1)}
     results.setdefault("bundles", {})[bundle.manifest.name] = entry
@@ -195,6 +199,7 @@ def main() -> None:
     for row in plan_rows(bundle, cache, tuple(options.targets.split(","))):
         entry["plans"].append(row)
         say(json.dumps(row))
+        write_json_atomically(path, results)  # a run that is cut keeps what it has
     save_results("plans", results)
     if any("failure" in row for row in entry["plans"]):
         raise SystemExit(EngineError.exit_code)
