@@ -13,6 +13,8 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from multisa.export.attention import attention_translation, expand_attention
+from multisa.export.batch_norm import fold_batch_norms
 from multisa.runtime.errors import ParityError
 from multisa.runtime.images import MINIMUM_SIDE
 
@@ -51,6 +53,7 @@ def onnx_from_module(
             dynamo=True,
             external_data=False,
             verbose=False,
+            custom_translation_table=attention_translation(),
         )
         model = onnx.load(path)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
@@ -58,6 +61,8 @@ def onnx_from_module(
         raise ParityError(
             f"the exporter wrote opset {opset}, expected {OPSET}; check the versions of torch and onnxscript"
         )
+    fold_batch_norms(model.graph)
+    model = expand_attention(model)
     if half_weights:
         _store_weights_as_half(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})

@@ -4,6 +4,9 @@ Two heads give the same tensor: semantic features (Ahn & Kwak 2018: exp(-mean |f
 boundaries (irn: 1 - the highest boundary on the straight path between the pixels).
 """
 
+from collections.abc import Callable
+from functools import cache, reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -115,42 +118,30 @@ class AffinityNet(nn.Module):
 
 def affinity_from_features(features: Tensor, radius: int) -> Tensor:
     """exp(-mean_d |f_i - f_j|): [N, D, h, w] -> [N, P, h, w]; 0 where the partner is outside the grid."""
-    planes = []
-    for dy, dx in stencil_offsets(radius):
-        here, there = _pair(features, dy, dx)
-        planes.append(_place(torch.exp(-(here - there).abs().mean(1)), features.shape[-2:], dy, dx))
-    return torch.stack(planes, 1)
+    shifted = _shifts(features, radius)
+    distances = [(features - shifted(dy, dx)).abs().mean(1) for dy, dx in stencil_offsets(radius)]
+    return torch.exp(-torch.stack(distances, 1)) * inside_grid(features, radius)
 
 
 def affinity_from_boundary(boundary: Tensor, radius: int) -> Tensor:
     """1 - max of the boundary on the path: [N, h, w] in [0, 1] -> [N, P, h, w]; 0 outside the grid."""
-    height, width = boundary.shape[-2:]
-    margin = radius - 1
-    # Points of a path outside the grid do not block it: zero padding. It also makes every slice legal.
-    padded = functional.pad(boundary, (margin, margin, margin, margin))
-    planes = []
+    # Points of a path outside the grid do not block it: they are zero there.
+    shifted = _shifts(boundary, radius)
+    highest = []
     for dy, dx in stencil_offsets(radius):
-        views = [
-            padded[..., margin + y : margin + y + height, margin + x : margin + x + width]
-            for y, x in path_offsets(dy, dx)
-        ]
-        highest = views[0]
-        for view in views[1:]:
-            highest = torch.maximum(highest, view)
-        planes.append(1 - highest)
-    return torch.stack(planes, 1) * inside_grid(boundary, radius)
+        first, *others = (shifted(y, x) for y, x in path_offsets(dy, dx))
+        highest.append(reduce(torch.maximum, others, first))
+    return (1 - torch.stack(highest, 1)) * inside_grid(boundary, radius)
 
 
 def inside_grid(like: Tensor, radius: int) -> Tensor:
     """1 where a pixel's partner lies in the grid, else 0: [.., h, w] -> float32 [1, P, h, w]."""
     height, width = like.shape[-2:]
-    rows = torch.arange(height, device=like.device)[:, None]
-    columns = torch.arange(width, device=like.device)[None, :]
-    planes = [
-        (rows + dy < height) & (columns + dx >= 0) & (columns + dx < width)
-        for dy, dx in stencil_offsets(radius)
-    ]
-    return torch.stack(planes)[None].to(like.dtype)
+    offsets = torch.tensor(stencil_offsets(radius), device=like.device)
+    rows = torch.arange(height, device=like.device) + offsets[:, :1]
+    columns = torch.arange(width, device=like.device) + offsets[:, 1:]
+    below, beside = rows < height, (columns >= 0) & (columns < width)
+    return (below[:, :, None] & beside[:, None, :])[None].to(like.dtype)
 
 
 def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
@@ -179,16 +170,20 @@ def _resize(maps: Tensor, size: torch.Size) -> Tensor:
     return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def _pair(maps: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
-    # Both pixels of every pair that lies in the grid; dy >= 0. Ends counted from behind, so that an offset
-    # beyond the grid leaves no pixel instead of a negative size.
-    left, right = max(0, -dx), max(0, dx)
-    here = maps[..., : -dy or None, left : -right or None]
-    there = maps[..., dy:, right : -left or None]
-    return here, there
+def _shifts(maps: Tensor, radius: int) -> Callable[[int, int], Tensor]:
+    # shifted(dy, dx) is what lies at (y + dy, x + dx), zero outside the grid: [.., h, w]. Padded once, so that
+    # every slice is legal at every size, and rows are cut once for each dy: in an exported graph each slice
+    # costs nodes, and seconds when it is traced.
+    height, width = maps.shape[-2:]
+    margin = radius - 1
+    padded = functional.pad(maps, (margin, margin, margin, margin))
 
+    @cache
+    def rows(dy: int) -> Tensor:
+        return padded[..., margin + dy : margin + dy + height, :]
 
-def _place(values: Tensor, size: torch.Size, dy: int, dx: int) -> Tensor:
-    height, width = size
-    left, right = min(max(0, -dx), width), min(max(0, dx), width)
-    return functional.pad(values, (left, right, 0, min(dy, height)))
+    @cache
+    def shifted(dy: int, dx: int) -> Tensor:
+        return rows(dy)[..., margin + dx : margin + dx + width]
+
+    return shifted
