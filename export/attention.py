@@ -25,8 +25,8 @@ from multisa.runtime.errors import ParityError
 
 QUERY_BLOCK = 256
 _DOMAIN, _NAME = "multisa.export", "Attention"
-# query, key: [N, 1, T, c]; value, attended: [N, 1, T, v]. Where the tokens end, the last block repeats the last
-# query: a Gather by computed indices works in every engine's loops, unlike a Slice that moves.
+# query, key: [N, 1, T, c]; value, attended: [N, 1, T, v]. Where the tokens end, the last block repeats the
+# last query: a Gather by computed indices works in every engine's loops, unlike a Slice that moves.
 _FUNCTION = f"""
 <domain: "{_DOMAIN}", opset_import: ["" : 18]>
 {_NAME} (query, key, value) => (attended)
@@ -51,7 +51,7 @@ _FUNCTION = f"""
     [loop] blocks = Loop (trips, "") <body = each_block
         (int64 trip, bool go_on) => (bool go_on_too, answer)
         {{
-            go_on_too = Identity (go_on)
+            go_on_too = Constant <value = bool {{1}}> ()
             start = Mul (trip, rows)
             shifted = Add (within, start)
             index = Min (shifted, last_token)

@@ -1,6 +1,7 @@
 """Batch normalisations of an ONNX graph folded into the convolutions before them.
 
-    gamma (W x + b - mean) / sqrt(var + eps) + beta  =  (s W) x + (s (b - mean) + beta),   s = gamma / sqrt(var + eps)
+    gamma (W x + b - mean) / sqrt(var + eps) + beta  =  (s W) x + (s (b - mean) + beta)
+    with s = gamma / sqrt(var + eps)
 
 taken once, in float64. The exporter's own optimiser does this only where nobody else reads the weights; here
 several scales pass one network, and folded weights are shared as the given ones were.

@@ -69,7 +69,10 @@ class FoldedMultiSACAM(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> class activations [N, C, h, w] at the finest tap."""
-        pyramid = self.backbone(image)
+        return self.head(self.backbone(image))
+
+    def head(self, pyramid: list[Tensor]) -> Tensor:
+        """Pyramid of the backbone -> class activations [N, C, h, w] at the finest tap."""
         if self.classifier is not None:
             return torch.as_tensor(self.classifier(pyramid[-1]))
         maps = [level(pyramid[tap]) for level, tap in zip(self.levels, self.taps, strict=True)]

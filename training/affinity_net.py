@@ -171,19 +171,18 @@ def _resize(maps: Tensor, size: torch.Size) -> Tensor:
 
 
 def _shifts(maps: Tensor, radius: int) -> Callable[[int, int], Tensor]:
-    # shifted(dy, dx) is what lies at (y + dy, x + dx), zero outside the grid: [.., h, w]. Padded once, so that
-    # every slice is legal at every size, and rows are cut once for each dy: in an exported graph each slice
-    # costs nodes, and seconds when it is traced.
-    height, width = maps.shape[-2:]
+    # shifted(dy, dx) is what lies at (y + dy, x + dx), zero outside the grid: [.., h, w]. Padded once, so
+    # that every slice is legal at every size, and rows are cut once for each dy: in an export, each slice is
+    # a node and a share of a second.
     margin = radius - 1
     padded = functional.pad(maps, (margin, margin, margin, margin))
 
     @cache
     def rows(dy: int) -> Tensor:
-        return padded[..., margin + dy : margin + dy + height, :]
+        return padded[..., margin + dy : (dy - margin) or None, :]
 
     @cache
     def shifted(dy: int, dx: int) -> Tensor:
-        return rows(dy)[..., margin + dx : margin + dx + width]
+        return rows(dy)[..., margin + dx : (dx - margin) or None]
 
     return shifted

@@ -37,8 +37,8 @@ class SelfAttention(nn.Module):
             layer(features).flatten(2).transpose(1, 2)[:, None]
             for layer in (self.query, self.key, self.value)
         )
-        # Eager training never holds the (hw)^2 attention matrix: the operator is fused there. An exported
-        # graph does.
+        # Never the whole (hw)^2 matrix: the operator is fused in training, and a loop over blocks of queries
+        # in an exported graph (export/attention.py).
         attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
         return self.beta * attended[:, 0].transpose(1, 2).reshape(features.shape) + features
 
@@ -99,7 +99,10 @@ class MultiSACAM(nn.Module):
         They are raw: image-level logits are their spatial mean (the classifier is linear, so pooling before
         it, as the paper draws it, gives the same).
         """
-        levels = self.backbone(image)
+        return self.head(self.backbone(image))
+
+    def head(self, levels: list[Tensor]) -> Tensor:
+        """Pyramid of the backbone -> class activations [N, C, h, w] at the finest tap."""
         if self.fuse is None:
             return torch.as_tensor(self.classifier(levels[-1] * self.level_gain[-1]))
         enhanced = [

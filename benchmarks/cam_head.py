@@ -1,0 +1,281 @@
+"""What folding the Multi-SA head and attention in blocks are worth: PyTorch eager against the exported graph.
+
+    python benchmarks/cam_head.py --run runs/voc-animals   # --quick: no whole graph of ResNet-50
+
+The network as trained (not folded) in PyTorch eager, the exported graph (folded) on ONNX Runtime, on the same
+threads, in turn: the head alone on one pyramid, and the whole CAM graph with the scales of the paper's
+presets, each with its mirror image. Beside the times: the error of folding, multiply-adds and bytes of
+activations, what the number of classes costs, and the peak memory of a process. ResNet-50 and ResNeSt-101
+have random weights, which take as long as trained ones. Writes benchmarks/results/cam_head.json.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from harness import environment, interleave, save_results
+from PIL import Image
+from torch import Tensor, nn
+
+from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
+from multisa.export.bundle import graphs_of_run
+from multisa.export.cost import Cost, costs_of_parts
+from multisa.export.fold import FoldedMultiSACAM
+from multisa.export.to_onnx import OPSET, onnx_from_module
+from multisa.runtime.engines.contract import CAM
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.training.cams import build_cam_network
+from multisa.training.config import load_config
+from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
+from multisa.training.pipeline import load_run
+
+SCALES = load_config("paper-resnet50").cam.scales
+N_CLASSES = 20  # of VOC, where the weights are random
+SIZE = 512  # pixels, for heads, costs and the packaged network
+MEMORY_SIZES = (500, 1000)  # pixels; a whole matrix only for the first: 31 GB for the second
+PHOTOGRAPHS = Path(__file__).parents[1] / "runtime" / "demo_photos"
+
+
+class Head(nn.Module):
+    """The part of a network after its backbone, on a pyramid."""
+
+    def __init__(self, network: MultiSACAM | FoldedMultiSACAM) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        return self.network.head(pyramid)
+
+
+def photograph(size: int) -> Tensor:
+    """One of the packaged photographs as uint8 [1, size, size, 3]."""
+    path = min(PHOTOGRAPHS.glob("*.jpg"))
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB").resize((size, size))))[None]
+
+
+def random_network(preset: str, n_classes: int = N_CLASSES) -> MultiSACAM:
+    """Network of a preset with random weights, in evaluation mode; its attention counts."""
+    torch.manual_seed(0)
+    config = load_config(preset, ["cam.weights=none"]).cam
+    network = build_cam_network(config, n_classes + 1).eval()
+    network.calibrate(network.backbone.normalise(photograph(256)))
+    for beta in network.beta_parameters():
+        beta.data.fill_(0.3)
+    return network
+
+
+def trained_network(root: Path) -> MultiSACAM:
+    """The CAM network of a training run."""
+    network = graphs_of_run(load_run(root), root)[0].reference.network
+    assert isinstance(network, MultiSACAM)
+    return network
+
+
+def head_session(network: MultiSACAM, pyramid: list[Tensor], threads: int) -> Any:
+    """The folded head as a graph on ONNX Runtime, for pyramids of this one size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.onnx"
+        torch.onnx.export(
+            Head(FoldedMultiSACAM(network)).eval(),
+            (pyramid,),
+            path,
+            input_names=[f"level_{index}" for index in range(len(pyramid))],
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+            custom_translation_table=attention_translation(),
+        )
+        model = expand_attention(onnx.load(path))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, Any]:
+    """Times of the head alone on the pyramid of one photograph and its mirror image, and folding's error."""
+    image = network.backbone.normalise(photograph(SIZE))
+    pyramid = [level.contiguous() for level in network.backbone(torch.cat([image, image.flip(-1)]))]
+    single = copy.deepcopy(network)
+    single.classifier = nn.Conv2d(network.classifier.in_channels, 1, 1, bias=False)
+    sessions = {
+        "onnxruntime-folded": head_session(network, pyramid, threads),
+        "onnxruntime-folded-one-class": head_session(single, pyramid, threads),
+    }
+    given = {f"level_{index}": level.numpy() for index, level in enumerate(pyramid)}
+    feeds = {
+        name: {i.name: given[i.name] for i in session.get_inputs()} for name, session in sessions.items()
+    }
+    folded = FoldedMultiSACAM(network)
+    times = interleave(
+        {
+            "eager": lambda: network.head(pyramid),
+            "eager-folded": lambda: folded.head(pyramid),
+            **{name: lambda n=name: sessions[n].run(None, feeds[n]) for name in sessions},
+        },
+        repeats=repeats,
+    )
+    expected = network.head(pyramid).numpy()
+    largest = float(np.abs(expected).max())
+    answers = {
+        "eager-folded": folded.head(pyramid).numpy(),
+        "onnxruntime-folded": sessions["onnxruntime-folded"].run(None, feeds["onnxruntime-folded"])[0],
+    }
+    graph = times["onnxruntime-folded"].median
+    return {
+        "size": SIZE,
+        "times": {name: value.to_json() for name, value in times.items()},
+        "ratio": round(times["eager"].median / graph, 2),
+        "share_of_time_that_grows_with_classes": round(
+            1 - times["onnxruntime-folded-one-class"].median / graph, 3
+        ),
+        "relative_error": {
+            name: float(f"{np.abs(answer - expected).max() / largest:.2g}")
+            for name, answer in answers.items()
+        },
+    }
+
+
+def compare_graphs(
+    network: MultiSACAM, graph: bytes, size: int, threads: int, repeats: int
+) -> dict[str, Any]:
+    """Times of the whole CAM graph, four scales and mirror images, for one photograph."""
+    image = photograph(size)
+    eager = MultiScaleCAM(network, scales=SCALES).eval()
+    with OnnxRuntimeEngine(graph, threads=threads, contract=CAM) as engine:
+        times = interleave(
+            {"eager": lambda: eager(image), "onnxruntime-folded": lambda: engine.run(image.numpy())},
+            repeats=repeats,
+        )
+        errors = [
+            float(np.abs(answer - expected.numpy()).max())
+            for answer, expected in zip(engine.run(image.numpy()).values(), eager(image), strict=True)
+        ]
+    return {
+        "size": size,
+        "times": {name: value.to_json() for name, value in times.items()},
+        "ratio": round(times["eager"].median / times["onnxruntime-folded"].median, 2),
+        "largest_difference": dict(zip(CAM.outputs, errors, strict=True)),
+    }
+
+
+def costs(network: MultiSACAM) -> list[dict[str, Any]]:
+    """Multiply-adds and bytes of activations for one image at one scale."""
+    folded, rows = FoldedMultiSACAM(network), []
+    for scale in (1.0, 2.0):
+        size = (int(SIZE * scale), int(SIZE * scale))
+        parts = costs_of_parts(network, folded, size)
+        backbone, head, after = (parts[name].multiply_adds for name in ("backbone", "head", "folded head"))
+        rows.append(
+            {
+                "scale": scale,
+                **{name.replace(" ", "_"): _json(cost) for name, cost in parts.items()},
+                "folded_over_unfolded": round((backbone + after) / (backbone + head), 3),
+                "head_is_largest": after > backbone,
+            }
+        )
+    return rows
+
+
+def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[str, float]:
+    """MiB of a fresh process before and after one photograph, attention in blocks or with a whole matrix."""
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(graph if blocks else _with_whole_matrix(graph))
+        file.flush()
+        command = [sys.executable, __file__, "--memory-of", file.name, str(side), "--threads", str(threads)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    measured: dict[str, float] = json.loads(printed)
+    return measured
+
+
+def measure_memory(path: str, side: int, threads: int) -> dict[str, float]:
+    """Run the graph once, in a process of its own."""
+    with OnnxRuntimeEngine(Path(path), threads=threads, contract=CAM) as engine:
+        loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        engine.run(photograph(side).numpy())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"loaded_mib": round(loaded / 1024), "peak_mib": round(peak / 1024)}
+
+
+def _with_whole_matrix(graph: bytes) -> bytes:
+    # A block that no image fills: one iteration for all queries.
+    model = onnx.load_from_string(graph)
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].i == QUERY_BLOCK:
+            node.attribute[0].i = 1 << 40
+    return bytes(model.SerializeToString())
+
+
+def _json(cost: Cost) -> dict[str, float]:
+    return {
+        "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
+        "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
+    }
+
+
+def main() -> None:
+    """Measure, print, write the results file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="a training run of lite0")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, and no whole graph of ResNet-50")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    threads = options.threads
+    torch.set_num_threads(threads)
+    if options.memory_of:
+        print(json.dumps(measure_memory(options.memory_of[0], int(options.memory_of[1]), threads)))
+        return
+    if options.run is None:
+        parser.error("--run is needed: a training run of lite0")
+    repeats = 3 if options.quick else 5
+    networks = {
+        "lite0": trained_network(options.run),
+        "resnet50": random_network("paper-resnet50"),
+    }
+    results: dict[str, Any] = {
+        "environment": environment("torch", "onnxruntime", "timm"),
+        "threads": threads,
+        "scales": list(SCALES),
+        "query_block": QUERY_BLOCK,
+    }
+    with torch.inference_mode():
+        results["head"] = {
+            name: compare_heads(network, threads, repeats) for name, network in networks.items()
+        }
+    results["cost"] = {
+        **{name: costs(network) for name, network in networks.items()},
+        "lite0-20-classes": costs(random_network("lite0")),
+        "resnest101": costs(random_network("paper-resnest101")),
+    }
+    results["whole"], results["memory"] = {}, {}
+    # ResNet-50 on a smaller photograph: at 512 pixels the unfolded network takes minutes.
+    for name, size, rounds in (("lite0", SIZE, repeats), ("resnet50", 256, 3)):
+        if options.quick and name != "lite0":
+            continue
+        exported = MultiScaleCAM(FoldedMultiSACAM(networks[name]), scales=SCALES)
+        graph = onnx_from_module(exported, tuple(CAM.outputs), {}, half_weights=False)
+        with torch.inference_mode():
+            results["whole"][name] = compare_graphs(networks[name], graph, size, threads, rounds)
+        if name == "lite0":
+            results["memory"][name] = [
+                {"size": side, "blocks": blocks, **peak_memory(graph, side, threads, blocks=blocks)}
+                for side, blocks in ((MEMORY_SIZES[0], False), *((side, True) for side in MEMORY_SIZES))
+            ]
+    save_results("cam_head", results)
+
+
+if __name__ == "__main__":
+    main()
