@@ -12,7 +12,7 @@ attention_N.logits, attention_N.softmax and attention_N.attended.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -92,7 +92,7 @@ def _place(query: Any, key: Any, value: Any, *, scale: float | None = None, **un
     return _PLACEHOLDER(query, key, value)
 
 
-def attention_translation() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+def attention_translation() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch.onnx.export(custom_translation_table=...): placeholders that `expand_attention` resolves."""
     return {torch.ops.aten.scaled_dot_product_attention.default: _place}
 

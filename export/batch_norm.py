@@ -65,7 +65,7 @@ def _fold(
 
 
 def _values(tensor: onnx.TensorProto) -> Float64:
-    return numpy_helper.to_array(tensor).astype(np.float64)
+    return np.asarray(numpy_helper.to_array(tensor), np.float64)
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:

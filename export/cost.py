@@ -50,11 +50,11 @@ def costs_of_parts(network: MultiSACAM, folded: nn.Module, size: tuple[int, int]
     }
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up every operator that runs inside."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.multiply_adds = 0
         self.activation_bytes = 0
 
