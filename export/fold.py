@@ -10,10 +10,10 @@ classifier W_c times the columns of the fusion W that belong to level l (C x c_l
 With F = g G, the constant gain g times what the backbone gives, P_l and W_3 take g and M takes g^2.
 Products are taken once, in float64.
 
-All classes are computed even where labels are known. What grows with 20 classes is 1 % of the multiply-adds of
-the ResNet-50 and ResNeSt-101 graphs at 512 pixels, 2 % and 1.5 % at twice that; 8 % for EfficientNet-Lite0,
-whose first tap has 40 channels (2.5 % with six classes). A second input for every engine is not worth that,
-and the scores need every class. `multisa label` drops the absent ones before the walk.
+All classes are computed even where labels are known. What grows with 20 classes is 1 % of the multiply-adds
+of the ResNet-50 and ResNeSt-101 graphs at 512 pixels, 2 % and 1.5 % at twice that; 8 % for
+EfficientNet-Lite0, whose first tap has 40 channels (2.5 % with six classes). A second input for every engine
+is not worth that, and the scores need every class. `multisa label` drops the absent ones before the walk.
 """
 
 from typing import cast
