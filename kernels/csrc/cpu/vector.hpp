@@ -65,6 +65,31 @@ MULTISA_INLINE V absolute(V a) {
     return (V)((IntOf<V>)a & 0x7fffffff);
 }
 
+// A load and a multiply-add that stay where they are written. In long unrolled code GCC moves loads far ahead of
+// their use, and spills what does not fit the registers. Sanitizers see into plain C++ only.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if MULTISA_WIDTH >= 8
+#define MULTISA_MOVE "vmovups %1, %0"
+MULTISA_INLINE void accumulate(Vec& sum, Vec weight, Vec value) {
+    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(value));
+}
+#else
+#define MULTISA_MOVE "movups %1, %0"
+MULTISA_INLINE void accumulate(Vec& sum, Vec weight, Vec value) {
+    __asm__ volatile("mulps %2, %1\n\taddps %1, %0" : "+x"(sum), "+x"(weight) : "x"(value));
+}
+#endif
+MULTISA_INLINE Vec load_here(const float* from) {
+    Vec value;
+    __asm__ volatile(MULTISA_MOVE : "=v"(value) : "m"(*(const VectorOf<WIDTH>::Loose*)from));
+    return value;
+}
+#undef MULTISA_MOVE
+#else
+MULTISA_INLINE Vec load_here(const float* from) { return load(from); }
+MULTISA_INLINE void accumulate(Vec& sum, Vec weight, Vec value) { sum += weight * value; }
+#endif
+
 // The nearest whole number, ties to even, of |x| < 2^22.
 template <class V>
 MULTISA_INLINE V nearest(V x) {

@@ -1,5 +1,6 @@
 // Runs the CPU kernels without Python, so that sanitizers and other processors can: every instruction set this
 // processor has, odd sizes, two threads at once. All must agree with the first. Exit status 1 when they do not.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -59,7 +60,9 @@ Floats walked(long height, long width, long channels, int radius, long margin, b
     problem.affinity = affinity.data();
     problem.out = out.data();
     const multisa::Kernels& kernels = multisa::chosen_kernels();
-    const multisa::Workspace workspace(kernels.walk_workspace(problem));
+    const long needed = kernels.walk_workspace(problem);
+    const multisa::Workspace workspace(needed);
+    std::fill_n(workspace.floats(), needed, std::nanf(""));  // nothing may come of what it held before
     if (!kernels.walk(problem, workspace.floats())) std::abort();
     return out;
 }
