@@ -13,14 +13,16 @@ from torch import nn
 
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.graphs import AffinityPhotographs
-from multisa.export.parity import Outputs, ParityReport, check_parity
+from multisa.export.parity import Compared, Outputs, ParityReport, measure_parity
+from multisa.export.photographs import add_pseudo_mask, truth_of
+from multisa.export.report import REPORT_NAME, report_to_bytes
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import UsageError
+from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.palette import IGNORE_INDEX
-from multisa.runtime.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, say
 from multisa.runtime.records import record_to_dict
 from multisa.training.affinity import load_affinity_net
@@ -62,13 +64,20 @@ class Graph:
 
 
 def export_bundle(
-    run: RunRecord, root: Path, dataset: DataSet, output: Path, *, photographs: int, half_weights: bool = True
+    run: RunRecord,
+    root: Path,
+    dataset: DataSet,
+    output: Path,
+    *,
+    photographs: int,
+    half_weights: bool = True,
+    report: Path | None = None,
 ) -> Bundle:
     """Write the bundle of the run in `root` to `output`.
 
     Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the weak
-    list. Raises ParityError, and writes nothing, when one of them answers differently, UsageError for another
-    data set than the run's.
+    list. Raises ParityError, and writes nothing but the parity report to the file `report`, when one of them
+    answers differently, UsageError for another data set than the run's.
     """
     if dataset.class_names != run.classes or dataset.weak_digest() != run.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {root} was trained on; give the same one")
@@ -83,9 +92,13 @@ def export_bundle(
             bar.advance(note=graph.file)
     # Spread over the weak list: its photographs have the image-level labels that pseudo-masks need.
     items = dataset.weak[:: max(len(dataset.weak) // photographs, 1)][:photographs]
-    report = compare_with_networks(run, graphs, files, items)
-    say(f"parity on {report.photographs} photographs: every figure within its limit")
-    return write_bundle(output, _manifest(run, report), files)
+    parity = compare_with_networks(run, graphs, files, items)
+    files[REPORT_NAME] = report_to_bytes({"fp32": parity.full_json()})
+    if report:
+        write_bytes_atomically(report, files[REPORT_NAME])
+    parity.require("the exported graphs answer differently from the networks")
+    say(f"parity on {parity.photographs} photographs: every figure within its limit")
+    return write_bundle(output, _manifest(run, parity), files)
 
 
 def compare_with_networks(
@@ -98,7 +111,7 @@ def compare_with_networks(
         for graph in graphs
     }
 
-    def pairs() -> Iterator[tuple[Outputs, Outputs]]:
+    def pairs() -> Iterator[Compared]:
         with Progress(len(items), "parity") as bar:
             for item in items:
                 image = read_working_image(item, run.config.long_side)
@@ -106,11 +119,11 @@ def compare_with_networks(
                 for graph in graphs:
                     got.update(engines[graph.file].run(image[None]))
                 for outputs in (expected, got):
-                    outputs["pseudo_mask"] = _pseudo_mask(run, image, item.classes, outputs)
-                yield expected, got
+                    add_pseudo_mask(image, item.classes, outputs, run.label)
+                yield Compared(expected, got, truth_of(item.mask, image))
                 bar.advance()
 
-    return check_parity(pairs())
+    return measure_parity(pairs(), n_classes=len(run.classes))
 
 
 def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
@@ -141,13 +154,6 @@ def _network_outputs(graphs: tuple[Graph, ...], image: UInt8) -> Outputs:
         made = made if isinstance(made, tuple) else (made,)
         outputs.update({name: tensor.numpy() for name, tensor in zip(graph.outputs, made, strict=True)})
     return outputs
-
-
-def _pseudo_mask(run: RunRecord, image: UInt8, classes: tuple[int, ...], outputs: Outputs) -> UInt8:
-    present = [class_id - 1 for class_id in classes]
-    cam = np.asarray(outputs["cam"], np.float32)[0, present]
-    scores = walk_scores(cam, np.asarray(outputs["affinity"], np.float32)[0], run.label)
-    return pseudo_mask(image, scores, classes, run.label).mask
 
 
 def _manifest(run: RunRecord, report: ParityReport) -> Manifest:

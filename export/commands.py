@@ -1,4 +1,4 @@
-"""`multisa export`: the command line of the exporter."""
+"""`multisa export`, `multisa convert`: the command line of the exporter."""
 
 from pathlib import Path
 
@@ -27,8 +27,17 @@ import click
     help="How many photographs to compare on.",
 )
 @click.option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write the parity report here, too, even if it fails."
+)
 def export(
-    run: Path, data: Path, labels: Path | None, output: Path, photographs: int, full_weights: bool
+    run: Path,
+    data: Path,
+    labels: Path | None,
+    output: Path,
+    photographs: int,
+    full_weights: bool,
+    report: Path | None,
 ) -> None:
     """Convert the networks of the training run RUN to ONNX and write a bundle.
 
@@ -48,5 +57,82 @@ def export(
         output,
         photographs=photographs,
         half_weights=not full_weights,
+        report=report,
     )
     click.echo(describe(bundle))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    "precisions",
+    required=True,
+    multiple=True,
+    type=click.Choice(["fp16", "int8"]),
+    help="What to make; can be given twice. fp16: all three graphs, int8: the segmenter.",
+)
+@click.option(
+    "--photographs",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Data set in VOC layout, or a folder of photographs: calibrated and compared on.",
+)
+@click.option(
+    "--masks",
+    type=click.Path(path_type=Path),
+    help="Ground truth for a folder of photographs: PNG masks of the same names.",
+)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."
+)
+@click.option(
+    "--count",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Photographs to compare cam and affinity on; the segmenter on eight times as many.",
+)
+@click.option(
+    "--int8-for",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(["cpu", "tensorrt"]),
+    help="Unsigned values and zero points for a CPU, signed ones without for TensorRT.",
+)
+@click.option(
+    "--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads to measure with."
+)
+@click.option("--keep", is_flag=True, help="Write the bundle although a figure is beyond its limit.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write the parity report here, too, even if it fails."
+)
+def convert(
+    bundle: Path,
+    precisions: tuple[str, ...],
+    photographs: Path,
+    masks: Path | None,
+    output: Path,
+    count: int,
+    int8_for: str,
+    threads: int,
+    keep: bool,
+    report: Path | None,
+) -> None:
+    """Add fp16 and int8 graphs to BUNDLE, written as a new bundle.
+
+    Which nodes stay in fp32 is measured on the photographs, and the new graphs are compared with the fp32
+    ones: a figure beyond its limit, or an int8 graph that is not faster on this CPU, is exit code 3.
+
+    \b
+    Example:
+      multisa convert bundles/voc --precision fp16 --precision int8 --photographs VOC2012 -o bundles/voc-all
+    """
+    from multisa.export.convert import Settings, convert_bundle
+    from multisa.export.photographs import read_photographs
+    from multisa.runtime.bundle import describe, load_bundle
+
+    loaded = load_bundle(bundle)
+    chosen = read_photographs(photographs, loaded.manifest.classes, count=count, masks=masks)
+    settings = Settings(tuple(dict.fromkeys(precisions)), threads, int8_for == "tensorrt", keep, report)
+    click.echo(describe(convert_bundle(loaded, chosen, output, settings)))

@@ -1,15 +1,30 @@
-"""Does a graph answer as the network it came from? Measured elementwise and on labels."""
+"""Does a graph answer as what it was made from? Measured elementwise, on labels and on ground truth.
 
+The reference is PyTorch at `multisa export` and the bundle's fp32 graphs at `multisa convert`. A figure
+passes when it is known to be within its limit: one that is NaN does not.
+"""
+
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.errors import ParityError
+from multisa.runtime.errors import ParityError, UsageError
+from multisa.runtime.metrics import confusion_matrix, mean_iou
+from multisa.runtime.palette import IGNORE_INDEX
 
 Array = npt.NDArray[np.generic]
+UInt8 = npt.NDArray[np.uint8]
 Outputs = dict[str, Array]
+
+# A pixel is away from ties when the reference gives its winner at least this probability, in 255ths as in
+# the graphs: the runner-up then has at most 0.45, so the winner leads by 0.1 or more.
+FIRM = round(0.55 * 255)
+# Labels -> the output with their confidence, 0..255; pseudo_mask is post-processing's of cam and affinity.
+CONFIDENCE = {"labels": "confidence", "pseudo_mask": "pseudo_mask_confidence"}
 
 
 @dataclass(frozen=True)
@@ -19,75 +34,188 @@ class Limit:
     max_error: float | None = None
     mean_error: float | None = None
     agreement: float | None = None  # share of equal labels, at least
+    firm_agreement: float | None = None  # the same among pixels away from ties
+    miou_loss: float | None = None  # points of mIoU, where there is ground truth
 
 
-# The only table of tolerances. Weights are stored as float16 (relative rounding 5e-4), sums are float32.
-LIMITS: dict[str, Limit] = {
-    "cam": Limit(max_error=0.05, mean_error=2e-3),
-    "scores": Limit(max_error=0.01),
-    "affinity": Limit(max_error=0.1, mean_error=2e-3),
-    "labels": Limit(agreement=0.999),
-    "confidence": Limit(mean_error=1.0),  # of 255
-    "pseudo_mask": Limit(agreement=0.998),
+# The only table of tolerances, by the precision of the graph that is compared.
+LIMITS: dict[str, dict[str, Limit]] = {
+    # Weights are stored as float16 (relative rounding 5e-4), sums are float32.
+    "fp32": {
+        "cam": Limit(max_error=0.05, mean_error=2e-3),
+        "scores": Limit(max_error=0.01),
+        "affinity": Limit(max_error=0.1, mean_error=2e-3),
+        "labels": Limit(agreement=0.999, firm_agreement=0.9995, miou_loss=0.05),
+        "confidence": Limit(mean_error=1.0),  # of 255
+        "pseudo_mask": Limit(agreement=0.998, firm_agreement=0.999, miou_loss=0.1),
+    },
+    # Every value between two nodes is rounded to 11 bits.
+    "fp16": {
+        "cam": Limit(max_error=0.1, mean_error=3e-3),
+        "scores": Limit(max_error=0.02),
+        "affinity": Limit(max_error=0.1, mean_error=3e-3),
+        "labels": Limit(agreement=0.998, firm_agreement=0.999, miou_loss=0.1),
+        "confidence": Limit(mean_error=1.0),
+        "pseudo_mask": Limit(agreement=0.997, firm_agreement=0.999, miou_loss=0.1),
+    },
+    # Labels may move; what they are worth may not.
+    "int8": {
+        "labels": Limit(agreement=0.95, firm_agreement=0.98, miou_loss=0.5),
+        "confidence": Limit(mean_error=8.0),
+    },
 }
+
+
+class Compared(NamedTuple):
+    """What reference and graph gave for one photograph, with equal names, and ground truth where known."""
+
+    expected: Outputs
+    got: Outputs
+    truth: dict[str, UInt8] = {}  # noqa: RUF012  by output name, [H, W] class ids, 255 = not counted
+
+
+class Breach(NamedTuple):
+    """One figure beyond its limit, in words."""
+
+    text: str
+    share: float  # of the limit
 
 
 @dataclass
 class Difference:
     """Running comparison of one output over many photographs."""
 
+    labels: bool = False  # class ids, of which only equality means something
     max_error: float = 0.0
     total_error: float = 0.0
     equal: int = 0
     count: int = 0
-    not_finite: int = 0
+    firm: int = 0  # pixels away from ties
+    firm_equal: int = 0
+    not_finite: int = 0  # values of either side that are NaN or infinite
+    truths: int = 0  # photographs with ground truth
+    confusions: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of the reference and of the graph
 
     def add(self, reference: Array, answer: Array) -> None:
-        """Compare two arrays of one shape."""
+        """Count two arrays of one shape."""
         if reference.shape != answer.shape:
-            raise ParityError(f"shapes differ: network {reference.shape}, graph {answer.shape}")
+            raise ParityError(f"shapes differ: reference {reference.shape}, graph {answer.shape}")
         self.count += reference.size
         self.equal += int((reference == answer).sum())
-        wide = np.abs(reference.astype(np.float64) - answer.astype(np.float64))
-        finite = np.isfinite(wide)
+        first, second = reference.astype(np.float64), answer.astype(np.float64)
+        finite = np.isfinite(first) & np.isfinite(second)
         self.not_finite += int((~finite).sum())
-        self.max_error = max(self.max_error, float(wide[finite].max(initial=0.0)))
-        self.total_error += float(wide[finite].sum())
+        wide = np.abs(first[finite] - second[finite])
+        self.max_error = max(self.max_error, float(wide.max(initial=0.0)))
+        self.total_error += float(wide.sum())
 
-    @property
-    def mean_error(self) -> float:
-        """Mean absolute difference."""
-        return self.total_error / max(self.count, 1)
+    def add_firm(self, reference: Array, answer: Array, confidence: Array) -> None:
+        """Compare labels where the reference's confidence, 0..255, is away from ties."""
+        firm = np.asarray(confidence, np.float64) >= FIRM
+        self.firm += int(firm.sum())
+        self.firm_equal += int(((reference == answer) & firm).sum())
 
-    @property
-    def agreement(self) -> float:
-        """Share of equal values."""
-        return self.equal / max(self.count, 1)
+    def add_truth(self, reference: UInt8, answer: UInt8, truth: UInt8, n_classes: int) -> None:
+        """Count both against the ground truth, [H, W] each; an answer that is no class is one more class."""
+        beyond = int(truth[truth != IGNORE_INDEX].max(initial=0))
+        if beyond >= n_classes:
+            raise UsageError(
+                f"ground truth holds class {beyond}, expected 0..{n_classes - 1} or {IGNORE_INDEX}"
+            )
+        counts = [
+            confusion_matrix(np.minimum(labels, n_classes).astype(np.uint8), truth, n_classes + 1)
+            for labels in (reference, answer)
+        ]
+        so_far = self.confusions or [np.zeros_like(count) for count in counts]
+        self.confusions = [a + b for a, b in zip(so_far, counts, strict=True)]
+        self.truths += 1
 
-    def problems(self, name: str) -> list[str]:
-        """What exceeds the limits of the output `name`, in words."""
-        limit, found = LIMITS[name], []
-        if self.not_finite:
-            found.append(f"{name}: {self.not_finite} values are not finite")
-        if limit.max_error is not None and self.max_error > limit.max_error:
-            found.append(f"{name}: largest difference {self.max_error:.3g}, allowed {limit.max_error:g}")
-        if limit.mean_error is not None and self.mean_error > limit.mean_error:
-            found.append(f"{name}: mean difference {self.mean_error:.3g}, allowed {limit.mean_error:g}")
-        if limit.agreement is not None and self.agreement < limit.agreement:
-            found.append(f"{name}: {self.agreement:.4%} of the labels agree, needed {limit.agreement:.2%}")
+    def figures(self) -> dict[str, float]:
+        """Every figure that applies, by the name of its limit; mIoU in points."""
+        if not self.labels:
+            finite = self.count - self.not_finite
+            mean = self.total_error / finite if finite else math.nan
+            return {"max_error": self.max_error, "mean_error": mean}
+        found = {"agreement": self.equal / self.count if self.count else math.nan}
+        if self.firm:
+            found["firm_agreement"] = self.firm_equal / self.firm
+        if self.truths:
+            reference, answer = (100 * mean_iou(counts) for counts in self.confusions)
+            found |= {"miou_reference": reference, "miou": answer, "miou_loss": reference - answer}
         return found
+
+    def shares(self, limit: Limit) -> dict[str, float]:
+        """How much of its limit each figure takes; infinite when values are not finite."""
+        found = self.figures()
+        shares = {"not_finite": math.inf} if self.not_finite else {}
+        for name, allowed in asdict(limit).items():
+            if allowed is None or name not in found:
+                continue
+            missed = name.endswith("agreement")
+            value = (1 - found[name]) / (1 - allowed) if missed else found[name] / allowed
+            shares[name] = value if math.isfinite(value) else math.inf
+        return shares
+
+    def breaches(self, name: str, limit: Limit) -> list[str]:
+        """What exceeds the limit of the output `name`, in words."""
+        found = self.figures()
+        words = {
+            "not_finite": lambda: f"{self.not_finite} values are not finite",
+            "max_error": lambda: f"largest difference {found['max_error']:.3g}, allowed {limit.max_error:g}",
+            "mean_error": lambda: f"mean difference {found['mean_error']:.3g}, allowed {limit.mean_error:g}",
+            "agreement": lambda: (
+                f"{found['agreement']:.4%} of the labels agree, needed {limit.agreement:.2%}"
+            ),
+            "firm_agreement": lambda: (
+                f"{found['firm_agreement']:.4%} of the labels away from ties agree, "
+                f"needed {limit.firm_agreement:.2%}"
+            ),
+            "miou_loss": lambda: (
+                f"mIoU {found['miou']:.2f}, the reference's {found['miou_reference']:.2f}, "
+                f"allowed loss {limit.miou_loss:g}"
+            ),
+        }
+        return [f"{name}: {words[key]()}" for key, share in self.shares(limit).items() if not share <= 1]
 
 
 @dataclass
 class ParityReport:
     """Differences by output name over `photographs` photographs."""
 
+    precision: str = "fp32"
     photographs: int = 0
     differences: dict[str, Difference] = field(default_factory=dict)
 
+    def add(self, pair: Compared, *, n_classes: int = 255) -> None:
+        """Count one photograph. Raises ParityError where a graph lacks an output or gives another shape."""
+        for name in LIMITS[self.precision]:
+            if name not in pair.expected:
+                continue
+            if name not in pair.got:
+                raise ParityError(f"{name}: the graph gives {sorted(pair.got)}, expected {name} among them")
+            difference = self.differences.setdefault(name, Difference(name in CONFIDENCE))
+            reference, answer = pair.expected[name], pair.got[name]
+            difference.add(reference, answer)
+            confidence = pair.expected.get(CONFIDENCE.get(name, ""))
+            if confidence is not None:
+                difference.add_firm(reference, answer, confidence)
+            if name in pair.truth:
+                truth = pair.truth[name]
+                labels = [np.asarray(values, np.uint8).reshape(truth.shape) for values in (reference, answer)]
+                difference.add_truth(labels[0], labels[1], truth, n_classes)
+        self.photographs += 1
+
     def problems(self) -> list[str]:
         """Everything beyond its limit; empty when the graphs may be shipped."""
-        return [line for name, difference in self.differences.items() for line in difference.problems(name)]
+        limits = LIMITS[self.precision]
+        found = [line for name, d in self.differences.items() for line in d.breaches(name, limits[name])]
+        return found if self.photographs else ["no photograph to compare on; give at least one"]
+
+    def share(self) -> float:
+        """The largest share of its limit that any figure takes; above 1 the gate is closed."""
+        limits = LIMITS[self.precision]
+        each = [s for name, d in self.differences.items() for s in d.shares(limits[name]).values()]
+        return max(each, default=math.inf)
 
     def as_json(self) -> dict[str, object]:
         """Figures for the bundle's manifest."""
@@ -95,29 +223,50 @@ class ParityReport:
             "photographs": self.photographs,
             **{
                 name: {
-                    "max_error": float(f"{d.max_error:.3g}"),
-                    "mean_error": float(f"{d.mean_error:.3g}"),
-                    "equal": round(d.agreement, 6),
+                    **{key: _number(value) for key, value in d.figures().items()},
+                    **({"photographs_with_truth": d.truths} if d.truths else {}),
+                    "not_finite": d.not_finite,
                 }
                 for name, d in self.differences.items()
             },
         }
 
+    def full_json(self) -> dict[str, object]:
+        """The report: figures, what they may be, what is beyond it."""
+        limits = {
+            name: {
+                key: value for key, value in asdict(LIMITS[self.precision][name]).items() if value is not None
+            }
+            for name in self.differences
+        }
+        return {
+            "precision": self.precision,
+            "passed": not self.problems(),
+            "problems": self.problems(),
+            "figures": self.as_json(),
+            "limits": limits,
+            "away_from_ties": f"pixels whose reference confidence is at least {FIRM} of 255",
+        }
 
-def check_parity(pairs: Iterable[tuple[Outputs, Outputs]]) -> ParityReport:
-    """Compare what the networks and the graphs gave for each photograph, output by output.
+    def require(self, what: str) -> None:
+        """Raise ParityError, naming every figure beyond its limit and `what` answers differently."""
+        problems = self.problems()
+        if problems:
+            raise ParityError(f"{what}: " + "; ".join(problems))
 
-    pairs: (outputs of the networks, outputs of the graphs), with equal names. Raises ParityError, naming
-    every figure beyond its limit.
+
+def measure_parity(
+    pairs: Iterable[Compared], precision: str = "fp32", *, n_classes: int = 255
+) -> ParityReport:
+    """Compare what reference and graphs gave for each photograph, output by output.
+
+    Whether they are within their limits the report says. Raises ParityError as `ParityReport.add` does.
     """
-    report = ParityReport()
-    for expected, got in pairs:
-        for name, values in expected.items():
-            report.differences.setdefault(name, Difference()).add(values, got[name])
-        report.photographs += 1
-    if report.photographs == 0:
-        raise ParityError("no photograph to compare on; give a data set with at least one")
-    problems = report.problems()
-    if problems:
-        raise ParityError("the exported graphs answer differently from the networks: " + "; ".join(problems))
+    report = ParityReport(precision)
+    for pair in pairs:
+        report.add(pair, n_classes=n_classes)
     return report
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

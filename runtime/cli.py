@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("multisa.runtime.commands:demo", "Label and segment the photographs of the package."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),
+    "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
     "build": ("multisa.export.tensorrt.commands:build", "Build TensorRT plans of a bundle's graphs."),
 }
 INTERRUPTED = 130

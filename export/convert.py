@@ -1,0 +1,261 @@
+"""A bundle's fp32 graphs -> fp16 and int8 graphs beside them, in a new bundle; PyTorch is not needed.
+
+`multisa convert BUNDLE --precision fp16 --photographs FOLDER -o NEW_BUNDLE`. The reference of the parity gate
+is the bundle's own fp32 graphs on ONNX Runtime.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.export.lower import Lowered, half_of, int8_of
+from multisa.export.parity import Compared, Outputs, ParityReport
+from multisa.export.photographs import (
+    Photograph,
+    Photographs,
+    add_pseudo_mask,
+    spread,
+    truth_of,
+    working_image,
+)
+from multisa.export.report import REPORT_NAME, report_of_bundle, report_to_bytes
+from multisa.runtime.bundle import Bundle, write_bundle
+from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.errors import ParityError
+from multisa.runtime.files import write_bytes_atomically
+from multisa.runtime.manifest import Manifest
+from multisa.runtime.progress import Progress, say
+
+UInt8 = npt.NDArray[np.uint8]
+
+SEARCHED = 4  # photographs that each trial of the sensitivity search runs on
+TIMED, REPEATS = 4, 5
+TIMED_THREADS = (1, 2)
+# The graphs that have each form. CAM and affinities are made once, offline; the segmenter is deployed.
+GRAPHS: dict[str, tuple[GraphContract, ...]] = {"fp16": CONTRACTS, "int8": (SEGMENTER,)}
+_CHUNK = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to convert."""
+
+    precisions: tuple[str, ...]
+    threads: int = 2
+    symmetric: bool = False  # int8 without zero points, for TensorRT, instead of the form a CPU is fast at
+    keep: bool = False  # write the bundle although the gate is closed
+    report: Path | None = None  # also write the report here, whether or not the gate is open
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Graphs of one precision as one way of running them: what one report compares."""
+
+    title: str
+    precision: str
+    graphs: dict[str, bytes]  # by contract's name
+
+
+def convert_bundle(bundle: Bundle, photographs: Photographs, output: Path, settings: Settings) -> Bundle:
+    """Write a bundle with all files of `bundle` and its graphs in `settings.precisions`.
+
+    Raises ParityError, with nothing written but the report, when a graph answers differently from the fp32
+    one or an int8 graph is not faster, unless `settings.keep`.
+    """
+    lowered = {
+        precision: _lower(bundle, precision, photographs, settings) for precision in settings.precisions
+    }
+    variants = [
+        Variant(title, precision, {name: pick(graph) for name, graph in graphs.items()})
+        for precision, graphs in lowered.items()
+        for title, pick in _ways_of_running(precision)
+    ]
+    reports = compare_variants(bundle, variants, photographs, threads=settings.threads)
+    full: dict[str, Any] = {title: report.full_json() for title, report in reports.items()}
+    problems = [f"{title}: {line}" for title, report in reports.items() for line in report.problems()]
+    for precision, graphs in lowered.items():
+        full[precision]["fp32_nodes"] = {
+            graph_file(_contract(name), precision): graph.as_json() for name, graph in graphs.items()
+        }
+    if "int8" in lowered:
+        images = _images(bundle, spread(photographs.segmented, TIMED))
+        speed = compare_speed(
+            bundle.read_file(graph_file(SEGMENTER)), lowered["int8"][SEGMENTER.name].data, SEGMENTER, images
+        )
+        full["int8"]["speed"] = speed
+        # What TensorRT gains no CPU can tell.
+        problems += [
+            f"int8: {row['ratio']:.2f} times the speed of fp32 with threads={row['threads']}, needed > 1"
+            for row in speed["rows"]
+            if not row["ratio"] > 1 and not settings.symmetric
+        ]
+    report = report_of_bundle(bundle) | full
+    if settings.report:
+        write_bytes_atomically(settings.report, report_to_bytes(report))
+    if problems and not settings.keep:
+        raise ParityError("the converted graphs are not shipped: " + "; ".join(problems))
+    for line in problems:
+        say(f"kept all the same: {line}")
+    files = {name: bundle.read_file(name) for name in bundle.manifest.files}
+    for precision, graphs in lowered.items():
+        files |= {graph_file(_contract(name), precision): graph.data for name, graph in graphs.items()}
+    files[REPORT_NAME] = report_to_bytes(report)
+    return write_bundle(output, _manifest(bundle.manifest, full, lowered), files)
+
+
+def compare_variants(
+    bundle: Bundle, variants: Sequence[Variant], photographs: Photographs, *, threads: int
+) -> dict[str, ParityReport]:
+    """Compare every variant with the bundle's fp32 graphs, pseudo-masks and ground truth included."""
+    reports = {variant.title: ParityReport(variant.precision) for variant in variants}
+    n_classes, label = len(bundle.manifest.classes), bundle.manifest.parameters.label
+    for contracts, chosen in (((CAM, AFFINITY), photographs.labelled), ((SEGMENTER,), photographs.segmented)):
+        taking = [v for v in variants if all(contract.name in v.graphs for contract in contracts)]
+        if not taking:
+            continue
+        reference = _engines({c.name: bundle.read_file(graph_file(c)) for c in contracts}, threads)
+        engines = {variant.title: _engines(variant.graphs, threads, contracts) for variant in taking}
+        names = ", ".join(contract.name for contract in contracts)
+        with Progress(len(chosen), f"parity of {names}") as bar:
+            for photograph in chosen:
+                image = working_image(photograph, bundle.manifest.parameters.long_side)
+                expected = _answers(reference, image)
+                classes = _classes(bundle.manifest, photograph, expected)
+                add_pseudo_mask(image, classes, expected, label)
+                truth = truth_of(photograph.mask, image)
+                for title, runners in engines.items():
+                    got = _answers(runners, image)
+                    add_pseudo_mask(image, classes, got, label)
+                    reports[title].add(Compared(expected, got, truth), n_classes=n_classes)
+                bar.advance()
+    return reports
+
+
+def compare_speed(
+    reference: bytes, answer: bytes, contract: GraphContract, images: Sequence[UInt8]
+) -> dict[str, Any]:
+    """Time two graphs in turn on the same photographs; medians of milliseconds for one, by threads."""
+    rows = []
+    for threads in TIMED_THREADS:
+        engines = [
+            OnnxRuntimeEngine(data, threads=threads, contract=contract) for data in (reference, answer)
+        ]
+        taken: tuple[list[float], list[float]] = ([], [])
+        for turn in range(REPEATS + 1):
+            for image in images:
+                for engine, seconds in zip(engines, taken, strict=True):
+                    start = time.perf_counter()
+                    engine.run(image[None])
+                    if turn:  # the first is warm-up
+                        seconds.append(time.perf_counter() - start)
+        first, second = (1e3 * statistics.median(seconds) for seconds in taken)
+        rows.append(
+            {
+                "threads": threads,
+                "fp32_ms": round(first, 2),
+                "ms": round(second, 2),
+                "ratio": round(first / second, 3),
+            }
+        )
+    return {"engine": OnnxRuntimeEngine.name, "photographs": len(images), "repeats": REPEATS, "rows": rows}
+
+
+def _lower(
+    bundle: Bundle, precision: str, photographs: Photographs, settings: Settings
+) -> dict[str, Lowered]:
+    images = _images(bundle, spread(photographs.calibrated, SEARCHED))
+    made = {}
+    with Progress(len(GRAPHS[precision]), precision, "graph") as bar:
+        for contract in GRAPHS[precision]:
+            data = bundle.read_file(graph_file(contract))
+            if precision == "fp16":
+                made[contract.name] = half_of(data, contract, images, threads=settings.threads)
+            else:
+                chunks = _chunks(bundle, photographs.calibrated)
+                made[contract.name] = int8_of(
+                    data,
+                    contract,
+                    images,
+                    chunks,
+                    symmetric=settings.symmetric,
+                    threads=settings.threads,
+                )
+            choice = made[contract.name].choice
+            kept = len(choice.kept) + len(made[contract.name].too_large)
+            say(
+                f"{graph_file(contract, precision)}: {kept} nodes "
+                f"kept in fp32 after {len(choice.trials)} trials, {choice.share:.0%} of the limits used"
+            )
+            bar.advance(note=contract.name)
+    return made
+
+
+def _ways_of_running(precision: str) -> tuple[tuple[str, Callable[[Lowered], bytes]], ...]:
+    if precision == "fp16":
+        # ONNX Runtime's CPU does not round between fp16 nodes; the gate is to see what others answer.
+        return ("fp16", lambda graph: graph.measured), ("fp16 on onnxruntime-cpu", lambda graph: graph.data)
+    return ((precision, lambda graph: graph.data),)
+
+
+def _engines(
+    graphs: dict[str, bytes], threads: int, contracts: Sequence[GraphContract] = CONTRACTS
+) -> list[OnnxRuntimeEngine]:
+    return [
+        OnnxRuntimeEngine(graphs[contract.name], threads=threads, contract=contract)
+        for contract in contracts
+        if contract.name in graphs
+    ]
+
+
+def _answers(engines: Sequence[OnnxRuntimeEngine], image: UInt8) -> Outputs:
+    return {name: values for engine in engines for name, values in engine.run(image[None]).items()}
+
+
+def _classes(manifest: Manifest, photograph: Photograph, reference: Outputs) -> tuple[int, ...]:
+    """Classes of the photograph's label; without one, those the reference scores above their thresholds."""
+    if photograph.classes is not None or "scores" not in reference:
+        return photograph.classes or ()
+    thresholds = [manifest.parameters.score_thresholds[name] for name in manifest.foreground]
+    found = np.asarray(reference["scores"], np.float32)[0] >= thresholds
+    return tuple((np.flatnonzero(found) + 1).tolist())
+
+
+def _images(bundle: Bundle, photographs: Sequence[Photograph]) -> list[UInt8]:
+    return [working_image(photograph, bundle.manifest.parameters.long_side) for photograph in photographs]
+
+
+def _chunks(bundle: Bundle, photographs: Sequence[Photograph]) -> Iterator[list[UInt8]]:
+    for start in range(0, len(photographs), _CHUNK):
+        yield _images(bundle, photographs[start : start + _CHUNK])
+
+
+def _contract(name: str) -> GraphContract:
+    return next(contract for contract in CONTRACTS if contract.name == name)
+
+
+def _manifest(manifest: Manifest, full: dict[str, Any], lowered: dict[str, dict[str, Lowered]]) -> Manifest:
+    metrics, provenance = dict(manifest.metrics), dict(manifest.provenance)
+    for title, entry in full.items():
+        metrics[f"parity of {title}"] = entry["figures"] | (
+            {"speed": entry["speed"]["rows"]} if "speed" in entry else {}
+        )
+    for precision, graphs in lowered.items():
+        provenance[f"{precision} graphs"] = {
+            "kept_in_fp32": {
+                graph_file(_contract(name), precision): {
+                    **dict.fromkeys(graph.too_large, "touches values too large for fp16"),
+                    **graph.choice.kept_json(),
+                }
+                for name, graph in graphs.items()
+            },
+            "versions": {name: metadata.version(name) for name in ("multisa", "onnx", "onnxruntime")},
+        }
+    return replace(manifest, metrics=metrics, provenance=provenance)

@@ -1,0 +1,27 @@
+"""parity.json: the full report of the parity gate, a file of the bundle beside the graphs it is about."""
+
+import json
+from typing import Any
+
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.errors import BundleError
+
+REPORT_NAME = "parity.json"
+
+
+def report_to_bytes(report: dict[str, Any]) -> bytes:
+    """Write a report, one entry for each precision or way of running it, as indented JSON."""
+    return (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def report_of_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Read the report of a bundle; empty for a bundle without one. Raises BundleError for another form."""
+    if REPORT_NAME not in bundle.manifest.files:
+        return {}
+    try:
+        report = json.loads(bundle.read_file(REPORT_NAME))
+    except ValueError as error:
+        raise BundleError(f"{bundle.path / REPORT_NAME}: {error}, expected JSON") from error
+    if not isinstance(report, dict):
+        raise BundleError(f"{bundle.path / REPORT_NAME}: got {type(report).__name__}, expected an object")
+    return report
