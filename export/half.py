@@ -15,6 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 FLOAT, HALF, UINT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.UINT8
+SIZES = ("Shape", "Size")
 HALF_LIMIT = float(np.finfo(np.float16).max)
 
 _HALF_SUFFIX = ".fp16"
@@ -66,7 +67,7 @@ def half_candidates(plain: PlainGraph) -> tuple[str, ...]:
     names = []
     for node in graph.node:
         # What follows from sizes alone are coordinates, which beyond 2048 are not exact in fp16.
-        if node.op_type not in ("Shape", "Size") and from_image & set(node.input):
+        if node.op_type not in SIZES and from_image & set(node.input):
             from_image.update(node.output)
         converted = [*_half_slots(plain, node, node.input), *_half_slots(plain, node, node.output)]
         if (
@@ -90,6 +91,9 @@ def half_graph(plain: PlainGraph, lowered: Collection[str]) -> onnx.ModelProto:
     made_half: set[str] = set()  # values that come out of their node in fp16
     wanted_half, wanted_float = set(), {output.name for output in graph.output}
     for node in graph.node:
+        if node.op_type in SIZES and node.input[0] in made_half:
+            node.input[0] += _HALF_SUFFIX  # of any type, and not worth a cast
+            continue
         halves: dict[str, set[str]] = {"input": set(), "output": set()}
         if node.name in lowered:
             halves["input"] = set(_half_slots(plain, node, node.input))

@@ -1,0 +1,247 @@
+"""`multisa convert`: graphs in other precisions are compared, reported and only then written."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from multisa.export import convert as convert_module
+from multisa.export.lower import Lowered
+from multisa.export.parity import LIMITS
+from multisa.export.photographs import read_photographs
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
+from multisa.runtime.cli import root as root_command
+from multisa.runtime.engines.contract import CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.errors import UsageError
+from multisa.runtime.files import sha256_of_bytes
+
+CLASSES = ("background", "square", "disc")  # of the photographs of `voc_folder`: red squares, blue discs
+OFFSETS = 34
+NODE = helper.make_node
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    packaged = load_bundle(default_bundle_path()).manifest
+    label = replace(packaged.parameters.label, class_gain=(), walk_steps=16)
+    parameters = replace(
+        packaged.parameters, label=label, score_thresholds={"square": 0.2, "disc": 0.2}, cam_scales=(1.0,)
+    )
+    palette = packaged.palette[:3]
+    manifest = replace(packaged, classes=CLASSES, palette=palette, parameters=parameters, metrics={})
+    files = {"cam.onnx": cam_graph(), "affinity.onnx": affinity_graph(), "segmenter.onnx": segmenter_graph()}
+    return write_bundle(tmp_path_factory.mktemp("bundle") / "tiny", manifest, files)
+
+
+def convert(bundle: Bundle, photographs: Path, output: Path, *options: str) -> Result:
+    arguments = ["convert", str(bundle.path), "--photographs", str(photographs), "-o", str(output), *options]
+    return CliRunner().invoke(root_command, arguments)
+
+
+@pytest.fixture
+def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Graphs this small take no time in which a difference could be seen.
+    rows = [{"threads": 1, "fp32_ms": 2.0, "ms": 1.0, "ratio": 2.0}]
+    monkeypatch.setattr(convert_module, "compare_speed", lambda *_: {"rows": rows})
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_a_bundle_with_all_precisions(bundle: Bundle, voc_folder: Path, tmp_path: Path) -> None:
+    report_file = tmp_path / "parity.json"
+    options = ["--precision", "fp16", "--precision", "int8", "--report", str(report_file)]
+    result = convert(bundle, voc_folder, tmp_path / "new", *options)
+    assert result.exit_code == 0, result.output
+    made = load_bundle(tmp_path / "new")
+    fp16, int8 = [graph_file(c, "fp16") for c in CONTRACTS], graph_file(SEGMENTER, "int8")
+    assert set(made.manifest.files) == {*bundle.manifest.files, *fp16, int8, "parity.json"}
+    for name in bundle.manifest.files:
+        assert made.manifest.files[name] == bundle.manifest.files[name]
+    assert made.read_file("parity.json") == report_file.read_bytes()
+    report = json.loads(report_file.read_text())
+    assert set(report) == {"fp16", "fp16 on onnxruntime-cpu", "int8"}
+    for title, entry in report.items():
+        assert entry["passed"] and entry["problems"] == [], title
+        assert made.manifest.metrics[f"parity of {title}"].items() >= entry["figures"].items()
+        assert entry["figures"]["labels"]["photographs_with_truth"] == 4  # val
+    assert set(report["fp16"]["figures"]) == {"photographs", *LIMITS["fp16"]}
+    assert report["fp16"]["figures"]["pseudo_mask"]["photographs_with_truth"] == 6  # train
+    # The graphs do what they are there for, or agreement would say little.
+    assert report["fp16"]["figures"]["labels"]["miou_reference"] > 80
+    assert "parity of int8" in result.output and "int8 graphs" in result.output  # as `multisa inspect` shows
+    photograph = np.array(Image.open(next(iter((voc_folder / "JPEGImages").iterdir()))))[None]
+    for contract, precision in ((SEGMENTER, "fp16"), (SEGMENTER, "int8")):
+        data = made.read_file(graph_file(contract, precision))
+        kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
+        assert ("QuantizeLinear" in kinds) == (precision == "int8")
+        with OnnxRuntimeEngine(data, contract=contract) as engine:
+            assert len(np.unique(engine.run(photograph)["labels"])) > 1
+    again = convert(made, voc_folder, tmp_path / "again", "--precision", "fp16")
+    assert again.exit_code == 0, again.output
+    assert load_bundle(tmp_path / "again").manifest.files[fp16[2]] == made.manifest.files[fp16[2]]
+    assert "int8" in json.loads((tmp_path / "again" / "parity.json").read_text())
+
+
+def test_a_graph_beyond_its_limits_is_not_written_but_reported(
+    bundle: Bundle, voc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_half_of = convert_module.half_of
+
+    def wrong_half_of(
+        data: bytes, contract: GraphContract, images: list[np.ndarray], *, threads: int
+    ) -> Lowered:
+        wrong = data if contract is not SEGMENTER else segmenter_graph(confused=True)
+        return true_half_of(wrong, contract, images, threads=threads)
+
+    monkeypatch.setattr(convert_module, "half_of", wrong_half_of)
+    report = tmp_path / "parity.json"
+    result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "fp16", "--report", str(report))
+    assert result.exit_code == 3
+    assert re.search(
+        r"^error: .*fp16: labels: .* of the labels agree.*fp16: labels: mIoU", result.stderr, re.M
+    )
+    assert not (tmp_path / "new").exists()
+    assert json.loads(report.read_text())["fp16"]["passed"] is False
+    kept = convert(bundle, voc_folder, tmp_path / "new", "--precision", "fp16", "--keep")
+    assert kept.exit_code == 0 and "kept all the same: fp16: labels" in kept.stderr
+    assert json.loads((tmp_path / "new" / "parity.json").read_text())["fp16"]["passed"] is False
+
+
+def test_int8_that_is_not_faster_is_not_written(
+    bundle: Bundle, voc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"threads": 1, "fp32_ms": 1.0, "ms": 1.0, "ratio": 1.0}]
+    monkeypatch.setattr(convert_module, "compare_speed", lambda *_: {"rows": rows})
+    result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "int8")
+    assert result.exit_code == 3
+    assert "1.00 times the speed of fp32" in result.stderr
+    assert not (tmp_path / "new").exists()
+    # What TensorRT gains a CPU cannot tell; its form has no zero points and float biases.
+    signed = convert(bundle, voc_folder, tmp_path / "signed", "--precision", "int8", "--int8-for", "tensorrt")
+    assert signed.exit_code == 0, signed.output
+    model = onnx.load(tmp_path / "signed" / "segmenter.int8.onnx")
+    values = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    scaled = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    points = [values[node.input[2]] for node in scaled]
+    assert points and all(point.dtype == np.int8 and not point.any() for point in points)
+
+
+def test_speed_is_measured_in_turn(bundle: Bundle) -> None:
+    data = bundle.read_file("segmenter.onnx")
+    image = np.zeros((64, 64, 3), np.uint8)
+    speed = convert_module.compare_speed(data, data, SEGMENTER, [image])
+    assert [row["threads"] for row in speed["rows"]] == [1, 2]
+    assert all(row["ms"] > 0 and 0.1 < row["ratio"] < 10 for row in speed["rows"])
+
+
+def test_a_folder_is_halved_into_calibration_and_comparison(voc_folder: Path) -> None:
+    found = read_photographs(
+        voc_folder / "JPEGImages", CLASSES, count=2, masks=voc_folder / "SegmentationClass"
+    )
+    assert not {p.image for p in found.calibrated} & {p.image for p in (*found.labelled, *found.segmented)}
+    assert len(found.calibrated) == len(found.segmented) == 6 and len(found.labelled) == 2
+    assert all(p.mask and p.mask.stem == p.image.stem and p.classes is None for p in found.segmented)
+
+
+@pytest.mark.parametrize(
+    ("classes", "masks", "problem"),
+    [
+        (("background", "cat"), None, "its classes are background, square, disc, expected the bundle's"),
+        (CLASSES, "ImageSets", "no mask of a photograph"),
+    ],
+)
+def test_photographs_that_do_not_fit_are_refused(
+    voc_folder: Path, classes: tuple[str, ...], masks: str | None, problem: str
+) -> None:
+    source = voc_folder if masks is None else voc_folder / "JPEGImages"
+    with pytest.raises(UsageError, match=problem):
+        read_photographs(source, classes, count=1, masks=voc_folder / masks if masks else None)
+
+
+def test_int8_is_the_same_bytes_twice(bundle: Bundle, voc_folder: Path, tmp_path: Path) -> None:
+    digests = set()
+    for name in ("first", "second"):
+        result = convert(bundle, voc_folder, tmp_path / name, "--precision", "int8", "--keep")
+        assert result.exit_code == 0, result.output
+        digests.add(sha256_of_bytes((tmp_path / name / "segmenter.int8.onnx").read_bytes()))
+    assert len(digests) == 1
+
+
+def graph_bytes(
+    nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, int]], weights: dict[str, np.ndarray]
+) -> bytes:
+    start = [
+        NODE("Cast", ["image"], ["real"], "real", to=TensorProto.FLOAT),
+        NODE("Div", ["real", "white"], ["unit"], "unit"),
+        NODE("Transpose", ["unit"], ["x"], "x", perm=[0, 3, 1, 2]),
+    ]
+    weights = {**weights, "white": np.array(255, np.float32)}
+    graph = helper.make_graph(
+        [*start, *nodes],
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])],
+        [helper.make_tensor_value_info(name, kind, [None] * rank) for name, (kind, rank) in outputs.items()],
+        [numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def segmenter_graph(*, confused: bool = False) -> bytes:
+    # A mean over 3x3 pixels, then red minus the others and blue minus the others.
+    smooth = np.zeros((3, 3, 3, 3), np.float32)
+    smooth[range(3), range(3)] = 1 / 9
+    select = np.array([[0, 0, 0], [1, -0.5, -0.5], [-0.5, -0.5, 1]], np.float32)[:, :, None, None] * 20
+    select = select[[0, 2, 1]] if confused else select
+    nodes = [
+        NODE("Conv", ["x", "smooth", "none"], ["s"], "smooth", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        NODE("Relu", ["s"], ["r"], "relu"),
+        NODE("Conv", ["r", "select", "bias"], ["logits"], "select", kernel_shape=[1, 1]),
+        NODE("Softmax", ["logits"], ["p"], "softmax", axis=1),
+        NODE("ArgMax", ["p"], ["ids"], "argmax", axis=1, keepdims=0),
+        NODE("Cast", ["ids"], ["labels"], "labels", to=TensorProto.UINT8),
+        NODE("ReduceMax", ["p", "axis"], ["best"], "best", keepdims=0),
+        NODE("Mul", ["best", "white"], ["scaled"], "scaled"),
+        NODE("Cast", ["scaled"], ["confidence"], "confidence", to=TensorProto.UINT8),
+    ]
+    weights = {
+        "smooth": smooth,
+        "none": np.zeros(3, np.float32),
+        "select": select,
+        "bias": np.array([3, 0, 0], np.float32),
+        "axis": np.array([1]),
+    }
+    kinds = {"labels": (TensorProto.UINT8, 3), "confidence": (TensorProto.UINT8, 3)}
+    return graph_bytes(nodes, kinds, weights)
+
+
+def cam_graph() -> bytes:
+    select = np.array([[2, -1, -1], [-1, -1, 2]], np.float32)[:, :, None, None]
+    nodes = [
+        NODE("Conv", ["x", "select"], ["found"], "found", kernel_shape=[1, 1]),
+        NODE("Clip", ["found", "zero", "one"], ["clipped"], "clip"),
+        NODE("AveragePool", ["clipped"], ["cam"], "cam", kernel_shape=[4, 4], strides=[4, 4], ceil_mode=1),
+        NODE("ReduceMax", ["cam", "axes"], ["scores"], "scores", keepdims=0),
+    ]
+    numbers = {"zero": np.array(0, np.float32), "one": np.array(1, np.float32), "axes": np.array([2, 3])}
+    kinds = {"cam": (TensorProto.FLOAT, 4), "scores": (TensorProto.FLOAT, 2)}
+    return graph_bytes(nodes, kinds, {"select": select, **numbers})
+
+
+def affinity_graph() -> bytes:
+    flat = np.zeros((OFFSETS, 3, 1, 1), np.float32)
+    nodes = [
+        NODE("AveragePool", ["x"], ["small"], "small", kernel_shape=[4, 4], strides=[4, 4], ceil_mode=1),
+        NODE("Conv", ["small", "flat", "bias"], ["constant"], "constant", kernel_shape=[1, 1]),
+        NODE("Sigmoid", ["constant"], ["affinity"], "affinity"),
+    ]
+    weights = {"flat": flat, "bias": np.ones(OFFSETS, np.float32)}
+    return graph_bytes(nodes, {"affinity": (TensorProto.FLOAT, 4)}, weights)
