@@ -6,7 +6,7 @@ value over the calibration photographs. Two forms:
 
 - for a CPU, unsigned with zero points: the integers' own range is then that of ReLU6, so that the clipping
   needs no operator between two convolutions and all of them stay integer;
-- symmetric, signed and without zero points, which is all that TensorRT takes; biases stay float32 there.
+- symmetric, signed and without zero points, which is all that TensorRT takes.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from multisa.export.half import model_bytes, plain_graph
 
 UInt8 = npt.NDArray[np.uint8]
 
-# What the integer kernels of ONNX Runtime take. Not Resize and what comes after it: labels are decided there.
+# What the integer kernels of ONNX Runtime take and is worth it. Not Resize: labels are decided there.
 OPERATORS = ("Conv", "Clip", "Relu", "Add", "Concat", "MatMul")
-SYMMETRIC = {"ActivationSymmetric": True, "QuantizeBias": False}
+PRODUCTS = ("Conv", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def calibrated_graph(data: bytes, calibration: Iterable[Sequence[UInt8]], *, sym
         for images in calibration:
             calibrator.collect_data(Reader(images))  # a few at a time: it keeps what it has not yet reduced
         ranges = calibrator.compute_data()
-    candidates = tuple(node.name for node in model.graph.node if node.op_type in OPERATORS)
     known = set(ranges.keys())
-    usable = {n.name for n in model.graph.node if n.name in candidates and n.output[0] in known}
-    return Calibrated(model, ranges, tuple(name for name in candidates if name in usable), symmetric)
+    usable = {n.name for n in _up_to_the_last_product(model) if n.output[0] in known}
+    candidates = tuple(node.name for node in model.graph.node if node.name in usable)
+    return Calibrated(model, ranges, candidates, symmetric)
 
 
 def quantised_graph(calibrated: Calibrated, lowered: Collection[str]) -> bytes:
@@ -81,6 +81,8 @@ def quantised_graph(calibrated: Calibrated, lowered: Collection[str]) -> bytes:
 
     model = onnx.ModelProto()
     model.CopyFrom(calibrated.model)
+    if not lowered:  # to the quantiser, no name means all nodes
+        return model_bytes(model)
     excluded = [name for name in calibrated.candidates if name not in set(lowered)]
     with _quiet():
         quantiser = QDQQuantizer(
@@ -93,11 +95,25 @@ def quantised_graph(calibrated: Calibrated, lowered: Collection[str]) -> bytes:
             nodes_to_quantize=list(lowered),
             nodes_to_exclude=excluded,
             op_types_to_quantize=list(OPERATORS),
-            extra_options=SYMMETRIC if calibrated.symmetric else {},
+            # Biases stay float32: TensorRT takes no int32, and ONNX Runtime quantises them on loading.
+            extra_options={"ActivationSymmetric": calibrated.symmetric, "QuantizeBias": False},
         )
         quantiser.quantize_model()
     quantiser.model.topological_sort()
     return model_bytes(quantiser.model.model)
+
+
+def _up_to_the_last_product(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Nodes of OPERATORS that a convolution or matrix product still follows, or that are one.
+
+    What comes after them is small: confidences, whose constants would become integers for nothing.
+    """
+    read: set[str] = set()
+    for node in reversed(model.graph.node):
+        if node.op_type in PRODUCTS or read & set(node.output):
+            read.update(node.input)
+            if node.op_type in OPERATORS:
+                yield node
 
 
 @contextlib.contextmanager

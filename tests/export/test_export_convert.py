@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +165,13 @@ def test_photographs_that_do_not_fit_are_refused(
     source = voc_folder if masks is None else voc_folder / "JPEGImages"
     with pytest.raises(UsageError, match=problem):
         read_photographs(source, classes, count=1, masks=voc_folder / masks if masks else None)
+
+
+def test_no_part_of_converting_needs_pytorch() -> None:
+    program = (
+        "import multisa.export.convert, onnxruntime.quantization, sys; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
 
 
 def test_int8_is_the_same_bytes_twice(bundle: Bundle, voc_folder: Path, tmp_path: Path) -> None:
