@@ -92,11 +92,14 @@ def convert_bundle(bundle: Bundle, photographs: Photographs, output: Path, setti
         )
         full["int8"]["speed"] = speed
         # What TensorRT gains no CPU can tell.
-        problems += [
+        slow = [
             f"int8: {row['ratio']:.2f} times the speed of fp32 with threads={row['threads']}, needed > 1"
             for row in speed["rows"]
             if not row["ratio"] > 1 and not settings.symmetric
         ]
+        problems += slow
+        full["int8"]["problems"] += slow
+        full["int8"]["passed"] = not full["int8"]["problems"]
     report = report_of_bundle(bundle) | full
     if settings.report:
         write_bytes_atomically(settings.report, report_to_bytes(report))

@@ -6,7 +6,7 @@ and coordinates, which no photograph of the measurement would show to fail at a 
 subgraphs.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,9 @@ def half_candidates(plain: PlainGraph) -> tuple[str, ...]:
     names = []
     for node in graph.node:
         # What follows from sizes alone are coordinates, which beyond 2048 are not exact in fp16.
-        if node.op_type not in SIZES and from_image & set(node.input):
+        if node.op_type not in SIZES and from_image & set(_reads(node)):
             from_image.update(node.output)
-        converted = [*_half_slots(plain, node, node.input), *_half_slots(plain, node, node.output)]
+        converted = [*_half_inputs(plain, node), *_half_outputs(plain, node)]
         if (
             from_image & set(node.output)
             and converted
@@ -96,8 +96,8 @@ def half_graph(plain: PlainGraph, lowered: Collection[str]) -> onnx.ModelProto:
             continue
         halves: dict[str, set[str]] = {"input": set(), "output": set()}
         if node.name in lowered:
-            halves["input"] = set(_half_slots(plain, node, node.input))
-            halves["output"] = set(_half_slots(plain, node, node.output))
+            halves["input"] = set(_half_inputs(plain, node))
+            halves["output"] = set(_half_outputs(plain, node))
             if node.op_type == "Cast" and node.attribute[0].i == FLOAT:
                 node.attribute[0].i = HALF
         wanted_float.update(name for name in _reads(node) if name not in halves["input"])
@@ -169,18 +169,33 @@ def model_bytes(model: onnx.ModelProto) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _half_slots(plain: PlainGraph, node: onnx.NodeProto, names: Collection[str]) -> Iterator[str]:
-    """Those of a node's inputs or outputs that are float32 and may be float16 by the operator's schema."""
+def _half_inputs(plain: PlainGraph, node: onnx.NodeProto) -> list[str]:
+    """Those of a node's inputs that are float32 and may be float16 by the operator's schema."""
+    schema = _schema(plain, node)
+    return [] if schema is None else _half_values(plain, schema, schema.inputs, node.input)
+
+
+def _half_outputs(plain: PlainGraph, node: onnx.NodeProto) -> list[str]:
+    """The same of its outputs."""
+    schema = _schema(plain, node)
+    return [] if schema is None else _half_values(plain, schema, schema.outputs, node.output)
+
+
+def _schema(plain: PlainGraph, node: onnx.NodeProto) -> Any:
     opset = next(e.version for e in plain.model.opset_import if e.domain in ("", "ai.onnx"))
-    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type, opset, ""):
-        return
-    schema = onnx.defs.get_schema(node.op_type, opset, "")
+    known = node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type, opset, "")
+    return onnx.defs.get_schema(node.op_type, opset, "") if known else None
+
+
+def _half_values(plain: PlainGraph, schema: Any, formal: Sequence[Any], names: Sequence[str]) -> list[str]:
     allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
-    formal = schema.inputs if names is node.input else schema.outputs
-    for place, name in enumerate(names):
-        kind = formal[min(place, len(formal) - 1)].type_str  # the last may be variadic
-        if plain.types.get(name) == FLOAT and "tensor(float16)" in allowed.get(kind, ()):
-            yield name
+    # The last formal parameter may be variadic.
+    kinds = [formal[min(place, len(formal) - 1)].type_str for place in range(len(names))]
+    return [
+        name
+        for name, kind in zip(names, kinds, strict=True)
+        if plain.types.get(name) == FLOAT and "tensor(float16)" in allowed.get(kind, ())
+    ]
 
 
 def _value_types(model: onnx.ModelProto) -> dict[str, int]:

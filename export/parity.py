@@ -85,6 +85,7 @@ class Breach(NamedTuple):
 class Difference:
     """Running comparison of one output over many photographs."""
 
+    photographs: int = 0
     labels: bool = False  # class ids, of which only equality means something
     max_error: float = 0.0
     total_error: float = 0.0
@@ -100,6 +101,7 @@ class Difference:
         """Count two arrays of one shape."""
         if reference.shape != answer.shape:
             raise ParityError(f"shapes differ: reference {reference.shape}, graph {answer.shape}")
+        self.photographs += 1
         self.count += reference.size
         self.equal += int((reference == answer).sum())
         first, second = reference.astype(np.float64), answer.astype(np.float64)
@@ -193,7 +195,7 @@ class ParityReport:
                 continue
             if name not in pair.got:
                 raise ParityError(f"{name}: the graph gives {sorted(pair.got)}, expected {name} among them")
-            difference = self.differences.setdefault(name, Difference(name in CONFIDENCE))
+            difference = self.differences.setdefault(name, Difference(labels=name in CONFIDENCE))
             reference, answer = pair.expected[name], pair.got[name]
             difference.add(reference, answer)
             confidence = pair.expected.get(CONFIDENCE.get(name, ""))
@@ -226,6 +228,7 @@ class ParityReport:
                     **{key: _number(value) for key, value in d.figures().items()},
                     **({"photographs_with_truth": d.truths} if d.truths else {}),
                     "not_finite": d.not_finite,
+                    "photographs": d.photographs,
                 }
                 for name, d in self.differences.items()
             },

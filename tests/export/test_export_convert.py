@@ -121,9 +121,11 @@ def test_int8_that_is_not_faster_is_not_written(
 ) -> None:
     rows = [{"threads": 1, "fp32_ms": 1.0, "ms": 1.0, "ratio": 1.0}]
     monkeypatch.setattr(convert_module, "compare_speed", lambda *_: {"rows": rows})
-    result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "int8")
+    report = tmp_path / "parity.json"
+    result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "int8", "--report", str(report))
     assert result.exit_code == 3
     assert "1.00 times the speed of fp32" in result.stderr
+    assert json.loads(report.read_text())["int8"]["passed"] is False
     assert not (tmp_path / "new").exists()
     # What TensorRT gains a CPU cannot tell; its form has no zero points and float biases.
     signed = convert(bundle, voc_folder, tmp_path / "signed", "--precision", "int8", "--int8-for", "tensorrt")

@@ -215,7 +215,8 @@ def test_subgraphs_read_what_is_around_them_in_fp32(image: np.ndarray) -> None:
     data = graph_of(nodes, {"weight": weight / 255, "yes": np.array(True)})
     plain = plain_graph(data)
     candidates = half_candidates(plain)
-    assert "if" not in candidates and "conv" in candidates
+    # What the branches take from around them is of the photograph, and so is what follows.
+    assert "if" not in candidates and {"conv", "maps"} <= set(candidates)
     got = run(model_bytes(half_graph(plain, candidates)), image)["maps"]
     np.testing.assert_allclose(got, run(data, image)["maps"], atol=0.01)
 
