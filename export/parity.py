@@ -23,6 +23,7 @@ Outputs = dict[str, Array]
 # A pixel is away from ties when the reference gives its winner at least this probability, in 255ths as in
 # the graphs: the runner-up then has at most 0.45, so the winner leads by 0.1 or more.
 FIRM = round(0.55 * 255)
+# cam is compared on the classes of a photograph's label, where there is one.
 # Labels -> the output with their confidence, 0..255; pseudo_mask is post-processing's of cam and affinity.
 CONFIDENCE = {"labels": "confidence", "pseudo_mask": "pseudo_mask_confidence"}
 
@@ -136,7 +137,7 @@ class Difference:
         """Every figure that applies, by the name of its limit; mIoU in points."""
         if not self.labels:
             finite = self.count - self.not_finite
-            mean = self.total_error / finite if finite else math.nan
+            mean = self.total_error / finite if finite else (math.nan if self.count else 0.0)
             return {"max_error": self.max_error, "mean_error": mean}
         found = {"agreement": self.equal / self.count if self.count else math.nan}
         if self.firm:

@@ -99,7 +99,11 @@ def truth_of(mask: Path | None, image: UInt8) -> dict[str, UInt8]:
 def add_pseudo_mask(
     image: UInt8, classes: tuple[int, ...], outputs: Outputs, parameters: LabelParameters
 ) -> None:
-    """Make the pseudo-mask of the outputs cam and affinity, and its confidence, 0..255, part of `outputs`."""
+    """Add the pseudo-mask of cam and affinity, and its confidence, 0..255; reduce cam to `classes`.
+
+    The map of a class that is not there is divided by a maximum next to nothing: what rounding makes of it is
+    as likely 0 as 1, and nobody reads it.
+    """
     if "cam" not in outputs or "affinity" not in outputs:
         return
     present = np.array(classes, np.intp) - 1
@@ -113,6 +117,9 @@ def add_pseudo_mask(
         # The walk refuses such maps. They are counted where they are; of labels there are none that agree.
         size = (image.shape[0], image.shape[1])
         mask, confidence = np.full(size, IGNORE_INDEX, np.uint8), np.zeros(size, np.float32)
+    # A NaN among the maps left out is counted all the same.
+    finite = bool(np.isfinite(np.asarray(outputs["cam"], np.float32)).all())
+    outputs["cam"] = cam[None] if finite else np.full_like(cam[None], np.nan)
     outputs["pseudo_mask"], outputs["pseudo_mask_confidence"] = mask, confidence
 
 
