@@ -168,7 +168,7 @@ def compare_speed(
                 "ratio": round(first / second, 3),
             }
         )
-    return {"engine": OnnxRuntimeEngine.name, "photographs": len(images), "repeats": REPEATS, "rows": rows}
+    return {"engine": engines[0].name, "photographs": len(images), "repeats": REPEATS, "rows": rows}
 
 
 def _lower(
