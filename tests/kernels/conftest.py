@@ -6,11 +6,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from multisa.kernels.cuda.build import BuildError, find_nvcc
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "cuda_on_cpu")]
 
 if TYPE_CHECKING:
     from cpu_device import CpuDevice
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> Path:
+    """The compiler of the CUDA kernels."""
+    try:
+        return find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

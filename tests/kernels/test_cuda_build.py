@@ -1,19 +1,16 @@
 """What nvcc makes of the CUDA kernels: code for every architecture, no spills, few registers; none is run."""
 
-import hashlib
 import json
 import os
 import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cuda_code import compiled, kernel_names
 
 from multisa.kernels.cuda import build
-from multisa.kernels.cuda.build import ARCHITECTURES, SOURCES, BuildError, build_fatbin, find_nvcc
-
-CACHE = Path(__file__).parents[2] / "build" / "cuda_resources"
+from multisa.kernels.cuda.build import ARCHITECTURES, BuildError, build_fatbin, find_nvcc
 
 # Registers a thread, over all architectures. 65,536 of them serve a multiprocessor: 128 registers leave
 # 512 threads at work, 64 leave 1,024, 40 all 1,536.
@@ -30,7 +27,6 @@ BUDGET = {
     "crf_update_32": 72,
 }
 SMALL = 64  # every other kernel
-KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -38,43 +34,11 @@ ENTRY = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
-def nvcc() -> Path:
-    try:
-        return find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-def compile_log(nvcc: Path, architecture: int) -> str:
-    """What ptxas tells about the kernels for one architecture; kept by what was compiled."""
-    key = f"{build.nvcc_version(nvcc)} {build.source_digest()} {build.FLAGS} {architecture}"
-    kept = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.txt"
-    if not kept.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        flags = [flag for flag in build.FLAGS if flag != "--fatbin"]
-        command = [
-            str(nvcc),
-            *flags,
-            "--cubin",
-            f"-arch=sm_{architecture}",
-            "-Xptxas=-v",
-            "-Werror=all-warnings",
-        ]
-        command += [str(SOURCES / "kernels.cu"), "-o", os.devnull]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(result.stderr)
-        part.replace(kept)
-    return kept.read_text()
-
-
 def test_no_spills_and_few_registers(nvcc: Path) -> None:
-    kernels = {name for path in SOURCES.glob("*.cuh") for name in KERNEL.findall(path.read_text())}
+    kernels = kernel_names()
     assert set(BUDGET) <= kernels
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        logs = list(pool.map(lambda architecture: compile_log(nvcc, architecture), ARCHITECTURES))
+        logs = list(pool.map(lambda architecture: compiled(nvcc, architecture).log, ARCHITECTURES))
     problems, seen = [], set()
     for name, architecture, stack, stores, loads, registers in ENTRY.findall("".join(logs)):
         seen.add((name, int(architecture)))
