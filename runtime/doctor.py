@@ -195,17 +195,21 @@ def _bundle(path: Path | None) -> tuple[Finding, "Bundle | None"]:
 
 
 def _plans(folder: Path) -> str:
-    """The TensorRT plans that a cache tells of; whether they are whole is known when one is opened."""
+    """The TensorRT plans that a cache tells of; whether their bytes are whole is known when one is opened."""
+    from multisa.runtime.engines.plans import PlanCache
+
+    try:
+        plans, damaged = PlanCache(folder).list_plans()
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
     built: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*/plan.json")):
-        try:
-            key = json.loads(path.read_text(encoding="utf-8"))["key"]
-            where, what = f"{key['library']} {key['target']}", f"{key['graph']} {key['precision']}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            where, what = "unreadable", path.parent.name
-        # What is in the file is not known to be ours: nothing of it steers the terminal.
-        built.setdefault(ascii(where)[1:-1], []).append(ascii(what)[1:-1])
-    return ", ".join(f"{where} ({', '.join(sorted(whats))})" for where, whats in built.items()) or "none"
+    for key in (plan.key for plan in plans):
+        built.setdefault(f"{key.library} {key.target}", []).append(f"{key.graph} {key.precision}")
+    listed = [f"{where} ({', '.join(sorted(whats))})" for where, whats in sorted(built.items())]
+    if damaged:
+        listed.append(f"unreadable ({', '.join(path.name for path in damaged)})")
+    # What is in the files is not known to be ours: nothing of it steers the terminal.
+    return ", ".join(ascii(text)[1:-1] for text in listed) or "none"
 
 
 def _engines(bundle: "Bundle") -> Iterator[Finding]:

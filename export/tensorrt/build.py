@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from multisa.export.tensorrt.builder import FLAGS, build_plan, check_targets
-from multisa.export.tensorrt.library import Gpu, Library, first_gpu, import_library, this_platform
 from multisa.export.tensorrt.profiles import parse_profiles
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
 from multisa.runtime.engines.contract import CONTRACTS, PRECISIONS, GraphContract, graph_file
-from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile
+from multisa.runtime.engines.gpus import Gpu, probe_gpus
+from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile, this_platform
+from multisa.runtime.engines.tensorrt_library import TENSORRT_RTX, Library, import_library
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 from multisa.runtime.files import sha256_of_bytes
 from multisa.runtime.progress import Progress, counted, say
@@ -25,7 +26,7 @@ class BuildOptions:
     precision: str = "fp32"
     graphs: tuple[str, ...] = ()  # names of contracts; all that have the precision when empty
     profiles: tuple[str, ...] = ()  # as `parse_profiles` takes them; the default ones when empty
-    library: str = "tensorrt-rtx"
+    library: str = TENSORRT_RTX
     cache: Path | None = None  # the bundle's own folder by default
 
 
@@ -164,11 +165,17 @@ def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[GraphContract, ...]:
 
 def _gpu_of(targets: tuple[str, ...], library: Library) -> Gpu:
     """The GPU of this machine, which TensorRT tunes on and builds for."""
-    gpu = first_gpu()
+    probe = probe_gpus()
+    if probe.problem:
+        raise EngineUnavailable(
+            f"{probe.problem}; build with {library.name} on the machine that runs the plan, or with "
+            f"--library {TENSORRT_RTX}, which needs no GPU"
+        )
+    gpu = probe.gpus[0]  # the one that plans run on, too
     if targets != (gpu.target,):
         raise EngineUnavailable(
             f"{library} builds for the GPU that is here, {gpu.name} ({gpu.target}); got the target "
-            f"{', '.join(targets)}: build on a machine that has it, or with --library tensorrt-rtx"
+            f"{', '.join(targets)}: build on a machine that has it, or with --library {TENSORRT_RTX}"
         )
     return gpu
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from multisa.export.tensorrt.library import BuildLog, Library, build_log
 from multisa.runtime.engines.contract import GraphContract
 from multisa.runtime.engines.onnx_file import check_onnx
 from multisa.runtime.engines.plans import Profile
+from multisa.runtime.engines.tensorrt_library import Library, LibraryLog, library_log
 from multisa.runtime.errors import EngineError, UsageError
 
 if TYPE_CHECKING:  # names what is what: a test holds every call below to TensorRT's type stubs
@@ -18,6 +18,8 @@ FLAGS = ("TF32=0",)
 
 # NumPy's names of the library's types, those of the contracts.
 _DTYPES = {"FLOAT": "float32", "UINT8": "uint8"}
+# RTX looks for a GPU in passing, and a build needs none; where plans run, this is what is wrong.
+_NO_GPU = "CUDA driver version is insufficient"
 _TURING_PRODUCT = "FP32 GEMM is not supported"
 _REFUSED_NODE = (
     "export the graph again without such nodes (types of one operator must agree: TensorRT casts nothing by "
@@ -56,7 +58,7 @@ def build_plan(
     check_onnx(graph, label)
     check_targets(library, targets)
     module = library.module
-    logger, log = build_log(module)
+    logger, log = library_log(module)
     log.clear()
     builder: trt.Builder = module.Builder(logger)
     network: trt.INetworkDefinition = builder.create_network(_network_flags(library))
@@ -118,7 +120,7 @@ def _capabilities(library: Library) -> dict[str, Any]:
 
 
 def _add_profile(
-    builder: "trt.Builder", config: "trt.IBuilderConfig", profile: Profile, log: BuildLog, label: str
+    builder: "trt.Builder", config: "trt.IBuilderConfig", profile: Profile, log: LibraryLog, label: str
 ) -> None:
     optimisation: trt.IOptimizationProfile = builder.create_optimization_profile()
     problem = ""
@@ -129,11 +131,11 @@ def _add_profile(
         problem = str(error)
     if problem or not optimisation or config.add_optimization_profile(optimisation) < 0:
         raise EngineError(
-            f"{label}: input {IMAGE}: profile {profile} is refused: {problem}{_lines(log.errors)}"
+            f"{label}: input {IMAGE}: profile {profile} is refused: {problem}{_lines(_errors(log))}"
         )
 
 
-def _parser_errors(parser: "trt.OnnxParser", module: Any, log: BuildLog) -> str:
+def _parser_errors(parser: "trt.OnnxParser", module: Any, log: LibraryLog) -> str:
     file_errors = (module.ErrorCode.MODEL_DESERIALIZE_FAILED, module.ErrorCode.INVALID_GRAPH)
     lines = []
     for index in range(parser.num_errors):
@@ -142,17 +144,21 @@ def _parser_errors(parser: "trt.OnnxParser", module: Any, log: BuildLog) -> str:
         remedy = _REFUSED_FILE if error.code() in file_errors else _REFUSED_NODE
         where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
         lines.append(f"{where}{text} [{error.code().name}]; {remedy}")
-    return _lines(lines or log.errors)
+    return _lines(lines or _errors(log) or log.warnings)
 
 
-def _build_errors(log: BuildLog) -> str:
-    text = _lines(log.errors)
+def _build_errors(log: LibraryLog) -> str:
+    text = _lines(_errors(log) or log.warnings)
     if _TURING_PRODUCT in text:
         text += (
             "\n  TensorRT-RTX has no float32 matrix product on Turing: leave sm75 out, or take a graph whose "
             "products are float16 (--precision fp16)"
         )
     return text
+
+
+def _errors(log: LibraryLog) -> list[str]:
+    return [message for message in log.errors if _NO_GPU not in message]
 
 
 def _lines(messages: Sequence[str]) -> str:

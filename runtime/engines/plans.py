@@ -14,6 +14,7 @@ may write to the folder decides what runs, so it must be no less protected than 
 
 import json
 import os
+import platform
 import re
 import shutil
 import time
@@ -40,7 +41,6 @@ PLAN_NAME = "model.plan"
 RECORD_NAME = "plan.json"
 QUARANTINE = "quarantine"
 SCHEMA_VERSION = 1
-LIBRARIES = ("tensorrt", "tensorrt-rtx")
 
 _RECORD_LIMIT = 1 << 16  # bytes; a record is about one kilobyte
 _DIGITS = 16
@@ -82,19 +82,24 @@ class PlanKey:
     graph: str  # name of the contract: "cam"
     precision: str
     onnx_sha256: str  # of the graph's bytes, which hold its weights
-    library: str  # one of LIBRARIES
+    library: str  # "tensorrt" or "tensorrt-rtx"
     library_version: str  # "1.7.1.116"
     target: str  # "sm89"
     gpu: str  # name of the device it was tuned on; "" when built ahead of time
     profiles: tuple[Profile, ...]
     flags: tuple[str, ...]  # settings of the builder: "TF32=0"
-    platform: str  # "linux-x86_64"
+    platform: str  # as `this_platform` gives it
 
     @property
     def digest(self) -> str:
         """SHA-256 of all fields, as canonical JSON."""
         text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return sha256_of_bytes(text.encode())
+
+
+def this_platform() -> str:
+    """Operating system and processor, which plans are made for: "linux-x86_64"."""
+    return f"{platform.system().lower()}-{platform.machine()}"
 
 
 @dataclass(frozen=True)
@@ -172,20 +177,31 @@ class PlanCache:
         Their bytes are verified by `StoredPlan.read`; records that cannot be read are left out.
         """
         wanted = (onnx_sha256, library, library_version, target)
-        found = []
+        return [
+            plan
+            for plan in self.list_plans()[0]
+            if (plan.key.onnx_sha256, plan.key.library, plan.key.library_version, plan.key.target) == wanted
+        ]
+
+    def list_plans(self) -> tuple[list[StoredPlan], dict[Path, str]]:
+        """All plans in the order of their digests, and the folders of those that cannot be used, with why.
+
+        Their bytes are verified by `StoredPlan.read`, their records here. Raises OSError where the cache's
+        folder cannot be read.
+        """
+        plans: list[StoredPlan] = []
+        damaged: dict[Path, str] = {}
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if not _FOLDER.fullmatch(folder.name):
                 continue
             try:
                 plan = _read_record(folder)
-            except _DamagedError:
+            except _DamagedError as damage:
+                damaged[folder] = str(damage)
                 continue
-            if plan is None:
-                continue
-            key = plan.key
-            if (key.onnx_sha256, key.library, key.library_version, key.target) == wanted:
-                found.append(plan)
-        return found
+            if plan is not None:
+                plans.append(plan)
+        return plans, damaged
 
     def quarantine(self, plan: StoredPlan, reason: str) -> None:
         """Put a plan aside that the library refuses, so that the next build makes it anew.

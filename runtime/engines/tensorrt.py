@@ -8,7 +8,6 @@ This runs plans and makes none: a bundle without one for this GPU is EngineUnava
 """
 
 import logging
-import platform
 import threading
 import weakref
 from collections.abc import Sequence
@@ -22,19 +21,17 @@ from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PrimaryContext
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
 from multisa.runtime.engines.contract import PRECISIONS, GraphContract, UInt8, check_image, graph_file
-from multisa.runtime.engines.plans import PlanCache, Profile, StoredPlan
+from multisa.runtime.engines.plans import PlanCache, Profile, StoredPlan, this_platform
 from multisa.runtime.engines.tensorrt_lane import IMAGE, Lane, LoadedPlan
 from multisa.runtime.engines.tensorrt_library import (
-    TENSORRT,
-    TENSORRT_RTX,
-    Library,
+    LIBRARIES,
+    StartedLibrary,
+    check_library_name,
     default_gpu,
     import_library,
     start_library,
 )
 from multisa.runtime.errors import BundleError, EngineError, EngineUnavailable, UsageError
-
-LIBRARIES = (TENSORRT, TENSORRT_RTX)  # in the order they are tried
 
 # NumPy's names of the library's; a plan with a tensor of any other type breaks every contract.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
@@ -58,8 +55,8 @@ def open_tensorrt(
     breaks the contract or finds no memory.
     """
     digest = _digest_of_graph(bundle, contract, precision)
-    if library is not None and library not in LIBRARIES:
-        raise UsageError(f"library: got {library!r}, expected one of {', '.join(LIBRARIES)}")
+    if library is not None:
+        check_library_name(library)
     gpu = default_gpu()  # before any library: TensorRT ends the process where there is no driver
     target = "sm{}{}".format(*gpu.compute_capability)
     plans = PlanCache(cache if cache is not None else bundle.path / ENGINES_FOLDER)
@@ -67,11 +64,11 @@ def open_tensorrt(
     for name in LIBRARIES if library is None else (library,):
         remedy = _build_command(bundle, contract, precision, target, name, cache)
         try:
-            version = str(import_library(name).__version__)
-            found = plans.find(onnx_sha256=digest, library=name, library_version=version, target=target)
+            there = import_library(name)
+            found = plans.find(onnx_sha256=digest, library=name, library_version=there.version, target=target)
             if not found:
-                raise EngineUnavailable(f"{name} {version}: no plan for {target} ({gpu.name}): {remedy}")
-            return _open_first(plans, found, contract, start_library(name, gpu), gpu, remedy)
+                raise EngineUnavailable(f"{there}: no plan for {target} ({gpu.name}): {remedy}")
+            return _open_first(plans, found, contract, start_library(there, gpu), gpu, remedy)
         except EngineUnavailable as error:
             reasons.append(str(error))
     raise EngineUnavailable(f"{contract.name}: " + "; ".join(reasons))
@@ -81,23 +78,30 @@ class TensorRTEngine:
     """A plan on a GPU, through pycuda; each of its profiles is a `Lane`, made when it is first used."""
 
     def __init__(
-        self, plan: bytes, contract: GraphContract, *, library: Library, gpu: PrimaryContext, remedy: str
+        self,
+        plan: bytes,
+        contract: GraphContract,
+        *,
+        started: StartedLibrary,
+        gpu: PrimaryContext,
+        remedy: str,
     ) -> None:
         """Load the plan's bytes, which must be verified: TensorRT runs the code in them.
 
         `remedy` is the command that builds the plan. Raises EngineUnavailable when the library refuses it,
         EngineError when it breaks the contract.
         """
+        library, log = started.library, started.log
         self.name, self.contract = library.name, contract
         self._remedy = remedy
         with gpu.active():
-            library.errors.take()  # of other calls
-            engine = library.runtime.deserialize_cuda_engine(plan)
+            log.clear()  # of other calls
+            engine = started.runtime.deserialize_cuda_engine(plan)
             if engine is None:
-                raise EngineUnavailable(f"{library.name} cannot load the plan: {library.errors.take()}")
+                raise EngineUnavailable(f"{library.name} cannot load the plan: {log.take()}")
             outputs = _kept_outputs(engine, contract, library.module)
             self._profiles = _profiles(engine, contract)
-        self._plan = LoadedPlan(contract.name, library, gpu, engine, outputs)
+        self._plan = LoadedPlan(contract.name, started, gpu, engine, outputs)
         self._lanes: dict[int, Lane] = {}
         self._opening = threading.Lock()
         self._finalizer = weakref.finalize(self, _close, self._plan, self._lanes)
@@ -165,7 +169,7 @@ class TensorRTEngine:
             return self._lanes[index]
 
     def _failure(self, error: Exception) -> EngineError:
-        said = self._plan.library.errors.take()
+        said = self._plan.started.log.take()
         return EngineError(f"{self.contract.name}: cannot be run on {self._plan.gpu.name}: {error} ({said})")
 
 
@@ -181,7 +185,7 @@ def _open_first(
     plans: PlanCache,
     found: Sequence[StoredPlan],
     contract: GraphContract,
-    library: Library,
+    started: StartedLibrary,
     gpu: PrimaryContext,
     remedy: str,
 ) -> TensorRTEngine:
@@ -189,7 +193,7 @@ def _open_first(
     reasons = []
     for stored in sorted(found, key=lambda plan: _rank(plan, gpu.name)):
         try:
-            engine = TensorRTEngine(stored.read(), contract, library=library, gpu=gpu, remedy=remedy)
+            engine = TensorRTEngine(stored.read(), contract, started=started, gpu=gpu, remedy=remedy)
         except (BundleError, EngineUnavailable) as error:
             said = str(error).lower()  # what is not the plan's fault leaves it where it is
             if "out of memory" in said:
@@ -211,8 +215,7 @@ def _open_first(
 def _rank(plan: StoredPlan, gpu: str) -> tuple[bool, int, int, str]:
     """Plans of this machine first, then those tuned on this very GPU, then those with most profiles."""
     place = (gpu, "").index(plan.key.gpu) if plan.key.gpu in (gpu, "") else 2
-    here = f"{platform.system().lower()}-{platform.machine()}"
-    return plan.key.platform != here, place, -len(plan.key.profiles), plan.key.digest
+    return plan.key.platform != this_platform(), place, -len(plan.key.profiles), plan.key.digest
 
 
 def _put_aside(plans: PlanCache, stored: StoredPlan, reason: str) -> str:

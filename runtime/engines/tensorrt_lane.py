@@ -13,7 +13,7 @@ import numpy.typing as npt
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PinnedBuffer, PrimaryContext, PycudaBuffer
 from multisa.runtime.engines.contract import UInt8
-from multisa.runtime.engines.tensorrt_library import TENSORRT_RTX, Library
+from multisa.runtime.engines.tensorrt_library import StartedLibrary
 from multisa.runtime.errors import EngineError
 
 IMAGE = "image"  # name of the one input
@@ -30,7 +30,7 @@ class LoadedPlan:
     """A plan that the library has taken, and where it runs."""
 
     graph: str
-    library: Library
+    started: StartedLibrary
     gpu: PrimaryContext
     engine: Any  # ICudaEngine; None once closed
     outputs: Mapping[str, str]  # NumPy's name of the dtype by tensor
@@ -38,9 +38,8 @@ class LoadedPlan:
     def require(self, done: bool, call: str) -> None:
         """Raise EngineError with the library's own words when a call of it has not returned True."""
         if not done:
-            raise EngineError(
-                f"{self.graph}: {self.library.name} refused {call}: {self.library.errors.take()}"
-            )
+            name, said = self.started.library.name, self.started.log.take()
+            raise EngineError(f"{self.graph}: {name} refused {call}: {said}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Lane:
         self._activations: PycudaBuffer | None = None
         self._recordings: OrderedDict[Shape4, _Recording] = OrderedDict()
         self._recent: deque[Shape4] = deque(maxlen=SHAPES_REMEMBERED)
-        self._records = plan.library.name != TENSORRT_RTX
+        self._records = not plan.started.library.is_rtx
         with plan.gpu.active():
             self._stream = self._driver.create_stream()
             try:
@@ -163,12 +162,11 @@ class Lane:
 
     def _new_context(self) -> Any:
         """Make a context on the lane's profile, with memory for that one and not for the largest."""
-        plan, engine, module = self._plan, self._plan.engine, self._plan.library.module
-        strategies = module.ExecutionContextAllocationStrategy
-        is_rtx = plan.library.name == TENSORRT_RTX
-        if is_rtx:
+        plan, engine, library = self._plan, self._plan.engine, self._plan.started.library
+        strategies = library.module.ExecutionContextAllocationStrategy
+        if library.is_rtx:
             config = engine.create_runtime_config()
-            config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             config.set_execution_context_allocation_strategy(strategies.ON_PROFILE_CHANGE)
             context = engine.create_execution_context(config)
         else:
@@ -177,7 +175,7 @@ class Lane:
         chosen = context.set_optimization_profile_async(self._profile, self._stream)
         plan.require(chosen, f"set_optimization_profile_async({self._profile})")
         self._driver.synchronise(self._stream)
-        if not is_rtx:
+        if not library.is_rtx:
             if self._activations is None:
                 size = int(engine.get_device_memory_size_for_profile_v2(self._profile))
                 self._activations = plan.gpu.allocate(size)

@@ -1,5 +1,8 @@
 """The TensorRT libraries: TensorRT 10 and 11, and TensorRT-RTX, which share one Python interface.
 
+    library = import_library(TENSORRT_RTX)              # needs no driver; enough to build ahead of time
+    started = start_library(library, default_gpu())     # runs plans
+
 Nothing is imported before it is asked for, and a library is not started before the driver has answered:
 TensorRT's runtime, made where there is no driver, ends the process with a segmentation fault.
 """
@@ -11,56 +14,135 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import EngineUnavailable, UsageError
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
+LIBRARIES = (TENSORRT, TENSORRT_RTX)  # in the order they are tried
 
-# The second name is what the wheels with the bindings install; the first, what the package around them adds.
+# The bindings, which the wheels install under the second name, are all that is needed; the package around
+# them, where it is there, passes their names on under the first.
 _MODULES = {
     TENSORRT: ("tensorrt", "tensorrt_bindings"),
     TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
-_REMEDIES = {
+_INSTALL = {
     TENSORRT: "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
     TENSORRT_RTX: "pip install 'multisa[rtx]'",
 }
-_OLDEST = {TENSORRT: 10, TENSORRT_RTX: 1}  # major versions
-_KEPT_ERRORS = 8
+_OLDEST = {TENSORRT: 10, TENSORRT_RTX: 1}  # major versions; from 10 on graphs carry their own types
+_KEPT_MESSAGES = 64  # errors, and as many warnings
+_TOLD_ERRORS = 8
 _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
-
-
-class ErrorLog:
-    """What a library has said went wrong; its calls only return False or None."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._messages: deque[str] = deque(maxlen=_KEPT_ERRORS)
-
-    def add(self, message: str) -> None:
-        """Keep a message; the oldest are forgotten."""
-        with self._lock:
-            self._messages.append(message.strip())
-
-    def take(self) -> str:
-        """Return what was said since the last call, on one line."""
-        with self._lock:
-            text = "; ".join(" ".join(message.split()) for message in self._messages)
-            self._messages.clear()
-        return text or "no reason given"
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library that was started."""
+    """A library that was imported."""
 
-    name: str
+    name: str  # one of LIBRARIES
     module: Any
-    runtime: Any  # its IRuntime
-    errors: ErrorLog
+    version: str
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it builds ahead of time, for GPUs by their compute capability, and records by itself."""
+        return self.name == TENSORRT_RTX
+
+    @property
+    def major(self) -> int:
+        """Major version, which decides what the interface has; the names in a binding mislead."""
+        return int(self.version.split(".")[0])
+
+    def __str__(self) -> str:
+        """Name and version."""
+        return f"{self.name} {self.version}"
+
+
+class LibraryLog:
+    """What a library has said went wrong; its calls only return False or None. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._errors: deque[str] = deque(maxlen=_KEPT_MESSAGES)
+        self._warnings: deque[str] = deque(maxlen=_KEPT_MESSAGES)
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """Errors since the log was cleared, the oldest of very many forgotten."""
+        with self._lock:
+            return tuple(self._errors)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings since the log was cleared, the oldest of very many forgotten."""
+        with self._lock:
+            return tuple(self._warnings)
+
+    def add_error(self, message: str) -> None:
+        """Keep an error."""
+        with self._lock:
+            self._errors.append(message.strip())
+
+    def add_warning(self, message: str) -> None:
+        """Keep a warning."""
+        with self._lock:
+            self._warnings.append(message.strip())
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        with self._lock:
+            self._errors.clear()
+            self._warnings.clear()
+
+    def take(self) -> str:
+        """Return the last errors on one line, and forget what was said."""
+        with self._lock:
+            last = list(self._errors)[-_TOLD_ERRORS:]
+            self._errors.clear()
+            self._warnings.clear()
+        return "; ".join(" ".join(message.split()) for message in last) or "no reason given"
+
+
+@dataclass(frozen=True)
+class StartedLibrary:
+    """A library that runs plans."""
+
+    library: Library
+    runtime: Any  # its IRuntime, which must outlive what it has loaded
+    log: LibraryLog
+
+
+def check_library_name(name: str) -> None:
+    """Raise UsageError unless `name` is one of LIBRARIES."""
+    if name not in LIBRARIES:
+        raise UsageError(f"library: got {name!r}, expected {' or '.join(LIBRARIES)}")
+
+
+def import_library(name: str) -> Library:
+    """Import a library by its name, one of LIBRARIES; this needs no driver.
+
+    Raises UsageError for another name, EngineUnavailable when it is not installed, cannot be loaded, or is
+    too old.
+    """
+    check_library_name(name)
+    remedy = _INSTALL[name]
+    found = [module for module in _MODULES[name] if _is_there(module)]
+    if not found:
+        raise EngineUnavailable(f"{name} is not installed: {remedy}")
+    try:
+        module = importlib.import_module(found[0])
+    except (ImportError, OSError) as error:
+        raise EngineUnavailable(
+            f"{name} is installed and cannot be loaded ({error}); with its libraries: {remedy}"
+        ) from error
+    version = str(getattr(module, "__version__", "unknown"))
+    major = version.split(".")[0]
+    if not major.isdigit() or int(major) < _OLDEST[name]:
+        raise EngineUnavailable(f"{name}: got version {version}, expected {_OLDEST[name]} or newer: {remedy}")
+    return Library(name, module, version)
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,83 +154,54 @@ def default_gpu() -> PrimaryContext:
         raise EngineUnavailable(f"TensorRT cannot run: {error}") from error
 
 
-def import_library(name: str) -> ModuleType:
-    """Import a library by its name, TENSORRT or TENSORRT_RTX; this needs no driver.
-
-    Raises EngineUnavailable when it is not installed, cannot be loaded, or is too old.
-    """
-    remedy = _REMEDIES[name]
-    for module_name in _MODULES[name]:
-        specification = _find(module_name)
-        # Type stubs leave a folder of that name without a module in it.
-        if specification is None or specification.origin is None:
-            continue
-        try:
-            module = importlib.import_module(module_name)
-        except (ImportError, OSError) as error:
-            raise EngineUnavailable(
-                f"{name}: is installed and cannot be loaded ({error}); with its libraries: {remedy}"
-            ) from error
-        version = str(getattr(module, "__version__", "unknown"))
-        major = version.split(".")[0]
-        if not major.isdigit() or int(major) < _OLDEST[name]:
-            raise EngineUnavailable(
-                f"{name}: got version {version}, expected {_OLDEST[name]} or newer: {remedy}"
-            )
-        return module
-    raise EngineUnavailable(f"{name}: is not installed: {remedy}")
-
-
-@functools.lru_cache(maxsize=len(_MODULES))
-def start_library(name: str, gpu: PrimaryContext) -> Library:
+@functools.lru_cache(maxsize=len(LIBRARIES))
+def start_library(library: Library, gpu: PrimaryContext) -> StartedLibrary:
     """Start a library once in this process; `gpu` shows that a driver is there.
 
     Raises EngineUnavailable when it does not start.
     """
-    module: Any = import_library(name)
-    logger, errors = library_log(module)
+    logger, log = library_log(library.module)
     with gpu.active():
         try:
-            runtime = module.Runtime(logger)
+            runtime = library.module.Runtime(logger)
         except (TypeError, RuntimeError) as error:  # how the bindings report a null pointer
-            said = f"{error}; {errors.take()}"
+            said = f"{error}; {log.take()}"
             raise EngineUnavailable(
-                f"{name} {module.__version__}: does not start on {gpu.name}: {said}; update the driver"
+                f"{library}: does not start on {gpu.name}: {said}; update the driver"
             ) from error
-    return Library(name, module, runtime, errors)
+    return StartedLibrary(library, runtime, log)
 
 
 @functools.cache
-def library_log(module: Any) -> tuple[Any, ErrorLog]:
-    """Return the library's logger and the errors it keeps; its messages go to `logging`.
+def library_log(module: Any) -> tuple[Any, LibraryLog]:
+    """Return the library's logger and what it keeps, for builds and runs alike; all goes to `logging` too.
 
     A library holds on to the first logger it is given for as long as it is loaded, so there is one in a
     process and it never goes away.
     """
-    errors = ErrorLog()
-    severity = module.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-    }
+    log = LibraryLog()
+    severities = module.ILogger.Severity
 
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            level = levels.get(severity, logging.DEBUG)
-            if level == logging.ERROR:
-                errors.add(message)
-                level = logging.DEBUG  # it becomes an exception, which says it once
+            level = logging.DEBUG
+            if severity in (severities.ERROR, severities.INTERNAL_ERROR):
+                log.add_error(message)  # it becomes an exception, which says it once
+            elif severity == severities.WARNING:
+                log.add_warning(message)
+                level = logging.WARNING
             _LOGGER.log(level, "%s", message)
 
-    return Logger(), errors
+    return Logger(), log
 
 
-def _find(module_name: str) -> Any:
+def _is_there(module_name: str) -> bool:
     try:
-        return importlib.util.find_spec(module_name)
-    except ValueError:  # imported, and without a specification
-        return None
+        specification = importlib.util.find_spec(module_name)
+    except ValueError:  # imported already, without a specification
+        return True
+    # Type stubs leave a folder of this name with no module in it.
+    return specification is not None and specification.origin is not None

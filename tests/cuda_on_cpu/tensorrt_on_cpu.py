@@ -379,7 +379,7 @@ def test_the_library_with_a_plan_is_taken(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(
-        EngineUnavailable, match=r"tensorrt-rtx: is not installed: pip install 'multisa\[rtx\]'"
+        EngineUnavailable, match=r"tensorrt-rtx is not installed: pip install 'multisa\[rtx\]'"
     ):
         open_tensorrt(bundle, SEGMENTER, cache=cache)
 
@@ -458,7 +458,7 @@ def test_a_plan_that_breaks_the_contract(
 
 
 def test_usage(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="library: got 'openvino', expected one of tensorrt, tensorrt-rtx"):
+    with pytest.raises(UsageError, match="library: got 'openvino', expected tensorrt or tensorrt-rtx"):
         open_tensorrt(bundle, CAM, library="openvino")
     with pytest.raises(UsageError, match="precision: got 'fp8', expected one of fp32, fp16, int8"):
         open_tensorrt(bundle, CAM, precision="fp8")

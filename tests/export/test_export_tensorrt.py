@@ -22,15 +22,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from multisa.export.tensorrt import build as building
 from multisa.export.tensorrt import builder
-from multisa.export.tensorrt import library as libraries
 from multisa.export.tensorrt.build import BuildOptions, build_plans, parse_targets
 from multisa.export.tensorrt.builder import build_plan
-from multisa.export.tensorrt.library import Gpu, Library, first_gpu, import_library
 from multisa.export.tensorrt.profiles import default_profiles, parse_profiles
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.cli import root
 from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.engines.plans import Profile
+from multisa.runtime.engines.tensorrt_library import Library, import_library, library_log
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
@@ -340,12 +340,12 @@ def write_module(folder: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "tensorrt is not installed, it builds the plans: pip install tensorrt"),
+        (None, "tensorrt is not installed: pip install tensorrt"),
         (
             "raise ImportError('libnvinfer.so.11: cannot open')",
             r"cannot be loaded \(libnvinfer.so.11: cannot",
         ),
-        ("__version__ = '8.6.1'", r"tensorrt 8.6.1: expected version 10 or newer"),
+        ("__version__ = '8.6.1'", r"tensorrt: got version 8.6.1, expected 10 or newer"),
     ],
 )
 def test_tensorrt_absent_broken_or_old(
@@ -380,17 +380,29 @@ def test_rtx_absent(packaged: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     result = CliRunner().invoke(root, ["build", str(packaged.path), "--target", "sm89"])
     assert result.exit_code == 5
-    assert "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs" in result.output
+    assert "tensorrt-rtx is not installed: pip install 'multisa[rtx]'" in result.output
 
 
 class FakeDriver:
     """libcuda of a machine with one GPU, or with none."""
 
-    def __init__(self, status: int = 0) -> None:
-        self.status = status
+    def __init__(self, status: int = 0, gpus: int = 1) -> None:
+        self.status, self.gpus = status, gpus
 
     def cuInit(self, flags: int) -> int:
         return self.status
+
+    def cuGetErrorString(self, status: int, text: Any) -> int:
+        text._obj.value = b"no CUDA-capable device is detected"
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 13020
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.gpus
+        return 0
 
     def cuDeviceGet(self, device: Any, ordinal: int) -> int:
         device._obj.value = ordinal
@@ -405,26 +417,34 @@ class FakeDriver:
         return 0
 
 
-def test_the_gpu_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+FOR_TENSORRT = BuildOptions(("sm80",), graphs=("segmenter",), library="tensorrt")
+
+
+def test_the_gpu_is_what_the_driver_says(packaged: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "import_library", lambda name: Library(name, None, "11.4.0.106"))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
-    assert first_gpu() == Gpu("NVIDIA L4", "sm89")
+    said = r"^tensorrt 11\.4\.0\.106 builds for the GPU that is here, NVIDIA L4 \(sm89\); got the target sm80"
+    with pytest.raises(EngineUnavailable, match=said):
+        build_plans(packaged, FOR_TENSORRT)
 
 
 @pytest.mark.parametrize(
     ("load", "said"),
     [
-        (lambda name: FakeDriver(status=100), r"the NVIDIA driver offers no GPU \(cuInit: error 100\)"),
-        (lambda name: ctypes.cdll.LoadLibrary("no-such-library.so"), r"no NVIDIA driver here \(no-such-lib"),
+        (lambda name: FakeDriver(status=100), r"no usable NVIDIA GPU here: cuInit: .* \(CUDA error 100\)"),
+        (lambda name: FakeDriver(gpus=0), "no NVIDIA GPU here: the driver knows of none"),
+        (lambda name: ctypes.cdll.LoadLibrary("no-such-library.so"), "no NVIDIA driver here: libcuda.so.1 "),
     ],
 )
 def test_without_driver_or_gpu_tensorrt_is_unavailable(
-    load: Callable[[str], Any], said: str, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], Any], said: str, packaged: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(building, "import_library", lambda name: Library(name, None, "11.4.0.106"))
     loader = ctypes.LibraryLoader(ctypes.CDLL)
     monkeypatch.setattr(ctypes, "cdll", loader)
     monkeypatch.setattr(ctypes, "CDLL", load)
     with pytest.raises(EngineUnavailable, match=said) as caught:
-        first_gpu()
+        build_plans(packaged, FOR_TENSORRT)
     assert "--library tensorrt-rtx" in str(caught.value)
 
 
@@ -454,7 +474,8 @@ def enterprise(
     vars(module).update(Builder=Builder, __version__=request.param)
     library = Library("tensorrt", module, request.param)
     monkeypatch.setattr(building, "import_library", lambda name: library)
-    monkeypatch.setattr(building, "first_gpu", lambda: Gpu("NVIDIA L4", "sm89"))
+    probe = GpuProbe("13.2", (Gpu("NVIDIA L4", "sm89"), Gpu("NVIDIA T4", "sm75")))
+    monkeypatch.setattr(building, "probe_gpus", lambda: probe)
     return library, flags
 
 
@@ -553,12 +574,30 @@ def test_tensorrt_11_has_the_names_of_everything_that_is_called() -> None:
     assert b"EXPLICIT_BATCH\0" not in text  # that this finds out: a flag that 11 no longer has
 
 
+NO_GPU = "Cuda Runtime (CUDA driver version is insufficient for CUDA runtime version)"
+
+
 def test_the_log_keeps_what_matters(rtx: Library) -> None:
-    logger, log = libraries.build_log(rtx.module)
-    assert libraries.build_log(rtx.module)[0] is logger  # the library keeps the first for good
+    logger, log = library_log(rtx.module)
+    assert library_log(rtx.module)[0] is logger  # the library keeps the first for good
     log.clear()
     severity = rtx.module.ILogger.Severity
     for kind in (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING, severity.INFO):
         logger.log(kind, f" {kind.name}\n")
-    logger.log(severity.ERROR, "Cuda Runtime (CUDA driver version is insufficient for CUDA runtime version)")
-    assert (log.errors, log.warnings) == (["INTERNAL_ERROR", "ERROR"], ["WARNING"])
+    assert (log.errors, log.warnings) == (("INTERNAL_ERROR", "ERROR"), ("WARNING",))
+    log.clear()
+    assert (log.errors, log.warnings) == ((), ())
+
+
+def test_a_build_does_not_blame_the_missing_gpu(rtx: Library) -> None:
+    """RTX looks for one in passing; the log keeps that, since a run needs one."""
+    logger, log = library_log(rtx.module)
+    log.clear()
+    severity = rtx.module.ILogger.Severity
+    logger.log(severity.WARNING, "a warning")
+    logger.log(severity.ERROR, NO_GPU)
+    assert builder._build_errors(log) == "\n  a warning"
+    logger.log(severity.ERROR, "an error")
+    assert builder._build_errors(log) == "\n  an error"
+    assert log.take() == f"{NO_GPU}; an error"
+    assert builder._build_errors(log) == " it gives no reason"

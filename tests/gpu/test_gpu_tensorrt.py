@@ -12,8 +12,8 @@ from multisa.kernels import random_walk
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.engines.tensorrt import LIBRARIES, open_tensorrt
-from multisa.runtime.engines.tensorrt_library import default_gpu, import_library
+from multisa.runtime.engines.tensorrt import open_tensorrt
+from multisa.runtime.engines.tensorrt_library import LIBRARIES, default_gpu, import_library
 from multisa.runtime.errors import EngineUnavailable, MultisaError
 
 SIZES = ((1, 160, 224), (2, 97, 131), (1, 160, 224), (1, 160, 224), (1, 320, 320), (1, 160, 224))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from multisa.runtime.cli import root
 from multisa.runtime.doctor import Diagnosis, Finding, describe_diagnosis, examine
 from multisa.runtime.engines import gpus
 from multisa.runtime.engines.choice import ENGINES
+from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile, this_platform
 
 
 def found(diagnosis: Diagnosis, name: str) -> Finding:
@@ -46,17 +48,27 @@ def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPa
     assert diagnosis.auto == [line]
 
 
-def test_plans(bundle: Bundle) -> None:
-    key = {"library": "tensorrt-rtx", "target": "sm89", "graph": "cam", "precision": "fp16"}
-    plans = [{"key": key}, {"key": key | {"graph": "affinity"}}, {"key": key | {"target": "\x1b[2J"}}, {}, []]
-    for i, plan in enumerate(plans):
-        path = bundle.path / ENGINES_FOLDER / f"{i:016x}" / "plan.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(plan))
+def test_plans(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PlanCache(bundle.path / ENGINES_FOLDER)
+    bucket = Profile((1, 64, 64), (1, 64, 64), (1, 64, 64))
+    key = PlanKey("cam", "fp16", "0" * 64, "tensorrt-rtx", "1.7", "sm89", "", (bucket,), (), this_platform())
+    for change in ({}, {"graph": "affinity"}, {"target": "\x1b[2J"}, {"library": "tensorrt"}):
+        cache.get_or_build(replace(key, **change), lambda: b"plan")
+    for i, text in enumerate(("{}", "[]", json.dumps({"key": asdict(key)}))):
+        path = cache.folder / f"{i:016x}" / "plan.json"
+        path.parent.mkdir()
+        path.write_text(text)
     assert (
-        "; plans: tensorrt-rtx sm89 (affinity fp16, cam fp16), tensorrt-rtx \\x1b[2J (cam fp16), "
-        "unreadable (0000000000000003, 0000000000000004); " in found(examine(bundle.path), "bundle").text
-    )
+        "; plans: tensorrt sm89 (cam fp16), tensorrt-rtx \\x1b[2J (cam fp16), "
+        "tensorrt-rtx sm89 (affinity fp16, cam fp16), "
+        "unreadable (0000000000000000, 0000000000000001, 0000000000000002); "
+    ) in found(examine(bundle.path), "bundle").text
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert doctor._plans(cache.folder) == "unreadable (Permission denied)"
 
 
 def test_a_gpu_and_its_precisions(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:

@@ -91,6 +91,20 @@ def test_find_is_by_graph_library_version_and_target(tmp_path: Path) -> None:
     assert PlanCache(tmp_path / "none").find(**asked) == []
 
 
+def test_all_plans_are_listed_and_those_that_cannot_be_used(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "engines")
+    assert cache.list_plans() == ([], {})
+    keys = (KEY, *(dataclasses.replace(KEY, **{name: value}) for name, value in OTHER.items()))
+    stored = [cache.get_or_build(key, Builder()) for key in keys]
+    assert cache.list_plans() == (sorted(stored, key=lambda plan: plan.key.digest), {})
+    stored[0].path.unlink()
+    cache.quarantine(stored[1], "the library refuses it")
+    stored[2].path.with_name("plan.json").unlink()  # a build that did not end
+    plans, damaged = cache.list_plans()
+    assert plans == sorted(stored[3:], key=lambda plan: plan.key.digest)
+    assert damaged == {stored[0].path.parent: "model.plan: expected a file of 4 bytes"}
+
+
 def flip_a_bit(plan: StoredPlan) -> None:
     data = bytearray(plan.path.read_bytes())
     data[1] ^= 4

@@ -21,7 +21,7 @@ from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.engines import tensorrt_library
 from multisa.runtime.engines.contract import CAM
 from multisa.runtime.engines.tensorrt import open_tensorrt
-from multisa.runtime.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, import_library
+from multisa.runtime.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, LibraryLog, import_library
 from multisa.runtime.errors import EngineUnavailable
 
 ON_CPU = Path(fake_tensorrt.__file__).parent
@@ -86,7 +86,7 @@ def test_no_library(library: str, remedy: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.pyi").write_text("")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(EngineUnavailable, match=re.escape(f"{library}: is not installed: ")) as caught:
+    with pytest.raises(EngineUnavailable, match=re.escape(f"{library} is not installed: ")) as caught:
         import_library(library)
     assert remedy in str(caught.value)
 
@@ -107,6 +107,16 @@ def test_unusable_library(source: str, message: str, tmp_path: Path, monkeypatch
     with pytest.raises(EngineUnavailable, match=message):
         import_library(TENSORRT)
     sys.modules.pop("tensorrt", None)
+
+
+def test_the_log_is_bounded_and_tells_the_last_errors() -> None:
+    log = LibraryLog()
+    for i in range(100):
+        log.add_error(f"error {i}\n  of many\n")
+    assert log.errors == tuple(f"error {i}\n  of many" for i in range(36, 100))
+    assert log.take() == "; ".join(f"error {i} of many" for i in range(92, 100))
+    log.add_warning("a warning, which is no reason")
+    assert log.take() == "no reason given" and log.errors == log.warnings == ()
 
 
 def bindings(name: str) -> ModuleType:
