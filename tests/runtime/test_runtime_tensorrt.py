@@ -21,7 +21,13 @@ from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.engines import tensorrt_library
 from multisa.runtime.engines.contract import CAM
 from multisa.runtime.engines.tensorrt import open_tensorrt
-from multisa.runtime.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, LibraryLog, import_library
+from multisa.runtime.engines.tensorrt_library import (
+    TENSORRT,
+    TENSORRT_RTX,
+    Library,
+    LibraryLog,
+    import_library,
+)
 from multisa.runtime.errors import EngineUnavailable
 
 ON_CPU = Path(fake_tensorrt.__file__).parent
@@ -107,6 +113,15 @@ def test_unusable_library(source: str, message: str, tmp_path: Path, monkeypatch
     with pytest.raises(EngineUnavailable, match=message):
         import_library(TENSORRT)
     sys.modules.pop("tensorrt", None)
+
+
+def test_what_was_imported_already_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("tensorrt")  # without a specification
+    module.__version__ = "11.4.0.106"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    library = import_library(TENSORRT)
+    assert library == Library("tensorrt", module, "11.4.0.106")
+    assert (str(library), library.major, library.is_rtx) == ("tensorrt 11.4.0.106", 11, False)
 
 
 def test_the_log_is_bounded_and_tells_the_last_errors() -> None:
