@@ -20,8 +20,10 @@ START, STOP = "<!-- results: written by benchmarks/readme_results.py -->", "<!--
 PAPER = {"CAM": 50.64, "Multi-SA": 51.49, "+ random": 67.54, "+ dense": 68.07, "DeepLab": 69.7}
 
 
-def results_section(run: dict[str, Any], engine: dict[str, Any], kernels: list[dict[str, Any]]) -> str:
-    """Markdown of all results files; `kernels` are those of the walk and of the CRF."""
+def results_section(
+    run: dict[str, Any], engine: dict[str, Any], kernels: list[dict[str, Any]], graphs: list[dict[str, Any]]
+) -> str:
+    """Markdown of all results files; kernels: the walk and the CRF; graphs: CAM head, precisions, plans."""
     classes = run["classes"]
     lines = [
         f"| stage | list | mIoU | paper | {' | '.join(classes)} |",
@@ -32,7 +34,9 @@ def results_section(run: dict[str, Any], engine: dict[str, Any], kernels: list[d
         ious = " | ".join("-" if value is None else f"{value:.1f}" for value in row["iou"])
         cells = [row["stage"], row["measured_on"], f"**{row['miou']:.2f}**", paper, ious]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _conditions(run), "", _engine(engine), "", _kernels(*kernels)])
+    head, precisions, plans = graphs
+    passages = (_conditions(run), _engine(engine), _kernels(*kernels), _head(head), _precisions(precisions))
+    return "\n\n".join(["\n".join(lines), *passages, _plans(plans)])
 
 
 def _conditions(run: dict[str, Any]) -> str:
@@ -117,6 +121,71 @@ def _kernels(walk: dict[str, Any], crf: dict[str, Any]) -> str:
     )
 
 
+def _head(results: dict[str, Any]) -> str:
+    def fraction(network: str, scale: float) -> float:
+        return next(r["folded_over_unfolded"] for r in results["cost"][network] if r["scale"] == scale)
+
+    lite, resnet = (results["head"][network]["ratio"] for network in ("lite0", "resnet50"))
+    whole = results["whole"]
+    before, after = (
+        next(r["peak_mib"] for r in results["memory"]["lite0"] if r["size"] == 500 and r["blocks"] is blocks)
+        for blocks in (False, True)
+    )
+    return _paragraph(
+        f"Folding leaves {fraction('resnet50', 1.0):.2f} (ResNet-50) and {fraction('resnest101', 1.0):.2f}",
+        "(ResNeSt-101) of the CAM network's multiply-adds at 512 pixels. The exported head is",
+        f"{lite:.1f} (lite0) and {resnet:.1f} times (ResNet-50) as fast as in PyTorch eager, the whole graph",
+        f"with {len(results['scales'])} scales and their mirror images",
+        f"{whole['lite0']['ratio']:.1f} times at {whole['lite0']['size']} and {whole['resnet50']['ratio']:.1f} times at {whole['resnet50']['size']}",
+        "pixels. Blocks of queries take the peak memory of a 500-pixel photograph at twice its size from",
+        f"{before:,} to {after:,} MiB (lite0).",
+        "[benchmarks/results/cam_head.json](benchmarks/results/cam_head.json)",
+    )
+
+
+def _precisions(results: dict[str, Any]) -> str:
+    def miou(title: str) -> str:
+        labels = results[title]["figures"]["labels"]
+        return f"{labels['miou']:.2f} against {labels['miou_reference']:.2f}"
+
+    half, whole = (results[title]["figures"]["labels"] for title in ("fp16", "int8"))
+    masks = results["fp16"]["figures"]["pseudo_mask"]
+    one, two = (row["ratio"] for row in results["int8"]["speed"]["rows"])
+    return _paragraph(
+        "Graphs of lower precision against the fp32 ones, on ONNX Runtime. fp16, each value between nodes",
+        f"rounded: {half['agreement']:.3%} of labels alike, {half['firm_agreement']:.3%} away from ties,",
+        f"mIoU {miou('fp16')}; pseudo-masks {masks['agreement']:.3%} alike. int8 segmenter:",
+        f"{whole['agreement']:.2%} alike, {whole['firm_agreement']:.2%} away from ties, mIoU {miou('int8')},",
+        f"{one:.2f} times as fast as fp32 on one thread and {two:.2f} times on two.",
+        "[benchmarks/results/precisions.json](benchmarks/results/precisions.json)",
+    )
+
+
+def _plans(results: dict[str, Any]) -> str:
+    """A table of what was built, and where no plan came out."""
+    lines = [
+        "Plans that TensorRT-RTX built on this machine, for GPUs that are not here; none of them was run:",
+        "",
+        "| network | graph | targets | MB | seconds for one | largest error, ONNX Runtime against eager |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, entry in results["bundles"].items():
+        for graph in dict.fromkeys(plan["graph"] for plan in entry["plans"]):
+            built = [p for p in entry["plans"] if p["graph"] == graph and "failure" not in p]
+            sizes, seconds = ([p[key] for p in built] for key in ("megabytes", "build_seconds"))
+            errors = entry["graphs"].get(graph, {}).get("onnxruntime_against_eager", {})
+            cells = [
+                name,
+                graph,
+                " ".join(p["target"] for p in built),
+                f"{min(sizes):.0f}..{max(sizes):.0f}",
+                f"{min(seconds):.0f}..{max(seconds):.0f}",
+                f"{max(errors.values()):.0e}" if errors else "in its parity.json",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "[benchmarks/results/plans.json](benchmarks/results/plans.json)"])
+
+
 def _paragraph(*pieces: str) -> str:
     return textwrap.fill(" ".join(pieces), 108, break_long_words=False, break_on_hyphens=False)
 
@@ -137,11 +206,11 @@ def disagreements(run: dict[str, Any], engine: dict[str, Any], bundle: dict[str,
     return [problem for holds, problem in checks if not holds]
 
 
-def updated(readme: str, run: dict[str, Any], engine: dict[str, Any], kernels: list[dict[str, Any]]) -> str:
+def updated(readme: str, section: str) -> str:
     """README text with the section between the two marks made anew."""
     before, rest = readme.split(START)
     _, after = rest.split(STOP)
-    return f"{before}{START}\n{results_section(run, engine, kernels)}\n{STOP}{after}"
+    return f"{before}{START}\n{section}\n{STOP}{after}"
 
 
 def main() -> int:
@@ -154,9 +223,11 @@ def main() -> int:
     if problems:
         print(f"the results files disagree, run make train and make bench: {'; '.join(problems)}")
         return 1
-    measured = [RESULTS / "random_walk.json", RESULTS / "dense_crf.json"]
-    kernels = [json.loads(file.read_text(encoding="utf-8")) for file in measured]
-    fresh = updated(readme, run, engine, kernels)
+    walk, crf, *graphs = (
+        json.loads((RESULTS / f"{subject}.json").read_text(encoding="utf-8"))
+        for subject in ("random_walk", "dense_crf", "cam_head", "precisions", "plans")
+    )
+    fresh = updated(readme, results_section(run, engine, [walk, crf], graphs))
     if "--check" in sys.argv[1:]:
         if fresh != readme:
             print("README.md disagrees with benchmarks/results; run python benchmarks/readme_results.py")
