@@ -127,10 +127,12 @@ def _head(results: dict[str, Any]) -> str:
 
     lite, resnet = (results["head"][network]["ratio"] for network in ("lite0", "resnet50"))
     whole = results["whole"]
-    before, after = (
-        next(r["peak_mib"] for r in results["memory"]["lite0"] if r["size"] == 500 and r["blocks"] is blocks)
-        for blocks in (False, True)
-    )
+    before, after = (row["peak_mib"] for row in results["memory"]["packaged"])
+    largest = [
+        name
+        for name, rows in results["cost"].items()
+        if any(r["head_is_largest"] for r in rows if r["scale"] == 2)
+    ]
     return _paragraph(
         f"Folding leaves {fraction('resnet50', 1.0):.2f} (ResNet-50) and {fraction('resnest101', 1.0):.2f}",
         "(ResNeSt-101) of the CAM network's multiply-adds at 512 pixels. The exported head is",
@@ -138,8 +140,12 @@ def _head(results: dict[str, Any]) -> str:
         f"with {len(results['scales'])} scales and their mirror images",
         f"{whole['lite0']['ratio']:.1f} times at {whole['lite0']['size']} and",
         f"{whole['resnet50']['ratio']:.1f} times at {whole['resnet50']['size']}",
-        "pixels. Blocks of queries take the peak memory of a 500-pixel photograph at twice its size from",
-        f"{before:,} to {after:,} MiB (lite0).",
+        "pixels. Blocks of queries take the peak memory of the packaged cam.onnx at 1000 x 1000 pixels from",
+        f"{before:,} to {after:,} MiB.",
+        *(
+            [f"Attention stays the largest term at twice that size for {' and '.join(largest)}."]
+            * bool(largest)
+        ),
         "[benchmarks/results/cam_head.json](benchmarks/results/cam_head.json)",
     )
 
