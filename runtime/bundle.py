@@ -31,6 +31,7 @@ __all__ = [
     "BundleParameters",
     "FileEntry",
     "Manifest",
+    "check_replaceable",
     "default_bundle_path",
     "describe",
     "load_bundle",
@@ -96,8 +97,9 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
     """Write `files` and bundle.json to `folder`, replacing a bundle that is there, and verify the result.
 
     The manifest's `files` are computed here from the bytes given. Everything is written to a temporary folder
-    beside the target first. Raises BundleError when the manifest is not valid or `folder` holds anything
-    but a bundle: its manifest, the files that lists and, perhaps, its cache of engines.
+    beside the target first. The cache of engines of a bundle that is replaced stays: an engine of graphs that
+    have changed is not found by its key. Raises BundleError when the manifest is not valid, and as
+    `check_replaceable` does.
     """
     entries = {name: FileEntry(sha256_of_bytes(data), len(data)) for name, data in sorted(files.items())}
     complete = replace(manifest, files=entries)
@@ -105,7 +107,7 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
         check_manifest(complete)
     except ValueError as error:
         raise BundleError(f"{folder / MANIFEST_NAME}: {error}") from error
-    _check_replaceable(folder)
+    check_replaceable(folder)
     target = folder.resolve()  # of a link, what it leads to
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as work:
@@ -182,8 +184,11 @@ def _compare(path: Path, digest: str, entry: FileEntry) -> None:
         )
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Raise BundleError if replacing `folder` would remove anything that is not of a bundle."""
+def check_replaceable(folder: Path) -> None:
+    """Raise BundleError if a bundle written to `folder` would remove anything but a bundle.
+
+    A bundle is its manifest, the files that lists and, perhaps, its cache of engines.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     problem = _what_is_no_bundle(folder)
@@ -220,13 +225,20 @@ def _what_is_no_bundle(folder: Path) -> str:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`; on any failure, an interrupt too, `folder` is as it was."""
+    """Put `new` in the place of `folder`, which its engines stay in.
+
+    On any failure, an interrupt too, `folder` is as it was.
+    """
     old = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old")
     try:
         folder.replace(old)
+        if (old / ENGINES_FOLDER).exists():
+            (old / ENGINES_FOLDER).replace(new / ENGINES_FOLDER)
         new.replace(folder)
     finally:
         if not folder.exists():
+            if (new / ENGINES_FOLDER).exists():
+                (new / ENGINES_FOLDER).replace(old / ENGINES_FOLDER)
             old.replace(folder)
         elif old.exists():
             shutil.rmtree(old)

@@ -78,7 +78,7 @@ def test_write_removes_nothing_foreign(
     assert {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()} == before
 
 
-def test_write_replaces_a_bundle_of_any_version_and_its_engines(
+def test_write_replaces_a_bundle_of_any_version_and_keeps_its_engines(
     bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest
 ) -> None:
     (bundle.path / "bundle.json").write_text('{"schema_version": 7, "files": {"cam.onnx": 1, "old.bin": 2}}')
@@ -86,9 +86,10 @@ def test_write_replaces_a_bundle_of_any_version_and_its_engines(
     for graph in ("affinity.onnx", "segmenter.onnx"):
         (bundle.path / graph).unlink()
     (bundle.path / "engines" / "key").mkdir(parents=True)
-    (bundle.path / "engines" / "key" / "cam.plan").touch()
+    (bundle.path / "engines" / "key" / "cam.plan").write_bytes(b"a plan")
     assert write_bundle(bundle.path, manifest, graphs) == bundle
-    assert {path.name for path in bundle.path.iterdir()} == {"bundle.json", *graphs}
+    assert {path.name for path in bundle.path.iterdir()} == {"bundle.json", "engines", *graphs}
+    assert (bundle.path / "engines" / "key" / "cam.plan").read_bytes() == b"a plan"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -103,15 +104,18 @@ def test_an_interrupted_write_leaves_the_old_bundle(
     rename = Path.replace
 
     def replace_unless_new(path: Path, target: Path) -> Path:
-        if path.name == "new":  # the second of the two renames
-            assert not bundle.path.exists()
+        if path.name == "new":  # the last of the renames
+            assert not bundle.path.exists() and (path / "engines" / "plan").exists()
             raise error
         return rename(path, target)
 
     monkeypatch.setattr(Path, "replace", replace_unless_new)
+    (bundle.path / "engines").mkdir()
+    (bundle.path / "engines" / "plan").write_bytes(b"a plan")
     with pytest.raises(type(error)):
         write_bundle(bundle.path, replace(manifest, name="newer"), graphs)
     assert load_bundle(bundle.path) == bundle
+    assert (bundle.path / "engines" / "plan").read_bytes() == b"a plan"
     assert list(tmp_path.iterdir()) == [bundle.path]
 
 
