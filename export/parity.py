@@ -15,6 +15,7 @@ import numpy.typing as npt
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.metrics import confusion_matrix, mean_iou
 from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.progress import counted
 
 Array = npt.NDArray[np.generic]
 UInt8 = npt.NDArray[np.uint8]
@@ -134,11 +135,13 @@ class Difference:
         self.truths += 1
 
     def figures(self) -> dict[str, float]:
-        """Every figure that applies, by the name of its limit; mIoU in points."""
+        """Every figure that applies, by the name of its limit; mIoU in points, NaN where nothing is known."""
         if not self.labels:
             finite = self.count - self.not_finite
-            mean = self.total_error / finite if finite else (math.nan if self.count else 0.0)
-            return {"max_error": self.max_error, "mean_error": mean}
+            return {
+                "max_error": self.max_error if self.count else math.nan,
+                "mean_error": self.total_error / finite if finite else math.nan,
+            }
         found = {"agreement": self.equal / self.count if self.count else math.nan}
         if self.firm:
             found["firm_agreement"] = self.firm_equal / self.firm
@@ -148,7 +151,9 @@ class Difference:
         return found
 
     def shares(self, limit: Limit) -> dict[str, float]:
-        """How much of its limit each figure takes; infinite when values are not finite."""
+        """How much of its limit each figure takes; infinite when values are not finite, or there are none."""
+        if not self.count:
+            return {"count": math.inf} if any(v is not None for v in asdict(limit).values()) else {}
         found = self.figures()
         shares = {"not_finite": math.inf} if self.not_finite else {}
         for name, allowed in asdict(limit).items():
@@ -163,6 +168,10 @@ class Difference:
         """What exceeds the limit of the output `name`, in words."""
         found = self.figures()
         words = {
+            "count": lambda: (
+                f"no value was compared on {counted(self.photographs, 'photograph')}; give others: cam is "
+                "compared on the classes that are in them"
+            ),
             "not_finite": lambda: f"{self.not_finite} values are not finite",
             "max_error": lambda: f"largest difference {found['max_error']:.3g}, allowed {limit.max_error:g}",
             "mean_error": lambda: f"mean difference {found['mean_error']:.3g}, allowed {limit.mean_error:g}",

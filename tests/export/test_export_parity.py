@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from multisa.export.parity import FIRM, LIMITS, Compared, measure_parity
+from multisa.export.parity import FIRM, LIMITS, Compared, Limit, measure_parity
 from multisa.runtime.errors import ParityError, UsageError
 
 
@@ -78,6 +78,16 @@ def test_a_loss_of_miou_is_a_problem_and_a_gain_is_none() -> None:
         pair = Compared({"labels": reference}, {"labels": answer}, {"labels": truth})
         problems = measure_parity([pair], "int8", n_classes=2).problems()
         assert passes == (not any("mIoU" in line for line in problems)), problems
+
+
+@pytest.mark.parametrize("name", ["cam", "scores", "affinity", "labels", "confidence", "pseudo_mask"])
+def test_an_output_without_values_does_not_pass(name: str) -> None:
+    empty = {name: np.zeros((1, 0), np.float32)}
+    report = measure_parity([Compared(empty, empty)])
+    assert report.problems()[0].startswith(f"{name}: no value was compared") and report.share() > 1
+    json.dumps(report.full_json(), allow_nan=False)
+    # An output that nothing is asked of asks for no values either.
+    assert report.differences[name].breaches(name, Limit()) == []
 
 
 def test_what_cannot_be_compared_is_no_parity() -> None:

@@ -42,4 +42,11 @@ def test_no_class_is_background_everywhere() -> None:
     values = outputs(absent=0.5)
     add_pseudo_mask(IMAGE, (), values, LABEL)
     assert not values["pseudo_mask"].any() and values["cam"].size == 0
-    assert measure_parity([Compared(values, values)]).problems() == []
+    # Of cam nothing was left to compare, which says nothing of a graph; another photograph does.
+    report = measure_parity([Compared(values, values)])
+    (problem,) = report.problems()
+    assert problem.startswith("cam: no value was compared on 1 photograph;") and report.share() > 1
+    found = outputs(absent=0.0)
+    add_pseudo_mask(IMAGE, (1,), found, LABEL)
+    report.add(Compared(found, found))
+    assert report.problems() == []
