@@ -28,7 +28,8 @@ _PATH = click.Path(path_type=Path)
     "profiles",
     multiple=True,
     metavar="MIN:OPT:MAX",
-    help="A bucket of sizes NxHxW: 1x64x64:1x384x512:8x512x512; three by default, from the long side.",
+    help="A bucket of sizes NxHxW: 1x64x64:1x384x512:8x512x512; by default three for one photograph at a "
+    "time, from the long side.",
 )
 @click.option(
     "--library",

@@ -7,7 +7,6 @@ from multisa.runtime.engines.plans import Profile, Shape
 from multisa.runtime.errors import UsageError
 from multisa.runtime.images import MINIMUM_SIDE
 
-LARGEST_BATCH = 8
 _FORM = "NxHxW:NxHxW:NxHxW, as in 1x64x64:1x384x512:8x512x512"
 _GRID = 32  # sides of default buckets are multiples of it, as the strides of every backbone are
 
@@ -16,15 +15,16 @@ def default_profiles(long_side: int) -> tuple[Profile, ...]:
     """Three buckets for photographs whose long side is at most `long_side`.
 
     Most photographs are larger and come reduced to just that, in 4:3 or 3:4, which two buckets are tuned for;
-    what is wider than 3:4 takes the first of them. The third is for small ones.
+    what is wider than 3:4 takes the first of them. The third is for small ones. All are for one photograph
+    at a time, as the runtime runs them: a plan takes the memory that its largest batch needs.
     """
     short = _on_grid(long_side * 3 // 4, long_side)
     small = _on_grid(long_side * 5 // 8, long_side)
     smallest: Shape = (1, MINIMUM_SIDE, MINIMUM_SIDE)
     buckets = [
-        Profile(smallest, (1, short, long_side), (LARGEST_BATCH, long_side, long_side)),
-        Profile(smallest, (1, long_side, short), (LARGEST_BATCH, long_side, short)),
-        Profile(smallest, (1, small, small), (LARGEST_BATCH, small, small)),
+        Profile(smallest, (1, short, long_side), (1, long_side, long_side)),
+        Profile(smallest, (1, long_side, short), (1, long_side, short)),
+        Profile(smallest, (1, small, small), (1, small, small)),
     ]
     return tuple(dict.fromkeys(buckets))  # they coincide where long_side is the smallest there is
 
