@@ -15,7 +15,7 @@ from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.graphs import AffinityPhotographs
 from multisa.export.parity import Compared, Outputs, ParityReport, measure_parity
 from multisa.export.photographs import add_pseudo_mask, truth_of
-from multisa.export.report import REPORT_NAME, report_to_bytes
+from multisa.export.report import REPORT_NAME, check_destinations, report_to_bytes
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
@@ -77,8 +77,9 @@ def export_bundle(
 
     Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the weak
     list. Raises ParityError, and writes nothing but the parity report to the file `report`, when one of them
-    answers differently, UsageError for another data set than the run's.
+    answers differently, UsageError for another data set than the run's, and what `check_destinations` raises.
     """
+    check_destinations(output, report)
     if dataset.class_names != run.classes or dataset.weak_digest() != run.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {root} was trained on; give the same one")
     graphs = graphs_of_run(run, root)

@@ -3,7 +3,8 @@
 Precision is in the types of the file, as TensorRT 11 reads it; nothing is left to an engine's choice. Which
 nodes stay in fp32 is measured (sensitivity.py) but for two kinds that are never lowered: arithmetic on shapes
 and coordinates, which no photograph of the measurement would show to fail at a larger size, and nodes with
-subgraphs.
+subgraphs. No bfloat16 graph is made: only TensorRT runs one, ONNX Runtime on a CPU cannot, so that no gate
+could open or close for it where graphs are made.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence

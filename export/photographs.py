@@ -34,7 +34,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Photographs:
-    """What each part of a conversion sees; the calibrated ones are not compared on where there are others."""
+    """What each part of a conversion sees; none is calibrated on and compared on unless there is no other."""
 
     calibrated: tuple[Photograph, ...]
     labelled: tuple[Photograph, ...]  # for cam, affinity and the pseudo-masks made of them
@@ -44,22 +44,31 @@ class Photographs:
 def read_photographs(root: Path, classes: tuple[str, ...], *, count: int, masks: Path | None) -> Photographs:
     """Read a data set in VOC layout, or a folder of photographs.
 
-    VOC layout: calibrated on the weak list, labels compared on `train` (on the weak list without one), the
-    segmenter on `val`. Otherwise every other photograph is calibrated on and the rest compared. masks: folder
-    with PNG masks named as the photographs. Raises UsageError for other classes than the bundle's and for a
-    folder of masks that has none of them.
+    VOC layout, which has its own masks: labels compared on `train` (on the weak list without one), the
+    segmenter on `val`, calibrated on what else is in the weak list. Otherwise every other photograph is
+    calibrated on and the rest compared. masks: folder with PNG masks named as the photographs. Raises
+    UsageError for other classes than the bundle's, and for a folder of masks that has none of them or that
+    nothing would be read from.
     """
     if (root / "JPEGImages").is_dir():
+        if masks:
+            raise UsageError(
+                f"--masks {masks}: {root} is a data set in VOC layout, which has masks of its own; leave the "
+                "option out, or give the folder of photographs alone"
+            )
         dataset = read_dataset(root)
         if dataset.class_names != classes:
             raise UsageError(
                 f"{root}: its classes are {', '.join(dataset.class_names)}, expected the bundle's, "
                 f"{', '.join(classes)}"
             )
+        labelled = spread(dataset.train or dataset.weak, count)
+        segmented = spread(dataset.val or dataset.weak, SEGMENTED * count)
+        compared_on = {item.image for item in (*labelled, *segmented)}
+        others = [item for item in dataset.weak if item.image not in compared_on]
+        calibrated = spread(others or dataset.weak, CALIBRATION)
         return Photographs(
-            tuple(_of_item(item) for item in spread(dataset.weak, CALIBRATION)),
-            tuple(_of_item(item) for item in spread(dataset.train or dataset.weak, count)),
-            tuple(_of_item(item) for item in spread(dataset.val or dataset.weak, SEGMENTED * count)),
+            tuple(map(_of_item, calibrated)), tuple(map(_of_item, labelled)), tuple(map(_of_item, segmented))
         )
     corpus = find_images(root).images
     found = [

@@ -1,10 +1,11 @@
 """parity.json: the full report of the parity gate, a file of the bundle beside the graphs it is about."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import BundleError
+from multisa.runtime.bundle import Bundle, check_replaceable
+from multisa.runtime.errors import BundleError, UsageError
 
 REPORT_NAME = "parity.json"
 
@@ -25,3 +26,16 @@ def report_of_bundle(bundle: Bundle) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise BundleError(f"{bundle.path / REPORT_NAME}: got {type(report).__name__}, expected an object")
     return report
+
+
+def check_destinations(output: Path, report: Path | None) -> None:
+    """Refuse, before minutes of work, to write a bundle to `output` and a copy of its report to `report`.
+
+    Raises BundleError where `output` is something else than a bundle, UsageError for a report inside it.
+    """
+    check_replaceable(output)
+    if report and report.resolve().is_relative_to(output.resolve()):
+        raise UsageError(
+            f"{report}: inside the bundle's folder {output}, expected a file elsewhere; the bundle has its own, "
+            f"{REPORT_NAME}"
+        )

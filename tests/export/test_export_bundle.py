@@ -27,7 +27,7 @@ from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.cli import root as root_command
 from multisa.runtime.engines.contract import AFFINITY, CAM
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.errors import ParityError, UsageError
+from multisa.runtime.errors import BundleError, ParityError, UsageError
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
@@ -166,6 +166,21 @@ def test_a_run_without_its_checkpoints_is_one_line(
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and "missing, expected a trained network" in line
+
+
+def test_where_no_bundle_can_be_written_nothing_is_done_first(
+    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_reached(*_: object) -> None:
+        raise AssertionError("networks were loaded")
+
+    monkeypatch.setattr(export_module, "graphs_of_run", not_reached)
+    with pytest.raises(UsageError, match="inside the bundle's folder"):
+        report = tmp_path / "bundle" / "report.json"
+        export_bundle(*trained, dataset, tmp_path / "bundle", photographs=1, report=report)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="is not a bundle alone"):
+        export_bundle(*trained, dataset, tmp_path, photographs=1)
 
 
 def test_another_data_set_than_the_runs_is_refused(
