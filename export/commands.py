@@ -1,4 +1,4 @@
-"""`multisa export`, `multisa convert`: the command line of the exporter."""
+"""`multisa export`, `multisa convert`, `multisa parity`: the command line of the exporter."""
 
 from pathlib import Path
 
@@ -95,10 +95,8 @@ def export(
 )
 @click.option(
     "--int8-for",
-    default="cpu",
-    show_default=True,
     type=click.Choice(["cpu", "tensorrt"]),
-    help="Unsigned values and zero points for a CPU, signed ones without for TensorRT.",
+    help="Unsigned values and zero points for a CPU (the default), signed ones without for TensorRT.",
 )
 @click.option(
     "--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads to measure with."
@@ -114,7 +112,7 @@ def convert(
     masks: Path | None,
     output: Path,
     count: int,
-    int8_for: str,
+    int8_for: str | None,
     threads: int,
     keep: bool,
     report: Path | None,
@@ -131,8 +129,82 @@ def convert(
     from multisa.export.convert import Settings, convert_bundle
     from multisa.export.photographs import read_photographs
     from multisa.runtime.bundle import describe, load_bundle
+    from multisa.runtime.errors import UsageError
 
+    if int8_for and "int8" not in precisions:
+        raise UsageError(f"--int8-for {int8_for}: no int8 graph is made, expected --precision int8 with it")
     loaded = load_bundle(bundle)
     chosen = read_photographs(photographs, loaded.manifest.classes, count=count, masks=masks)
     settings = Settings(tuple(dict.fromkeys(precisions)), threads, int8_for == "tensorrt", keep, report)
     click.echo(describe(convert_bundle(loaded, chosen, output, settings)))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--engine",
+    required=True,
+    metavar="NAME",
+    # The names of runtime/engines/choice.py, which help does not load.
+    help="What is compared: tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu.",
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Of its graphs.",
+)
+@click.option(
+    "--photographs",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Data set in VOC layout, or a folder of photographs: compared on.",
+)
+@click.option(
+    "--masks",
+    type=click.Path(path_type=Path),
+    help="Ground truth for a folder of photographs: PNG masks of the same names.",
+)
+@click.option(
+    "--count",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Photographs to compare cam and affinity on; the segmenter on eight times as many.",
+)
+@click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads of the CPU.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write the report here, even if it fails.")
+def parity(
+    bundle: Path,
+    engine: str,
+    precision: str,
+    photographs: Path,
+    masks: Path | None,
+    count: int,
+    threads: int,
+    report: Path | None,
+) -> None:
+    """Compare an engine's answers on BUNDLE's graphs with those of the fp32 graphs on ONNX Runtime's CPU.
+
+    A figure beyond the limits of the precision is exit code 3, an engine that cannot run here 5.
+
+    \b
+    Example:
+      multisa parity bundles/voc-all --engine tensorrt-rtx --precision fp16 --photographs VOC2012
+    """
+    from multisa.export.compare import compare_engine, describe_figures
+    from multisa.export.photographs import read_photographs
+    from multisa.export.report import check_report, report_to_bytes
+    from multisa.runtime.bundle import load_bundle
+    from multisa.runtime.engines.choice import EngineRequest
+    from multisa.runtime.files import write_bytes_atomically
+
+    check_report(report, bundle)
+    loaded = load_bundle(bundle)
+    chosen = read_photographs(photographs, loaded.manifest.classes, count=count, masks=masks, calibrate=False)
+    title, found = compare_engine(loaded, EngineRequest(engine, precision), chosen, threads=threads)
+    if report:
+        write_bytes_atomically(report, report_to_bytes({title: found.full_json()}))
+    click.echo(f"{title}\n{describe_figures(found)}")
+    found.require(f"{title} answers differently from fp32 on onnxruntime-cpu")

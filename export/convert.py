@@ -15,19 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from multisa.export.compare import Variant, compare_variants, on_cpu
 from multisa.export.lower import Lowered, half_of, int8_of
-from multisa.export.parity import Compared, Outputs, ParityReport
-from multisa.export.photographs import (
-    Photograph,
-    Photographs,
-    add_pseudo_mask,
-    spread,
-    truth_of,
-    working_image,
-)
-from multisa.export.report import REPORT_NAME, report_of_bundle, report_to_bytes
+from multisa.export.photographs import Photograph, Photographs, spread, working_image
+from multisa.export.report import INT8_FOR, REPORT_NAME, check_destinations, report_of_bundle, report_to_bytes
 from multisa.runtime.bundle import Bundle, write_bundle
-from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.contract import CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import ParityError
 from multisa.runtime.files import write_bytes_atomically
@@ -55,26 +48,23 @@ class Settings:
     report: Path | None = None  # also write the report here, whether or not the gate is open
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Graphs of one precision as one way of running them: what one report compares."""
-
-    title: str
-    precision: str
-    graphs: dict[str, bytes]  # by contract's name
-
-
 def convert_bundle(bundle: Bundle, photographs: Photographs, output: Path, settings: Settings) -> Bundle:
     """Write a bundle with all files of `bundle` and its graphs in `settings.precisions`.
 
     Raises ParityError, with nothing written but the report, when a graph answers differently from the fp32
-    one or an int8 graph is not faster, unless `settings.keep`.
+    one or an int8 graph is not faster, unless `settings.keep`; what `check_destinations` raises comes first.
     """
+    check_destinations(output, settings.report)
     lowered = {
         precision: _lower(bundle, precision, photographs, settings) for precision in settings.precisions
     }
     variants = [
-        Variant(title, precision, {name: pick(graph) for name, graph in graphs.items()})
+        Variant(
+            title,
+            precision,
+            tuple(map(_contract, graphs)),
+            on_cpu({name: pick(graph) for name, graph in graphs.items()}, settings.threads),
+        )
         for precision, graphs in lowered.items()
         for title, pick in _ways_of_running(precision)
     ]
@@ -111,35 +101,7 @@ def convert_bundle(bundle: Bundle, photographs: Photographs, output: Path, setti
     for precision, graphs in lowered.items():
         files |= {graph_file(_contract(name), precision): graph.data for name, graph in graphs.items()}
     files[REPORT_NAME] = report_to_bytes(report)
-    return write_bundle(output, _manifest(bundle.manifest, full, lowered), files)
-
-
-def compare_variants(
-    bundle: Bundle, variants: Sequence[Variant], photographs: Photographs, *, threads: int
-) -> dict[str, ParityReport]:
-    """Compare every variant with the bundle's fp32 graphs, pseudo-masks and ground truth included."""
-    reports = {variant.title: ParityReport(variant.precision) for variant in variants}
-    n_classes, label = len(bundle.manifest.classes), bundle.manifest.parameters.label
-    for contracts, chosen in (((CAM, AFFINITY), photographs.labelled), ((SEGMENTER,), photographs.segmented)):
-        taking = [v for v in variants if all(contract.name in v.graphs for contract in contracts)]
-        if not taking:
-            continue
-        reference = _engines({c.name: bundle.read_file(graph_file(c)) for c in contracts}, threads)
-        engines = {variant.title: _engines(variant.graphs, threads, contracts) for variant in taking}
-        names = ", ".join(contract.name for contract in contracts)
-        with Progress(len(chosen), f"parity of {names}") as bar:
-            for photograph in chosen:
-                image = working_image(photograph, bundle.manifest.parameters.long_side)
-                expected = _answers(reference, image)
-                classes = _classes(bundle.manifest, photograph, expected)
-                add_pseudo_mask(image, classes, expected, label)
-                truth = truth_of(photograph.mask, image)
-                for title, runners in engines.items():
-                    got = _answers(runners, image)
-                    add_pseudo_mask(image, classes, got, label)
-                    reports[title].add(Compared(expected, got, truth), n_classes=n_classes)
-                bar.advance()
-    return reports
+    return write_bundle(output, _manifest(bundle.manifest, full, lowered, settings), files)
 
 
 def compare_speed(
@@ -208,29 +170,6 @@ def _ways_of_running(precision: str) -> tuple[tuple[str, Callable[[Lowered], byt
     return ((precision, lambda graph: graph.data),)
 
 
-def _engines(
-    graphs: dict[str, bytes], threads: int, contracts: Sequence[GraphContract] = CONTRACTS
-) -> list[OnnxRuntimeEngine]:
-    return [
-        OnnxRuntimeEngine(graphs[contract.name], threads=threads, contract=contract)
-        for contract in contracts
-        if contract.name in graphs
-    ]
-
-
-def _answers(engines: Sequence[OnnxRuntimeEngine], image: UInt8) -> Outputs:
-    return {name: values for engine in engines for name, values in engine.run(image[None]).items()}
-
-
-def _classes(manifest: Manifest, photograph: Photograph, reference: Outputs) -> tuple[int, ...]:
-    """Classes of the photograph's label; without one, those the reference scores above their thresholds."""
-    if photograph.classes is not None or "scores" not in reference:
-        return photograph.classes or ()
-    thresholds = [manifest.parameters.score_thresholds[name] for name in manifest.foreground]
-    found = np.asarray(reference["scores"], np.float32)[0] >= thresholds
-    return tuple((np.flatnonzero(found) + 1).tolist())
-
-
 def _images(bundle: Bundle, photographs: Sequence[Photograph]) -> list[UInt8]:
     return [working_image(photograph, bundle.manifest.parameters.long_side) for photograph in photographs]
 
@@ -244,7 +183,9 @@ def _contract(name: str) -> GraphContract:
     return next(contract for contract in CONTRACTS if contract.name == name)
 
 
-def _manifest(manifest: Manifest, full: dict[str, Any], lowered: dict[str, dict[str, Lowered]]) -> Manifest:
+def _manifest(
+    manifest: Manifest, full: dict[str, Any], lowered: dict[str, dict[str, Lowered]], settings: Settings
+) -> Manifest:
     metrics, provenance = dict(manifest.metrics), dict(manifest.provenance)
     for title, entry in full.items():
         metrics[f"parity of {title}"] = entry["figures"] | (
@@ -261,4 +202,6 @@ def _manifest(manifest: Manifest, full: dict[str, Any], lowered: dict[str, dict[
             },
             "versions": {name: metadata.version(name) for name in ("multisa", "onnx", "onnxruntime")},
         }
+    if "int8" in lowered:
+        provenance[INT8_FOR] = "tensorrt" if settings.symmetric else "cpu"
     return replace(manifest, metrics=metrics, provenance=provenance)

@@ -41,14 +41,16 @@ class Photographs:
     segmented: tuple[Photograph, ...]
 
 
-def read_photographs(root: Path, classes: tuple[str, ...], *, count: int, masks: Path | None) -> Photographs:
+def read_photographs(
+    root: Path, classes: tuple[str, ...], *, count: int, masks: Path | None, calibrate: bool = True
+) -> Photographs:
     """Read a data set in VOC layout, or a folder of photographs.
 
     VOC layout, which has its own masks: labels compared on `train` (on the weak list without one), the
     segmenter on `val`, calibrated on what else is in the weak list. Otherwise every other photograph is
-    calibrated on and the rest compared. masks: folder with PNG masks named as the photographs. Raises
-    UsageError for other classes than the bundle's, and for a folder of masks that has none of them or that
-    nothing would be read from.
+    calibrated on and the rest compared; all are without `calibrate`. masks: folder with PNG masks named as
+    the photographs. Raises UsageError for other classes than the bundle's, and for a folder of masks that has
+    none of them or that nothing would be read from.
     """
     if (root / "JPEGImages").is_dir():
         if masks:
@@ -66,9 +68,9 @@ def read_photographs(root: Path, classes: tuple[str, ...], *, count: int, masks:
         segmented = spread(dataset.val or dataset.weak, SEGMENTED * count)
         compared_on = {item.image for item in (*labelled, *segmented)}
         others = [item for item in dataset.weak if item.image not in compared_on]
-        calibrated = spread(others or dataset.weak, CALIBRATION)
+        seen = spread(others or dataset.weak, CALIBRATION if calibrate else 0)
         return Photographs(
-            tuple(map(_of_item, calibrated)), tuple(map(_of_item, labelled)), tuple(map(_of_item, segmented))
+            tuple(map(_of_item, seen)), tuple(map(_of_item, labelled)), tuple(map(_of_item, segmented))
         )
     corpus = find_images(root).images
     found = [
@@ -77,11 +79,10 @@ def read_photographs(root: Path, classes: tuple[str, ...], *, count: int, masks:
     ]
     if masks and not any(photograph.mask for photograph in found):
         raise UsageError(f"{masks}: no mask of a photograph in {root}, expected {corpus[0].name}.png")
-    compared = found[1::2] or found
+    calibrated = found[::2] if calibrate else []
+    compared = (found[1::2] if calibrate else found) or found
     return Photographs(
-        tuple(spread(found[::2], CALIBRATION)),
-        tuple(spread(compared, count)),
-        tuple(spread(compared, SEGMENTED * count)),
+        spread(calibrated, CALIBRATION), spread(compared, count), spread(compared, SEGMENTED * count)
     )
 
 

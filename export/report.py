@@ -8,6 +8,7 @@ from multisa.runtime.bundle import Bundle, check_replaceable
 from multisa.runtime.errors import BundleError, UsageError
 
 REPORT_NAME = "parity.json"
+INT8_FOR = "int8_for"  # key of the manifest's provenance: the int8 graphs are for "cpu" or for "tensorrt"
 
 
 def report_to_bytes(report: dict[str, Any]) -> bytes:
@@ -34,8 +35,13 @@ def check_destinations(output: Path, report: Path | None) -> None:
     Raises BundleError where `output` is something else than a bundle, UsageError for a report inside it.
     """
     check_replaceable(output)
-    if report and report.resolve().is_relative_to(output.resolve()):
+    check_report(report, output)
+
+
+def check_report(report: Path | None, bundle: Path) -> None:
+    """Raise UsageError for a report inside a bundle's folder, which would be no bundle any more."""
+    if report and report.resolve().is_relative_to(bundle.resolve()):
         raise UsageError(
-            f"{report}: inside the bundle's folder {output}, expected a file elsewhere; the bundle has its own, "
-            f"{REPORT_NAME}"
+            f"{report}: inside the bundle's folder {bundle}, expected a file elsewhere; a bundle's own "
+            f"report is {REPORT_NAME}"
         )

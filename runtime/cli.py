@@ -24,6 +24,7 @@ COMMANDS = {
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),
     "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
+    "parity": ("multisa.export.commands:parity", "Compare an engine's answers with the fp32 graphs'."),
     "build": ("multisa.export.tensorrt.commands:build", "Build TensorRT plans of a bundle's graphs."),
 }
 INTERRUPTED = 130

@@ -76,7 +76,10 @@ def test_packages_listed_are_the_packages_there() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["--help"], *([name, "--help"] for name in ("train", "export", "convert", "build", "label", "doctor"))],
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("train", "export", "convert", "parity", "build", "label", "doctor")),
+    ],
 )
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     program = (

@@ -78,6 +78,7 @@ def test_a_bundle_with_all_precisions(bundle: Bundle, voc_folder: Path, tmp_path
     assert report["fp16"]["figures"]["pseudo_mask"]["photographs_with_truth"] == 6  # train
     # The graphs do what they are there for, or agreement would say little.
     assert report["fp16"]["figures"]["labels"]["miou_reference"] > 80
+    assert made.manifest.provenance["int8_for"] == "cpu"
     assert "parity of int8" in result.output and "int8 graphs" in result.output  # as `multisa inspect` shows
     photograph = np.array(Image.open(next(iter((voc_folder / "JPEGImages").iterdir()))))[None]
     for contract, precision in ((SEGMENTER, "fp16"), (SEGMENTER, "int8")):
@@ -117,6 +118,38 @@ def test_a_graph_beyond_its_limits_is_not_written_but_reported(
     assert json.loads((tmp_path / "new" / "parity.json").read_text())["fp16"]["passed"] is False
 
 
+@pytest.mark.parametrize(
+    ("output", "options", "code", "said"),
+    [
+        ("thesis", (), 1, "thesis: exists and is not a bundle alone"),
+        ("new", ("--report", "new/parity.json"), 2, "inside the bundle's folder"),
+        ("new", ("--int8-for", "tensorrt"), 2, "--int8-for tensorrt: no int8 graph is made, expected"),
+        ("new", ("--int8-for", "cpu"), 2, "--int8-for cpu: no int8 graph is made"),
+        ("new", ("--masks", "masks"), 2, "which has masks of its own"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_work(
+    bundle: Bundle,
+    voc_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    options: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    def not_reached(*_: object) -> None:
+        raise AssertionError("graphs were made")
+
+    monkeypatch.setattr(convert_module, "_lower", not_reached)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    result = convert(bundle, voc_folder, Path(output), "--precision", "fp16", *options)
+    assert result.exit_code == code and said in result.stderr, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+
+
 def test_int8_that_is_not_faster_is_not_written(
     bundle: Bundle, voc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +164,7 @@ def test_int8_that_is_not_faster_is_not_written(
     # What TensorRT gains a CPU cannot tell; its form has no zero points and float biases.
     signed = convert(bundle, voc_folder, tmp_path / "signed", "--precision", "int8", "--int8-for", "tensorrt")
     assert signed.exit_code == 0, signed.output
+    assert load_bundle(tmp_path / "signed").manifest.provenance["int8_for"] == "tensorrt"
     model = onnx.load(tmp_path / "signed" / "segmenter.int8.onnx")
     values = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     scaled = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
