@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multisa.export.report import INT8_FOR
 from multisa.export.tensorrt.builder import FLAGS, build_plan, check_targets
 from multisa.export.tensorrt.profiles import parse_profiles
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
@@ -68,6 +69,12 @@ def build_plans(bundle: Bundle, options: BuildOptions) -> BuildReport:
     """
     targets = parse_targets(options.targets)
     graphs = _graphs(bundle, options)
+    if options.precision == "int8" and bundle.manifest.provenance.get(INT8_FOR) == "cpu":
+        raise UsageError(
+            f"{bundle.path}: its int8 graphs have the zero points that a CPU is fast with and TensorRT does "
+            f"not take; make others: multisa convert {bundle.path} --precision int8 --int8-for tensorrt "
+            "--photographs DIR -o NEW_BUNDLE"
+        )
     profiles = parse_profiles(options.profiles, bundle.manifest.parameters.long_side)
     library = import_library(options.library)
     check_targets(library, targets)

@@ -13,14 +13,15 @@ if TYPE_CHECKING:  # names what is what: a test holds every call below to Tensor
     import tensorrt as trt
 
 IMAGE = "image"  # the one input of every graph, uint8 [N, H, W, 3]
-# fp32 is fp32: with TF32 convolutions and products would keep ten bits of mantissa. Part of the plan's key.
+# Flags of the builder, as they are in a plan's key and as `_set_flags` sets them. fp32 is fp32: with TF32
+# convolutions and products would keep ten bits of mantissa. That a network is strongly typed is no choice.
 FLAGS = ("TF32=0",)
 
 # NumPy's names of the library's types, those of the contracts.
 _DTYPES = {"FLOAT": "float32", "UINT8": "uint8"}
 # RTX looks for a GPU in passing, and a build needs none; where plans run, this is what is wrong.
 _NO_GPU = "CUDA driver version is insufficient"
-_TURING_PRODUCT = "FP32 GEMM is not supported"
+TURING_PRODUCT = "FP32 GEMM is not supported"
 _REFUSED_NODE = (
     "export the graph again without such nodes (types of one operator must agree: TensorRT casts nothing by "
     "itself), or run it on ONNX Runtime"
@@ -68,7 +69,7 @@ def build_plan(
         raise EngineError(f"{label}: {library} cannot read it:{_parser_errors(parser, module, log)}")
     _check_contract(network, contract, label)
     config: trt.IBuilderConfig = builder.create_builder_config()
-    config.clear_flag(module.BuilderFlag.TF32)
+    _set_flags(config, module)
     if library.is_rtx:
         _set_targets(config, library, targets)
     for profile in profiles:
@@ -84,6 +85,13 @@ def _network_flags(library: Library) -> int:
     if library.is_rtx or library.major > 10:
         return 0
     return 1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _set_flags(config: "trt.IBuilderConfig", module: Any) -> None:
+    for text in FLAGS:
+        name, value = text.split("=")
+        flag = module.BuilderFlag.__members__[name]
+        (config.set_flag if int(value) else config.clear_flag)(flag)
 
 
 def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, label: str) -> None:
@@ -149,10 +157,11 @@ def _parser_errors(parser: "trt.OnnxParser", module: Any, log: LibraryLog) -> st
 
 def _build_errors(log: LibraryLog) -> str:
     text = _lines(_errors(log) or log.warnings)
-    if _TURING_PRODUCT in text:
+    if TURING_PRODUCT in text:
         text += (
-            "\n  TensorRT-RTX has no float32 matrix product on Turing: leave sm75 out, or take a graph whose "
-            "products are float16 (--precision fp16)"
+            "\n  TensorRT-RTX has no float32 matrix product on Turing, and the attention of cam keeps its "
+            "own in every precision: leave sm75 out for cam (--graph segmenter --graph affinity), or build "
+            "it with --library tensorrt on the GPU itself"
         )
     return text
 

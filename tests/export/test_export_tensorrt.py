@@ -20,6 +20,8 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+from multisa.export.half import half_candidates, half_graph, model_bytes, plain_graph
+from multisa.export.quantise import calibrated_graph, quantised_graph
 from multisa.export.tensorrt import build as building
 from multisa.export.tensorrt import builder
 from multisa.export.tensorrt.build import BuildOptions, build_plans, parse_targets
@@ -32,8 +34,10 @@ from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.engines.plans import Profile
 from multisa.runtime.engines.tensorrt_library import Library, import_library, library_log
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.images import read_image, resize_image
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
+PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_photos"
 ONE = (Profile((1, 64, 64), (1, 96, 128), (2, 128, 128)),)
 UNREACHABLE = Library("tensorrt-rtx", None, "0")  # whoever calls it fails otherwise than expected
 
@@ -97,7 +101,83 @@ def test_the_packaged_graphs_build_for_every_target(
 def test_turing_has_no_float32_product_and_the_error_says_what_to_do(rtx: Library, packaged: Bundle) -> None:
     with pytest.raises(EngineError, match="FP32 GEMM is not supported") as caught:
         build_plan(rtx, packaged.read_file("cam.onnx"), CAM, ONE, ("sm75",))
-    assert "leave sm75 out" in str(caught.value) and "--precision fp16" in str(caught.value)
+    said = str(caught.value)
+    assert "leave sm75 out for cam (--graph segmenter --graph affinity)" in said
+    assert "--library tensorrt" in said and "fp16" not in said  # see below: fp16 is no way out
+    with pytest.raises(EngineError, match="FP32 GEMM is not supported"):
+        build_plan(rtx, halved(packaged, CAM), CAM, ONE, ("sm75",))
+
+
+def halved(packaged: Bundle, contract: GraphContract) -> bytes:
+    plain = plain_graph(packaged.read_file(graph_file(contract)))
+    return model_bytes(half_graph(plain, half_candidates(plain)))
+
+
+def test_fp16_graphs_build(rtx: Library, packaged: Bundle) -> None:
+    data = halved(packaged, SEGMENTER)
+    kinds = [i.data_type for i in onnx.load_from_string(data).graph.initializer]
+    assert kinds.count(TensorProto.FLOAT16) > 50
+    # Without sm75, which rounds up to more: every weight once, in 16 bits.
+    plan = build_plan(rtx, data, SEGMENTER, ONE, ("sm89",))
+    assert 0.5 < len(plan) / len(build_plan(rtx, data, SEGMENTER, ONE, ("sm75",))) < 1
+    assert len(plan) > len(data) / 2
+
+
+def quantised(packaged: Bundle, *, symmetric: bool) -> bytes:
+    images = [resize_image(read_image(path).rgb, (96, 128)) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]
+    data = packaged.read_file(graph_file(SEGMENTER))
+    calibrated = calibrated_graph(data, [images], symmetric=symmetric)
+    return quantised_graph(calibrated, calibrated.candidates)
+
+
+def test_int8_graphs_build_in_the_form_that_is_for_tensorrt(
+    rtx: Library, packaged: Bundle, tmp_path: Path
+) -> None:
+    options = BuildOptions(("sm89",), "int8", profiles=("1x64x64:1x96x128:2x128x128",))
+    for int8_for in ("tensorrt", "cpu"):
+        files = {n: packaged.read_file(n) for n in ("cam.onnx", "affinity.onnx", "segmenter.onnx")}
+        files["segmenter.int8.onnx"] = quantised(packaged, symmetric=int8_for == "tensorrt")
+        manifest = dataclasses.replace(packaged.manifest, provenance={"int8_for": int8_for})
+        bundle = write_bundle(tmp_path / int8_for, manifest, files)
+        if int8_for == "cpu":
+            said = r"zero points .* multisa convert .* --precision int8 --int8-for tensorrt --photographs"
+            with pytest.raises(UsageError, match=said):
+                build_plans(bundle, options)
+            with pytest.raises(EngineError, match="Non-zero zero point is not supported"):  # it is true
+                build_plan(rtx, files["segmenter.int8.onnx"], SEGMENTER, ONE, ("sm89",))
+        else:
+            (row,) = build_plans(bundle, options).rows
+            assert (row.graph, row.precision) == ("segmenter", "int8")
+            assert row.bytes > len(files["segmenter.int8.onnx"]) / 2
+
+
+def test_a_network_builds_with_all_default_profiles(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
+    options = BuildOptions(("sm89",), graphs=("segmenter",), cache=tmp_path)
+    (row,) = build_plans(packaged, options).rows
+    assert row.profiles == default_profiles(packaged.manifest.parameters.long_side)
+    one = build_plan(rtx, packaged.read_file("segmenter.onnx"), SEGMENTER, row.profiles[:1], ("sm89",))
+    assert len(row.profiles) == 3 and row.bytes > 1.1 * len(one)  # each has kernels of its own
+
+
+def test_the_flags_of_the_key_are_those_of_the_builder(rtx: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    real = builder._set_flags
+
+    def kept(config: Any, module: Any) -> None:
+        seen.append(config)
+        tf32 = rtx.module.BuilderFlag.TF32
+        assert config.get_flag(tf32)  # as the library has it, so that clearing it does something
+        real(config, module)
+        seen.append(config.get_flag(tf32))
+
+    monkeypatch.setattr(builder, "_set_flags", kept)
+    build_plan(rtx, tiny(), SEGMENTER, ONE, ("sm89",))
+    assert seen[1:] == [False] and builder.FLAGS == ("TF32=0",)
+    config = rtx.module.Builder(library_log(rtx.module)[0]).create_builder_config()
+    config.clear_flag(rtx.module.BuilderFlag.TF32)
+    monkeypatch.setattr(builder, "FLAGS", ("TF32=1",))
+    real(config, rtx.module)
+    assert config.get_flag(rtx.module.BuilderFlag.TF32)
 
 
 def test_plans_of_each_target_and_the_cache(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
@@ -520,6 +600,7 @@ def calls_of_the_builder() -> set[tuple[str, str]]:
             found.add((path[1], path[2]))
         if path[0] == "module" and len(path) == 2:
             found.add((path[1], ""))
+    found |= {("BuilderFlag", text.split("=")[0]) for text in builder.FLAGS}  # by name, in _set_flags
     return found | {("ParserError", n) for n in ("desc", "code", "node", "node_name", "node_operator")}
 
 
