@@ -5,7 +5,7 @@
 
 A preset's networks have random weights: sizes, times and parity do not ask what a network has learnt.
 TensorRT-RTX builds the plans on the CPU; none is run, and no figure is of a GPU. --library tensorrt builds
-for the GPU that is here. What was exported and built stays in --work: a run that was cut goes on where it was.
+for the GPU that is here. What was exported and built stays in --work: a run that was cut goes on from there.
 Each run replaces its own rows in benchmarks/results/plans.json. A failure that is known, KNOWN, is a row that
 says so; any other ends the run with exit code 1.
 """
