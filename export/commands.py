@@ -88,10 +88,10 @@ def export(
 )
 @click.option(
     "--count",
-    default=32,
+    default=128,
     show_default=True,
     type=click.IntRange(1),
-    help="Photographs to compare cam and affinity on; the segmenter on eight times as many.",
+    help="Photographs to compare cam and affinity on at most; the segmenter on eight times as many.",
 )
 @click.option(
     "--int8-for",
@@ -168,10 +168,10 @@ def convert(
 )
 @click.option(
     "--count",
-    default=32,
+    default=128,
     show_default=True,
     type=click.IntRange(1),
-    help="Photographs to compare cam and affinity on; the segmenter on eight times as many.",
+    help="Photographs to compare cam and affinity on at most; the segmenter on eight times as many.",
 )
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads of the CPU.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the report here, even if it fails.")
