@@ -461,7 +461,7 @@ def test_rtx_absent(packaged: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     result = CliRunner().invoke(root, ["build", str(packaged.path), "--target", "sm89"])
     assert result.exit_code == 5
-    assert "tensorrt-rtx is not installed: pip install 'multisa[rtx]'" in result.output
+    assert "tensorrt-rtx is not installed: pip install " in result.output
 
 
 class FakeDriver:
