@@ -41,10 +41,14 @@ _DOMAIN, _VERSION = 1, 2  # of OperatorSetIdProto
 _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 8, 13, 14  # of TensorProto
 _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+# Bits of a tag, a length and a value. protobuf in C++ cuts a longer tag off where others do not, so that a
+# field can bear two numbers: what has more bits than these, or more bytes than they need, is refused.
+_TAG_BITS, _LENGTH_BITS, _VALUE_BITS = 32, 31, 64
 
 
 class _Field(NamedTuple):
     number: int
+    wire: int  # its wire type
     integer: int  # of a varint, else 0
     content: memoryview  # of a string or message, else empty
 
@@ -123,13 +127,13 @@ def _fields(message: memoryview) -> Iterator[_Field]:
     position, end = 0, len(message)
     nothing = message[:0]
     while position < end:
-        tag, position = _varint(message, position)
+        tag, position = _varint(message, position, _TAG_BITS)
         number, wire = tag >> 3, tag & 7
         integer, content = 0, nothing
         if wire == _VARINT:
-            integer, position = _varint(message, position)
+            integer, position = _varint(message, position, _VALUE_BITS)
         elif wire == _BYTES:
-            size, position = _varint(message, position)
+            size, position = _varint(message, position, _LENGTH_BITS)
             content = message[position : position + size]
             position += size
         elif wire in (_FIXED64, _FIXED32):
@@ -138,21 +142,23 @@ def _fields(message: memoryview) -> Iterator[_Field]:
             raise ValueError(f"field {number} has the wire type {wire}")
         if number == 0 or position > end:
             raise ValueError(f"field {number} ends beyond its message")
-        yield _Field(number, integer, content)
+        yield _Field(number, wire, integer, content)
 
 
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A base-128 number and the position behind it."""
+def _varint(message: memoryview, position: int, bits: int) -> tuple[int, int]:
+    """A base-128 number of at most `bits` bits, and the position behind it."""
     value = shift = 0
     while True:
-        if position >= len(message) or shift > 63:
+        if position >= len(message):
             raise ValueError("it ends within a number")
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
+        shift += 7
+        if value >> bits or (byte >= 0x80 and shift >= bits):
+            raise ValueError(f"a number of more than {bits} bits, as no writer makes")
         if byte < 0x80:
             return value, position
-        shift += 7
 
 
 def _text(content: memoryview) -> str:
