@@ -42,6 +42,8 @@ UInt8 = npt.NDArray[np.uint8]
 DECIMALS = 4  # of every share, score and time in the records
 
 _PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow")
+# Of engines that are more than ONNX Runtime.
+_ENGINE_PACKAGES = {"tensorrt": ("tensorrt", "pycuda"), "tensorrt-rtx": ("tensorrt-rtx", "pycuda")}
 _NAMED = 3  # how many examples a message gives
 
 
@@ -269,6 +271,8 @@ def _write_records(out: Path, done: list[_Done], failed: list[_Failed]) -> None:
 def _run_record(
     method: Method, summary: RunSummary, corpus: Corpus, bundle: Bundle, options: RunOptions
 ) -> dict[str, Any]:
+    engines = dict.fromkeys(choice.engine.name for choice in method.engines)
+    packages = [*_PACKAGES, *(package for name in engines for package in _ENGINE_PACKAGES.get(name, ()))]
     return {
         "command": method.command,
         "images": summary.done,
@@ -280,7 +284,7 @@ def _run_record(
         "workers": options.workers,
         "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
         "engines": {choice.graph: choice.to_json() for choice in method.engines},
-        "versions": {"python": platform.python_version(), **installed_versions(_PACKAGES)},
+        "versions": {"python": platform.python_version(), **installed_versions(dict.fromkeys(packages))},
     }
 
 

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import secrets
 import shutil
 import stat
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from multisa.runtime.errors import BundleError
-from multisa.runtime.files import sha256_of_bytes, sha256_of_file, write_bytes_atomically
+from multisa.runtime.files import flush_folder, sha256_of_bytes, sha256_of_file, write_bytes_atomically
 from multisa.runtime.manifest import (
     MANIFEST_NAME,
     BundleParameters,
@@ -116,12 +115,12 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
         for name, data in files.items():
             write_bytes_atomically(new / name, data)
         write_bytes_atomically(new / MANIFEST_NAME, manifest_to_json(complete).encode())
-        _flush_folder(new)
+        flush_folder(new)
         if target.exists():
             _swap(new, target)
         else:
             new.replace(target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     return load_bundle(folder)
 
 
@@ -242,11 +241,3 @@ def _swap(new: Path, folder: Path) -> None:
             old.replace(folder)
         elif old.exists():
             shutil.rmtree(old)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

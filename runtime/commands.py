@@ -29,9 +29,19 @@ def _max_pixels_option(what: str) -> Callable[[Command], Command]:
     )
 
 
+def _plans_option(command: Command) -> Command:
+    return click.option(
+        "--plans",
+        type=_PATH,
+        metavar="DIR",
+        help="Look for TensorRT plans here, too, besides BUNDLE/engines: the --cache of `multisa build`.",
+    )(command)
+
+
 def _engine_options(command: Command) -> Command:
     """Which engine runs the graphs, and in which precision."""
     for decorate in (
+        _plans_option,
         click.option(
             "--precision",
             default="auto",
@@ -91,6 +101,7 @@ def label(
     bundle: Path | None,
     engine: str,
     precision: str,
+    plans: Path | None,
     workers: int | None,
     max_failures: str,
     max_pixels: int | None,
@@ -112,7 +123,7 @@ def label(
     options = _run_options(workers, max_pixels, gallery, max_failures)
     loaded = _load_bundle(bundle)
     rows = read_image_labels(labels, loaded.manifest.foreground) if labels else None
-    request = EngineRequest(engine, precision)
+    request = EngineRequest(engine, precision, plans)
     summary = label_images(images, out, bundle=loaded, labels=rows, options=options, request=request)
     _report(summary, out, gallery, max_failures)
 
@@ -125,6 +136,7 @@ def segment(
     bundle: Path | None,
     engine: str,
     precision: str,
+    plans: Path | None,
     workers: int | None,
     max_failures: str,
     max_pixels: int | None,
@@ -142,7 +154,7 @@ def segment(
     from multisa.runtime.segment import segment_images
 
     options = _run_options(workers, max_pixels, gallery, max_failures)
-    request = EngineRequest(engine, precision)
+    request = EngineRequest(engine, precision, plans)
     summary = segment_images(images, out, bundle=_load_bundle(bundle), options=options, request=request)
     _report(summary, out, gallery, max_failures)
 
@@ -212,9 +224,12 @@ def inspect(bundle: Path | None) -> None:
 
 @click.command()
 @_bundle_option
+@_plans_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(bundle: Path | None, as_json: bool) -> None:
+def doctor(bundle: Path | None, plans: Path | None, as_json: bool) -> None:
     """Tell what this machine can run: versions, processor, kernels, GPUs, and each engine, tried.
+
+    Exits with 1 where the bundle cannot be used, with 5 where no engine can, else with 0.
 
     \b
     Example:
@@ -222,17 +237,18 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     """
     from multisa.runtime.doctor import describe_diagnosis, examine
 
-    diagnosis = examine(bundle)
+    diagnosis = examine(bundle, plans)
     width = max(80, min(120, shutil.get_terminal_size().columns))
     text = json.dumps(diagnosis.to_json(), indent=2) if as_json else describe_diagnosis(diagnosis, width)
     click.echo(text)
+    click.get_current_context().exit(diagnosis.exit_code)
 
 
 @click.command()
 @click.option("-o", "--out", type=_PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
 @_bundle_option
 @_engine_options
-def demo(out: Path, bundle: Path | None, engine: str, precision: str) -> None:
+def demo(out: Path, bundle: Path | None, engine: str, precision: str, plans: Path | None) -> None:
     """Label and segment the photographs that come with the package and make a page to look at.
 
     \b
@@ -243,7 +259,7 @@ def demo(out: Path, bundle: Path | None, engine: str, precision: str) -> None:
     from multisa.runtime.demo import run_demo
     from multisa.runtime.engines.choice import EngineRequest
 
-    summaries = run_demo(out, _load_bundle(bundle), EngineRequest(engine, precision))
+    summaries = run_demo(out, _load_bundle(bundle), EngineRequest(engine, precision, plans))
     for name, summary in summaries.items():
         click.echo(f"multisa {name}: {describe_summary(summary)}")
     click.echo(f"open {out / 'index.html'} in a browser")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multisa.runtime.errors import BundleError, MultisaError
+from multisa.runtime.errors import BundleError, EngineUnavailable, MultisaError
 from multisa.runtime.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ PACKAGES = (
 FEATURES = re.compile(
     r"avx2|fma|avx512f|avx512_?vnni|avx_vnni|avx512_?bf16|amx_(?:int8|bf16)|asimd|asimddp|sve"
 )
+_BUNDLE = "bundle"
 _COMPILE_CUDA = "run python -m multisa.kernels.cuda.build (needs nvcc)"
 _BROKEN = (ImportError, OSError, AttributeError, RuntimeError, ValueError)  # what broken packages raise
 
@@ -57,23 +58,32 @@ class Diagnosis:
     engines: list[Finding]
     auto: list[str]  # what "auto" would choose, a line each
 
+    @property
+    def exit_code(self) -> int:
+        """Of the command: that of BundleError, of EngineUnavailable where no engine is usable, else 0."""
+        if any(item.name == _BUNDLE and not item.ok for item in self.machine):
+            return BundleError.exit_code
+        return 0 if any(engine.ok for engine in self.engines) else EngineUnavailable.exit_code
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
 
 
-def examine(bundle_path: Path | None = None) -> Diagnosis:
-    """Look at this machine and try every engine on the bundle (the packaged one by default); raises nothing
+def examine(bundle_path: Path | None = None, plans: Path | None = None) -> Diagnosis:
+    """Look at this machine and try every engine on the bundle (the packaged one by default).
+
+    `plans` is a folder of TensorRT plans besides the bundle's own. Nothing is changed, and nothing is raised
     about what is broken or absent.
     """
     bundle_finding, bundle = _bundle(bundle_path)
     machine = [_processor(), _onnxruntime(), _kernels(), _cuda_kernels(), _gpu(), bundle_finding]
-    engines = list(_engines(bundle)) if bundle else []
+    engines = list(_engines(bundle, plans)) if bundle else []
     return Diagnosis(
         {"python": platform.python_version(), **installed_versions(PACKAGES)},
         machine,
         engines,
-        _auto(bundle) if bundle else ["nothing: there is no bundle to run"],
+        _auto(bundle, plans) if bundle else ["nothing: there is no bundle to run"],
     )
 
 
@@ -188,10 +198,10 @@ def _bundle(path: Path | None) -> tuple[Finding, "Bundle | None"]:
         bundle = load_bundle(path or default_bundle_path())
         plans = _plans(bundle.path / ENGINES_FOLDER)
     except (BundleError, *_BROKEN) as error:
-        return Finding("bundle", False, _line(error)), None
+        return Finding(_BUNDLE, False, _line(error)), None
     graphs = ", ".join(f"{c.name} ({' '.join(bundle_precisions(bundle, c))})" for c in CONTRACTS)
     has = f"{bundle.manifest.name}, all files verified; {graphs}; plans: {plans}; {bundle.path}"
-    return Finding("bundle", True, has), bundle
+    return Finding(_BUNDLE, True, has), bundle
 
 
 def _plans(folder: Path) -> str:
@@ -212,7 +222,7 @@ def _plans(folder: Path) -> str:
     return ", ".join(ascii(text)[1:-1] for text in listed) or "none"
 
 
-def _engines(bundle: "Bundle") -> Iterator[Finding]:
+def _engines(bundle: "Bundle", plans: Path | None) -> Iterator[Finding]:
     """Open each engine on all graphs, and run them on an image of the bundle's largest size."""
     import numpy as np
 
@@ -225,7 +235,7 @@ def _engines(bundle: "Bundle") -> Iterator[Finding]:
         ran = []
         try:
             for contract in CONTRACTS:
-                choice = choose_engine(bundle, contract, EngineRequest(name))
+                choice = choose_engine(bundle, contract, EngineRequest(name, plans=plans, may_heal=False))
                 with choice.engine as engine:
                     engine.run(image)
                 ran.append(f"{contract.name} {choice.precision}")
@@ -236,14 +246,15 @@ def _engines(bundle: "Bundle") -> Iterator[Finding]:
             yield Finding(name, True, f"ran {', '.join(ran)}")
 
 
-def _auto(bundle: "Bundle") -> list[str]:
-    from multisa.runtime.engines.choice import choose_engine, describe_choices
+def _auto(bundle: "Bundle", plans: Path | None) -> list[str]:
+    from multisa.runtime.engines.choice import EngineRequest, choose_engine, describe_choices
     from multisa.runtime.engines.contract import CONTRACTS
 
     choices = []
+    request = EngineRequest(plans=plans, may_heal=False)
     try:
         for contract in CONTRACTS:
-            choice = choose_engine(bundle, contract)
+            choice = choose_engine(bundle, contract, request)
             choice.engine.close()
             choices.append(choice)
     except (MultisaError, *_BROKEN) as error:

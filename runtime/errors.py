@@ -58,6 +58,10 @@ class TooManyFailures(MultisaError):
 
 
 class EngineUnavailable(MultisaError):
-    """The engine, driver or optional package asked for is not there."""
+    """The engine, driver or optional package asked for is not there: `cause`, and what to do about it."""
 
     exit_code = 5
+
+    def __init__(self, cause: str, *, remedy: str = "") -> None:
+        super().__init__(f"{cause}: {remedy}" if remedy else cause)
+        self.cause = cause

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multisa.runtime.errors import UsageError
+from multisa.runtime.errors import EngineUnavailable, UsageError
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
@@ -57,3 +58,38 @@ def sha256_of_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk keep the names in `folder`: without it a rename may not survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock_file(path: Path, say_waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of `path`, which is made; the system lets go of it when a process ends, however.
+
+    The file is not removed: who waits for a lock file that is gone holds a lock that nobody else sees.
+    `say_waiting` is called before a wait for another process. Raises EngineUnavailable on systems without
+    such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise EngineUnavailable(
+            "plans are built where files can be locked (Linux, macOS); use ONNX Runtime here"
+        ) from error
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say_waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -3,9 +3,11 @@
 `multisa label IMAGES -o OUT --labels FILE` does this.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,7 @@ from multisa.runtime.bulk import (
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.corpus import Corpus, CorpusImage, check_output, find_images
 from multisa.runtime.engines.choice import EngineRequest, chosen_engines
-from multisa.runtime.engines.contract import AFFINITY, CAM, Engine
+from multisa.runtime.engines.contract import AFFINITY, CAM, DeviceEngine, Engine
 from multisa.runtime.errors import EngineError, ImageError
 from multisa.runtime.image_labels import ImageLabels, Labels
 from multisa.runtime.manifest import Manifest
@@ -55,7 +57,8 @@ def label_images(
     check_output(source, out, corpus)
     matched = _matched_labels(corpus, labels) if labels else {}
     with chosen_engines(bundle, (CAM, AFFINITY), request) as chosen:
-        cam, affinity = (choice.engine for choice in chosen)
+        cam = chosen[0].engine
+        affinity = _affinity_for_the_walk(chosen[1].engine, bundle.manifest.parameters.label.walk_radius)
 
         def annotate(image: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
             return _annotate(rgb, matched.get(image.relative), bundle.manifest, cam, affinity, clock)
@@ -63,8 +66,39 @@ def label_images(
         return run_corpus(Method("label", annotate, chosen), corpus, out, bundle, options or RunOptions())
 
 
+@dataclass(frozen=True)
+class _Affinity:
+    """What runs the affinity graph; the errors of the device, if its output stays there for the walk."""
+
+    run: Callable[[UInt8], Mapping[str, Any]]
+    device_errors: tuple[type[Exception], ...] = ()
+
+
+def _affinity_for_the_walk(engine: Engine, radius: int) -> _Affinity:
+    """Leave affinities, by far the largest output, on the device where the walk can run there, too."""
+    if not isinstance(engine, DeviceEngine):
+        return _Affinity(engine.run)
+    from multisa.kernels.cuda import calls
+    from multisa.kernels.cuda.limits import MAX_RADIUS
+    from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
+
+    try:
+        device = calls.default_device()
+    except DeviceUnavailableError as error:
+        say(f"the random walk runs on the CPU: {error}")
+        return _Affinity(engine.run)
+    if radius > MAX_RADIUS:
+        return _Affinity(engine.run)
+    return _Affinity(engine.run_on_device, device.errors if isinstance(device, PrimaryContext) else ())
+
+
 def _annotate(
-    rgb: UInt8, given: Labels | None, manifest: Manifest, cam: Engine, affinity: Engine, clock: StageClock
+    rgb: UInt8,
+    given: Labels | None,
+    manifest: Manifest,
+    cam: Engine,
+    affinity: _Affinity,
+    clock: StageClock,
 ) -> Annotation:
     with clock.stage("cam"):
         outputs = cam.run(rgb[np.newaxis])
@@ -88,35 +122,38 @@ def _annotate(
 
 
 def _pseudo_mask(
-    rgb: UInt8, maps: Float32, classes: Labels, manifest: Manifest, affinity: Engine, clock: StageClock
+    rgb: UInt8, maps: Float32, classes: Labels, manifest: Manifest, affinity: _Affinity, clock: StageClock
 ) -> PseudoMask:
     parameters, stride = manifest.parameters.label, manifest.parameters.walk_stride
     ids = tuple(manifest.classes.index(name) for name in classes)
     walked: Float32 = np.zeros((0, 1, 1), np.float32)
     if ids:  # without a class there is nothing to spread
         with clock.stage("affinity"):
-            edges: Float32 = affinity.run(rgb[np.newaxis])["affinity"][0]
+            edges: Float32 = affinity.run(rgb[np.newaxis])["affinity"]  # or an array of the device
         expected = len(stencil_offsets(parameters.walk_radius))
-        if len(edges) != expected:
+        offsets, grid = edges.shape[1], tuple(edges.shape[2:])
+        if offsets != expected:
             raise EngineError(
-                f"affinity: got {len(edges)} offsets, expected {expected} at radius {parameters.walk_radius}"
+                f"affinity: got {offsets} offsets, expected {expected} at radius {parameters.walk_radius}"
             )
-        grid, wanted = edges.shape[1:], tuple(-(-side // stride) for side in rgb.shape[:2])
+        wanted = tuple(-(-side // stride) for side in rgb.shape[:2])
         if grid != wanted:
             raise EngineError(
                 f"affinity: got a grid of {grid}, expected {wanted} at stride {stride} of {rgb.shape[:2]}"
             )
-        with clock.stage("walk"), _kernel_errors_of_the_image():
+        with clock.stage("walk"), _kernel_errors_of_the_image(affinity.device_errors):
             walked = walk_scores(maps[[i - 1 for i in ids]], edges, parameters)
     with clock.stage("crf"), _kernel_errors_of_the_image():
         return pseudo_mask(rgb, walked, ids, parameters)
 
 
 @contextmanager
-def _kernel_errors_of_the_image() -> Iterator[None]:
+def _kernel_errors_of_the_image(of_the_device: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """What a kernel refuses about one image, say NaN from a network, is a failure of that image."""
     try:
         yield
+    except of_the_device as error:
+        raise EngineError(f"random walk: cannot be run on the GPU: {error}") from error
     except (TypeError, ValueError) as error:
         raise ImageError(f"post-processing: {error}") from error
 

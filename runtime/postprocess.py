@@ -65,18 +65,21 @@ class PseudoMask:
 def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) -> Float32:
     """Spread class activations along affinities.
 
-    cam: float32 [C, h', w'] in [0, 1], present classes only; affinity: float32 [P, h, w], half stencil.
+    cam: float32 [C, h', w'] in [0, 1], present classes only; affinity: float32 [P, h, w] or [1, P, h, w],
+    half stencil; where it lies on a device the walk is there, too.
     Returns float32 [C, h, w] in [0, 1]: weighted averages of `cam`. With `walk_to_peak` they are divided by
     one maximum over all classes: a maximum per class would change which class wins a pixel.
     """
     grid = (affinity.shape[-2], affinity.shape[-1])
+    resized = resize_maps(cam, grid)
+    batch = affinity.shape[:-3]
     walked = random_walk(
-        resize_maps(cam, grid),
+        resized.reshape(*batch, *resized.shape),
         affinity,
         radius=parameters.walk_radius,
         beta=parameters.walk_beta,
         steps=parameters.walk_steps,
-    )
+    ).reshape(resized.shape)
     peak = float(walked.max(initial=0.0)) if parameters.walk_to_peak else 1.0
     return walked / np.float32(peak) if peak > 0 else walked
 

@@ -139,6 +139,6 @@ def _import_pycuda() -> Any:
         import pycuda.driver
     except ImportError as error:
         raise DeviceUnavailableError(
-            f"pycuda: cannot be imported ({error}); pip install 'multisa[gpu]', and an NVIDIA driver"
+            f"pycuda: cannot be imported ({error}); pip install pycuda, and an NVIDIA driver"
         ) from error
     return pycuda.driver

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.contract import PRECISIONS, Engine, GraphContract, graph_file
+from multisa.runtime.engines.contract import PRECISIONS, DetailedEngine, Engine, GraphContract, graph_file
 from multisa.runtime.engines.gpus import probe_gpus
 from multisa.runtime.engines.ort import OnnxRuntimeEngine, Provider
-from multisa.runtime.errors import EngineUnavailable, UsageError
+from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 from multisa.runtime.progress import say
 
 AUTO = "auto"
@@ -29,6 +30,8 @@ class EngineRequest:
 
     engine: str = AUTO
     precision: str = AUTO
+    plans: Path | None = None  # where TensorRT's plans are looked for, besides the bundle's own
+    may_heal: bool = True  # whether damaged plans are put aside
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,31 @@ class Choice:
     precision: str
     reason: str
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """For the record of a run."""
-        return {"engine": self.engine.name, "precision": self.precision, "reason": self.reason}
+        record = {"engine": self.engine.name, "precision": self.precision, "reason": self.reason}
+        return record | ({"detail": self.engine.detail} if isinstance(self.engine, DetailedEngine) else {})
 
 
-Opener = Callable[[Bundle, GraphContract, str, int], Engine]
+Opener = Callable[[Bundle, GraphContract, str, EngineRequest, int], Engine]
 
 
 @dataclass(frozen=True)
 class EngineKind:
-    """How an engine is opened for (bundle, contract, precision, CPU threads), and what it needs."""
+    """How an engine is opened for (bundle, contract, precision, request, CPU threads), and what it needs."""
 
     open: Opener
     needs_gpu: bool
+    runs_plans: bool = False  # which may be at fault where the graph is not
 
 
 def _open_onnxruntime(
-    provider: Provider, bundle: Bundle, contract: GraphContract, precision: str, threads: int
+    provider: Provider,
+    bundle: Bundle,
+    contract: GraphContract,
+    precision: str,
+    request: EngineRequest,
+    threads: int,
 ) -> Engine:
     graph = bundle.read_file(graph_file(contract, precision))
     return OnnxRuntimeEngine(graph, threads=threads, contract=contract, provider=provider)
@@ -68,17 +78,28 @@ def _open_tensorrt(
     bundle: Bundle,
     contract: GraphContract,
     precision: str,
+    request: EngineRequest,
     threads: int,  # of the CPU, which a plan has no use for
 ) -> Engine:
     from multisa.runtime.engines.tensorrt import open_tensorrt
 
-    return open_tensorrt(bundle, contract, precision=precision, library=library)
+    # Left to itself a run must not fail on its third photograph; who asks for a plan knows its profiles.
+    long_side = bundle.manifest.parameters.long_side if request.engine == AUTO else None
+    return open_tensorrt(
+        bundle,
+        contract,
+        precision=precision,
+        library=library,
+        cache=request.plans,
+        long_side=long_side,
+        may_heal=request.may_heal,
+    )
 
 
 # In the order "auto" tries them.
 ENGINES: dict[str, EngineKind] = {
-    "tensorrt": EngineKind(partial(_open_tensorrt, "tensorrt"), needs_gpu=True),
-    "tensorrt-rtx": EngineKind(partial(_open_tensorrt, "tensorrt-rtx"), needs_gpu=True),
+    "tensorrt": EngineKind(partial(_open_tensorrt, "tensorrt"), needs_gpu=True, runs_plans=True),
+    "tensorrt-rtx": EngineKind(partial(_open_tensorrt, "tensorrt-rtx"), needs_gpu=True, runs_plans=True),
     "onnxruntime-cuda": EngineKind(partial(_open_onnxruntime, "cuda"), needs_gpu=True),
     "onnxruntime-cpu": EngineKind(partial(_open_onnxruntime, "cpu"), needs_gpu=False),
 }
@@ -99,26 +120,31 @@ def choose_engine(
 
     Precision "auto" is fp16 on a GPU where the bundle has it, else fp32. Raises UsageError for an engine that
     does not exist or a precision the bundle lacks, EngineUnavailable where the engine cannot run here,
-    EngineError for a graph that cannot be loaded.
+    EngineError for a graph that cannot be loaded; "auto" passes over a plan that cannot be.
     """
     request = request or EngineRequest()
     _check_request(bundle, contract, request)
     names = tuple(ENGINES) if request.engine == AUTO else (request.engine,)
-    passed_over: list[str] = []
+    passed_over: list[EngineError | EngineUnavailable] = []
     # The GPU first: without a driver some libraries cannot even be imported, or end the process.
     without_gpu = probe_gpus().problem if ENGINES[names[0]].needs_gpu else ""
     if without_gpu:
-        passed_over.append(without_gpu)
+        passed_over.append(EngineUnavailable(without_gpu))
         names = tuple(name for name in names if not ENGINES[name].needs_gpu)
     for name in names:
         for precision in _precisions(bundle, contract, request, name):
             try:
-                engine = ENGINES[name].open(bundle, contract, precision, threads)
+                engine = ENGINES[name].open(bundle, contract, precision, request, threads)
             except EngineUnavailable as error:
-                passed_over.append(str(error))
+                passed_over.append(error)
+                continue
+            except EngineError as error:
+                if request.engine != AUTO or not ENGINES[name].runs_plans:
+                    raise
+                passed_over.append(error)
                 continue
             return Choice(contract.name, engine, precision, _reason(request, passed_over))
-    causes = "; ".join(dict.fromkeys(passed_over))
+    causes = "; ".join(dict.fromkeys(map(str, passed_over)))
     if request.engine == AUTO:
         raise EngineUnavailable(f"no engine can run {contract.name} here: {causes}")
     remedy = f": choose {_WITHOUT_GPU}, or a machine with an NVIDIA GPU and its driver" if without_gpu else ""
@@ -184,7 +210,9 @@ def _precisions(
     return tuple(p for p in _GPU_PRECISIONS if p in bundle_precisions(bundle, contract))
 
 
-def _reason(request: EngineRequest, passed_over: Sequence[str]) -> str:
+def _reason(request: EngineRequest, passed_over: Sequence[EngineError | EngineUnavailable]) -> str:
+    """Why it is this engine: the causes, on one line, without what to do about them."""
     if request.engine != AUTO:
         return "asked for"
-    return f"auto: {'; '.join(dict.fromkeys(passed_over))}" if passed_over else "auto"
+    causes = [error.cause if isinstance(error, EngineUnavailable) else str(error) for error in passed_over]
+    return f"auto: {'; '.join(dict.fromkeys(causes))}" if passed_over else "auto"

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import EngineError
+
+IMAGE = "image"  # name of the one input of every graph
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -64,6 +66,23 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class DeviceEngine(Protocol):
+    """An engine whose outputs can stay where `multisa.kernels` takes them from."""
+
+    def run_on_device(self, image: UInt8) -> dict[str, Any]:
+        """Run as `Engine.run` does, without waiting; arrays with `__cuda_array_interface__`."""
+
+
+@runtime_checkable
+class DetailedEngine(Protocol):
+    """An engine that has more to tell than its name."""
+
+    @property
+    def detail(self) -> dict[str, Any]:
+        """What runs, for the record of a run."""
 
 
 def check_image(image: UInt8, graph: str) -> None:

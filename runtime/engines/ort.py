@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.engines.contract import CONTRACTS, GraphContract, UInt8, check_image
+from multisa.runtime.engines.contract import CONTRACTS, IMAGE, GraphContract, UInt8, check_image
 from multisa.runtime.engines.onnx_file import check_onnx
 from multisa.runtime.errors import EngineError, EngineUnavailable
 
@@ -91,7 +91,7 @@ class OnnxRuntimeEngine:
         check_image(image, self.contract.name)
         names = list(self.contract.outputs)
         try:
-            outputs = self._session.run(names, {"image": np.ascontiguousarray(image)})
+            outputs = self._session.run(names, {IMAGE: np.ascontiguousarray(image)})
         except self._errors as error:
             raise EngineError(f"{self.contract.name}: cannot be run: {_first_line(error)}") from error
         return dict(zip(names, outputs, strict=True))
@@ -111,7 +111,9 @@ class OnnxRuntimeEngine:
 
 def _import_onnxruntime() -> Any:
     if importlib.util.find_spec("onnxruntime") is None:
-        raise EngineUnavailable("onnxruntime is not installed, graphs are run by it: pip install onnxruntime")
+        raise EngineUnavailable(
+            "onnxruntime is not installed", remedy="pip install onnxruntime, which runs graphs"
+        )
     try:
         import onnxruntime
     except ImportError as error:
@@ -132,7 +134,7 @@ def _prepare_cuda(runtime: Any) -> str:
 
 
 def _no_cuda(cause: str) -> EngineUnavailable:
-    return EngineUnavailable(f"onnxruntime-cuda: {cause}: {INSTALL_CUDA}")
+    return EngineUnavailable(f"onnxruntime-cuda: {cause}", remedy=INSTALL_CUDA)
 
 
 def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
@@ -144,8 +146,8 @@ def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
 
 def _kept_contract(session: Any, contract: GraphContract | None, label: str) -> GraphContract:
     inputs = {tensor.name: _signature(tensor) for tensor in session.get_inputs()}
-    if inputs != {"image": "uint8 of rank 4"}:
-        raise EngineError(f"{label}: got the inputs {inputs}, expected image: uint8 of rank 4")
+    if inputs != {IMAGE: "uint8 of rank 4"}:
+        raise EngineError(f"{label}: got the inputs {inputs}, expected {IMAGE}: uint8 of rank 4")
     outputs = {tensor.name: _signature(tensor) for tensor in session.get_outputs()}
     candidates = (contract,) if contract else CONTRACTS
     for candidate in candidates:

@@ -13,7 +13,6 @@ may write to the folder decides what runs, so it must be no less protected than 
 """
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -21,11 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from multisa.runtime.errors import BundleError, EngineUnavailable
+from multisa.runtime.errors import BundleError
 from multisa.runtime.files import (
+    flush_folder,
+    lock_file,
     sha256_of_bytes,
     sha256_of_file,
     write_bytes_atomically,
@@ -41,9 +43,12 @@ PLAN_NAME = "model.plan"
 RECORD_NAME = "plan.json"
 QUARANTINE = "quarantine"
 SCHEMA_VERSION = 1
+# Settings of the builder. fp32 is fp32: with TF32, products would keep ten bits of mantissa.
+FLAGS = ("TF32=0",)
 
 _RECORD_LIMIT = 1 << 16  # bytes; a record is about one kilobyte
 _DIGITS = 16
+_FACTS = attrgetter("onnx_sha256", "library", "library_version", "target", "flags", "platform")
 _FOLDER = re.compile(r"[0-9a-f]{16}")
 
 
@@ -113,11 +118,8 @@ class StoredPlan:
     build_seconds: float
 
     def read(self) -> Bytes:
-        """Bytes of the plan, verified as they were read. Raises BundleError when they are damaged."""
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise BundleError(f"{self.path}: damaged: cannot be read: {error.strerror}") from error
+        """Bytes of the plan, verified; raises BundleError for damage, OSError where they cannot be read."""
+        data = self.path.read_bytes()
         if len(data) != self.bytes or sha256_of_bytes(data) != self.sha256:
             raise BundleError(
                 f"{self.path}: damaged: got {len(data)} bytes, sha256 {sha256_of_bytes(data)}, expected "
@@ -149,7 +151,7 @@ class PlanCache:
         self.folder = folder
 
     def get(self, key: PlanKey) -> StoredPlan | None:
-        """The plan of `key`, verified; None where there is none, or a damaged one, which is put aside."""
+        """The plan of `key`, verified; a damaged one is put aside. Raises OSError where it cannot be read."""
         try:
             return self._load(key)
         except _DamagedError:
@@ -162,7 +164,7 @@ class PlanCache:
         """The plan of `key`, made by `build` where there is none; one builder at a time, others wait for it.
 
         What `build` raises is raised here, and nothing is stored. Raises EngineUnavailable where files cannot
-        be locked, OSError where the folder cannot be written.
+        be locked, OSError where the folder cannot be written or the plan in it cannot be read.
         """
         stored = self.get(key)
         if stored is not None:
@@ -174,14 +176,11 @@ class PlanCache:
     def find(self, *, onnx_sha256: str, library: str, library_version: str, target: str) -> list[StoredPlan]:
         """Plans of one graph for one library and target, in the order of their digests.
 
-        Their bytes are verified by `StoredPlan.read`; records that cannot be read are left out.
+        They are of this platform and of FLAGS: others are another machine's, or another accuracy's. Their
+        bytes are verified by `StoredPlan.read`; records that cannot be read are left out.
         """
-        wanted = (onnx_sha256, library, library_version, target)
-        return [
-            plan
-            for plan in self.list_plans()[0]
-            if (plan.key.onnx_sha256, plan.key.library, plan.key.library_version, plan.key.target) == wanted
-        ]
+        wanted = (onnx_sha256, library, library_version, target, FLAGS, this_platform())
+        return [plan for plan in self.list_plans()[0] if _FACTS(plan.key) == wanted]
 
     def list_plans(self) -> tuple[list[StoredPlan], dict[Path, str]]:
         """All plans in the order of their digests, and the folders of those that cannot be used, with why.
@@ -196,8 +195,8 @@ class PlanCache:
                 continue
             try:
                 plan = _read_record(folder)
-            except _DamagedError as damage:
-                damaged[folder] = str(damage)
+            except (_DamagedError, OSError) as problem:
+                damaged[folder] = str(problem)
                 continue
             if plan is not None:
                 plans.append(plan)
@@ -209,11 +208,7 @@ class PlanCache:
         Nothing is done when another process has put a newer one in its place.
         """
         with self._lock(plan.key):
-            try:
-                current = self._load(plan.key)
-            except _DamagedError as damage:
-                self._put_aside(plan.key, str(damage))
-                return
+            current = self._load_or_heal(plan.key)
             if current is not None and current.sha256 == plan.sha256:
                 self._put_aside(plan.key, reason)
 
@@ -226,10 +221,7 @@ class PlanCache:
             return None
         if plan.key != key:  # the whole key, not its first digits
             raise _DamagedError(f"{RECORD_NAME} is of another key")
-        try:
-            digest = sha256_of_file(plan.path)
-        except OSError as error:
-            raise _DamagedError(f"{PLAN_NAME} cannot be read: {error.strerror}") from error
+        digest = sha256_of_file(plan.path)
         if digest != plan.sha256:
             raise _DamagedError(f"{PLAN_NAME}: got sha256 {digest}, expected {plan.sha256}")
         return plan
@@ -251,12 +243,12 @@ class PlanCache:
         for left in place.glob(".*.tmp"):  # of a builder that was killed; this one holds the lock
             left.unlink()
         write_bytes_atomically(place / PLAN_NAME, data)
-        _flush_folder(place)
+        flush_folder(place)
         record = _Record(SCHEMA_VERSION, key, len(data), sha256_of_bytes(data), seconds)
         # Last: what is killed before this line has stored nothing.
         write_json_atomically(place / RECORD_NAME, record_to_dict(record))
-        _flush_folder(place)
-        _flush_folder(self.folder)
+        flush_folder(place)
+        flush_folder(self.folder)
         return StoredPlan(place / PLAN_NAME, key, record.bytes, record.sha256, seconds)
 
     def _put_aside(self, key: PlanKey, reason: str) -> None:
@@ -271,41 +263,26 @@ class PlanCache:
 
     @contextmanager
     def _lock(self, key: PlanKey) -> Iterator[None]:
-        """Hold the key's lock; the system lets go of it when a process ends, however that happens."""
-        try:
-            import fcntl
-        except ImportError as error:
-            raise EngineUnavailable(
-                "plans are built where files can be locked (Linux, macOS); use ONNX Runtime here"
-            ) from error
+        """Hold the lock of a key; its file is beside the plan's folder, which may be moved away."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Beside the plan's folder, which may be moved away, and never removed: who waits for a lock file
-        # that is gone holds a lock that nobody else sees.
-        descriptor = os.open(self._place(key).with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another process that builds {key.graph} for {key.target}")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        waiting = f"waiting for another process that builds {key.graph} for {key.target}"
+        with lock_file(self._place(key).with_suffix(".lock"), lambda: say(waiting)):
             yield
-        finally:
-            os.close(descriptor)
 
 
 def _read_record(folder: Path) -> StoredPlan | None:
-    """What plan.json says, checked without trust in it; None where there is none."""
+    """What plan.json says, checked without trust in it; None where there is none. Raises OSError."""
     path = folder / RECORD_NAME
     try:
         size = path.stat().st_size
         text = path.read_text(encoding="utf-8") if size <= _RECORD_LIMIT else ""
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise _DamagedError(f"{RECORD_NAME} cannot be read: {error}") from error
-    if not text:
-        raise _DamagedError(f"{RECORD_NAME}: got {size} bytes, expected 1..{_RECORD_LIMIT}")
+    except UnicodeDecodeError as error:
+        raise _DamagedError(f"{RECORD_NAME}: {error}") from error
     try:
+        if not text:
+            raise ValueError(f"got {size} bytes, expected 1..{_RECORD_LIMIT}")
         value: Any = json.loads(text)
         record = record_from_dict(_Record, value, complete=True)
     except (ValueError, RecursionError) as error:
@@ -322,11 +299,3 @@ def _read_record(folder: Path) -> StoredPlan | None:
     if plan.is_symlink() or not plan.is_file() or plan.stat().st_size != record.bytes:
         raise _DamagedError(f"{PLAN_NAME}: expected a file of {record.bytes} bytes")
     return StoredPlan(plan, record.key, record.bytes, record.sha256, record.build_seconds)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

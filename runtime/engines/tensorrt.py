@@ -8,9 +8,11 @@ This runs plans and makes none: a bundle without one for this GPU is EngineUnava
 """
 
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +22,12 @@ import numpy.typing as npt
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PrimaryContext
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
-from multisa.runtime.engines.contract import PRECISIONS, GraphContract, UInt8, check_image, graph_file
-from multisa.runtime.engines.plans import PlanCache, Profile, StoredPlan, this_platform
-from multisa.runtime.engines.tensorrt_lane import IMAGE, Lane, LoadedPlan
+from multisa.runtime.engines.contract import IMAGE, PRECISIONS, GraphContract, UInt8, check_image, graph_file
+from multisa.runtime.engines.coverage import uncovered_shape
+from multisa.runtime.engines.plans import PlanCache, Profile, StoredPlan
+from multisa.runtime.engines.tensorrt_lane import Lane, LoadedPlan
 from multisa.runtime.engines.tensorrt_library import (
+    DTYPES,
     LIBRARIES,
     StartedLibrary,
     check_library_name,
@@ -32,10 +36,13 @@ from multisa.runtime.engines.tensorrt_library import (
     start_library,
 )
 from multisa.runtime.errors import BundleError, EngineError, EngineUnavailable, UsageError
+from multisa.runtime.images import MINIMUM_SIDE
 
-# NumPy's names of the library's; a plan with a tensor of any other type breaks every contract.
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
-_SMALLEST = 64  # pixels a side, of a profile that is proposed
+# Where a library says that the bytes are not of its making: another format, version, or kind of GPU.
+_NOT_ITS_PLAN = re.compile(
+    r"serializ|magic ?tag|version tag|not compatible with this version|incompatible (device|version)",
+    re.IGNORECASE,
+)
 _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
 
 
@@ -46,32 +53,48 @@ def open_tensorrt(
     precision: str = "fp32",
     library: str | None = None,
     cache: Path | None = None,
+    long_side: int | None = None,
+    may_heal: bool = True,
 ) -> "TensorRTEngine":
     """Load the plan of a bundle's graph for the first GPU.
 
-    `library` is one of LIBRARIES, or None for the first that is here and has a plan; `cache` is the folder of
-    plans when that is not the bundle's own. Raises UsageError for a precision the bundle does not have or an
-    unknown library, EngineUnavailable without driver, pycuda, library or plan, EngineError for a plan that
-    breaks the contract or finds no memory.
+    `library` is one of LIBRARIES, or None for the first that is here and has a plan; `cache` is a folder of
+    plans besides the bundle's own. With `long_side` a plan is passed over unless it takes every photograph up
+    to there. Damaged plans are put aside if it `may_heal`. Raises UsageError for a precision the bundle does
+    not have or an unknown library, EngineUnavailable without driver, pycuda, library or plan, EngineError for
+    a plan that breaks the contract or finds no memory.
     """
     digest = _digest_of_graph(bundle, contract, precision)
     if library is not None:
         check_library_name(library)
     gpu = default_gpu()  # before any library: TensorRT ends the process where there is no driver
     target = "sm{}{}".format(*gpu.compute_capability)
-    plans = PlanCache(cache if cache is not None else bundle.path / ENGINES_FOLDER)
-    reasons = []
+    own = bundle.path / ENGINES_FOLDER
+    caches = [PlanCache(folder) for folder in ((own,) if cache is None else (cache, own))]
+    causes, remedies = [], []
     for name in LIBRARIES if library is None else (library,):
-        remedy = _build_command(bundle, contract, precision, target, name, cache)
+        build = _build_command(bundle, contract, precision, target, name, cache)
         try:
             there = import_library(name)
-            found = plans.find(onnx_sha256=digest, library=name, library_version=there.version, target=target)
+            wanted = {"onnx_sha256": digest, "library": name, "target": target}
+            found = [
+                (plans, plan)
+                for plans in caches
+                for plan in plans.find(**wanted, library_version=there.version)
+            ]
             if not found:
-                raise EngineUnavailable(f"{there}: no plan for {target} ({gpu.name}): {remedy}")
-            return _open_first(plans, found, contract, start_library(there, gpu), gpu, remedy)
+                raise EngineUnavailable(f"{there}: no plan for {target} ({gpu.name})", remedy=build)
+            opening = _Opening(contract, start_library(there, gpu), gpu, build, long_side, may_heal)
+            return opening.first(found)
         except EngineUnavailable as error:
-            reasons.append(str(error))
-    raise EngineUnavailable(f"{contract.name}: " + "; ".join(reasons))
+            causes.append(error.cause)
+            remedies.append(str(error).removeprefix(error.cause).removeprefix(": "))
+    remedy = "; or ".join(filter(None, dict.fromkeys(remedies)))
+    raise EngineUnavailable("; ".join(causes), remedy=remedy)
+
+
+class _RefusedError(Exception):
+    """A plan that the library refuses; the message is what it says."""
 
 
 class TensorRTEngine:
@@ -85,15 +108,16 @@ class TensorRTEngine:
         started: StartedLibrary,
         gpu: PrimaryContext,
         remedy: str,
+        sha256: str,
     ) -> None:
-        """Load the plan's bytes, which must be verified: TensorRT runs the code in them.
+        """Load the plan's bytes, which must be verified (their `sha256`): TensorRT runs the code in them.
 
         `remedy` is the command that builds the plan. Raises EngineUnavailable when the library refuses it,
         EngineError when it breaks the contract.
         """
         library, log = started.library, started.log
         self.name, self.contract = library.name, contract
-        self._remedy = remedy
+        self._remedy, self._sha256 = remedy, sha256
         with gpu.active():
             log.clear()  # of other calls
             engine = started.runtime.deserialize_cuda_engine(plan)
@@ -110,6 +134,16 @@ class TensorRTEngine:
     def profiles(self) -> Sequence[Profile]:
         """Sizes of the image that the plan was built for."""
         return self._profiles
+
+    @property
+    def detail(self) -> dict[str, Any]:
+        """GPU, library, plan and its profiles, for the record of a run."""
+        return {
+            "gpu": self._plan.gpu.name,
+            "library": str(self._plan.started.library),
+            "plan_sha256": self._sha256,
+            "profiles": [str(profile) for profile in self._profiles],
+        }
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
         """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
@@ -133,7 +167,8 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Wait for calls under way and give the GPU's memory back; `run` is an error afterwards."""
-        self._finalizer()
+        with self._opening:  # a lane that is being made is closed, too
+            self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +185,7 @@ class TensorRTEngine:
         if not fitting:
             listed = ", ".join(map(str, self._profiles))
             size = f"{batch}x{height}x{width}"
-            bucket = f"1x{min(height, _SMALLEST)}x{min(width, _SMALLEST)}:{size}:{size}"
+            bucket = f"1x{min(height, MINIMUM_SIDE)}x{min(width, MINIMUM_SIDE)}:{size}:{size}"
             raise EngineError(
                 f"{self.contract.name}: got an image of {size} (batch x height x width), "
                 f"expected one of the plan's profiles (min:opt:max) {listed}; build one that fits: "
@@ -181,49 +216,82 @@ def _close(plan: LoadedPlan, lanes: dict[int, Lane]) -> None:
         plan.engine = None
 
 
-def _open_first(
-    plans: PlanCache,
-    found: Sequence[StoredPlan],
-    contract: GraphContract,
-    started: StartedLibrary,
-    gpu: PrimaryContext,
-    remedy: str,
-) -> TensorRTEngine:
-    """Load the best plan that can be loaded; those that cannot are put aside."""
-    reasons = []
-    for stored in sorted(found, key=lambda plan: _rank(plan, gpu.name)):
+@dataclass(frozen=True)
+class _Opening:
+    """Loads the best plan that can be loaded."""
+
+    contract: GraphContract
+    started: StartedLibrary
+    gpu: PrimaryContext
+    remedy: str
+    long_side: int | None
+    may_heal: bool
+
+    def first(self, found: Sequence[tuple[PlanCache, StoredPlan]]) -> TensorRTEngine:
+        """Load the best of `found`; raises EngineUnavailable with why each one cannot be."""
+        causes = []
+        for plans, stored in sorted(found, key=lambda pair: self._rank(pair[1])):
+            missing = uncovered_shape(stored.key.profiles, self.long_side) if self.long_side else None
+            if missing is not None:
+                size = "x".join(map(str, missing))
+                causes.append(f"{stored.path}: no profile for {size} (batch x height x width)")
+                continue
+            try:
+                engine = self._load(stored)
+            except (_RefusedError, BundleError) as error:
+                causes.append(f"{stored.path}: {error}{self._put_aside(plans, stored, str(error))}")
+                continue
+            except OSError as error:
+                causes.append(f"{stored.path}: cannot be read: {error.strerror}")
+                continue
+            self._tell(stored)
+            return engine
+        raise EngineUnavailable("; ".join(causes), remedy=self.remedy)
+
+    def _load(self, stored: StoredPlan) -> TensorRTEngine:
         try:
-            engine = TensorRTEngine(stored.read(), contract, started=started, gpu=gpu, remedy=remedy)
-        except (BundleError, EngineUnavailable) as error:
-            said = str(error).lower()  # what is not the plan's fault leaves it where it is
+            return TensorRTEngine(
+                stored.read(),
+                self.contract,
+                started=self.started,
+                gpu=self.gpu,
+                remedy=self.remedy,
+                sha256=stored.sha256,
+            )
+        except EngineUnavailable as error:
+            said = error.cause.lower()
             if "out of memory" in said:
-                raise EngineError(f"{contract.name}: {error}; free memory of {gpu.name}") from error
+                raise EngineError(f"{self.contract.name}: {error}; free memory of {self.gpu.name}") from error
             if "driver version is insufficient" in said:
-                raise EngineUnavailable(f"{contract.name}: {error}; update the NVIDIA driver") from error
-            reasons.append(f"{stored.path}: {error}{_put_aside(plans, stored, str(error))}")
-            continue
-        if stored.key.gpu not in ("", gpu.name):
+                cause = f"{self.contract.name}: {error}"
+                raise EngineUnavailable(cause, remedy="update the NVIDIA driver") from error
+            raise _RefusedError(str(error)) from error
+
+    def _put_aside(self, plans: PlanCache, stored: StoredPlan, reason: str) -> str:
+        """Where the bytes are at fault, and nothing else is; what could not be done."""
+        is_damaged = "damaged" in reason or _NOT_ITS_PLAN.search(reason)
+        if not (is_damaged and self.may_heal):
+            return ""
+        try:
+            plans.quarantine(stored, reason)
+        except OSError as error:
+            return f" (and cannot be put aside: {error.strerror})"
+        return ""
+
+    def _rank(self, plan: StoredPlan) -> tuple[int, int, str]:
+        """Plans tuned on this very GPU first, then those for any, then those with most profiles."""
+        places = (self.gpu.name, "")
+        place = places.index(plan.key.gpu) if plan.key.gpu in places else len(places)
+        return place, -len(plan.key.profiles), plan.key.digest
+
+    def _tell(self, stored: StoredPlan) -> None:
+        name, gpu = self.contract.name, self.gpu.name
+        if stored.key.gpu not in ("", gpu):
             _LOGGER.warning(
                 "%s: the plan was tuned on %s and runs on %s, which may be slow: %s",
-                contract.name, stored.key.gpu, gpu.name, remedy,
+                name, stored.key.gpu, gpu, self.remedy,
             )  # fmt: skip
-        _LOGGER.info("%s: %s on %s", contract.name, stored.path, gpu.name)
-        return engine
-    raise EngineUnavailable(f"{'; '.join(reasons)}; make it again: {remedy}")
-
-
-def _rank(plan: StoredPlan, gpu: str) -> tuple[bool, int, int, str]:
-    """Plans of this machine first, then those tuned on this very GPU, then those with most profiles."""
-    place = (gpu, "").index(plan.key.gpu) if plan.key.gpu in (gpu, "") else 2
-    return plan.key.platform != this_platform(), place, -len(plan.key.profiles), plan.key.digest
-
-
-def _put_aside(plans: PlanCache, stored: StoredPlan, reason: str) -> str:
-    try:
-        plans.quarantine(stored, reason)
-    except OSError as error:
-        return f" (and cannot be put aside: {error.strerror})"
-    return ""
+        _LOGGER.info("%s: %s on %s", name, stored.path, gpu)
 
 
 def _digest_of_graph(bundle: Bundle, contract: GraphContract, precision: str) -> str:
@@ -255,7 +323,7 @@ def _kept_outputs(engine: Any, contract: GraphContract, module: Any) -> dict[str
     dtypes: dict[str, str] = {}
     for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
         kind = engine.get_tensor_dtype(name).name
-        dtypes[name] = _DTYPES.get(kind, kind)
+        dtypes[name] = DTYPES.get(kind, kind)
         is_input = engine.get_tensor_mode(name) == module.TensorIOMode.INPUT
         on_device = engine.get_tensor_location(name) == module.TensorLocation.DEVICE
         found[name] = (

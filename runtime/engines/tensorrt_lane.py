@@ -12,11 +12,10 @@ import numpy.typing as npt
 
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PinnedBuffer, PrimaryContext, PycudaBuffer
-from multisa.runtime.engines.contract import UInt8
+from multisa.runtime.engines.contract import IMAGE, UInt8
 from multisa.runtime.engines.tensorrt_library import StartedLibrary
 from multisa.runtime.errors import EngineError
 
-IMAGE = "image"  # name of the one input
 RECORDINGS_KEPT = 8  # of one profile; each holds a context of the library
 SHAPES_REMEMBERED = 64  # a shape is recorded when it comes again among so many calls
 DEFAULT_STREAM = 0

@@ -30,9 +30,11 @@ _MODULES = {
 }
 _INSTALL = {
     TENSORRT: "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
-    TENSORRT_RTX: "pip install 'multisa[rtx]'",
+    TENSORRT_RTX: "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
 _OLDEST = {TENSORRT: 10, TENSORRT_RTX: 1}  # major versions; from 10 on graphs carry their own types
+# NumPy's names of the libraries' types; a tensor of any other type breaks every contract.
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
 _KEPT_MESSAGES = 64  # errors, and as many warnings
 _TOLD_ERRORS = 8
 _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
@@ -131,17 +133,19 @@ def import_library(name: str) -> Library:
     remedy = _INSTALL[name]
     found = [module for module in _MODULES[name] if _is_there(module)]
     if not found:
-        raise EngineUnavailable(f"{name} is not installed: {remedy}")
+        raise EngineUnavailable(f"{name} is not installed", remedy=remedy)
     try:
         module = importlib.import_module(found[0])
     except (ImportError, OSError) as error:
         raise EngineUnavailable(
-            f"{name} is installed and cannot be loaded ({error}); with its libraries: {remedy}"
+            f"{name} is installed and cannot be loaded ({error})", remedy=f"with its libraries: {remedy}"
         ) from error
     version = str(getattr(module, "__version__", "unknown"))
     major = version.split(".")[0]
     if not major.isdigit() or int(major) < _OLDEST[name]:
-        raise EngineUnavailable(f"{name}: got version {version}, expected {_OLDEST[name]} or newer: {remedy}")
+        raise EngineUnavailable(
+            f"{name}: got version {version}, expected {_OLDEST[name]} or newer", remedy=remedy
+        )
     return Library(name, module, version)
 
 
@@ -151,7 +155,8 @@ def default_gpu() -> PrimaryContext:
     try:
         return PrimaryContext()
     except DeviceUnavailableError as error:
-        raise EngineUnavailable(f"TensorRT cannot run: {error}") from error
+        cause, _, remedy = str(error).partition("; ")
+        raise EngineUnavailable(f"TensorRT cannot run: {cause}", remedy=remedy) from error
 
 
 @functools.lru_cache(maxsize=len(LIBRARIES))
@@ -167,7 +172,7 @@ def start_library(library: Library, gpu: PrimaryContext) -> StartedLibrary:
         except (TypeError, RuntimeError) as error:  # how the bindings report a null pointer
             said = f"{error}; {log.take()}"
             raise EngineUnavailable(
-                f"{library}: does not start on {gpu.name}: {said}; update the driver"
+                f"{library}: does not start on {gpu.name}: {said}", remedy="update the driver"
             ) from error
     return StartedLibrary(library, runtime, log)
 

@@ -7,8 +7,8 @@ recordings.
 import dataclasses
 import gc
 import itertools
+import json
 import logging
-import platform
 import sys
 import threading
 import warnings
@@ -26,14 +26,18 @@ from PIL import Image
 from multisa.kernels import random_walk
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
-from multisa.kernels.cuda.pycuda_device import PycudaDevice
+from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
+from multisa.runtime import label
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.engines import tensorrt as tensorrt_module
 from multisa.runtime.engines import tensorrt_lane, tensorrt_library
+from multisa.runtime.engines.choice import EngineRequest, choose_engine
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile
+from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, this_platform
 from multisa.runtime.engines.tensorrt import TensorRTEngine, open_tensorrt
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.image_labels import read_image_labels
 
 PROFILES = [((1, 32, 32), (1, 64, 64), (2, 96, 96)), ((1, 32, 32), (1, 96, 128), (4, 160, 160))]
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
@@ -82,8 +86,8 @@ def store(bundle: Bundle, tmp_path: Path) -> Store:
             "target": "sm89",
             "gpu": "CPU",
             "profiles": tuple(Profile(*profile) for profile in PROFILES),
-            "flags": (),
-            "platform": f"{platform.system().lower()}-{platform.machine()}",
+            "flags": FLAGS,
+            "platform": this_platform(),
         }
         data = plan if plan is not None else make_plan(bundle.read_file(name), PROFILES)
         PlanCache(tmp_path / "plans").get_or_build(PlanKey(**facts | key), lambda: data)
@@ -362,11 +366,12 @@ def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
     said = str(caught.value)
     assert caught.value.exit_code == 5
     for name, version in VERSIONS.items():
-        assert f"{name} {version}: no plan for sm89 (CPU): multisa build {bundle.path} --target sm89" in said
-        assert f"--library {name} --cache {cache}" in said
-    with pytest.raises(
-        EngineUnavailable, match=r"^segmenter: tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"
-    ):
+        assert f"{name} {version}: no plan for sm89 (CPU)" in said
+        build = (
+            f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name} --cache {cache}"
+        )
+        assert build in said
+    with pytest.raises(EngineUnavailable, match=r"^tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"):
         open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=tmp_path / "none")
 
 
@@ -379,7 +384,8 @@ def test_the_library_with_a_plan_is_taken(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(
-        EngineUnavailable, match=r"tensorrt-rtx is not installed: pip install 'multisa\[rtx\]'"
+        EngineUnavailable,
+        match=r"tensorrt-rtx is not installed: .*pip install tensorrt-rtx-cu13-bindings ",
     ):
         open_tensorrt(bundle, SEGMENTER, cache=cache)
 
@@ -473,3 +479,188 @@ def test_the_bundles_own_plans(bundle: Bundle, store: Store, tmp_path: Path) -> 
     moved = dataclasses.replace(bundle, path=tmp_path)
     with open_tensorrt(moved, SEGMENTER) as engine:
         engine.run(photograph(64, 64))
+
+
+def test_plans_are_looked_for_in_both_folders(bundle: Bundle, store: Store, tmp_path: Path) -> None:
+    """Those of `multisa build --cache DIR`, and the bundle's own."""
+    store(SEGMENTER).rename(tmp_path / "engines")
+    moved = dataclasses.replace(bundle, path=tmp_path)
+    cache = store(SEGMENTER, gpu="")
+    with open_tensorrt(moved, SEGMENTER, cache=cache) as engine:
+        own = engine.detail["plan_sha256"]
+    (tmp_path / "engines").rename(tmp_path / "elsewhere")
+    with open_tensorrt(moved, SEGMENTER, cache=cache) as engine:
+        assert engine.detail["plan_sha256"] == own
+        assert engine.detail == {
+            "gpu": "CPU",
+            "library": "tensorrt 11.4.0.106",
+            "plan_sha256": own,
+            "profiles": ["1x32x32:1x64x64:2x96x96", "1x32x32:1x96x128:4x160x160"],
+        }
+    (tmp_path / "elsewhere").rename(tmp_path / "engines")
+    with open_tensorrt(moved, SEGMENTER, cache=tmp_path / "none"):
+        pass
+
+
+@pytest.mark.parametrize("other", [{"platform": "windows-amd64"}, {"flags": ("TF32=1",)}], ids=str)
+def test_a_plan_that_is_not_for_here_is_left_alone(
+    bundle: Bundle, store: Store, other: dict[str, Any]
+) -> None:
+    cache = store(SEGMENTER, plan=b"not a plan\n", **other)
+    with pytest.raises(EngineUnavailable, match="no plan for sm89"):
+        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+    assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "is_moved"),
+    [
+        ("Error Code 1: Serialization (stdVersionRead == kSERIALIZATION_VERSION failed)", True),
+        ("The engine plan file is not compatible with this version of TensorRT, got 10", True),
+        ("The engine plan file is generated on an incompatible device, expecting compute 8.9", True),
+        ("libnvinfer_builder_resource.so.11: cannot open shared object file", False),
+        ("CUDA initialization failure with error: 46", False),
+    ],
+)
+def test_only_a_plan_that_is_at_fault_is_put_aside(
+    bundle: Bundle, store: Store, said: str, is_moved: bool
+) -> None:
+    cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused=said))
+    with pytest.raises(EngineUnavailable) as caught:
+        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache, may_heal=False)
+    assert said in str(caught.value)
+    assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
+    with pytest.raises(EngineUnavailable):
+        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+    assert bool(list(cache.glob("[0-9a-f]*/model.plan"))) is not is_moved
+
+
+def test_a_plan_that_cannot_be_read_stays(
+    bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = store(SEGMENTER)
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "model.plan":
+            raise OSError(24, "Too many open files", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(EngineUnavailable, match=r"model\.plan: cannot be read: Too many open files"):
+            open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+    with open_tensorrt(bundle, SEGMENTER, cache=cache):
+        assert not (cache / "quarantine").exists()
+
+
+def test_auto_takes_a_plan_for_every_photograph(bundle: Bundle, store: Store) -> None:
+    """Asked for, a plan of few sizes runs what it can; left to itself a run would fail on the way."""
+    side = bundle.manifest.parameters.long_side
+    cache = store(SEGMENTER)
+    for name in ("auto", "tensorrt"):
+        choice = choose_engine(bundle, SEGMENTER, EngineRequest(name, plans=cache))
+        choice.engine.close()
+        assert choice.engine.name == ("onnxruntime-cpu" if name == "auto" else "tensorrt")
+        assert name != "auto" or "no profile for 1x64x161 (batch x height x width)" in choice.reason
+    wide = [((1, 64, 64), (1, 64, side), (1, side - 1, side)), ((1, 64, 64), (1, side, 64), (1, side, side))]
+    store(SEGMENTER, plan=make_plan(bundle.read_file("segmenter.onnx"), wide), profiles=profiles_of(wide))
+    choice = choose_engine(bundle, SEGMENTER, EngineRequest(plans=cache))
+    choice.engine.close()
+    assert (choice.engine.name, choice.reason) == ("tensorrt", "auto")
+    assert choice.to_json()["detail"]["profiles"] == [str(profile) for profile in profiles_of(wide)]
+
+
+def profiles_of(shapes: list[Any]) -> tuple[Profile, ...]:
+    return tuple(Profile(*shape) for shape in shapes)
+
+
+def test_auto_passes_over_a_plan_that_breaks_its_contract(bundle: Bundle, store: Store) -> None:
+    side = bundle.manifest.parameters.long_side
+    every = [((1, 64, 64), (1, side, side), (1, side, side))]
+    plan = make_plan(bundle.read_file("cam.onnx"), every)
+    cache = store(SEGMENTER, plan=plan, profiles=profiles_of(every))
+    choice = choose_engine(bundle, SEGMENTER, EngineRequest(plans=cache))
+    choice.engine.close()
+    assert choice.engine.name == "onnxruntime-cpu" and "segmenter: got a plan of" in choice.reason
+    with pytest.raises(EngineError, match="segmenter: got a plan of"):
+        choose_engine(bundle, SEGMENTER, EngineRequest("tensorrt", plans=cache))
+
+
+def test_closing_while_a_profile_is_opened(
+    bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane that another thread is making is closed, too."""
+    opening, go_on = threading.Event(), threading.Event()
+    made: list[tensorrt_lane.Lane] = []
+
+    class SlowLane(tensorrt_lane.Lane):
+        def __init__(self, *arguments: Any) -> None:
+            opening.set()
+            assert go_on.wait(30)
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(tensorrt_module, "Lane", SlowLane)
+    engine = open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(engine.run, photograph(64, 64))
+        assert opening.wait(30)
+        closing = pool.submit(engine.close)
+        with pytest.raises(TimeoutError):
+            closing.result(timeout=0.2)  # it waits for the lane
+        go_on.set()
+        closing.result(timeout=30)
+        assert running.exception(timeout=30) is None or "closed" in str(running.exception())
+    assert [lane._context for lane in made] == [None]
+
+
+def test_pseudo_masks_with_affinities_that_stay_on_the_device(
+    bundle: Bundle, store: Store, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks are those of ONNX Runtime's path, and no affinity is asked to the host."""
+    (tmp_path / "kernels.fatbin").write_bytes(MAGIC)
+    device = PycudaDevice(fatbin=tmp_path / "kernels.fatbin")
+    monkeypatch.setattr(calls, "default_device", lambda: device)
+    on_device: list[bool] = []
+    walk = calls.random_walk_on_device
+    monkeypatch.setattr(
+        calls,
+        "random_walk_on_device",
+        lambda scores, affinity, *rest: (
+            on_device.append(isinstance(affinity, calls.DeviceArray)),
+            walk(scores, affinity, *rest),
+        )[1],
+    )
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    Image.fromarray(photograph(96, 128)[0]).save(photographs / "cat.png")
+    (tmp_path / "labels.csv").write_text("image,labels\ncat.png,cat\n")
+    labels = read_image_labels(tmp_path / "labels.csv", bundle.manifest.foreground)
+    store(CAM, library)
+    cache = store(AFFINITY, library)
+    masks = []
+    for name in ("onnxruntime-cpu", library):
+        request, out = EngineRequest(name, "fp32", cache), tmp_path / name
+        label.label_images(photographs, out, bundle=bundle, labels=labels, request=request)
+        with Image.open(out / "masks" / "cat.png") as mask:
+            masks.append(np.asarray(mask))
+    assert on_device == [True]
+    assert masks[0].any()
+    np.testing.assert_array_equal(masks[1], masks[0])
+    record = json.loads((tmp_path / library / ".multisa" / "run.json").read_text())
+    assert record["engines"]["affinity"]["detail"]["gpu"] == "CPU"
+    assert "pycuda" in record["versions"]
+
+
+def test_without_kernels_the_walk_is_on_the_cpu(
+    bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise DeviceUnavailableError("kernels.fatbin: not found")
+
+    monkeypatch.setattr(calls, "default_device", refuse)
+    with open_tensorrt(bundle, AFFINITY, cache=store(AFFINITY)) as engine:
+        affinity = label._affinity_for_the_walk(engine, radius=5)
+        assert isinstance(affinity.run(photograph(64, 64))["affinity"], np.ndarray)
+    assert "the random walk runs on the CPU: kernels.fatbin: not found" in capsys.readouterr().err

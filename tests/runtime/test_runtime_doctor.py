@@ -170,5 +170,12 @@ def test_command(bundle: Bundle, no_gpu: None) -> None:
     result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path), "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["engines"][-1]["name"] == "onnxruntime-cpu"
-    result = CliRunner().invoke(root, ["doctor", "--bundle", "absent"])
-    assert result.exit_code == 0 and "there is no bundle to run" in result.stdout
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["page", "json"])
+def test_exit_codes(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch, form: list[str]) -> None:
+    result = CliRunner().invoke(root, ["doctor", "--bundle", "absent", *form])
+    assert result.exit_code == 1 and "there is no bundle to run" in result.stdout
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path), *form])
+    assert result.exit_code == 5 and "onnxruntime is not installed" in " ".join(result.stdout.split())

@@ -57,10 +57,15 @@ class Plans:
         self.asked: list[tuple[str, str, str]] = []
         self.opened: list[Plan] = []
 
-    def open_tensorrt(self, bundle: Bundle, contract: GraphContract, *, precision: str, library: str) -> Plan:
+    def open_tensorrt(
+        self, bundle: Bundle, contract: GraphContract, *, precision: str, library: str, **rest: object
+    ) -> Plan:
+        self.rest = rest
         self.asked.append((library, contract.name, precision))
         if self.asked[-1] not in self.there:
-            raise EngineUnavailable(f"{library}: no plan of {contract.name} in {precision} for sm89")
+            raise EngineUnavailable(
+                f"{library}: no plan of {contract.name} in {precision} for sm89", remedy="multisa build"
+            )
         self.opened.append(Plan(f"{library}-sm89"))
         return self.opened[-1]
 
@@ -111,7 +116,16 @@ def test_auto_without_a_plan_takes_cuda(
 def test_auto_with_a_gpu_that_nothing_here_can_use(bundle: Bundle, plans: Plans) -> None:
     name, precision, reason = chosen(choose_engine(bundle, CAM))
     assert (name, precision) == ("onnxruntime-cpu", "fp32")
-    assert "tensorrt-rtx: no plan" in reason and "pip uninstall -y onnxruntime" in reason
+    assert "tensorrt-rtx: no plan" in reason and "onnxruntime-cuda: onnxruntime " in reason
+    assert "multisa build" not in reason and "pip uninstall" not in reason  # the doctor says what to do
+
+
+def test_what_is_asked_of_plans_is_passed_on(bundle: Bundle, plans: Plans, tmp_path: Path) -> None:
+    plans.there |= {("tensorrt", "cam", "fp32")}
+    side = bundle.manifest.parameters.long_side
+    for name, long_side in (("auto", side), ("tensorrt", None)):
+        choose_engine(bundle, CAM, EngineRequest(name, plans=tmp_path, may_heal=False)).engine.close()
+        assert plans.rest == {"cache": tmp_path, "long_side": long_side, "may_heal": False}
 
 
 @pytest.mark.parametrize("name", [name for name, kind in ENGINES.items() if kind.needs_gpu])
@@ -129,7 +143,7 @@ def test_asked_for_without_a_plan(bundle_of_precisions: Bundle, plans: Plans) ->
     with pytest.raises(EngineUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no plan of cam"):
         open_engine(bundle_of_precisions, CAM, engine="tensorrt")
     assert [precision for *_, precision in plans.asked] == ["fp16", "fp32"]
-    with pytest.raises(EngineUnavailable, match=r"in fp32 for sm89$"):
+    with pytest.raises(EngineUnavailable, match=r"in fp32 for sm89: multisa build$"):
         open_engine(bundle_of_precisions, CAM, engine="tensorrt-rtx", precision="fp32")
 
 

@@ -210,7 +210,7 @@ def hidden_opset(tag: Spelling = plain, size: Spelling = plain) -> bytes:
 def test_a_number_that_readers_take_differently_is_refused(
     hidden: Callable[[Spelling, Spelling], bytes], tag: Spelling, size: Spelling
 ) -> None:
-    with pytest.raises(EngineError, match="lie in another file|got opset 99"):
+    with pytest.raises(EngineError, match=r"lie in another file|got opset 99"):
         check_onnx(hidden(plain, plain), "cam.onnx")
     with pytest.raises(EngineError, match="no ONNX file: a number of more than"):
         check_onnx(hidden(tag, size), "cam.onnx")

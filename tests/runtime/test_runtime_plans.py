@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from multisa.runtime.engines.plans import QUARANTINE, PlanCache, PlanKey, Profile, StoredPlan
+from multisa.runtime.engines.plans import (
+    FLAGS,
+    QUARANTINE,
+    PlanCache,
+    PlanKey,
+    Profile,
+    StoredPlan,
+    this_platform,
+)
 from multisa.runtime.errors import BundleError
 
 SMALL = Profile((1, 64, 64), (1, 320, 320), (8, 320, 320))
@@ -25,8 +33,8 @@ KEY = PlanKey(
     target="sm89",
     gpu="",
     profiles=(SMALL,),
-    flags=("TF32=0",),
-    platform="linux-x86_64",
+    flags=FLAGS,
+    platform=this_platform(),
 )
 # Another value for every field: a field that is added without one fails the test below.
 OTHER = {
@@ -39,7 +47,7 @@ OTHER = {
     "gpu": "NVIDIA L4",
     "profiles": (dataclasses.replace(SMALL, optimum=(1, 256, 320)),),
     "flags": (),
-    "platform": "linux-aarch64",
+    "platform": "solaris-sparc",
 }
 
 
@@ -78,15 +86,16 @@ def test_every_field_of_the_key_is_another_plan(tmp_path: Path, field: str) -> N
     assert cache.get_or_build(KEY, never).read() == b"plan"
 
 
-def test_find_is_by_graph_library_version_and_target(tmp_path: Path) -> None:
+def test_find_is_by_graph_library_version_target_flags_and_platform(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path)
     keys = [dataclasses.replace(KEY, **{name: value}) for name, value in OTHER.items()]
     for key in (KEY, *keys):
         cache.get_or_build(key, Builder(key.digest.encode()))
     asked = {name: getattr(KEY, name) for name in ("onnx_sha256", "library", "library_version", "target")}
-    expected = {key.digest for key in (KEY, *keys) if all(getattr(key, n) == v for n, v in asked.items())}
+    here = asked | {"flags": FLAGS, "platform": this_platform()}
+    expected = {key.digest for key in (KEY, *keys) if all(getattr(key, n) == v for n, v in here.items())}
     found = cache.find(**asked)
-    assert {plan.key.digest for plan in found} == expected and len(expected) == len(keys) - 3
+    assert {plan.key.digest for plan in found} == expected and len(expected) == len(keys) - 5
     assert [plan.read().decode() for plan in found] == sorted(expected)
     assert PlanCache(tmp_path / "none").find(**asked) == []
 
@@ -174,6 +183,31 @@ def test_quarantine_takes_what_was_refused_and_nothing_newer(tmp_path: Path) -> 
     assert cache.get(KEY) == new
     cache.quarantine(new, "refused, too")  # its place in the quarantine is taken by one of the same key
     assert cache.get(KEY) is None and reason.read_text() == "refused, too\n"
+
+
+@pytest.mark.parametrize("name", ["model.plan", "plan.json"])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, say, or no permission: the plan stays, and nothing is built in its place."""
+    cache = PlanCache(tmp_path)
+    stored = cache.get_or_build(KEY, Builder())
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: object, **named: object) -> object:
+        if path.name == name:
+            raise OSError(24, "Too many open files", str(path))
+        return opened(path, *arguments, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            cache.get(KEY)
+        with pytest.raises(OSError, match="Too many open files"):
+            cache.get_or_build(KEY, never)
+        plans, unusable = cache.list_plans()
+        assert (plans == [stored]) is (name == "model.plan") and len(unusable) == (name == "plan.json")
+    assert cache.get(KEY) == stored and not (tmp_path / QUARANTINE).exists()
 
 
 def test_a_builder_that_fails_stores_nothing(tmp_path: Path) -> None:

@@ -69,20 +69,23 @@ def test_no_gpu(tmp_path: Path) -> None:
     """The driver is asked first: TensorRT is not even imported."""
     result = run(make_fake_driver(cuda_headers(), tmp_path), "-c", OPEN)
     assert result.returncode == 0, result.stderr
-    said = "5 TensorRT cannot run: cuInit failed: no CUDA-capable device is detected; "
+    said = "5 TensorRT cannot run: cuInit failed: no CUDA-capable device is detected: "
     assert result.stdout == f"{said}check the driver by running nvidia-smi\n[]\n"
 
 
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     tensorrt_library.default_gpu.cache_clear()
-    with pytest.raises(EngineUnavailable, match=r"pycuda: cannot be imported .*pip install 'multisa\[gpu\]'"):
+    with pytest.raises(EngineUnavailable, match=r"pycuda: cannot be imported .*pip install pycuda, and"):
         open_tensorrt(load_bundle(default_bundle_path()), CAM)
 
 
 @pytest.mark.parametrize(
     ("library", "remedy"),
-    [(TENSORRT, "--extra-index-url https://pypi.nvidia.com"), (TENSORRT_RTX, "pip install 'multisa[rtx]'")],
+    [
+        (TENSORRT, "--extra-index-url https://pypi.nvidia.com"),
+        (TENSORRT_RTX, "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs"),
+    ],
 )
 def test_no_library(library: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = library.replace("-", "_")
