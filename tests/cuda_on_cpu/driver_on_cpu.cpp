@@ -124,6 +124,10 @@ int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
 int cuDeviceGetCount(int *count) { return *count = 1, 0; }
 int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? 101 : 0; }
 int cuDeviceComputeCapability(int *major, int *minor, int) { return *major = 8, *minor = 9, 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int) {
+    *value = attribute == 75 ? 8 : 9; // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+    return attribute == 75 || attribute == 76 ? 0 : 100;
+}
 int cuDeviceGetName(char *name, int length, int) { return std::strncpy(name, "CPU", static_cast<std::size_t>(length)), 0; }
 int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &the_context, 0; }
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }

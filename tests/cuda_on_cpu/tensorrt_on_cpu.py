@@ -441,7 +441,7 @@ def test_a_good_plan_stays(
 ) -> None:
     """Where the machine is at fault, a plan is not put aside."""
     cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused=said))
-    with pytest.raises(error, match=f"{said.replace('[', '.').replace(']', '.')}; {remedy}"):
+    with pytest.raises(error, match=f"{said.replace('[', '.').replace(']', '.')}[;:] {remedy}"):
         open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
     assert list(cache.glob("[0-9a-f]*/model.plan"))
 
