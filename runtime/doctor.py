@@ -76,7 +76,7 @@ def examine(bundle_path: Path | None = None, plans: Path | None = None) -> Diagn
     `plans` is a folder of TensorRT plans besides the bundle's own. Nothing is changed, and nothing is raised
     about what is broken or absent.
     """
-    bundle_finding, bundle = _bundle(bundle_path)
+    bundle_finding, bundle = _bundle(bundle_path, plans)
     machine = [_processor(), _onnxruntime(), _kernels(), _cuda_kernels(), _gpu(), bundle_finding]
     engines = list(_engines(bundle, plans)) if bundle else []
     return Diagnosis(
@@ -189,7 +189,7 @@ def _gpu() -> Finding:
     return Finding("GPU", True, f"{names}; the driver runs CUDA up to {probe.driver}")
 
 
-def _bundle(path: Path | None) -> tuple[Finding, "Bundle | None"]:
+def _bundle(path: Path | None, folder: Path | None = None) -> tuple[Finding, "Bundle | None"]:
     try:
         from multisa.runtime.bundle import ENGINES_FOLDER, default_bundle_path, load_bundle
         from multisa.runtime.engines.choice import bundle_precisions
@@ -197,6 +197,8 @@ def _bundle(path: Path | None) -> tuple[Finding, "Bundle | None"]:
 
         bundle = load_bundle(path or default_bundle_path())
         plans = _plans(bundle.path / ENGINES_FOLDER)
+        if folder is not None:
+            plans += f"; in {str(folder)!a}: {_plans(folder)}"
     except (BundleError, *_BROKEN) as error:
         return Finding(_BUNDLE, False, _line(error)), None
     graphs = ", ".join(f"{c.name} ({' '.join(bundle_precisions(bundle, c))})" for c in CONTRACTS)

@@ -43,9 +43,7 @@ PLAN_NAME = "model.plan"
 RECORD_NAME = "plan.json"
 QUARANTINE = "quarantine"
 SCHEMA_VERSION = 1
-# Settings of the builder. fp32 is fp32: with TF32, products would keep ten bits of mantissa.
-FLAGS = ("TF32=0",)
-
+FLAGS = ("TF32=0",)  # the builder's settings: fp32 is fp32, where TF32 keeps ten bits of mantissa
 _RECORD_LIMIT = 1 << 16  # bytes; a record is about one kilobyte
 _DIGITS = 16
 _FACTS = attrgetter("onnx_sha256", "library", "library_version", "target", "flags", "platform")

@@ -57,7 +57,7 @@ def cuda_headers() -> Path:
     from multisa.kernels.cuda.build import BuildError, find_nvcc
 
     if importlib.util.find_spec("pycuda") is None:
-        pytest.skip("pycuda (multisa[gpu]) is not installed")
+        pytest.skip("pycuda is not installed")
     try:
         # Through a link or a wrapper, nvcc itself knows where it lives.
         command = [str(find_nvcc()), "--dryrun", "-x", "cu", os.devnull]

@@ -29,13 +29,13 @@ from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
 from multisa.runtime import label
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.engines import tensorrt as tensorrt_module
-from multisa.runtime.engines import tensorrt_lane, tensorrt_library
+from multisa.runtime.engines import tensorrt_engine, tensorrt_lane, tensorrt_library
 from multisa.runtime.engines.choice import EngineRequest, choose_engine
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, this_platform
-from multisa.runtime.engines.tensorrt import TensorRTEngine, open_tensorrt
+from multisa.runtime.engines.tensorrt import open_tensorrt
+from multisa.runtime.engines.tensorrt_engine import TensorRTEngine
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 from multisa.runtime.image_labels import read_image_labels
 
@@ -601,7 +601,7 @@ def test_closing_while_a_profile_is_opened(
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(tensorrt_module, "Lane", SlowLane)
+    monkeypatch.setattr(tensorrt_engine, "Lane", SlowLane)
     engine = open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(engine.run, photograph(64, 64))

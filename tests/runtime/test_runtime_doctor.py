@@ -64,6 +64,9 @@ def test_plans(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         "unreadable (0000000000000000, 0000000000000001, 0000000000000002); "
     ) in found(examine(bundle.path), "bundle").text
 
+    listed = found(examine(bundle.path, plans=cache.folder), "bundle").text
+    assert f"; in {str(cache.folder)!r}: tensorrt sm89 (cam fp16), tensorrt-rtx" in listed
+
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
