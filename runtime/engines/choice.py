@@ -211,8 +211,9 @@ def _precisions(
 
 
 def _reason(request: EngineRequest, passed_over: Sequence[EngineError | EngineUnavailable]) -> str:
-    """Why it is this engine: the causes, on one line, without what to do about them."""
+    """Why it is this engine: the first clause of every cause; `multisa doctor` tells all, and what to do."""
     if request.engine != AUTO:
         return "asked for"
     causes = [error.cause if isinstance(error, EngineUnavailable) else str(error) for error in passed_over]
-    return f"auto: {'; '.join(dict.fromkeys(causes))}" if passed_over else "auto"
+    clauses = dict.fromkeys(cause.partition("; ")[0].partition(", expected ")[0] for cause in causes)
+    return f"auto: {'; '.join(clauses)}" if clauses else "auto"

@@ -29,10 +29,10 @@ from multisa.runtime.engines.tensorrt_library import (
 )
 from multisa.runtime.errors import BundleError, EngineError, EngineUnavailable, UsageError
 
-# Where a library says that the bytes are not of its making: another format, version, or kind of GPU.
+# Where a library says that the bytes are not of its making: another format or version. The name of its own
+# call, deserializeCudaEngine, is in many other messages.
 _NOT_ITS_PLAN = re.compile(
-    r"serializ|magic ?tag|version tag|not compatible with this version|incompatible (device|version)",
-    re.IGNORECASE,
+    r"\bserialization\b|magic ?tag|version tag|not compatible with this version", re.IGNORECASE
 )
 _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
 

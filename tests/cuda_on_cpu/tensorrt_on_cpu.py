@@ -517,9 +517,9 @@ def test_a_plan_that_is_not_for_here_is_left_alone(
     [
         ("Error Code 1: Serialization (stdVersionRead == kSERIALIZATION_VERSION failed)", True),
         ("The engine plan file is not compatible with this version of TensorRT, got 10", True),
-        ("The engine plan file is generated on an incompatible device, expecting compute 8.9", True),
+        ("The engine plan file is generated on an incompatible device, expecting compute 8.9", False),
         ("libnvinfer_builder_resource.so.11: cannot open shared object file", False),
-        ("CUDA initialization failure with error: 46", False),
+        ("IRuntime::deserializeCudaEngine: CUDA initialization failure with error: 46", False),
     ],
 )
 def test_only_a_plan_that_is_at_fault_is_put_aside(

@@ -11,6 +11,7 @@ import pytest
 
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.engines import choice
 from multisa.runtime.engines.choice import (
     ENGINES,
     Choice,
@@ -118,6 +119,16 @@ def test_auto_with_a_gpu_that_nothing_here_can_use(bundle: Bundle, plans: Plans)
     assert (name, precision) == ("onnxruntime-cpu", "fp32")
     assert "tensorrt-rtx: no plan" in reason and "onnxruntime-cuda: onnxruntime " in reason
     assert "multisa build" not in reason and "pip uninstall" not in reason  # the doctor says what to do
+
+
+def test_reasons_are_first_clauses() -> None:
+    passed_over = [
+        EngineUnavailable("no GPU here: cuInit: no device; check the driver", remedy="buy one"),
+        EngineUnavailable("no GPU here: cuInit: no device"),
+        EngineError("cam: got a plan of {}, expected {'image': 'input uint8 of rank 4'}"),
+    ]
+    reason = choice._reason(EngineRequest(), passed_over)
+    assert reason == "auto: no GPU here: cuInit: no device; cam: got a plan of {}"
 
 
 def test_what_is_asked_of_plans_is_passed_on(bundle: Bundle, plans: Plans, tmp_path: Path) -> None:
