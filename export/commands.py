@@ -173,6 +173,11 @@ def convert(
     type=click.IntRange(1),
     help="Photographs to compare cam and affinity on at most; the segmenter on eight times as many.",
 )
+@click.option(
+    "--plans",
+    type=click.Path(path_type=Path),
+    help="Look for TensorRT plans here, too: the --cache of `multisa build`.",
+)
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads of the CPU.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the report here, even if it fails.")
 def parity(
@@ -182,6 +187,7 @@ def parity(
     photographs: Path,
     masks: Path | None,
     count: int,
+    plans: Path | None,
     threads: int,
     report: Path | None,
 ) -> None:
@@ -203,7 +209,7 @@ def parity(
     check_report(report, bundle)
     loaded = load_bundle(bundle)
     chosen = read_photographs(photographs, loaded.manifest.classes, count=count, masks=masks, calibrate=False)
-    title, found = compare_engine(loaded, EngineRequest(engine, precision), chosen, threads=threads)
+    title, found = compare_engine(loaded, EngineRequest(engine, precision, plans), chosen, threads=threads)
     if report:
         write_bytes_atomically(report, report_to_bytes({title: found.full_json()}))
     click.echo(f"{title}\n{describe_figures(found)}")

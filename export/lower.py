@@ -21,7 +21,7 @@ from multisa.export.half import (
 from multisa.export.parity import Compared, ParityReport, measure_parity
 from multisa.export.quantise import Calibrated, calibrated_graph, quantised_graph
 from multisa.export.sensitivity import Choice, choose_kept
-from multisa.runtime.engines.contract import GraphContract
+from multisa.runtime.engines.contract import IMAGE, GraphContract
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 
 UInt8 = npt.NDArray[np.uint8]
@@ -151,6 +151,6 @@ def largest_values(plain: PlainGraph, images: Sequence[UInt8], *, threads: int) 
     )
     peaks = np.zeros(len(names))
     for image in images:
-        found = session.run([f"{name}.peak" for name in names], {"image": image[None]})
+        found = session.run([f"{name}.peak" for name in names], {IMAGE: image[None]})
         peaks = np.maximum(peaks, np.array(found, np.float64))  # NaN stays NaN
     return dict(zip(names, peaks.tolist(), strict=True))

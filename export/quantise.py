@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnx
 
 from multisa.export.half import model_bytes, plain_graph
+from multisa.runtime.engines.contract import IMAGE
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -54,7 +55,7 @@ def calibrated_graph(data: bytes, calibration: Iterable[Sequence[UInt8]], *, sym
 
         def get_next(self) -> dict[str, Any] | None:
             image = next(self._images, None)
-            return None if image is None else {"image": image[None]}
+            return None if image is None else {IMAGE: image[None]}
 
     plain = plain_graph(data)
     with tempfile.TemporaryDirectory() as folder, _quiet():

@@ -15,6 +15,7 @@ from torch import nn
 
 from multisa.export.attention import attention_translation, expand_attention
 from multisa.export.batch_norm import fold_batch_norms
+from multisa.runtime.engines.contract import IMAGE
 from multisa.runtime.errors import ParityError
 from multisa.runtime.images import MINIMUM_SIDE
 
@@ -46,7 +47,7 @@ def onnx_from_module(
             module.eval(),
             (example,),
             path,
-            input_names=["image"],
+            input_names=[IMAGE],
             output_names=list(outputs),
             dynamic_shapes=(shapes,),
             opset_version=OPSET,

@@ -3,22 +3,15 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from multisa.runtime.engines.contract import GraphContract
+from multisa.runtime.engines.contract import IMAGE, GraphContract
 from multisa.runtime.engines.onnx_file import check_onnx
-from multisa.runtime.engines.plans import Profile
-from multisa.runtime.engines.tensorrt_library import Library, LibraryLog, library_log
+from multisa.runtime.engines.plans import FLAGS, Profile
+from multisa.runtime.engines.tensorrt_library import DTYPES, Library, LibraryLog, library_log
 from multisa.runtime.errors import EngineError, UsageError
 
 if TYPE_CHECKING:  # names what is what: a test holds every call below to TensorRT's type stubs
     import tensorrt as trt
 
-IMAGE = "image"  # the one input of every graph, uint8 [N, H, W, 3]
-# Flags of the builder, as they are in a plan's key and as `_set_flags` sets them. fp32 is fp32: with TF32
-# convolutions and products would keep ten bits of mantissa. That a network is strongly typed is no choice.
-FLAGS = ("TF32=0",)
-
-# NumPy's names of the library's types, those of the contracts.
-_DTYPES = {"FLOAT": "float32", "UINT8": "uint8"}
 # RTX looks for a GPU in passing, and a build needs none; where plans run, this is what is wrong.
 _NO_GPU = "CUDA driver version is insufficient"
 TURING_PRODUCT = "FP32 GEMM is not supported"
@@ -88,6 +81,7 @@ def _network_flags(library: Library) -> int:
 
 
 def _set_flags(config: "trt.IBuilderConfig", module: Any) -> None:
+    # That a network is strongly typed is not among them: it is no choice.
     for text in FLAGS:
         name, value = text.split("=")
         flag = module.BuilderFlag.__members__[name]
@@ -111,7 +105,7 @@ def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, 
 
 def _dtype(tensor: "trt.ITensor") -> str:
     name = str(tensor.dtype.name)
-    return _DTYPES.get(name, name)
+    return DTYPES.get(name, name)
 
 
 def _set_targets(rtx_config: Any, library: Library, targets: Sequence[str]) -> None:
