@@ -142,10 +142,7 @@ def _head(results: dict[str, Any]) -> str:
         f"{whole['resnet50']['ratio']:.1f} times at {whole['resnet50']['size']}",
         "pixels. Blocks of queries take the peak memory of the packaged cam.onnx at 1000 x 1000 pixels from",
         f"{before:,} to {after:,} MiB.",
-        *(
-            [f"Attention stays the largest term at twice that size for {' and '.join(largest)}."]
-            * bool(largest)
-        ),
+        *([f"Attention stays the largest term at twice that size for {', '.join(largest)}."] * bool(largest)),
         "[benchmarks/results/cam_head.json](benchmarks/results/cam_head.json)",
     )
 
@@ -173,7 +170,7 @@ def _plans(results: dict[str, Any]) -> str:
     lines = [
         "Plans that TensorRT-RTX built on this machine, for GPUs that are not here; none of them was run:",
         "",
-        "| network | graph | targets | MB | seconds for one | largest error, ONNX Runtime against eager |",
+        "| network | graph | targets | MB | seconds for one | largest error of the graph against eager |",
         "|---|---|---|---|---|---|",
     ]
     for name, entry in results["bundles"].items():
@@ -185,12 +182,17 @@ def _plans(results: dict[str, Any]) -> str:
                 name,
                 graph,
                 " ".join(p["target"] for p in built),
-                f"{min(sizes):.0f}..{max(sizes):.0f}",
-                f"{min(seconds):.0f}..{max(seconds):.0f}",
+                _range(sizes),
+                _range(seconds),
                 f"{max(errors.values()):.0e}" if errors else "in its parity.json",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "[benchmarks/results/plans.json](benchmarks/results/plans.json)"])
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _paragraph(*pieces: str) -> str:
