@@ -49,4 +49,6 @@ $(VENV)/dev: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	MULTISA_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# Calls to TensorRT are held to these stubs. They ask for TensorRT itself, which is on NVIDIA's index only.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps tensorrt-stubs
 	touch $@ $(VENV)/base
