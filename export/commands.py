@@ -4,6 +4,26 @@ from pathlib import Path
 
 import click
 
+# Options of `convert` and `parity`.
+_photographs_option = click.option(
+    "--photographs",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Data set in VOC layout, or a folder of photographs: compared on, and calibrated by `convert`.",
+)
+_masks_option = click.option(
+    "--masks",
+    type=click.Path(path_type=Path),
+    help="Ground truth for a folder of photographs: PNG masks of the same names.",
+)
+_count_option = click.option(
+    "--count",
+    default=128,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Photographs to compare cam and affinity on at most; the segmenter on eight times as many.",
+)
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -72,27 +92,12 @@ def export(
     type=click.Choice(["fp16", "int8"]),
     help="What to make; can be given twice. fp16: all three graphs, int8: the segmenter.",
 )
-@click.option(
-    "--photographs",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Data set in VOC layout, or a folder of photographs: calibrated and compared on.",
-)
-@click.option(
-    "--masks",
-    type=click.Path(path_type=Path),
-    help="Ground truth for a folder of photographs: PNG masks of the same names.",
-)
+@_photographs_option
+@_masks_option
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."
 )
-@click.option(
-    "--count",
-    default=128,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Photographs to compare cam and affinity on at most; the segmenter on eight times as many.",
-)
+@_count_option
 @click.option(
     "--int8-for",
     type=click.Choice(["cpu", "tensorrt"]),
@@ -155,24 +160,9 @@ def convert(
     type=click.Choice(["fp32", "fp16", "int8"]),
     help="Of its graphs.",
 )
-@click.option(
-    "--photographs",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Data set in VOC layout, or a folder of photographs: compared on.",
-)
-@click.option(
-    "--masks",
-    type=click.Path(path_type=Path),
-    help="Ground truth for a folder of photographs: PNG masks of the same names.",
-)
-@click.option(
-    "--count",
-    default=128,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Photographs to compare cam and affinity on at most; the segmenter on eight times as many.",
-)
+@_photographs_option
+@_masks_option
+@_count_option
 @click.option(
     "--plans",
     type=click.Path(path_type=Path),
