@@ -165,7 +165,7 @@ def convert(
 @_count_option
 @click.option(
     "--plans",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Look for TensorRT plans here, too: the --cache of `multisa build`.",
 )
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads of the CPU.")

@@ -22,10 +22,10 @@ from multisa.export.report import INT8_FOR, REPORT_NAME, check_destinations, rep
 from multisa.runtime.bundle import Bundle, write_bundle
 from multisa.runtime.engines.contract import CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.errors import ParityError
+from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.manifest import Manifest
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, counted, say
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -54,6 +54,8 @@ def convert_bundle(bundle: Bundle, photographs: Photographs, output: Path, setti
     Raises ParityError, with nothing written but the report, when a graph answers differently from the fp32
     one or an int8 graph is not faster, unless `settings.keep`; what `check_destinations` raises comes first.
     """
+    if output.resolve() == bundle.path.resolve():
+        raise UsageError(f"{output}: is the bundle that is read, expected another folder for the new one")
     check_destinations(output, settings.report)
     lowered = {
         precision: _lower(bundle, precision, photographs, settings) for precision in settings.precisions
@@ -94,7 +96,11 @@ def convert_bundle(bundle: Bundle, photographs: Photographs, output: Path, setti
     if settings.report:
         write_bytes_atomically(settings.report, report_to_bytes(report))
     if problems and not settings.keep:
-        raise ParityError("the converted graphs are not shipped: " + "; ".join(problems))
+        compared = max(report.photographs for report in reports.values())
+        raise ParityError(
+            f"the converted graphs are not shipped: {'; '.join(problems)}; compared on "
+            f"{counted(compared, 'photograph')}: give more of them, or keep the graphs all the same by --keep"
+        )
     for line in problems:
         say(f"kept all the same: {line}")
     files = {name: bundle.read_file(name) for name in bundle.manifest.files}

@@ -84,6 +84,8 @@ def load_bundle(path: Path) -> Bundle:
         raise BundleError(f"{manifest_path}: {size} bytes, expected at most {_MANIFEST_LIMIT}")
     try:
         manifest = manifest_from_json(manifest_path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{manifest_path}: is no JSON ({error}): get the bundle again") from error
     except ValueError as error:
         raise BundleError(f"{manifest_path}: {error}") from error
     for name, entry in manifest.files.items():
@@ -146,7 +148,7 @@ def describe(bundle: Bundle) -> str:
         *_section("metrics", list(manifest.metrics.items())),
         *_section("provenance", list(manifest.provenance.items())),
         *_section(
-            "files (all verified)",
+            "files (each as bundle.json says)",
             [
                 (name, f"{entry.bytes / 1e6:.2f} MB  sha256 {entry.sha256}")
                 for name, entry in manifest.files.items()

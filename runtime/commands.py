@@ -32,7 +32,7 @@ def _max_pixels_option(what: str) -> Callable[[Command], Command]:
 def _plans_option(command: Command) -> Command:
     return click.option(
         "--plans",
-        type=_PATH,
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
         metavar="DIR",
         help="Look for TensorRT plans here, too, besides BUNDLE/engines: the --cache of `multisa build`.",
     )(command)

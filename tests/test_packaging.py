@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from multisa.runtime.bundle import default_bundle_path, load_bundle
+
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_BUNDLE = 30_000_000  # bytes
 
@@ -39,7 +41,7 @@ def test_wheel_carries_the_bundle(wheel: zipfile.ZipFile) -> None:
         for info in wheel.infolist()
         if prefix in info.filename
     }
-    assert set(files) == {"bundle.json", "cam.onnx", "affinity.onnx", "segmenter.onnx"}
+    assert set(files) == {"bundle.json", *load_bundle(default_bundle_path()).manifest.files}
     assert sum(files.values()) <= LARGEST_BUNDLE
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ from multisa.export.report import INT8_FOR
 from multisa.export.tensorrt.builder import build_plan, check_targets
 from multisa.export.tensorrt.profiles import parse_profiles
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
-from multisa.runtime.engines.contract import CONTRACTS, PRECISIONS, GraphContract, graph_file
+from multisa.runtime.engines.contract import (
+    CONTRACTS,
+    PRECISIONS,
+    GraphContract,
+    graph_file,
+    how_to_convert,
+)
 from multisa.runtime.engines.gpus import Gpu, probe_gpus
 from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, this_platform
 from multisa.runtime.engines.tensorrt_library import TENSORRT_RTX, Library, import_library
@@ -158,16 +165,15 @@ def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[GraphContract, ...]:
         if name not in names:
             raise UsageError(f"graph: got {name!r}, expected one of {', '.join(names)}")
     asked = [contract for contract in CONTRACTS if not options.graphs or contract.name in options.graphs]
-    files = [graph_file(contract, options.precision) for contract in asked]
-    missing = [file for file in files if file not in bundle.manifest.files]
-    if missing and (options.graphs or len(missing) == len(asked)):
-        raise UsageError(
-            f"{bundle.path}: no {', '.join(missing)} in it; make a bundle that has: "
-            f"multisa convert {bundle.path} --precision {options.precision} --photographs DIR -o NEW_BUNDLE"
-        )
-    if missing:
-        say(f"{bundle.path}: left out, the bundle has no {', '.join(missing)}")
-    return tuple(contract for contract, file in zip(asked, files, strict=True) if file not in missing)
+    there = [c for c in asked if graph_file(c, options.precision) in bundle.manifest.files]
+    lacking = [c for c in asked if c not in there]
+    missing = ", ".join(graph_file(c, options.precision) for c in lacking)
+    if lacking and (options.graphs or not there):
+        remedy = how_to_convert(bundle.path, lacking[0], options.precision)
+        raise UsageError(f"{bundle.path}: no {missing} in it: {remedy}")
+    if lacking:
+        say(f"{bundle.path}: left out, the bundle has no {missing}")
+    return tuple(there)
 
 
 def _gpu_of(targets: tuple[str, ...], library: Library) -> Gpu:
@@ -216,7 +222,9 @@ def _build(cache: PlanCache, key: PlanKey, data: bytes, contract: GraphContract,
     def build() -> bytes:
         nonlocal built
         built = True
-        return build_plan(library, data, contract, key.profiles, (key.target,))
+        # In a thread of its own: the library swallows what Ctrl-C raises in the midst of a build.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(build_plan, library, data, contract, key.profiles, (key.target,)).result()
 
     stored = cache.get_or_build(key, build)
     return PlanRow(

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.contract import PRECISIONS, DetailedEngine, Engine, GraphContract, graph_file
+from multisa.runtime.engines.contract import (
+    PRECISIONS,
+    DetailedEngine,
+    Engine,
+    GraphContract,
+    graph_file,
+    how_to_convert,
+)
 from multisa.runtime.engines.gpus import probe_gpus
 from multisa.runtime.engines.ort import OnnxRuntimeEngine, Provider
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
@@ -195,8 +202,7 @@ def _check_request(bundle: Bundle, contract: GraphContract, request: EngineReque
     if request.precision != AUTO and request.precision not in there:
         raise UsageError(
             f"{bundle.path}: has {contract.name} in {' and '.join(there)}, got --precision "
-            f"{request.precision}: make it with `multisa convert {bundle.path} --precision "
-            f"{request.precision}`"
+            f"{request.precision}: {how_to_convert(bundle.path, contract, request.precision)}"
         )
 
 

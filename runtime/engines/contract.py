@@ -1,6 +1,7 @@
 """What a graph of a bundle takes and gives, and what runs one: the protocol that every engine keeps."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -46,6 +47,16 @@ CONTRACTS = (CAM, AFFINITY, SEGMENTER)
 def graph_file(contract: GraphContract, precision: str = "fp32") -> str:
     """Name of a graph's file in a bundle: cam.onnx, cam.fp16.onnx."""
     return f"{contract.name}.onnx" if precision == "fp32" else f"{contract.name}.{precision}.onnx"
+
+
+def how_to_convert(bundle: Path, contract: GraphContract, precision: str) -> str:
+    """What to do about a bundle without a graph in a precision."""
+    if precision == "int8" and contract != SEGMENTER:
+        return "only the segmenter is made in int8, expected fp32 or fp16"
+    return (
+        f"make a bundle that has it: multisa convert {bundle} --precision {precision} --photographs DIR "
+        "-o NEW_BUNDLE"
+    )
 
 
 class Engine(Protocol):

@@ -8,7 +8,10 @@ import importlib.util
 import inspect
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -347,6 +350,30 @@ def test_graphs_without_the_precision_are_left_out_unless_asked_for(
     assert "left out, the bundle has no cam.int8.onnx, affinity.int8.onnx" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"no cam\.int8\.onnx"):
         build_plans(bundle, BuildOptions(("sm89",), precision="int8", graphs=("cam", "segmenter")))
+
+
+def test_an_interrupted_build_ends_with_the_plan_under_way(
+    rtx: Library, packaged: Bundle, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "multisa.runtime.cli",
+        "build",
+        str(packaged.path),
+        "--cache",
+        str(tmp_path),
+    ]
+    command += ["--graph", "affinity", "--target", "sm80,sm86,sm89"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as build:
+        while not list(tmp_path.rglob("*.lock")):  # taken just before the library is called
+            assert build.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)
+        build.send_signal(signal.SIGINT)
+        _, said = build.communicate(timeout=120)
+    assert build.returncode == 130 and said.splitlines()[-1] == "interrupted"
+    assert len(list(tmp_path.rglob("*.plan"))) <= 1
 
 
 # --- targets and profiles
