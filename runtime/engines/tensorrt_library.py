@@ -29,7 +29,7 @@ _MODULES = {
     TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 _INSTALL = {
-    TENSORRT: "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
+    TENSORRT: "pip install tensorrt-cu13",
     TENSORRT_RTX: "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
 _OLDEST = {TENSORRT: 10, TENSORRT_RTX: 1}  # major versions; from 10 on graphs carry their own types

@@ -473,7 +473,7 @@ def test_tensorrt_absent_broken_or_old(
     result = CliRunner().invoke(root, arguments)
     sys.modules.pop("tensorrt", None)
     assert result.exit_code == 5, result.output
-    assert re.search(said, result.output) and "pypi.nvidia.com" in result.output
+    assert re.search(said, result.output) and "pip install tensorrt-cu13" in result.output
 
 
 def test_type_stubs_are_not_taken_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

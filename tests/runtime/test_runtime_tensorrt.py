@@ -83,7 +83,7 @@ def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("library", "remedy"),
     [
-        (TENSORRT, "--extra-index-url https://pypi.nvidia.com"),
+        (TENSORRT, "pip install tensorrt-cu13"),
         (TENSORRT_RTX, "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs"),
     ],
 )
