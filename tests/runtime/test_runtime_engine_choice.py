@@ -179,7 +179,7 @@ def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mon
         (EngineRequest(precision="bf16"), "got the precision 'bf16', expected auto or one of fp32, fp16"),
         (
             EngineRequest(precision="fp16"),
-            "has segmenter in fp32 and int8, got --precision fp16: make a bundle that has it: multisa convert",
+            "has segmenter in fp32 and int8, got --precision fp16: make a bundle that has it: multisa",
         ),
     ],
 )
