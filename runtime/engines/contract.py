@@ -1,5 +1,6 @@
 """What a graph of a bundle takes and gives, and what runs one: the protocol that every engine keeps."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -94,6 +95,22 @@ class DetailedEngine(Protocol):
     @property
     def detail(self) -> dict[str, Any]:
         """What runs, for the record of a run."""
+
+
+class ClosedAtExit(ABC):
+    """A context manager that closes itself: what every engine is."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def check_image(image: UInt8, graph: str) -> None:

@@ -4,13 +4,12 @@ import contextlib
 import importlib.util
 import io
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.engines.contract import CONTRACTS, IMAGE, GraphContract, UInt8, check_image
+from multisa.runtime.engines.contract import CONTRACTS, IMAGE, ClosedAtExit, GraphContract, UInt8, check_image
 from multisa.runtime.engines.onnx_file import check_onnx
 from multisa.runtime.errors import EngineError, EngineUnavailable
 
@@ -36,7 +35,7 @@ _ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 _OF_THE_GRAPH = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NotImplemented")
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(ClosedAtExit):
     """ONNX Runtime with one execution provider: "cpu", or "cuda" for the first NVIDIA GPU.
 
     `model` is a path or the bytes of a file that was verified; `threads` are those of the CPU. Without
@@ -99,14 +98,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Give the session's memory back; `run` is an error afterwards."""
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _import_onnxruntime() -> Any:

@@ -3,14 +3,13 @@
 import threading
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy.typing as npt
 
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PrimaryContext
-from multisa.runtime.engines.contract import IMAGE, GraphContract, UInt8, check_image
+from multisa.runtime.engines.contract import IMAGE, ClosedAtExit, GraphContract, UInt8, check_image
 from multisa.runtime.engines.plans import Profile
 from multisa.runtime.engines.tensorrt_lane import Lane, LoadedPlan
 from multisa.runtime.engines.tensorrt_library import DTYPES, StartedLibrary
@@ -18,7 +17,7 @@ from multisa.runtime.errors import EngineError, EngineUnavailable
 from multisa.runtime.images import MINIMUM_SIDE
 
 
-class TensorRTEngine:
+class TensorRTEngine(ClosedAtExit):
     """A plan on a GPU, through pycuda; each of its profiles is a `Lane`, made when it is first used."""
 
     def __init__(
@@ -90,14 +89,6 @@ class TensorRTEngine:
         """Wait for calls under way and give the GPU's memory back; `run` is an error afterwards."""
         with self._opening:  # a lane that is being made is closed, too
             self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _lane_for(self, image: UInt8) -> Lane:
         check_image(image, self.contract.name)

@@ -232,13 +232,19 @@ def test_the_narrowest_profile_is_chosen(bundle: Bundle, store: Store) -> None:
             engine.run(photograph(64, 64)[0])
 
 
+def use_kernels_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PycudaDevice:
+    """Let `multisa.kernels` work on the tests' driver, with a fatbin of no content."""
+    (folder / "kernels.fatbin").write_bytes(MAGIC)
+    device = PycudaDevice(fatbin=folder / "kernels.fatbin")
+    monkeypatch.setattr(calls, "default_device", lambda: device)
+    return device
+
+
 def test_walk_on_what_the_network_left_on_the_device(
     bundle: Bundle, store: Store, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The affinity never visits the host; a later call and the end of the engine leave it alone."""
-    (tmp_path / "kernels.fatbin").write_bytes(MAGIC)
-    device = PycudaDevice(fatbin=tmp_path / "kernels.fatbin")
-    monkeypatch.setattr(calls, "default_device", lambda: device)
+    device = use_kernels_in(tmp_path, monkeypatch)
     image = photograph(64, 64)
     with OnnxRuntimeEngine(bundle.read_file("affinity.onnx")) as reference:
         affinity = reference.run(image)["affinity"]
@@ -619,9 +625,7 @@ def test_pseudo_masks_with_affinities_that_stay_on_the_device(
     bundle: Bundle, store: Store, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The masks are those of ONNX Runtime's path, and no affinity is asked to the host."""
-    (tmp_path / "kernels.fatbin").write_bytes(MAGIC)
-    device = PycudaDevice(fatbin=tmp_path / "kernels.fatbin")
-    monkeypatch.setattr(calls, "default_device", lambda: device)
+    use_kernels_in(tmp_path, monkeypatch)
     on_device: list[bool] = []
     walk = calls.random_walk_on_device
     monkeypatch.setattr(

@@ -3,8 +3,8 @@
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +22,13 @@ from multisa.runtime.engines.choice import (
     describe_choices,
     open_engine,
 )
-from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract
+from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, ClosedAtExit, GraphContract
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 from multisa.runtime.label import label_images
 from multisa.runtime.segment import segment_images
 
 
-class Plan:
+class Plan(ClosedAtExit):
     """Stands for a TensorRT engine, which needs a GPU to be one."""
 
     def __init__(self, name: str) -> None:
@@ -40,14 +40,6 @@ class Plan:
 
     def close(self) -> None:
         self.closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Plans:
