@@ -2,7 +2,7 @@
 
     payload = sink.encode(image)               # in a worker's thread, for one image
     sink.write_shard(files, shard, payloads)   # in one thread, in the order of the images
-    sink.finish(folder, shards)                # once, after the last shard: what is one file for the whole run
+    sink.finish(folder, shards)   # once, at the end: files for the whole run
 
 All bytes that a sink writes are determined by its images: no times, no random names, no order of a dictionary
 that depends on threads.
@@ -88,7 +88,7 @@ class Sink(Protocol):
         """
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[Any]) -> None:
-        """Write the files of shard number `shard`; payloads in the order of the images, failed ones left out."""
+        """Write the files of shard number `shard`; payloads in the order of the images, without failed ones."""
 
     def finish(self, folder: RunFolder, shards: int) -> None:
         """Write what is one file for the whole run; called again after a retry, then from all parts anew.
