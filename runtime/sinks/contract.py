@@ -88,7 +88,7 @@ class Sink(Protocol):
         """
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[Any]) -> None:
-        """Write the files of shard number `shard`; payloads in the order of the images, without failed ones."""
+        """Write the files of shard `shard`; payloads in the order of the images, none of failed ones."""
 
     def finish(self, folder: RunFolder, shards: int) -> None:
         """Write what is one file for the whole run; called again after a retry, then from all parts anew.
