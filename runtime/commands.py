@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from multisa.runtime.bulk import RunOptions, RunSummary
+    from multisa.runtime.bulk.request import RunRequest
+    from multisa.runtime.bulk.summary import RunSummary
     from multisa.runtime.bundle import Bundle
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -67,24 +68,75 @@ def _corpus_options(command: Command) -> Command:
     """The arguments `label` and `segment` share."""
     for decorate in reversed(
         (
-            click.argument("images", type=_PATH),
+            click.argument("images"),
             click.option(
                 "-o", "--out", type=_PATH, required=True, metavar="OUT", help="Folder for the results."
             ),
             _bundle_option,
             _engine_options,
             click.option(
+                "--sink",
+                "sinks",
+                multiple=True,
+                metavar="NAME",
+                # The names of runtime/sinks/choice.py, which help does not load.
+                help="What to write, repeated or separated by commas: masks (the default), tar, coco, cvat, "
+                "label-studio, datumaro, parquet, soft.",
+            ),
+            click.option(
+                "--shard-size",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Images that are committed together; 256 by default.",
+            ),
+            click.option(
                 "--workers", type=click.IntRange(1), metavar="N", help="Threads; one a processor by default."
             ),
             click.option(
+                "--readers",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Threads that read; 2 by default, 16 where the images are behind a URL.",
+            ),
+            click.option(
+                "--batch",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Images of one size that an engine gets at once; 1 by default.",
+            ),
+            click.option(
                 "--max-failures",
-                default="0",
-                show_default=True,
                 metavar="N|P%",
-                help="Images that may fail before the exit code is 4.",
+                help="Stop, with exit code 4, when more images fail. By default a run goes to its end, and "
+                "exits with 4 if any failed.",
+            ),
+            click.option("--retry-failed", is_flag=True, help="Try the failed images of OUT again."),
+            click.option("--overwrite", is_flag=True, help="Remove the run that OUT holds and begin anew."),
+            click.option(
+                "--frozen", is_flag=True, help="Go on without a look at whether IMAGES have changed."
+            ),
+            click.option(
+                "--verify", is_flag=True, help="Read what is committed, and do again what was altered."
             ),
             _max_pixels_option("image"),
-            click.option("--gallery", is_flag=True, help="Also write OUT/index.html to look at."),
+            click.option(
+                "--report",
+                "pictured",
+                type=click.IntRange(0),
+                metavar="N",
+                help="Images on OUT/report.html, the most doubtful first; 200 by default, 0: no page.",
+            ),
+            click.option(
+                "--processes",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Processes side by side; with several GPUs each takes the next one.",
+            ),
+            click.option("--ray", metavar="ADDRESS", help="Do the shards on a Ray cluster; OUT is shared."),
+            click.option("--log-json", metavar="FILE", help="Write the log as JSON lines, - for stderr."),
+            click.option(
+                "--metrics-port", type=click.IntRange(1, 65535), metavar="PORT", help="Prometheus metrics."
+            ),
         )
     ):
         command = decorate(command)
@@ -94,69 +146,35 @@ def _corpus_options(command: Command) -> Command:
 @click.command()
 @_corpus_options
 @click.option("--labels", type=_PATH, metavar="FILE", help="CSV (image,labels) or JSON ({image: [classes]}).")
-def label(
-    images: Path,
-    out: Path,
-    labels: Path | None,
-    bundle: Path | None,
-    engine: str,
-    precision: str,
-    plans: Path | None,
-    workers: int | None,
-    max_failures: str,
-    max_pixels: int | None,
-    gallery: bool,
-) -> None:
-    """Turn image-level labels into pixel masks, in OUT/masks.
+def label(labels: Path | None, **arguments: Any) -> None:
+    """Turn image-level labels into pixel masks.
 
-    IMAGES is a folder, searched to its depth, or one image. Classes come from --labels; images without a row
-    there are labelled from the classifier's scores.
+    IMAGES is a folder, searched to its depth, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
+    .parquet), tar shards or a zip, here or behind a URL. Classes come from --labels or the manifest; images
+    without a row there are labelled from the classifier's scores. A run that was cut goes on by the same
+    command.
 
     \b
     Example:
-      multisa label photos -o out --labels labels.csv --gallery
+      multisa label photos -o out --labels labels.csv
     """
-    from multisa.runtime.engines.choice import EngineRequest
-    from multisa.runtime.image_labels import read_image_labels
-    from multisa.runtime.label import label_images
-
-    options = _run_options(workers, max_pixels, gallery, max_failures)
-    loaded = _load_bundle(bundle)
-    rows = read_image_labels(labels, loaded.manifest.foreground) if labels else None
-    request = EngineRequest(engine, precision, plans)
-    summary = label_images(images, out, bundle=loaded, labels=rows, options=options, request=request)
-    _report(summary, out, gallery, max_failures)
+    _run("label", labels, **arguments)
 
 
 @click.command()
 @_corpus_options
-def segment(
-    images: Path,
-    out: Path,
-    bundle: Path | None,
-    engine: str,
-    precision: str,
-    plans: Path | None,
-    workers: int | None,
-    max_failures: str,
-    max_pixels: int | None,
-    gallery: bool,
-) -> None:
-    """Segment images with the trained segmenter, masks in OUT/masks.
+def segment(**arguments: Any) -> None:
+    """Segment images with the trained segmenter.
 
-    IMAGES is a folder, searched to its depth, or one image.
+    IMAGES is a folder, searched to its depth, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
+    .parquet), tar shards or a zip, here or behind a URL. A run that was cut goes on by the same command.
 
     \b
     Example:
       multisa segment photos -o out
+      multisa segment s3://bucket/photos -o out --sink tar,coco
     """
-    from multisa.runtime.engines.choice import EngineRequest
-    from multisa.runtime.segment import segment_images
-
-    options = _run_options(workers, max_pixels, gallery, max_failures)
-    request = EngineRequest(engine, precision, plans)
-    summary = segment_images(images, out, bundle=_load_bundle(bundle), options=options, request=request)
-    _report(summary, out, gallery, max_failures)
+    _run("segment", None, **arguments)
 
 
 @click.command()
@@ -265,14 +283,17 @@ def demo(out: Path, bundle: Path | None, engine: str, precision: str, plans: Pat
     click.echo(f"open {out / 'index.html'} in a browser")
 
 
-def _run_options(
-    workers: int | None, max_pixels: int | None, gallery: bool, max_failures: str
-) -> "RunOptions":
-    from multisa.runtime.bulk import RunOptions, failure_limit
+def _run(command: str, labels: Path | None, **arguments: Any) -> None:
+    from multisa.runtime.bulk.failures import check_failures, failure_limit
+    from multisa.runtime.bulk.request import RunRequest
+    from multisa.runtime.bulk.run import run
 
-    failure_limit(max_failures, images=1)  # a misspelt limit is said now, not after the run
-    given: dict[str, Any] = {"workers": workers, "max_pixels": max_pixels}
-    return RunOptions(gallery=gallery, **{name: value for name, value in given.items() if value is not None})
+    allowed = arguments["max_failures"]
+    failure_limit(allowed or "0", images=1)  # a misspelt limit is said now, not after the run
+    request = RunRequest.from_arguments(command, _load_bundle(arguments.pop("bundle")).path, arguments)
+    summary = run(request.job, request.options, request.open_crew, labels=labels)
+    _report(summary, request)
+    check_failures(summary.failures, summary.images, allowed or "0", request.job.out)
 
 
 def _load_bundle(path: Path | None) -> "Bundle":
@@ -284,14 +305,13 @@ def _load_bundle(path: Path | None) -> "Bundle":
     return load_bundle(path or default_bundle_path())
 
 
-def _report(summary: "RunSummary", out: Path, gallery: bool, max_failures: str) -> None:
-    from multisa.runtime.bulk import check_failures, describe_summary
+def _report(summary: "RunSummary", request: "RunRequest") -> None:
+    from multisa.runtime.bulk.summary import describe_summary
 
+    out = request.job.out
     click.echo(describe_summary(summary))
-    if summary.done:
-        click.echo(f"masks: {out / 'masks'}, records: {out / 'labels.jsonl'}")
+    click.echo(f"results: {', '.join(str(out / sink) for sink in request.job.sinks)}, {out / 'labels.jsonl'}")
     if summary.failures:
         click.echo(f"failures: {out / 'failed.jsonl'}")
-    if gallery:
-        click.echo(f"open {out / 'index.html'} in a browser")
-    check_failures(summary, max_failures, out)
+    if request.options.pictured:
+        click.echo(f"open {out / 'report.html'} in a browser")

@@ -10,6 +10,7 @@ MultisaError (1)
     ParityError (3)           an exported graph answers differently from the network it came from
     TooManyFailures (4)       finished, but more images failed than allowed
     EngineUnavailable (5)     the engine or an optional package is not there
+    Interrupted (130, 143)    a signal has stopped a run that can be gone on with
 """
 
 
@@ -65,3 +66,11 @@ class EngineUnavailable(MultisaError):
     def __init__(self, cause: str, *, remedy: str = "") -> None:
         super().__init__(f"{cause}: {remedy}" if remedy else cause)
         self.cause = cause
+
+
+class Interrupted(MultisaError):
+    """A signal has stopped a run; what was done is kept, and the same command goes on."""
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal

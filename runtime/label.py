@@ -1,69 +1,39 @@
-"""Label a corpus: class activation maps and affinities to pseudo-masks.
+"""Pseudo-masks as a method of a run: class activation maps and affinities to masks.
 
 `multisa label IMAGES -o OUT --labels FILE` does this.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from multisa.kernels import stencil_offsets
-from multisa.runtime.bulk import (
-    DECIMALS,
-    Annotation,
-    Method,
-    RunOptions,
-    RunSummary,
-    StageClock,
-    name_some,
-    run_corpus,
-)
+from multisa.runtime.bulk.method import DECIMALS, Annotation, Labels, StageClock
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.corpus import Corpus, CorpusImage, check_output, find_images
-from multisa.runtime.engines.choice import EngineRequest, chosen_engines
+from multisa.runtime.engines.choice import Choice, EngineRequest, chosen_engines
 from multisa.runtime.engines.contract import AFFINITY, CAM, DeviceEngine, Engine
 from multisa.runtime.errors import EngineError, ImageError
-from multisa.runtime.image_labels import ImageLabels, Labels
 from multisa.runtime.manifest import Manifest
-from multisa.runtime.postprocess import PseudoMask, pseudo_mask, walk_scores
-from multisa.runtime.progress import counted, say
+from multisa.runtime.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.progress import say
+from multisa.runtime.sinks.contract import SoftMaps
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 
-def label_images(
-    source: Path,
-    out: Path,
-    *,
-    bundle: Bundle,
-    labels: ImageLabels | None = None,
-    options: RunOptions | None = None,
-    request: EngineRequest | None = None,
-) -> RunSummary:
-    """Write a pseudo-mask for every image of `source` (a folder or one file) to `out`.
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """One image after the engines and the random walk."""
 
-    The classes of an image come from `labels`; without a row there, from the classifier's scores and the
-    bundle's thresholds. The engine is the one of `request`, or chosen and said. Raises UsageError for
-    unusable arguments, BundleError and EngineError for a bundle that cannot be run, EngineUnavailable for an
-    engine that is not there.
-    """
-    corpus = find_images(source)
-    check_output(source, out, corpus)
-    matched = _matched_labels(corpus, labels) if labels else {}
-    with chosen_engines(bundle, (CAM, AFFINITY), request) as chosen:
-        cam = chosen[0].engine
-        affinity = _affinity_for_the_walk(chosen[1].engine, bundle.manifest.parameters.label.walk_radius)
-
-        def annotate(image: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
-            return _annotate(rgb, matched.get(image.relative), bundle.manifest, cam, affinity, clock)
-
-        return run_corpus(Method("label", annotate, chosen), corpus, out, bundle, options or RunOptions())
+    classes: Labels
+    walked: Float32  # [len(classes), h, w] in [0, 1]
+    scores: Mapping[str, float]  # of every foreground class
+    labels_from: str  # "file", or "scores"
 
 
 @dataclass(frozen=True)
@@ -72,6 +42,91 @@ class _Affinity:
 
     run: Callable[[UInt8], Mapping[str, Any]]
     device_errors: tuple[type[Exception], ...] = ()
+
+
+class Labelling:
+    """Which classes, roughly where (cam), spread along affinities (walk), sharpened (dense CRF)."""
+
+    command = "label"
+
+    def __init__(self, manifest: Manifest, engines: Sequence[Choice], *, soft: bool) -> None:
+        self.engines = engines
+        self._manifest, self._soft = manifest, soft
+        self._cam = engines[0].engine
+        self._affinity = _affinity_for_the_walk(engines[1].engine, manifest.parameters.label.walk_radius)
+
+    def infer(self, images: UInt8, given: Sequence[Labels | None], clock: StageClock) -> Sequence[Walked]:
+        """Run cam and affinity on uint8 [N, h, w, 3] and walk."""
+        with clock.stage("cam"):
+            outputs = self._cam.run(images)
+        maps: Float32 = outputs["cam"]
+        scores: Float32 = outputs["scores"]
+        foreground = self._manifest.foreground
+        if maps.shape[1] != len(foreground) or scores.shape[1] != len(foreground):
+            raise EngineError(
+                f"cam: got {maps.shape[1]} maps, expected one for each of {len(foreground)} classes"
+            )
+        found = []
+        for image, class_maps, class_scores, names in zip(images, maps, scores, given, strict=True):
+            named = dict(zip(foreground, class_scores.tolist(), strict=True))
+            thresholds = self._manifest.parameters.score_thresholds
+            classes = _present(named, thresholds) if names is None else names
+            walked = self._walk(image, class_maps, classes, clock)
+            found.append(Walked(classes, walked, named, "scores" if names is None else "file"))
+        return found
+
+    def refine(self, inferred: Walked, image: UInt8, clock: StageClock) -> Annotation:
+        """Background, dense CRF and argmax of one image."""
+        parameters = self._manifest.parameters.label
+        ids = tuple(self._manifest.classes.index(name) for name in inferred.classes)
+        with clock.stage("crf"), _kernel_errors_of_the_image():
+            made = pseudo_mask(image, inferred.walked, ids, parameters)
+        present = set(np.unique(made.mask).tolist())
+        missing = tuple(name for i, name in zip(ids, inferred.classes, strict=True) if i not in present)
+        scores = {name: round(score, DECIMALS) for name, score in inferred.scores.items()}
+        return Annotation(
+            mask=made.mask,
+            confidence=(made.confidence * 255).round().astype(np.uint8),
+            classes=inferred.classes,
+            missing=missing,
+            disagreement=made.disagreement,
+            details={"labels_from": inferred.labels_from, "scores": scores},
+            soft=SoftMaps((0, *ids), made.probabilities.astype(np.float16)) if self._soft else None,
+        )
+
+    def _walk(self, image: UInt8, maps: Float32, classes: Labels, clock: StageClock) -> Float32:
+        parameters, stride = self._manifest.parameters.label, self._manifest.parameters.walk_stride
+        if not classes:  # there is nothing to spread
+            return np.zeros((0, 1, 1), np.float32)
+        with clock.stage("affinity"):
+            edges: Float32 = self._affinity.run(image[np.newaxis])["affinity"]  # or an array of the device
+        expected = len(stencil_offsets(parameters.walk_radius))
+        offsets, grid = edges.shape[1], tuple(edges.shape[2:])
+        if offsets != expected:
+            raise EngineError(
+                f"affinity: got {offsets} offsets, expected {expected} at radius {parameters.walk_radius}"
+            )
+        wanted = tuple(-(-side // stride) for side in image.shape[:2])
+        if grid != wanted:
+            raise EngineError(
+                f"affinity: got a grid of {grid}, expected {wanted} at stride {stride} of {image.shape[:2]}"
+            )
+        rows = [self._manifest.foreground.index(name) for name in classes]
+        with clock.stage("walk"), _kernel_errors_of_the_image(self._affinity.device_errors):
+            return walk_scores(maps[rows], edges, parameters)
+
+
+@contextmanager
+def open_labelling(
+    bundle: Bundle, request: EngineRequest | None = None, *, soft: bool = False
+) -> Iterator[Labelling]:
+    """Open the engines of cam and affinity, chosen and said; close them at the end.
+
+    soft: whether annotations hold the class probabilities. Raises EngineUnavailable and EngineError for an
+    engine that is not there or cannot run the graphs.
+    """
+    with chosen_engines(bundle, (CAM, AFFINITY), request) as chosen:
+        yield Labelling(bundle.manifest, chosen, soft=soft)
 
 
 def _affinity_for_the_walk(engine: Engine, radius: int) -> _Affinity:
@@ -92,61 +147,6 @@ def _affinity_for_the_walk(engine: Engine, radius: int) -> _Affinity:
     return _Affinity(engine.run_on_device, device.errors if isinstance(device, PrimaryContext) else ())
 
 
-def _annotate(
-    rgb: UInt8,
-    given: Labels | None,
-    manifest: Manifest,
-    cam: Engine,
-    affinity: _Affinity,
-    clock: StageClock,
-) -> Annotation:
-    with clock.stage("cam"):
-        outputs = cam.run(rgb[np.newaxis])
-    maps: Float32 = outputs["cam"][0]
-    scores: Float32 = outputs["scores"][0]
-    foreground = manifest.foreground
-    if len(maps) != len(foreground) or len(scores) != len(foreground):
-        raise EngineError(f"cam: got {len(maps)} maps, expected one for each of {len(foreground)} classes")
-    named = dict(zip(foreground, scores.tolist(), strict=True))
-    classes = _present(named, manifest.parameters.score_thresholds) if given is None else given
-    labelled = _pseudo_mask(rgb, maps, classes, manifest, affinity, clock)
-    return Annotation(
-        mask=labelled.mask,
-        confidence=float(labelled.confidence.mean(dtype=np.float64)),
-        classes=classes,
-        details={
-            "labels_from": "scores" if given is None else "file",
-            "scores": {name: round(score, DECIMALS) for name, score in named.items()},
-        },
-    )
-
-
-def _pseudo_mask(
-    rgb: UInt8, maps: Float32, classes: Labels, manifest: Manifest, affinity: _Affinity, clock: StageClock
-) -> PseudoMask:
-    parameters, stride = manifest.parameters.label, manifest.parameters.walk_stride
-    ids = tuple(manifest.classes.index(name) for name in classes)
-    walked: Float32 = np.zeros((0, 1, 1), np.float32)
-    if ids:  # without a class there is nothing to spread
-        with clock.stage("affinity"):
-            edges: Float32 = affinity.run(rgb[np.newaxis])["affinity"]  # or an array of the device
-        expected = len(stencil_offsets(parameters.walk_radius))
-        offsets, grid = edges.shape[1], tuple(edges.shape[2:])
-        if offsets != expected:
-            raise EngineError(
-                f"affinity: got {offsets} offsets, expected {expected} at radius {parameters.walk_radius}"
-            )
-        wanted = tuple(-(-side // stride) for side in rgb.shape[:2])
-        if grid != wanted:
-            raise EngineError(
-                f"affinity: got a grid of {grid}, expected {wanted} at stride {stride} of {rgb.shape[:2]}"
-            )
-        with clock.stage("walk"), _kernel_errors_of_the_image(affinity.device_errors):
-            walked = walk_scores(maps[[i - 1 for i in ids]], edges, parameters)
-    with clock.stage("crf"), _kernel_errors_of_the_image():
-        return pseudo_mask(rgb, walked, ids, parameters)
-
-
 @contextmanager
 def _kernel_errors_of_the_image(of_the_device: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """What a kernel refuses about one image, say NaN from a network, is a failure of that image."""
@@ -160,19 +160,3 @@ def _kernel_errors_of_the_image(of_the_device: tuple[type[Exception], ...] = ())
 
 def _present(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:
     return tuple(name for name, score in scores.items() if score >= thresholds[name])
-
-
-def _matched_labels(corpus: Corpus, labels: ImageLabels) -> dict[str, Labels]:
-    relatives = [image.relative for image in corpus.images]
-    matched = labels.match(relatives)
-    missing = [relative for relative in relatives if relative not in matched]
-    unused = labels.unused(relatives)
-    if missing:
-        say(
-            f"without a row in {labels.path} and labelled from scores: {len(missing)} of "
-            f"{counted(len(relatives), 'image')}: {name_some(missing)}"
-        )
-    if unused:
-        rows = counted(len(unused), "row")
-        say(f"about none of the images: {rows} of {labels.path}: {name_some(unused)}")
-    return matched

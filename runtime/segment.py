@@ -1,63 +1,78 @@
-"""Segment a corpus with the trained segmenter: `multisa segment IMAGES -o OUT`."""
+"""The trained segmenter as a method of a run: `multisa segment IMAGES -o OUT`."""
 
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.bulk import DECIMALS, Annotation, Method, RunOptions, RunSummary, StageClock, run_corpus
+from multisa.runtime.bulk.method import DECIMALS, Annotation, Labels, StageClock
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.corpus import CorpusImage, check_output, find_images
-from multisa.runtime.engines.choice import EngineRequest, chosen_engines
-from multisa.runtime.engines.contract import SEGMENTER, Engine
-from multisa.runtime.errors import EngineError
+from multisa.runtime.doubt import disagreement_of_segmenter
+from multisa.runtime.engines.choice import Choice, EngineRequest, chosen_engines
+from multisa.runtime.engines.contract import SEGMENTER
+from multisa.runtime.errors import EngineError, UsageError
 
 UInt8 = npt.NDArray[np.uint8]
+LabelsAndConfidence = tuple[UInt8, UInt8]
 
 
-def segment_images(
-    source: Path,
-    out: Path,
-    *,
-    bundle: Bundle,
-    options: RunOptions | None = None,
-    request: EngineRequest | None = None,
-) -> RunSummary:
-    """Write the segmenter's mask of every image of `source` (a folder or one file) to `out`.
+class Segmenting:
+    """Labels and confidence from the graph; what is left to do is to check and to count."""
 
-    The engine is the one of `request`, or chosen and said. Raises UsageError for unusable arguments,
-    BundleError and EngineError for a bundle that cannot be run, EngineUnavailable for an engine not there.
-    """
-    corpus = find_images(source)
-    check_output(source, out, corpus)
-    with chosen_engines(bundle, (SEGMENTER,), request) as chosen:
-        segmenter = chosen[0].engine
+    command = "segment"
 
-        def annotate(_: CorpusImage, rgb: UInt8, clock: StageClock) -> Annotation:
-            return _annotate(rgb, bundle.manifest.classes, segmenter, clock)
+    def __init__(self, classes: Sequence[str], engines: Sequence[Choice]) -> None:
+        self._classes, self.engines = tuple(classes), engines
 
-        return run_corpus(Method("segment", annotate, chosen), corpus, out, bundle, options or RunOptions())
+    def infer(
+        self, images: UInt8, given: Sequence[Labels | None], clock: StageClock
+    ) -> Sequence[LabelsAndConfidence]:
+        """Run the segmenter on uint8 [N, h, w, 3]; labels and confidence uint8 [h, w] of each image."""
+        with clock.stage("segmenter"):
+            outputs = self.engines[0].engine.run(images)
+        labels, confidence = outputs["labels"], outputs["confidence"]
+        if labels.shape != images.shape[:3]:
+            raise EngineError(
+                f"segmenter: got labels {labels.shape}, expected the images' size {images.shape[:3]}"
+            )
+        if confidence.shape != labels.shape:
+            raise EngineError(
+                f"segmenter: got confidence {confidence.shape}, expected {labels.shape} as the labels"
+            )
+        return list(zip(labels, confidence, strict=True))
 
-
-def _annotate(rgb: UInt8, classes: tuple[str, ...], segmenter: Engine, clock: StageClock) -> Annotation:
-    with clock.stage("segmenter"):
-        outputs = segmenter.run(rgb[np.newaxis])
-    mask: UInt8 = outputs["labels"][0]
-    if mask.shape != rgb.shape[:2]:
-        raise EngineError(f"segmenter: got labels {mask.shape}, expected the image's size {rgb.shape[:2]}")
-    confidence: UInt8 = outputs["confidence"][0]
-    if confidence.shape != mask.shape:
-        raise EngineError(
-            f"segmenter: got confidence {confidence.shape}, expected {mask.shape} as the labels"
+    def refine(self, inferred: LabelsAndConfidence, image: UInt8, clock: StageClock) -> Annotation:
+        """The annotation of one image. Raises EngineError for a class that the bundle has not."""
+        mask, confidence = inferred
+        counts = np.bincount(mask.ravel())
+        present = np.flatnonzero(counts).tolist()
+        if present[-1] >= len(self._classes):
+            raise EngineError(f"segmenter: got class {present[-1]}, expected 0..{len(self._classes) - 1}")
+        sums = np.bincount(mask.ravel(), weights=confidence.ravel())
+        means = {self._classes[i]: float(sums[i] / counts[i]) / 255 for i in present}
+        return Annotation(
+            mask=mask,
+            confidence=confidence,
+            classes=tuple(self._classes[i] for i in present if i > 0),
+            disagreement=disagreement_of_segmenter(mask, confidence),
+            # Of each class in the mask, the background too: mean confidence over its pixels.
+            details={"scores": {name: round(mean, DECIMALS) for name, mean in means.items()}},
         )
-    present = np.unique(mask).tolist()
-    if present[-1] >= len(classes):
-        raise EngineError(f"segmenter: got class {present[-1]}, expected 0..{len(classes) - 1}")
-    means = {i: float(confidence[mask == i].mean(dtype=np.float64)) / 255 for i in present}
-    return Annotation(
-        mask=mask,
-        confidence=float(confidence.mean(dtype=np.float64)) / 255,
-        classes=tuple(classes[i] for i in present if i > 0),
-        # Of each class in the mask, the background too: mean confidence over its pixels.
-        details={"scores": {classes[i]: round(mean, DECIMALS) for i, mean in means.items()}},
-    )
+
+
+@contextmanager
+def open_segmenting(
+    bundle: Bundle, request: EngineRequest | None = None, *, soft: bool = False
+) -> Iterator[Segmenting]:
+    """Open the segmenter's engine, chosen and said; close it at the end.
+
+    Raises UsageError where soft maps are asked for, which the graph does not give; EngineUnavailable and
+    EngineError for an engine that is not there or cannot run the graph.
+    """
+    if soft:
+        raise UsageError(
+            "segment has no soft maps: argmax and confidence are in the graph; leave out --sink soft"
+        )
+    with chosen_engines(bundle, (SEGMENTER,), request) as chosen:
+        yield Segmenting(bundle.manifest.classes, chosen)

@@ -1,0 +1,97 @@
+"""The beginning of a run, or of a further sitting: OUT holds the frozen list of images of this very run."""
+
+from collections.abc import Sequence
+
+from multisa.runtime.bulk.config import Config, differences, read_config, write_config
+from multisa.runtime.bulk.failures import name_some
+from multisa.runtime.bulk.finish import finished_files
+from multisa.runtime.bulk.folder import INVENTORY, check_empty, remove_results
+from multisa.runtime.bulk.inventory import Inventory, Labels, freeze
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.shards import clear_temporary
+from multisa.runtime.errors import UsageError
+from multisa.runtime.image_labels import ImageLabels
+from multisa.runtime.progress import counted, say
+from multisa.runtime.sources.choice import open_source
+from multisa.runtime.sources.contract import SourceItem
+
+_ALTERNATIVES = "begin anew (--overwrite), or choose another folder"
+
+
+def begin(
+    job: Job, options: RunOptions, config: Config, labels: ImageLabels | None, foreground: Sequence[str]
+) -> bool:
+    """See to it that OUT holds the inventory of this run; returns whether the run was there before.
+
+    Raises UsageError where OUT holds a run of other settings or other images, or results of no known run.
+    """
+    there = read_config(job.out)
+    if options.overwrite:
+        remove_results(job.out, finished_files(job.out))
+        there = None
+    if there is None and options.retry_failed:
+        raise UsageError(f"{job.out}: holds no run, expected one with failed images to be tried again")
+    if there is None:
+        if not options.overwrite:
+            check_empty(job.out, job.sinks)
+        _freeze(job, options, labels, foreground)
+        write_config(job.out, config)
+    else:
+        if different := differences(config, there):
+            raise UsageError(
+                f"{job.out}: holds a run of other settings ({'; '.join(different)}): use those, "
+                f"{_ALTERNATIVES}"
+            )
+        if not options.frozen and not options.retry_failed:
+            _compare(job)
+    clear_temporary(job.out)
+    return there is not None
+
+
+def _freeze(job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
+    matcher = labels.matcher() if labels else None
+    without: list[str] = []
+
+    def labels_of(item: SourceItem) -> Labels | None:
+        found = matcher.find(item.id) if matcher else None
+        if found is None and item.labels is not None:
+            found = _checked(item, item.labels, foreground)
+        if matcher and found is None:
+            without.append(item.id)
+        return found
+
+    with open_source(job.source) as source:
+        freeze(job.out / INVENTORY, source.listing(), labels_of)
+    with Inventory(job.out / INVENTORY) as inventory:
+        passed_over = inventory.passed_over()
+        if passed_over:
+            named = name_some(f"{entry.id}: {entry.reason}" for entry in passed_over)
+            say(f"passed over {len(passed_over)}: {named}")
+        if inventory.other_files and options.tell_other_files:
+            say(f"left out, no image by extension: {counted(inventory.other_files, 'file')}")
+        if labels and without:
+            say(
+                f"without a row in {labels.path} and labelled from scores: {len(without)} of "
+                f"{counted(inventory.images, 'image')}: {name_some(without)}"
+            )
+    if labels and matcher and (unused := matcher.unused()):
+        rows = counted(len(unused), "row")
+        say(f"about none of the images: {rows} of {labels.path}: {name_some(unused)}")
+
+
+def _checked(item: SourceItem, labels: Sequence[str], foreground: Sequence[str]) -> Labels:
+    unknown = [name for name in labels if name not in foreground]
+    if unknown:
+        raise UsageError(f"{item.id}: unknown class {unknown[0]!r}, expected {', '.join(foreground)}")
+    return tuple(name for name in foreground if name in labels)
+
+
+def _compare(job: Job) -> None:
+    with open_source(job.source) as source, Inventory(job.out / INVENTORY) as inventory:
+        changed = inventory.difference(source.listing)
+    if changed:
+        raise UsageError(
+            f"{job.source}: has changed since the run in {job.out} began: {changed}: go on with the images "
+            f"of then (--frozen), {_ALTERNATIVES}"
+        )

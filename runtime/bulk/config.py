@@ -1,0 +1,83 @@
+"""What decides the bytes of a run, frozen in OUT/.multisa/config.json: runs of other settings never mix."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.shards import PRIVATE
+from multisa.runtime.engines.choice import Choice
+from multisa.runtime.errors import UsageError
+from multisa.runtime.files import write_json_atomically
+from multisa.runtime.versions import installed_versions
+
+CONFIG = f"{PRIVATE}/config.json"
+
+Config = Mapping[str, Any]  # settings by their names, as JSON has them
+
+_FORMAT = 1  # of everything below OUT/.multisa
+_PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow", "simplejpeg")
+# Of engines that are more than ONNX Runtime.
+_ENGINE_PACKAGES = {"tensorrt": ("tensorrt", "pycuda"), "tensorrt-rtx": ("tensorrt-rtx", "pycuda")}
+
+
+def run_config(
+    job: Job, identity: Config, *, bundle_sha256: str, labels_sha256: str | None, shard_size: int
+) -> Config:
+    """The settings of a run. Paths are not among them: folders may be moved between two sittings."""
+    return {
+        "format": _FORMAT,
+        "command": job.command,
+        "bundle": bundle_sha256,
+        "labels": labels_sha256,
+        "sinks": list(job.sinks),
+        "shard size": shard_size,
+        "max pixels": job.max_pixels,
+        # Which images an engine gets together may change the last bit of a sum.
+        "batch": job.sizes.batch,
+        "look-ahead": job.sizes.look_ahead if job.sizes.batch > 1 else None,
+        **identity,
+    }
+
+
+def identity(engines: Iterable[Choice]) -> Config:
+    """Engines and versions of a process that does shards."""
+    values: dict[str, Any] = {"machine": platform.machine()}
+    names = []
+    for choice in engines:
+        names.append(choice.engine.name)
+        values[f"engine of {choice.graph}"] = f"{choice.engine.name}, {choice.precision}"
+    packages = [*_PACKAGES, *(package for name in names for package in _ENGINE_PACKAGES.get(name, ()))]
+    for package, version in installed_versions(dict.fromkeys(packages)).items():
+        values[f"version of {package}"] = version
+    return values
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """In words: "shard size: got 100, the run there has 256"."""
+    return [
+        f"{key}: got {ours.get(key)}, the run there has {theirs.get(key)}"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def read_config(out: Path) -> Config | None:
+    """The settings of the run that OUT holds; None when it holds none. Raises UsageError."""
+    path = out / CONFIG
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is not JSON ({error}): begin anew with --overwrite") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: got no object, expected settings: begin anew with --overwrite")
+    return values
+
+
+def write_config(out: Path, config: Config) -> None:
+    """Keep the settings; a run is there from now on."""
+    write_json_atomically(out / CONFIG, config)

@@ -1,0 +1,38 @@
+"""How many images may fail."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from multisa.runtime.errors import TooManyFailures, UsageError
+from multisa.runtime.progress import counted
+
+NAMED = 3  # how many examples a message gives
+
+
+def check_failures(failures: int, images: int, allowed: str, out: Path) -> None:
+    """Raise TooManyFailures when more of the images failed than `allowed`: a number, or a share such as "2%".
+
+    Raises UsageError when `allowed` is neither.
+    """
+    if failures > failure_limit(allowed, images):
+        raise TooManyFailures(
+            f"{failures} of {counted(images, 'image')} failed, allowed were {allowed}: "
+            f"the reasons are in {out / 'failed.jsonl'}; --retry-failed tries them again"
+        )
+
+
+def failure_limit(allowed: str, images: int) -> float:
+    """How many of `images` may fail: "3" is 3, "2%" is 2 in a hundred. Raises UsageError for other text."""
+    number, percent = allowed.removesuffix("%"), allowed.endswith("%")
+    if not number.isascii() or not number.replace(".", "", 1 if percent else 0).isdigit():
+        raise UsageError(
+            f"got {allowed!r} as the number of failures allowed, expected N or P%, as in 3 or 2%"
+        )
+    return float(number) / 100 * images if percent else float(number)
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
+    return ", ".join(listed[:NAMED]) + more

@@ -1,0 +1,126 @@
+"""The folder of a run: who may write to it, and what is in it."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from multisa.runtime.bulk.shards import FILES, PARTS, PRIVATE, below, listed_files
+from multisa.runtime.errors import UsageError
+
+INVENTORY = f"{PRIVATE}/inventory.sqlite"
+JOURNAL = f"{PRIVATE}/journal.jsonl"
+RUN = f"{PRIVATE}/run.json"
+LOCK = f"{PRIVATE}/lock"
+REPORT_PAGE, REPORT_FOLDER = "report.html", "report"
+
+
+@contextmanager
+def run_lock(out: Path) -> Iterator[None]:
+    """Hold OUT for this run; the system lets go of it when the process ends, however.
+
+    Raises UsageError when another run holds it.
+    """
+    path = out / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            raise UsageError(
+                f"{out}: another run writes to it ({holder}): wait for it, end it, or choose another folder"
+            ) from error
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, {started}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_places(source: str, out: Path, folders: Iterable[str]) -> None:
+    """Refuse an OUT whose results could replace the images or be taken for some. Raises UsageError.
+
+    folders: names of those below OUT that the run writes into. Links are followed, and folders are compared
+    by identity, as a file system may take upper and lower case for the same.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file, expected a folder for the results")
+    local = Path(source)
+    if "://" in source or not local.exists():
+        return
+    results = [out / folder for folder in (*folders, PRIVATE, REPORT_FOLDER)]
+    if local.is_dir():
+        for folder in (out, *results):
+            if _is_within(folder, local):
+                raise UsageError(
+                    f"{folder}: lies inside the images' folder {source}, where masks would be taken for "
+                    "images: choose a folder outside it"
+                )
+    for folder in results:
+        if _is_within(local, folder) or _is_within(local.absolute().parent, folder):
+            raise UsageError(
+                f"{source}: lies inside {folder}, where the results would replace the images: "
+                "choose another folder for the results"
+            )
+
+
+def check_empty(out: Path, folders: Iterable[str]) -> None:
+    """Refuse an OUT with results of which nothing is known. Raises UsageError."""
+    for folder in folders:
+        if (out / folder).is_dir() and any((out / folder).iterdir()):
+            raise UsageError(
+                f"{out / folder}: holds files of no run that can be gone on with: choose another folder, or "
+                "--overwrite to write into it"
+            )
+
+
+def remove_results(out: Path, others: Iterable[str]) -> None:
+    """Remove the files of all shards, `others` (paths below OUT), folders left empty, and the run."""
+    for part in sorted((out / PARTS / FILES).glob("*")):
+        for relative, _ in listed_files(out, int(part.name)):
+            _remove(out, relative)
+    for relative in others:
+        _remove(out, relative)
+    for path in (out / PRIVATE).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != out / LOCK:
+            path.unlink()
+
+
+def _remove(out: Path, relative: str) -> None:
+    path = below(out, relative)
+    # A link among the folders must not lead the removal elsewhere.
+    if not path.parent.resolve().is_relative_to(out.resolve()) or path.is_dir():
+        return
+    path.unlink(missing_ok=True)
+    for folder in path.relative_to(out).parents[:-1]:
+        if (out / folder).is_dir() and not any((out / folder).iterdir()):
+            (out / folder).rmdir()
+
+
+def read_run(out: Path) -> dict[str, object]:
+    """The record of the run in OUT; empty when there is none that can be read."""
+    try:
+        value = json.loads((out / RUN).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether `path`, which need not exist, is the folder or below it once links are followed."""
+    resolved = path.resolve()
+    return any(_is_same(place, folder) for place in (resolved, *resolved.parents))
+
+
+def _is_same(path: Path, folder: Path) -> bool:
+    return path.exists() and folder.exists() and path.samefile(folder)

@@ -1,0 +1,295 @@
+"""The frozen list of a run's images: order, name, size and labels, in OUT/.multisa/inventory.sqlite.
+
+It is written before the first image is read, so that a run that was cut goes on with the same images in the
+same shards, and a source that has changed since is noticed. SQLite keeps it on the disk: ten million images
+need no more memory than ten, and any shard is found at once.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Self, TypeVar
+
+from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.files import flush_folder
+from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
+
+MASK_ENDING = ".png"  # of the files that are named after an image
+
+Labels = tuple[str, ...]
+Item = TypeVar("Item")
+
+_SCHEMA = """
+CREATE TABLE items (i INTEGER PRIMARY KEY, id TEXT NOT NULL, place TEXT NOT NULL, size INTEGER NOT NULL,
+                    version TEXT NOT NULL, labels TEXT, name TEXT NOT NULL);
+CREATE TABLE passed_over (id TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE TABLE retries (shard INTEGER NOT NULL, i INTEGER NOT NULL);
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+_WORK = "i, id, place, size, version, labels, name"
+_DIFFERENCES = {
+    "added": "SELECT id FROM now WHERE id NOT IN (SELECT id FROM frozen.items)",
+    "removed": "SELECT id FROM frozen.items WHERE id NOT IN (SELECT id FROM now)",
+    "changed": "SELECT a.id FROM now a JOIN frozen.items b ON a.id = b.id "
+    "WHERE a.size != b.size OR a.version != b.version",
+}
+_ROWS_AT_ONCE = 10_000
+_NAMED = 3  # differences that a message names
+
+
+@dataclass(frozen=True)
+class Work:
+    """One image to be done."""
+
+    index: int  # position in the run
+    item: SourceItem
+    name: str  # of its results, without extension
+    labels: Labels | None  # the classes it is said to show; None: from scores
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of commit: images that are written, and counted as done, together."""
+
+    number: int
+    works: tuple[Work, ...]
+
+
+class Inventory:
+    """An inventory that is there; a context manager. For one thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Open. Raises MultisaError for a file that is no inventory of this version."""
+        self._path = path
+        try:
+            self._rows = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)
+            facts = dict(self._rows.execute("SELECT key, value FROM facts"))
+            self.images, self.other_files = int(facts["images"]), int(facts["other_files"])
+            self._digest = facts["digest"]
+        except (sqlite3.Error, KeyError, ValueError) as error:
+            raise MultisaError(
+                f"{path}: cannot be read ({error}), expected the list of a run's images: "
+                "begin anew with --overwrite"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._rows.close()
+
+    def shards(self, size: int) -> Iterator[tuple[int, int]]:
+        """(number, images) of every shard of `size` images, those of retries last."""
+        for number in range(-(-self.images // size)):
+            yield number, min(size, self.images - number * size)
+        yield from self._rows.execute("SELECT shard, COUNT(*) FROM retries GROUP BY shard ORDER BY shard")
+
+    def shard(self, number: int, size: int) -> Shard:
+        """The images of one shard."""
+        first = number * size
+        if first < self.images:
+            where, values = "i >= ? AND i < ?", (first, first + size)
+        else:
+            where, values = "i IN (SELECT i FROM retries WHERE shard = ?)", (number,)
+        rows = self._rows.execute(f"SELECT {_WORK} FROM items WHERE {where} ORDER BY i", values)
+        return Shard(number, tuple(map(_work, rows)))
+
+    def add_retries(self, indices: Iterable[int], size: int) -> int:
+        """Put images into further shards, to be tried again; returns how many shards."""
+        last = self._rows.execute("SELECT MAX(shard) FROM retries").fetchone()[0]
+        first = -(-self.images // size) if last is None else last + 1
+        groups = list(_in_groups(indices, size))
+        rows = [(number, i) for number, some in enumerate(groups, first) for i in some]
+        with self._rows:
+            self._rows.executemany("INSERT INTO retries VALUES (?, ?)", rows)
+        return len(groups)
+
+    def names(self) -> Iterator[str]:
+        """Names of all results, in the order of the images."""
+        for (name,) in self._rows.execute("SELECT name FROM items ORDER BY i"):
+            yield name
+
+    def passed_over(self) -> list[PassedOver]:
+        """The entries of the source that were not taken."""
+        return [PassedOver(*row) for row in self._rows.execute("SELECT id, reason FROM passed_over")]
+
+    def difference(self, listing: Callable[[], Iterable[Listed]]) -> str:
+        """What a source's listing has that this inventory has not, and the reverse, in words; "" if nothing.
+
+        listing: lists the source; called a second time where the first was another.
+        """
+        if _listing_digest(listing()) == self._digest:
+            return ""
+        with _scratch(self._path, listing()) as scratch:
+            said = [_described(scratch, word, query) for word, query in _DIFFERENCES.items()]
+        return "; ".join(filter(None, said)) or "another order, or other labels"
+
+    def take_changes(self, listing: Callable[[], Iterable[Listed]], indices: Iterable[int]) -> str:
+        """Take over how the images `indices` are now, where no other has changed; else say what has."""
+        query = "SELECT id FROM items WHERE i = ?"
+        mine = [self._rows.execute(query, (i,)).fetchone() for i in indices]
+        with _scratch(self._path, listing()) as scratch:
+            scratch.execute("CREATE TABLE mine (id TEXT PRIMARY KEY)")
+            scratch.executemany("INSERT INTO mine VALUES (?)", mine)
+            others = {
+                word: f"SELECT id FROM ({query}) WHERE id NOT IN (SELECT id FROM mine)"
+                for word, query in _DIFFERENCES.items()
+            }
+            said = [_described(scratch, word, query) for word, query in others.items()]
+            if any(said):
+                return "; ".join(filter(None, said))
+            query = "SELECT place, size, version, id FROM now WHERE id IN (SELECT id FROM mine)"
+            changed = scratch.execute(query).fetchall()
+        digest = _listing_digest(listing())
+        with self._rows:
+            self._rows.executemany("UPDATE items SET place = ?, size = ?, version = ? WHERE id = ?", changed)
+            self._rows.execute("UPDATE facts SET value = ? WHERE key = 'digest'", (digest,))
+        self._digest = digest
+        return ""
+
+
+def freeze(path: Path, listing: Iterable[Listed], labels_of: Callable[[SourceItem], Labels | None]) -> None:
+    """Write the inventory of a listing to `path`, which appears when it is complete.
+
+    labels_of: the classes an image is said to show. Raises UsageError when there is no image, or one id is
+    there twice.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with closing(sqlite3.connect(temporary)) as rows:
+        rows.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_SCHEMA}")
+        images, others, digest = _fill(rows, listing, labels_of)
+        if not images:
+            raise UsageError(
+                "no image found, expected at least one: images are known by their extension (.jpg, .png, ...)"
+            )
+        _name_results(rows)
+        facts = {"images": images, "other_files": others, "digest": digest}
+        rows.executemany("INSERT INTO facts VALUES (?, ?)", [(key, str(v)) for key, v in facts.items()])
+        rows.commit()
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    flush_folder(path.parent)
+
+
+def _fill(
+    rows: sqlite3.Connection, listing: Iterable[Listed], labels_of: Callable[[SourceItem], Labels | None]
+) -> tuple[int, int, str]:
+    digest, others, images = hashlib.sha256(), 0, 0
+    rows.execute("CREATE TEMP TABLE folds (i INTEGER PRIMARY KEY, fold TEXT NOT NULL)")
+    rows.execute("CREATE TEMP TABLE folders (fold TEXT PRIMARY KEY) WITHOUT ROWID")
+    last_folder = ""
+    for some in _in_groups(listing, _ROWS_AT_ONCE):
+        items: list[tuple[int, str, str, int, str, str | None, str]] = []
+        folders: set[str] = set()
+        for entry in some:
+            if isinstance(entry, OtherFiles):
+                others += entry.count
+            elif isinstance(entry, PassedOver):
+                rows.execute("INSERT INTO passed_over VALUES (?, ?)", (entry.id, entry.reason))
+            else:
+                digest.update(_digested(entry))
+                path = PurePosixPath(entry.id)
+                labels = _labels_text(labels_of(entry))
+                name = path.with_suffix("").as_posix()
+                items.append((images, entry.id, entry.place, entry.size, entry.version, labels, name))
+                images += 1
+                if str(path.parent) != last_folder:
+                    last_folder = str(path.parent)
+                    folders.update(parent.as_posix().casefold() for parent in path.parents)
+        rows.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?)", items)
+        folds = [(item[0], item[-1].casefold()) for item in items]
+        rows.executemany("INSERT INTO folds VALUES (?, ?)", folds)
+        rows.executemany("INSERT OR IGNORE INTO folders VALUES (?)", [(folder,) for folder in folders])
+    return images, others, digest.hexdigest()
+
+
+def _name_results(rows: sqlite3.Connection) -> None:
+    """Images that would share a name keep their full id, every one of them.
+
+    So does an image whose mask would have the name of a folder (a.jpg beside a.png/b.jpg). Upper and lower
+    case count as the same, as some file systems take them so.
+    """
+    rows.create_function("casefold", 1, str.casefold, deterministic=True)
+    rows.execute("CREATE INDEX temp.by_fold ON folds (fold)")
+    rows.execute("CREATE TEMP TABLE shared (i INTEGER PRIMARY KEY)")
+    # A full id may in turn be the short name of another image, so this goes on until none is shared.
+    while True:
+        rows.execute("DELETE FROM shared")
+        rows.execute(
+            "INSERT INTO shared SELECT folds.i FROM folds JOIN items ON items.i = folds.i "
+            "WHERE items.name != items.id AND ("
+            "fold IN (SELECT fold FROM folds GROUP BY fold HAVING COUNT(*) > 1) "
+            f"OR fold || '{MASK_ENDING}' IN (SELECT fold FROM folders))"
+        )
+        if not rows.execute("SELECT COUNT(*) FROM shared").fetchone()[0]:
+            break
+        rows.execute("UPDATE items SET name = id WHERE i IN (SELECT i FROM shared)")
+        rows.execute(
+            "UPDATE folds SET fold = (SELECT casefold(id) FROM items WHERE items.i = folds.i) "
+            "WHERE i IN (SELECT i FROM shared)"
+        )
+    twice = rows.execute(
+        "SELECT id FROM items JOIN folds ON items.i = folds.i WHERE fold IN "
+        "(SELECT fold FROM folds GROUP BY fold HAVING COUNT(*) > 1) GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
+    ).fetchone()
+    if twice:
+        raise UsageError(f"{twice[0]}: is in the source twice, expected each image once")
+
+
+@contextmanager
+def _scratch(frozen: Path, listing: Iterable[Listed]) -> Iterator[sqlite3.Connection]:
+    """A database of a listing, `now`, beside the frozen one; on the disk, and gone when it is closed."""
+    with closing(sqlite3.connect("")) as scratch:
+        scratch.execute("CREATE TABLE now (id TEXT PRIMARY KEY, place TEXT, size INTEGER, version TEXT)")
+        items = (item for item in listing if isinstance(item, SourceItem))
+        rows = ((item.id, item.place, item.size, item.version) for item in items)
+        scratch.executemany("INSERT OR IGNORE INTO now VALUES (?, ?, ?, ?)", rows)
+        scratch.commit()
+        scratch.execute("ATTACH ? AS frozen", (str(frozen),))
+        yield scratch
+
+
+def _listing_digest(listing: Iterable[Listed]) -> str:
+    digest = hashlib.sha256()
+    for item in listing:
+        if isinstance(item, SourceItem):
+            digest.update(_digested(item))
+    return digest.hexdigest()
+
+
+def _described(scratch: sqlite3.Connection, word: str, query: str) -> str:
+    count = scratch.execute(f"SELECT COUNT(*) FROM ({query})").fetchone()[0]
+    some = [row[0] for row in scratch.execute(f"{query} LIMIT {_NAMED}")]
+    return f"{count} {word} ({', '.join(some)}{', ...' if count > _NAMED else ''})" if count else ""
+
+
+def _work(row: tuple[int, str, str, int, str, str | None, str]) -> Work:
+    index, id_, place, size, version, labels, name = row
+    given = None if labels is None else tuple(json.loads(labels))
+    return Work(index, SourceItem(id_, place, size, version), name, given)
+
+
+def _labels_text(labels: Sequence[str] | None) -> str | None:
+    return None if labels is None else json.dumps(list(labels), ensure_ascii=False)
+
+
+def _digested(item: SourceItem) -> bytes:
+    labels = None if item.labels is None else list(item.labels)
+    return json.dumps([item.id, item.size, item.version, labels]).encode()
+
+
+def _in_groups(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
+    iterator = iter(items)
+    while group := tuple(itertools.islice(iterator, size)):
+        yield group

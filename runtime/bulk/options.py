@@ -1,0 +1,42 @@
+"""How a run is done."""
+
+import os
+from dataclasses import dataclass, field
+
+from multisa.runtime.bulk.pipeline import Sizes
+from multisa.runtime.errors import UsageError
+from multisa.runtime.images import MAX_PIXELS
+
+SHARD_SIZE = 256  # images: seconds of work on a GPU, a minute or two on a laptop
+PICTURED = 200  # images on the page of a run
+LOCAL_READERS, REMOTE_READERS = 2, 16  # threads: a disk answers at once, a bucket takes its time
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Only shard_size, batch, max_pixels and sinks decide what is written."""
+
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    readers: int | None = None  # None: by where the source is
+    batch: int = 1
+    shard_size: int = SHARD_SIZE
+    max_pixels: int = MAX_PIXELS
+    sinks: tuple[str, ...] = ("masks",)
+    max_failures: str | None = None  # "3" or "2%"; None: none, judged at the end
+    retry_failed: bool = False
+    overwrite: bool = False  # remove the results of the run that is there
+    frozen: bool = False  # go on without a look at the source's listing
+    verify: bool = False  # read every committed file again, and do again what was altered
+    pictured: int = PICTURED
+    tell_other_files: bool = True  # say how many files of the source are no images
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a number that cannot be used."""
+        for name in ("workers", "batch", "shard_size", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, expected at least 1")
+
+    def sizes(self, *, remote: bool) -> Sizes:
+        """Threads of the stages."""
+        readers = self.readers or (REMOTE_READERS if remote else LOCAL_READERS)
+        return Sizes(readers=readers, workers=self.workers, batch=self.batch)

@@ -1,0 +1,318 @@
+"""The stages of a run, each with its own threads, side by side on different images.
+
+    feed -> read -> decode -> gather (batches of one size) -> infer -> refine, encode -> commit
+
+What is under way is bounded by a number of permits: an image takes one when it is fed and gives it back when
+it is encoded, so memory does not grow with the corpus, and a slow stage holds the others up and nothing else.
+The batches of a shard depend on its images alone, and never reach into the next shard: the same shard gives
+the same bytes, wherever and whenever it is done.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
+from multisa.runtime.bulk.encode import EncodedImage, Encoder
+from multisa.runtime.bulk.inventory import Shard, Work
+from multisa.runtime.bulk.method import Method, StageClock
+from multisa.runtime.errors import ImageError, MultisaError
+from multisa.runtime.sources.contract import Source
+
+UInt8 = npt.NDArray[np.uint8]
+
+_OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait for the disk
+_PATIENCE = 0.2  # seconds between looks at whether a stage has raised
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be done."""
+
+    index: int
+    image: str  # id
+    kind: str  # the stage: "read", "decode", "infer", "refine" or "encode"
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class DoneShard:
+    """A shard whose images are all encoded, or failed, in their order."""
+
+    shard: Shard
+    images: Sequence[EncodedImage]
+    failures: Sequence[Failure]
+
+
+class Watcher(Protocol):
+    """Is told what happens, from any thread."""
+
+    def image_done(self, work: Work) -> None: ...
+
+    def image_failed(self, failure: Failure) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How wide each stage is; nothing here but `batch` can change a byte."""
+
+    readers: int
+    workers: int  # threads of each of decode, infer and refine
+    batch: int = 1  # images of one size that an engine gets at once
+    look_ahead: int = 64  # images that may wait for others of their size
+
+    @property
+    def permits(self) -> int:
+        """Images under way at once."""
+        waiting = self.look_ahead if self.batch > 1 else 0
+        return waiting + self.readers + 6 * self.workers * self.batch
+
+
+@dataclass(eq=False)
+class _Open:
+    """A shard under way; its lists have a place for each image."""
+
+    shard: Shard
+    commit: Callable[[DoneShard], None]
+    left: int
+    images: list[EncodedImage | None]
+    failures: list[Failure | None]
+    finished: Future[None] = field(default_factory=Future)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fed:
+    """An image under way."""
+
+    open: _Open
+    position: int
+    work: Work
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    fed: _Fed
+    image: WorkingImage
+
+
+class Pipeline:
+    """Does shards; a context manager. `submit` and `wait` raise whatever a stage has raised unexpectedly."""
+
+    def __init__(
+        self,
+        method: Method,
+        source: Source,
+        encoder: Encoder,
+        *,
+        sizes: Sizes,
+        clock: StageClock,
+        watcher: Watcher,
+        max_pixels: int,
+        long_side: int,
+    ) -> None:
+        self._method, self._source, self._encoder = method, source, encoder
+        self._sizes, self._clock, self._watcher = sizes, clock, watcher
+        self._max_pixels, self._long_side = max_pixels, long_side
+        self._permits = threading.Semaphore(sizes.permits)
+        self._open_shards = threading.Semaphore(_OPEN_SHARDS)
+        self._feeding = threading.Lock()
+        self._error: BaseException | None = None
+        self._stopped = threading.Event()
+        self._in_order: queue.SimpleQueue[tuple[_Open, _Fed | None, Future[WorkingImage] | None] | None]
+        self._in_order = queue.SimpleQueue()
+        self._readers = _pool("read", sizes.readers)
+        self._decoders = _pool("decode", sizes.workers)
+        self._engines = _pool("infer", sizes.workers)
+        self._refiners = _pool("refine", sizes.workers)
+        self._committer = _pool("commit", 1)
+        self._gatherer = threading.Thread(target=self._gather, name="gather", daemon=True)
+        self._gatherer.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()  # what is queued is dropped; what is being done ends
+        self._in_order.put(None)
+        self._gatherer.join()
+        for pool in (self._readers, self._decoders, self._engines, self._refiners, self._committer):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, shard: Shard, commit: Callable[[DoneShard], None]) -> Future[None]:
+        """Feed the images of a shard as permits come back; `commit` is called in a thread of its own.
+
+        The future is done when `commit` has returned.
+        """
+        self._take(self._open_shards)
+        count = len(shard.works)
+        open_ = _Open(shard, commit, count, [None] * count, [None] * count)
+        with self._feeding:
+            for position, work in enumerate(shard.works):
+                self._take(self._permits)
+                fed = _Fed(open_, position, work)
+                decoded: Future[WorkingImage] = Future()
+                self._in_order.put((open_, fed, decoded))
+                self._start(self._readers, self._read, fed, decoded)
+            self._in_order.put((open_, None, None))
+        return open_.finished
+
+    def wait(self, future: Future[None]) -> None:
+        """Wait for a shard. Raises what a stage has raised."""
+        while True:
+            try:
+                return future.result(timeout=_PATIENCE)
+            except TimeoutError:
+                self._raise_error()
+
+    def _take(self, permits: threading.Semaphore) -> None:
+        while not permits.acquire(timeout=_PATIENCE):
+            self._raise_error()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _start(self, pool: ThreadPoolExecutor, stage: Callable[..., None], *arguments: Any) -> None:
+        """Queue a stage of an image; dropped once the pipeline has stopped, which an error does."""
+        pool.submit(self._unless_stopped, stage, *arguments).add_done_callback(self._note)
+
+    def _unless_stopped(self, stage: Callable[..., None], *arguments: Any) -> None:
+        if not self._stopped.is_set():
+            stage(*arguments)
+
+    def _note(self, future: "Future[None]") -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            self._error = self._error or error
+            self._stopped.set()
+
+    def _read(self, fed: _Fed, decoded: "Future[WorkingImage]") -> None:
+        try:
+            with self._clock.stage("read"):
+                data = self._source.read(fed.work.item)
+        except ImageError as error:
+            decoded.set_exception(_Failed("read", error))
+            return
+        self._start(self._decoders, self._decode, data, decoded)
+
+    def _decode(self, data: bytes, decoded: "Future[WorkingImage]") -> None:
+        try:
+            with self._clock.stage("decode"):
+                image = decode_working_image(data, max_pixels=self._max_pixels, long_side=self._long_side)
+        except ImageError as error:
+            decoded.set_exception(_Failed("decode", error))
+            return
+        decoded.set_result(image)
+
+    def _gather(self) -> None:
+        """Put decoded images, in their order, into batches of one size."""
+        groups: dict[tuple[int, ...], list[_Ready]] = {}
+        while (entry := self._in_order.get()) is not None:
+            open_, fed, decoded = entry
+            if fed is None or decoded is None:
+                for group in groups.values():
+                    self._start(self._engines, self._infer, group)
+                groups = {}
+                if not open_.shard.works:
+                    self._close_shard(open_)
+                continue
+            image = self._result(decoded)
+            if isinstance(image, _Failed):
+                self._fail(fed, image.kind, image.error)
+            elif image is not None:
+                self._group(groups, _Ready(fed, image))
+
+    def _group(self, groups: dict[tuple[int, ...], list[_Ready]], ready: _Ready) -> None:
+        group = groups.setdefault(ready.image.rgb.shape, [])
+        group.append(ready)
+        full = len(group) >= self._sizes.batch
+        if full or sum(map(len, groups.values())) >= self._sizes.look_ahead:
+            # Of the groups that wait, the one whose first image came first.
+            shape = ready.image.rgb.shape if full else next(iter(groups))
+            self._start(self._engines, self._infer, groups.pop(shape))
+
+    def _result(self, decoded: "Future[WorkingImage]") -> "WorkingImage | _Failed | None":
+        while not self._stopped.is_set():
+            try:
+                return decoded.result(timeout=_PATIENCE)
+            except TimeoutError:
+                continue
+            except _Failed as failed:
+                return failed
+        return None
+
+    def _infer(self, batch: list[_Ready]) -> None:
+        images = np.stack([ready.image.rgb for ready in batch])
+        given = [ready.fed.work.labels for ready in batch]
+        try:
+            results = self._method.infer(images, given, self._clock)
+        except MultisaError as error:
+            if len(batch) == 1:
+                self._fail(batch[0].fed, "infer", error)
+            for ready in batch if len(batch) > 1 else ():  # one bad image must not fail its neighbours
+                self._infer([ready])
+            return
+        for ready, result in zip(batch, results, strict=True):
+            self._start(self._refiners, self._refine, ready, result)
+
+    def _refine(self, ready: _Ready, inferred: Any) -> None:
+        fed, stage = ready.fed, "refine"
+        try:
+            annotation = self._method.refine(inferred, ready.image.rgb, self._clock)
+            stage = "encode"
+            with self._clock.stage("encode"):
+                encoded = self._encoder.encode(fed.work, ready.image, annotation)
+        except MultisaError as error:
+            self._fail(fed, stage, error)
+            return
+        fed.open.images[fed.position] = encoded
+        self._watcher.image_done(fed.work)
+        self._count_down(fed.open)
+
+    def _fail(self, fed: _Fed, kind: str, error: MultisaError) -> None:
+        failure = Failure(fed.work.index, fed.work.item.id, kind, str(error))
+        fed.open.failures[fed.position] = failure
+        self._watcher.image_failed(failure)
+        self._count_down(fed.open)
+
+    def _count_down(self, open_: _Open) -> None:
+        self._permits.release()
+        with open_.lock:
+            open_.left -= 1
+            last = open_.left == 0
+        if last:
+            self._close_shard(open_)
+
+    def _close_shard(self, open_: _Open) -> None:
+        self._start(self._committer, self._commit, open_)
+
+    def _commit(self, open_: _Open) -> None:
+        images = [image for image in open_.images if image is not None]
+        failures = [failure for failure in open_.failures if failure is not None]
+        with self._clock.stage("commit"):
+            open_.commit(DoneShard(open_.shard, images, failures))
+        self._open_shards.release()
+        open_.finished.set_result(None)
+
+
+class _Failed(Exception):
+    """An image's error on its way from a stage to the one that counts."""
+
+    def __init__(self, kind: str, error: MultisaError) -> None:
+        super().__init__(kind)
+        self.kind, self.error = kind, error
+
+
+def _pool(name: str, workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix=f"multisa-{name}")

@@ -1,0 +1,47 @@
+"""OUT/.multisa/run.json: what the last sitting did, for programs and for people who look later."""
+
+import platform
+from typing import Any
+
+from multisa.runtime.bulk.crew import Crew
+from multisa.runtime.bulk.folder import RUN
+from multisa.runtime.bulk.inventory import Inventory
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.method import DECIMALS
+from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.files import write_json_atomically
+
+_PASSED_OVER = 1000  # entries of the source that the record names
+
+
+def run_record(
+    job: Job, bundle: Bundle, summary: RunSummary, inventory: Inventory, crew: Crew, started: str
+) -> dict[str, Any]:
+    """The record of a run that has ended."""
+    identity = crew.identity()
+    versions = {key.removeprefix("version of "): v for key, v in identity.items() if "version of" in key}
+    passed_over = inventory.passed_over()
+    return {
+        "command": job.command,
+        "started": started,
+        "source": job.source,
+        "images": summary.done,
+        "failures": summary.failures,
+        "failure_kinds": summary.failure_kinds,
+        "passed_over": len(passed_over),
+        "skipped": [f"{entry.id}: {entry.reason}" for entry in passed_over[:_PASSED_OVER]],
+        "images_now": summary.done_now,
+        "seconds": round(summary.seconds, 3),
+        "images_per_second": round(summary.images_per_second, 3),
+        "stage_seconds": {name: round(s, DECIMALS) for name, s in sorted(summary.stage_seconds.items())},
+        "workers": summary.workers,
+        "bundle": {"name": bundle.manifest.name, "path": str(bundle.path)},
+        "engines": crew.engines(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def write_record(job: Job, record: dict[str, Any]) -> None:
+    """Keep it."""
+    write_json_atomically(job.out / RUN, record)

@@ -1,0 +1,68 @@
+"""What the command line asks of a run, as a job, its options and who does it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from multisa.runtime.bulk.crew import Crew, LocalCrew
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.errors import UsageError
+
+_OPTIONS = (
+    *("workers", "readers", "batch", "shard_size", "max_pixels", "max_failures", "pictured"),
+    *("retry_failed", "overwrite", "frozen", "verify"),
+)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A run that is asked for."""
+
+    job: Job
+    options: RunOptions
+    processes: int = 1
+    ray: str | None = None
+
+    @classmethod
+    def from_arguments(cls, command: str, bundle: Path, arguments: Mapping[str, Any]) -> Self:
+        """From the names and values of the command line's options; None where one was not given."""
+        given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
+        sinks = tuple(name for some in arguments["sinks"] for name in some.split(",") if name)
+        options = RunOptions(**given, **({"sinks": sinks} if sinks else {}))
+        engine = EngineRequest(arguments["engine"], arguments["precision"], arguments["plans"])
+        if arguments["ray"] and arguments["processes"]:
+            raise UsageError("got both --ray and --processes, expected one of them")
+        job = make_job(command, arguments["images"], arguments["out"], bundle, engine, options)
+        return cls(job, options, arguments["processes"] or 1, arguments["ray"])
+
+    def open_crew(self, job: Job, watch: Watch) -> Crew:
+        """This process, several, or a cluster."""
+        if self.ray is not None:
+            from multisa.runtime.bulk.on_ray import RayCrew
+
+            return RayCrew(job, watch, self.ray)
+        if self.processes > 1:
+            from multisa.runtime.bulk.processes import ProcessCrew
+
+            return ProcessCrew(job, watch, self.processes)
+        return LocalCrew(job, watch)
+
+
+def make_job(
+    command: str, source: str, out: Path, bundle: Path, engine: EngineRequest, options: RunOptions
+) -> Job:
+    """A job of the options that decide what is written and how wide the stages are."""
+    return Job(
+        command=command,
+        source=source,
+        out=out,
+        bundle=bundle,
+        request=engine,
+        sinks=options.sinks,
+        max_pixels=options.max_pixels,
+        sizes=options.sizes(remote="://" in source),
+    )

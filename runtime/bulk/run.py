@@ -1,0 +1,71 @@
+"""One run: begin or go on, do the shards that are not committed, finish.
+
+    OUT/masks/NAME.png ...        results, by sink        OUT/report.html       a page to look at
+    OUT/labels.jsonl              a line an image         OUT/.multisa/         inventory, journal, times
+    OUT/failed.jsonl              what could not be done
+
+Every byte outside OUT/.multisa and the page is decided by the images, the bundle and the options, whatever
+number of workers, kills and sittings it took.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from multisa.runtime.bulk.begin import begin
+from multisa.runtime.bulk.config import run_config
+from multisa.runtime.bulk.crew import Crew
+from multisa.runtime.bulk.folder import INVENTORY, JOURNAL, check_places, run_lock
+from multisa.runtime.bulk.inventory import Inventory
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.journal import Journal
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.record import run_record, write_record
+from multisa.runtime.bulk.sitting import Sitting
+from multisa.runtime.bulk.stop import stop_on_signals
+from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.bundle import load_bundle
+from multisa.runtime.files import sha256_of_file
+from multisa.runtime.image_labels import read_image_labels
+from multisa.runtime.manifest import MANIFEST_NAME
+from multisa.runtime.sinks.choice import open_sinks
+from multisa.runtime.sinks.contract import SinkContext
+
+OpenCrew = Callable[[Job, Watch], Crew]
+
+
+def run(job: Job, options: RunOptions, open_crew: OpenCrew, *, labels: Path | None = None) -> RunSummary:
+    """Do a job, or what is left of it, and return what was done.
+
+    labels: a file of image-level labels. Raises UsageError for what cannot be used or does not fit the run in
+    OUT, Interrupted after a signal, TooManyFailures as soon as more images fail than the options allow,
+    OSError where OUT cannot be written; the same command goes on after each of them.
+    """
+    bundle = load_bundle(job.bundle)
+    rows = read_image_labels(labels, bundle.manifest.foreground) if labels else None
+    check_places(job.source, job.out, job.sinks)
+    with ExitStack() as stack:
+        watch = stack.enter_context(Watch(job.command))
+        crew = stack.enter_context(open_crew(job, watch))
+        bundle_sha256 = sha256_of_file(bundle.path / MANIFEST_NAME)
+        config = run_config(
+            job,
+            crew.identity(),
+            bundle_sha256=bundle_sha256,
+            labels_sha256=sha256_of_file(labels) if labels else None,
+            shard_size=options.shard_size,
+        )
+        sinks = open_sinks(job.sinks, SinkContext(job.out, job.command, bundle.manifest, bundle_sha256))
+        stack.enter_context(run_lock(job.out))
+        stop = stack.enter_context(stop_on_signals())
+        begin(job, options, config, rows, bundle.manifest.foreground)
+        inventory = stack.enter_context(Inventory(job.out / INVENTORY))
+        journal = stack.enter_context(Journal(job.out / JOURNAL))
+        sitting = Sitting(job, options, inventory, journal, stop, watch)
+        sitting.do(crew)
+        news = sitting.finish(sinks)
+        summary = sitting.summary(crew)
+        if news:
+            write_record(job, run_record(job, bundle, summary, inventory, crew, sitting.started))
+        return summary

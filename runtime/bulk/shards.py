@@ -1,0 +1,190 @@
+"""Writing the files of one shard: all are on the disk under other names before the first takes its own.
+
+with ShardFolder(out, number) as files:   # OUT/.multisa/tmp/...
+    files.write("masks/a.png", data)
+    result = files.commit()               # renamed into place; the journal's line comes after that
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Self
+
+from multisa.runtime.errors import ImageError
+from multisa.runtime.files import flush_folder, sha256_of_file
+
+PRIVATE = ".multisa"  # below OUT: all that may differ between two runs
+TEMPORARY = f"{PRIVATE}/tmp"
+PARTS = f"{PRIVATE}/parts"
+FILES = "files"  # the part that lists a shard's files
+
+_FLUSHERS = 8  # flushes wait for the disk, so several wait at once
+_NAME_MAX, _PATH_MAX = 255, 4096  # bytes; where the system does not say
+
+
+@dataclass(frozen=True)
+class _File:
+    relative: str
+    temporary: Path
+    size: int
+    sha256: str
+
+
+class ShardFolder:
+    """Keeps the files of a shard until they are committed; a context manager, which removes what is left."""
+
+    def __init__(self, out: Path, shard: int) -> None:
+        self._out = out
+        self._shard = shard
+        # Another process may be at the same shard when a machine that was given up is still alive.
+        self._folder = out / TEMPORARY / f"{shard:06d}-{secrets.token_hex(4)}"
+        self._folder.mkdir(parents=True)
+        self._files: dict[str, _File] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def write(self, relative: str, data: bytes) -> None:
+        """Keep a file for the posix path `relative` below OUT. Raises ValueError where that leaves it."""
+        if relative in self._files:
+            raise ValueError(f"{relative}: written twice in shard {self._shard}, expected once")
+        temporary = self._folder / str(len(self._files))
+        below(self._out, relative)
+        temporary.write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        self._files[relative] = _File(relative, temporary, len(data), digest)
+
+    def write_part(self, sink: str, data: bytes) -> None:
+        """Keep what the end of the run needs of this shard."""
+        self.write(part_path(sink, self._shard), data)
+
+    def commit(self) -> tuple[int, str]:
+        """Flush everything, rename it into place; returns the bytes and the SHA-256 of the part "files".
+
+        That part has a line for each file, as sha256sum writes and checks them.
+        """
+        checksums = b"".join(_checksum_line(self._files[path]) for path in sorted(self._files))
+        self.write_part(FILES, checksums)
+        # In this order the list takes its name before any result does: what is there can always be found.
+        files = [self._files[path] for path in sorted(self._files)]
+        with ThreadPoolExecutor(_FLUSHERS, thread_name_prefix="flush") as flushers:
+            list(flushers.map(_flush, (file.temporary for file in files)))
+            folders = _make_folders(self._out, {below(self._out, file.relative).parent for file in files})
+            for file in files:
+                file.temporary.replace(below(self._out, file.relative))
+            list(flushers.map(flush_folder, sorted(folders)))
+        return sum(file.size for file in files), hashlib.sha256(checksums).hexdigest()
+
+
+class FinishedFolder:
+    """The folder of a run whose shards are all committed, as sinks see it at the end."""
+
+    def __init__(self, out: Path, shards: Iterable[int]) -> None:
+        self._out, self._shards = out, tuple(shards)
+        self.written: list[str] = []
+
+    def parts(self, sink: str) -> Iterator[bytes]:
+        """What `write_part` was given for `sink`, shard by shard."""
+        for shard in self._shards:
+            yield (self._out / part_path(sink, shard)).read_bytes()
+
+    def write(self, relative: str, pieces: Iterable[bytes]) -> None:
+        """Write a file below OUT piece by piece; it is flushed, and takes its name, at the end."""
+        target = below(self._out, relative)
+        temporary = self._out / TEMPORARY / secrets.token_hex(8)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+            folders = _make_folders(self._out, {target.parent})
+            temporary.replace(target)
+            for folder in folders:
+                flush_folder(folder)
+            self.written.append(relative)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def listed_files(out: Path, shard: int) -> Iterator[tuple[str, str]]:
+    """(path below OUT, SHA-256) of every file of a committed shard."""
+    for line in (out / part_path(FILES, shard)).read_bytes().splitlines():
+        text = line.decode(errors="surrogateescape")
+        digest, _, relative = text.removeprefix("\\").partition("  ")
+        if text.startswith("\\"):
+            relative = relative.replace("\\n", "\n").replace("\\r", "\r").replace("\\\\", "\\")
+        yield relative, digest
+
+
+def is_intact(out: Path, shard: int) -> bool:
+    """Whether every file of a committed shard is there with the bytes that were written."""
+    try:
+        return all(sha256_of_file(below(out, path)) == digest for path, digest in listed_files(out, shard))
+    except FileNotFoundError:
+        return False
+
+
+def _checksum_line(file: _File) -> bytes:
+    escaped = file.relative.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    mark = "" if escaped == file.relative else "\\"
+    return f"{mark}{file.sha256}  {escaped}\n".encode(errors="surrogateescape")
+
+
+def part_path(sink: str, shard: int) -> str:
+    """Where a part of a shard is kept, below OUT."""
+    return f"{PARTS}/{sink}/{shard:06d}"
+
+
+def below(out: Path, relative: str) -> Path:
+    """The path `relative` below OUT. Raises ValueError for one that would leave it."""
+    path = PurePosixPath(relative)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in relative:
+        raise ValueError(f"{relative!r}: expected a path below the folder of the results")
+    return out / path
+
+
+def check_path_length(out: Path, relative: str) -> None:
+    """Raise ImageError where the file system cannot hold a path of results."""
+    longest = max(len(os.fsencode(part)) for part in PurePosixPath(relative).parts)
+    whole = len(os.fsencode(out.absolute() / relative))
+    if longest > _NAME_MAX or whole >= _PATH_MAX:
+        reason = os.strerror(errno.ENAMETOOLONG)
+        raise ImageError(f"its results cannot be written: {reason}: rename the image")
+
+
+def clear_temporary(out: Path) -> None:
+    """Remove what runs that were cut have left under other names."""
+    shutil.rmtree(out / TEMPORARY, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folders(out: Path, folders: set[Path]) -> set[Path]:
+    """Make folders below OUT; returns all whose entries change, those that hold a new folder included."""
+    changed = set(folders)
+    for folder in folders:
+        missing = folder
+        while not missing.exists() and missing != out:
+            missing = missing.parent
+            changed.add(missing)
+        folder.mkdir(parents=True, exist_ok=True)
+    return changed

@@ -1,0 +1,136 @@
+"""One sitting of a run: the shards that are not committed yet, and the end once all are."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from multisa.runtime.bulk.crew import Crew
+from multisa.runtime.bulk.failures import check_failures, failure_limit
+from multisa.runtime.bulk.finish import failed_indices, finish_files, is_finished, unfinish
+from multisa.runtime.bulk.inventory import Inventory, Shard
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.journal import Journal, ShardResult
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.shards import is_intact
+from multisa.runtime.bulk.stop import StopRequest
+from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.errors import Interrupted, UsageError
+from multisa.runtime.progress import counted, say
+from multisa.runtime.sinks.contract import Sink
+from multisa.runtime.sources.choice import open_source
+
+
+@dataclass
+class Sitting:
+    """From the journal as it is to the journal that has every shard."""
+
+    job: Job
+    options: RunOptions
+    inventory: Inventory
+    journal: Journal
+    stop: StopRequest
+    watch: Watch
+    _altered: set[int] = field(default_factory=set)  # committed, and to be done again
+    _start: float = field(default_factory=time.perf_counter)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def do(self, crew: Crew) -> None:
+        """Do every shard that is not committed. Raises Interrupted or TooManyFailures when stopped before."""
+        if self.journal.torn:
+            say("the last line of the journal was torn: its shard is done again")
+        if self.options.retry_failed:
+            self._add_retries()
+        if self.options.verify:
+            self._find_altered()
+        before = self.journal.images + self.journal.failed
+        # What is tried again counts when it fails again.
+        failed_before = 0 if self.options.retry_failed else self.journal.failed
+        if before:
+            say(f"{counted(self.journal.shards, 'shard')} were done before, {before} images of them")
+        self.watch.begin(self.inventory.images, min(before, self.inventory.images))
+
+        def committed(result: ShardResult) -> None:
+            self.journal.append(result)
+            if self.options.max_failures is not None:
+                limit = failure_limit(self.options.max_failures, self.inventory.images)
+                self.stop.too_many_failures |= failed_before + self.watch.failed > limit
+
+        crew.do(self._pending(), committed)
+        self._raise_if_stopped()
+
+    def summary(self, crew: Crew) -> RunSummary:
+        """What was done, in all sittings and in this one."""
+        failed = len(failed_indices(self.job.out, *self._committed()))
+        images = self.inventory.images
+        return RunSummary(
+            images=images,
+            done=images - failed,
+            failures=failed,
+            done_now=self.watch.done,
+            seconds=time.perf_counter() - self._start,
+            stage_seconds=crew.seconds(),
+            workers=self.job.sizes.workers,
+            skipped=len(self.inventory.passed_over()),
+            failure_kinds=dict(self.watch.failure_kinds),
+        )
+
+    def finish(self, sinks: Sequence[Sink]) -> bool:
+        """Write what is one file for the whole run; returns whether there was anything to write."""
+        shards, retries = self._committed()
+        if is_finished(self.job.out, len(shards) + len(retries)):
+            return False
+        finish_files(self.job.out, sinks, shards, retries)
+        return True
+
+    def _pending(self) -> Iterator[Shard]:
+        for number, _ in self.inventory.shards(self.options.shard_size):
+            if self.stop:
+                return
+            if number not in self.journal or number in self._altered:
+                yield self.inventory.shard(number, self.options.shard_size)
+
+    def _committed(self) -> tuple[list[int], list[int]]:
+        """Numbers of the committed shards: the first ones, those of retries."""
+        first = -(-self.inventory.images // self.options.shard_size)
+        numbers = [n for n, _ in self.inventory.shards(self.options.shard_size) if n in self.journal]
+        return [n for n in numbers if n < first], [n for n in numbers if n >= first]
+
+    def _add_retries(self) -> None:
+        waiting = {
+            work.index
+            for number, _ in self.inventory.shards(self.options.shard_size)
+            if number not in self.journal and number * self.options.shard_size >= self.inventory.images
+            for work in self.inventory.shard(number, self.options.shard_size).works
+        }
+        failed = [i for i in failed_indices(self.job.out, *self._committed()) if i not in waiting]
+        changed = ""
+        if not self.options.frozen:
+            with open_source(self.job.source) as source:
+                changed = self.inventory.take_changes(source.listing, failed)
+        if changed:
+            raise UsageError(
+                f"{self.job.source}: has changed since the run began, and not only the failed images: "
+                f"{changed}: expected all others as they were; --frozen takes the images of then"
+            )
+        say(f"{counted(len(failed), 'failed image')} to be tried again")
+        self.inventory.add_retries(failed, self.options.shard_size)
+        unfinish(self.job.out)
+
+    def _find_altered(self) -> None:
+        first, retries = self._committed()
+        self._altered = {n for n in (*first, *retries) if not is_intact(self.job.out, n)}
+        if self._altered:
+            say(f"altered or missing files, done again: {counted(len(self._altered), 'shard')}")
+            unfinish(self.job.out)
+
+    def _raise_if_stopped(self) -> None:
+        done, shards = self.journal.shards, sum(1 for _ in self.inventory.shards(self.options.shard_size))
+        so_far = f"{done} of {counted(shards, 'shard')} are done, and the same command goes on from there"
+        if self.stop.signal is not None:
+            raise Interrupted(f"interrupted: {so_far}", signal=self.stop.signal)
+        if self.stop.too_many_failures and self.options.max_failures is not None:
+            say(f"stopped: {so_far}")
+            failed = self.journal.failed
+            check_failures(failed, self.inventory.images, self.options.max_failures, self.job.out)

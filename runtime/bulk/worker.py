@@ -1,0 +1,95 @@
+"""All that does shards in one process: the source, the engines, the sinks and the pipeline between them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from multisa.runtime.bulk.config import identity
+from multisa.runtime.bulk.encode import Encoder, json_line
+from multisa.runtime.bulk.inventory import Shard
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.journal import ShardResult
+from multisa.runtime.bulk.method import StageClock
+from multisa.runtime.bulk.pipeline import DoneShard, Pipeline, Watcher
+from multisa.runtime.bulk.shards import ShardFolder
+from multisa.runtime.bundle import load_bundle
+from multisa.runtime.engines.choice import Choice
+from multisa.runtime.files import sha256_of_file
+from multisa.runtime.manifest import MANIFEST_NAME
+from multisa.runtime.sinks.choice import open_sinks
+from multisa.runtime.sinks.contract import Sink, SinkContext
+from multisa.runtime.sources.choice import open_source
+
+RECORDS, FAILURES = "records", "failures"  # parts of a shard
+
+
+class Worker:
+    """Does shards of a job; a context manager."""
+
+    def __init__(self, job: Job, watcher: Watcher) -> None:
+        """Open everything. Raises what opening the bundle, its engines, the source and the sinks raises."""
+        self.job = job
+        self.clock = StageClock()
+        with ExitStack() as stack:
+            bundle = load_bundle(job.bundle)
+            self.source = stack.enter_context(open_source(job.source))
+            method = stack.enter_context(job.open_method(bundle))
+            self.engines: Sequence[Choice] = method.engines
+            digest = sha256_of_file(job.bundle / MANIFEST_NAME)
+            context = SinkContext(job.out, job.command, bundle.manifest, digest)
+            self.sinks: tuple[Sink, ...] = open_sinks(job.sinks, context)
+            self._pipeline = stack.enter_context(
+                Pipeline(
+                    method,
+                    self.source,
+                    Encoder(job.out, bundle.manifest, self.sinks),
+                    sizes=job.sizes,
+                    clock=self.clock,
+                    watcher=watcher,
+                    max_pixels=job.max_pixels,
+                    long_side=bundle.manifest.parameters.long_side,
+                )
+            )
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
+
+    def start(self, shard: Shard, committed: Callable[[ShardResult], None]) -> Future[None]:
+        """Do a shard and write it; returns once all its images are under way.
+
+        `committed` is called, in the thread that writes, when all files have their names.
+        """
+
+        def commit(done: DoneShard) -> None:
+            committed(self._write(done))
+
+        return self._pipeline.submit(shard, commit)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Engines and versions, as the settings of a run hold them."""
+        return identity(self.engines)
+
+    def wait(self, future: "Future[None]") -> None:
+        """Wait for a shard. Raises what has kept it from being done."""
+        self._pipeline.wait(future)
+
+    def _write(self, done: DoneShard) -> ShardResult:
+        number = done.shard.number
+        failures = (
+            {"index": f.index, "image": f.image, "kind": f.kind, "reason": f.reason} for f in done.failures
+        )
+        with ShardFolder(self.job.out, number) as files:
+            for position, sink in enumerate(self.sinks):
+                sink.write_shard(files, number, [image.payloads[position] for image in done.images])
+            files.write_part(RECORDS, b"".join(image.record for image in done.images))
+            files.write_part(FAILURES, b"".join(map(json_line, failures)))
+            size, digest = files.commit()
+        return ShardResult(number, len(done.images), len(done.failures), size, digest)
