@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from multisa.kernels import CrfParameters, DenseCRF, random_walk
+from multisa.runtime.doubt import disagreement_of_label
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -60,6 +61,7 @@ class PseudoMask:
 
     mask: UInt8  # [H, W] class ids, 0 = background
     confidence: Float32  # [H, W] probability of the chosen class, 0..1
+    disagreement: float  # of the walk and the CRF, 0..1, as `disagreement_of_label` has it
 
 
 def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) -> Float32:
@@ -107,7 +109,7 @@ def pseudo_masks(
     """Make the masks of `pseudo_mask` for several background scores, instead of the parameters' own."""
     size = (image.shape[0], image.shape[1])
     if not class_ids:
-        return [PseudoMask(np.zeros(size, np.uint8), np.ones(size, np.float32)) for _ in backgrounds]
+        return [PseudoMask(np.zeros(size, np.uint8), np.ones(size, np.float32), 0.0) for _ in backgrounds]
     full = resize_maps(scores, size)
     if parameters.class_gain:
         gains = np.array([parameters.class_gain[class_id - 1] for class_id in class_ids], np.float32)
@@ -116,10 +118,11 @@ def pseudo_masks(
     ids = np.array((0, *class_ids), dtype=np.uint8)
     made = []
     for background in backgrounds:
-        probabilities = background_and_foreground(full, background)
-        if crf is not None:
-            probabilities = crf.infer(probabilities)
-        made.append(PseudoMask(ids[probabilities.argmax(axis=0)], probabilities.max(axis=0)))
+        walked = background_and_foreground(full, background)
+        probabilities = walked if crf is None else crf.infer(walked)
+        winners = probabilities.argmax(axis=0)
+        disagreement = disagreement_of_label(walked, winners)
+        made.append(PseudoMask(ids[winners], probabilities.max(axis=0), disagreement))
     return made
 
 

@@ -1,0 +1,129 @@
+"""Does doubt find the masks that are wrong? The val photographs ranked by doubt, and by confidence alone.
+
+For `segment` and for `label` (with the image-level labels, and from scores): the rank correlation of doubt
+with each photograph's share of wrong pixels and with its mean IoU, and what the most doubtful tenth holds.
+Writes benchmarks/results/doubt.json.
+
+    python benchmarks/doubt.py --data VOC_LAYOUT
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from harness import environment, save_results
+from scipy.stats import spearmanr
+
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.doubt import disagreement_of_segmenter, doubt
+from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER
+from multisa.runtime.images import read_image, read_mask, resize_image, resize_mask, working_size
+from multisa.runtime.metrics import confusion_matrix, mean_iou, pixel_accuracy
+from multisa.runtime.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.progress import Progress
+
+UInt8 = npt.NDArray[np.uint8]
+METHODS = ("segment", "label, image-level labels given", "label, from scores")
+MOST_DOUBTFUL = 0.1  # of the photographs, looked at by themselves
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One photograph's mask at the working size, and what is known without the truth."""
+
+    mask: UInt8
+    confidence: float
+    disagreement: float
+    given: tuple[str, ...] = ()
+
+
+def answers(bundle: Bundle, rgb: UInt8, given: tuple[str, ...], engines: Any) -> tuple[Answer, ...]:
+    """One for each of METHODS; rgb: uint8 [h, w, 3] at the working size."""
+    manifest, (cam, affinity, segmenter) = bundle.manifest, engines
+    parameters = manifest.parameters
+    segmented = segmenter.run(rgb[None])
+    mask, confidence = segmented["labels"][0], segmented["confidence"][0]
+    made = [Answer(mask, float(confidence.mean()) / 255, disagreement_of_segmenter(mask, confidence))]
+    outputs, edges = cam.run(rgb[None]), affinity.run(rgb[None])["affinity"]
+    scores = dict(zip(manifest.foreground, outputs["scores"][0].tolist(), strict=True))
+    present = tuple(name for name, score in scores.items() if score >= parameters.score_thresholds[name])
+    for classes, labels in ((given, given), (present, ())):
+        ids = tuple(manifest.classes.index(name) for name in classes)
+        walked = np.zeros((0, 1, 1), np.float32)
+        if ids:
+            walked = walk_scores(outputs["cam"][0][[i - 1 for i in ids]], edges, parameters.label)
+        labelled = pseudo_mask(rgb, walked, ids, parameters.label)
+        sure = float(labelled.confidence.mean(dtype=np.float64))
+        made.append(Answer(labelled.mask, sure, labelled.disagreement, labels))
+    return tuple(made)
+
+
+def ranking(by: npt.NDArray[np.float64], confusions: npt.NDArray[np.int64]) -> dict[str, float]:
+    """How well a ranking, the highest first, finds what is wrong.
+
+    by: float64 [n]; confusions: int64 [n, classes, classes], one matrix for each photograph.
+    """
+    accuracy = np.array([pixel_accuracy(matrix) for matrix in confusions])
+    iou = np.array([mean_iou(matrix) for matrix in confusions])
+    order = np.argsort(-by, kind="stable")
+    first = order[: round(MOST_DOUBTFUL * len(by))]
+    rest = order[len(first) :]
+    wrong = 1 - pixel_accuracy(confusions[first].sum(axis=0))
+    figures = {
+        "spearman_with_wrong_pixels": spearmanr(by, 1 - accuracy).statistic,
+        "spearman_with_1_minus_iou": spearmanr(by, 1 - iou).statistic,
+        "wrong_pixels_of_first_tenth": wrong,
+        "times_the_average": wrong / (1 - pixel_accuracy(confusions.sum(axis=0))),
+        "mean_iou_of_first_tenth": iou[first].mean(),
+        "mean_iou_of_the_rest": iou[rest].mean(),
+    }
+    return {name: round(float(value), 3) for name, value in figures.items()}
+
+
+def main() -> None:
+    """Measure, print, write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
+    options = parser.parse_args()
+
+    bundle = load_bundle(options.bundle)
+    manifest = bundle.manifest
+    names = (options.data / "ImageSets/Segmentation/val.txt").read_text(encoding="utf-8").split()
+    labels = json.loads((options.data / "labels.json").read_text(encoding="utf-8"))
+    engines = [open_engine(bundle, graph, engine="onnxruntime-cpu") for graph in (CAM, AFFINITY, SEGMENTER)]
+    doubts = np.zeros((len(METHODS), len(names)))
+    confidences = np.zeros_like(doubts)
+    n = len(manifest.classes)
+    confusions = np.zeros((len(METHODS), len(names), n, n), np.int64)
+    with Progress(len(names), "doubt") as progress:
+        for i, name in enumerate(names):
+            photograph = read_image(options.data / "JPEGImages" / f"{name}.jpg").rgb
+            truth = read_mask(options.data / "SegmentationClass" / f"{name}.png")
+            height, width = truth.shape
+            rgb = resize_image(photograph, working_size(height, width, manifest.parameters.long_side))
+            for method, answer in enumerate(answers(bundle, rgb, tuple(labels[name]), engines)):
+                found = [manifest.classes[k] for k in np.unique(answer.mask)]
+                confidences[method, i] = answer.confidence
+                doubts[method, i] = doubt(answer.confidence, answer.disagreement, answer.given, found)
+                mask = resize_mask(answer.mask, (height, width))
+                confusions[method, i] = confusion_matrix(mask, truth, n)
+            progress.advance()
+    results = {
+        method: {
+            "by_doubt": ranking(doubts[i], confusions[i]),
+            "by_1_minus_confidence": ranking(1 - confidences[i], confusions[i]),
+        }
+        for i, method in enumerate(METHODS)
+    }
+    facts = {"photographs": len(names), "bundle": manifest.name, **environment("onnxruntime", "scipy")}
+    save_results("doubt", {**facts, "methods": results})
+
+
+if __name__ == "__main__":
+    main()

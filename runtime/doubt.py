@@ -1,0 +1,68 @@
+"""How doubtful a mask is, so that people look at the doubtful ones first; it ranks, it is no probability.
+
+Chosen on photographs with masks among several definitions, and measured by benchmarks/doubt.py.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+
+UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+
+SURE = 0.6  # a pixel whose class has a lower probability is an unsure one
+
+
+def doubt(confidence: float, disagreement: float, given: Collection[str], found: Collection[str]) -> float:
+    """1 - confidence * (1 - disagreement) * share of the given classes that were found; within 0..1.
+
+    confidence: mean over the pixels, 0..1. disagreement: of one of the functions below, 0..1. given: the
+    image-level labels, empty when there are none (then nothing can be missing). found: the classes in the
+    mask. Raises ValueError for a number out of its range.
+    """
+    for name, value in (("confidence", confidence), ("disagreement", disagreement)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: got {value}, expected 0..1")
+    wanted = set(given)
+    share = len(wanted.intersection(found)) / len(wanted) if wanted else 1.0
+    return 1 - confidence * (1 - disagreement) * share
+
+
+def disagreement_of_segmenter(mask: UInt8, confidence: UInt8) -> float:
+    """1 - mean confidence of a class of the mask * share of the pixels that are sure; within 0..1.
+
+    The mean is over classes, the background among them: over pixels, a small object whose class the network
+    guesses at is lost in a large background. mask: uint8 [h, w] class ids; confidence: uint8 [h, w], 0..255
+    for probabilities 0..1. No pixel, no disagreement.
+    """
+    if not mask.size:
+        return 0.0
+    pixels = np.bincount(mask.ravel())
+    # One histogram over class and confidence: exact integers, whatever the order of the pixels.
+    joint = np.bincount((mask.astype(np.intp) * 256 + confidence).ravel(), minlength=256 * len(pixels))
+    histograms = joint.reshape(-1, 256)
+    sums = histograms @ np.arange(256)
+    present = pixels > 0
+    by_class = float((sums[present] / pixels[present]).mean()) / 255
+    unsure = int(histograms[:, : round(SURE * 255)].sum())
+    return 1 - by_class * (1 - unsure / mask.size)
+
+
+def disagreement_of_label(before: Float32, after: npt.NDArray[np.intp]) -> float:
+    """1 - agreement of the walk and the CRF * share of the pixels the walk is sure of; within 0..1.
+
+    Agreement is the IoU of what each calls a class, averaged over the background and the classes labelled
+    with; one that neither finds counts 0. before: float32 [1 + C, H, W], each pixel summing to one, before
+    the CRF; after: integer [H, W], the row that wins after it. No pixel, no disagreement.
+    """
+    if not after.size:
+        return 0.0
+    rows = len(before)
+    winners = before.argmax(axis=0)
+    joint = np.bincount((winners * rows + after).ravel(), minlength=rows * rows).reshape(rows, rows)
+    both = np.diag(joint)
+    either = joint.sum(axis=0) + joint.sum(axis=1) - both
+    agreement = float((both / np.maximum(either, 1)).mean())
+    unsure = int(np.count_nonzero(before.max(axis=0) < np.float32(SURE)))
+    return 1 - agreement * (1 - unsure / after.size)
