@@ -39,6 +39,11 @@ _ARRAYS = {
     "probabilities": ("<f2", 3),
     "size": ("<i4", 1),
 }
+# What tarfile and zipfile raise for broken files (RuntimeError: encrypted, or packed in an unknown way).
+_BROKEN = (
+    *(OSError, EOFError, RuntimeError, ValueError),
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error),
+)
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(?P<type>[^']{3})', 'fortran_order': False, "
     rb"'shape': \((?P<shape>[0-9, ]{1,64})\), \} *\n",
@@ -66,15 +71,7 @@ def read_soft_maps(path: Path) -> Iterator[SoftImage]:
     try:
         with tarfile.open(path, "r:") as archive:
             yield from _images(archive)
-    except (
-        OSError,
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+    except _BROKEN as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"{path}: {reason}: expected a tar of soft maps as `--sink soft` writes them"
@@ -89,8 +86,8 @@ def mask_from_soft_maps(
     The background's probability is multiplied by `background_weight` before the highest is taken. Without a
     CRF that is the mask of the background score times as high; behind one, a shift of what the CRF believes.
     At 1 the mask is the one of the run but where two probabilities round to the same half-precision number.
-    Pixels whose class has a lower share than `minimum_confidence` become 255, "ignore". Raises UsageError for a
-    weight or a confidence that is none.
+    Pixels whose class has a lower share than `minimum_confidence` become 255, "ignore". Raises UsageError for
+    a weight or a confidence that is none.
     """
     _check_thresholds(background_weight, minimum_confidence)
     ids = np.array(image.soft.class_ids, np.uint8)
