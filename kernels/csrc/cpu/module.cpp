@@ -14,7 +14,9 @@
 #include "dense_crf.hpp"
 #include "instruction_sets.hpp"
 #include "lattice.hpp"
+#include "mask_deflate.hpp"
 #include "processor.hpp"
+#include "rle.hpp"
 
 namespace py = pybind11;
 
@@ -111,6 +113,44 @@ void infer_labels(const multisa::DenseCrf& crf, const Bytes& hard, float confide
     crf.infer_labels(from, confidence, to, iterations);
 }
 
+// (id, area, (x, y, width, height), counts of columns, COCO's string, counts of rows) of each class present.
+py::list encode_rle(const Bytes& mask) {
+    using Counts = py::array_t<std::uint32_t>;
+    std::vector<multisa::ClassRuns> classes;
+    std::vector<std::string> texts(256);
+    {
+        const std::uint8_t* from = mask.data();
+        const long height = mask.shape(0), width = mask.shape(1);
+        const py::gil_scoped_release released;
+        classes = multisa::encode_runs(from, height, width);
+        for (std::size_t id = 0; id < 256; ++id)
+            if (classes[id].area > 0) texts[id] = multisa::compress_counts(classes[id].columns);
+    }
+    const auto array = [](const std::vector<std::uint32_t>& counts) {
+        return Counts(static_cast<py::ssize_t>(counts.size()), counts.data());
+    };
+    py::list found;
+    for (std::size_t id = 0; id < 256; ++id) {
+        const multisa::ClassRuns& one = classes[id];
+        if (one.area == 0) continue;
+        const auto box = py::make_tuple(one.left, one.top, one.right - one.left + 1, one.bottom - one.top + 1);
+        found.append(
+            py::make_tuple(id, one.area, box, array(one.columns), py::bytes(texts[id]), array(one.rows)));
+    }
+    return found;
+}
+
+py::bytes deflate_mask(const Bytes& mask) {
+    std::string stream;
+    {
+        const std::uint8_t* from = mask.data();
+        const long height = mask.shape(0), width = mask.shape(1);
+        const py::gil_scoped_release released;
+        stream = multisa::deflate_mask(from, height, width);
+    }
+    return py::bytes(stream);
+}
+
 // Measured multiply-adds a second of one thread, in float32.
 double peak_multiply_adds(double seconds) {
     const py::gil_scoped_release released;
@@ -140,6 +180,8 @@ PYBIND11_MODULE(_native, module) {
         .def("infer_labels", &infer_labels);
     module.def("spatial_lattice", &spatial_lattice);
     module.def("dense_crf", &dense_crf);
+    module.def("encode_rle", &encode_rle);
+    module.def("deflate_mask", &deflate_mask);
     module.def("peak_multiply_adds", &peak_multiply_adds);
     module.def("instruction_set", [] { return std::string(multisa::chosen_kernels().name); });
     module.def("instruction_sets", &multisa::available_instruction_sets);
