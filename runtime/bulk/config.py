@@ -11,6 +11,7 @@ from multisa.runtime.bulk.shards import PRIVATE
 from multisa.runtime.engines.choice import Choice
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_json_atomically
+from multisa.runtime.png import png_encoder
 from multisa.runtime.versions import installed_versions
 
 CONFIG = f"{PRIVATE}/config.json"
@@ -18,7 +19,7 @@ CONFIG = f"{PRIVATE}/config.json"
 Config = Mapping[str, Any]  # settings by their names, as JSON has them
 
 _FORMAT = 1  # of everything below OUT/.multisa
-_PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow", "simplejpeg")
+_PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow")
 # Of engines that are more than ONNX Runtime.
 _ENGINE_PACKAGES = {"tensorrt": ("tensorrt", "pycuda"), "tensorrt-rtx": ("tensorrt-rtx", "pycuda")}
 
@@ -44,7 +45,7 @@ def run_config(
 
 def identity(engines: Iterable[Choice]) -> Config:
     """Engines and versions of a process that does shards."""
-    values: dict[str, Any] = {"machine": platform.machine()}
+    values: dict[str, Any] = {"machine": platform.machine(), "masks are encoded by": png_encoder()}
     names = []
     for choice in engines:
         names.append(choice.engine.name)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from multisa.runtime.results import mask_of
 from multisa.runtime.sinks.base import FormatSink
 from multisa.runtime.sinks.contract import LabelledImage, ShardFiles
 
@@ -22,3 +21,8 @@ class MasksSink(FormatSink):
     def results(self, name: str) -> Sequence[str]:
         """The mask."""
         return (mask_of(name),)
+
+
+def mask_of(name: str) -> str:
+    """Path of an image's mask below OUT, by the image's name."""
+    return f"masks/{name}.png"
