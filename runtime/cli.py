@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from multisa.runtime.errors import EngineUnavailable, MultisaError
+from multisa.runtime.errors import EngineUnavailable, Interrupted, MultisaError
 
 COMMANDS = {
     "label": ("multisa.runtime.commands:label", "Turn image-level labels into pixel masks."),
@@ -99,7 +99,7 @@ def _errors_as_exit_codes(ctx: click.Context, *, show_traceback: bool) -> Iterat
         failure = _as_multisa_error(error)
         if show_traceback:
             click.echo(traceback.format_exc(), err=True, nl=False)
-        click.echo(f"error: {failure}", err=True)
+        click.echo(str(failure) if isinstance(failure, Interrupted) else f"error: {failure}", err=True)
         ctx.exit(failure.exit_code)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multisa.runtime.bulk.method import Method
+from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.pipeline import Sizes
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import EngineRequest
@@ -34,3 +35,19 @@ class Job:
         soft = "soft" in self.sinks
         with METHODS[self.command](bundle, self.request, soft=soft) as method:
             yield method
+
+
+def make_job(
+    command: str, source: str, out: Path, bundle: Path, engine: EngineRequest, options: RunOptions
+) -> Job:
+    """A job of the options that decide what is written and how wide the stages are."""
+    return Job(
+        command=command,
+        source=source,
+        out=out,
+        bundle=bundle,
+        request=engine,
+        sinks=options.sinks,
+        max_pixels=options.max_pixels,
+        sizes=options.sizes(remote="://" in source),
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from multisa.runtime.bulk.crew import Crew, LocalCrew
-from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.job import Job, make_job
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.engines.choice import EngineRequest
@@ -50,19 +50,3 @@ class RunRequest:
 
             return ProcessCrew(job, watch, self.processes)
         return LocalCrew(job, watch)
-
-
-def make_job(
-    command: str, source: str, out: Path, bundle: Path, engine: EngineRequest, options: RunOptions
-) -> Job:
-    """A job of the options that decide what is written and how wide the stages are."""
-    return Job(
-        command=command,
-        source=source,
-        out=out,
-        bundle=bundle,
-        request=engine,
-        sinks=options.sinks,
-        max_pixels=options.max_pixels,
-        sizes=options.sizes(remote="://" in source),
-    )

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from multisa.runtime.bulk.begin import begin
 from multisa.runtime.bulk.config import run_config
-from multisa.runtime.bulk.crew import Crew
+from multisa.runtime.bulk.crew import Crew, LocalCrew
 from multisa.runtime.bulk.folder import INVENTORY, JOURNAL, check_places, run_lock
 from multisa.runtime.bulk.inventory import Inventory
-from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.job import Job, make_job
 from multisa.runtime.bulk.journal import Journal
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.record import run_record, write_record
@@ -25,7 +25,8 @@ from multisa.runtime.bulk.sitting import Sitting
 from multisa.runtime.bulk.stop import stop_on_signals
 from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bulk.watch import Watch
-from multisa.runtime.bundle import load_bundle
+from multisa.runtime.bundle import Bundle, load_bundle
+from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.manifest import MANIFEST_NAME
@@ -69,3 +70,19 @@ def run(job: Job, options: RunOptions, open_crew: OpenCrew, *, labels: Path | No
         if news:
             write_record(job, run_record(job, bundle, summary, inventory, crew, sitting.started))
         return summary
+
+
+def annotate_images(
+    command: str,
+    source: str | Path,
+    out: Path,
+    *,
+    bundle: Bundle,
+    labels: Path | None = None,
+    options: RunOptions | None = None,
+    engine: EngineRequest | None = None,
+) -> RunSummary:
+    """Run "label" or "segment" over a source in this process: `run` for programs. Raises as `run` does."""
+    options = options or RunOptions()
+    job = make_job(command, str(source), out, bundle.path, engine or EngineRequest(), options)
+    return run(job, options, LocalCrew, labels=labels)

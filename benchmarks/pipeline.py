@@ -1,0 +1,218 @@
+"""The streaming runs: end to end against the slowest stage alone, memory over a tenfold corpus, a naive loop.
+
+The corpus is the photographs of a VOC layout, repeated under new names and in several sizes, as JPEG files.
+Each stage alone runs in as many threads as in the pipeline, on the same images; stages and runs take turns.
+The naive loop is what the literature's code does: PyTorch eager, one photograph after the other, Pillow, and
+for labelling also the dense transition matrix and pydensecrf. Writes benchmarks/results/pipeline.json.
+
+    python benchmarks/pipeline.py --data VOC_LAYOUT --run runs/voc-animals [--segment 10000] [--label 1000]
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from harness import environment, save_results
+from naive_loop import naive_seconds
+from PIL import Image
+
+from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
+from multisa.runtime.bulk.encode import Encoder
+from multisa.runtime.bulk.inventory import Work
+from multisa.runtime.bulk.job import Job, make_job
+from multisa.runtime.bulk.method import Annotation, Labels, Method, StageClock
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.progress import Progress
+from multisa.runtime.sinks.choice import open_sinks
+from multisa.runtime.sinks.contract import SinkContext
+from multisa.runtime.sources.contract import SourceItem
+from multisa.training.data import read_dataset
+
+UInt8 = npt.NDArray[np.uint8]
+Given = Sequence[Labels | None]
+
+SCALES = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the repeated photographs
+QUALITY = 90
+SAMPLE = {"segment": 256, "label": 32}  # images of a stage alone
+TURNS = 3
+NAIVE = {"segment": 32, "label": 1}
+
+
+def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
+    """Write `count` JPEGs below `folder`, a thousand in a folder: the originals again and again, scaled."""
+    if len(list(folder.rglob("*.jpg"))) == count:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def make(index: int) -> None:
+        target = folder / f"{index // 1000:03d}" / f"{index:06d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scale = SCALES[index // len(originals) % len(SCALES)]
+        with Image.open(originals[index % len(originals)]) as photograph:
+            size = (round(photograph.width * scale), round(photograph.height * scale))
+            photograph.resize(size, Image.Resampling.BICUBIC).save(target, quality=QUALITY)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(count, "corpus") as bar:
+        for _ in pool.map(make, range(count)):
+            bar.advance()
+
+
+def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    """Run `multisa COMMAND` in a process of its own; its record, and its largest resident memory."""
+    shutil.rmtree(out, ignore_errors=True)
+    program = (
+        "import resource, sys\n"
+        "from multisa.runtime.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+    )
+    line = [sys.executable, "-c", program, command, str(source), "-o", str(out), "--report", "0", *arguments]
+    done = subprocess.run(line, check=True, stderr=subprocess.PIPE, text=True)
+    record: dict[str, Any] = json.loads((out / ".multisa" / "run.json").read_text())
+    peak = next(text for text in done.stderr.splitlines() if text.startswith("peak"))
+    return record | {"peak_mib": int(peak.split()[1]) / 1024}
+
+
+class StagesAlone:
+    """The stages of the pipeline, one after the other over the same images, each in as many threads."""
+
+    def __init__(
+        self, job: Job, bundle: Bundle, method: Method, files: Sequence[Path], labels: Given
+    ) -> None:
+        self._method, self._long_side = method, bundle.manifest.parameters.long_side
+        context = SinkContext(job.out, job.command, bundle.manifest, "")
+        self._encoder = Encoder(job.out, bundle.manifest, open_sinks(job.sinks, context))
+        self._max_pixels, self._threads = job.max_pixels, job.sizes.workers
+        self._files, self._labels, self._clock = files, labels, StageClock()
+        self._images: list[WorkingImage] = []
+
+    def images_per_second(self) -> dict[str, float]:
+        """Of each stage, with nothing else running."""
+        rates: dict[str, float] = {}
+        data = self._timed(rates, "read", Path.read_bytes, self._files)
+        images = self._timed(rates, "decode", self._decode, data)
+        inferred = self._timed(rates, "infer", self._infer, list(zip(images, self._labels, strict=True)))
+        done = list(zip(images, inferred, strict=True))
+        annotations = self._timed(rates, "refine", self._refine, done)
+        works = [Work(i, SourceItem(f.name, "", -1), f.stem, None) for i, f in enumerate(self._files)]
+        self._timed(rates, "encode", self._encode, list(zip(works, images, annotations, strict=True)))
+        return rates
+
+    def _timed(
+        self, rates: dict[str, float], name: str, stage: Callable[[Any], Any], inputs: list[Any]
+    ) -> list[Any]:
+        with ThreadPoolExecutor(self._threads) as pool:
+            start = time.perf_counter()
+            outputs = list(pool.map(stage, inputs))
+            rates[name] = len(inputs) / (time.perf_counter() - start)
+        return outputs
+
+    def _decode(self, data: bytes) -> WorkingImage:
+        return decode_working_image(data, max_pixels=self._max_pixels, long_side=self._long_side)
+
+    def _infer(self, image_and_labels: tuple[WorkingImage, Labels | None]) -> object:
+        image, labels = image_and_labels
+        return self._method.infer(image.rgb[np.newaxis], [labels], self._clock)[0]
+
+    def _refine(self, image_and_result: tuple[WorkingImage, object]) -> Annotation:
+        image, result = image_and_result
+        return self._method.refine(result, image.rgb, self._clock)
+
+    def _encode(self, parts: tuple[Work, WorkingImage, Annotation]) -> object:
+        return self._encoder.encode(*parts)
+
+
+def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One command: efficiency, memory, and the naive loop on some of the images."""
+    bundle, work = load_bundle(options.bundle), options.work
+    dataset = read_dataset(options.data)
+    items = dataset.val if command == "segment" else dataset.train
+    count = getattr(options, command)
+    corpus, labels_file = work / f"corpus-{command}", work / f"labels-{command}.csv"
+    make_corpus(corpus, [item.image for item in items], count)
+    labels = [
+        tuple(dataset.class_names[i] for i in items[index % len(items)].classes) for index in range(count)
+    ]
+    arguments = ["--bundle", str(options.bundle)]
+    if command == "label":
+        rows = (f"{index:06d}.jpg,{' '.join(names)}" for index, names in enumerate(labels))
+        labels_file.write_text("\n".join(["image,labels", *rows]) + "\n")
+        arguments += ["--labels", str(labels_file)]
+    small = work / f"corpus-{command}-tenth"
+    make_corpus(small, [item.image for item in items], count // 10)
+
+    step = max(count // SAMPLE[command], 1)
+    files = sorted(corpus.rglob("*.jpg"))[::step][: SAMPLE[command]]
+    given: Given = labels[::step][: SAMPLE[command]] if command == "label" else [None] * len(files)
+    settings = RunOptions()
+    job = make_job(command, str(corpus), work / "out", options.bundle, EngineRequest(), settings)
+    alone: dict[str, list[float]] = {}
+
+    def all_stages() -> None:
+        with job.open_method(bundle) as method:
+            for name, rate in StagesAlone(job, bundle, method, files, given).images_per_second().items():
+                alone.setdefault(name, []).append(rate)
+
+    all_stages()
+    tenth = run_command(command, small, work / "out", *arguments)
+    all_stages()
+    whole = run_command(command, corpus, work / "out", *arguments)
+    all_stages()
+    rates = {name: round(statistics.median(values), 2) for name, values in alone.items()}
+    slowest = min(rates, key=lambda name: rates[name])
+    seconds = naive_seconds(command, options.run, files[: NAIVE[command]], given)
+    return {
+        "images": whole["images"],
+        "failures": whole["failures"],
+        "images_per_second": whole["images_per_second"],
+        "stages_alone_images_per_second": rates,
+        "slowest_stage": slowest,
+        "efficiency": round(whole["images_per_second"] / rates[slowest], 3),
+        # Of two cores that all stages share nothing is left over when their seconds add up to all there are.
+        "sum_of_stages_images_per_second": round(1 / sum(1 / rate for rate in rates.values()), 2),
+        "peak_mib": {
+            str(tenth["images"]): round(tenth["peak_mib"], 1),
+            str(count): round(whole["peak_mib"], 1),
+        },
+        "memory_ratio": round(whole["peak_mib"] / tenth["peak_mib"], 3),
+        "naive_loop": {
+            "images": NAIVE[command],
+            "seconds_for_one": round(seconds, 3),
+            "times_ours": round(seconds * whole["images_per_second"], 2),
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print, write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="a training run, for the naive loop")
+    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
+    parser.add_argument("--segment", type=int, default=10_000, metavar="N", help="photographs to segment")
+    parser.add_argument("--label", type=int, default=1_000, metavar="N", help="photographs to label")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "multisa-pipeline")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = {"environment": environment("onnxruntime", "torch", "pydensecrf2")}
+    for command in ("segment", "label"):
+        results[command] = measure(command, options)
+    save_results("pipeline", results)
+
+
+if __name__ == "__main__":
+    main()
