@@ -10,7 +10,7 @@ RUN ?= runs/voc-animals
 demo: $(VENV)/base  ## label and segment the photographs that come with the package
 	$(BIN)/multisa demo -o demo-out
 
-test: $(VENV)/dev  ## static checks, then the test suite
+test: $(VENV)/dev $(VENV)-importers/ready  ## static checks, then the test suite
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest
 
@@ -33,7 +33,7 @@ train: $(VENV)/dev  ## train, measure and export the bundle of the package: make
 	cp $(RUN)/run.json benchmarks/results/voc-animals.json
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) build demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache kernels/*.so kernels/cuda/kernels.fatbin kernels/cuda/kernels.json
+	rm -rf $(VENV) $(VENV)-importers build demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache kernels/*.so kernels/cuda/kernels.fatbin kernels/cuda/kernels.json
 
 # The CPU kernels are compiled on the way (g++ or clang). The CUDA kernels, minutes of nvcc, are not: nothing
 # here runs on a GPU, and the tests compile them for themselves.
@@ -52,3 +52,9 @@ $(VENV)/dev: pyproject.toml constraints.txt $(KERNELS)
 	# Calls to TensorRT are held to these stubs. They ask for TensorRT itself, which is on NVIDIA's index only.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps tensorrt-stubs
 	touch $@ $(VENV)/base
+
+# The tests read formats back with these libraries; beside onnx they cannot be installed.
+$(VENV)-importers/ready: tests/importers/requirements-importers.txt
+	$(PYTHON) -m venv $(VENV)-importers
+	$(VENV)-importers/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@

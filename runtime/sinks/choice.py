@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the command line lists the names without loading what the f
 SINKS: dict[str, str] = {
     "masks": "palette PNGs, masks/NAME.png",
     "tar": "tar shards for webdataset, shards/",
-    "coco": "COCO annotations, coco/annotations.json",
+    "coco": "COCO annotations, coco/annotations/instances_default.json",
     "cvat": "CVAT's Segmentation mask 1.1, cvat/",
     "label-studio": "Label Studio predictions, label-studio/",
     "datumaro": "Datumaro and FiftyOne folder, datumaro/",

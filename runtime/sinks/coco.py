@@ -1,7 +1,8 @@
-"""`coco`: OUT/coco/annotations.json, one annotation for each class in each image; the background has none.
+"""`coco`: OUT/coco/annotations/instances_default.json, where COCO's tools expect it beside images/.
 
-Each is a run-length mask of everything of its class, as in COCO-Stuff, and like there `iscrowd` is 0: tools
-that train or measure pass over crowds. Ids follow from the index of the image, so a retry changes none.
+Each class in an image has one annotation, the background none. It is a run-length mask of everything of its
+class, as in COCO-Stuff, and like there `iscrowd` is 0: tools that train or measure pass over crowds. Ids
+follow from the index of the image, so a retry changes none.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +39,7 @@ class CocoSink(FormatSink):
             for mask in coco_masks(image.mask)
             if mask.class_id not in (0, IGNORE_INDEX)
         )
-        return image.index, (json_bytes(entry), b",\n".join(map(json_bytes, annotations)))
+        return image.index, (json_bytes(entry), b",".join(map(json_bytes, annotations)))
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Row]) -> None:
         """Keep the shard's entries for the end."""
@@ -46,7 +47,7 @@ class CocoSink(FormatSink):
 
     def finish(self, folder: RunFolder, shards: int) -> None:
         """Write the annotations of all images, those of a retry in their place."""
-        folder.write("coco/annotations.json", self._pieces(folder))
+        folder.write("coco/annotations/instances_default.json", self._pieces(folder))
 
     def _pieces(self, folder: RunFolder) -> Iterator[bytes]:
         manifest = self.context.manifest

@@ -4,8 +4,15 @@ Class 1 is "red thing", class 2 "green". cam.onnx gives the red and green channe
 the brightness (< 85 background, < 170 class 1, else class 2).
 """
 
+import io
+import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +26,8 @@ from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bun
 from multisa.runtime.engines import choice
 from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.postprocess import LabelParameters
+from multisa.runtime.sinks.choice import open_sinks
+from multisa.runtime.sinks.contract import LabelledImage, SinkContext, SoftMaps
 
 # For the engines that run on a device which is the CPU.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_on_cpu"))
@@ -198,3 +207,105 @@ def _segmenter_graph(low: float = 85) -> bytes:
         ("confidence", TensorProto.UINT8, ["N", "H", "W"]),
     ]
     return _model(nodes, outputs, constants)
+
+
+@dataclass
+class SinkFolder:
+    """A run's folder as sinks see it: files below OUT, parts in memory. `shard` is the one being written."""
+
+    out: Path
+    kept: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    shard: int = 0
+
+    def write(self, relative: str, data: bytes | Iterable[bytes]) -> None:
+        path = self.out / relative
+        assert not path.exists() or not isinstance(data, bytes), f"{relative}: written twice"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else b"".join(data))
+
+    def write_part(self, sink: str, data: bytes) -> None:
+        self.kept.setdefault(sink, {})[self.shard] = data
+
+    def parts(self, sink: str) -> Iterator[bytes]:
+        return iter([data for _, data in sorted(self.kept[sink].items())])
+
+
+@pytest.fixture
+def sink_context(tmp_path: Path, manifest: Manifest) -> SinkContext:
+    return SinkContext(tmp_path / "out", "label", manifest, "ab" * 32)
+
+
+@pytest.fixture
+def labelled(manifest: Manifest) -> Callable[..., LabelledImage]:
+    """Makes one finished image from its name and its mask."""
+
+    def make(name: str, mask: np.ndarray, index: int = 0, soft: SoftMaps | None = None) -> LabelledImage:
+        classes, counts = manifest.classes, np.bincount(mask.ravel(), minlength=256)
+        shares = {classes[i]: round(int(counts[i]) / mask.size, 4) for i in range(3) if counts[i]}
+        record = {
+            "image": f"{name}.jpg",
+            "mask": f"masks/{name}.png",
+            "index": index,
+            "orientation": 1,
+            "width": mask.shape[1],
+            "height": mask.shape[0],
+            "confidence": 0.75,
+            "pixel_shares": shares,
+            "classes": [classes[i] for i in (1, 2) if counts[i]],
+            "scores": {"green": 0.5},
+        }
+        confidence = np.full(mask.shape if soft is None else soft.probabilities.shape[1:], 191, np.uint8)
+        picture = Image.fromarray(np.ascontiguousarray(mask))
+        picture.putpalette(manifest.mask_palette().tobytes())
+        png = io.BytesIO()
+        picture.save(png, "PNG")
+        return LabelledImage(index, f"{name}.jpg", name, mask, png.getvalue(), confidence, record, soft=soft)
+
+    return make
+
+
+@pytest.fixture
+def write_sinks(sink_context: SinkContext) -> Callable[..., Path]:
+    """Runs sinks over shards of two images; returns OUT."""
+
+    def write(names: Sequence[str], images: Sequence[LabelledImage], out: Path | None = None) -> Path:
+        out = out or sink_context.out
+        for sink in open_sinks(names, replace(sink_context, out=out)):
+            folder = SinkFolder(out)
+            payloads = [sink.encode(image) for image in images]
+            shards = [payloads[start : start + 2] for start in range(0, len(payloads), 2)]
+            for folder.shard, shard in enumerate(shards):
+                sink.write_shard(folder, folder.shard, shard)
+            sink.finish(folder, len(shards))
+        return out
+
+    return write
+
+
+@pytest.fixture
+def blocks() -> Callable[..., np.ndarray]:
+    """Makes a mask of 5 x 5 blocks of the given ids, uint8 [height, width], each id at least once."""
+
+    def make(height: int, width: int, ids: Sequence[int] = (0, 1, 2), seed: int = 0) -> np.ndarray:
+        small = np.random.default_rng(seed).choice(ids, (height // 5 + 1, width // 5 + 1))
+        small.flat[: len(ids)] = ids
+        return np.kron(small, np.ones((5, 5), np.int64))[:height, :width].astype(np.uint8)
+
+    return make
+
+
+@pytest.fixture
+def importer() -> Callable[..., Any]:
+    """Runs tests/importers/SCRIPT.py with the libraries that read our formats; returns the JSON it prints."""
+    root = Path(__file__).resolve().parents[2]
+    python = Path(os.environ.get("MULTISA_IMPORTERS", root / ".venv-importers/bin/python"))
+    if not python.exists():
+        pytest.skip("no environment with the importers: `make .venv-importers/ready`, or MULTISA_IMPORTERS")
+
+    def run(script: str, *arguments: object) -> Any:
+        command = [str(python), str(root / f"tests/importers/{script}.py"), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return run

@@ -1,0 +1,286 @@
+"""What each format writes, read back by its own library where that is in this environment."""
+
+import io
+import json
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
+from multisa.runtime.images import read_mask
+from multisa.runtime.sinks.choice import SINKS, open_sinks
+from multisa.runtime.sinks.coco import CocoSink
+from multisa.runtime.sinks.colours import distinct_colours, ignore_name
+from multisa.runtime.sinks.contract import LabelledImage, SinkContext, SoftMaps
+from multisa.runtime.sinks.label_studio import LabelStudioSink
+from multisa.runtime.sinks.parts import part_of
+from multisa.runtime.sinks.pngs import grey_png
+
+NAMES = ("plain", "deep/a.b", "deep/a", "deep%2Fa", "a.jpg", "#ü 日本", "__MACOSX__/x")
+
+Make = Callable[..., LabelledImage]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def images(labelled: Make, blocks: Callable[..., np.ndarray]) -> list[LabelledImage]:
+    """Seven images of different sizes; the third has pixels without a label, the fifth one class alone."""
+    masks = [blocks(20 + 3 * i, 41 - 2 * i, seed=i) for i in range(len(NAMES))]
+    masks[2][:4, :7] = 255
+    masks[4][:] = 2
+    maps = np.full((3, 5, 4), 1 / 3, np.float16)
+    return [
+        labelled(name, mask, index, SoftMaps((0, 1, 2), maps))
+        for index, (name, mask) in enumerate(zip(NAMES, masks, strict=True))
+    ]
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_sinks_are_opened_by_name_each_once(sink_context: SinkContext) -> None:
+    sinks = open_sinks(["soft", "masks", "soft"], sink_context)
+    assert [type(sink).__name__ for sink in sinks] == ["SoftSink", "MasksSink"]
+    assert [sink.needs_soft_maps for sink in sinks] == [True, False]
+    with pytest.raises(UsageError, match="got the sink 'voc', expected one of masks, tar, coco, cvat"):
+        open_sinks(["masks", "voc"], sink_context)
+
+
+def test_a_missing_package_is_told_when_the_sink_is_opened(
+    sink_context: SinkContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineUnavailable, match=r'pip install "multisa\[parquet\]"'):
+        open_sinks(["parquet"], sink_context)
+
+
+def test_the_same_images_give_the_same_bytes(
+    images: list[LabelledImage], write_sinks: Write, tmp_path: Path
+) -> None:
+    first, second = (files_of(write_sinks(list(SINKS), images, tmp_path / run)) for run in "ab")
+    assert first == second
+    assert len({name.split("/")[0] for name in first}) == len(SINKS)
+    for name, data in first.items():
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        if name.endswith(".tar"):
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in archive} == {(0, 0, 0, "", 0o644)}
+
+
+def test_files_named_after_images_are_those_that_are_told(
+    images: list[LabelledImage], write_sinks: Write, sink_context: SinkContext, tmp_path: Path
+) -> None:
+    for name in SINKS:
+        written = files_of(write_sinks([name], images, tmp_path / name))
+        (sink,) = open_sinks([name], sink_context)
+        told = {path for image in images for path in sink.results(image.name)}
+        assert told <= set(written)
+        assert bool(told) == (name in ("masks", "datumaro"))
+
+
+def test_a_shard_without_images_writes_no_file(sink_context: SinkContext, tmp_path: Path) -> None:
+    class Nothing:
+        def write(self, relative: str, data: bytes) -> None:
+            raise AssertionError(relative)
+
+        def write_part(self, sink: str, data: bytes) -> None:
+            assert data == b""
+
+    for sink in open_sinks(list(SINKS), sink_context):
+        sink.write_shard(Nothing(), 0, [])
+
+
+def test_masks_are_the_pngs(images: list[LabelledImage], write_sinks: Write) -> None:
+    out = write_sinks(["masks"], images)
+    assert files_of(out) == {f"masks/{image.name}.png": image.png for image in images}
+
+
+def test_webdataset_reads_the_tars(images: list[LabelledImage], write_sinks: Write) -> None:
+    out = write_sinks(["tar"], images)
+    shards = sorted(str(path) for path in (out / "shards").iterdir())
+    assert [Path(shard).name for shard in shards] == [f"00000{i}.tar" for i in range(4)]
+    samples = []
+    for shard in shards:
+        with Path(shard).open("rb") as stream:
+            samples += group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]))
+    assert len({sample["__key__"] for sample in samples}) == len(images)
+    for sample, image in zip(samples, images, strict=True):
+        assert json.loads(sample["json"]) == image.record
+        with Image.open(io.BytesIO(sample["png"])) as mask:
+            assert (np.array(mask) == image.mask).all()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+def test_pycocotools_reads_the_annotations(
+    images: list[LabelledImage], write_sinks: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = COCO(write_sinks(["coco"], images) / "coco/annotations/instances_default.json")
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["red thing", "green"]
+    assert sorted(coco.getImgIds()) == [image.index + 1 for image in images]
+    for image in images:
+        (entry,) = coco.loadImgs(image.index + 1)
+        assert (entry["file_name"], entry["height"], entry["width"]) == (image.id, *image.mask.shape)
+        mask = np.zeros_like(image.mask)
+        for annotation in coco.loadAnns(coco.getAnnIds(image.index + 1)):
+            part = coco.annToMask(annotation)
+            assert annotation["area"] == part.sum() and not annotation["iscrowd"]
+            mask += (part * annotation["category_id"]).astype(np.uint8)
+        assert (mask == np.where(image.mask == 255, 0, image.mask)).all()
+
+
+def test_a_retry_puts_annotations_in_their_place(
+    images: list[LabelledImage], sink_context: SinkContext, tmp_path: Path
+) -> None:
+    from_order = {}
+    for order in ([0, 1, 2, 3, 4, 5, 6], [0, 2, 4, 6, 1, 3, 5]):
+        sink, parts = CocoSink(sink_context), []
+        rows = [sink.encode(images[place]) for place in order]
+        parts = [part_of(rows[:2]), part_of(rows[2:4]), part_of(rows[4:5]), part_of(rows[5:])]
+        folder = KeptParts(parts)
+        sink.finish(folder, 4)
+        from_order[tuple(order)] = folder.data
+    first, second = from_order.values()
+    assert first == second and len(json.loads(first)["images"]) == 7
+
+
+class KeptParts:
+    """A finished run with these parts; pieces written are joined, or only counted."""
+
+    def __init__(self, parts: list[bytes], times: int = 1, *, joined: bool = True) -> None:
+        self.kept, self.times, self.joined, self.data, self.size = parts, times, joined, b"", 0
+
+    def parts(self, sink: str):
+        for time in range(self.times):
+            for part in self.kept:
+                yield part.replace(b"0\t", b"%d\t" % time, 1)
+
+    def write(self, relative: str, pieces) -> None:
+        for piece in pieces:
+            self.size += len(piece)
+            self.data = self.data + piece if self.joined else piece
+
+
+def test_the_end_takes_no_more_memory_for_ten_times_the_images(
+    labelled: Make, sink_context: SinkContext, blocks: Callable[..., np.ndarray]
+) -> None:
+    sink = CocoSink(sink_context)
+    part = part_of([sink.encode(labelled("a", blocks(400, 400, seed=1)))])
+    peaks, sizes = [], []
+    for shards in (20, 20, 200):  # the first for what Python keeps
+        folder = KeptParts([part], shards, joined=False)
+        tracemalloc.start()
+        sink.finish(folder, shards)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        sizes.append(folder.size)
+    assert sizes[2] > 9 * sizes[1] and sizes[1] > 20 * len(part) / 2
+    assert peaks[2] < 1.2 * peaks[1] and peaks[2] < sizes[2] / 10
+
+
+def test_cvat_declares_every_colour(images: list[LabelledImage], write_sinks: Write) -> None:
+    with zipfile.ZipFile(write_sinks(["cvat"], images) / "cvat/000001.zip") as archive:
+        lines = archive.read("labelmap.txt").decode().splitlines()
+        declared = {tuple(map(int, line.split(":")[1].split(","))) for line in lines[1:]}
+        assert [line.split(":")[0] for line in lines[1:]] == ["background", "red thing", "green", "ignore"]
+        assert archive.read("ImageSets/Segmentation/default.txt").decode() == "deep/a\ndeep%252Fa\n"
+        with Image.open(archive.open("SegmentationClass/deep/a.png")) as mask:
+            colours = {colour for _, colour in mask.convert("RGB").getcolors()}
+            assert colours == declared
+        with Image.open(archive.open("SegmentationObject/deep/a.png")) as objects:
+            assert (np.array(objects) == np.where(images[2].mask == 255, 0, images[2].mask)).all()
+
+
+def test_colours_and_names_are_never_shared(sink_context: SinkContext) -> None:
+    palette = ((0, 0, 0), (0, 0, 0), (224, 224, 192))  # the second twice, the third is VOC's of 255
+    manifest = replace(sink_context.manifest, palette=palette, classes=("background", "ignore", "b"))
+    colours = distinct_colours(manifest)
+    assert len(np.unique(colours, axis=0)) == 256
+    assert colours[0].tolist() == [0, 0, 0] and colours[2].tolist() == [224, 224, 192]
+    assert ignore_name(manifest) == "ignore_"
+
+
+def test_label_studio_tasks(images: list[LabelledImage], write_sinks: Write) -> None:
+    out = write_sinks(["label-studio"], images)
+    (task, _) = json.loads((out / "label-studio/000000.json").read_text())
+    assert task["data"] == {"image": "plain.jpg"}
+    (prediction,) = task["predictions"]
+    assert (prediction["model_version"], prediction["score"]) == ("tiny-abababababab", 0.75)
+    assert [r["value"]["brushlabels"] for r in prediction["result"]] == [["red thing"], ["green"]]
+    assert (prediction["result"][0]["original_width"], prediction["result"][0]["original_height"]) == (41, 20)
+    assert '<Label value="red thing" background="#c82828"/>' in (
+        out / "label-studio/labeling_config.xml"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("", "#ü a.jpg"),
+        ("s3://bucket/", "s3://bucket/#ü a.jpg"),
+        ("https://host/", "https://host/%23%C3%BC%20a.jpg"),
+        ("/data/local-files/?d=", "/data/local-files/?d=%23%C3%BC%20a.jpg"),
+    ],
+)
+def test_label_studio_finds_the_images(
+    prefix: str, expected: str, labelled: Make, sink_context: SinkContext
+) -> None:
+    (sink,) = open_sinks(["label-studio"], sink_context, image_prefix=prefix)
+    task = json.loads(sink.encode(labelled("#ü a", np.zeros((3, 4), np.uint8))))
+    assert task["data"]["image"] == expected and task["predictions"][0]["result"] == []
+
+
+def test_an_image_too_large_for_label_studio_is_refused(
+    labelled: Make, sink_context: SinkContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multisa.runtime.sinks.brush._MAX_PIXELS", 11)
+    with pytest.raises(ImageError, match="got 12 pixels, the format takes at most 11"):
+        LabelStudioSink(sink_context).encode(labelled("a", np.ones((3, 4), np.uint8)))
+
+
+def test_datumaro_masks_are_grey_ids(images: list[LabelledImage], write_sinks: Write) -> None:
+    out = write_sinks(["datumaro"], images) / "datumaro"
+    table = [json.loads(line) for line in (out / "names.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["image"] for line in table] == [image.id for image in images]
+    assert len(list((out / "masks").iterdir())) == len(images)
+    for line, image in zip(table, images, strict=True):
+        path = out / "masks" / f"{line['item']}.png"
+        with Image.open(path) as mask:
+            assert mask.mode == "L"
+        assert (read_mask(path) == np.where(image.mask == 255, 3, image.mask)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_a_palette_png_becomes_grey(bits: int, blocks: Callable[..., np.ndarray]) -> None:
+    mask, buffer = blocks(21, 33), io.BytesIO()
+    picture = Image.fromarray(mask)
+    picture.putpalette(bytes(range(12)))
+    picture.save(buffer, "PNG", bits=bits, transparency=1)
+    with Image.open(io.BytesIO(grey_png(mask, buffer.getvalue()))) as grey:
+        assert grey.mode == "L" and (np.array(grey) == mask).all()
+
+
+def test_pyarrow_reads_the_statistics(images: list[LabelledImage], write_sinks: Write) -> None:
+    out = write_sinks(["parquet"], images)
+    rows = pyarrow.parquet.read_table(out / "parquet").to_pylist()
+    assert [row["image"] for row in rows] == [image.id for image in images]
+    for row, image in zip(rows, images, strict=True):
+        assert row["index"] == image.index and row["name"] == image.name
+        assert (row["width"], row["height"]) == image.mask.shape[::-1]
+        expected = {name: image.record["pixel_shares"].get(name, 0) for name in row["pixel_shares"]}
+        assert row["pixel_shares"] == expected and list(expected) == ["background", "red thing", "green"]
+        assert row["classes"] == image.record["classes"] and row["notes"] == []
+        assert row["confidence"] == 0.75 and row["doubt"] is None
+        assert json.loads(row["details"]) == {"scores": {"green": 0.5}}
