@@ -149,6 +149,17 @@ def _images(archive: tarfile.TarFile) -> Iterator[SoftImage]:
             raise ValueError(f"got the member {member.name!r}, expected KEY.npz and then KEY.json")
     if arrays is not None:
         raise ValueError(f"got {key!r} without its record")
+    _check_end(archive)
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Refuse what is cut or damaged: to tarfile a header it cannot read is the end."""
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    rest = file.read(tarfile.RECORDSIZE + 1)
+    if not tarfile.BLOCKSIZE <= len(rest) <= tarfile.RECORDSIZE or any(rest):
+        raise ValueError(f"damaged or cut at byte {archive.offset}")
 
 
 def _image(key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str, Any]) -> SoftImage:

@@ -5,14 +5,10 @@ the brightness (< 85 background, < 170 class 1, else class 2).
 """
 
 import io
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -292,20 +288,3 @@ def blocks() -> Callable[..., np.ndarray]:
         return np.kron(small, np.ones((5, 5), np.int64))[:height, :width].astype(np.uint8)
 
     return make
-
-
-@pytest.fixture
-def importer() -> Callable[..., Any]:
-    """Runs tests/importers/SCRIPT.py with the libraries that read our formats; returns the JSON it prints."""
-    root = Path(__file__).resolve().parents[2]
-    python = Path(os.environ.get("MULTISA_IMPORTERS", root / ".venv-importers/bin/python"))
-    if not python.exists():
-        pytest.skip("no environment with the importers: `make .venv-importers/ready`, or MULTISA_IMPORTERS")
-
-    def run(script: str, *arguments: object) -> Any:
-        command = [str(python), str(root / f"tests/importers/{script}.py"), *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    return run

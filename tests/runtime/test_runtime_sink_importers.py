@@ -1,6 +1,9 @@
 """Formats read back by libraries that live in an environment of their own (tests/importers)."""
 
 import hashlib
+import json
+import os
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,23 @@ NAMES = ("plain", "deep/a.b", "deep/a", "deep%2Fa", "a.jpg", "# ü 日本", "y" 
 LABELS = ["background", "red thing", "green", "ignore"]
 
 Write = Callable[..., Path]
+
+
+@pytest.fixture
+def importer() -> Callable[..., Any]:
+    """Runs tests/importers/SCRIPT.py with the libraries that read our formats; returns the JSON it prints."""
+    root = Path(__file__).resolve().parents[2]
+    python = Path(os.environ.get("MULTISA_IMPORTERS", root / ".venv-importers/bin/python"))
+    if not python.exists():
+        pytest.skip("no environment with the importers: `make .venv-importers/ready`, or MULTISA_IMPORTERS")
+
+    def run(script: str, *arguments: object) -> Any:
+        command = [str(python), str(root / f"tests/importers/{script}.py"), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return run
 
 
 @pytest.fixture

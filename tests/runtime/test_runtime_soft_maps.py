@@ -119,20 +119,33 @@ def test_masks_of_a_whole_run(tar: Path, images: list[LabelledImage], tmp_path: 
         assert set(np.unique(read_mask(tmp_path / f"new/{image.name}.png"))) == {1, 2}
 
 
-def altered(tar: Path, replaced: dict[str, bytes | None], *, key: str = "a", extra: tuple = ()) -> bytes:
+def altered(
+    tar: Path,
+    replaced: dict[str, bytes | None],
+    *,
+    key: str = "a",
+    renamed: str | None = None,
+    extra: tuple = (),
+) -> bytes:
     """The first image of a tar, some arrays replaced or left out."""
     with tarfile.open(tar) as archive:
         npz, record = (archive.extractfile(f"a.{end}").read() for end in ("npz", "json"))
     with zipfile.ZipFile(io.BytesIO(npz)) as members:
         arrays = {name: members.read(name) for name in members.namelist()}
     kept = [(name, data) for name, data in (arrays | replaced).items() if data is not None]
-    return tar_bytes([(f"{key}.npz", zip_bytes(kept, level=1)), (f"{key}.json", record), *extra])
+    return tar_bytes([(f"{key}.npz", zip_bytes(kept, level=1)), (f"{renamed or key}.json", record), *extra])
 
 
 def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+def second_image(tar: Path) -> int:
+    """Where the tar's second image begins."""
+    with tarfile.open(tar) as archive:
+        return archive.getmembers()[2].offset
 
 
 def npz_only(tar: Path) -> bytes:
@@ -154,6 +167,9 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "no tar": (lambda tar: b"nothing" * 200, "expected a tar of soft maps"),
     "cut short": (lambda tar: tar.read_bytes()[:1500], "expected a tar of soft maps"),
     "no record": (npz_only, "'a' without its record"),
+    "another's record": (lambda tar: altered(tar, {}, key="b", renamed="a"), "got the member 'a.json'"),
+    "a damaged header": (lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"), "damaged or cut"),
+    "cut between images": (lambda tar: tar.read_bytes()[: second_image(tar)], "damaged or cut"),
     "a link": (lambda tar: linked(), "got the member 'a.npz'"),
     "another member": (lambda tar: altered(tar, {}, extra=(("a.txt", b""),)), "got the member 'a.txt'"),
     "a path out": (lambda tar: altered(tar, {}, key="../a"), r"got the name '\.\./a'"),
