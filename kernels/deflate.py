@@ -2,7 +2,7 @@
 
 For example:
 
-    idat = deflate_mask(mask)      # zlib.decompress(idat) is a 2 and the row minus the one above, for each row
+    idat = deflate_mask(mask)   # of a 2 and the row minus the one above, row by row
 """
 
 import numpy as np

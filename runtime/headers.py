@@ -1,0 +1,222 @@
+"""What an image file says besides its pixels, bounded: a million tiny records are refused, not gone through.
+
+Decoders go through metadata record by record, some of them in time that grows with the square; none of what
+is counted here is needed for a picture. Broken structures are left to the decoder, which says what is wrong.
+"""
+
+import struct
+from collections.abc import Iterator
+
+MOST_RECORDS = 10_000  # segments, chunks, boxes, tags
+MOST_BYTES = 16 * 2**20  # of metadata in a JPEG; a colour profile has at most 16 MiB
+MOST_JUNK = 2**16  # bytes between the segments of a JPEG, in the comments of a PPM
+MOST_BLOCKS = 4096  # of 255 bytes, before the first frame of a GIF
+MOST_SCANS = 256  # of a progressive JPEG: each goes over the whole picture; cameras and encoders write ten
+MOST_FRAMES = 10_000  # are counted
+_TIFF_SIZES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+
+
+def check_metadata(data: bytes) -> None:
+    """Raise ValueError when a file holds more metadata than any photograph needs; no pixel is looked at."""
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+    elif data.startswith(b"\x89PNG"):
+        _check_png(data)
+    elif data.startswith(b"GIF8"):
+        _check_gif(data)
+    elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        check_tiff(data)
+    elif data.startswith(b"\xff\x4f\xff\x51"):
+        _check_codestream(data, 0)
+    elif data[4:8] == b"jP  ":
+        _check_jpeg2000(data)
+    elif data.startswith(b"P"):
+        _check_ppm(data)
+
+
+def count_frames(data: bytes) -> int | None:
+    """Frames of a GIF or TIFF, counted up to MOST_FRAMES; None for other formats, whose headers tell."""
+    if data.startswith(b"GIF8"):
+        return sum(1 for kind in _gif_blocks(data) if kind == b",")
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return sum(1 for _ in _directories(data))
+    return None
+
+
+def check_tiff(data: bytes) -> None:
+    """Raise ValueError when the tags of a TIFF's first directory, or EXIF's, claim more than there is."""
+    for _, entries in _directories(data):
+        if len(entries) > MOST_RECORDS:
+            raise _excess("tags", MOST_RECORDS)
+        inline = 8 if data[2:3] == b"+" or data[3:4] == b"+" else 4
+        sizes = (_TIFF_SIZES.get(kind, 0) * count for _, kind, count in entries)
+        total = sum(size for size in sizes if size > inline)
+        if total > len(data):
+            raise ValueError(f"its tags claim {total} bytes, the file has {len(data)}: save it again")
+        return
+
+
+def _excess(what: str, most: int) -> ValueError:
+    return ValueError(f"more than {most} {what}, which no photograph needs: save it again without metadata")
+
+
+def _check_jpeg(data: bytes) -> None:
+    at, records, junk, size = 2, 0, 0, 0
+    while at + 4 <= len(data):
+        start = data.find(b"\xff", at)
+        if start < 0:
+            start = len(data)
+        junk += start - at
+        if junk > MOST_JUNK:
+            raise _excess("bytes between segments", MOST_JUNK)
+        marker = data[start + 1] if start + 1 < len(data) else 0xDA
+        if marker == 0xDA:  # the picture begins
+            break
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # those without content
+            at = start + (1 if marker == 0xFF else 2)
+            junk += 1
+            continue
+        length = int.from_bytes(data[start + 2 : start + 4], "big")
+        at = start + 2 + max(length, 2)
+        records, size = records + 1, size + length
+        if records > MOST_RECORDS or size > MOST_BYTES:
+            raise _excess(f"segments, or {MOST_BYTES} bytes of them,", MOST_RECORDS)
+    if data.count(b"\xff\xda") > MOST_SCANS:
+        raise _excess("scans", MOST_SCANS)
+
+
+def _check_png(data: bytes) -> None:
+    at, records, pieces = 8, 0, 0
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        if data[at + 4 : at + 8] in (b"IDAT", b"fdAT"):
+            pieces += 1
+        else:
+            records += 1
+        # Encoders write pieces of 8 KiB and more; 50 times as many are let pass.
+        if records > MOST_RECORDS or pieces > 50 * MOST_RECORDS:
+            raise _excess("chunks", MOST_RECORDS)
+        at += 12 + length
+
+
+def _gif_blocks(data: bytes) -> Iterator[bytes]:
+    """Yield b"," for each frame and b"!" for each block before it; ends at MOST_FRAMES or MOST_RECORDS^2."""
+    at = 13 + (3 << (data[10] & 7) + 1 if len(data) > 10 and data[10] & 0x80 else 0)
+    frames = blocks = 0
+    while at < len(data) and frames < MOST_FRAMES:
+        kind = data[at : at + 1]
+        if kind == b"!":
+            at += 2
+        elif kind == b"," and at + 10 < len(data):
+            flags = data[at + 9]
+            at += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+            frames += 1
+            yield kind
+        else:
+            return
+        while at < len(data) and data[at] > 0:
+            at += 1 + data[at]
+            blocks += 1
+            if kind == b"!":
+                yield kind
+            elif blocks > 100 * MOST_RECORDS:  # a picture of 255 MB, or one that is made to keep us
+                return
+        at += 1
+
+
+def _check_gif(data: bytes) -> None:
+    for blocks, kind in enumerate(_gif_blocks(data)):
+        if kind == b",":
+            return
+        if blocks >= MOST_BLOCKS:
+            raise _excess("blocks before the first frame", MOST_BLOCKS)
+
+
+def _directories(data: bytes) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+    """Yield each directory of a TIFF: its place and (tag, type, count) of its entries, those of the first."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = b"+" in data[2:4]
+    head, entry, pointer = ("Q", "HHQ8x", "Q") if big else ("H", "HHL4x", "L")
+    head_size, entry_size = struct.calcsize(order + head), struct.calcsize(order + entry)
+    seen: set[int] = set()
+    try:
+        (at,) = struct.unpack_from(order + pointer, data, 8 if big else 4)
+        while at and at not in seen and len(seen) < MOST_FRAMES:
+            (count,) = struct.unpack_from(order + head, data, at)
+            read = 0 if seen else min(count, MOST_RECORDS + 1)
+            fields = [
+                struct.unpack_from(order + entry, data, at + head_size + i * entry_size) for i in range(read)
+            ]
+            seen.add(at)
+            yield at, [(tag, kind, number) for tag, kind, number in fields]
+            (at,) = struct.unpack_from(order + pointer, data, at + head_size + count * entry_size)
+    except struct.error:
+        return
+
+
+def _check_codestream(data: bytes, at: int) -> None:
+    """Follow the main header of JPEG 2000 from SOC to the first tile."""
+    at += 2
+    for _ in range(MOST_RECORDS):
+        marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
+        if len(marker) < 2 or marker in (b"\xff\x90", b"\xff\xd9"):
+            return
+        if length < 2:
+            raise ValueError("a marker of its header has no length")
+        at += 2 + length
+    raise _excess("markers", MOST_RECORDS)
+
+
+def _check_jpeg2000(data: bytes) -> None:
+    at = 0
+    for _ in range(MOST_RECORDS):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind == b"jp2c":
+            return _check_codestream(data, at + 8)
+        if kind == b"jp2h":  # what is in it is gone through, too
+            at += 8
+        elif length == 1:
+            at += max(int.from_bytes(data[at + 8 : at + 16], "big"), 16)
+        elif length < 8:  # the last, or broken
+            return None
+        else:
+            at += length
+    raise _excess("boxes", MOST_RECORDS)
+
+
+def _check_ppm(data: bytes) -> None:
+    if data[1:2] in b"123" and data.count(b"#") > MOST_RECORDS // 10:
+        raise _excess("comments", MOST_RECORDS // 10)
+    at = tokens = 0
+    while tokens < 4 and at < len(data):
+        if at > MOST_JUNK:
+            raise _excess("bytes of header", MOST_JUNK)
+        if data[at : at + 1] == b"#":
+            at = data.find(b"\n", at)
+            if at < 0:
+                at = len(data)
+        elif data[at : at + 1].isspace():
+            at += 1
+        else:
+            tokens += 1
+            while at < min(len(data), MOST_JUNK) and not data[at : at + 1].isspace():
+                at += 1
+        if at >= len(data) > MOST_JUNK:
+            raise _excess("bytes of header", MOST_JUNK)
