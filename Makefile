@@ -24,6 +24,7 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results
 	$(BIN)/python benchmarks/engine_against_eager.py --run $(RUN) --data $(DATA)
 	$(BIN)/python benchmarks/random_walk.py
 	$(BIN)/python benchmarks/dense_crf.py
+	$(BIN)/python benchmarks/encoding.py --data $(DATA)
 	$(BIN)/python benchmarks/cam_head.py --run $(RUN)
 	$(BIN)/python benchmarks/readme_results.py
 

@@ -29,8 +29,8 @@ MAX_PIXELS = 50_000_000
 MINIMUM_SIDE = 64  # the exported graphs take no smaller side
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 # A JPEG that is decoded smaller keeps this many times the side that the networks see. Of the labels of 13
-# photographs, enlarged to 12 megapixels, 0.5 % change so; 0.8 % do when what the networks see is saved as a
-# JPEG of quality 95.
+# photographs, enlarged to 12 megapixels, 0.5 % change so (benchmarks/encoding.py; 0.2 % of its 12); 0.8 % do
+# when what the networks see is saved as a JPEG of quality 95.
 SCALED_SIDES = 2
 
 # Everything Pillow's decoders raise for broken files.
@@ -57,7 +57,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
 
     Grey is repeated, 16-bit grey is scaled to 8 bits, transparency is laid on white, of an animation the
     first frame is taken. Where `long_side` says what will be resized to (see `working_size`), a JPEG that is
-    much larger is decoded at an eighth, two, ... of its size, never below SCALED_SIDES times that one.
+    much larger is decoded at one or more eighths of its size, never below SCALED_SIDES times that one.
     Raises ImageError (the reason) for what is empty, truncated, not an image, larger than `max_pixels`, of a
     mode without a defined range (float, 32-bit integer), or swollen with metadata; sizes are looked at before
     a pixel is decoded.
