@@ -29,46 +29,33 @@ class ImageLabels:
     path: Path
     rows: Mapping[str, Labels]  # classes in the order of the bundle
 
+    def matcher(self, relatives: Iterable[str] = ()) -> "LabelMatcher":
+        """Looks for the rows of one image after the other.
+
+        `relatives`, read once, are the images to come. Without them a row that is about one image by its path
+        and, read alone, about an earlier one by its name is an error; with them it is about the first alone.
+        """
+        return LabelMatcher(self, {key for relative in relatives for key in self._exact_keys(relative)})
+
     def match(self, relatives: Sequence[str]) -> dict[str, Labels]:
         """Classes for each image that has a row, by posix path below the corpus' folder.
 
-        Looked for by relative path, with and without extension, then by file name alone among the rows that
-        are not about another image by its path. Raises UsageError when several rows fit one image and differ,
-        or one row fits several images.
+        As `LabelMatcher.find` for each, which says how rows are looked for and what is raised.
         """
-        matched: dict[str, Labels] = {}
-        users: dict[str, str] = {}
-        for relative, keys in self._keys(relatives).items():
-            if not keys:
-                continue
-            if len({self.rows[key] for key in keys}) > 1:
-                raise UsageError(
-                    f"{self.path}: {relative} fits several rows with different labels ({', '.join(keys)}), "
-                    "expected one: write its path relative to the images' folder"
-                )
-            matched[relative] = self.rows[keys[0]]
-            for key in keys:
-                other = users.setdefault(key, relative)
-                if other != relative:
-                    raise UsageError(
-                        f"{self.path}: row {key!r} fits several images ({other}, {relative}), expected one: "
-                        "write their paths relative to the images' folder"
-                    )
-        return matched
+        matcher = self.matcher(relatives)
+        found = ((relative, matcher.find(relative)) for relative in relatives)
+        return {relative: labels for relative, labels in found if labels is not None}
 
-    def unused(self, seen: Iterable[str]) -> tuple[str, ...]:
+    def unused(self, seen: Sequence[str]) -> tuple[str, ...]:
         """Keys of the rows that are about none of the images `seen` (relative paths), sorted."""
-        used = {key for keys in self._keys(seen).values() for key in keys}
+        taken = {key for relative in seen for key in self._exact_keys(relative)}
+        used = {key for relative in seen for key in self._keys(relative, taken)}
         return tuple(sorted(set(self.rows) - used))
 
-    def _keys(self, relatives: Iterable[str]) -> dict[str, list[str]]:
-        """The rows that fit each image."""
-        exact = {relative: self._exact_keys(relative) for relative in relatives}
-        taken = {key for keys in exact.values() for key in keys}
-        return {
-            relative: keys or [key for key in self._named_keys(relative) if key not in taken]
-            for relative, keys in exact.items()
-        }
+    def _keys(self, relative: str, taken: Collection[str]) -> list[str]:
+        """The rows that fit an image."""
+        exact = self._exact_keys(relative)
+        return exact or [key for key in self._named_keys(relative) if key not in taken]
 
     def _exact_keys(self, relative: str) -> list[str]:
         spellings = dict.fromkeys((relative, PurePosixPath(relative).with_suffix("").as_posix()))
@@ -85,6 +72,45 @@ class ImageLabels:
         for key in self.rows:
             index.setdefault(PurePosixPath(key).name, []).append(key)
         return index
+
+
+class LabelMatcher:
+    """Which rows are about which image, asked one by one; its memory grows with the rows, not the images."""
+
+    def __init__(self, labels: ImageLabels, taken: Collection[str] = ()) -> None:
+        self._labels = labels
+        self._taken = set(taken)  # keys that are about an image by its path
+        self._users: dict[str, str] = {}  # the image that each used key is about
+
+    def find(self, relative: str) -> Labels | None:
+        """Classes of an image, by its posix path below the corpus' folder; None where it has no row.
+
+        Looked for by relative path, with and without extension, then by file name alone among the rows that
+        are not about another image by its path. Raises UsageError when several rows fit the image and differ,
+        or one of them fits an image that was asked for before.
+        """
+        keys = self._labels._keys(relative, self._taken)
+        if not keys:
+            return None
+        rows = self._labels.rows
+        if len({rows[key] for key in keys}) > 1:
+            raise UsageError(
+                f"{self._labels.path}: {relative} fits several rows with different labels "
+                f"({', '.join(keys)}), expected one: write its path relative to the images' folder"
+            )
+        self._taken.update(self._labels._exact_keys(relative))
+        for key in keys:
+            other = self._users.setdefault(key, relative)
+            if other != relative:
+                raise UsageError(
+                    f"{self._labels.path}: row {key!r} fits several images ({other}, {relative}), expected "
+                    "one: write their paths relative to the images' folder"
+                )
+        return rows[keys[0]]
+
+    def unused(self) -> tuple[str, ...]:
+        """Keys of the rows that are about none of the images asked for, sorted."""
+        return tuple(sorted(set(self._labels.rows) - self._users.keys()))
 
 
 def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
@@ -137,12 +163,13 @@ def _csv_rows(path: Path, text: str, classes: Collection[str]) -> Iterator[tuple
                     f"{path}, {place}: got {len(cells)} columns, expected 2 (image,labels): separate classes "
                     "by spaces or semicolons"
                 )
-            yield place, cells[0], _split_classes(cells[1], classes)
+            yield place, cells[0], split_classes(cells[1], classes)
     except csv.Error as error:
         raise UsageError(f"{path}, line {lines.line_num}: not CSV: {error}") from error
 
 
-def _split_classes(cell: str, classes: Collection[str]) -> list[str]:
+def split_classes(cell: str, classes: Collection[str]) -> list[str]:
+    """The names in a cell: one that is a class, else what semicolons separate, or spaces where none are."""
     if cell.strip() in classes:  # one name, which may hold spaces
         return [cell.strip()]
     names = cell.split(";") if ";" in cell else cell.split()

@@ -13,6 +13,8 @@ ORDER = ("kernels", "runtime", "training", "export")
 NEVER_LIGHT = {"torch", "torchvision", "timm", "onnx", "onnxscript", "safetensors"}
 ONLY_INSIDE_FUNCTIONS = {
     *("onnxruntime", "pycuda", "pydensecrf", "pyarrow", "simplejpeg"),
+    *("onnxruntime", "pycuda", "pydensecrf"),
+    *("fsspec", "pyarrow"),
     *("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 HEAVY = NEVER_LIGHT | ONLY_INSIDE_FUNCTIONS | {"numpy", "scipy", "PIL", "tqdm"}  # to start with

@@ -1,0 +1,142 @@
+"""Names in sources: which are images, which can be results' names, and which came before."""
+
+import hashlib
+import re
+from array import array
+from pathlib import PurePosixPath
+
+from multisa.runtime.images import EXTENSIONS
+
+LONGEST_NAME = 255  # bytes, of one file or folder on every usual file system
+LONGEST_PATH = 2000  # bytes; half of what Linux takes, OUT needs some, too
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NOT_PORTABLE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def is_image(name: str) -> bool:
+    """Whether a name ends like an image's."""
+    return PurePosixPath(name).suffix.lower() in EXTENSIONS
+
+
+def is_tar(name: str) -> bool:
+    """Whether a name ends like a tar file's that is not compressed."""
+    return name.lower().endswith(".tar")
+
+
+def printable(name: str) -> str:
+    """`name` with what is not UTF-8 written as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def bad_name(name: str) -> str:
+    """Why one name of a folder is not taken, or ""."""
+    if name.startswith("."):
+        return "hidden"
+    return "" if _is_utf8(name) else "its name is not UTF-8"
+
+
+def unsafe_path(path: str) -> str:
+    """Why a path that an archive or a bucket gives cannot be one below OUT, or ""."""
+    if not _is_utf8(path):
+        return "its name is not UTF-8"
+    if path.startswith("/") or _DRIVE.match(path):
+        return "absolute path"
+    if "\\" in path:
+        return "backslash in its name"
+    if _CONTROL.search(path):
+        return "control character in its name"
+    parts = path.split("/")
+    if ".." in parts:
+        return "path that leaves its folder (..)"
+    if "" in parts or "." in parts:
+        return "empty name in its path"
+    if any(part.startswith(".") for part in parts):
+        return "hidden"
+    if len(path.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in parts):
+        return "its name is too long"
+    return ""
+
+
+def safe_id(path: str) -> str:
+    """An id made of any path: relative, with nothing that `unsafe_path` refuses.
+
+    A path that is safe is its own id. Others can share one: see `unique_id`.
+    """
+    if path and not unsafe_path(path):
+        return path
+    parts = [_safe_part(part) for part in path.split("/") if part not in ("", ".", "..")]
+    made = "/".join(parts) or "_"
+    if len(made.encode()) <= LONGEST_PATH:
+        return made
+    return f"{_digest(path)}-{parts[-1]}" if len(parts[-1].encode()) < LONGEST_NAME - 20 else _digest(path)
+
+
+def unique_id(wanted: str, place: str) -> str:
+    """Another id for what lies at `place` where `wanted` is taken: the same for the same place."""
+    path = PurePosixPath(wanted)
+    suffix = path.suffix if len(path.suffix.encode()) <= 16 else ""
+    stem = path.name.removesuffix(suffix).encode()[: LONGEST_NAME - 40].decode(errors="ignore")
+    return str(path.with_name(f"{stem}~{_digest(place)}{suffix}"))
+
+
+class Seen:
+    """A set of texts to which can only be added, of 8 to 24 bytes each: a million take a set 100 MB.
+
+    It keeps 64 bits of a digest, so of n texts two are taken for one with a probability of n^2 / 2^65 (one in
+    370,000 for ten million).
+    """
+
+    def __init__(self) -> None:
+        self._slots = array("Q", bytes(8 * 1024))
+        self._count = 0
+
+    def add(self, text: str) -> bool:
+        """Add `text`; False when it was there."""
+        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+        value = int.from_bytes(digest, "little") or 1  # 0 is an empty slot
+        if not _put(self._slots, value):
+            return False
+        self._count += 1
+        if 3 * self._count > 2 * len(self._slots):
+            larger = array("Q", bytes(16 * len(self._slots)))
+            for old in self._slots:
+                if old:
+                    _put(larger, old)
+            self._slots = larger
+        return True
+
+
+def _put(slots: "array[int]", value: int) -> bool:
+    mask = len(slots) - 1
+    i = value & mask
+    while slots[i]:
+        if slots[i] == value:
+            return False
+        i = (i + 1) & mask
+    slots[i] = value
+    return True
+
+
+def _safe_part(part: str) -> str:
+    part = _NOT_PORTABLE.sub("_", printable(part))
+    if part.startswith("."):
+        part = "_" + part[1:]
+    if len(part.encode()) <= LONGEST_NAME:
+        return part
+    suffix = PurePosixPath(part).suffix
+    suffix = suffix if len(suffix.encode()) <= 16 else ""
+    return part.encode()[: LONGEST_NAME - 40].decode(errors="ignore") + "~" + _digest(part) + suffix
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,196 @@
+"""Where bytes are: what the sources ask of a disk or a bucket, and the disk.
+
+Stores raise OSError; `why` puts one into words.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple, Protocol
+
+from multisa.runtime.errors import ImageError
+from multisa.runtime.sources.contract import MAX_FILE_BYTES
+from multisa.runtime.sources.names import bad_name
+
+Wanted = Callable[[str], bool]  # whether files of this name are looked at
+
+CHANGED = "changed since it was listed: finish with the files as they were, or start a new run"
+
+
+class Entry(NamedTuple):
+    """One name in a folder."""
+
+    name: str
+    is_folder: bool
+    size: int = -1
+    version: str = ""
+    problem: str = ""  # why it is not taken
+
+
+class Blob(Protocol):
+    """One file that is open for reading at any place."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def version(self) -> str:
+        """As in SourceItem."""
+
+    @property
+    def window(self) -> int:
+        """How many bytes to read at once when reading on."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`; fewer at the end of the file only."""
+
+
+class Store(Protocol):
+    """A place of files; paths are what `join` makes. All of it may be called from several threads."""
+
+    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
+        """The names in a folder, sorted by code point; sizes and versions of what is `wanted` only."""
+
+    def open(self, path: str) -> AbstractContextManager[Blob]:
+        """Open a file whose bytes are looked for at many places."""
+
+    def stream(self, path: str) -> AbstractContextManager[BinaryIO]:
+        """Open a file that is read from its beginning on."""
+
+    def read(self, path: str, size: int, version: str) -> bytes:
+        """A whole file. Raises ImageError when it is not of this size (unless -1), or too large."""
+
+    def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
+        """Some bytes of a file; fewer where it ends. Raises ImageError when it is seen to have changed."""
+
+
+def join(root: str, relative: str) -> str:
+    """The path of what is `relative` to the folder `root`."""
+    return f"{root.rstrip('/')}/{relative}" if root else relative
+
+
+def why(error: OSError) -> str:
+    """The reason without the path, which the message already has."""
+    kinds = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}
+    for kind, number in kinds.items():
+        if isinstance(error, kind):
+            return os.strerror(number)
+    return error.strerror or str(error) or type(error).__name__
+
+
+def check_size(got: int, expected: int) -> None:
+    """Refuse a file of another size than was listed, or too large. Raises ImageError."""
+    if expected >= 0 and got != expected:
+        raise ImageError(f"got {got} bytes, expected the {expected} it had when it was listed: {CHANGED}")
+    if got > MAX_FILE_BYTES:
+        raise ImageError(f"got {got} bytes, expected at most {MAX_FILE_BYTES}")
+
+
+@dataclass(frozen=True)
+class _LocalBlob:
+    descriptor: int
+    size: int
+    version: str
+    window: int = 8192  # a header and what is beside it
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        pieces = []
+        while length > 0 and (piece := os.pread(self.descriptor, length, offset)):
+            pieces.append(piece)
+            offset += len(piece)
+            length -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class LocalStore:
+    """Files of this machine; links are followed as far as `root` (everywhere where it is None)."""
+
+    def __init__(self, root: str | None = None) -> None:
+        self._root = None if root is None else os.path.realpath(root)
+
+    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
+        """See Store."""
+        with os.scandir(path) as found:
+            # Backwards, so that what is done can be taken off the end and forgotten.
+            entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+        return self._entries(entries, wanted)
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[Blob]:
+        """See Store."""
+        if self._leaves(path):
+            raise OSError(errno.EPERM, "symbolic link that leaves the folder")
+        # Not to wait for the writer of a pipe that has taken the file's place.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            yield _LocalBlob(descriptor, status.st_size, str(status.st_mtime_ns))
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def stream(self, path: str) -> Iterator[BinaryIO]:
+        """See Store."""
+        with self.open(path) as blob:
+            assert isinstance(blob, _LocalBlob)
+            with open(os.dup(blob.descriptor), "rb") as file:  # noqa: PTH123 (it is a descriptor)
+                yield file
+
+    def read(self, path: str, size: int, version: str) -> bytes:
+        """See Store."""
+        with self.open(path) as blob:
+            check_size(blob.size, size)
+            _check_version(blob, version)
+            return blob.read_at(0, blob.size)
+
+    def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
+        """See Store."""
+        with self.open(path) as blob:
+            _check_version(blob, version)
+            return blob.read_at(start, length)
+
+    def _leaves(self, path: str) -> bool:
+        if self._root is None:
+            return False
+        real = os.path.realpath(path)
+        return real != self._root and not real.startswith(self._root.rstrip("/") + "/")
+
+    def _entries(self, entries: list["os.DirEntry[str]"], wanted: Wanted) -> Iterator[Entry]:
+        while entries:
+            entry = entries.pop()
+            try:
+                yield self._entry(entry, wanted)
+            except OSError as error:  # gone meanwhile
+                yield Entry(entry.name, False, problem=why(error))
+
+    def _entry(self, entry: "os.DirEntry[str]", wanted: Wanted) -> Entry:
+        problem = bad_name(entry.name)
+        if entry.is_symlink():
+            is_folder = entry.is_dir()
+            if not problem and self._leaves(entry.path):
+                problem = "symbolic link that leaves the folder"
+            if not problem and is_folder:
+                problem = "symbolic link to a folder"
+            if not problem and not os.path.exists(entry.path):  # noqa: PTH110 (a Path for each is slow)
+                problem = "broken symbolic link"
+            if problem:
+                return Entry(entry.name, is_folder, problem=problem)
+        elif entry.is_dir():
+            return Entry(entry.name, True, problem=problem)
+        if problem or not wanted(entry.name):
+            return Entry(entry.name, False, problem=problem)
+        status = entry.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return Entry(entry.name, False, problem="not a regular file")
+        return Entry(entry.name, False, status.st_size, str(status.st_mtime_ns))
+
+
+def _check_version(blob: Blob, version: str) -> None:
+    if version and blob.version != version:
+        raise ImageError(CHANGED)
