@@ -55,7 +55,7 @@ def open_source(
     columns = Columns(image_column, cells, labels_column is not None)
     if stores.protocol in ("file", "local"):
         spec, stores.protocol = spec.partition("://")[2], ""
-    if "::" in spec and stores.protocol:
+    if "::" in spec and "://" in spec:
         raise UsageError(f"{spec}: got a chain of URLs, expected one: {EXPECTED}")
     if not stores.protocol:
         return _local(spec, stores, columns)

@@ -1,5 +1,6 @@
 """The images that a list or a manifest names, in its order: beside it, elsewhere, or behind URLs."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -47,9 +48,9 @@ class ListSource(SourceBase):
             found = self._find(row.image, where)
             if not identities.add(found.identity):
                 raise UsageError(f"{where}: {printable(row.image)} came before, expected each image once")
-            name = found.id
+            name, attempts = found.id, itertools.count()
             while not ids.add(name):
-                name = unique_id(name, found.place)
+                name = unique_id(found.id, found.place, next(attempts))
             size, version = self._status(found.place)
             yield SourceItem(name, found.place, size, version, row.labels)
 
@@ -66,8 +67,8 @@ class ListSource(SourceBase):
     def _find(self, image: str, where: str) -> _Found:
         if "\0" in image or printable(image) != image:
             raise UsageError(f"{where}: {printable(image)!r} is no path, expected UTF-8 without NUL")
-        if protocol := protocol_of(image):
-            if protocol in ("file", "local") or "::" in image:
+        if "://" in image:
+            if protocol_of(image) in ("", "file", "local") or "::" in image:
                 raise UsageError(
                     f"{where}: {image}: expected a path or the URL of one file (s3://, https://)"
                 )

@@ -73,12 +73,14 @@ def safe_id(path: str) -> str:
     return f"{_digest(path)}-{parts[-1]}" if len(parts[-1].encode()) < LONGEST_NAME - 20 else _digest(path)
 
 
-def unique_id(wanted: str, place: str) -> str:
-    """Another id for what lies at `place` where `wanted` is taken: the same for the same place."""
+def unique_id(wanted: str, place: str, attempt: int = 0) -> str:
+    """Another id for what lies at `place` where `wanted` is taken; every attempt gives another one."""
     path = PurePosixPath(wanted)
     suffix = path.suffix if len(path.suffix.encode()) <= 16 else ""
     stem = path.name.removesuffix(suffix).encode()[: LONGEST_NAME - 40].decode(errors="ignore")
-    return str(path.with_name(f"{stem}~{_digest(place)}{suffix}"))
+    mark = _digest(f"{attempt}:{place}")
+    made = str(path.with_name(f"{stem}~{mark}{suffix}"))
+    return made if len(made.encode()) <= LONGEST_PATH else mark + suffix
 
 
 class Seen:

@@ -6,6 +6,7 @@ Paths are whole URLs. Keys and secrets come from fsspec's own configuration, the
 """
 
 import errno
+import io
 import re
 import sys
 import time
@@ -104,7 +105,7 @@ class RemoteStore:
     def stream(self, path: str) -> Iterator[BinaryIO]:
         """See Store."""
         with _translated(), self._files.open(path, "rb", block_size=_WINDOW) as file:
-            yield cast(BinaryIO, file)
+            yield io.BufferedReader(file)  # whose lines can be limited
 
     def read(self, path: str, size: int, version: str) -> bytes:
         """See Store."""

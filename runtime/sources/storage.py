@@ -123,7 +123,7 @@ class LocalStore:
     def open(self, path: str) -> Iterator[Blob]:
         """See Store."""
         if self._leaves(path):
-            raise OSError(errno.EPERM, "symbolic link that leaves the folder")
+            raise OSError(errno.EINVAL, "symbolic link that leaves the folder")
         # Not to wait for the writer of a pipe that has taken the file's place.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:

@@ -60,8 +60,9 @@ def zip_members(blob: Blob) -> Iterator[ZipMember]:
     directory = _find_directory(blob)
     spans = array("Q")
     for member in _entries(blob, directory):
-        end = member.header + LOCAL_HEADER.size + member.compressed
-        spans.extend((min(member.header, 2**63), min(end, 2**63)))
+        span = member.header, member.header + LOCAL_HEADER.size + member.compressed
+        # What is not in the file anyhow is no reason to refuse others.
+        spans.extend(span if span[1] <= directory.offset else (directory.offset, directory.offset))
     overlapping = _overlapping(np.asarray(spans, np.uint64).reshape(-1, 2))
     for i, member in enumerate(_entries(blob, directory)):
         problem = member.problem
@@ -152,7 +153,7 @@ def _member(fields: tuple[int, ...], name: bytes, extra: bytes, shift: int) -> Z
 
 
 def _wide(extra: bytes, values: list[int]) -> list[int] | None:
-    """Size, compressed size and offset, each from the zip64 field where it says so; None if that is damaged."""
+    """Size, compressed size and offset, each from the zip64 field where it says so; None if damaged."""
     if _FULL32 not in values:
         return values
     at = 0

@@ -1,0 +1,280 @@
+"""Sources behind URLs: a real S3 server (moto's, on this machine), a web server, and fsspec's memory."""
+
+import http.server
+import io
+import json
+import tarfile
+import threading
+import uuid
+import warnings
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import boto3
+import fsspec
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
+from multisa.runtime.sources.choice import open_source
+from multisa.runtime.sources.contract import PassedOver, SourceItem
+
+FILES = {"a.jpg": b"a" * 100, "a/b.jpg": b"b" * 200, "a/c.jpg": b"c", "é z.png": b"z", "notes.md": b""}
+IMAGES = {name: data for name, data in FILES.items() if name != "notes.md"}
+ORDER = ["a/b.jpg", "a/c.jpg", "a.jpg", "é z.png"]
+
+# Of the server, none of which is ours: botocore's clock, and sockets that werkzeug leaves to the collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
+
+
+class Bucket:
+    def __init__(self, client: Any, options: dict[str, Any]) -> None:
+        self.name = f"b{uuid.uuid4().hex}"
+        self.client = client
+        self.options = json.dumps(options)
+        client.create_bucket(Bucket=self.name)
+
+    def put(self, key: str, data: bytes) -> str:
+        self.client.put_object(Bucket=self.name, Key=key, Body=data)
+        return f"s3://{self.name}/{key}"
+
+    def items(self, path: str, **options: Any) -> list[SourceItem]:
+        with open_source(f"s3://{self.name}/{path}", storage_options=self.options, **options) as source:
+            return [entry for entry in source.listing() if isinstance(entry, SourceItem)]
+
+    def contents(self, path: str, **options: Any) -> dict[str, bytes]:
+        with (
+            open_source(f"s3://{self.name}/{path}", storage_options=self.options, **options) as source,
+            ThreadPoolExecutor(4) as pool,
+        ):
+            found = self.items(path, **options)
+            return dict(zip([item.id for item in found], pool.map(source.read, found), strict=True))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from moto.server import ThreadedMotoServer
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server: str) -> Bucket:
+    client = boto3.client(
+        "s3",
+        endpoint_url=server,
+        region_name="us-east-1",
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+    )
+    return Bucket(client, {"endpoint_url": server, "key": "testing", "secret": "testing"})
+
+
+@pytest.fixture
+def photos(bucket: Bucket) -> Bucket:
+    for name, data in FILES.items():
+        bucket.put(f"photos/{name}", data)
+    return bucket
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_a_folder_of_a_bucket(photos: Bucket) -> None:
+    found = photos.items("photos")
+    assert [item.id for item in found] == ORDER
+    assert [item.size for item in found] == [len(FILES[name]) for name in ORDER]
+    etags = {item.id: item.version for item in found}
+    assert etags["a.jpg"] == photos.client.head_object(Bucket=photos.name, Key="photos/a.jpg")["ETag"].strip(
+        '"'
+    )
+    assert photos.contents("photos/") == IMAGES
+    assert photos.contents("photos/a/*.jpg") == {"b.jpg": FILES["a/b.jpg"], "c.jpg": FILES["a/c.jpg"]}
+    assert photos.contents("photos/**/*.jpg").keys() == {"a/b.jpg", "a/c.jpg", "a.jpg"}
+    assert photos.contents("photos/a.jpg") == {"a.jpg": FILES["a.jpg"]}
+    assert photos.contents("").keys() == {f"photos/{name}" for name in IMAGES}
+
+
+def test_names_that_only_a_bucket_can_hold(photos: Bucket) -> None:
+    for key in ("photos/a//d.jpg", "photos/a/..\\x.jpg", "photos/.h/e.jpg", "photos/a/"):
+        photos.put(key, b"x")
+    with open_source(f"s3://{photos.name}/photos", storage_options=photos.options) as source:
+        entries = list(source.listing())
+    assert [entry.id for entry in entries if isinstance(entry, SourceItem)] == ORDER
+    reasons = {entry.id: entry.reason for entry in entries if isinstance(entry, PassedOver)}
+    assert reasons[".h"] == "hidden"
+    assert reasons["a/..\\x.jpg"] == "backslash in its name"
+
+
+def test_what_has_changed_in_a_bucket(photos: Bucket) -> None:
+    before = {item.id: item for item in photos.items("photos")}
+    source = open_source(f"s3://{photos.name}/photos", storage_options=photos.options)
+    for longer in (b"a" * 99, b"a" * 101):
+        photos.put("photos/a.jpg", longer)
+        with pytest.raises(ImageError, match="expected the 100 it had"):
+            source.read(before["a.jpg"])
+    photos.put("photos/a/c.jpg", b"C")  # of the same size
+    after = {item.id: item for item in photos.items("photos")}
+    assert {name for name in before if before[name] != after[name]} == {"a.jpg", "a/c.jpg"}
+    photos.client.delete_object(Bucket=photos.name, Key="photos/a/b.jpg")
+    with pytest.raises(ImageError, match="No such file"):
+        source.read(before["a/b.jpg"])
+
+
+def test_archives_of_a_bucket(bucket: Bucket) -> None:
+    bucket.put("shards/0.tar", tar_of({"1.jpg": b"one", "1.cls": b"cat"}))
+    bucket.put("shards/1.tar", tar_of({"1.jpg": b"uno" * 5000, "2.jpg": b"due"}))
+    expected = {"0/1.jpg": b"one", "1/1.jpg": b"uno" * 5000, "1/2.jpg": b"due"}
+    assert bucket.contents("shards/{0..1}.tar") == expected
+    assert bucket.contents("shards/*.tar") == expected
+    assert bucket.contents("shards/1.tar").keys() == {"1/1.jpg", "1/2.jpg"}
+    found = bucket.items("shards/0.tar")
+    assert found[0].labels == ("cat",) and found[0].version
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in FILES.items():
+            archive.writestr(name, data)
+    bucket.put("photos.zip", buffer.getvalue())
+    assert bucket.contents("photos.zip") == IMAGES
+    with pytest.raises(UsageError, match=r"2\.tar: cannot be read \(No such file"):
+        bucket.items("shards/{0..2}.tar")
+
+
+def test_lists_of_a_bucket(photos: Bucket, tmp_path: Any) -> None:
+    table = pyarrow.table({"image": ["a/b.jpg", "a.jpg"], "labels": [["dog"], None]})
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    photos.put("photos/list.parquet", buffer.getvalue())
+    assert photos.contents("photos/list.parquet") == {n: FILES[n] for n in ("a/b.jpg", "a.jpg")}
+    assert [item.labels for item in photos.items("photos/list.parquet")] == [("dog",), None]
+    photos.put("photos/list.csv", b"image,labels\na.jpg,cat dog\n")
+    assert [item.labels for item in photos.items("photos/list.csv")] == [("cat", "dog")]
+    url = f"s3://{photos.name}/photos/a.jpg"
+    photos.put("photos/list.txt", f"a/c.jpg\n{url}\n".encode())
+    assert photos.contents("photos/list.txt") == {
+        "a/c.jpg": b"c",
+        f"{photos.name}/photos/a.jpg": FILES["a.jpg"],
+    }
+    for text in ("/etc/passwd.jpg", "../other/a.jpg"):
+        photos.put("photos/bad.txt", text.encode())
+        with pytest.raises(UsageError, match=r"line 1: .* leaves the list's folder"):
+            photos.items("photos/bad.txt")
+    (tmp_path / "here.txt").write_text(f"{url}\n")
+    with open_source(str(tmp_path / "here.txt"), storage_options=photos.options) as source:
+        (item,) = source.listing()
+        assert isinstance(item, SourceItem) and source.read(item) == FILES["a.jpg"]
+
+
+def test_a_bucket_that_is_not_there(bucket: Bucket) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: cannot be listed \(No such file"):
+        bucket.items("nowhere")
+    with pytest.raises(UsageError, match="cannot be read"):
+        bucket.items("nowhere.csv")
+
+
+def test_memory() -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe({f"/multisa-test/{name}": data for name, data in FILES.items()})
+    with open_source("memory://multisa-test") as source:
+        found = [entry for entry in source.listing() if isinstance(entry, SourceItem)]
+        assert {item.id: source.read(item) for item in found} == IMAGES
+        assert [item.id for item in found] == ORDER
+    files.rm("/multisa-test", recursive=True)
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """One file that takes ranges; refuses as many requests as it is told to, as a busy server does."""
+
+    data = tar_of({"1.jpg": b"one"})
+    refusals = 0
+    status = 503
+    asked = 0
+
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        first, last = 0, len(self.data) - 1
+        if given := self.headers.get("Range"):
+            low, _, high = given.removeprefix("bytes=").partition("-")
+            first, last = int(low), min(int(high or last), last)
+        self._answer(self.data[first : last + 1])
+
+    def _answer(self, body: bytes) -> None:
+        type(self).asked += 1
+        refused = type(self).refusals > 0
+        type(self).refusals -= refused
+        partial = body and "Range" in self.headers
+        self.send_response(self.status if refused else 206 if partial else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", "0" if refused else str(len(body or self.data)))
+        if partial and not refused:
+            low = self.headers["Range"].removeprefix("bytes=").split("-")[0]
+            end = int(low) + len(body) - 1
+            self.send_header("Content-Range", f"bytes {low}-{end}/{len(self.data)}")
+        self.end_headers()
+        if not refused:
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    Web.refusals, Web.asked = 0, 0
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_busy_server_is_asked_again(web: str) -> None:
+    source = open_source(f"{web}/t.tar?X-Signature=secret")
+    (item,) = source.listing()
+    assert isinstance(item, SourceItem) and item.id == "t/1.jpg"
+    Web.refusals, Web.asked = 2, 0
+    assert source.read(item) == b"one"
+    assert Web.asked == 3
+    Web.refusals = 10
+    with pytest.raises(ImageError, match="503") as raised:
+        source.read(item)
+    assert Web.asked == 6 and "secret" not in str(raised.value)
+    Web.refusals, Web.status, Web.asked = 1, 403, 0
+    try:
+        with pytest.raises(ImageError, match="403"):
+            source.read(item)
+        assert Web.asked == 1  # it has said what it thinks
+    finally:
+        Web.status = 503
+
+
+def test_a_protocol_whose_package_is_missing() -> None:
+    with pytest.raises(EngineUnavailable, match="pip install gcsfs"):
+        open_source("gs://bucket/photos")
+    with pytest.raises(UsageError, match="expected s3://"):
+        open_source("nonsense://bucket/photos")
+    for chain in ("simplecache::s3://bucket/photos", "s3://bucket/x::file:///etc"):
+        with pytest.raises(UsageError, match="chain of URLs"):
+            open_source(chain)
