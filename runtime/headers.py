@@ -11,7 +11,7 @@ MOST_RECORDS = 10_000  # segments, chunks, boxes, tags
 MOST_BYTES = 16 * 2**20  # of metadata in a JPEG; a colour profile has at most 16 MiB
 MOST_JUNK = 2**16  # bytes between the segments of a JPEG, in the comments of a PPM
 MOST_BLOCKS = 4096  # of 255 bytes, before the first frame of a GIF
-MOST_SCANS = 256  # of a progressive JPEG: each goes over the whole picture; cameras and encoders write ten
+MOST_SCANS = 64  # of a progressive JPEG: each goes over the whole picture; encoders write about ten
 MOST_FRAMES = 10_000  # are counted
 _TIFF_SIZES = {
     1: 1,
@@ -49,6 +49,8 @@ def check_metadata(data: bytes) -> None:
         _check_jpeg2000(data)
     elif data.startswith(b"P"):
         _check_ppm(data)
+    elif data.startswith(b"BM"):
+        _check_bmp(data)
 
 
 def count_frames(data: bytes) -> int | None:
@@ -220,3 +222,13 @@ def _check_ppm(data: bytes) -> None:
                 at += 1
         if at >= len(data) > MOST_JUNK:
             raise _excess("bytes of header", MOST_JUNK)
+
+
+def _check_bmp(data: bytes) -> None:
+    if len(data) < 34 or int.from_bytes(data[30:34], "little") not in (1, 2):  # run lengths, of 8 or 4 bits
+        return
+    width, height = struct.unpack_from("<ll", data, 18)
+    # A run of one pixel takes two bytes, the end of a row two more; what moves without a pixel has no end.
+    most = 4 * abs(width * height) + 2**20
+    if len(data) > most:
+        raise ValueError(f"{len(data)} bytes of run lengths for {width}x{height} pixels: save it again")

@@ -55,6 +55,13 @@ def jpeg2000(boxes: bytes) -> bytes:
     return b"\0\0\0\x0cjP  \r\n\x87\n" + boxes
 
 
+def bitmap_of_moves(count: int) -> bytes:
+    """A BMP of run lengths that moves by nothing again and again."""
+    head = struct.pack("<LllHHLLllLL", 40, 64, 48, 1, 8, 1, 0, 0, 0, 256, 0)
+    start = 14 + len(head) + 1024
+    return b"BM" + struct.pack("<LHHL", start, 0, 0, start) + head + bytes(1024) + b"\0\2\0\0" * count
+
+
 GIF = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0, 0, 0)
 EXIF = b"\xff\xe1\xff\xffExif\0\0" + bytes(0xFFFF - 8)
 ROWS: list[tuple[str, Callable[[], bytes], str]] = [
@@ -62,7 +69,7 @@ ROWS: list[tuple[str, Callable[[], bytes], str]] = [
     ("segments", lambda: with_segments(b"\xff\xe5\0\2", 20_000), "segments"),
     ("junk", lambda: with_segments(bytes(1000), 100), "bytes between segments"),
     ("padding", lambda: with_segments(b"\xff" * 1000, 100), "bytes between segments"),
-    ("scans", lambda: saved("JPEG", progressive=True) + b"\xff\xda" * 300, "scans"),
+    ("scans", lambda: saved("JPEG", progressive=True) + b"\xff\xda" * 70, "scans"),
     ("chunks", lambda: with_chunks(chunk(b"tEXt", b"a\0b") * 20_000), "chunks"),
     ("pieces", lambda: with_chunks(chunk(b"IDAT", b"") * 600_000), "chunks"),
     ("text bomb", lambda: with_chunks(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "too large"),
@@ -75,6 +82,7 @@ ROWS: list[tuple[str, Callable[[], bytes], str]] = [
     ("plain comments", lambda: b"P3\n2 2 255\n" + b"#\n" * 100_000, "comments"),
     ("header comment", lambda: b"P6\n" + b"#\n" * 100_000, "bytes of header"),
     ("endless comment", lambda: b"P6\n#" + b"a" * 100_000, "bytes of header"),
+    ("moves", lambda: bitmap_of_moves(2**19), r"bytes of run lengths for 64x48 pixels"),
     ("spaces", lambda: b"P6\n" + b" " * 100_000, "bytes of header"),
 ]
 

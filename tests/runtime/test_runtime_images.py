@@ -172,6 +172,19 @@ def test_read_image_limit_is_ours_not_pillows(tmp_path: Path, monkeypatch: pytes
     assert Image.MAX_IMAGE_PIXELS == 4
 
 
+def test_files_are_refused_by_their_size_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    size = (tmp_path / "a.png").stat().st_size
+    monkeypatch.setattr("multisa.runtime.images.MAX_FILE_BYTES", size)
+    assert read_image(tmp_path / "a.png").size == (6, 8)
+    monkeypatch.setattr("multisa.runtime.images.MAX_FILE_BYTES", size - 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("it is read"))
+    with pytest.raises(ImageError, match=f"a.png: {size} bytes, expected at most {size - 1}"):
+        read_image(tmp_path / "a.png")
+
+
 def test_mask_round_trip_is_deterministic(tmp_path: Path) -> None:
     mask = np.random.default_rng(1).integers(0, 256, (31, 17), dtype=np.uint8)
     for name in ("one.png", "two.png"):
