@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.images import decode_image, resize_image, working_size
+from multisa.runtime.decoding import decode_image, working_size
+from multisa.runtime.images import resize_image
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -24,6 +25,6 @@ class WorkingImage:
 def decode_working_image(data: bytes, *, max_pixels: int, long_side: int) -> WorkingImage:
     """Decode and shrink to the bundle's long side. Raises ImageError."""
     photograph = decode_image(data, max_pixels=max_pixels, long_side=long_side)
-    height, width = photograph.height, photograph.width
+    height, width = photograph.size
     rgb = resize_image(photograph.rgb, working_size(height, width, long_side))
     return WorkingImage(rgb, height, width, photograph.orientation, photograph.notes)
