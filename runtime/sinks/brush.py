@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.sinks.runs import ClassRuns
+from multisa.runtime.sinks.runs import FlatRuns
 
 Int64 = npt.NDArray[np.int64]
 
@@ -17,7 +17,7 @@ _WORD = 32  # no code is longer
 _MAX_PIXELS = (2**32 - 1) // _CHANNELS  # the header counts values in 32 bits
 
 
-def encode_brush(runs: ClassRuns, pixels: int) -> bytes:
+def encode_brush(runs: FlatRuns, pixels: int) -> bytes:
     """Encode the mask of one class of an image of `pixels` pixels: 255 where the class is, 0 elsewhere.
 
     Raises ValueError for more pixels than the header of the format can count.
@@ -33,7 +33,7 @@ def encode_brush(runs: ClassRuns, pixels: int) -> bytes:
     return _pack(np.concatenate((_header(pixels), codes)), np.concatenate(([32, 21], _FLAG_BITS + bits + 8)))
 
 
-def _pieces(runs: ClassRuns, pixels: int) -> tuple[Int64, Int64]:
+def _pieces(runs: FlatRuns, pixels: int) -> tuple[Int64, Int64]:
     """Lengths and values of runs cut to what a length can hold; what is left of a cut run is negative.
 
     Such a remainder is written in the widest form, however short, as by Label Studio's encoder.

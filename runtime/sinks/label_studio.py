@@ -15,7 +15,7 @@ from multisa.runtime.sinks.base import FormatSink, shard_path
 from multisa.runtime.sinks.brush import encode_brush
 from multisa.runtime.sinks.contract import LabelledImage, RunFolder, ShardFiles, SinkContext
 from multisa.runtime.sinks.parts import json_bytes
-from multisa.runtime.sinks.runs import ClassRuns, row_runs
+from multisa.runtime.sinks.runs import FlatRuns, row_runs
 
 _FOLDER = "label-studio"
 _WEB = ("http://", "https://", "/")  # prefixes of what a browser fetches: the id has to be escaped
@@ -67,7 +67,7 @@ class LabelStudioSink(FormatSink):
         text = f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{brush}</View>\n'
         folder.write(f"{_FOLDER}/labeling_config.xml", [text.encode()])
 
-    def _result(self, image: LabelledImage, runs: ClassRuns) -> dict[str, Any]:
+    def _result(self, image: LabelledImage, runs: FlatRuns) -> dict[str, Any]:
         height, width = image.mask.shape
         code = encode_brush(runs, height * width)
         return {
