@@ -19,7 +19,7 @@ from harness import environment, save_results
 from scipy.stats import spearmanr
 
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.doubt import disagreement_of_segmenter, doubt
+from multisa.runtime.doubt import disagreement_of_no_class, disagreement_of_segmenter, doubt
 from multisa.runtime.engines.choice import open_engine
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.images import read_image, read_mask, resize_image, resize_mask, working_size
@@ -59,7 +59,10 @@ def answers(bundle: Bundle, rgb: UInt8, given: tuple[str, ...], engines: Any) ->
             walked = walk_scores(outputs["cam"][0][[i - 1 for i in ids]], edges, parameters.label)
         labelled = pseudo_mask(rgb, walked, ids, parameters.label)
         sure = float(labelled.confidence.mean(dtype=np.float64))
-        made.append(Answer(labelled.mask, sure, labelled.disagreement, labels))
+        disagreement = labelled.disagreement
+        if not ids:
+            disagreement = disagreement_of_no_class(scores, parameters.score_thresholds)
+        made.append(Answer(labelled.mask, sure, disagreement, labels))
     return tuple(made)
 
 

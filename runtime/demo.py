@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -11,18 +12,26 @@ from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.gallery import Panel, write_gallery
 from multisa.runtime.image_labels import read_image_labels
+from multisa.runtime.images import read_image, read_mask
 from multisa.runtime.label import label_images
+from multisa.runtime.manifest import Manifest
 from multisa.runtime.progress import say
+from multisa.runtime.report.cards import Card, Picture
+from multisa.runtime.report.page import Page, write_page
+from multisa.runtime.report.pictures import (
+    OVERLAY,
+    PHOTO,
+    clear_pictures,
+    picture_path,
+    write_overlay,
+    write_photograph,
+)
 from multisa.runtime.segment import segment_images
 
 PHOTOGRAPHS = Path(__file__).parent / "demo_photos"
-PANELS = (
-    Panel("photograph", "photo", "segment/"),
-    Panel("multisa label", "overlay", "label/"),
-    Panel("multisa segment", "overlay", "segment/"),
-)
+RUNS = ("label", "segment")
+CAPTIONS = {PHOTO: "photograph", "label": "multisa label", "segment": "multisa segment"}
 COLUMN_WIDTH = 360  # pixels of the contact sheet, as the following
 CAPTION_HEIGHT = 32
 CAPTION_SIZE = 18
@@ -35,7 +44,7 @@ def run_demo(out: Path, bundle: Bundle, request: EngineRequest | None = None) ->
     Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
     TooManyFailures, before it makes page and sheet, if any photograph failed.
     """
-    options = RunOptions(gallery=True, tell_other_files=False)  # they are the package's own
+    options = RunOptions(tell_other_files=False)  # they are the package's own
     try:
         labels = read_image_labels(PHOTOGRAPHS / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
@@ -52,22 +61,45 @@ def run_demo(out: Path, bundle: Bundle, request: EngineRequest | None = None) ->
     for name, summary in summaries.items():
         check_failures(summary, "0", out / name)
     lines = (out / "segment" / "labels.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    write_gallery(out, records, bundle.manifest, title="multisa demo", panels=PANELS)
-    _write_contact_sheet(out, [Path(record["image"]).stem for record in records])
+    records = [_with_place(i, json.loads(line)) for i, line in enumerate(lines)]
+    _write_page(out, records, bundle.manifest)
+    _write_contact_sheet(out, [int(record["index"]) for record in records])
     return summaries
 
 
-def _write_contact_sheet(out: Path, names: list[str]) -> None:
+def _with_place(index: int, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with what the page ranks by, where the run has not put it there."""
+    return {"index": index, "disagreement": 0.0, "doubt": round(1 - record["confidence"], 4), **record}
+
+
+def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) -> None:
+    """Write OUT/index.html: the photographs with the masks of both runs; facts are those of `segment`."""
+    clear_pictures(out)
+    cards = []
+    for record in records:
+        index = record["index"]
+        rgb = read_image(PHOTOGRAPHS / record["image"]).rgb
+        write_photograph(out, index, rgb)
+        for run in RUNS:
+            write_overlay(out, index, rgb, read_mask(out / run / record["mask"]), manifest, kind=run)
+        pictures = tuple(
+            Picture(caption, PHOTO if kind == PHOTO else OVERLAY, picture_path(index, kind))
+            for kind, caption in CAPTIONS.items()
+        )
+        cards.append(Card(record, pictures, f"segment/{record['mask']}"))
+    write_page(out / "index.html", Page("multisa demo", manifest.name, tuple(cards), len(cards)), manifest)
+
+
+def _write_contact_sheet(out: Path, indices: list[int]) -> None:
     """Write one picture: a captioned column for each panel, a row for each photograph."""
-    rows = [[_read_picture(out, panel, name) for panel in PANELS] for name in names]
+    rows = [[_read_picture(out, index, kind) for kind in CAPTIONS] for index in indices]
     height = CAPTION_HEIGHT + sum(row[0].height for row in rows) + GAP * (len(rows) - 1)
-    sheet = Image.new("RGB", (COLUMN_WIDTH * len(PANELS) + GAP * (len(PANELS) - 1), height), "white")
+    sheet = Image.new("RGB", (COLUMN_WIDTH * len(CAPTIONS) + GAP * (len(CAPTIONS) - 1), height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=CAPTION_SIZE)
-    for column, panel in enumerate(PANELS):
+    for column, caption in enumerate(CAPTIONS.values()):
         left, top = column * (COLUMN_WIDTH + GAP), CAPTION_HEIGHT
         middle = (left + COLUMN_WIDTH / 2, CAPTION_HEIGHT / 2)
-        draw.text(middle, panel.caption, fill="black", font=font, anchor="mm")
+        draw.text(middle, caption, fill="black", font=font, anchor="mm")
         for row in rows:
             sheet.paste(row[column], (left, top))
             top += row[column].height + GAP
@@ -76,8 +108,8 @@ def _write_contact_sheet(out: Path, names: list[str]) -> None:
     write_bytes_atomically(out / "demo.jpg", buffer.getvalue())
 
 
-def _read_picture(out: Path, panel: Panel, name: str) -> Image.Image:
+def _read_picture(out: Path, index: int, kind: str) -> Image.Image:
     """One panel of one photograph, as wide as its column."""
-    with Image.open(out / panel.run / "overlays" / f"{name}.{panel.kind}.jpg") as picture:
+    with Image.open(out / picture_path(index, kind)) as picture:
         height = round(picture.height * COLUMN_WIDTH / picture.width)
         return picture.resize((COLUMN_WIDTH, height), Image.Resampling.LANCZOS)

@@ -3,7 +3,7 @@
 Chosen on photographs with masks among several definitions, and measured by benchmarks/doubt.py.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -66,3 +66,13 @@ def disagreement_of_label(before: Float32, after: npt.NDArray[np.intp]) -> float
     agreement = float((both / np.maximum(either, 1)).mean())
     unsure = int(np.count_nonzero(before.max(axis=0) < np.float32(SURE)))
     return 1 - agreement * (1 - unsure / after.size)
+
+
+def disagreement_of_no_class(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> float:
+    """How close a class came to being present where the classifier's scores call none so; within 0..1.
+
+    The mask is background with full confidence then, which says nothing. scores and thresholds: by class,
+    thresholds of 0..1; the highest score counts as a share of its threshold.
+    """
+    shares = (score / thresholds[name] if thresholds[name] > 0 else 1.0 for name, score in scores.items())
+    return min(max(max(shares, default=0.0), 0.0), 1.0)

@@ -124,7 +124,7 @@ def test_demo(bundle: Bundle, tmp_path: Path) -> None:
     for run in ("label", "segment"):
         masks = sorted(p.name for p in (tmp_path / "demo" / run / "masks").iterdir())
         assert masks == ["astronaut.png", "chelsea.png", "coffee.png"]
-        assert f"{run}/overlays/chelsea.overlay.jpg" in page
+        assert f"report/000001.{run}.jpg" in page and "chelsea.jpg" in page
     with Image.open(tmp_path / "demo/demo.jpg") as sheet:
         pixels = np.asarray(sheet.convert("L")).astype(int)
         heights = [360, 239, 240]  # of the photographs, each 360 wide; 32 above them for the captions

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from multisa.kernels import CrfParameters
-from multisa.runtime.doubt import disagreement_of_label, disagreement_of_segmenter, doubt
+from multisa.runtime.doubt import (
+    disagreement_of_label,
+    disagreement_of_no_class,
+    disagreement_of_segmenter,
+    doubt,
+)
 from multisa.runtime.postprocess import LabelParameters, pseudo_mask
 
 
@@ -93,3 +98,15 @@ def test_pseudo_mask_says_how_far_the_crf_went() -> None:
     found = [pseudo_mask(image, scores, (1,), parameters).disagreement for scores in (right, wrong)]
     assert found[0] < 0.05 < found[1]
     assert pseudo_mask(image, right[:0], (), parameters).disagreement == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"), [((0.1, 0.1), 0.5), ((0.0, 0.0), 0.0), ((-0.1, 0.0), 0.0), ((0.9, 0.0), 1.0)]
+)
+def test_where_no_class_is_present_the_closest_score_counts(
+    scores: tuple[float, float], expected: float
+) -> None:
+    named = dict(zip(("cat", "dog"), scores, strict=True))
+    assert disagreement_of_no_class(named, {"cat": 0.4, "dog": 0.2}) == pytest.approx(expected)
+    assert disagreement_of_no_class({}, {}) == 0
+    assert disagreement_of_no_class({"cat": 0.0}, {"cat": 0.0}) == 1  # anything reaches such a threshold
