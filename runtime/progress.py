@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -9,10 +11,26 @@ from tqdm import tqdm
 
 LINE_INTERVAL = 10.0  # seconds between lines when stderr is not a terminal
 
+# Who is told instead of stderr, the last first: a log of JSON lines on stderr has no other lines between.
+_listeners: list[Callable[[str], None]] = []
+
 
 def say(message: str) -> None:
     """Print one line on stderr without tearing a bar that is being shown."""
-    tqdm.write(message, file=sys.stderr)
+    if _listeners:
+        _listeners[-1](message)
+    else:
+        tqdm.write(message, file=sys.stderr)
+
+
+@contextmanager
+def redirect_said(listener: Callable[[str], None]) -> Iterator[None]:
+    """Inside, what is said goes to `listener` in place of stderr, and progress is not shown."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def counted(number: int, noun: str) -> str:
@@ -39,7 +57,7 @@ class Progress:
             tqdm(
                 total=total, initial=initial, desc=description, unit=unit, file=sys.stderr, dynamic_ncols=True
             )
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and not _listeners
             else None
         )
 
@@ -60,7 +78,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._last_line >= LINE_INTERVAL:
+        elif not _listeners and time.monotonic() - self._last_line >= LINE_INTERVAL:
             self._last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
 

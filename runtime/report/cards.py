@@ -89,7 +89,7 @@ def _marks(card: Card) -> str:
     doubt = float(record["doubt"])
     sample = ' <em title="one of an even spread over the other images">sample</em>' if card.sample else ""
     return (
-        f'<p class="marks"><meter min="0" max="1" value="{doubt:.4f}" aria-label="doubt"></meter>'
+        f'<p class="marks"><i class="gauge" style="--doubt:{doubt:.1%}"></i>'
         f"<span>doubt <b>{doubt:.2f}</b></span><span>confidence <b>{record['confidence']:.1%}</b></span>"
         f"<span>disagreement <b>{record['disagreement']:.1%}</b></span>{sample}</p>"
     )

@@ -55,8 +55,9 @@ def write_report(
     records, failures: the lines of labels.jsonl and failed.jsonl, each read once. run: .multisa/run.json.
     read_photograph: uint8 [H, W, 3] of a record's image, upright, None when it cannot be had any more;
     read_mask: uint8 [H, W]. pictured: images on the page at most. path: of the page, in OUT itself;
-    OUT/report.html when not given. The pictures are determined by records and images; the page holds times. Memory does not grow with the
-    number of records. Raises UsageError where OUT/report is not the report's own folder.
+    OUT/report.html when not given. The pictures are determined by records and images; the page holds times.
+    Memory does not grow with the number of records. Raises UsageError where OUT/report is not the report's
+    own folder.
     """
     path = path or out / "report.html"
     found = gather(records, manifest.classes, pictured)
