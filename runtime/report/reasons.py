@@ -27,10 +27,10 @@ def general_reason(reason: str, image: str = "") -> str:
     >>> general_reason("a/b.jpg: 9000x9000 = 81000000 pixels, expected at most 50000000", "a/b.jpg")
     '…x… = … pixels, expected at most …'
     """
-    text = reason.replace(image, "…") if image else reason
-    # An id at the start says nothing more: the ids are listed beside the reason.
-    text = text.removeprefix("…: ") if image and reason.startswith(image) else text
-    return _NUMBER.sub("…", _QUOTED.sub("…", text[:_LONGEST]))
+    text = reason[:_LONGEST]
+    if image and text.startswith(f"{image}: "):
+        text = text[len(image) + 2 :]  # the ids are listed beside the reason
+    return _NUMBER.sub("…", _QUOTED.sub("…", _without(text, image)))
 
 
 def group_failures(failures: Iterable[Mapping[str, Any]], ids: int) -> dict[str, ReasonGroup]:
@@ -49,3 +49,14 @@ def group_failures(failures: Iterable[Mapping[str, Any]], ids: int) -> dict[str,
         if len(group.ids) < ids:
             group.ids.append(image)
     return dict(sorted(groups.items(), key=lambda item: (-item[1].count, item[0])))
+
+
+def _without(text: str, image: str) -> str:
+    """`text` with every `image` in it replaced that is no part of a longer word: ids may be single letters."""
+    pieces, end = [], 0
+    while image and (start := text.find(image, end)) >= 0:
+        stop = start + len(image)
+        inside = text[max(start - 1, 0) : start].isalnum() or text[stop : stop + 1].isalnum()
+        pieces += [text[end:start], image if inside else "…"]
+        end = stop
+    return "".join([*pieces, text[end:]])

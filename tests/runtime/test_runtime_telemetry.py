@@ -1,0 +1,210 @@
+"""Telemetry: whole JSON lines from many threads, metrics that Prometheus' own parser reads."""
+
+import json
+import os
+import re
+import socket
+import threading
+import urllib.error
+import urllib.request
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from multisa.runtime.errors import UsageError
+from multisa.runtime.progress import Progress, say
+from multisa.runtime.telemetry import log as log_module
+from multisa.runtime.telemetry import telemetry as telemetry_module
+from multisa.runtime.telemetry.log import JsonLog
+from multisa.runtime.telemetry.metrics import Metric, MetricsServer, render_metrics
+from multisa.runtime.telemetry.telemetry import Telemetry
+
+
+def events(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scrape(port: int, path: str = "/metrics") -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        return answer.read().decode()
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    return {
+        (sample.name, "".join(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_events_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Telemetry(log_json=str(path)) as telemetry:
+        telemetry.run_started("segment", images=3, kept=1, source="photos")
+        telemetry.image_done({"decode": 0.5})
+        telemetry.image_failed("a\nb\udcff.jpg", "broken", "ImageError")
+        telemetry.shard_committed(0, 2)
+        telemetry.run_finished()
+    told = events(path)
+    assert [event["event"] for event in told] == [
+        *("run started", "image failed", "shard committed", "run finished")
+    ]
+    assert told[0]["source"] == "photos" and told[1]["image"] == "a\nb\udcff.jpg"
+    assert told[1]["level"] == "warning" and told[3]["done"] == 1 and told[3]["failed"] == 1
+    assert all(datetime.fromisoformat(event["time"]).utcoffset().total_seconds() == 0 for event in told)
+
+
+def test_lines_of_many_threads_stay_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with JsonLog(str(path)) as log:
+        threads = [
+            threading.Thread(target=lambda n=n: [log.event("e", n=n, i=i, pad="x" * 500) for i in range(50)])
+            for n in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    told = [(event["n"], event["i"]) for event in events(path)]
+    assert sorted(told) == [(n, i) for n in range(8) for i in range(50)]
+    log.event("late")  # of a thread that outlives the run: nothing is written to a descriptor given back
+    assert len(events(path)) == 400
+
+
+def test_a_cut_line_is_ended_and_the_log_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"event": "first"}\n{"event": "cu')
+    with JsonLog(str(path)) as log:
+        log.event("next")
+    lines = path.read_text().splitlines()
+    assert lines[1] == '{"event": "cu' and json.loads(lines[2])["event"] == "next" and len(lines) == 3
+
+
+def test_a_log_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot be opened for the log: No such file.*name a file"):
+        Telemetry(log_json=str(tmp_path / "none" / "log.jsonl"))
+
+
+def test_a_full_disk_ends_the_log_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with JsonLog(str(tmp_path / "log.jsonl")) as log:
+        monkeypatch.setattr(log_module.os, "write", full)
+        log.event("one")
+        log.event("two")
+        monkeypatch.undo()
+    assert capsys.readouterr().err.count("the log ends here: No space left on device") == 1
+
+
+def test_stderr_holds_json_and_nothing_else(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multisa.runtime.progress.LINE_INTERVAL", 0.0)
+    with Telemetry(log_json="-") as telemetry, Progress(2, "segment") as progress:
+        telemetry.run_started("segment", images=2)
+        say("an engine was chosen")
+        progress.advance()
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [event["event"] for event in said] == ["run started", "said"]
+    assert said[1]["message"] == "an engine was chosen"
+    say("to people again")
+    assert capfd.readouterr().err == "to people again\n"
+
+
+def test_progress_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, now = tmp_path / "log.jsonl", [100.0]
+    monkeypatch.setattr(telemetry_module.time, "monotonic", lambda: now[0])
+    with Telemetry(log_json=str(path)) as telemetry:
+        telemetry.run_started("label", images=100)
+        for _ in range(100):
+            now[0] += 0.25
+            telemetry.image_done({})
+    told = [event for event in events(path) if event["event"] == "progress"]
+    assert [event["done"] for event in told] == [40, 80]
+    assert told[0]["images_per_second"] == 4.0 and told[1]["seconds"] == 20.0
+
+
+def test_metrics_are_what_was_told() -> None:
+    with Telemetry(metrics_port=0) as telemetry:
+        telemetry.run_started("segment", images=10, kept=2)
+        for _ in range(3):
+            telemetry.image_done({"decode": 0.25, "segmenter": 0.5})
+        telemetry.image_failed("a", "broken", "ImageError", {"decode": 1.0})
+        telemetry.stage_busy("commit", 0.125)
+        telemetry.shard_committed(0, 3)
+        telemetry.queue_depth("segmenter", 7)
+        telemetry.in_flight(4)
+        text = scrape(telemetry.metrics_port)
+        with pytest.raises(urllib.error.HTTPError, match="404") as answer:
+            scrape(telemetry.metrics_port, "/secrets")
+        answer.value.close()
+    found = samples(text)
+    expected = {
+        ("multisa_images", ""): 8,
+        ("multisa_images_done_total", ""): 3,
+        ("multisa_images_failed_total", "ImageError"): 1,
+        ("multisa_stage_busy_seconds_total", "decode"): 1.75,
+        ("multisa_stage_busy_seconds_total", "segmenter"): 1.5,
+        ("multisa_stage_busy_seconds_total", "commit"): 0.125,
+        ("multisa_queue_depth", "segmenter"): 7,
+        ("multisa_shards_committed_total", ""): 1,
+        ("multisa_images_in_flight", ""): 4,
+    }
+    assert found.items() >= expected.items()
+    assert found[("multisa_images_per_second", "")] > 0
+    assert found[("process_resident_memory_bytes", "")] > 1e6 or not Path("/proc/self/statm").exists()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert (
+        families["multisa_images_done"].type == "counter" and families["multisa_queue_depth"].type == "gauge"
+    )
+    assert all(family.documentation for family in families.values())
+
+
+def test_labels_are_escaped() -> None:
+    odd = 'a"b\\n\\c\nd}'
+    text = render_metrics([Metric("m", "help\nwith \\ lines", "gauge", {odd: 2.0}, "kind")])
+    ((family),) = text_string_to_metric_families(text)
+    assert family.samples[0].labels == {"kind": odd} and family.samples[0].value == 2
+    assert family.documentation == "help\nwith \\ lines"
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"on 127\.0\.0\.1:{port}: .*--metrics-port"):
+            Telemetry(metrics_port=port)
+    with pytest.raises(UsageError, match="got 70000 as the port"):
+        MetricsServer(list, 70000)
+
+
+def test_a_log_is_closed_when_the_port_cannot_be_had(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    with pytest.raises(UsageError):
+        Telemetry(log_json=str(tmp_path / "log.jsonl"), metrics_port=-1)
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_threads_lose_no_count() -> None:
+    telemetry = Telemetry()
+
+    def work() -> None:
+        for _ in range(500):
+            telemetry.image_done({"decode": 1.0})
+            telemetry.image_failed("a", "b", "ImageError")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    text = render_metrics(telemetry.metrics())
+    assert re.search(r"images_done_total 2000\.0", text) and telemetry.stage_seconds() == {"decode": 2000.0}
+    assert samples(text)[("multisa_images_failed_total", "ImageError")] == 2000
