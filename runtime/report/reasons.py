@@ -52,7 +52,7 @@ def group_failures(failures: Iterable[Mapping[str, Any]], ids: int) -> dict[str,
 
 
 def _without(text: str, image: str) -> str:
-    """`text` with every `image` in it replaced that is no part of a longer word: ids may be single letters."""
+    """`text` without `image`, where that is no part of a longer word: ids may be single letters."""
     pieces, end = [], 0
     while image and (start := text.find(image, end)) >= 0:
         stop = start + len(image)

@@ -22,8 +22,14 @@ from multisa.runtime.report.report import write_report
 HOSTILE = "\"><script>alert(1)</script>&'</script><!--.jpg"
 CLASSES = ("background", "red thing", "green")
 RUN = {
-    **{"command": "label", "images": 3, "failures": 2, "seconds": 2.0, "images_per_second": 1.5},
-    **{"workers": 1, "skipped": ["x.txt"], "stage_seconds": {"cam": 1.9, "decode": 0.1}},
+    "command": "label",
+    "images": 3,
+    "failures": 2,
+    "seconds": 2.0,
+    "images_per_second": 1.5,
+    "workers": 1,
+    "skipped": ["x.txt"],
+    "stage_seconds": {"cam": 1.9, "decode": 0.1},
     "bundle": {"name": "tiny", "sha256": "0" * 64},
     "engines": {"cam": {"engine": "onnxruntime-cpu", "precision": "fp32", "reason": "<no GPU>"}},
 }

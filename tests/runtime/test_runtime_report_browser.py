@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the P
 # Runs after the page's own script and leaves what it saw in the page.
 DRIVER = """
 const $ = (id) => document.getElementById(id);
-const shown = () => [...document.querySelectorAll("article")].filter((a) => !a.hidden).map((a) => +a.id.slice(5));
+const cards = () => [...document.querySelectorAll("article")].filter((card) => !card.hidden);
+const shown = () => cards().map((card) => +card.id.slice(5));
 const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); return shown(); };
 const press = (key, on = document.activeElement) =>
   on.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
@@ -101,11 +102,24 @@ def test_filters_order_and_keys(page: Path) -> None:
     match = re.search(r'<pre id="seen">(.*?)</pre>', dom(page))
     assert match
     assert json.loads(match[1]) == {
-        **{"start": [1, 0, 2], "tools": True, "by_id": [2], "red": [1, 2], "doubtful": [1, 0]},
-        **{"between": [0], "none": [], "told": True, "reset": [1, 0, 2], "missing": [2]},
-        **{"sorted_by_id": [2, 1, 0], "by_confidence": [0, 1, 2], "back": [1, 0, 2]},
+        "start": [1, 0, 2],
+        "tools": True,
+        "by_id": [2],
+        "red": [1, 2],
+        "doubtful": [1, 0],
+        "between": [0],
+        "none": [],
+        "told": True,
+        "reset": [1, 0, 2],
+        "missing": [2],
+        "sorted_by_id": [2, 1, 0],
+        "by_confidence": [0, 1, 2],
+        "back": [1, 0, 2],
         # Three cards in one row: up and down have nowhere to go.
         "keys": ["card-1", "card-0", "card-1", "card-1", "card-1"],
-        **{"both": [True, True], "o": [False, True], "oo": [True, False]},
-        **{"find": "by-id", "typed": [True, False]},
+        "both": [True, True],
+        "o": [False, True],
+        "oo": [True, False],
+        "find": "by-id",
+        "typed": [True, False],
     }
