@@ -76,7 +76,7 @@ def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) ->
     """Write OUT/index.html: the photographs with the masks of both runs; facts are those of `segment`."""
     clear_pictures(out)
     cards = []
-    for record in records:
+    for record in sorted(records, key=lambda record: (-record["doubt"], record["index"])):
         index = record["index"]
         rgb = read_image(PHOTOGRAPHS / record["image"]).rgb
         write_photograph(out, index, rgb)

@@ -50,6 +50,7 @@ def test_wheel_carries_presets_photographs_and_types(wheel: zipfile.ZipFile) -> 
     for folder, patterns in {
         "training/presets": "*.toml",
         "runtime/demo_photos": "*.*",
+        "runtime/report": "page.*",
         "kernels": "py.typed",
     }.items():
         for path in (ROOT / folder).glob(patterns):
