@@ -2,7 +2,8 @@
 
 For `segment` and for `label` (with the image-level labels, and from scores): the rank correlation of doubt
 with each photograph's share of wrong pixels and with its mean IoU, and what the most doubtful tenth holds.
-Writes benchmarks/results/doubt.json.
+The definition of doubt
+was chosen on these photographs. Writes benchmarks/results/doubt.json.
 
     python benchmarks/doubt.py --data VOC_LAYOUT
 """

@@ -1,6 +1,6 @@
 """How doubtful a mask is, so that people look at the doubtful ones first; it ranks, it is no probability.
 
-Chosen on photographs with masks among several definitions, and measured by benchmarks/doubt.py.
+The definitions were chosen among several on the val photographs, the ones benchmarks/doubt.py measures with.
 """
 
 from collections.abc import Collection, Mapping
