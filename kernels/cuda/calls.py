@@ -1,6 +1,6 @@
 """The kernels as one call on arrays: NumPy arrays go to the device and back, device arrays stay there.
 
-`multisa.kernels.random_walk` and the others come here with backend="cuda". Memory and graphs are made once
+`multisa.kernels.random_walk` and the others come here (label_calls.py has those of label_maps) with backend="cuda". Memory and graphs are made once
 for each shape and setting and kept for the next call. A program that wants to choose streams itself, or to
 check at a moment of its own, uses `DeviceWalk`, `DeviceAffinity` and `DeviceCRF` instead.
 """
@@ -74,7 +74,7 @@ def default_device() -> Device:
     return PycudaDevice()
 
 
-def _queued_alone(call: Callable[..., Any]) -> Callable[..., Any]:
+def queued_alone(call: Callable[..., Any]) -> Callable[..., Any]:
     """Let one thread at a time run a call."""
 
     @functools.wraps(call)
@@ -85,12 +85,12 @@ def _queued_alone(call: Callable[..., Any]) -> Callable[..., Any]:
     return alone
 
 
-@_queued_alone
+@queued_alone
 def random_walk_on_device(
     scores: Any, affinity: Any, settings: WalkSettings, out: Any, device: Device
 ) -> Any:
     """`multisa.kernels.random_walk` on a device; scores and affinity both on the host or both there."""
-    scores_in, affinity_in = _View(device, "scores", scores), _View(device, "affinity", affinity)
+    scores_in, affinity_in = View(device, "scores", scores), View(device, "affinity", affinity)
     batch, (channels, height, width) = _batch("scores", scores_in.shape, 3)
     expected = (*scores_in.shape[:-3], len(stencil_offsets(settings.radius)), height, width)
     affinity_in.expect_shape(expected)
@@ -105,10 +105,10 @@ def random_walk_on_device(
     )
 
 
-@_queued_alone
+@queued_alone
 def affinity_on_device(name: str, array: Any, radius: int, device: Device) -> Any:
     """`affinity_from_features` or `affinity_from_boundary`, by the name of their argument, on a device."""
-    view = _View(device, name, array)
+    view = View(device, name, array)
     batch, shape = _batch(name, view.shape, 3 if name == "features" else 2)
     height, width = shape[-2:]
     kernel = _affinity_of(device, GridShape(batch, height, width), radius)
@@ -124,11 +124,11 @@ def affinity_on_device(name: str, array: Any, radius: int, device: Device) -> An
     return _answer(device, view, (*leading, planes, height, width), None, run, kernel.check)
 
 
-@_queued_alone
+@queued_alone
 def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameters, device: Device) -> Any:
     """`multisa.kernels.dense_crf` on a device; absent labels take no part where the host can see them."""
-    pixels = _View(device, "image", image, np.uint8)
-    maps = _View(device, "probabilities", probabilities)
+    pixels = View(device, "image", image, np.uint8)
+    maps = View(device, "probabilities", probabilities)
     batch, (labels, height, width) = _batch("probabilities", maps.shape, 3)
     pixels.expect_shape((*maps.shape[:-3], height, width, 3))
     channels = None
@@ -137,7 +137,7 @@ def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameter
         channels = _present_labels(np.asarray(probabilities).reshape(batch, labels, height, width))
         taking_part = channels.shape[-1]
     crf = _crf_of(device, batch, height, width, taking_part, parameters)
-    listed = _View(device, "channels", channels, np.int32) if channels is not None else None
+    listed = View(device, "channels", channels, np.int32) if channels is not None else None
 
     def run(target: int) -> None:
         crf.set_images(pixels.pointer)
@@ -149,7 +149,7 @@ def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameter
     return _answer(device, maps, maps.shape, None, run, crf.check)
 
 
-class _View:
+class View:
     """An argument where the device can read it: an array that is there, or a copy of a NumPy array."""
 
     def __init__(self, device: Device, name: str, array: Any, dtype: type[np.generic] = np.float32) -> None:
@@ -200,7 +200,7 @@ def _batch(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, tuple[int
 
 def _answer(
     device: Device,
-    like: _View,
+    like: View,
     shape: tuple[int, ...],
     out: Any,
     run: Callable[[int], None],
@@ -209,7 +209,7 @@ def _answer(
     """Run into `out` or new memory, which is where the input was; a result for the host is checked."""
     if like.on_device:
         target = DeviceArray(device, shape) if out is None else out
-        view = _View(device, "out", target)
+        view = View(device, "out", target)
         if not view.on_device:
             raise TypeError("out: got a NumPy array for input on a device, expected a device array")
         view.expect_shape(shape)

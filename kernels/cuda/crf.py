@@ -30,6 +30,16 @@ PROBLEMS = (
 )
 
 
+def problems_of(word: int) -> str:
+    """Say what the bits of an error word mean; nothing for 0."""
+    return "; ".join(text for bit, text in enumerate(PROBLEMS) if word >> bit & 1)
+
+
+def padded_labels(labels: int) -> int:
+    """Return how many labels' memory and work `labels` take: kernels are compiled for a few counts."""
+    return next((n for n in REGISTER_LANES if n >= labels), divide_up(labels, 8) * 8)
+
+
 class DeviceCRF:
     """Dense CRFs of a batch of images of one size; all memory is allocated when it is made.
 
@@ -69,7 +79,7 @@ class DeviceCRF:
         self.images, self.height, self.width, self.labels = images, height, width, labels
         self.problems = problems
         self._device, self._copies, self._pixels = device, copies, height * width
-        self._lanes = next((n for n in REGISTER_LANES if n >= labels), divide_up(labels, 8) * 8)
+        self._lanes = padded_labels(labels)
         deviations = (of.bilateral_sxy,) * 2 + (of.bilateral_srgb,) * 3
         spatial = lattice_geometry(1, height, width, (of.spatial_sxy,) * 2, lanes=self._lanes)
         bilateral = lattice_geometry(
@@ -95,6 +105,11 @@ class DeviceCRF:
         """Device memory in bytes."""
         parts = (self._memory, self._spatial.memory, self._bilateral.memory, self._builder)
         return sum(part.size for part in parts)
+
+    @property
+    def error(self) -> int:
+        """Device address of the word that `check` reads (`problems_of`), for who must not wait for it."""
+        return self._memory["error"]
 
     def set_images(self, images: int, *, stream: int = 0) -> None:
         """Queue building the bilateral lattices of uint8 [images, height, width, 3] RGB at this address."""
@@ -151,7 +166,7 @@ class DeviceCRF:
         self._device.download(self._memory["error"], error, stream)
         if error[0]:
             self._device.fill(self._memory["error"], 0, 1, stream)
-            raise ValueError("; ".join(text for bit, text in enumerate(PROBLEMS) if error[0] >> bit & 1))
+            raise ValueError(problems_of(int(error[0])))
 
     def _check_images(self) -> None:
         """Raise ValueError where there is nothing to infer on."""

@@ -44,7 +44,12 @@ class ErrorWord:
         if not word[0]:
             return
         self._device.fill(self.pointer, 0, 1, stream)
-        raise ValueError("; ".join(text for bit, text in BAD_INPUT.items() if word[0] & bit))
+        raise ValueError(bad_input(int(word[0])))
+
+
+def bad_input(word: int) -> str:
+    """Say what the bits of an error word mean; nothing for 0."""
+    return "; ".join(text for bit, text in BAD_INPUT.items() if word & bit)
 
 
 def check_positive(sizes: Any) -> None:

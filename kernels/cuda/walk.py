@@ -113,6 +113,11 @@ class DeviceWalk:
         arguments = [memory[self._result], memory["range"], out, *self._plane(), *counts]
         self._launch("walk_finish", (pixels, shape.images * shape.channels, 1), arguments, stream)
 
+    @property
+    def error(self) -> int:
+        """Device address of the word that `check` reads (limits.bad_input), for who must not wait for it."""
+        return self._errors.pointer
+
     def check(self, stream: int = 0) -> None:
         """Wait for `stream`; raise ValueError if a walk since the last check met invalid values."""
         self._errors.check(stream)

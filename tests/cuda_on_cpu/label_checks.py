@@ -1,0 +1,125 @@
+"""What the kernels around the walk must do on any `Device`: shared by the tests on the CPU, under sanitisers, on a GPU.
+
+LD_PRELOAD=libtsan.so python label_checks.py LIBRARY      # every kernel once on a library of kernels.cu
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from crf_checks import put
+
+from multisa.kernels import argmax_labels, resize_maps, scores_to_probabilities
+from multisa.kernels.cuda.device import Device
+from multisa.kernels.cuda.label_maps import DeviceLabelMaps, queue_argmax, queue_take_errors
+
+Float32 = npt.NDArray[np.float32]
+TOLERANCE = 2e-6  # of values up to 1: sums of a few products in float32, of shrinking many
+
+
+def scores(count: int, height: int, width: int, seed: int = 0) -> Float32:
+    """Class maps in [0, 1] that leave neither end out."""
+    maps = np.random.default_rng(seed).random((count, height, width), dtype=np.float32) ** 3
+    maps.flat[0], maps.flat[-1] = 0, 1
+    return maps
+
+
+def fetch(device: Device, pointer: int, shape: tuple[int, ...], dtype: Any = np.float32) -> npt.NDArray[Any]:
+    """Copy an array from the device."""
+    array = np.empty(shape, dtype)
+    device.download(pointer, array)
+    return array
+
+
+def check_resize(device: Device, count: int, source: tuple[int, int], target: tuple[int, int]) -> None:
+    """All maps, and some of them in another order."""
+    maps = scores(count, *source)
+    there = put(device, maps)
+    resizer = DeviceLabelMaps(device, source, target)
+    out = device.allocate(4 * count * target[0] * target[1])
+    resizer.resize(there.pointer, count, out.pointer)
+    expected = resize_maps(maps, target)
+    np.testing.assert_allclose(
+        fetch(device, out.pointer, expected.shape), expected, rtol=0, atol=TOLERANCE
+    )
+    chosen = np.arange(count, dtype=np.int32)[::-2].copy()
+    listed = put(device, chosen)
+    resizer.resize(there.pointer, len(chosen), out.pointer, channels=listed.pointer)
+    got = fetch(device, out.pointer, (len(chosen), *target))
+    np.testing.assert_allclose(got, expected[chosen], rtol=0, atol=TOLERANCE)
+
+
+def check_probabilities(
+    device: Device,
+    count: int,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    to_peak: bool = False,
+    gains: tuple[float, ...] | None = None,
+) -> None:
+    """Against NumPy; the result sums to one and no label wins everywhere."""
+    maps = scores(count, *source) * np.float32(0.6)
+    there, factors = put(device, maps), put(device, np.array(gains or (1.0,) * count, np.float32))
+    out = device.allocate(4 * (1 + count) * target[0] * target[1])
+    DeviceLabelMaps(device, source, target).probabilities(
+        there.pointer,
+        count,
+        out.pointer,
+        background=0.25,
+        gains=factors.pointer if gains else 0,
+        to_peak=to_peak,
+    )
+    expected = scores_to_probabilities(maps, target, background=0.25, gains=gains, to_peak=to_peak)
+    got = fetch(device, out.pointer, expected.shape)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got.sum(axis=0), 1, atol=1e-6)
+    if source[0] * source[1] > 20:
+        assert len(np.unique(got.argmax(axis=0))) == 1 + count
+
+
+def check_argmax(device: Device, labels: int, height: int, width: int) -> None:
+    """Exactly NumPy's answer, ties included; the soft maps are the probabilities rounded once."""
+    probabilities = scores(labels, height, width)
+    # A few values over and over, so that most pixels have a tie.
+    probabilities[:, : height // 2] = np.round(probabilities[:, : height // 2] * 3) / np.float32(3)
+    ids = np.random.default_rng(1).permutation(256)[:labels].astype(np.int32)
+    pixels = height * width
+    there, listed = put(device, probabilities), put(device, ids)
+    mask, confidence, soft = (device.allocate(size) for size in (pixels, pixels, 2 * labels * pixels))
+    addresses = there.pointer, listed.pointer, labels, pixels, mask.pointer, confidence.pointer
+    queue_argmax(device, *addresses, soft=soft.pointer)
+    expected = argmax_labels(probabilities, ids.tolist())
+    for buffer, array in zip((mask, confidence), expected, strict=True):
+        np.testing.assert_array_equal(fetch(device, buffer.pointer, array.shape, np.uint8), array)
+    got = fetch(device, soft.pointer, probabilities.shape, np.float16)
+    np.testing.assert_array_equal(got, probabilities.astype(np.float16))
+
+
+def check_errors(device: Device) -> None:
+    """Words are moved once; a missing one counts as none."""
+    walk, crf = (put(device, np.array([value], np.uint32)) for value in (5, 2))
+    out = device.allocate(8)
+    for expected in ([5, 2], [0, 0]):
+        queue_take_errors(device, walk.pointer, crf.pointer, out.pointer)
+        assert fetch(device, out.pointer, (2,), np.uint32).tolist() == expected
+    queue_take_errors(device, 0, 0, out.pointer)
+    assert fetch(device, out.pointer, (2,), np.uint32).tolist() == [0, 0]
+
+
+def main() -> None:
+    """Run every kernel on a small problem."""
+    from cpu_device import CpuDevice
+
+    device = CpuDevice(Path(sys.argv[1]))
+    check_resize(device, 3, (5, 7), (19, 13))
+    check_probabilities(device, 2, (5, 7), (18, 26), to_peak=True, gains=(1.5, 0.5))
+    check_argmax(device, 3, 9, 31)
+    check_errors(device)
+    print("checked")
+
+
+if __name__ == "__main__":
+    main()
