@@ -22,6 +22,11 @@ HEADER = ["image", "labels"]
 Labels = tuple[str, ...]
 
 
+def labels_from_scores(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:
+    """The classes whose score reaches their threshold, in the order of `scores`."""
+    return tuple(name for name, score in scores.items() if score >= thresholds[name])
+
+
 @dataclass(frozen=True)
 class ImageLabels:
     """The rows of a label file, by the key each image is given under."""

@@ -18,6 +18,7 @@ CAPTURE_MODE_RELAXED = 2
 NUM_REGS = 4  # CUfunction_attribute
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the stream and the default stream do not wait for each other
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+BLOCKING_SYNC = 1  # CU_EVENT_BLOCKING_SYNC: who waits for the event leaves its core to others
 
 _pointer, _int, _unsigned, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
 _SIGNATURES: dict[str, list[Any]] = {
@@ -35,6 +36,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuStreamWaitEvent": [_pointer, _pointer, _unsigned],
     "cuEventCreate": [_pointer, _unsigned],
     "cuEventRecord": [_pointer, _pointer],
+    "cuEventSynchronize": [_pointer],
     "cuEventDestroy_v2": [_pointer],
     "cuStreamBeginCapture_v2": [_pointer, _int],
     "cuStreamEndCapture": [_pointer, _pointer],
@@ -123,13 +125,30 @@ class Driver:
 
     def queue_after(self, later: int, earlier: int) -> None:
         """Let what is queued on `later` from now on wait for what `earlier` has been given; does not wait."""
-        event = ctypes.c_void_p()
-        self._call("cuEventCreate", ctypes.byref(event), DISABLE_TIMING)
+        event = self.create_event()
         try:
-            self._call("cuEventRecord", event, earlier)
+            self.record_event(event, earlier)
             self._call("cuStreamWaitEvent", later, event, 0)
         finally:
-            self._call("cuEventDestroy_v2", event)  # freed by the driver once it has happened
+            self.destroy_event(event)  # freed by the driver once it has happened
+
+    def create_event(self) -> int:
+        """Return a new event, which a thread may wait for."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), DISABLE_TIMING | BLOCKING_SYNC)
+        return _handle(event)
+
+    def record_event(self, event: int, stream: int) -> None:
+        """Let the event stand for all that the stream has been given so far."""
+        self._call("cuEventRecord", event, stream)
+
+    def synchronise_event(self, event: int) -> None:
+        """Wait until what the event stands for is done; at once where it was never recorded."""
+        self._call("cuEventSynchronize", event)
+
+    def destroy_event(self, event: int) -> None:
+        """Give an event back."""
+        self._call("cuEventDestroy_v2", event)
 
     def synchronise(self, stream: int) -> None:
         """Wait until all work queued on the stream is done."""

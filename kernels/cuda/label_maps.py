@@ -1,8 +1,8 @@
 """From class maps to labels on a device: which kernels run, on which grids.
 
-    maps = DeviceLabelMaps(device, (94, 125), (375, 500))
-    maps.probabilities(walked, 3, out, background=0.3, stream=stream)      # device addresses; nothing waits
-    queue_argmax(device, out, ids, 4, 375 * 500, mask, confidence, stream=stream)
+maps = DeviceLabelMaps(device, (94, 125), (375, 500))
+maps.probabilities(walked, 3, out, background=0.3, stream=stream)      # device addresses; nothing waits
+queue_argmax(device, out, ids, 4, 375 * 500, mask, confidence, stream=stream)
 """
 
 import numpy as np
@@ -39,11 +39,6 @@ class DeviceLabelMaps:
             self._taps += [self._memory[f"{name}{axis}"] for name in ("first", "count", "weights")]
             self._taps.append(np.int32(taps.weights.shape[1]))
         self._sizes = [np.int32(size) for size in (*source, *target)]
-
-    @property
-    def size(self) -> int:
-        """Device memory in bytes."""
-        return self._memory.size
 
     def resize(self, maps: int, count: int, out: int, *, channels: int = 0, stream: int = 0) -> None:
         """Queue resizing `count` maps, float32 [., *source], into float32 [count, *target].

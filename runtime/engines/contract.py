@@ -1,6 +1,7 @@
 """What a graph of a bundle takes and gives, and what runs one: the protocol that every engine keeps."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,19 @@ class DeviceEngine(Protocol):
 
     def run_on_device(self, image: UInt8) -> dict[str, Any]:
         """Run as `Engine.run` does, without waiting; arrays with `__cuda_array_interface__`."""
+
+
+@runtime_checkable
+class QueuedEngine(DeviceEngine, Protocol):
+    """An engine that works on a stream of the caller's, from and into memory of the device."""
+
+    def queue(
+        self, image: int, shape: tuple[int, ...], stream: int, outputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Queue uint8 `shape` [N, H, W, 3] at a device address, without waiting.
+
+        Returns arrays of the device (`calls.DeviceArray`), those of `outputs` where they fit.
+        """
 
 
 @runtime_checkable

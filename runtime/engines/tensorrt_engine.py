@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -67,7 +67,8 @@ class TensorRTEngine(ClosedAtExit):
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
         """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
-        lane = self._lane_for(image)
+        check_image(image, self.contract.name)
+        lane = self._lane_for(image.shape)
         try:
             return lane.run(image)
         except self._plan.gpu.errors as error:
@@ -79,9 +80,23 @@ class TensorRTEngine(ClosedAtExit):
         They are ready in the order of the default stream, on which `multisa.kernels` works, and remain good
         after the engine was closed.
         """
-        lane = self._lane_for(image)
+        check_image(image, self.contract.name)
+        lane = self._lane_for(image.shape)
         try:
             return lane.run_on_device(image)
+        except self._plan.gpu.errors as error:
+            raise self._failure(error) from error
+
+    def queue(
+        self, image: int, shape: tuple[int, ...], stream: int, outputs: Mapping[str, DeviceArray]
+    ) -> dict[str, DeviceArray]:
+        """Queue on `stream` the uint8 RGB image `shape` [N, H, W, 3] at a device address. Raises EngineError.
+
+        Nothing waits. An array of `outputs` that has an output's shape and dtype is written; others are made.
+        """
+        lane = self._lane_for(shape)
+        try:
+            return lane.queue(image, shape, stream, outputs)
         except self._plan.gpu.errors as error:
             raise self._failure(error) from error
 
@@ -90,9 +105,8 @@ class TensorRTEngine(ClosedAtExit):
         with self._opening:  # a lane that is being made is closed, too
             self._finalizer()
 
-    def _lane_for(self, image: UInt8) -> Lane:
-        check_image(image, self.contract.name)
-        batch, height, width, _ = image.shape
+    def _lane_for(self, image: tuple[int, ...]) -> Lane:
+        batch, height, width, _ = image
         fitting = [index for index, p in enumerate(self._profiles) if p.covers((batch, height, width))]
         if not fitting:
             listed = ", ".join(map(str, self._profiles))

@@ -141,6 +141,29 @@ class Lane:
             self._driver.queue_after(DEFAULT_STREAM, self._stream)
             return arrays
 
+    def queue(
+        self, image: int, shape: Shape4, stream: int, outputs: Mapping[str, DeviceArray]
+    ) -> dict[str, DeviceArray]:
+        """Queue on the caller's stream uint8 `shape` that lies at the device address `image`; nothing waits.
+
+        The outputs go where `outputs` have room for just them, else into new arrays.
+        """
+        with self._turn, self._plan.gpu.active():
+            if self._context is None:
+                raise EngineError(f"{self._plan.graph}: the engine is closed, expected an open one")
+            call = self._shapes_of(self._context, shape)
+            arrays = {name: self._room(name, size, outputs) for name, size in call.outputs.items()}
+            self._set_address(self._context, IMAGE, image)
+            for name, array in arrays.items():
+                self._set_address(self._context, name, array.pointer)
+            # All calls of a lane use the same activations, so its own stream knows of this one, too.
+            self._driver.queue_after(stream, self._stream)
+            try:
+                self._plan.require(self._context.execute_async_v3(stream), "execute_async_v3")
+            finally:
+                self._driver.queue_after(self._stream, stream)
+            return arrays
+
     def close(self) -> None:
         """Wait for what is queued and give everything back; `run` is an error afterwards."""
         with self._turn, self._plan.gpu.active():
@@ -181,8 +204,15 @@ class Lane:
             context.set_device_memory(self._activations.pointer, self._activations.size)
         return context
 
-    def _prepare(self, context: Any, image: Shape4) -> _Call:
-        """Give a context the shape and the addresses of a call."""
+    def _room(self, name: str, shape: Shape4, outputs: Mapping[str, DeviceArray]) -> DeviceArray:
+        dtype = np.dtype(self._plan.outputs[name])
+        given = outputs.get(name)
+        if given is not None and (given.shape, given.dtype) == (shape, dtype):
+            return given
+        return DeviceArray(self._plan.gpu, shape, dtype.type)
+
+    def _shapes_of(self, context: Any, image: Shape4) -> _Call:
+        """Give a context the shape of a call, and ask for those of its outputs."""
         plan = self._plan
         plan.require(context.set_input_shape(IMAGE, image), f"set_input_shape({IMAGE}, {list(image)})")
         missing = context.infer_shapes()
@@ -194,9 +224,13 @@ class Lane:
         for name, shape in outputs.items():
             if min(shape) < 1:
                 raise EngineError(f"{plan.graph}: {name}: got the shape {list(shape)}, expected sizes")
-        call = _Call(image, outputs)
+        return _Call(image, outputs)
+
+    def _prepare(self, context: Any, image: Shape4) -> _Call:
+        """Give a context the shape and the addresses of a call."""
+        call = self._shapes_of(context, image)
         self._reserve(IMAGE, call.image_bytes)
-        for name, shape in outputs.items():
+        for name, shape in call.outputs.items():
             self._reserve(name, self._bytes(name, shape))
         for name, memory in self._memory.items():
             self._set_address(context, name, memory.device.pointer)

@@ -3,7 +3,9 @@
 // after functions of all other names, which say that there is no device.
 //
 // What is queued on a stream is done when somebody waits for it and not before, so that a wait that was
-// forgotten shows. The default stream works at once, after what it was told to wait for.
+// forgotten shows; an event stands for what its stream had been given by then, and no more. The default stream
+// works at once, after what it was told to wait for.
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -38,6 +40,7 @@ int the_context, the_module;  // only their addresses matter
 struct Stream {
     Graph *capture = nullptr;
     std::deque<std::function<int()>> pending;
+    std::atomic<std::size_t> given = 0, done = 0;  // pieces of work, since the stream was made
     std::recursive_mutex working;
     bool busy = false;  // a host function is running, and may come back here through Python's garbage
 };
@@ -53,34 +56,43 @@ bool exists(Stream *stream) {
     return streams.count(stream) > 0;
 }
 
-int finish(Stream *stream);
+struct Event {
+    Stream *stream = nullptr;
+    std::size_t until = 0;  // work of the stream
+};
 
-std::vector<Stream *> awaited;  // by the default stream
+constexpr std::size_t all_work = ~std::size_t{0};
+
+int finish(Stream *stream, std::size_t until = all_work);
+
+std::vector<Event> awaited;  // by the default stream
 
 int settle_default() {
-    std::vector<Stream *> streams;
+    std::vector<Event> events;
     {
         const std::lock_guard lock(of_streams);
-        streams.swap(awaited);
+        events.swap(awaited);
     }
     int status = 0;
-    for (Stream *stream : streams)
-        if (const int failed = finish(stream)) status = failed == 400 ? status : failed;  // gone is done
+    for (const Event &event : events)
+        if (const int failed = finish(event.stream, event.until)) status = failed == 400 ? status : failed;  // gone is done
     return status;
 }
 
-int finish(Stream *stream) {
+int finish(Stream *stream, std::size_t until) {
     if (is_default(stream)) return settle_default();
     if (!exists(stream)) return 400;  // invalid handle
+    if (until != all_work && stream->done >= until) return 0;  // asks for no lock: two streams may await each other
     const std::lock_guard lock(stream->working);
     if (stream->capture) return not_permitted;
     if (stream->busy) return 0;
     int status = 0;
     stream->busy = true;
-    while (!stream->pending.empty()) {
+    while (!stream->pending.empty() && stream->done < until) {
         const auto work = std::move(stream->pending.front());
         stream->pending.pop_front();
         if (const int failed = work()) status = failed;
+        ++stream->done;
     }
     stream->busy = false;
     return status;
@@ -112,7 +124,7 @@ int queue(Stream *stream, std::function<int()> work) {
     if (!exists(stream)) return 400;
     const std::lock_guard lock(stream->working);
     if (stream->capture) stream->capture->push_back(std::move(work));
-    else stream->pending.push_back(std::move(work));
+    else stream->pending.push_back(std::move(work)), ++stream->given;
     return 0;
 }
 
@@ -179,12 +191,15 @@ int cuStreamDestroy_v2(Stream *stream) {
     return streams.erase(stream), 0;  // not deleted: another thread may be looking at it
 }
 int cuStreamSynchronize(Stream *stream) { return finish(stream); }
-// An event is as good as the last stream it was recorded on; who waits for it waits for all of that stream.
-int cuEventCreate(Stream ***event, unsigned) { return *event = new Stream *(nullptr), 0; }
-int cuEventRecord(Stream **event, Stream *stream) { return *event = stream, 0; }
-int cuEventDestroy_v2(Stream **event) { return delete event, 0; }
-int cuStreamWaitEvent(Stream *stream, Stream **event, unsigned) {
-    if (!is_default(stream)) return queue(stream, [earlier = *event] { return finish(earlier); });
+int cuEventCreate(Event **event, unsigned) { return *event = new Event, 0; }
+int cuEventRecord(Event *event, Stream *stream) {
+    return *event = {stream, is_default(stream) ? 0 : stream->given.load()}, 0;
+}
+int cuEventSynchronize(Event *event) { return event->stream ? finish(event->stream, event->until) : 0; }
+int cuEventDestroy_v2(Event *event) { return delete event, 0; }
+int cuStreamWaitEvent(Stream *stream, Event *event, unsigned) {
+    if (!event->stream) return 0;
+    if (!is_default(stream)) return queue(stream, [earlier = *event] { return finish(earlier.stream, earlier.until); });
     const std::lock_guard lock(of_streams);
     return awaited.push_back(*event), 0;
 }

@@ -1,4 +1,4 @@
-"""What the kernels around the walk must do on any `Device`: shared by the tests on the CPU, under sanitisers, on a GPU.
+"""What the kernels around the walk must do on any `Device`: on the CPU, under sanitisers and on a GPU.
 
 LD_PRELOAD=libtsan.so python label_checks.py LIBRARY      # every kernel once on a library of kernels.cu
 """
@@ -41,9 +41,7 @@ def check_resize(device: Device, count: int, source: tuple[int, int], target: tu
     out = device.allocate(4 * count * target[0] * target[1])
     resizer.resize(there.pointer, count, out.pointer)
     expected = resize_maps(maps, target)
-    np.testing.assert_allclose(
-        fetch(device, out.pointer, expected.shape), expected, rtol=0, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(fetch(device, out.pointer, expected.shape), expected, rtol=0, atol=TOLERANCE)
     chosen = np.arange(count, dtype=np.int32)[::-2].copy()
     listed = put(device, chosen)
     resizer.resize(there.pointer, len(chosen), out.pointer, channels=listed.pointer)

@@ -1,4 +1,4 @@
-"""The CUDA kernels around the walk, run on the CPU: results, order of threads, sanitisers, calls on arrays."""
+"""The CUDA kernels around the walk, run on the CPU: results, order of threads, sanitisers, calls."""
 
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,10 @@ def test_sanitisers_find_nothing(sanitiser: str) -> None:
 
 def test_thread_sanitiser_finds_a_missing_barrier(tmp_path: Path) -> None:
     broken = changed_sources(
-        tmp_path, "label_maps.cuh", "    __syncthreads();\n    if (threadIdx.x > 0) return;", "    if (threadIdx.x > 0) return;"
+        tmp_path,
+        "label_maps.cuh",
+        "    __syncthreads();\n    if (threadIdx.x > 0) return;",
+        "    if (threadIdx.x > 0) return;",
     )
     result = run_sanitised("tsan", SCRIPT, main=MAIN, sources=broken)
     assert result.returncode == 66

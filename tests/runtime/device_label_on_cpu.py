@@ -1,0 +1,418 @@
+"""The chain on a device, on the CPU: test_runtime_device_label.py runs these tests with the CPU's libcuda.
+
+The networks are plans of fake_tensorrt.py; what is queued on a stream is done when somebody waits for it.
+"""
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_tensorrt import make_plan
+from PIL import Image
+from tensorrt_on_cpu import PROFILES, VERSIONS, libraries, use_kernels_in
+
+from multisa.kernels import CrfParameters, DenseCRF
+from multisa.kernels.cuda import calls
+from multisa.kernels.cuda.driver import Driver, DriverError
+from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
+from multisa.runtime import device_label
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.device_label import DeviceChain, DeviceLabels, open_device_chain
+from multisa.runtime.engines.contract import AFFINITY, CAM, graph_file
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, this_platform
+from multisa.runtime.engines.tensorrt import open_tensorrt
+from multisa.runtime.errors import EngineError, ImageError
+from multisa.runtime.manifest import Manifest
+from multisa.runtime.postprocess import background_and_foreground, pseudo_mask, resize_maps, walk_scores
+
+assert libraries  # the fixture that installs both libraries, used by every test here
+PHOTOS = default_bundle_path().parents[1] / "demo_photos"
+CRF = CrfParameters(iterations=2)
+STATUS = 8  # bytes of error words that come back with a mask
+
+
+def photograph(name: str, height: int, width: int) -> np.ndarray:
+    with Image.open(PHOTOS / f"{name}.jpg") as image:
+        return np.asarray(image.convert("RGB").resize((width, height)))
+
+
+def tinted(name: str, height: int, width: int) -> np.ndarray:
+    """A photograph whose left is red, its right green and its middle dark: what the tiny bundle's networks tell apart."""
+    rgb = photograph(name, height, width).copy()
+    side = 2 * width // 5
+    rgb[:, :side, 1:] //= 5
+    rgb[:, side:-side] //= 9
+    rgb[:, -side:, ::2] //= 5
+    return rgb
+
+
+def plans(bundle: Bundle, folder: Path, library: str) -> Path:
+    """Plans of cam and affinity as the builder keeps them."""
+    for contract in (CAM, AFFINITY):
+        name = graph_file(contract)
+        key = PlanKey(
+            graph=contract.name,
+            precision="fp32",
+            onnx_sha256=bundle.manifest.files[name].sha256,
+            library=library,
+            library_version=VERSIONS[library],
+            target="sm89",
+            gpu="CPU",
+            profiles=tuple(Profile(*profile) for profile in PROFILES),
+            flags=FLAGS,
+            platform=this_platform(),
+        )
+        PlanCache(folder).get_or_build(key, lambda: make_plan(bundle.read_file(name), PROFILES))  # noqa: B023
+    return folder
+
+
+@contextlib.contextmanager
+def chain_of(
+    bundle: Bundle, folder: Path, library: str = "tensorrt", manifest: Manifest | None = None, **options: Any
+) -> Iterator[DeviceChain]:
+    """A chain on the tests' driver; `folder` is for plans and kernels."""
+    cache = plans(bundle, folder / "plans", library)
+    with pytest.MonkeyPatch.context() as patch:
+        device = use_kernels_in(folder, patch)
+        with (
+            open_tensorrt(bundle, CAM, library=library, cache=cache) as cam,
+            open_tensorrt(bundle, AFFINITY, library=library, cache=cache) as affinity,
+            DeviceChain(cam, affinity, manifest or bundle.manifest, device, **options) as chain,
+        ):
+            yield chain
+
+
+class OnTheCpu:
+    """The reference: ONNX Runtime, then the functions of postprocess.py."""
+
+    def __init__(self, bundle: Bundle, manifest: Manifest | None = None) -> None:
+        self._manifest = manifest or bundle.manifest
+        self._cam, self._affinity = (
+            OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), contract=contract)
+            for contract in (CAM, AFFINITY)
+        )
+
+    def walked(self, rgb: np.ndarray, ids: tuple[int, ...]) -> np.ndarray:
+        maps = self._cam.run(rgb[None])["cam"][0][[i - 1 for i in ids]]
+        edges = self._affinity.run(rgb[None])["affinity"]
+        return walk_scores(maps, edges, self._manifest.parameters.label)
+
+    def expect(self, got: Any, rgb: np.ndarray) -> None:
+        """Masks alike but for ties, confidences but for their last levels: walks there have fp16 weights."""
+        assert isinstance(got, DeviceLabels), got
+        ids = tuple(self._manifest.classes.index(name) for name in got.classes)
+        parameters = self._manifest.parameters.label
+        expected = pseudo_mask(rgb, self.walked(rgb, ids), ids, parameters)
+        assert got.mask.dtype == got.confidence.dtype == np.uint8
+        assert got.mask.shape == got.confidence.shape == rgb.shape[:2]
+        assert (got.mask == expected.mask).mean() >= 0.999
+        differences = np.abs(got.confidence - 255 * expected.confidence)
+        assert np.quantile(differences, 0.999) <= 2, differences.max()
+
+
+def test_masks_of_photographs(tmp_path: Path) -> None:
+    """The packaged bundle, whose maps are coarser than its affinities; classes given and from scores."""
+    bundle = load_bundle(default_bundle_path())
+    parameters = bundle.manifest.parameters
+    short = dataclasses.replace(parameters.label, walk_steps=32, crf=CRF, background=0.7)
+    manifest = dataclasses.replace(bundle.manifest, parameters=dataclasses.replace(parameters, label=short))
+    cpu = OnTheCpu(bundle, manifest)
+    given = {"astronaut": ("person",), "chelsea": None, "coffee": ("cat", "person", "sheep")}
+    seen = set()
+    with chain_of(bundle, tmp_path, manifest=manifest) as chain:
+        for name, labels in given.items():
+            rgb = photograph(name, 60, 76)
+            (labelled,) = chain.label(rgb[None], [labels])
+            cpu.expect(labelled, rgb)
+            assert isinstance(labelled, DeviceLabels) and (labels is None or labelled.classes == labels)
+            assert list(labelled.scores) == list(bundle.manifest.foreground)
+            seen |= {labelled.classes, *np.unique(labelled.mask).tolist()}
+
+    assert ("cat",) in seen and {0, 1, 5} <= seen  # so scores chose, and masks have more than one class
+
+
+@pytest.mark.parametrize("library", VERSIONS)
+def test_batches(bundle: Bundle, tmp_path: Path, library: str) -> None:
+    """Each image of a batch as if it were alone, with classes of its own."""
+    cpu = OnTheCpu(bundle)
+    names = ("astronaut", "chelsea", "coffee", "chelsea")
+    batch = np.stack([tinted(name, 33, 47) for name in names])
+    given = [("green",), None, (), ("red thing", "green")]
+    with chain_of(bundle, tmp_path, library) as chain:
+        together = chain.label(batch[:, ::-1, ::-1], given)  # not contiguous
+        for rgb, labels, got in zip(batch[:, ::-1, ::-1], given, together, strict=True):
+            (alone,) = chain.label(rgb[None], [labels])
+            assert isinstance(got, DeviceLabels) and isinstance(alone, DeviceLabels)
+            assert got.classes == alone.classes and got.scores == alone.scores
+            np.testing.assert_array_equal(got.mask, alone.mask)
+            np.testing.assert_array_equal(got.confidence, alone.confidence)
+            if got.classes:
+                cpu.expect(got, rgb)
+                assert len(np.unique(got.mask)) == 1 + len(got.classes)
+            else:
+                assert not got.mask.any() and (got.confidence == 255).all()
+        assert [len(got.classes) for got in together] == [1, 1, 0, 2]  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Every call of the driver that takes a stream: its name, the stream, and the bytes of a copy."""
+    seen: list[tuple[str, int, int]] = []
+
+    def watch(name: str, stream: int, size: int | None = None) -> None:
+        true = getattr(Driver, name)
+
+        def call(self: Driver, *arguments: Any) -> Any:
+            seen.append((name, arguments[stream], arguments[size] if size is not None else 0))
+            return true(self, *arguments)
+
+        monkeypatch.setattr(Driver, name, call)
+
+    for name in ("upload", "download"):
+        watch(name, 3, 2)
+    for name, stream in (("fill", 3), ("launch", 5), ("launch_graph", 1), ("synchronise", 0)):
+        watch(name, stream)
+    watch("record_event", 1)
+    for name in ("download", "upload"):  # those that wait
+
+        def refuse(*_: Any, name: str = name) -> None:
+            seen.append((f"waiting {name}", 0, 0))
+
+        monkeypatch.setattr(PrimaryContext, name, _and(getattr(PrimaryContext, name), refuse))
+    return seen
+
+
+def _and(true: Any, also: Any) -> Any:
+    def both(*arguments: Any) -> Any:
+        also()
+        return true(*arguments)
+
+    return both
+
+
+def test_only_masks_come_back(bundle: Bundle, tmp_path: Path, queued: list[tuple[str, int, int]]) -> None:
+    """One upload for both networks, three streams, none of them the default, nobody waits but for the slot."""
+    rgb, size = tinted("chelsea", 33, 47)[None], 33 * 47
+    with chain_of(bundle, tmp_path) as chain:
+        chain.label(rgb, [("green",)])
+        queued.clear()
+        chain.label(rgb, [("green",)])
+        names = [name for name, _, _ in queued]
+        assert 0 not in {stream for _, stream, _ in queued}
+        assert "synchronise" not in names and not [name for name in names if name.startswith("waiting")]
+        scores = 4 * len(bundle.manifest.foreground)
+        copies = [(stream, size) for name, stream, size in queued if name == "download"]
+        assert copies == [(chain._compute, scores), (chain._download, STATUS + 2 * size)]
+        lists = 4 * (1 + 3 * len(bundle.manifest.foreground))
+        copies = [(stream, size) for name, stream, size in queued if name == "upload"]
+        assert copies == [(chain._upload, 3 * size), (chain._compute, lists)]
+        work = {stream for name, stream, _ in queued if name in ("launch", "launch_graph", "fill")}
+        assert work == {chain._compute}
+
+
+def test_threads_share_the_slots(bundle: Bundle, tmp_path: Path) -> None:
+    """More threads than slots, sizes that come and go: every mask is that of its own image."""
+    sizes = [(32, 44), (33, 37), (40, 32)]
+    photographs = [tinted("chelsea", *size) for size in sizes]
+    photographs += [np.ascontiguousarray(rgb[:, ::-1]) for rgb in photographs]
+    with chain_of(bundle, tmp_path) as chain, ThreadPoolExecutor(4) as pool:
+        alone = [chain.label(rgb[None], [None])[0] for rgb in photographs]
+        together = pool.map(lambda rgb: chain.label(rgb[None], [None])[0], photographs * 2)
+        for got, expected in zip(together, alone * 2, strict=True):
+            assert isinstance(got, DeviceLabels) and isinstance(expected, DeviceLabels)
+            np.testing.assert_array_equal(got.mask, expected.mask)
+            np.testing.assert_array_equal(got.confidence, expected.confidence)
+    assert len({got.mask.tobytes() for got in alone}) == len(alone)  # type: ignore[union-attr]
+
+
+def test_two_batches_are_under_way(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is queued while the first one's slot is waited for, and changes nothing of it."""
+    first, second = (tinted(name, 33, 47)[None] for name in ("chelsea", "coffee"))
+    with chain_of(bundle, tmp_path) as chain, ThreadPoolExecutor(1) as pool:
+        expected = chain.label(first, [("green",)])[0]
+        waiting, go_on = threading.Event(), threading.Event()
+        wait = Driver.synchronise_event
+
+        def slowly(self: Driver, event: int) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                waiting.set()
+                assert go_on.wait(30)
+            wait(self, event)
+
+        monkeypatch.setattr(Driver, "synchronise_event", slowly)
+        running = pool.submit(chain.label, first, [("green",)])
+        assert waiting.wait(30)
+        other = chain.label(second, [("green",)])[0]
+        go_on.set()
+        got = running.result(30)[0]
+    for labelled in (got, expected, other):
+        assert isinstance(labelled, DeviceLabels)
+    np.testing.assert_array_equal(got.confidence, expected.confidence)
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    assert not np.array_equal(other.confidence, got.confidence)
+
+
+def test_sizes_that_come_and_go(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_label, "SIZES_KEPT", 1)
+    with chain_of(bundle, tmp_path) as chain:
+        results = []
+        for size in ((32, 44), (33, 37), (32, 44)):
+            results.append(chain.label(tinted("chelsea", *size)[None], [None])[0])
+            assert len(chain._refiners) == len(chain._outputs) == 1
+    np.testing.assert_array_equal(results[0].mask, results[2].mask)  # type: ignore[union-attr]
+
+
+def test_soft_maps(bundle: Bundle, tmp_path: Path) -> None:
+    """The probabilities that the mask is the argmax of, background first."""
+    rgb = tinted("coffee", 33, 47)
+    parameters = bundle.manifest.parameters.label
+    with chain_of(bundle, tmp_path, soft=True) as chain:
+        both, none = (chain.label(rgb[None], [labels])[0] for labels in (("red thing", "green"), ()))
+    assert isinstance(both, DeviceLabels) and isinstance(none, DeviceLabels)
+    walked = resize_maps(OnTheCpu(bundle).walked(rgb, (1, 2)), (33, 47))
+    expected = DenseCRF(rgb, parameters.crf).infer(background_and_foreground(walked, parameters.background))
+    assert both.soft is not None and both.soft.dtype == np.float16
+    np.testing.assert_allclose(both.soft.astype(np.float32), expected, atol=4e-3)
+    best = np.sort(both.soft, axis=0)
+    clear = best[-1] > best[-2]
+    np.testing.assert_array_equal(both.soft.argmax(axis=0)[clear], both.mask[clear])
+    assert none.soft is not None and none.soft.shape == (1, 33, 47) and (none.soft == 1).all()
+
+
+@pytest.mark.parametrize("change", [{"use_crf": False}, {"walk_to_peak": False}, {"class_gain": (3.0, 0.5)}])
+def test_parameters(bundle: Bundle, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Each makes a difference, the same as on the CPU."""
+    parameters = bundle.manifest.parameters
+    changed = dataclasses.replace(parameters, label=dataclasses.replace(parameters.label, **change))
+    manifest = dataclasses.replace(bundle.manifest, parameters=changed)
+    rgb, given = tinted("chelsea", 33, 47), [("red thing", "green")]
+    with chain_of(bundle, tmp_path) as chain:
+        (usual,) = chain.label(rgb[None], given)
+    with chain_of(bundle, tmp_path, manifest=manifest) as chain:
+        (got,) = chain.label(rgb[None], given)
+    OnTheCpu(bundle, manifest).expect(got, rgb)
+    assert not np.array_equal(got.confidence, usual.confidence)  # type: ignore[union-attr]
+
+
+def test_one_image_that_cannot_be_done(bundle: Bundle, tmp_path: Path) -> None:
+    """The tiny network gives NaN for a black image; its neighbours and successors are done."""
+    good = tinted("chelsea", 32, 48)
+    batch = np.stack([good, np.zeros_like(good), good[::-1]])
+    with chain_of(bundle, tmp_path) as chain:
+        first, black, last = chain.label(batch, [("green",)] * 3)
+        (after,) = chain.label(good[None], [("green",)])
+    assert isinstance(black, ImageError)
+    assert str(black).startswith("post-processing: scores: got NaN or infinity")
+    cpu = OnTheCpu(bundle)
+    for got, rgb in ((first, good), (last, good[::-1]), (after, good)):
+        cpu.expect(got, rgb)
+
+
+def test_a_size_that_kernels_do_not_take(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("features: got values up to 1e9 standard deviations, expected below 65536")
+
+    rgb = tinted("chelsea", 32, 48)[None]
+    with chain_of(bundle, tmp_path) as chain:
+        with monkeypatch.context() as patch:
+            patch.setattr(device_label, "DeviceRefiner", refuse)
+            (error,) = chain.label(rgb, [("green",)])
+        assert isinstance(error, ImageError) and "standard deviations" in str(error)
+        assert isinstance(chain.label(rgb, [("green",)])[0], DeviceLabels)
+
+
+@pytest.mark.parametrize("call", ["upload", "launch", "launch_graph", "download"])
+def test_a_driver_that_refuses(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Wherever it stops, it is an EngineError and the next call is right."""
+    rgb = tinted("chelsea", 32, 48)
+    with chain_of(bundle, tmp_path) as chain:
+        (expected,) = chain.label(rgb[None], [None])
+        with monkeypatch.context() as patch:
+
+            def refuse(*_: Any) -> None:
+                raise DriverError("an illegal address (CUDA error 700)")
+
+            patch.setattr(Driver, call, refuse)
+            with pytest.raises(EngineError, match=r"labelling cannot be run on CPU: an illegal address"):
+                chain.label(rgb[None], [None])
+        for _ in range(3):
+            (got,) = chain.label(rgb[None], [None])
+            np.testing.assert_array_equal(got.confidence, expected.confidence)  # type: ignore[union-attr]
+
+
+def test_what_does_not_fit(bundle: Bundle, tmp_path: Path) -> None:
+    parameters = bundle.manifest.parameters
+    narrow = dataclasses.replace(parameters, label=dataclasses.replace(parameters.label, walk_radius=3))
+    manifest = dataclasses.replace(bundle.manifest, parameters=narrow)
+    rgb = tinted("chelsea", 32, 48)[None]
+    with chain_of(bundle, tmp_path, manifest=manifest) as chain:
+        with pytest.raises(EngineError, match=r"affinity: got \[1, 34, 8, 12\], expected \[1, 12, 8, 12\]"):
+            chain.label(rgb, [("green",)])
+        with pytest.raises(EngineError, match="got labels for 2 images, expected 1"):
+            chain.label(rgb, [None, None])
+        with pytest.raises(EngineError, match="expected uint8"):
+            chain.label(rgb[0], [None, None])
+        with pytest.raises(EngineError, match="expected one of the plan's profiles"):
+            chain.label(np.zeros((1, 200, 200, 3), np.uint8), [None])
+    with pytest.raises(EngineError, match="chain is closed"):
+        chain.label(rgb, [("green",)])
+    chain.close()
+
+
+def test_streams_and_events_are_given_back(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    for what in ("stream", "event"):
+        create, destroy = getattr(Driver, f"create_{what}"), getattr(Driver, f"destroy_{what}")
+        monkeypatch.setattr(
+            Driver,
+            f"create_{what}",
+            lambda self, create=create: (made := create(self), alive.append(made))[0],
+        )
+        monkeypatch.setattr(
+            Driver,
+            f"destroy_{what}",
+            lambda self, handle, destroy=destroy: (alive.remove(handle), destroy(self, handle))[1],
+        )
+    with chain_of(bundle, tmp_path) as chain:
+        chain.label(tinted("chelsea", 32, 48)[None], [None])
+        assert len(alive) >= 3 + 2 * 2
+    assert len(alive) <= 1  # the stream of recordings belongs to the device, which may live on
+
+
+def test_where_there_is_no_chain(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = plans(bundle, tmp_path / "plans", "tensorrt")
+    with (
+        OnnxRuntimeEngine(bundle.read_file("cam.onnx"), contract=CAM) as host,
+        open_tensorrt(bundle, CAM, cache=cache) as cam,
+        open_tensorrt(bundle, AFFINITY, cache=cache) as affinity,
+    ):
+        assert open_device_chain(host, affinity, bundle.manifest) is None
+        assert capsys.readouterr().err == ""
+
+        def refuse() -> None:
+            raise DeviceUnavailableError("kernels.fatbin: not found")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(device_label, "default_device", refuse)
+            assert open_device_chain(cam, affinity, bundle.manifest) is None
+        assert "are made on the CPU: kernels.fatbin: not found" in capsys.readouterr().err
+        device = use_kernels_in(tmp_path, monkeypatch)
+        monkeypatch.setattr(device_label, "default_device", calls.default_device)
+        chain = open_device_chain(cam, affinity, bundle.manifest)
+        assert chain is not None and chain._device is device
+        chain.close()
