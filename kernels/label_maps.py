@@ -2,8 +2,8 @@
 
 For example:
 
-    probabilities = scores_to_probabilities(walked, (375, 500), background=0.3)     # [C, h, w] -> [1 + C, H, W]
-    mask, confidence = argmax_labels(probabilities, (0, 3, 5))                      # uint8 [H, W] each
+    probabilities = scores_to_probabilities(walked, (375, 500), background=0.3)   # [C, h, w] -> [1 + C, H, W]
+    mask, confidence = argmax_labels(probabilities, (0, 3, 5))                    # uint8 [H, W] each
 
 Device arrays stay on their device. On the CPU these are plain NumPy and the reference of the CUDA kernels;
 `multisa.runtime.postprocess` resizes with Pillow, whose BILINEAR filter this is.
@@ -41,8 +41,8 @@ class Taps:
 def bilinear_taps(inputs: int, outputs: int) -> Taps:
     """Lay out Pillow's BILINEAR filter along one axis: half-pixel centres, widened when shrinking.
 
-    After precompute_coeffs of Pillow's libImaging/Resample.c, in double. Where the sizes are equal each output
-    is its input.
+    After precompute_coeffs of Pillow's libImaging/Resample.c, in double. Where the sizes are equal each
+    output is its input.
     """
     check_integer("inputs", inputs, minimum=1)
     check_integer("outputs", outputs, minimum=1)
@@ -87,9 +87,10 @@ def scores_to_probabilities(
 ) -> Float32:
     """Resize class scores, weigh them, put a constant background before them and divide by the sum.
 
-    scores: float32 [C, h, w] >= 0, C >= 1; gains: C factors, None for ones; to_peak: divide by the one highest
-    score first, where it is above 0. Returns float32 [1 + C, *size], each pixel summing to one. `backend` is as
-    in `random_walk`. Raises TypeError for another dtype, ValueError for another shape or value.
+    scores: float32 [C, h, w] >= 0, C >= 1; gains: C factors, None for ones; to_peak: divide by the one
+    highest score first, where it is above 0. Returns float32 [1 + C, *size], each pixel summing to one.
+    `backend` is as in `random_walk`. Raises TypeError for another dtype, ValueError for another shape or
+    value.
     """
     if not 0 < background < math.inf:
         raise ValueError(f"background: got {background}, expected a finite number above 0")
@@ -118,7 +119,8 @@ def argmax_labels(
 
     probabilities: float32 [L, H, W] in [0, 1]; ids: L class ids, 0..255. Returns the mask, uint8 [H, W], and
     the confidence, uint8 [H, W]: 255 times the highest probability, rounded as the segmenter's graph does.
-    `backend` is as in `random_walk`. Raises TypeError for another dtype, ValueError for another shape or value.
+    `backend` is as in `random_walk`. Raises TypeError for another dtype, ValueError for another shape or
+    value.
     """
     labels = probabilities.shape[0] if len(probabilities.shape) == 3 else 0
     listed = np.asarray(ids, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""One batch on its way through a device: what was asked, what was found out meanwhile, and what comes back."""
+"""One batch on its way through a device: what was asked, what was found on the way, what comes back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,9 @@
     chain = open_device_chain(cam_engine, affinity_engine, manifest)     # None: say why, label on the CPU
     labelled = chain.label(batch, [("cat",), None])                      # uint8 [2, h, w, 3]
 
-Networks, walk, dense CRF and argmax are queued on one stream. Uploads and downloads have streams of their own,
-through pinned memory, so that they go on beside the networks of another batch: call `label` from two threads.
+Networks, walk, dense CRF and argmax are queued on one stream. Uploads and downloads have streams of their
+own, through pinned memory, so that they go on beside the networks of another batch: call `label` from two
+threads. Only a size or a number of classes that comes for the first time makes memory and waits for it.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class _NoClock:
 def open_device_chain(
     cam: Engine, affinity: Engine, manifest: Manifest, *, soft: bool = False
 ) -> "DeviceChain | None":
-    """Make the chain where both engines and the kernels can work there; where not, say why and return None."""
+    """Make the chain where engines and kernels can work there; where they cannot, say why and return None."""
     if not (isinstance(cam, QueuedEngine) and isinstance(affinity, QueuedEngine)):
         return None
     if manifest.parameters.label.walk_radius > MAX_RADIUS:
@@ -140,7 +141,7 @@ class DeviceChain(ClosedAtExit):
             self._free.put(slot)
 
     def _stage(self, slot: Slot, batch: UInt8) -> None:
-        """Copy the batch, contiguous or not, to pinned memory and queue its upload, once for both networks."""
+        """Copy the batch, contiguous or not, to pinned memory; queue its upload, one for both networks."""
         slot.image.reserve(batch.nbytes)
         np.copyto(slot.image.host(0, batch.shape, np.uint8), batch)
         slot.image.upload(batch.nbytes, self._upload)

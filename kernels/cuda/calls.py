@@ -1,8 +1,9 @@
 """The kernels as one call on arrays: NumPy arrays go to the device and back, device arrays stay there.
 
-`multisa.kernels.random_walk` and the others come here (label_calls.py has those of label_maps) with backend="cuda". Memory and graphs are made once
-for each shape and setting and kept for the next call. A program that wants to choose streams itself, or to
-check at a moment of its own, uses `DeviceWalk`, `DeviceAffinity` and `DeviceCRF` instead.
+`multisa.kernels.random_walk` and the others come here with backend="cuda", those of label_maps.py to
+label_calls.py. Memory and graphs are made once for each shape and setting and kept for the next call. A
+program that wants to choose streams itself, or to check at a moment of its own, uses `DeviceWalk`,
+`DeviceAffinity`, `DeviceCRF` and `DeviceLabelMaps` instead.
 """
 
 import contextlib

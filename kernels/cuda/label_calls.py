@@ -1,4 +1,4 @@
-"""The functions of label_maps.py as one call on arrays of a device, or on NumPy arrays that go there and back."""
+"""The functions of label_maps.py as one call: device arrays stay there, NumPy arrays go there and back."""
 
 import functools
 from typing import Any

@@ -107,5 +107,5 @@ def queue_argmax(
 
 
 def queue_take_errors(device: Device, walk: int, crf: int, out: int, *, stream: int = 0) -> None:
-    """Queue moving the error words of a walk and a CRF (0: none) to uint32 [2] at `out`, which clears them."""
+    """Queue moving the error words of a walk and a CRF (0: none) to uint32 [2] at `out`; clears them."""
     device.launch("take_errors", (1, 1, 1), (32, 1, 1), (walk, crf, out), stream=stream)

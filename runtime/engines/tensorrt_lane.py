@@ -130,10 +130,7 @@ class Lane:
         with self._turn, self._plan.gpu.active():
             self._wait_for_the_last()
             call = self._prepare(self._context, image.shape)
-            arrays = {
-                name: DeviceArray(self._plan.gpu, shape, np.dtype(self._plan.outputs[name]).type)
-                for name, shape in call.outputs.items()
-            }
+            arrays = {name: self._room(name, shape, {}) for name, shape in call.outputs.items()}
             for name, array in arrays.items():
                 self._set_address(self._context, name, array.pointer)
             self._stage(image)
@@ -144,13 +141,9 @@ class Lane:
     def queue(
         self, image: int, shape: Shape4, stream: int, outputs: Mapping[str, DeviceArray]
     ) -> dict[str, DeviceArray]:
-        """Queue on the caller's stream uint8 `shape` that lies at the device address `image`; nothing waits.
-
-        The outputs go where `outputs` have room for just them, else into new arrays.
-        """
+        """Queue uint8 `shape` at the device address `image`; outputs go where `outputs` fit, or to new memory."""
         with self._turn, self._plan.gpu.active():
-            if self._context is None:
-                raise EngineError(f"{self._plan.graph}: the engine is closed, expected an open one")
+            self._check_open()
             call = self._shapes_of(self._context, shape)
             arrays = {name: self._room(name, size, outputs) for name, size in call.outputs.items()}
             self._set_address(self._context, IMAGE, image)
@@ -158,10 +151,9 @@ class Lane:
                 self._set_address(self._context, name, array.pointer)
             # All calls of a lane use the same activations, so its own stream knows of this one, too.
             self._driver.queue_after(stream, self._stream)
-            try:
-                self._plan.require(self._context.execute_async_v3(stream), "execute_async_v3")
-            finally:
-                self._driver.queue_after(self._stream, stream)
+            queued = self._context.execute_async_v3(stream)
+            self._driver.queue_after(self._stream, stream)
+            self._plan.require(queued, "execute_async_v3")
             return arrays
 
     def close(self) -> None:
@@ -178,9 +170,12 @@ class Lane:
 
     def _wait_for_the_last(self) -> None:
         """After `run_on_device` its image may still be on the way out of the pinned memory."""
+        self._check_open()
+        self._driver.synchronise(self._stream)
+
+    def _check_open(self) -> None:
         if self._context is None:
             raise EngineError(f"{self._plan.graph}: the engine is closed, expected an open one")
-        self._driver.synchronise(self._stream)
 
     def _new_context(self) -> Any:
         """Make a context on the lane's profile, with memory for that one and not for the largest."""

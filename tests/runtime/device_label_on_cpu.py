@@ -44,7 +44,7 @@ def photograph(name: str, height: int, width: int) -> np.ndarray:
 
 
 def tinted(name: str, height: int, width: int) -> np.ndarray:
-    """A photograph whose left is red, its right green and its middle dark: what the tiny bundle's networks tell apart."""
+    """A photograph whose left is red, its right green and its middle dark, as the tiny bundle likes it."""
     rgb = photograph(name, height, width).copy()
     side = 2 * width // 5
     rgb[:, :side, 1:] //= 5
@@ -198,7 +198,7 @@ def _and(true: Any, also: Any) -> Any:
 
 
 def test_only_masks_come_back(bundle: Bundle, tmp_path: Path, queued: list[tuple[str, int, int]]) -> None:
-    """One upload for both networks, three streams, none of them the default, nobody waits but for the slot."""
+    """One upload for both networks; no default stream; nobody waits for anything but the slot."""
     rgb, size = tinted("chelsea", 33, 47)[None], 33 * 47
     with chain_of(bundle, tmp_path) as chain:
         chain.label(rgb, [("green",)])

@@ -1,4 +1,4 @@
-"""Labelling on a device without one: the chain on a driver whose device is the CPU, in a process of its own."""
+"""Labelling on a device without one: the chain on a driver whose device is the CPU, in its own process."""
 
 import os
 import re

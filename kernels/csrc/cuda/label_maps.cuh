@@ -23,8 +23,11 @@ __device__ __forceinline__ float resampled(const float *map, int width, const Ta
     const float *const column_weights = columns.weights + static_cast<size_t>(x) * columns.most;
     const float *from = map + static_cast<size_t>(rows.first[y]) * width + left;
     float sum = 0;
+    // Two taps an axis when enlarging: more of the loop in a row would be registers for nothing.
+#pragma unroll 1
     for (int j = 0; j < down; ++j, from += width) {
         float row = 0;
+#pragma unroll 2
         for (int i = 0; i < across; ++i) row = fmaf(column_weights[i], from[i], row);
         sum = fmaf(row_weights[j], row, sum);
     }
@@ -78,17 +81,20 @@ maps_to_probabilities(const float *__restrict__ maps, int count, MULTISA_TAPS, i
     const int i = blockIdx.x * blockDim.x + threadIdx.x, pixels = to_height * to_width;
     if (i >= pixels) return;
     MULTISA_TAPS_OF_AXES
-    const float highest = peak ? *peak : 0, divisor = highest > 0 ? highest : 1;
+    const float highest = peak ? *peak : 0, factor = highest > 0 ? 1 / highest : 1;
     const size_t plane = static_cast<size_t>(height) * width;
+    const int y = i / to_width, x = i % to_width;
     float sum = background;
+#pragma unroll 1
     for (int c = 0; c < count; ++c) {
-        float value = multisa::resampled(maps + c * plane, width, rows, columns, i / to_width, i % to_width) / divisor;
+        float value = multisa::resampled(maps + c * plane, width, rows, columns, y, x) * factor;
         if (gains) value *= gains[c];
         out[static_cast<size_t>(c + 1) * pixels + i] = value;
         sum += value;
     }
-    out[i] = background / sum;
-    for (int c = 1; c <= count; ++c) out[static_cast<size_t>(c) * pixels + i] /= sum;
+    const float share = 1 / sum;
+    out[i] = background * share;
+    for (int c = 1; c <= count; ++c) out[static_cast<size_t>(c) * pixels + i] *= share;
 }
 
 // A thread: one pixel. probabilities fp32 [labels][pixels]; mask: ids[label] of the highest, the first of equals;

@@ -1,0 +1,88 @@
+"""Maps to labels and the whole chain of labelling on a real GPU: the checks of the CPU, at sizes of use."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from label_checks import check_argmax, check_errors, check_probabilities, check_resize
+from PIL import Image
+
+from multisa.kernels.cuda.device import Device
+from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
+from multisa.runtime.bundle import default_bundle_path, load_bundle
+from multisa.runtime.device_label import DeviceChain, DeviceLabels
+from multisa.runtime.engines.contract import AFFINITY, CAM, graph_file
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.engines.tensorrt import open_tensorrt
+from multisa.runtime.engines.tensorrt_library import default_gpu, import_library
+from multisa.runtime.errors import EngineUnavailable, MultisaError
+from multisa.runtime.postprocess import pseudo_mask, walk_scores
+
+PHOTOS = {"astronaut": ("person",), "chelsea": ("cat",), "coffee": ("person", "dog")}
+LIBRARY = "tensorrt"
+
+
+@pytest.fixture(scope="module")
+def device() -> PycudaDevice:
+    try:
+        return PycudaDevice()
+    except DeviceUnavailableError as error:
+        pytest.skip(f"no GPU to run on: {error}")
+
+
+@pytest.mark.parametrize(
+    ("count", "source", "target"),
+    [(1, (1, 1), (1, 1)), (3, (94, 125), (375, 500)), (20, (24, 32), (94, 125)), (2, (64, 80), (13, 17))],
+)
+def test_resize(device: Device, count: int, source: tuple[int, int], target: tuple[int, int]) -> None:
+    check_resize(device, count, source, target)
+
+
+def test_probabilities_argmax_and_errors(device: Device) -> None:
+    check_probabilities(device, 3, (94, 125), (375, 500), to_peak=True, gains=(1.0, 1.75, 0.5))
+    check_argmax(device, 21, 375, 500)
+    check_errors(device)
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory, device: PycudaDevice) -> Iterator[Path]:
+    """Plans of cam and affinity for this GPU."""
+    build = pytest.importorskip("multisa.export.tensorrt.build")
+    cache = tmp_path_factory.mktemp("plans")
+    try:
+        target = "sm{}{}".format(*default_gpu().compute_capability)
+        import_library(LIBRARY)
+    except EngineUnavailable as error:
+        pytest.skip(f"no GPU or library to run on: {error}")
+    options = build.BuildOptions((target,), "fp32", (), (), LIBRARY, cache)
+    try:
+        build.build_plans(load_bundle(default_bundle_path()), options).raise_failures()
+    except MultisaError as error:
+        pytest.skip(f"{LIBRARY} builds nothing for {target}: {error}")
+    yield cache
+
+
+def test_masks_of_photographs(plans: Path, device: PycudaDevice) -> None:
+    """Against the CPU; twice, so that the second call works in memory that is there."""
+    bundle = load_bundle(default_bundle_path())
+    parameters = bundle.manifest.parameters.label
+    with (
+        OnnxRuntimeEngine(bundle.read_file(graph_file(CAM)), contract=CAM) as cam_here,
+        OnnxRuntimeEngine(bundle.read_file(graph_file(AFFINITY)), contract=AFFINITY) as affinity_here,
+        open_tensorrt(bundle, CAM, library=LIBRARY, cache=plans) as cam,
+        open_tensorrt(bundle, AFFINITY, library=LIBRARY, cache=plans) as affinity,
+        DeviceChain(cam, affinity, bundle.manifest, device) as chain,
+    ):
+        for name, classes in list(PHOTOS.items()) * 2:
+            with Image.open(default_bundle_path().parents[1] / "demo_photos" / f"{name}.jpg") as image:
+                rgb = np.asarray(image.convert("RGB").resize((320, 240)))
+            ids = tuple(bundle.manifest.classes.index(label) for label in classes)
+            maps = cam_here.run(rgb[None])["cam"][0][[index - 1 for index in ids]]
+            walked = walk_scores(maps, affinity_here.run(rgb[None])["affinity"], parameters)
+            expected = pseudo_mask(rgb, walked, ids, parameters)
+            (got,) = chain.label(rgb[None], [classes])
+            assert isinstance(got, DeviceLabels), got
+            # TensorFloat-32 in the networks; the CRF decides at edges by little.
+            assert (got.mask == expected.mask).mean() >= 0.99
+            assert np.abs(got.confidence - 255 * expected.confidence).mean() <= 3
