@@ -141,7 +141,7 @@ class Lane:
     def queue(
         self, image: int, shape: Shape4, stream: int, outputs: Mapping[str, DeviceArray]
     ) -> dict[str, DeviceArray]:
-        """Queue uint8 `shape` at the device address `image`; outputs go where `outputs` fit, or to new memory."""
+        """Queue uint8 `shape` at the address `image`; outputs go where `outputs` fit, or to new memory."""
         with self._turn, self._plan.gpu.active():
             self._check_open()
             call = self._shapes_of(self._context, shape)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from fake_tensorrt import make_plan
 from PIL import Image
@@ -22,7 +23,7 @@ from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
 from multisa.runtime import device_label
-from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.device_label import DeviceChain, DeviceLabels, open_device_chain
 from multisa.runtime.engines.contract import AFFINITY, CAM, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
@@ -118,7 +119,7 @@ class OnTheCpu:
 
 
 def test_masks_of_photographs(tmp_path: Path) -> None:
-    """The packaged bundle, whose maps are coarser than its affinities; classes given and from scores."""
+    """The packaged bundle; classes given and from scores."""
     bundle = load_bundle(default_bundle_path())
     parameters = bundle.manifest.parameters
     short = dataclasses.replace(parameters.label, walk_steps=32, crf=CRF, background=0.7)
@@ -284,6 +285,29 @@ def test_soft_maps(bundle: Bundle, tmp_path: Path) -> None:
     clear = best[-1] > best[-2]
     np.testing.assert_array_equal(both.soft.argmax(axis=0)[clear], both.mask[clear])
     assert none.soft is not None and none.soft.shape == (1, 33, 47) and (none.soft == 1).all()
+
+
+@pytest.fixture
+def coarse(tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]) -> Bundle:
+    """The tiny bundle with class maps of half the affinities' size."""
+    model = onnx.load_from_string(graphs["cam.onnx"])
+    (pool,) = (node for node in model.graph.node if node.op_type == "MaxPool")
+    for attribute in pool.attribute:
+        if attribute.name in ("kernel_shape", "strides"):
+            attribute.ints[:] = [8, 8]
+    return write_bundle(tmp_path / "coarse", manifest, graphs | {"cam.onnx": model.SerializeToString()})
+
+
+def test_coarse_maps(coarse: Bundle, bundle: Bundle, tmp_path: Path) -> None:
+    """Maps that are enlarged before the walk."""
+    rgb = tinted("chelsea", 33, 47)
+    with chain_of(coarse, tmp_path) as chain:
+        (got,) = chain.label(rgb[None], [("red thing", "green")])
+        assert next(iter(chain._refiners)).cam == (5, 6) and next(iter(chain._refiners)).grid == (9, 12)
+    OnTheCpu(coarse).expect(got, rgb)
+    with chain_of(bundle, tmp_path) as chain:
+        (fine,) = chain.label(rgb[None], [("red thing", "green")])
+    assert not np.array_equal(got.confidence, fine.confidence)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("change", [{"use_crf": False}, {"walk_to_peak": False}, {"class_gain": (3.0, 0.5)}])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.image_labels import ImageLabels, read_image_labels
+from multisa.runtime.image_labels import ImageLabels, labels_from_scores, read_image_labels
 
 CLASSES = ("cat", "dog", "dining table")
 
@@ -117,3 +117,9 @@ def test_one_row_for_several_images(tmp_path: Path) -> None:
         labels.match(["x/a.jpg", "y/a.jpg"])
     with pytest.raises(UsageError, match="write their paths relative to the images' folder"):
         labels.match(["x/a.jpg", "y/a.jpg", "z.jpg"])
+
+
+def test_labels_from_scores() -> None:
+    scores = {"cow": 0.5, "cat": 0.29, "dog": 0.3, "horse": float("nan")}
+    thresholds = dict.fromkeys(scores, 0.3)
+    assert labels_from_scores(scores, thresholds) == ("cow", "dog")
