@@ -394,6 +394,33 @@ def test_what_does_not_fit(bundle: Bundle, tmp_path: Path) -> None:
     chain.close()
 
 
+@pytest.mark.parametrize("library", VERSIONS)
+def test_a_network_on_the_callers_stream(bundle: Bundle, tmp_path: Path, library: str) -> None:
+    """Outputs go where there is room for just them; closing waits for the caller's stream, too."""
+    image, expected = tinted("chelsea", 33, 47)[None], {}
+    with OnnxRuntimeEngine(bundle.read_file("cam.onnx"), contract=CAM) as host:
+        expected = host.run(image)
+    gpu = PrimaryContext()
+    there = calls.DeviceArray(gpu, image.shape, np.uint8)
+    gpu.upload(there.pointer, image)
+    cache = plans(bundle, tmp_path / "plans", library)
+    engine = open_tensorrt(bundle, CAM, library=library, cache=cache)
+    with gpu.active():
+        stream = gpu.driver.create_stream()
+    first = engine.queue(there.pointer, image.shape, stream, {})
+    wrong = calls.DeviceArray(gpu, (1, 3))
+    given = {"cam": first["cam"], "scores": wrong}
+    second = engine.queue(there.pointer, image.shape, stream, given)
+    assert second["cam"] is first["cam"] and second["scores"] is not wrong
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.queue(there.pointer, image.shape, stream, {})
+    for name, array in expected.items():
+        np.testing.assert_array_equal(second[name].numpy(), array)  # waits for the default stream alone
+    with gpu.active():
+        gpu.driver.destroy_stream(stream)
+
+
 def test_streams_and_events_are_given_back(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
