@@ -23,15 +23,18 @@ def finish_files(out: Path, sinks: Sequence[Sink], shards: Sequence[int], retrie
     first, again = FinishedFolder(out, shards), FinishedFolder(out, retries)
     records, failures = _latest(again)
     first.write(LABELS_FILE, _merged(first.parts(RECORDS), records, set()))
-    if any(_merged(first.parts(FAILURES), failures, set(records))):
-        first.write(FAILED_FILE, _merged(first.parts(FAILURES), failures, set(records)))
-    else:
-        (out / FAILED_FILE).unlink(missing_ok=True)
+    _write_failures(first, failures, set(records))
     everything = FinishedFolder(out, (*shards, *retries))
     for sink in sinks:
         sink.finish(everything, len(shards) + len(retries))
     files = [*first.written, *everything.written]
     write_json_atomically(out / FINISHED, {"shards": len(shards) + len(retries), "files": files})
+
+
+def write_failures(out: Path, shards: Sequence[int], retries: Sequence[int]) -> None:
+    """Write failed.jsonl of the shards that are committed, for a run that stops before its end."""
+    records, failures = _latest(FinishedFolder(out, retries))
+    _write_failures(FinishedFolder(out, shards), failures, set(records))
 
 
 def is_finished(out: Path, shards: int) -> bool:
@@ -54,8 +57,15 @@ def finished_files(out: Path) -> list[str]:
 def failed_indices(out: Path, shards: Sequence[int], retries: Sequence[int]) -> list[int]:
     """Positions of the images that failed the last time they were tried, in order."""
     records, failures = _latest(FinishedFolder(out, retries))
-    lines = _merged(FinishedFolder(out, shards).parts(FAILURES), failures, set(records))
-    return [int(json.loads(line)["index"]) for line in lines]
+    merged = _merged(FinishedFolder(out, shards).parts(FAILURES), failures, set(records))
+    return [_index(line) for lines in merged for line in lines.splitlines()]
+
+
+def _write_failures(first: FinishedFolder, retried: dict[int, bytes], done: set[int]) -> None:
+    if any(_merged(first.parts(FAILURES), retried, done)):
+        first.write(FAILED_FILE, _merged(first.parts(FAILURES), retried, done))
+    else:
+        (first.out / FAILED_FILE).unlink(missing_ok=True)
 
 
 def _finished(out: Path) -> dict[str, Any]:
@@ -80,7 +90,7 @@ def _latest(folder: FinishedFolder) -> tuple[dict[int, bytes], dict[int, bytes]]
 
 
 def _merged(parts: Iterator[bytes], retried: dict[int, bytes], done: set[int]) -> Iterator[bytes]:
-    """Lines in the order of the images: those of `retried` in place of the first ones, without `done`."""
+    """Lines, some at once, in the order of the images: `retried` in place of the first, without `done`."""
     if not retried and not done:
         yield from (part for part in parts if part)
         return
