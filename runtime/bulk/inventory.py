@@ -10,18 +10,17 @@ import itertools
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self, TypeVar
 
+from multisa.runtime.bulk.names import name_results
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
 from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
-
-MASK_ENDING = ".png"  # of the files that are named after an image
 
 Labels = tuple[str, ...]
 Item = TypeVar("Item")
@@ -41,6 +40,7 @@ _DIFFERENCES = {
     "WHERE a.size != b.size OR a.version != b.version",
 }
 _ROWS_AT_ONCE = 10_000
+_ANOTHER_ORDER = "another order, or other labels"
 _NAMED = 3  # differences that a message names
 
 
@@ -131,15 +131,15 @@ class Inventory:
             return ""
         with _scratch(self._path, listing()) as scratch:
             said = [_described(scratch, word, query) for word, query in _DIFFERENCES.items()]
-        return "; ".join(filter(None, said)) or "another order, or other labels"
+        return "; ".join(filter(None, said)) or _ANOTHER_ORDER
 
     def take_changes(self, listing: Callable[[], Iterable[Listed]], indices: Iterable[int]) -> str:
         """Take over how the images `indices` are now, where no other has changed; else say what has."""
-        query = "SELECT id FROM items WHERE i = ?"
-        mine = [self._rows.execute(query, (i,)).fetchone() for i in indices]
+        query = "SELECT id, size, version FROM items WHERE i = ?"
+        was = [self._rows.execute(query, (i,)).fetchone() for i in indices]
         with _scratch(self._path, listing()) as scratch:
             scratch.execute("CREATE TABLE mine (id TEXT PRIMARY KEY)")
-            scratch.executemany("INSERT INTO mine VALUES (?)", mine)
+            scratch.executemany("INSERT INTO mine VALUES (?)", ((id_,) for id_, _, _ in was))
             others = {
                 word: f"SELECT id FROM ({query}) WHERE id NOT IN (SELECT id FROM mine)"
                 for word, query in _DIFFERENCES.items()
@@ -149,6 +149,9 @@ class Inventory:
                 return "; ".join(filter(None, said))
             query = "SELECT place, size, version, id FROM now WHERE id IN (SELECT id FROM mine)"
             changed = scratch.execute(query).fetchall()
+        then = {id_: (size, version) for id_, size, version in was}
+        if len(changed) == len(was) and _listing_digest(listing(), then) != self._digest:
+            return _ANOTHER_ORDER
         digest = _listing_digest(listing())
         with self._rows:
             self._rows.executemany("UPDATE items SET place = ?, size = ?, version = ? WHERE id = ?", changed)
@@ -172,7 +175,7 @@ def freeze(path: Path, listing: Iterable[Listed], labels_of: Callable[[SourceIte
             raise UsageError(
                 "no image found, expected at least one: images are known by their extension (.jpg, .png, ...)"
             )
-        _name_results(rows)
+        name_results(rows)
         facts = {"images": images, "other_files": others, "digest": digest}
         rows.executemany("INSERT INTO facts VALUES (?, ?)", [(key, str(v)) for key, v in facts.items()])
         rows.commit()
@@ -186,7 +189,7 @@ def _fill(
     rows: sqlite3.Connection, listing: Iterable[Listed], labels_of: Callable[[SourceItem], Labels | None]
 ) -> tuple[int, int, str]:
     digest, others, images = hashlib.sha256(), 0, 0
-    rows.execute("CREATE TEMP TABLE folds (i INTEGER PRIMARY KEY, fold TEXT NOT NULL)")
+    rows.execute("CREATE TEMP TABLE folds (i INTEGER PRIMARY KEY, fold TEXT NOT NULL, step INTEGER NOT NULL)")
     rows.execute("CREATE TEMP TABLE folders (fold TEXT PRIMARY KEY) WITHOUT ROWID")
     last_folder = ""
     for some in _in_groups(listing, _ROWS_AT_ONCE):
@@ -209,42 +212,9 @@ def _fill(
                     folders.update(parent.as_posix().casefold() for parent in path.parents)
         rows.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?)", items)
         folds = [(item[0], item[-1].casefold()) for item in items]
-        rows.executemany("INSERT INTO folds VALUES (?, ?)", folds)
+        rows.executemany("INSERT INTO folds VALUES (?, ?, 0)", folds)
         rows.executemany("INSERT OR IGNORE INTO folders VALUES (?)", [(folder,) for folder in folders])
     return images, others, digest.hexdigest()
-
-
-def _name_results(rows: sqlite3.Connection) -> None:
-    """Images that would share a name keep their full id, every one of them.
-
-    So does an image whose mask would have the name of a folder (a.jpg beside a.png/b.jpg). Upper and lower
-    case count as the same, as some file systems take them so.
-    """
-    rows.create_function("casefold", 1, str.casefold, deterministic=True)
-    rows.execute("CREATE INDEX temp.by_fold ON folds (fold)")
-    rows.execute("CREATE TEMP TABLE shared (i INTEGER PRIMARY KEY)")
-    # A full id may in turn be the short name of another image, so this goes on until none is shared.
-    while True:
-        rows.execute("DELETE FROM shared")
-        rows.execute(
-            "INSERT INTO shared SELECT folds.i FROM folds JOIN items ON items.i = folds.i "
-            "WHERE items.name != items.id AND ("
-            "fold IN (SELECT fold FROM folds GROUP BY fold HAVING COUNT(*) > 1) "
-            f"OR fold || '{MASK_ENDING}' IN (SELECT fold FROM folders))"
-        )
-        if not rows.execute("SELECT COUNT(*) FROM shared").fetchone()[0]:
-            break
-        rows.execute("UPDATE items SET name = id WHERE i IN (SELECT i FROM shared)")
-        rows.execute(
-            "UPDATE folds SET fold = (SELECT casefold(id) FROM items WHERE items.i = folds.i) "
-            "WHERE i IN (SELECT i FROM shared)"
-        )
-    twice = rows.execute(
-        "SELECT id FROM items JOIN folds ON items.i = folds.i WHERE fold IN "
-        "(SELECT fold FROM folds GROUP BY fold HAVING COUNT(*) > 1) GROUP BY id HAVING COUNT(*) > 1 LIMIT 1"
-    ).fetchone()
-    if twice:
-        raise UsageError(f"{twice[0]}: is in the source twice, expected each image once")
 
 
 @contextmanager
@@ -260,10 +230,14 @@ def _scratch(frozen: Path, listing: Iterable[Listed]) -> Iterator[sqlite3.Connec
         yield scratch
 
 
-def _listing_digest(listing: Iterable[Listed]) -> str:
+def _listing_digest(listing: Iterable[Listed], then: Mapping[str, tuple[int, str]] | None = None) -> str:
+    """Of a listing; then: sizes and versions of images, by id, to be put in place of those listed."""
     digest = hashlib.sha256()
     for item in listing:
         if isinstance(item, SourceItem):
+            if then and item.id in then:
+                size, version = then[item.id]
+                item = replace(item, size=size, version=version)
             digest.update(_digested(item))
     return digest.hexdigest()
 
