@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,13 @@ class Watcher(Protocol):
     def image_done(self, work: Work) -> None: ...
 
     def image_failed(self, failure: Failure) -> None: ...
+
+
+@runtime_checkable
+class _MayVanish(Protocol):
+    """A source that can tell whether it is still where it was, as opposed to one image of it."""
+
+    def is_there(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class Pipeline:
         self._engines = _pool("infer", sizes.workers)
         self._refiners = _pool("refine", sizes.workers)
         self._committer = _pool("commit", 1)
-        self._gatherer = threading.Thread(target=self._gather, name="gather", daemon=True)
+        self._gatherer = threading.Thread(target=self._gather_or_note, name="gather", daemon=True)
         self._gatherer.start()
 
     def __enter__(self) -> Self:
@@ -194,14 +201,23 @@ class Pipeline:
     def _note(self, future: "Future[None]") -> None:
         error = None if future.cancelled() else future.exception()
         if error is not None:
-            self._error = self._error or error
-            self._stopped.set()
+            self._stop(error)
+
+    def _stop(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._stopped.set()
 
     def _read(self, fed: _Fed, decoded: "Future[WorkingImage]") -> None:
         try:
             with self._clock.stage("read"):
                 data = self._source.read(fed.work.item)
         except ImageError as error:
+            # A disk that is gone must not become a failure of each of a million images.
+            if isinstance(self._source, _MayVanish) and not self._source.is_there():
+                raise MultisaError(
+                    f"{self._source.description}: was there, and cannot be reached any more "
+                    f"({fed.work.item.id}: {error}): bring it back, and the same command goes on"
+                ) from error
             decoded.set_exception(_Failed("read", error))
             return
         self._start(self._decoders, self._decode, data, decoded)
@@ -214,6 +230,12 @@ class Pipeline:
             decoded.set_exception(_Failed("decode", error))
             return
         decoded.set_result(image)
+
+    def _gather_or_note(self) -> None:
+        try:
+            self._gather()
+        except BaseException as error:  # noqa: BLE001  # raised in the thread that waits for the shard
+            self._stop(error)
 
     def _gather(self) -> None:
         """Put decoded images, in their order, into batches of one size."""
