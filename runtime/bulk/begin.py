@@ -13,6 +13,7 @@ from multisa.runtime.bulk.shards import clear_temporary
 from multisa.runtime.errors import UsageError
 from multisa.runtime.image_labels import ImageLabels
 from multisa.runtime.progress import counted, say
+from multisa.runtime.sinks.choice import sink_folder
 from multisa.runtime.sources.choice import open_source
 from multisa.runtime.sources.contract import SourceItem
 
@@ -34,7 +35,8 @@ def begin(
         raise UsageError(f"{job.out}: holds no run, expected one with failed images to be tried again")
     if there is None:
         if not options.overwrite:
-            check_empty(job.out, job.sinks)
+            check_empty(job.out, map(sink_folder, job.sinks), finished_files(job.out))
+            remove_results(job.out, ())  # of a run whose beginning, or whose removal, was cut
         _freeze(job, options, labels, foreground)
         write_config(job.out, config)
     else:

@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from multisa.runtime.bulk.folder import CONFIG
 from multisa.runtime.bulk.job import Job
-from multisa.runtime.bulk.shards import PRIVATE
 from multisa.runtime.engines.choice import Choice
 from multisa.runtime.errors import UsageError
-from multisa.runtime.files import write_json_atomically
+from multisa.runtime.files import flush_folder, write_json_atomically
 from multisa.runtime.png import png_encoder
 from multisa.runtime.versions import installed_versions
-
-CONFIG = f"{PRIVATE}/config.json"
 
 Config = Mapping[str, Any]  # settings by their names, as JSON has them
 
@@ -81,4 +79,7 @@ def read_config(out: Path) -> Config | None:
 
 def write_config(out: Path, config: Config) -> None:
     """Keep the settings; a run is there from now on."""
-    write_json_atomically(out / CONFIG, config)
+    path = out.absolute() / CONFIG
+    write_json_atomically(path, config)
+    for folder in path.parents[:3]:  # what a loss of power must not undo: a run without settings is lost
+        flush_folder(folder)

@@ -1,23 +1,39 @@
 """The folder of a run: who may write to it, and what is in it."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
+import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from multisa.runtime.bulk.shards import FILES, PARTS, PRIVATE, below, listed_files
-from multisa.runtime.errors import UsageError
+from multisa.runtime.bulk.shards import FILES, PARTS, PRIVATE, below, leads_elsewhere, listed_files
+from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.files import flush_folder
+from multisa.runtime.images import EXTENSIONS
 
 INVENTORY = f"{PRIVATE}/inventory.sqlite"
+CONFIG = f"{PRIVATE}/config.json"
 JOURNAL = f"{PRIVATE}/journal.jsonl"
 RUN = f"{PRIVATE}/run.json"
 LOCK = f"{PRIVATE}/lock"
 REPORT_PAGE, REPORT_FOLDER = "report.html", "report"
+
+_ROOM, _WRITABLE = "make room", "see to it that the folder can be written, or choose another one"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "allow larger files",
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.EIO: "check the disk",
+}
 
 
 @contextmanager
@@ -45,6 +61,24 @@ def run_lock(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """Say what to do where OUT cannot be written. Raises MultisaError."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(error.filename or out)
+        if error.errno not in _REMEDIES or not place.absolute().is_relative_to(out.absolute()):
+            raise
+        remedy = _REMEDIES[error.errno]
+        raise MultisaError(f"{place}: {error.strerror}: {remedy}, and the same command goes on") from error
+    except sqlite3.OperationalError as error:  # says "database or disk is full", and the like
+        path = out / INVENTORY
+        raise MultisaError(
+            f"{path}: {error}: see to room and permission, and the same command goes on"
+        ) from error
+
+
 def check_places(source: str, out: Path, folders: Iterable[str]) -> None:
     """Refuse an OUT whose results could replace the images or be taken for some. Raises UsageError.
 
@@ -56,6 +90,7 @@ def check_places(source: str, out: Path, folders: Iterable[str]) -> None:
     local = Path(source)
     if "://" in source or not local.exists():
         return
+    folders = tuple(folders)
     results = [out / folder for folder in (*folders, PRIVATE, REPORT_FOLDER)]
     if local.is_dir():
         for folder in (out, *results):
@@ -70,22 +105,35 @@ def check_places(source: str, out: Path, folders: Iterable[str]) -> None:
                 f"{source}: lies inside {folder}, where the results would replace the images: "
                 "choose another folder for the results"
             )
-
-
-def check_empty(out: Path, folders: Iterable[str]) -> None:
-    """Refuse an OUT with results of which nothing is known. Raises UsageError."""
-    for folder in folders:
-        if (out / folder).is_dir() and any((out / folder).iterdir()):
+    if local.suffix.lower() not in EXTENSIONS or not local.is_file():
+        return
+    for holder in {local.absolute().parent, local.resolve().parent}:
+        # A folder below it is taken, though: `photo.jpg -o out` is what everyone writes.
+        if any(_is_same(folder.resolve().parent, holder) for folder in results):
             raise UsageError(
-                f"{out / folder}: holds files of no run that can be gone on with: choose another folder, or "
-                "--overwrite to write into it"
+                f"{out}: the results would lie beside the image {source}, where masks would be taken for "
+                "images: choose another folder, or one below this"
             )
+
+
+def check_empty(out: Path, folders: Iterable[str], files: Iterable[str]) -> None:
+    """Refuse an OUT with results of which nothing is known: files below `folders`, or at the paths `files`.
+
+    Raises UsageError.
+    """
+    theirs = [out / name for name in folders if (out / name).is_dir() and any((out / name).iterdir())]
+    if theirs := theirs + [out / name for name in files if (out / name).exists()]:
+        raise UsageError(
+            f"{theirs[0]}: {'holds files' if theirs[0].is_dir() else 'is'} of no run that can be gone on "
+            "with: choose another folder, or --overwrite to write into it"
+        )
 
 
 def remove_results(out: Path, others: Iterable[str]) -> None:
     """Remove the files of all shards, `others` (paths below OUT), folders left empty, and the run."""
+    _forget_run(out)
     for part in sorted((out / PARTS / FILES).glob("*")):
-        for relative, _ in listed_files(out, int(part.name)):
+        for relative, _ in listed_files(part):
             _remove(out, relative)
     for relative in others:
         _remove(out, relative)
@@ -96,10 +144,19 @@ def remove_results(out: Path, others: Iterable[str]) -> None:
             path.unlink()
 
 
+def _forget_run(out: Path) -> None:
+    """Have OUT hold no run: the first thing of a removal, as one that is cut must not leave half a run."""
+    for relative in (CONFIG, JOURNAL):
+        (out / relative).unlink(missing_ok=True)
+    flush_folder(out / PRIVATE)
+
+
 def _remove(out: Path, relative: str) -> None:
-    path = below(out, relative)
-    # A link among the folders must not lead the removal elsewhere.
-    if not path.parent.resolve().is_relative_to(out.resolve()) or path.is_dir():
+    try:
+        path = below(out, relative)
+    except ValueError:  # a list that was altered
+        return
+    if leads_elsewhere(out, path.parent) or path.is_dir():
         return
     path.unlink(missing_ok=True)
     for folder in path.relative_to(out).parents[:-1]:

@@ -32,9 +32,10 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Raise UsageError for a number that cannot be used."""
-        for name in ("workers", "batch", "shard_size", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("workers", "readers", "batch", "shard_size", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: got {value}, expected at least 1")
 
     def sizes(self, *, remote: bool) -> Sizes:
         """Threads of the stages."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from multisa.runtime.bulk.begin import begin
 from multisa.runtime.bulk.config import run_config
 from multisa.runtime.bulk.crew import Crew, LocalCrew
-from multisa.runtime.bulk.folder import INVENTORY, JOURNAL, check_places, run_lock
+from multisa.runtime.bulk.folder import INVENTORY, JOURNAL, check_places, output_errors, run_lock
 from multisa.runtime.bulk.inventory import Inventory
 from multisa.runtime.bulk.job import Job, make_job
 from multisa.runtime.bulk.journal import Journal
@@ -30,7 +30,7 @@ from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.manifest import MANIFEST_NAME
-from multisa.runtime.sinks.choice import open_sinks
+from multisa.runtime.sinks.choice import open_sinks, sink_folder
 from multisa.runtime.sinks.contract import SinkContext
 
 OpenCrew = Callable[[Job, Watch], Crew]
@@ -41,11 +41,11 @@ def run(job: Job, options: RunOptions, open_crew: OpenCrew, *, labels: Path | No
 
     labels: a file of image-level labels. Raises UsageError for what cannot be used or does not fit the run in
     OUT, Interrupted after a signal, TooManyFailures as soon as more images fail than the options allow,
-    OSError where OUT cannot be written; the same command goes on after each of them.
+    MultisaError where OUT cannot be written; the same command goes on after each of them.
     """
     bundle = load_bundle(job.bundle)
     rows = read_image_labels(labels, bundle.manifest.foreground) if labels else None
-    check_places(job.source, job.out, job.sinks)
+    check_places(job.source, job.out, map(sink_folder, job.sinks))
     with ExitStack() as stack:
         watch = stack.enter_context(Watch(job.command))
         crew = stack.enter_context(open_crew(job, watch))
@@ -58,6 +58,7 @@ def run(job: Job, options: RunOptions, open_crew: OpenCrew, *, labels: Path | No
             shard_size=options.shard_size,
         )
         sinks = open_sinks(job.sinks, SinkContext(job.out, job.command, bundle.manifest, bundle_sha256))
+        stack.enter_context(output_errors(job.out))
         stack.enter_context(run_lock(job.out))
         stop = stack.enter_context(stop_on_signals())
         begin(job, options, config, rows, bundle.manifest.foreground)

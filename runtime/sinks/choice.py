@@ -23,6 +23,11 @@ SINKS: dict[str, str] = {
 }
 
 
+def sink_folder(name: str) -> str:
+    """The folder below OUT that a sink writes into."""
+    return "shards" if name == "tar" else name
+
+
 def open_sinks(names: Sequence[str], context: SinkContext, *, image_prefix: str = "") -> tuple[Sink, ...]:
     """Make the sinks of these names, each once, in the order of their first mention.
 
