@@ -7,7 +7,9 @@ A shard counts as done when its line, newline included, is on the disk; nothing 
 or a loss of power has torn can only be the last one; it is cut off, and its shard is done again.
 """
 
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import MultisaError
+from multisa.runtime.files import flush_folder
 
 _NUMBER = 9  # digits of a count, padded with blanks
 _LINES_AT_ONCE = 1 << 16
@@ -30,7 +33,7 @@ class ShardResult:
     images: int  # with a mask
     failed: int
     bytes: int  # of all files
-    sha256: str  # over the paths and the bytes of all files
+    sha256: str  # of the list of its files and their digests
 
     def line(self) -> bytes:
         """As the journal keeps it."""
@@ -63,6 +66,7 @@ class Journal:
         self.torn = False  # whether the last line was cut off
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            flush_folder(path.parent)
             self._load()
         except BaseException:
             os.close(self._file)
@@ -88,6 +92,13 @@ class Journal:
             raise OSError(28, os.strerror(28), str(self._path))
         os.fsync(self._file)
         self._count(result.shard, result.images, result.failed)
+
+    def digests(self) -> Iterator[tuple[int, str]]:
+        """(shard, SHA-256 of its list of files), in the order of the lines."""
+        with self._path.open("rb") as lines:
+            for line in lines:
+                values = json.loads(line)
+                yield values["shard"], values["sha256"]
 
     def _load(self) -> None:
         size = os.fstat(self._file).st_size

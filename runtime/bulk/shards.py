@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from multisa.runtime.errors import ImageError
+from multisa.runtime.errors import ImageError, MultisaError
 from multisa.runtime.files import flush_folder, sha256_of_file
 
 PRIVATE = ".multisa"  # below OUT: all that may differ between two runs
@@ -92,25 +92,25 @@ class FinishedFolder:
     """The folder of a run whose shards are all committed, as sinks see it at the end."""
 
     def __init__(self, out: Path, shards: Iterable[int]) -> None:
-        self._out, self._shards = out, tuple(shards)
+        self.out, self._shards = out, tuple(shards)
         self.written: list[str] = []
 
     def parts(self, sink: str) -> Iterator[bytes]:
         """What `write_part` was given for `sink`, shard by shard."""
         for shard in self._shards:
-            yield (self._out / part_path(sink, shard)).read_bytes()
+            yield (self.out / part_path(sink, shard)).read_bytes()
 
     def write(self, relative: str, pieces: Iterable[bytes]) -> None:
         """Write a file below OUT piece by piece; it is flushed, and takes its name, at the end."""
-        target = below(self._out, relative)
-        temporary = self._out / TEMPORARY / secrets.token_hex(8)
+        target = below(self.out, relative)
+        temporary = self.out / TEMPORARY / secrets.token_hex(8)
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
-            folders = _make_folders(self._out, {target.parent})
+            folders = _make_folders(self.out, {target.parent})
             temporary.replace(target)
             for folder in folders:
                 flush_folder(folder)
@@ -119,9 +119,9 @@ class FinishedFolder:
             temporary.unlink(missing_ok=True)
 
 
-def listed_files(out: Path, shard: int) -> Iterator[tuple[str, str]]:
-    """(path below OUT, SHA-256) of every file of a committed shard."""
-    for line in (out / part_path(FILES, shard)).read_bytes().splitlines():
+def listed_files(part: Path) -> Iterator[tuple[str, str]]:
+    """(path below OUT, SHA-256) of every file of a committed shard, from its part "files"."""
+    for line in part.read_bytes().splitlines():
         text = line.decode(errors="surrogateescape")
         digest, _, relative = text.removeprefix("\\").partition("  ")
         if text.startswith("\\"):
@@ -129,11 +129,17 @@ def listed_files(out: Path, shard: int) -> Iterator[tuple[str, str]]:
         yield relative, digest
 
 
-def is_intact(out: Path, shard: int) -> bool:
-    """Whether every file of a committed shard is there with the bytes that were written."""
+def is_intact(out: Path, shard: int, sha256: str) -> bool:
+    """Whether every file of a committed shard is there with the bytes that were written.
+
+    sha256: of its part "files", from the journal.
+    """
+    part = out / part_path(FILES, shard)
     try:
-        return all(sha256_of_file(below(out, path)) == digest for path, digest in listed_files(out, shard))
-    except FileNotFoundError:
+        return sha256_of_file(part) == sha256 and all(
+            sha256_of_file(below(out, path)) == digest for path, digest in listed_files(part)
+        )
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -154,6 +160,15 @@ def below(out: Path, relative: str) -> Path:
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in relative:
         raise ValueError(f"{relative!r}: expected a path below the folder of the results")
     return out / path
+
+
+def leads_elsewhere(out: Path, folder: Path) -> bool:
+    """Whether a link below one of the folders of results leads out of it, say into the photographs.
+
+    The folders right below OUT may be links, to another disk for instance; a run checks them at its start.
+    """
+    parts = folder.relative_to(out).parts
+    return not folder.resolve().is_relative_to(out.joinpath(*parts[:1]).resolve())
 
 
 def check_path_length(out: Path, relative: str) -> None:
@@ -182,6 +197,11 @@ def _make_folders(out: Path, folders: set[Path]) -> set[Path]:
     """Make folders below OUT; returns all whose entries change, those that hold a new folder included."""
     changed = set(folders)
     for folder in folders:
+        if leads_elsewhere(out, folder):
+            raise MultisaError(
+                f"{folder}: is reached through a link to {folder.resolve()}, expected folders of the results "
+                "alone: remove the link, and the same command goes on"
+            )
         missing = folder
         while not missing.exists() and missing != out:
             missing = missing.parent

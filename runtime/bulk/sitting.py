@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from multisa.runtime.bulk.crew import Crew
 from multisa.runtime.bulk.failures import check_failures, failure_limit
-from multisa.runtime.bulk.finish import failed_indices, finish_files, is_finished, unfinish
+from multisa.runtime.bulk.finish import failed_indices, finish_files, is_finished, unfinish, write_failures
 from multisa.runtime.bulk.inventory import Inventory, Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import Journal, ShardResult
@@ -33,6 +33,7 @@ class Sitting:
     stop: StopRequest
     watch: Watch
     _altered: set[int] = field(default_factory=set)  # committed, and to be done again
+    _failed_before: int = 0
     _start: float = field(default_factory=time.perf_counter)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -45,8 +46,8 @@ class Sitting:
         if self.options.verify:
             self._find_altered()
         before = self.journal.images + self.journal.failed
-        # What is tried again counts when it fails again.
-        failed_before = 0 if self.options.retry_failed else self.journal.failed
+        # What is tried again, or done again, counts when it fails again.
+        self._failed_before = 0 if self.options.retry_failed or self._altered else self.journal.failed
         if before:
             say(f"{counted(self.journal.shards, 'shard')} were done before, {before} images of them")
         self.watch.begin(self.inventory.images, min(before, self.inventory.images))
@@ -55,7 +56,7 @@ class Sitting:
             self.journal.append(result)
             if self.options.max_failures is not None:
                 limit = failure_limit(self.options.max_failures, self.inventory.images)
-                self.stop.too_many_failures |= failed_before + self.watch.failed > limit
+                self.stop.too_many_failures |= self._failed_before + self.watch.failed > limit
 
         crew.do(self._pending(), committed)
         self._raise_if_stopped()
@@ -119,18 +120,26 @@ class Sitting:
         unfinish(self.job.out)
 
     def _find_altered(self) -> None:
-        first, retries = self._committed()
-        self._altered = {n for n in (*first, *retries) if not is_intact(self.job.out, n)}
+        out, known = self.job.out, {n for numbers in self._committed() for n in numbers}
+        digests = {n: digest for n, digest in self.journal.digests() if n in known}  # the last one counts
+        self._altered = {n for n, digest in digests.items() if not is_intact(out, n, digest)}
         if self._altered:
             say(f"altered or missing files, done again: {counted(len(self._altered), 'shard')}")
-            unfinish(self.job.out)
+        unfinish(out)  # what is one file for the whole run is cheap to make anew
 
     def _raise_if_stopped(self) -> None:
-        done, shards = self.journal.shards, sum(1 for _ in self.inventory.shards(self.options.shard_size))
+        committed, retries = self._committed()
+        done, shards = (
+            len(committed) + len(retries),
+            len(list(self.inventory.shards(self.options.shard_size))),
+        )
+        if done == shards:  # there is nothing left to be kept from
+            return
         so_far = f"{done} of {counted(shards, 'shard')} are done, and the same command goes on from there"
         if self.stop.signal is not None:
             raise Interrupted(f"interrupted: {so_far}", signal=self.stop.signal)
         if self.stop.too_many_failures and self.options.max_failures is not None:
             say(f"stopped: {so_far}")
-            failed = self.journal.failed
+            write_failures(self.job.out, committed, retries)
+            failed = self._failed_before + self.watch.failed
             check_failures(failed, self.inventory.images, self.options.max_failures, self.job.out)
