@@ -23,14 +23,17 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
+from multisa.runtime.bulk.crew import LocalCrew
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.run import run as run_job
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.engines.choice import open_engine
+from multisa.runtime.engines.choice import EngineRequest, open_engine
 from multisa.runtime.engines.contract import SEGMENTER
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.images import read_mask, resize_mask
 from multisa.runtime.metrics import confusion_matrix, mean_iou
 from multisa.runtime.progress import Progress
-from multisa.runtime.segment import segment_images
 from multisa.training.cams import CHECKPOINT
 from multisa.training.data import Item, read_dataset
 from multisa.training.inference import as_batch, read_working_image
@@ -56,7 +59,9 @@ def compare_masks(run: RunRecord, eager: Path, items: tuple[Item, ...], bundle: 
         photographs.mkdir()
         for item in items:
             shutil.copy(item.image, photographs / f"{item.id}{item.image.suffix}")
-        segment_images(photographs, out, bundle=bundle)
+        options = RunOptions()
+        job = make_job("segment", str(photographs), out, bundle.path, EngineRequest(), options)
+        run_job(job, options, LocalCrew)
         for item in items:
             assert item.mask is not None
             answer, truth = read_mask(out / "masks" / f"{item.id}.png"), read_mask(item.mask)

@@ -1,32 +1,23 @@
-"""Finding the images of a corpus, naming their results, keeping the two apart, and mapping in order."""
+"""Finding the images of a corpus and naming them."""
 
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.images import EXTENSIONS
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-RESULT_FOLDERS = ("masks", "overlays", ".multisa")  # below the folder of a run's results
-RESULT_ENDINGS = (".png", ".photo.jpg", ".overlay.jpg")  # of the files that are named after an image
-
-_LOOK_AHEAD = 2  # submitted items for each worker: enough to keep it busy, memory stays bounded
+_ENDING = ".png"  # of the masks that are named after an image
 
 
 @dataclass(frozen=True)
 class CorpusImage:
-    """One image and where its results go, both as posix paths."""
+    """One image; its path below the folder and its name are posix paths."""
 
     path: Path
     relative: str  # below the corpus' folder
-    name: str  # below masks/ and overlays/, without the results' extension
+    name: str  # without extension; unique
 
 
 @dataclass(frozen=True)
@@ -81,68 +72,6 @@ def find_images(source: Path) -> Corpus:
     return Corpus(tuple(images), tuple(sorted(skipped)), others)
 
 
-def check_output(source: Path, out: Path, corpus: Corpus) -> None:
-    """Refuse an output folder whose results could replace a source image or be taken for one.
-
-    `corpus` is what `find_images(source)` found. Symbolic links are followed, and folders are compared by
-    identity, as the file system may take upper and lower case for the same. Raises UsageError.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file, expected a folder for the results")
-    # A file is replaced or removed through its folder alone, so it is enough to keep the folders apart.
-    inner = {PurePosixPath(image.name).parent for image in corpus.images}
-    results = [out, *(out / kind / parent for kind in RESULT_FOLDERS for parent in sorted(inner))]
-    if source.is_dir():
-        for folder in results:
-            if _is_within(folder, source):
-                raise UsageError(
-                    f"{folder}: lies inside the images' folder {source}, where masks would be taken for "
-                    "images: choose a folder outside it"
-                )
-    for kind in RESULT_FOLDERS:
-        if _is_within(source, out / kind) or _is_within(source.parent, out / kind):
-            raise UsageError(
-                f"{source}: lies inside {out / kind}, where the results would replace the images: "
-                "choose another folder for the results"
-            )
-    for holder in {source.parent, source.resolve().parent} if source.is_file() else ():
-        # A folder below it is taken, though: `photo.jpg -o out` is what everyone writes.
-        if any(_is_same((out / kind).resolve().parent, holder) for kind in RESULT_FOLDERS):
-            raise UsageError(
-                f"{out}: the results would lie beside the image {source}, where masks would be taken for "
-                "images: choose another folder, or one below this"
-            )
-
-
-def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield `function(item)` in the order of `items`, computed by `workers` threads.
-
-    At most 2 * workers items are under way or waiting to be taken. The first exception is raised where its
-    result would have come; items not yet begun are dropped then, and on an interrupt, too.
-    """
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="multisa")
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(executor.submit(function, item))
-            if len(waiting) >= _LOOK_AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _is_within(path: Path, folder: Path) -> bool:
-    """Whether `path`, which need not exist, is the folder or below it once links are followed."""
-    resolved = path.resolve()
-    return any(_is_same(place, folder) for place in (resolved, *resolved.parents))
-
-
-def _is_same(path: Path, folder: Path) -> bool:
-    return path.exists() and folder.exists() and path.samefile(folder)
-
-
 def _one_file(source: Path) -> Corpus:
     shown = _printable(str(source))
     if not source.exists():
@@ -176,7 +105,7 @@ def _bad_name(name: str) -> str:
 def _result_names(relatives: list[str]) -> list[str]:
     """Names without extension; images that would share one keep their full names, every one of them.
 
-    So does an image whose mask or picture would have the name of a folder (a.jpg beside a.png/b.jpg).
+    So does an image whose mask would have the name of a folder (a.jpg beside a.png/b.jpg).
     """
     names = {relative: PurePosixPath(relative).with_suffix("").as_posix() for relative in relatives}
     folders = {parent.as_posix().casefold() for r in relatives for parent in PurePosixPath(r).parents}
@@ -184,7 +113,7 @@ def _result_names(relatives: list[str]) -> list[str]:
         # Some file systems take upper and lower case for the same.
         uses = Counter(name.casefold() for name in names.values())
         for name in names.values():
-            uses[name.casefold()] += any(f"{name}{end}".casefold() in folders for end in RESULT_ENDINGS)
+            uses[name.casefold()] += f"{name}{_ENDING}".casefold() in folders
         shared = [r for r, name in names.items() if uses[name.casefold()] > 1 and name != r]
         if not shared:
             return [names[relative] for relative in relatives]

@@ -28,6 +28,10 @@ from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
 from multisa.runtime import label
+from multisa.runtime.bulk.crew import LocalCrew
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.run import run as run_job
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.engines import tensorrt_engine, tensorrt_lane, tensorrt_library
 from multisa.runtime.engines.choice import EngineRequest, choose_engine
@@ -37,7 +41,6 @@ from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, th
 from multisa.runtime.engines.tensorrt import open_tensorrt
 from multisa.runtime.engines.tensorrt_engine import TensorRTEngine
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
-from multisa.runtime.image_labels import read_image_labels
 
 PROFILES = [((1, 32, 32), (1, 64, 64), (2, 96, 96)), ((1, 32, 32), (1, 96, 128), (4, 160, 160))]
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
@@ -640,13 +643,14 @@ def test_pseudo_masks_with_affinities_that_stay_on_the_device(
     photographs.mkdir()
     Image.fromarray(photograph(96, 128)[0]).save(photographs / "cat.png")
     (tmp_path / "labels.csv").write_text("image,labels\ncat.png,cat\n")
-    labels = read_image_labels(tmp_path / "labels.csv", bundle.manifest.foreground)
     store(CAM, library)
     cache = store(AFFINITY, library)
     masks = []
     for name in ("onnxruntime-cpu", library):
         request, out = EngineRequest(name, "fp32", cache), tmp_path / name
-        label.label_images(photographs, out, bundle=bundle, labels=labels, request=request)
+        options = RunOptions()
+        job = make_job("label", str(photographs), out, bundle.path, request, options)
+        run_job(job, options, LocalCrew, labels=tmp_path / "labels.csv")
         with Image.open(out / "masks" / "cat.png") as mask:
             masks.append(np.asarray(mask))
     assert on_device == [True]

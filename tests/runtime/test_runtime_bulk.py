@@ -4,49 +4,36 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 from PIL import Image
 
-from multisa.runtime.bulk import RunOptions, RunSummary, check_failures, describe_summary, failure_limit
+from multisa.runtime.bulk.failures import check_failures, failure_limit
+from multisa.runtime.bulk.summary import RunSummary, describe_summary
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
-from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
-from multisa.runtime.image_labels import ImageLabels
 from multisa.runtime.images import read_mask
-from multisa.runtime.label import label_images
-from multisa.runtime.segment import segment_images
 
 Run = Callable[..., RunSummary]
 CLASSES = ("background", "red thing", "green")
-NO_CLASS: tuple[str, ...] = ()
 
 
-def records(out: Path, name: str = "labels.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
-
-
-def public_bytes(out: Path) -> dict[str, bytes]:
-    files = (path for path in out.rglob("*") if path.is_file() and ".multisa" not in path.parts)
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
-
-
-@pytest.mark.parametrize("run", [label_images, segment_images])
+@pytest.mark.parametrize("run", [run_label, run_segment])
 def test_same_bytes_for_any_number_of_workers(run: Run, photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     for out, workers in (("one", 1), ("four", 4), ("again", 4)):
-        run(photos, tmp_path / out, bundle=bundle, options=RunOptions(workers=workers, gallery=True))
-    run(photos, tmp_path / "again", bundle=bundle, options=RunOptions(workers=2, gallery=True))  # over itself
+        run(photos, tmp_path / out, bundle, workers=workers)
+    run(photos, tmp_path / "again", bundle, workers=2, overwrite=True)  # over itself
     one = public_bytes(tmp_path / "one")
-    assert {"labels.jsonl", "failed.jsonl", "index.html", "masks/deep/c.png"} <= set(one)
+    assert {"labels.jsonl", "failed.jsonl", "masks/deep/c.png"} <= set(one)
     assert one == public_bytes(tmp_path / "four") == public_bytes(tmp_path / "again")
 
 
 def test_segment_records(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    summary = segment_images(photos, out, bundle=bundle, options=RunOptions(workers=2))
+    summary = run_segment(photos, out, bundle, workers=2)
     assert (summary.images, summary.failures) == (6, 1)
     rows = records(out)
     assert [row["image"] for row in rows] == ["a.jpg", "b.png", "deep/c.jpg", "deep/d.png", "turned.jpg"]
@@ -71,7 +58,7 @@ def test_segment_gives_the_graphs_mask_where_nothing_is_resized(
 ) -> None:
     rgb = np.random.default_rng(3).integers(0, 256, (70, 80, 3), dtype=np.uint8)
     Image.fromarray(rgb).save(tmp_path / "noise.png")
-    segment_images(tmp_path / "noise.png", tmp_path / "out", bundle=bundle)
+    run_segment(tmp_path / "noise.png", tmp_path / "out", bundle)
     brightness = rgb.astype(np.float32).mean(axis=2)
     expected = (brightness > 85).astype(np.uint8) + (brightness > 170)
     np.testing.assert_array_equal(read_mask(tmp_path / "out/masks/noise.png"), expected)
@@ -84,7 +71,7 @@ def test_segment_gives_the_graphs_mask_where_nothing_is_resized(
 
 def test_segment_scores_are_of_the_classes_in_the_mask(bundle: Bundle, tmp_path: Path) -> None:
     Image.new("RGB", (70, 70), (102, 102, 102)).save(tmp_path / "grey.png")
-    segment_images(tmp_path / "grey.png", tmp_path / "out", bundle=bundle)
+    run_segment(tmp_path / "grey.png", tmp_path / "out", bundle)
     assert records(tmp_path / "out")[0]["scores"] == {"red thing": 0.4}
 
 
@@ -92,9 +79,9 @@ def test_label_classes_from_file_and_from_scores(
     photos: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    rows = {"a.jpg": ("red thing",), "b": NO_CLASS, "c.jpg": ("green",), "gone.jpg": ("green",)}
-    labels = ImageLabels(tmp_path / "labels.csv", rows)
-    label_images(photos, out, bundle=bundle, labels=labels, options=RunOptions(workers=2))
+    labels = tmp_path / "labels.csv"
+    labels.write_text("image,labels\na.jpg,red thing\nb,\nc.jpg,green\ngone.jpg,green\n")
+    run_label(photos, out, bundle, labels=labels, workers=2)
     by_image = {row["image"]: row for row in records(out)}
     assert by_image["a.jpg"]["classes"] == ["red thing"]
     assert by_image["a.jpg"]["labels_from"] == "file"
@@ -112,46 +99,43 @@ def test_label_classes_from_file_and_from_scores(
 
 
 def test_label_finds_the_red_square(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    labels = ImageLabels(tmp_path / "l.csv", {"b.png": ("red thing",)})
-    label_images(photos / "b.png", tmp_path / "out", bundle=bundle, labels=labels)
+    (tmp_path / "l.csv").write_text("image,labels\nb.png,red thing\n")
+    run_label(photos / "b.png", tmp_path / "out", bundle, labels=tmp_path / "l.csv")
     mask = read_mask(tmp_path / "out/masks/b.png")
     assert mask[14, 16] == 1  # the middle of the square
     assert mask[-4, 4] == 0  # a dark corner
 
 
-def test_failures_are_recorded_and_their_old_masks_removed(
-    photos: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_failures_are_recorded(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / "masks").mkdir(parents=True)
-    (out / "masks" / "broken.png").write_bytes(b"of an earlier run")
+    out.mkdir()
     (out / "foreign.txt").write_text("keep me")
-    segment_images(photos, out, bundle=bundle, options=RunOptions(workers=2, max_pixels=72 * 66))
-    reasons = {row["image"]: row["reason"] for row in records(out, "failed.jsonl")}
-    assert list(reasons) == ["broken.jpg"]
-    assert reasons["broken.jpg"].startswith("not an image")  # no path of this machine in it
+    summary = run_segment(photos, out, bundle, workers=2, max_pixels=72 * 66)
+    assert records(out, "failed.jsonl") == [
+        {"index": 2, "image": "broken.jpg", "kind": "decode", "reason": reasons(out)["broken.jpg"]}
+    ]
+    assert reasons(out)["broken.jpg"].startswith("not an image")  # no path of this machine in it
     assert not (out / "masks" / "broken.png").exists()
-    assert (out / "foreign.txt").read_text() == "keep me"
+    assert summary.failure_kinds == {"decode": 1}
     (photos / "broken.jpg").unlink()
-    segment_images(photos, out, bundle=bundle)
+    run_segment(photos, out, bundle, overwrite=True)
     assert not (out / "failed.jsonl").exists()
+    assert (out / "foreign.txt").read_text() == "keep me"
 
 
 def test_private_records(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    label_images(photos, tmp_path / "out", bundle=bundle, options=RunOptions(workers=2))
+    run_label(photos, tmp_path / "out", bundle, workers=2)
     run = json.loads((tmp_path / "out/.multisa/run.json").read_text())
     assert run["command"] == "label" and run["workers"] == 2 and run["bundle"]["name"] == "tiny"
     assert (run["images"], run["failures"]) == (5, 1)  # one that failed is not done
     assert run["images_per_second"] == pytest.approx(5 / run["seconds"], rel=0.05)
-    assert {"read", "cam", "affinity", "walk", "crf", "write"} == set(run["stage_seconds"])
-    log = records(tmp_path / "out/.multisa", "log.jsonl")
-    assert [row["image"] for row in log] == [image.relative for image in find_images(photos).images]
-    assert set(log[0]["seconds"]) == {"read", "cam", "affinity", "walk", "crf", "write"}
+    stages = {"read", "decode", "cam", "affinity", "walk", "crf", "encode", "commit"}
+    assert stages == set(run["stage_seconds"])
 
 
 def test_notes_are_recorded(bundle: Bundle, tmp_path: Path) -> None:
     Image.new("RGBA", (64, 64), (0, 0, 0, 9)).save(tmp_path / "glass.png")
-    segment_images(tmp_path / "glass.png", tmp_path / "out", bundle=bundle)
+    run_segment(tmp_path / "glass.png", tmp_path / "out", bundle)
     assert records(tmp_path / "out")[0]["notes"] == ["transparency laid on white"]
 
 
@@ -161,16 +145,17 @@ def test_other_files_are_counted(
     for number, names in ((1, ["a.txt"]), (2, ["a.txt", "b.txt"])):
         for name in names:
             (photos / name).touch()
-        segment_images(photos, tmp_path / "out", bundle=bundle)
+        run_segment(photos, tmp_path / "out", bundle, overwrite=True)
         files = "1 file" if number == 1 else "2 files"
         assert f"left out, no image by extension: {files}\n" in capsys.readouterr().err
-    segment_images(photos, tmp_path / "out", bundle=bundle, options=RunOptions(tell_other_files=False))
+    run_segment(photos, tmp_path / "out", bundle, tell_other_files=False, overwrite=True)
     assert "extension" not in capsys.readouterr().err
 
 
-def test_workers_must_be_positive(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
-        label_images(photos, tmp_path / "out", bundle=bundle, options=RunOptions(workers=0))
+@pytest.mark.parametrize("name", ["workers", "readers", "batch", "shard_size", "max_pixels"])
+def test_sizes_must_be_positive(photos: Path, bundle: Bundle, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}: got 0, expected at least 1"):
+        run_label(photos, tmp_path / "out", bundle, **{name: 0})
 
 
 def test_graphs_that_do_not_fit_the_manifest(
@@ -187,12 +172,12 @@ def test_graphs_that_do_not_fit_the_manifest(
         ),
     )
     bundle = write_bundle(tmp_path / "b", four, graphs)
-    label_images(photos / "a.jpg", tmp_path / "out", bundle=bundle)
-    assert "got 2 maps, expected one for each of 3" in records(tmp_path / "out", "failed.jsonl")[0]["reason"]
+    run_label(photos / "a.jpg", tmp_path / "four", bundle)
+    assert "got 2 maps, expected one for each of 3" in reasons(tmp_path / "four")["a.jpg"]
     three = replace(manifest, parameters=replace(manifest.parameters, label=four.parameters.label))
     bundle = write_bundle(tmp_path / "b", three, graphs)
-    label_images(photos / "a.jpg", tmp_path / "out", bundle=bundle)
-    assert "got 34 offsets" in records(tmp_path / "out", "failed.jsonl")[0]["reason"]
+    run_label(photos / "a.jpg", tmp_path / "three", bundle)
+    assert "got 34 offsets" in reasons(tmp_path / "three")["a.jpg"]
     two = replace(
         manifest,
         classes=manifest.classes[:2],
@@ -200,17 +185,17 @@ def test_graphs_that_do_not_fit_the_manifest(
         parameters=replace(manifest.parameters, score_thresholds={"red thing": 0.3}),
     )
     bundle = write_bundle(tmp_path / "b", two, graphs)
-    segment_images(photos / "b.png", tmp_path / "out", bundle=bundle)
-    assert "got class 2, expected 0..1" in records(tmp_path / "out", "failed.jsonl")[0]["reason"]
+    run_segment(photos / "b.png", tmp_path / "two", bundle)
+    assert "got class 2, expected 0..1" in reasons(tmp_path / "two")["b.png"]
 
 
 def test_affinities_on_another_grid_than_the_bundle_says(
     photos: Path, tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]
 ) -> None:
     eight = replace(manifest, parameters=replace(manifest.parameters, walk_stride=8))
-    label_images(photos / "a.jpg", tmp_path / "out", bundle=write_bundle(tmp_path / "b", eight, graphs))
-    reason = records(tmp_path / "out", "failed.jsonl")[0]["reason"]
-    assert "affinity: got a grid of (16, 20), expected (8, 10) at stride 8" in reason
+    run_label(photos / "a.jpg", tmp_path / "out", write_bundle(tmp_path / "b", eight, graphs))
+    expected = "affinity: got a grid of (16, 20), expected (8, 10) at stride 8"
+    assert expected in reasons(tmp_path / "out")["a.jpg"]
 
 
 def test_what_a_kernel_refuses_is_a_failure_of_the_image(
@@ -227,11 +212,11 @@ def test_what_a_kernel_refuses_is_a_failure_of_the_image(
         ("walk", write_bundle(tmp_path / "nan", manifest, broken), "affinity: got values from nan"),
         ("crf", write_bundle(tmp_path / "narrow", small, graphs), "use larger standard deviations"),
     ):
-        summary = label_images(photos, tmp_path / name, bundle=bundle, options=RunOptions(workers=2))
+        summary = run_label(photos, tmp_path / name, bundle, workers=2)
         assert (summary.images, summary.failures) == (6, 6)
-        reasons = {row["image"]: row["reason"] for row in records(tmp_path / name, "failed.jsonl")}
-        assert reasons["broken.jpg"].startswith("not an image")
-        assert reasons["a.jpg"].startswith("post-processing: ") and match in reasons["a.jpg"]
+        said = reasons(tmp_path / name)
+        assert said["broken.jpg"].startswith("not an image")
+        assert said["a.jpg"].startswith("post-processing: ") and match in said["a.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -248,12 +233,26 @@ def test_failure_limit_errors(allowed: str) -> None:
         failure_limit(allowed, 1)
 
 
-def test_check_failures_and_summary() -> None:
-    summary = RunSummary(10, 2, 4.0, {"read": 1.0, "crf": 3.0})
-    check_failures(summary, "2", Path("out"))
-    check_failures(summary, "20%", Path("out"))
+def test_check_failures() -> None:
+    for allowed in ("2", "20%"):
+        check_failures(2, 10, allowed, Path("out"))
     with pytest.raises(TooManyFailures, match="2 of 10 images failed, allowed were 1") as caught:
-        check_failures(summary, "1", Path("out"))
+        check_failures(2, 10, "1", Path("out"))
     assert isinstance(caught.value, MultisaError) and caught.value.exit_code == 4
-    text = describe_summary(summary)
-    assert "8 images in 4.0 s (2.00/s), 2 failed" in text and "crf 75%, read 25%" in text
+
+
+def test_summary() -> None:
+    summary = RunSummary(
+        images=11,
+        done=9,
+        failures=2,
+        done_now=8,
+        seconds=4.0,
+        stage_seconds={"read": 1.0, "crf": 3.0},
+        workers=2,
+        skipped=0,
+        failure_kinds={"decode": 2},
+    )
+    assert describe_summary(summary) == (
+        "9 images done, 2 failed; 8 in 4.0 s (2.00/s)\ntime by stage: crf 75%, read 25%"
+    )

@@ -1,14 +1,12 @@
-"""Finding images, naming masks, mapping in order."""
+"""Finding images and naming them."""
 
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from multisa.runtime.corpus import find_images, parallel_map
+from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import UsageError
 
 
@@ -29,7 +27,7 @@ def touch(folder: Path, *names: str) -> None:
         (["a.v1.jpg", "a.v2.jpg"], ["a.v1", "a.v2"]),
         (["a.jpg", "a.png/b.jpg"], ["a.jpg", "a.png/b"]),  # a mask would be named as a folder
         (["a.jpg", "A.PNG/x/b.jpg"], ["A.PNG/x/b", "a.jpg"]),
-        (["a.jpg", "a.overlay.jpg/b.jpg", "c.jfif"], ["a.jpg", "a.overlay.jpg/b", "c"]),
+        (["a.jpg", "a.overlay.jpg/b.jpg", "c.jfif"], ["a", "a.overlay.jpg/b", "c"]),
     ],
 )
 def test_names(tmp_path: Path, files: list[str], names: list[str]) -> None:
@@ -103,47 +101,3 @@ def test_no_images(tmp_path: Path) -> None:
     touch(tmp_path, "a.txt")
     with pytest.raises(UsageError, match="no image found"):
         find_images(tmp_path)
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_parallel_map_keeps_order_and_bounds_its_look_ahead(workers: int) -> None:
-    taken = 0
-
-    def items() -> "list[int]":
-        nonlocal taken
-        for i in range(50):
-            taken += 1
-            yield i
-
-    def slow_when_even(i: int) -> int:
-        time.sleep(0.002 if i % 2 == 0 else 0)
-        return i * i
-
-    results = []
-    for result in parallel_map(slow_when_even, items(), workers):
-        results.append(result)
-        assert taken - len(results) <= 2 * workers
-    assert results == [i * i for i in range(50)]
-
-
-def test_parallel_map_uses_its_workers() -> None:
-    barrier = threading.Barrier(3, timeout=10)
-    assert list(parallel_map(lambda i: (barrier.wait(), i)[1], range(3), 3)) == [0, 1, 2]
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_parallel_map_raises_where_the_result_would_have_come(error: type[BaseException]) -> None:
-    begun = []
-
-    def fail_at_three(i: int) -> int:
-        begun.append(i)
-        if i == 3:
-            raise error
-        return i
-
-    results = []
-    with pytest.raises(error):
-        for result in parallel_map(fail_at_three, range(1000), 2):
-            results.append(result)
-    assert results == [0, 1, 2]
-    assert len(begun) < 20  # the rest was dropped

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bulk_runs import public_bytes, run_label, run_segment
 
+from multisa.runtime import commands
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
-from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.engines import choice
 from multisa.runtime.engines.choice import (
     ENGINES,
@@ -24,8 +25,8 @@ from multisa.runtime.engines.choice import (
 )
 from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, ClosedAtExit, GraphContract
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
-from multisa.runtime.label import label_images
-from multisa.runtime.segment import segment_images
+
+PHOTOGRAPHS = Path(commands.__file__).parent / "demo_photos"
 
 
 class Plan(ClosedAtExit):
@@ -214,7 +215,7 @@ def test_a_run_says_and_records_its_engines(
     bundle: Bundle, photos: Path, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "label"
-    label_images(photos / "a.jpg", out, bundle=bundle)
+    run_label(photos / "a.jpg", out, bundle)
     line = "on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
     assert capsys.readouterr().err == f"cam, affinity: {line}\n"
     record = json.loads((out / ".multisa/run.json").read_text())
@@ -234,7 +235,6 @@ def test_masks_do_not_depend_on_how_the_engine_was_found(
     results = []
     for name in ("auto", "onnxruntime-cpu"):
         out = tmp_path / name
-        segment_images(PHOTOGRAPHS, out, bundle=bundle, request=EngineRequest(name))
-        files = [path for path in out.rglob("*") if path.is_file() and ".multisa" not in path.parts]
-        results.append({path.relative_to(out): path.read_bytes() for path in files})
+        run_segment(PHOTOGRAPHS, out, bundle, request=EngineRequest(name))
+        results.append(public_bytes(out))
     assert results[0] == results[1] and len(results[0]) == 4

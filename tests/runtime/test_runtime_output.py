@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bulk_runs import run_label, run_segment
 
-from multisa.runtime.bulk import RunOptions, RunSummary
+from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import UsageError
-from multisa.runtime.label import label_images
-from multisa.runtime.segment import segment_images
+from multisa.runtime.errors import MultisaError, UsageError
 
 Run = Callable[..., RunSummary]
 
@@ -22,12 +21,12 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_output_inside_the_images_is_refused(photos: Path, bundle: Bundle, out: str) -> None:
     before = sorted(photos.rglob("*"))
     with pytest.raises(UsageError, match="lies inside"):
-        segment_images(photos, photos / out, bundle=bundle)
+        run_segment(photos, photos / out, bundle)
     assert sorted(photos.rglob("*")) == before
 
 
-@pytest.mark.parametrize("below", ["masks", "masks/deep", "overlays", ".multisa/kept"])
-@pytest.mark.parametrize("run", [label_images, segment_images])
+@pytest.mark.parametrize("below", ["masks", "masks/deep", "report", ".multisa/kept"])
+@pytest.mark.parametrize("run", [run_label, run_segment])
 def test_images_inside_the_results_are_refused_and_kept(
     run: Run, photos: Path, bundle: Bundle, tmp_path: Path, below: str
 ) -> None:
@@ -39,7 +38,7 @@ def test_images_inside_the_results_are_refused_and_kept(
     before = contents(out)
     for images in (source, source / "b.png", source / "broken.png"):
         with pytest.raises(UsageError, match=r"lies inside .*choose"):
-            run(images, out, bundle=bundle, options=RunOptions(gallery=True))
+            run(images, out, bundle)
     assert contents(out) == before
 
 
@@ -60,38 +59,42 @@ def test_output_in_the_folder_of_the_one_image_is_refused(
         ("a.jpg", tmp_path / "linked"),
     ):
         with pytest.raises(UsageError, match="results would lie beside the image"):
-            segment_images(Path(image), Path(out), bundle=bundle)
+            run_segment(Path(image), Path(out), bundle)
     assert sorted(tmp_path.rglob("*")) == before
-    assert segment_images(Path("a.jpg"), Path("out"), bundle=bundle).failures == 0
+    assert run_segment(Path("a.jpg"), Path("out"), bundle).failures == 0
 
 
 def test_images_reached_through_links_are_kept(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     before = contents(photos)
     for name, place, target in (
         ("all", "masks", photos),
-        ("inner", "masks/deep", photos / "deep"),
-        ("page", "overlays", photos),
+        ("page", "report", photos),
     ):
         link = tmp_path / name / place
         link.parent.mkdir(parents=True)
         link.symlink_to(target, target_is_directory=True)
         with pytest.raises(UsageError, match="lies inside the images' folder"):
-            segment_images(photos, tmp_path / name, bundle=bundle)
+            run_segment(photos, tmp_path / name, bundle)
     for one in ("b.png", "deep/d.png"):  # the link is the image, or leads to it
         with pytest.raises(UsageError, match="would replace the images"):
-            segment_images(tmp_path / "all/masks" / one, tmp_path / "all", bundle=bundle)
+            run_segment(tmp_path / "all/masks" / one, tmp_path / "all", bundle)
     (tmp_path / "alias.png").symlink_to(photos / "b.png")
     with pytest.raises(UsageError, match="would replace the images"):
-        segment_images(tmp_path / "alias.png", tmp_path / "all", bundle=bundle)
+        run_segment(tmp_path / "alias.png", tmp_path / "all", bundle)
+    inner = tmp_path / "inner/masks/deep"
+    inner.parent.mkdir(parents=True)
+    inner.symlink_to(photos / "deep", target_is_directory=True)
+    with pytest.raises(MultisaError, match=r"masks/deep: is reached through a link to .*remove the link"):
+        run_segment(photos, tmp_path / "inner", bundle, overwrite=True)
     assert contents(photos) == before
 
 
 def test_images_beside_the_results_are_taken(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    assert segment_images(photos, tmp_path, bundle=bundle).failures == 1
+    assert run_segment(photos, tmp_path, bundle).failures == 1
     assert (tmp_path / "masks/deep/c.png").is_file()
 
 
 def test_output_that_is_a_file(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(UsageError, match="is a file"):
-        label_images(photos, tmp_path / "out", bundle=bundle)
+        run_label(photos, tmp_path / "out", bundle)

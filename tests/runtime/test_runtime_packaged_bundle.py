@@ -3,20 +3,20 @@
 import json
 from pathlib import Path
 
+from bulk_runs import run_label, run_segment
+
+from multisa.runtime import commands
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.images import read_mask
-from multisa.runtime.label import label_images
-from multisa.runtime.segment import segment_images
+
+PHOTOGRAPHS = Path(commands.__file__).parent / "demo_photos"
 
 
 def test_the_cat_is_found(tmp_path: Path) -> None:
     bundle = load_bundle(default_bundle_path())
     cat, photograph = bundle.manifest.classes.index("cat"), PHOTOGRAPHS / "chelsea.jpg"
-    labels = read_image_labels(PHOTOGRAPHS / "labels.csv", bundle.manifest.foreground)
-    segment_images(photograph, tmp_path / "segment", bundle=bundle)
-    label_images(photograph, tmp_path / "label", bundle=bundle, labels=labels)
+    run_segment(photograph, tmp_path / "segment", bundle)
+    run_label(photograph, tmp_path / "label", bundle, labels=PHOTOGRAPHS / "labels.csv")
     for run in ("segment", "label"):
         assert not (tmp_path / run / "failed.jsonl").exists()
         assert "cat" in json.loads((tmp_path / run / "labels.jsonl").read_text())["classes"]

@@ -1,0 +1,62 @@
+"""Runs as the command line makes them, and what they leave, for the tests of runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from multisa.runtime.bulk.crew import LocalCrew
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.run import run
+from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines.choice import EngineRequest
+
+
+def run_label(source: Path, out: Path, bundle: Bundle, **options: Any) -> RunSummary:
+    """`multisa label` without its last lines. options: labels, request, and those of RunOptions."""
+    return _run("label", source, out, bundle, **options)
+
+
+def run_segment(source: Path, out: Path, bundle: Bundle, **options: Any) -> RunSummary:
+    """`multisa segment` without its last lines. options: request, and those of RunOptions."""
+    return _run("segment", source, out, bundle, **options)
+
+
+def job_of(source: Path, out: Path, bundle: Bundle, **options: Any) -> Job:
+    """What a worker that segments is given."""
+    return make_job("segment", str(source), out, bundle.path, EngineRequest(), RunOptions(**options))
+
+
+def records(out: Path, name: str = "labels.jsonl") -> list[dict[str, Any]]:
+    """The lines of one of the files of a run; none where it is not there."""
+    path = out / name
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def reasons(out: Path) -> dict[str, str]:
+    """Why each image failed."""
+    return {row["image"]: row["reason"] for row in records(out, "failed.jsonl")}
+
+
+def public_bytes(out: Path) -> dict[str, bytes]:
+    """Every file that must not differ between two runs."""
+    files = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    private = (".multisa", "report.html", "report")
+    return {path.as_posix(): (out / path).read_bytes() for path in files if path.parts[0] not in private}
+
+
+def _run(
+    command: str,
+    source: Path,
+    out: Path,
+    bundle: Bundle,
+    *,
+    labels: Path | None = None,
+    request: EngineRequest | None = None,
+    **options: Any,
+) -> RunSummary:
+    chosen = RunOptions(**options)
+    job = make_job(command, str(source), out, bundle.path, request or EngineRequest(), chosen)
+    return run(job, chosen, LocalCrew, labels=labels)
