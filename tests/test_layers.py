@@ -12,9 +12,8 @@ ORDER = ("kernels", "runtime", "training", "export")
 # What the light side must not name anywhere, and what it may import only inside functions.
 NEVER_LIGHT = {"torch", "torchvision", "timm", "onnx", "onnxscript", "safetensors"}
 ONLY_INSIDE_FUNCTIONS = {
-    *("onnxruntime", "pycuda", "pydensecrf", "pyarrow", "simplejpeg"),
     *("onnxruntime", "pycuda", "pydensecrf"),
-    *("fsspec", "pyarrow"),
+    *("fsspec", "pyarrow", "ray", "simplejpeg"),
     *("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 HEAVY = NEVER_LIGHT | ONLY_INSIDE_FUNCTIONS | {"numpy", "scipy", "PIL", "tqdm"}  # to start with

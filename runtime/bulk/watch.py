@@ -45,6 +45,12 @@ class Watch:
             self.done += 1
             self._advance()
 
+    def images_done(self, count: int) -> None:
+        """Count those of a shard that another process has done."""
+        with self._lock:
+            self.done += count
+            self._advance(count)
+
     def image_failed(self, failure: Failure) -> None:
         """Count one, and say so while they are few."""
         with self._lock:
@@ -53,6 +59,6 @@ class Watch:
                 say(f"{failure.image}: {failure.reason}")
             self._advance()
 
-    def _advance(self) -> None:
+    def _advance(self, count: int = 1) -> None:
         if self._progress is not None:
-            self._progress.advance(note=f"{self.failed} failed" if self.failed else "")
+            self._progress.advance(count, note=f"{self.failed} failed" if self.failed else "")

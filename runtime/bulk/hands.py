@@ -1,0 +1,167 @@
+"""A crew of other processes: shards are handed out, done side by side, and done again where one was lost."""
+
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from multisa.runtime.bulk.crew import Outcome
+from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Ready
+from multisa.runtime.bulk.inventory import Shard
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.journal import ShardResult
+from multisa.runtime.bulk.method import StageClock
+from multisa.runtime.bulk.shards import clear_temporary
+from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.progress import counted, say
+
+# Losses of one member in a row, with no shard done in between, that cannot be chance any more.
+MAX_LOSSES = 3
+
+
+@dataclass(eq=False)
+class Member:
+    """One process of a crew, as the one that leads sees it."""
+
+    name: str  # for people: "process 2"
+    ready: bool = False
+    shards: dict[int, Shard] = field(default_factory=dict)  # under way, by number
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A process that is no more, and what is known of why."""
+
+    reason: str
+
+
+Answer = Ready | Outcome | Fault | Lost
+AnyMember = TypeVar("AnyMember", bound=Member)
+
+
+class Hands(ABC, Generic[AnyMember]):
+    """What crews of other processes have in common: a Crew, but for how it begins and ends."""
+
+    _advice = "the same command goes on from what is done"  # where processes are lost again and again
+
+    def __init__(self, job: Job, watch: Watch) -> None:
+        self._job, self._watch = job, watch
+        self._clock = StageClock()
+        self._first: tuple[str, Ready] | None = None  # the name of a member, and what all must answer
+        self._said: set[str] = set()
+        self._again: deque[Shard] = deque()
+        self._losses: Counter[str] = Counter()  # in a row, by the name of the member
+        self._was_lost = False
+
+    @abstractmethod
+    def _members(self) -> Collection[AnyMember]:
+        """All who are there, ready or not."""
+
+    @abstractmethod
+    def _give(self, member: AnyMember, shard: Shard) -> None:
+        """Hand a shard out. A member that is lost is so noticed by `_answers`, and not here."""
+
+    @abstractmethod
+    def _answers(self) -> Iterable[tuple[AnyMember, Answer]]:
+        """Wait a while for answers of members; who is Lost is no member any more."""
+
+    def _leave_out(self, member: AnyMember, error: Exception) -> None:
+        """Go on without a member that cannot be had, or raise why."""
+        raise error
+
+    def identity(self) -> Mapping[str, Any]:
+        """See Crew."""
+        return self._answered().identity
+
+    def engines(self) -> Mapping[str, Any]:
+        """See Crew."""
+        return self._answered().engines
+
+    def seconds(self) -> Mapping[str, float]:
+        """See Crew."""
+        return self._clock.seconds()
+
+    def do(self, shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
+        """Hand out all shards; what was lost comes last, as it may be a shard that ends whoever does it.
+
+        `committed` is called in this thread. Raises what was raised where a shard was done, and MultisaError
+        when processes are lost again and again.
+        """
+        while True:
+            self._hand_out(shards)
+            if not self._again and not any(member.shards for member in self._members()):
+                break
+            self._take_answers(committed)
+        if self._was_lost:
+            clear_temporary(self._job.out)  # of those that were lost
+
+    def _hand_out(self, shards: Iterator[Shard]) -> None:
+        while free := [m for m in self._members() if m.ready and len(m.shards) < UNDER_WAY]:
+            shard = next(shards, None) or (self._again.popleft() if self._again else None)
+            if shard is None:
+                return
+            member = min(free, key=lambda m: len(m.shards))
+            member.shards[shard.number] = shard
+            self._give(member, shard)
+
+    def _take_answers(self, committed: Callable[[ShardResult], None] | None = None) -> None:
+        for member, answer in self._answers():
+            if isinstance(answer, Fault):
+                if member.ready:
+                    raise answer.error()
+                self._leave_out(member, answer.error())
+            elif isinstance(answer, Ready):
+                self._welcome(member, answer)
+            elif isinstance(answer, Lost):
+                self._lose(member, answer.reason)
+            elif committed is not None:
+                del member.shards[answer.result.shard]
+                self._losses[member.name] = 0
+                self._count(answer)
+                committed(answer.result)
+
+    def _count(self, outcome: Outcome) -> None:
+        for stage, seconds in outcome.seconds.items():
+            self._clock.add(stage, seconds)
+        for failure in outcome.failures:
+            self._watch.image_failed(failure)
+        self._watch.images_done(outcome.result.images)
+
+    def _welcome(self, member: AnyMember, ready: Ready) -> None:
+        """Take a process into the crew, unless it would write other bytes than the others."""
+        name, first = self._first = self._first or (member.name, ready)
+        theirs = {**ready.identity, "SHA-256 of the bundle": ready.bundle}
+        ours = {**first.identity, "SHA-256 of the bundle": first.bundle}
+        if different := [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]:
+            listed = "; ".join(f"{key}: {ours.get(key)} and {theirs.get(key)}" for key in different)
+            message = (
+                f"{name} and {member.name} would not write the same bytes ({listed}): install the same "
+                "versions, and name one engine for all (--engine, --precision)"
+            )
+            self._leave_out(member, UsageError(message))
+            return
+        for line in ready.said:
+            if line not in self._said:
+                say(line)
+        self._said.update(ready.said)
+        member.ready = True
+
+    def _lose(self, member: AnyMember, reason: str) -> None:
+        self._was_lost = True
+        self._losses[member.name] += 1
+        self._again.extend(member.shards.values())
+        numbers = ", ".join(map(str, member.shards))
+        said = f"{member.name} was lost{f' at shard {numbers}' if numbers else ''} ({reason})"
+        if self._losses[member.name] >= MAX_LOSSES:
+            times = f"{MAX_LOSSES} times in a row without a shard done"
+            self._leave_out(member, MultisaError(f"{said}, {times}: {self._advice}"))
+            return
+        again = f": {counted(len(member.shards), 'shard')} to be done again" if numbers else ""
+        say(f"{said}{again}")
+
+    def _answered(self) -> Ready:
+        if self._first is None:
+            raise RuntimeError("a crew was asked before it was opened")
+        return self._first[1]
