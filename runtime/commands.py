@@ -137,6 +137,17 @@ def _corpus_options(command: Command) -> Command:
             click.option(
                 "--metrics-port", type=click.IntRange(1, 65535), metavar="PORT", help="Prometheus metrics."
             ),
+            click.option(
+                "--metrics-host", metavar="HOST", help="Where they are served; 127.0.0.1 by default."
+            ),
+            click.option(
+                "--storage-options",
+                metavar="JSON",
+                help='For IMAGES behind a URL, as fsspec takes them: \'{"endpoint_url": "..."}\'.',
+            ),
+            click.option(
+                "--image-prefix", metavar="TEXT", help="What Label Studio finds before an image's path."
+            ),
         )
     ):
         command = decorate(command)
@@ -291,7 +302,9 @@ def _run(command: str, labels: Path | None, **arguments: Any) -> None:
     allowed = arguments["max_failures"]
     failure_limit(allowed or "0", images=1)  # a misspelt limit is said now, not after the run
     request = RunRequest.from_arguments(command, _load_bundle(arguments.pop("bundle")).path, arguments)
-    summary = run(request.job, request.options, request.open_crew, labels=labels)
+    summary = run(
+        request.job, request.options, request.open_crew, labels=labels, telemetry=request.telemetry()
+    )
     _report(summary, request)
     check_failures(summary.failures, summary.images, allowed or "0", request.job.out)
 
@@ -308,10 +321,4 @@ def _load_bundle(path: Path | None) -> "Bundle":
 def _report(summary: "RunSummary", request: "RunRequest") -> None:
     from multisa.runtime.bulk.summary import describe_summary
 
-    out = request.job.out
-    click.echo(describe_summary(summary))
-    click.echo(f"results: {', '.join(str(out / sink) for sink in request.job.sinks)}, {out / 'labels.jsonl'}")
-    if summary.failures:
-        click.echo(f"failures: {out / 'failed.jsonl'}")
-    if request.options.pictured:
-        click.echo(f"open {out / 'report.html'} in a browser")
+    click.echo(describe_summary(summary, request.job, pictured=request.options.pictured))

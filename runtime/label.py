@@ -6,21 +6,27 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from multisa.kernels import stencil_offsets
+from multisa.kernels.label_maps import confidence_levels
 from multisa.runtime.bulk.method import DECIMALS, Annotation, Labels, StageClock
 from multisa.runtime.bundle import Bundle
+from multisa.runtime.doubt import disagreement_of_no_class, disagreement_of_segmenter
 from multisa.runtime.engines.choice import Choice, EngineRequest, chosen_engines
-from multisa.runtime.engines.contract import AFFINITY, CAM, DeviceEngine, Engine
+from multisa.runtime.engines.contract import AFFINITY, CAM, DeviceEngine, Engine, QueuedEngine
 from multisa.runtime.errors import EngineError, ImageError
+from multisa.runtime.image_labels import labels_from_scores
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import say
 from multisa.runtime.sinks.contract import SoftMaps
+
+if TYPE_CHECKING:
+    from multisa.runtime.device_label import DeviceChain, DeviceLabels
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
@@ -47,11 +53,12 @@ class _Affinity:
 class Labelling:
     """Which classes, roughly where (cam), spread along affinities (walk), sharpened (dense CRF)."""
 
-    command = "label"
+    command, place = "label", "cpu"
 
     def __init__(self, manifest: Manifest, engines: Sequence[Choice], *, soft: bool) -> None:
         self.engines = engines
         self._manifest, self._soft = manifest, soft
+        self._thresholds = manifest.parameters.score_thresholds
         self._cam = engines[0].engine
         self._affinity = _affinity_for_the_walk(engines[1].engine, manifest.parameters.label.walk_radius)
 
@@ -69,8 +76,7 @@ class Labelling:
         found = []
         for image, class_maps, class_scores, names in zip(images, maps, scores, given, strict=True):
             named = dict(zip(foreground, class_scores.tolist(), strict=True))
-            thresholds = self._manifest.parameters.score_thresholds
-            classes = _present(named, thresholds) if names is None else names
+            classes = labels_from_scores(named, self._thresholds) if names is None else names
             walked = self._walk(image, class_maps, classes, clock)
             found.append(Walked(classes, walked, named, "scores" if names is None else "file"))
         return found
@@ -83,14 +89,16 @@ class Labelling:
             made = pseudo_mask(image, inferred.walked, ids, parameters)
         present = set(np.unique(made.mask).tolist())
         missing = tuple(name for i, name in zip(ids, inferred.classes, strict=True) if i not in present)
-        scores = {name: round(score, DECIMALS) for name, score in inferred.scores.items()}
+        by_scores = not inferred.classes and inferred.labels_from == "scores"
         return Annotation(
             mask=made.mask,
-            confidence=(made.confidence * 255).round().astype(np.uint8),
+            confidence=confidence_levels(made.confidence),
             classes=inferred.classes,
             missing=missing,
-            disagreement=made.disagreement,
-            details={"labels_from": inferred.labels_from, "scores": scores},
+            disagreement=disagreement_of_no_class(inferred.scores, self._thresholds)
+            if by_scores
+            else made.disagreement,
+            details=_details(inferred.scores, inferred.labels_from),
             soft=SoftMaps((0, *ids), made.probabilities.astype(np.float16)) if self._soft else None,
         )
 
@@ -116,16 +124,66 @@ class Labelling:
             return walk_scores(maps[rows], edges, parameters)
 
 
+class DeviceLabelling:
+    """The same where the whole chain stays on a GPU, and masks are what comes back."""
+
+    command, place = "label", "gpu"
+
+    def __init__(
+        self, manifest: Manifest, engines: Sequence[Choice], chain: "DeviceChain", *, soft: bool
+    ) -> None:
+        self.engines = engines
+        self._manifest, self._chain, self._soft = manifest, chain, soft
+
+    def infer(
+        self, images: UInt8, given: Sequence[Labels | None], clock: StageClock
+    ) -> "Sequence[tuple[DeviceLabels | ImageError, str]]":
+        """Label uint8 [N, h, w, 3] on the GPU; where an image fails, its error is in its place."""
+        origins = ["scores" if names is None else "file" for names in given]
+        return list(zip(self._chain.label(images, given, clock), origins, strict=True))
+
+    def refine(
+        self, inferred: "tuple[DeviceLabels | ImageError, str]", image: UInt8, clock: StageClock
+    ) -> Annotation:
+        """Make the annotation of one image. Raises ImageError where the GPU has found one."""
+        labelled, labels_from = inferred
+        if isinstance(labelled, ImageError):
+            raise labelled
+        present = set(np.unique(labelled.mask).tolist())
+        index = self._manifest.classes.index
+        return Annotation(
+            mask=labelled.mask,
+            confidence=labelled.confidence,
+            classes=labelled.classes,
+            missing=tuple(name for name in labelled.classes if index(name) not in present),
+            # What the walk alone would have said stays on the GPU, so it is the mask's own doubt here.
+            disagreement=disagreement_of_segmenter(labelled.mask, labelled.confidence),
+            details=_details(labelled.scores, labels_from),
+            soft=None
+            if labelled.soft is None
+            else SoftMaps((0, *map(index, labelled.classes)), labelled.soft),
+        )
+
+
 @contextmanager
 def open_labelling(
     bundle: Bundle, request: EngineRequest | None = None, *, soft: bool = False
-) -> Iterator[Labelling]:
+) -> Iterator[Labelling | DeviceLabelling]:
     """Open the engines of cam and affinity, chosen and said; close them at the end.
 
     soft: whether annotations hold the class probabilities. Raises EngineUnavailable and EngineError for an
     engine that is not there or cannot run the graphs.
     """
     with chosen_engines(bundle, (CAM, AFFINITY), request) as chosen:
+        cam, affinity = chosen[0].engine, chosen[1].engine
+        if isinstance(cam, QueuedEngine) and isinstance(affinity, QueuedEngine):
+            from multisa.runtime.device_label import open_device_chain
+
+            chain = open_device_chain(cam, affinity, bundle.manifest, soft=soft)
+            if chain is not None:
+                with chain:
+                    yield DeviceLabelling(bundle.manifest, chosen, chain, soft=soft)
+                return
         yield Labelling(bundle.manifest, chosen, soft=soft)
 
 
@@ -158,5 +216,6 @@ def _kernel_errors_of_the_image(of_the_device: tuple[type[Exception], ...] = ())
         raise ImageError(f"post-processing: {error}") from error
 
 
-def _present(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:
-    return tuple(name for name, score in scores.items() if score >= thresholds[name])
+def _details(scores: Mapping[str, float], labels_from: str) -> dict[str, Any]:
+    rounded = {name: round(score, DECIMALS) for name, score in scores.items()}
+    return {"labels_from": labels_from, "scores": rounded}

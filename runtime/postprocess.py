@@ -61,6 +61,7 @@ class PseudoMask:
 
     mask: UInt8  # [H, W] class ids, 0 = background
     confidence: Float32  # [H, W] probability of the chosen class, 0..1
+    probabilities: Float32  # [1 + C, H, W], background first
     disagreement: float  # of the walk and the CRF, 0..1, as `disagreement_of_label` has it
 
 
@@ -109,7 +110,8 @@ def pseudo_masks(
     """Make the masks of `pseudo_mask` for several background scores, instead of the parameters' own."""
     size = (image.shape[0], image.shape[1])
     if not class_ids:
-        return [PseudoMask(np.zeros(size, np.uint8), np.ones(size, np.float32), 0.0) for _ in backgrounds]
+        sure = np.ones((1, *size), np.float32)
+        return [PseudoMask(np.zeros(size, np.uint8), sure[0], sure, 0.0) for _ in backgrounds]
     full = resize_maps(scores, size)
     if parameters.class_gain:
         gains = np.array([parameters.class_gain[class_id - 1] for class_id in class_ids], np.float32)
@@ -122,7 +124,7 @@ def pseudo_masks(
         probabilities = walked if crf is None else crf.infer(walked)
         winners = probabilities.argmax(axis=0)
         disagreement = disagreement_of_label(walked, winners)
-        made.append(PseudoMask(ids[winners], probabilities.max(axis=0), disagreement))
+        made.append(PseudoMask(ids[winners], probabilities.max(axis=0), probabilities, disagreement))
     return made
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from multisa.runtime.bulk.config import Config, differences, read_config, write_config
-from multisa.runtime.bulk.failures import name_some
+from multisa.runtime.bulk.failures import NAMED, name_some
 from multisa.runtime.bulk.finish import finished_files
 from multisa.runtime.bulk.folder import INVENTORY, check_empty, remove_results
 from multisa.runtime.bulk.inventory import Inventory, Labels, freeze
@@ -14,7 +14,6 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.image_labels import ImageLabels
 from multisa.runtime.progress import counted, say
 from multisa.runtime.sinks.choice import sink_folder
-from multisa.runtime.sources.choice import open_source
 from multisa.runtime.sources.contract import SourceItem
 
 _ALTERNATIVES = "begin anew (--overwrite), or choose another folder"
@@ -46,36 +45,43 @@ def begin(
                 f"{_ALTERNATIVES}"
             )
         if not options.frozen and not options.retry_failed:
-            _compare(job)
+            _compare(job, foreground)
     clear_temporary(job.out)
     return there is not None
 
 
 def _freeze(job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
-    matcher = labels.matcher() if labels else None
-    without: list[str] = []
+    matcher = None
+    if labels:
+        with job.open_source(foreground) as source:
+            images = (entry for entry in source.listing() if isinstance(entry, SourceItem))
+            matcher = labels.matcher(item.id for item in images)
+    without: list[str] = []  # the first of them
+    n_without = 0
 
     def labels_of(item: SourceItem) -> Labels | None:
+        nonlocal n_without
         found = matcher.find(item.id) if matcher else None
         if found is None and item.labels is not None:
             found = _checked(item, item.labels, foreground)
         if matcher and found is None:
-            without.append(item.id)
+            n_without += 1
+            if len(without) < NAMED:
+                without.append(item.id)
         return found
 
-    with open_source(job.source) as source:
+    with job.open_source(foreground) as source:
         freeze(job.out / INVENTORY, source.listing(), labels_of)
     with Inventory(job.out / INVENTORY) as inventory:
-        passed_over = inventory.passed_over()
-        if passed_over:
-            named = name_some(f"{entry.id}: {entry.reason}" for entry in passed_over)
-            say(f"passed over {len(passed_over)}: {named}")
+        if inventory.passed_over:
+            some = [f"{entry.id}: {entry.reason}" for entry in inventory.entries_passed_over(NAMED)]
+            say(f"passed over {inventory.passed_over}: {name_some(some, inventory.passed_over)}")
         if inventory.other_files and options.tell_other_files:
             say(f"left out, no image by extension: {counted(inventory.other_files, 'file')}")
         if labels and without:
             say(
-                f"without a row in {labels.path} and labelled from scores: {len(without)} of "
-                f"{counted(inventory.images, 'image')}: {name_some(without)}"
+                f"without a row in {labels.path} and labelled from scores: {n_without} of "
+                f"{counted(inventory.images, 'image')}: {name_some(without, n_without)}"
             )
     if labels and matcher and (unused := matcher.unused()):
         rows = counted(len(unused), "row")
@@ -89,8 +95,8 @@ def _checked(item: SourceItem, labels: Sequence[str], foreground: Sequence[str])
     return tuple(name for name in foreground if name in labels)
 
 
-def _compare(job: Job) -> None:
-    with open_source(job.source) as source, Inventory(job.out / INVENTORY) as inventory:
+def _compare(job: Job, foreground: Sequence[str]) -> None:
+    with job.open_source(foreground) as source, Inventory(job.out / INVENTORY) as inventory:
         changed = inventory.difference(source.listing)
     if changed:
         raise UsageError(

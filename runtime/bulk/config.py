@@ -32,6 +32,7 @@ def run_config(
         "bundle": bundle_sha256,
         "labels": labels_sha256,
         "sinks": list(job.sinks),
+        "image prefix": job.image_prefix,
         "shard size": shard_size,
         "max pixels": job.max_pixels,
         # Which images an engine gets together may change the last bit of a sum.

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.pipeline import Failure, Watcher
+from multisa.runtime.bulk.stages import Failure, Watcher
 from multisa.runtime.bulk.worker import Worker
 
 

@@ -1,6 +1,6 @@
 """How many images may fail."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from multisa.runtime.errors import TooManyFailures, UsageError
@@ -31,8 +31,8 @@ def failure_limit(allowed: str, images: int) -> float:
     return float(number) / 100 * images if percent else float(number)
 
 
-def name_some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
-    return ", ".join(listed[:NAMED]) + more
+def name_some(names: Sequence[str], count: int | None = None) -> str:
+    """The first few names, and how many more there are of `count` (or of `names`, when they are all)."""
+    count = len(names) if count is None else count
+    more = f" and {count - NAMED} more" if count > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -9,6 +9,7 @@ from typing import Any
 from multisa.runtime.bulk.shards import PRIVATE, FinishedFolder
 from multisa.runtime.bulk.worker import FAILURES, RECORDS
 from multisa.runtime.files import write_json_atomically
+from multisa.runtime.report.reasons import group_failures
 from multisa.runtime.sinks.contract import Sink
 
 LABELS_FILE, FAILED_FILE = "labels.jsonl", "failed.jsonl"
@@ -52,6 +53,15 @@ def finished_files(out: Path) -> list[str]:
     files = _finished(out).get("files")
     written = [str(file) for file in files] if isinstance(files, list) else []
     return [*written, LABELS_FILE, FAILED_FILE]
+
+
+def failure_reasons(out: Path) -> dict[str, int]:
+    """How many images failed for which reason, the most frequent first."""
+    if not (out / FAILED_FILE).is_file():
+        return {}
+    with (out / FAILED_FILE).open("rb") as lines:
+        groups = group_failures(map(json.loads, lines), 1)
+    return {reason: group.count for reason, group in groups.items()}
 
 
 def failed_indices(out: Path, shards: Sequence[int], retries: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from multisa.runtime.bulk.crew import Outcome
 from multisa.runtime.bulk.inventory import Shard, Work
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.pipeline import Failure
+from multisa.runtime.bulk.stages import Failure
 from multisa.runtime.bulk.worker import Worker
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import sha256_of_file
@@ -142,6 +142,15 @@ class _FailuresByImage:
     def image_failed(self, failure: Failure) -> None:
         """Keep it."""
         self._failures[failure.index] = failure
+
+    def stage_busy(self, stage: str, seconds: float) -> None:
+        """Summed by the clock."""
+
+    def queue_depth(self, stage: str, images: int) -> None:
+        """Of no interest elsewhere."""
+
+    def in_flight(self, images: int) -> None:
+        """Of no interest elsewhere."""
 
     def take(self, shard: Shard) -> tuple[Failure, ...]:
         """Those of one shard, in the order of its images."""

@@ -48,7 +48,7 @@ class Hands(ABC, Generic[AnyMember]):
 
     def __init__(self, job: Job, watch: Watch) -> None:
         self._job, self._watch = job, watch
-        self._clock = StageClock()
+        self._clock = StageClock(watch.stage_busy)
         self._first: tuple[str, Ready] | None = None  # the name of a member, and what all must answer
         self._said: set[str] = set()
         self._again: deque[Shard] = deque()

@@ -118,9 +118,24 @@ class Inventory:
         for (name,) in self._rows.execute("SELECT name FROM items ORDER BY i"):
             yield name
 
-    def passed_over(self) -> list[PassedOver]:
-        """The entries of the source that were not taken."""
-        return [PassedOver(*row) for row in self._rows.execute("SELECT id, reason FROM passed_over")]
+    def work(self, index: int) -> Work:
+        """One image."""
+        return _work(self._rows.execute(f"SELECT {_WORK} FROM items WHERE i = ?", (index,)).fetchone())
+
+    def shard_of(self, index: int, size: int) -> int:
+        """The shard that an image was tried in last."""
+        last = self._rows.execute("SELECT MAX(shard) FROM retries WHERE i = ?", (index,)).fetchone()[0]
+        return index // size if last is None else int(last)
+
+    @property
+    def passed_over(self) -> int:
+        """How many entries of the source were not taken."""
+        return int(self._rows.execute("SELECT COUNT(*) FROM passed_over").fetchone()[0])
+
+    def entries_passed_over(self, limit: int) -> list[PassedOver]:
+        """The first of the entries that were not taken."""
+        rows = self._rows.execute("SELECT id, reason FROM passed_over LIMIT ?", (limit,))
+        return [PassedOver(*row) for row in rows]
 
     def difference(self, listing: Callable[[], Iterable[Listed]]) -> str:
         """What a source's listing has that this inventory has not, and the reverse, in words; "" if nothing.

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,9 +35,11 @@ class Annotation:
 class StageClock:
     """Seconds of work in each stage, summed over the threads; may be used by several at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Callable[[str, float], None] | None = None) -> None:
+        """Tell `listener` each time a stage has worked: its name and the seconds."""
         self._seconds: dict[str, float] = {}
         self._lock = threading.Lock()
+        self._listener = listener
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -52,6 +54,8 @@ class StageClock:
         """Add to one stage."""
         with self._lock:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if self._listener is not None:
+            self._listener(name, seconds)
 
     def seconds(self) -> dict[str, float]:
         """A copy of the sums."""
@@ -66,6 +70,7 @@ class Method(Protocol):
     """
 
     command: str  # "label"
+    place: str  # where masks are made, "cpu" or "gpu": their bytes may differ
     engines: Sequence[Choice]
 
     def infer(self, images: UInt8, given: Sequence[Labels | None], clock: StageClock) -> Sequence[Any]:

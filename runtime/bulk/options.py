@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from multisa.runtime.bulk.pipeline import Sizes
+from multisa.runtime.bulk.stages import Sizes
 from multisa.runtime.errors import UsageError
 from multisa.runtime.images import MAX_PIXELS
 

@@ -11,7 +11,7 @@ the same bytes, wherever and whenever it is done.
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -23,6 +23,7 @@ from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
 from multisa.runtime.bulk.encode import EncodedImage, Encoder
 from multisa.runtime.bulk.inventory import Shard, Work
 from multisa.runtime.bulk.method import Method, StageClock
+from multisa.runtime.bulk.stages import Failure, Sizes, Stage, Watcher
 from multisa.runtime.errors import ImageError, MultisaError
 from multisa.runtime.sources.contract import Source
 
@@ -30,16 +31,6 @@ UInt8 = npt.NDArray[np.uint8]
 
 _OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait for the disk
 _PATIENCE = 0.2  # seconds between looks at whether a stage has raised
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be done."""
-
-    index: int
-    image: str  # id
-    kind: str  # the stage: "read", "decode", "infer", "refine" or "encode"
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,35 +42,11 @@ class DoneShard:
     failures: Sequence[Failure]
 
 
-class Watcher(Protocol):
-    """Is told what happens, from any thread."""
-
-    def image_done(self, work: Work) -> None: ...
-
-    def image_failed(self, failure: Failure) -> None: ...
-
-
 @runtime_checkable
 class _MayVanish(Protocol):
     """A source that can tell whether it is still where it was, as opposed to one image of it."""
 
     def is_there(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How wide each stage is; nothing here but `batch` can change a byte."""
-
-    readers: int
-    workers: int  # threads of each of decode, infer and refine
-    batch: int = 1  # images of one size that an engine gets at once
-    look_ahead: int = 64  # images that may wait for others of their size
-
-    @property
-    def permits(self) -> int:
-        """Images under way at once."""
-        waiting = self.look_ahead if self.batch > 1 else 0
-        return waiting + self.readers + 6 * self.workers * self.batch
 
 
 @dataclass(eq=False)
@@ -130,16 +97,18 @@ class Pipeline:
         self._max_pixels, self._long_side = max_pixels, long_side
         self._permits = threading.Semaphore(sizes.permits)
         self._open_shards = threading.Semaphore(_OPEN_SHARDS)
-        self._feeding = threading.Lock()
+        self._feeding, self._counting = threading.Lock(), threading.Lock()
         self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._in_order: queue.SimpleQueue[tuple[_Open, _Fed | None, Future[WorkingImage] | None] | None]
         self._in_order = queue.SimpleQueue()
-        self._readers = _pool("read", sizes.readers)
-        self._decoders = _pool("decode", sizes.workers)
-        self._engines = _pool("infer", sizes.workers)
-        self._refiners = _pool("refine", sizes.workers)
-        self._committer = _pool("commit", 1)
+        self._under_way = 0
+        names = ("read", "decode", "infer", "refine", "commit")
+        self._stages = [
+            Stage(name, sizes.threads_of(name), stopped=self._stopped, failed=self._stop, watcher=watcher)
+            for name in names
+        ]
+        self._readers, self._decoders, self._engines, self._refiners, self._committer = self._stages
         self._gatherer = threading.Thread(target=self._gather_or_note, name="gather", daemon=True)
         self._gatherer.start()
 
@@ -152,8 +121,8 @@ class Pipeline:
         self._stopped.set()  # what is queued is dropped; what is being done ends
         self._in_order.put(None)
         self._gatherer.join()
-        for pool in (self._readers, self._decoders, self._engines, self._refiners, self._committer):
-            pool.shutdown(wait=True, cancel_futures=True)
+        for stage in self._stages:  # in this order none can start work in one that is closed
+            stage.close()
 
     def submit(self, shard: Shard, commit: Callable[[DoneShard], None]) -> Future[None]:
         """Feed the images of a shard as permits come back; `commit` is called in a thread of its own.
@@ -166,10 +135,11 @@ class Pipeline:
         with self._feeding:
             for position, work in enumerate(shard.works):
                 self._take(self._permits)
+                self._count_under_way(1)
                 fed = _Fed(open_, position, work)
                 decoded: Future[WorkingImage] = Future()
                 self._in_order.put((open_, fed, decoded))
-                self._start(self._readers, self._read, fed, decoded)
+                self._readers.start(self._read, fed, decoded)
             self._in_order.put((open_, None, None))
         return open_.finished
 
@@ -190,19 +160,6 @@ class Pipeline:
         if self._error is not None:
             raise self._error
 
-    def _start(self, pool: ThreadPoolExecutor, stage: Callable[..., None], *arguments: Any) -> None:
-        """Queue a stage of an image; dropped once the pipeline has stopped, which an error does."""
-        pool.submit(self._unless_stopped, stage, *arguments).add_done_callback(self._note)
-
-    def _unless_stopped(self, stage: Callable[..., None], *arguments: Any) -> None:
-        if not self._stopped.is_set():
-            stage(*arguments)
-
-    def _note(self, future: "Future[None]") -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            self._stop(error)
-
     def _stop(self, error: BaseException) -> None:
         self._error = self._error or error
         self._stopped.set()
@@ -220,7 +177,7 @@ class Pipeline:
                 ) from error
             decoded.set_exception(_Failed("read", error))
             return
-        self._start(self._decoders, self._decode, data, decoded)
+        self._decoders.start(self._decode, data, decoded)
 
     def _decode(self, data: bytes, decoded: "Future[WorkingImage]") -> None:
         try:
@@ -244,7 +201,7 @@ class Pipeline:
             open_, fed, decoded = entry
             if fed is None or decoded is None:
                 for group in groups.values():
-                    self._start(self._engines, self._infer, group)
+                    self._engines.start(self._infer, group)
                 groups = {}
                 if not open_.shard.works:
                     self._close_shard(open_)
@@ -262,7 +219,7 @@ class Pipeline:
         if full or sum(map(len, groups.values())) >= self._sizes.look_ahead:
             # Of the groups that wait, the one whose first image came first.
             shape = ready.image.rgb.shape if full else next(iter(groups))
-            self._start(self._engines, self._infer, groups.pop(shape))
+            self._engines.start(self._infer, groups.pop(shape))
 
     def _result(self, decoded: "Future[WorkingImage]") -> "WorkingImage | _Failed | None":
         while not self._stopped.is_set():
@@ -286,7 +243,7 @@ class Pipeline:
                 self._infer([ready])
             return
         for ready, result in zip(batch, results, strict=True):
-            self._start(self._refiners, self._refine, ready, result)
+            self._refiners.start(self._refine, ready, result)
 
     def _refine(self, ready: _Ready, inferred: Any) -> None:
         fed, stage = ready.fed, "refine"
@@ -310,14 +267,21 @@ class Pipeline:
 
     def _count_down(self, open_: _Open) -> None:
         self._permits.release()
+        self._count_under_way(-1)
         with open_.lock:
             open_.left -= 1
             last = open_.left == 0
         if last:
             self._close_shard(open_)
 
+    def _count_under_way(self, change: int) -> None:
+        with self._counting:
+            self._under_way += change
+            count = self._under_way
+        self._watcher.in_flight(count)
+
     def _close_shard(self, open_: _Open) -> None:
-        self._start(self._committer, self._commit, open_)
+        self._committer.start(self._commit, open_)
 
     def _commit(self, open_: _Open) -> None:
         images = [image for image in open_.images if image is not None]
@@ -334,7 +298,3 @@ class _Failed(Exception):
     def __init__(self, kind: str, error: MultisaError) -> None:
         super().__init__(kind)
         self.kind, self.error = kind, error
-
-
-def _pool(name: str, workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix=f"multisa-{name}")

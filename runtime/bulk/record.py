@@ -1,5 +1,6 @@
 """OUT/.multisa/run.json: what the last sitting did, for programs and for people who look later."""
 
+import os
 import platform
 from typing import Any
 
@@ -21,21 +22,23 @@ def run_record(
     """The record of a run that has ended."""
     identity = crew.identity()
     versions = {key.removeprefix("version of "): v for key, v in identity.items() if "version of" in key}
-    passed_over = inventory.passed_over()
+    passed_over = inventory.entries_passed_over(_PASSED_OVER)
     return {
         "command": job.command,
         "started": started,
         "source": job.source,
-        "images": summary.done,
+        "images": summary.done_now,
+        "kept": summary.done - summary.done_now,
         "failures": summary.failures,
         "failure_kinds": summary.failure_kinds,
-        "passed_over": len(passed_over),
-        "skipped": [f"{entry.id}: {entry.reason}" for entry in passed_over[:_PASSED_OVER]],
-        "images_now": summary.done_now,
+        "passed_over": inventory.passed_over,
+        "skipped": [f"{entry.id}: {entry.reason}" for entry in passed_over],
         "seconds": round(summary.seconds, 3),
         "images_per_second": round(summary.images_per_second, 3),
         "stage_seconds": {name: round(s, DECIMALS) for name, s in sorted(summary.stage_seconds.items())},
-        "workers": summary.workers,
+        "workers": job.sizes.workers,
+        "stage_workers": {name: job.sizes.threads_of(name) for name in sorted(summary.stage_seconds)},
+        "cores": os.cpu_count() or 0,
         "bundle": {"name": bundle.manifest.name, "path": str(bundle.path)},
         "engines": crew.engines(),
         "versions": {"python": platform.python_version(), **versions},

@@ -11,11 +11,15 @@ from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import UsageError
+from multisa.runtime.telemetry.metrics import LOCALHOST
+from multisa.runtime.telemetry.telemetry import Telemetry
 
 _OPTIONS = (
     *("workers", "readers", "batch", "shard_size", "max_pixels", "max_failures", "pictured"),
     *("retry_failed", "overwrite", "frozen", "verify"),
 )
+
+_TOLD = ("log_json", "metrics_port", "metrics_host")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class RunRequest:
     options: RunOptions
     processes: int = 1
     ray: str | None = None
+    log_json: str | None = None  # a file, or - for stderr
+    metrics_port: int | None = None
+    metrics_host: str = LOCALHOST
 
     @classmethod
     def from_arguments(cls, command: str, bundle: Path, arguments: Mapping[str, Any]) -> Self:
@@ -36,8 +43,22 @@ class RunRequest:
         engine = EngineRequest(arguments["engine"], arguments["precision"], arguments["plans"])
         if arguments["ray"] and arguments["processes"]:
             raise UsageError("got both --ray and --processes, expected one of them")
-        job = make_job(command, arguments["images"], arguments["out"], bundle, engine, options)
-        return cls(job, options, arguments["processes"] or 1, arguments["ray"])
+        job = make_job(
+            command,
+            arguments["images"],
+            arguments["out"],
+            bundle,
+            engine,
+            options,
+            storage_options=arguments["storage_options"],
+            image_prefix=arguments["image_prefix"] or "",
+        )
+        told = {name: arguments[name] for name in _TOLD if arguments[name] is not None}
+        return cls(job, options, arguments["processes"] or 1, arguments["ray"], **told)
+
+    def telemetry(self) -> Telemetry:
+        """What is told of the run. Raises UsageError for a log or a port that cannot be had."""
+        return Telemetry(self.log_json, self.metrics_port, self.metrics_host)
 
     def open_crew(self, job: Job, watch: Watch) -> Crew:
         """This process, several, or a cluster."""

@@ -20,6 +20,7 @@ from multisa.runtime.bulk.inventory import Inventory
 from multisa.runtime.bulk.job import Job, make_job
 from multisa.runtime.bulk.journal import Journal
 from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.page import write_page
 from multisa.runtime.bulk.record import run_record, write_record
 from multisa.runtime.bulk.sitting import Sitting
 from multisa.runtime.bulk.stop import stop_on_signals
@@ -30,16 +31,23 @@ from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.manifest import MANIFEST_NAME
-from multisa.runtime.sinks.choice import open_sinks, sink_folder
-from multisa.runtime.sinks.contract import SinkContext
+from multisa.runtime.sinks.choice import sink_folder
+from multisa.runtime.telemetry.telemetry import Telemetry
 
 OpenCrew = Callable[[Job, Watch], Crew]
 
 
-def run(job: Job, options: RunOptions, open_crew: OpenCrew, *, labels: Path | None = None) -> RunSummary:
+def run(
+    job: Job,
+    options: RunOptions,
+    open_crew: OpenCrew,
+    *,
+    labels: Path | None = None,
+    telemetry: Telemetry | None = None,
+) -> RunSummary:
     """Do a job, or what is left of it, and return what was done.
 
-    labels: a file of image-level labels. Raises UsageError for what cannot be used or does not fit the run in
+    labels: a file of image-level labels. telemetry: is told what happens, and closed. Raises UsageError for what cannot be used or does not fit the run in
     OUT, Interrupted after a signal, TooManyFailures as soon as more images fail than the options allow,
     MultisaError where OUT cannot be written; the same command goes on after each of them.
     """
@@ -47,7 +55,7 @@ def run(job: Job, options: RunOptions, open_crew: OpenCrew, *, labels: Path | No
     rows = read_image_labels(labels, bundle.manifest.foreground) if labels else None
     check_places(job.source, job.out, map(sink_folder, job.sinks))
     with ExitStack() as stack:
-        watch = stack.enter_context(Watch(job.command))
+        watch = stack.enter_context(Watch(job.command, telemetry))
         crew = stack.enter_context(open_crew(job, watch))
         bundle_sha256 = sha256_of_file(bundle.path / MANIFEST_NAME)
         config = run_config(
@@ -57,19 +65,22 @@ def run(job: Job, options: RunOptions, open_crew: OpenCrew, *, labels: Path | No
             labels_sha256=sha256_of_file(labels) if labels else None,
             shard_size=options.shard_size,
         )
-        sinks = open_sinks(job.sinks, SinkContext(job.out, job.command, bundle.manifest, bundle_sha256))
         stack.enter_context(output_errors(job.out))
         stack.enter_context(run_lock(job.out))
         stop = stack.enter_context(stop_on_signals())
         begin(job, options, config, rows, bundle.manifest.foreground)
         inventory = stack.enter_context(Inventory(job.out / INVENTORY))
         journal = stack.enter_context(Journal(job.out / JOURNAL))
-        sitting = Sitting(job, options, inventory, journal, stop, watch)
+        classes = bundle.manifest.foreground
+        sitting = Sitting(job, options, inventory, journal, stop, watch, classes)
         sitting.do(crew)
-        news = sitting.finish(sinks)
+        news = sitting.finish(job.open_sinks(bundle))
         summary = sitting.summary(crew)
         if news:
-            write_record(job, run_record(job, bundle, summary, inventory, crew, sitting.started))
+            record = run_record(job, bundle, summary, inventory, crew, sitting.started)
+            write_record(job, record)
+            if options.pictured:
+                write_page(job, bundle.manifest, inventory, options.shard_size, record, options.pictured)
         return summary
 
 

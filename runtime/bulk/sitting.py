@@ -19,7 +19,6 @@ from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.progress import counted, say
 from multisa.runtime.sinks.contract import Sink
-from multisa.runtime.sources.choice import open_source
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Sitting:
     journal: Journal
     stop: StopRequest
     watch: Watch
+    classes: Sequence[str]  # of the foreground
     _altered: set[int] = field(default_factory=set)  # committed, and to be done again
     _failed_before: int = 0
     _start: float = field(default_factory=time.perf_counter)
@@ -54,6 +54,7 @@ class Sitting:
 
         def committed(result: ShardResult) -> None:
             self.journal.append(result)
+            self.watch.shard_committed(result.shard, result.images)
             if self.options.max_failures is not None:
                 limit = failure_limit(self.options.max_failures, self.inventory.images)
                 self.stop.too_many_failures |= self._failed_before + self.watch.failed > limit
@@ -72,9 +73,10 @@ class Sitting:
             done_now=self.watch.done,
             seconds=time.perf_counter() - self._start,
             stage_seconds=crew.seconds(),
-            workers=self.job.sizes.workers,
-            skipped=len(self.inventory.passed_over()),
+            sizes=self.job.sizes,
+            skipped=self.inventory.passed_over,
             failure_kinds=dict(self.watch.failure_kinds),
+            reasons=failure_reasons(self.job.out),
         )
 
     def finish(self, sinks: Sequence[Sink]) -> bool:
@@ -108,7 +110,7 @@ class Sitting:
         failed = [i for i in failed_indices(self.job.out, *self._committed()) if i not in waiting]
         changed = ""
         if not self.options.frozen:
-            with open_source(self.job.source) as source:
+            with self.job.open_source(self.classes) as source:
                 changed = self.inventory.take_changes(source.listing, failed)
         if changed:
             raise UsageError(

@@ -1,9 +1,15 @@
 """What a run did."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from multisa.runtime.progress import counted
+from multisa.runtime.bulk.finish import FAILED_FILE, LABELS_FILE
+from multisa.runtime.bulk.folder import REPORT_PAGE
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.stages import Sizes
+from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
+from multisa.runtime.sinks.choice import sink_folder
 
 
 @dataclass(frozen=True)
@@ -16,9 +22,10 @@ class RunSummary:
     done_now: int  # in this sitting
     seconds: float
     stage_seconds: Mapping[str, float]  # of this sitting, summed over the threads
-    workers: int
+    sizes: Sizes
     skipped: int  # entries of the source that were passed over
-    failure_kinds: Mapping[str, int]
+    failure_kinds: Mapping[str, int]  # of this sitting
+    reasons: Mapping[str, int]  # images by reason, of all that have failed
 
     @property
     def images_per_second(self) -> float:
@@ -26,12 +33,26 @@ class RunSummary:
         return self.done_now / self.seconds if self.seconds else 0.0
 
 
-def describe_summary(summary: RunSummary) -> str:
-    """The run in two lines: images, rate and the share of each stage, the slowest first."""
-    total = sum(summary.stage_seconds.values()) or 1.0
-    stages = sorted(summary.stage_seconds.items(), key=lambda item: -item[1])
-    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in stages)
-    return (
-        f"{counted(summary.done, 'image')} done, {summary.failures} failed; {summary.done_now} in "
-        f"{summary.seconds:.1f} s ({summary.images_per_second:.2f}/s)\ntime by stage: {shares}"
+def describe_summary(summary: RunSummary, job: Job, *, pictured: int) -> str:
+    """The run in lines of text: what was done, which stage is the limit, what failed, where to look."""
+    out = job.out
+    looks = [f"{out / sink_folder(sink)}" for sink in job.sinks] + [str(out / LABELS_FILE)]
+    if summary.failures:
+        looks.append(f"{out / FAILED_FILE}: the failures (--retry-failed tries them again)")
+    if pictured:
+        looks.append(f"{out / REPORT_PAGE}: the most doubtful first")
+    stages = summary.stage_seconds.items()
+    return describe_run(
+        RunFigures(
+            command=job.command,
+            done=summary.done_now,
+            failed=summary.failures,
+            seconds=summary.seconds,
+            stages=tuple(StageTime(name, busy, summary.sizes.threads_of(name)) for name, busy in stages),
+            kept=summary.done - summary.done_now,
+            passed_over=summary.skipped,
+            cores=os.cpu_count() or 0,
+            reasons=summary.reasons,
+            look_at=tuple(looks),
+        )
     )

@@ -12,15 +12,12 @@ from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
 from multisa.runtime.bulk.method import StageClock
-from multisa.runtime.bulk.pipeline import DoneShard, Pipeline, Watcher
+from multisa.runtime.bulk.pipeline import DoneShard, Pipeline
+from multisa.runtime.bulk.stages import Watcher
 from multisa.runtime.bulk.shards import ShardFolder
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.engines.choice import Choice
-from multisa.runtime.files import sha256_of_file
-from multisa.runtime.manifest import MANIFEST_NAME
-from multisa.runtime.sinks.choice import open_sinks
-from multisa.runtime.sinks.contract import Sink, SinkContext
-from multisa.runtime.sources.choice import open_source
+from multisa.runtime.sinks.contract import Sink
 
 RECORDS, FAILURES = "records", "failures"  # parts of a shard
 
@@ -31,15 +28,14 @@ class Worker:
     def __init__(self, job: Job, watcher: Watcher) -> None:
         """Open everything. Raises what opening the bundle, its engines, the source and the sinks raises."""
         self.job = job
-        self.clock = StageClock()
+        self.clock = StageClock(watcher.stage_busy)
         with ExitStack() as stack:
             bundle = load_bundle(job.bundle)
-            self.source = stack.enter_context(open_source(job.source))
+            self.source = stack.enter_context(job.open_source())
             method = stack.enter_context(job.open_method(bundle))
             self.engines: Sequence[Choice] = method.engines
-            digest = sha256_of_file(job.bundle / MANIFEST_NAME)
-            context = SinkContext(job.out, job.command, bundle.manifest, digest)
-            self.sinks: tuple[Sink, ...] = open_sinks(job.sinks, context)
+            self._place = method.place
+            self.sinks: Sequence[Sink] = job.open_sinks(bundle)
             self._pipeline = stack.enter_context(
                 Pipeline(
                     method,
@@ -75,7 +71,7 @@ class Worker:
 
     def identity(self) -> Mapping[str, Any]:
         """Engines and versions, as the settings of a run hold them."""
-        return identity(self.engines)
+        return {**identity(self.engines), "masks are made on": self._place}
 
     def wait(self, future: "Future[None]") -> None:
         """Wait for a shard. Raises what has kept it from being done."""

@@ -1,4 +1,4 @@
-"""Runs of equal class ids in a mask, as formats ask for them; the kernel finds those of all classes at once."""
+"""Runs of equal class ids in a mask, as formats ask for them; the kernel finds those of all at once."""
 
 from dataclasses import dataclass
 

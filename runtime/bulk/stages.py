@@ -1,0 +1,97 @@
+"""The stages of the pipeline: how wide they are, their threads, and who is told what happens in them."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from multisa.runtime.bulk.inventory import Work
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be done."""
+
+    index: int
+    image: str  # id
+    kind: str  # the stage: "read", "decode", "infer", "refine" or "encode"
+    reason: str
+
+
+class Watcher(Protocol):
+    """Is told what happens, from any thread."""
+
+    def image_done(self, work: Work) -> None: ...
+
+    def image_failed(self, failure: Failure) -> None: ...
+
+    def stage_busy(self, stage: str, seconds: float) -> None: ...
+
+    def queue_depth(self, stage: str, images: int) -> None: ...
+
+    def in_flight(self, images: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How wide each stage is; nothing here but `batch` can change a byte."""
+
+    readers: int
+    workers: int  # threads of each of decode, infer and refine
+    batch: int = 1  # images of one size that an engine gets at once
+    look_ahead: int = 64  # images that may wait for others of their size
+
+    def threads_of(self, stage: str) -> int:
+        """How many threads a stage of the clock has; those that are not of the pipeline are of its workers."""
+        return {"read": self.readers, "commit": 1}.get(stage, self.workers)
+
+    @property
+    def permits(self) -> int:
+        """Images under way at once."""
+        waiting = self.look_ahead if self.batch > 1 else 0
+        return waiting + self.readers + 6 * self.workers * self.batch
+
+
+class Stage:
+    """The threads of one stage, and how many images wait for them."""
+
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        *,
+        stopped: threading.Event,
+        failed: Callable[[BaseException], None],
+        watcher: Watcher,
+    ) -> None:
+        """Drop what is queued once `stopped` is set; tell `failed` what the work has raised."""
+        self._name, self._stopped, self._failed, self._watcher = name, stopped, failed, watcher
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"multisa-{name}")
+        self._waiting = 0
+        self._lock = threading.Lock()
+
+    def start(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Queue some work."""
+        self._count(1)
+        self._pool.submit(self._unless_stopped, work, *arguments).add_done_callback(self._note)
+
+    def close(self) -> None:
+        """Wait for what is being done; what waits is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _unless_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._count(-1)
+        if not self._stopped.is_set():
+            work(*arguments)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._waiting += change
+            waiting = self._waiting
+        self._watcher.queue_depth(self._name, waiting)
+
+    def _note(self, future: "Future[None]") -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            self._failed(error)
