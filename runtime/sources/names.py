@@ -12,12 +12,15 @@ LONGEST_PATH = 2000  # bytes; half of what Linux takes, OUT needs some, too
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NOT_PORTABLE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+# Nearly all paths are like this one; what it does not take is looked at closer.
+_PLAIN = re.compile(r"[\w-][\w. -]*(?:/[\w-][\w. -]*)*", re.ASCII)
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_image(name: str) -> bool:
     """Whether a name ends like an image's."""
-    return PurePosixPath(name).suffix.lower() in EXTENSIONS
+    stem, dot, ending = name.rpartition("/")[2].rpartition(".")
+    return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS
 
 
 def is_tar(name: str) -> bool:
@@ -39,6 +42,8 @@ def bad_name(name: str) -> str:
 
 def unsafe_path(path: str) -> str:
     """Why a path that an archive or a bucket gives cannot be one below OUT, or ""."""
+    if len(path) <= LONGEST_NAME and _PLAIN.fullmatch(path):
+        return ""
     if not _is_utf8(path):
         return "its name is not UTF-8"
     if path.startswith("/") or _DRIVE.match(path):

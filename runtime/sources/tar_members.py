@@ -7,6 +7,7 @@ ustar, GNU (long names, sizes over 8 GiB) and pax.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from multisa.runtime.sources.names import printable
 from multisa.runtime.sources.storage import Blob
@@ -31,8 +32,7 @@ class TarDamaged(Exception):
         self.offset = offset
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One member that is no folder."""
 
     name: str  # as it is in the file, "./" before it left out; may hold surrogates
@@ -50,15 +50,18 @@ class _Pending:
     sparse: bool = False
 
 
+_NOTHING = _Pending()
+
+
 def tar_members(blob: Blob) -> Iterator[Member]:
     """Every member in the order of the file; the one it is cut off in is the last, with a problem.
 
     Raises TarDamaged at a header that is none, and OSError.
     """
     window = Window(blob)
-    offset, pending = 0, _Pending()
+    offset, pending = 0, _NOTHING
     while header := window.read(offset, BLOCK):
-        if not header.strip(b"\0"):
+        if not header[0] and not header.strip(b"\0"):
             return
         _check(header, offset)
         kind, size = header[156:157], _number(header[124:136], offset)
@@ -86,7 +89,7 @@ def tar_members(blob: Blob) -> Iterator[Member]:
             yield _member(name, kind, start, size, pending.sparse, blob.size)
         if start + size > blob.size:
             return
-        offset, pending = start + _blocks(size), _Pending()
+        offset, pending = start + _blocks(size), _NOTHING
 
 
 class Window:
@@ -129,13 +132,18 @@ def _check(header: bytes, offset: int) -> None:
                 raise TarDamaged(
                     offset, f"compressed by {name}, where no member can be read alone: decompress it first"
                 )
-    expected = header[148:156].strip(b" \0")
-    field = header[148:156]
-    unsigned = sum(header) - sum(field) + 8 * 32
-    # Some old programs summed signed bytes.
-    signed = unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
-    if not expected.isdigit() or not _is_octal(expected) or int(expected, 8) not in (unsigned, signed):
+    digits = header[148:156].strip(b" \0")
+    if not digits or not _is_octal(digits) or not _is_sum(header, int(digits, 8)):
         raise TarDamaged(offset, "a header whose checksum is wrong")
+
+
+def _is_sum(header: bytes, expected: int) -> bool:
+    """Whether the bytes of a header, its sum read as spaces, have the sum `expected`."""
+    unsigned = sum(header) - sum(header[148:156]) + 8 * 32
+    if unsigned == expected:
+        return True
+    # Some old programs summed signed bytes.
+    return unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:]) == expected
 
 
 def _is_octal(digits: bytes) -> bool:

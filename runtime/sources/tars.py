@@ -7,13 +7,20 @@ One look at every header lists a shard; a read then takes the image's bytes alon
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.sources.contract import MAX_FILE_BYTES, Listed, OtherFiles, PassedOver, SourceItem
 from multisa.runtime.sources.folders import Pattern, SourceBase, inside, walk
 from multisa.runtime.sources.label_cells import CellReader
-from multisa.runtime.sources.names import Seen, is_image, is_tar, printable, unsafe_path
+from multisa.runtime.sources.names import (
+    LONGEST_PATH,
+    Seen,
+    is_image,
+    is_tar,
+    printable,
+    safe_id,
+    unsafe_path,
+)
 from multisa.runtime.sources.storage import Blob, Entry, Store, join, why
 from multisa.runtime.sources.tar_members import Member, TarDamaged, tar_members
 
@@ -118,6 +125,7 @@ class TarSource(SourceBase):
 
     def _shard(self, name: str, seen: Seen) -> Iterator[Listed]:
         shown = printable(join(self._root, name))
+        prefix = safe_id(name[:-4])
         any_member = False
         try:
             with self._store.open(join(self._root, name)) as blob:
@@ -125,7 +133,7 @@ class TarSource(SourceBase):
                     yield PassedOver(printable(name), "is empty")
                 for sample in _samples(tar_members(blob)):
                     any_member = True
-                    yield from self._sample(name, sample, blob, seen)
+                    yield from self._sample((name, prefix), sample, blob, seen)
         except TarDamaged as error:
             if not any_member:
                 raise UsageError(f"{shown}: cannot be read as a tar file: {error}") from error
@@ -134,22 +142,32 @@ class TarSource(SourceBase):
         except OSError as error:
             raise UsageError(f"{shown}: cannot be read ({why(error)}), expected a tar file") from error
 
-    def _sample(self, shard: str, members: list[Member], blob: Blob, seen: Seen) -> Iterator[Listed]:
+    def _sample(
+        self, shard: tuple[str, str], members: list[Member], blob: Blob, seen: Seen
+    ) -> Iterator[Listed]:
+        """The entries of one sample of a shard, which is given as its path and what its ids begin with."""
+        path, prefix = shard
         images = [member for member in members if is_image(member.name)]
         sidecars = {
             member.name.rpartition(".")[2].lower(): member
             for member in members
-            if images and member.name[len(_key(member.name)) :].lower() in (".json", ".cls", ".txt")
+            if len(members) > 1
+            and images
+            and member.name[len(_key(member.name)) :].lower() in (".json", ".cls", ".txt")
         }
         labels = None
         if images:
             labels, problems = self._labels(sidecars, blob)
-            yield from (PassedOver(printable(f"{shard[:-4]}/{name}"), why_not) for name, why_not in problems)
+            yield from (PassedOver(printable(f"{prefix}/{name}"), why_not) for name, why_not in problems)
         for member in images:
-            item = _item(shard, member, blob.version)
-            if isinstance(item, SourceItem) and not seen.add(item.id):
-                item = PassedOver(item.id, "another member has the same name: the first is taken")
-            yield item if isinstance(item, PassedOver) else replace(item, labels=labels)
+            made = f"{prefix}/{member.name}"
+            problem = _problem(member, made)
+            if not problem and not seen.add(made):
+                problem = "another member has the same name: the first is taken"
+            if problem:
+                yield PassedOver(printable(made), problem)
+            else:
+                yield SourceItem(made, f"{path}#{member.offset}", member.size, blob.version, labels)
         if others := len(members) - len(images) - len(sidecars):
             yield OtherFiles(others)
 
@@ -180,11 +198,14 @@ class TarSource(SourceBase):
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
     """Members of one key that follow each other; those before damage come before its exception."""
     sample: list[Member] = []
+    key = ""
     try:
         for member in members:
-            if sample and (_key(member.name) != _key(sample[0].name) or len(sample) == _LARGEST_SAMPLE):
+            its = _key(member.name)
+            if sample and (its != key or len(sample) == _LARGEST_SAMPLE):
                 yield sample
                 sample = []
+            key = its
             sample.append(member)
     except TarDamaged:
         if sample:
@@ -194,15 +215,12 @@ def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
         yield sample
 
 
-def _item(shard: str, member: Member, version: str) -> SourceItem | PassedOver:
-    made = f"{shard[:-4]}/{member.name}"
+def _problem(member: Member, made: str) -> str:
+    """Why a member is not taken under the id `made`, or ""."""
     problem = unsafe_path(member.name) or member.problem
     if not problem and member.size > MAX_FILE_BYTES:
         problem = f"got {member.size} bytes, expected at most {MAX_FILE_BYTES}"
-    problem = problem or unsafe_path(made)
-    if problem:
-        return PassedOver(printable(made), problem)
-    return SourceItem(made, f"{shard}#{member.offset}", member.size, version)
+    return problem or ("its name is too long" if len(made.encode()) > LONGEST_PATH else "")
 
 
 def _key(name: str) -> str:

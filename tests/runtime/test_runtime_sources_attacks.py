@@ -31,6 +31,8 @@ UNSAFE = {
     "x/.hidden/a.jpg": "hidden",
     "._a.jpg": "hidden",
     "new\nline.jpg": "control character in its name",
+    "a /.jpg/é.jpg": "hidden",
+    "a\x7f.jpg": "control character in its name",
     "n" * 300 + ".jpg": "its name is too long",
     "d/" * 1500 + "a.jpg": "its name is too long",
 }
