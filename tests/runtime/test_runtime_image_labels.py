@@ -1,6 +1,7 @@
 """Label files as rows: text in, labels or an error out."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.image_labels import ImageLabels, labels_from_scores, read_image_labels
 
 CLASSES = ("cat", "dog", "dining table")
+
+
+def pickled_size(value: object) -> int:
+    return len(pickle.dumps(value))
 
 
 def read(tmp_path: Path, text: str, name: str = "labels.csv") -> ImageLabels:
@@ -123,3 +128,33 @@ def test_labels_from_scores() -> None:
     scores = {"cow": 0.5, "cat": 0.29, "dog": 0.3, "horse": float("nan")}
     thresholds = dict.fromkeys(scores, 0.3)
     assert labels_from_scores(scores, thresholds) == ("cow", "dog")
+
+
+def test_images_one_by_one(tmp_path: Path) -> None:
+    matcher = read(tmp_path, "image,labels\na.jpg,cat\nx/b.jpg,dog\nc,\nd.jpg,cat\n").matcher()
+    assert matcher.find("a.jpg") == matcher.find("a.jpg") == ("cat",)
+    assert matcher.find("deep/a.jpg") is None  # the row is about the other by its path
+    assert matcher.find("b.jpg") == ("dog",)
+    assert matcher.find("c.jpg") == ()
+    assert matcher.find("none.jpg") is None
+    assert matcher.unused() == ("d.jpg",)
+
+
+def test_a_row_for_two_images_is_found_when_the_second_comes(tmp_path: Path) -> None:
+    labels = read(tmp_path, "image,labels\na.jpg,cat\n")
+    for second in ("y/a.jpg", "a.jpg"):  # by its name, and by its path
+        matcher = labels.matcher()
+        assert matcher.find("x/a.jpg") == ("cat",)
+        with pytest.raises(UsageError, match=rf"fits several images \(x/a\.jpg, {second}\)"):
+            matcher.find(second)
+    known = labels.matcher(["x/a.jpg", "a.jpg"])
+    assert known.find("x/a.jpg") is None and known.find("a.jpg") == ("cat",)
+
+
+def test_a_matcher_holds_rows_and_not_images(tmp_path: Path) -> None:
+    matcher = read(tmp_path, "image,labels\na.jpg,cat\nx/a.jpg,dog\n").matcher()
+    matcher.find("x/a.jpg")
+    matcher.find("none.jpg")  # makes the index of file names
+    before = pickled_size(matcher)
+    assert not any(matcher.find(f"{i}.jpg") for i in range(1000))
+    assert pickled_size(matcher) == before
