@@ -7,7 +7,6 @@ import json
 import tarfile
 import threading
 import uuid
-import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import boto3
 import fsspec
 import pyarrow
 import pytest
+from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
@@ -26,12 +26,6 @@ from multisa.runtime.sources.contract import PassedOver, SourceItem
 FILES = {"a.jpg": b"a" * 100, "a/b.jpg": b"b" * 200, "a/c.jpg": b"c", "é z.png": b"z", "notes.md": b""}
 IMAGES = {name: data for name, data in FILES.items() if name != "notes.md"}
 ORDER = ["a/b.jpg", "a/c.jpg", "a.jpg", "é z.png"]
-
-# Of the server, none of which is ours: botocore's clock, and sockets that werkzeug leaves to the collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-]
 
 
 class Bucket:
@@ -60,9 +54,6 @@ class Bucket:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from moto.server import ThreadedMotoServer
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -135,6 +126,8 @@ def test_what_has_changed_in_a_bucket(photos: Bucket) -> None:
     photos.put("photos/a/c.jpg", b"C")  # of the same size
     after = {item.id: item for item in photos.items("photos")}
     assert {name for name in before if before[name] != after[name]} == {"a.jpg", "a/c.jpg"}
+    photos.put("photos/empty.jpg", b"")
+    assert photos.contents("photos/empty.jpg") == {"empty.jpg": b""}
     photos.client.delete_object(Bucket=photos.name, Key="photos/a/b.jpg")
     with pytest.raises(ImageError, match="No such file"):
         source.read(before["a/b.jpg"])
