@@ -10,6 +10,7 @@ paths, and have the same version of multisa; whoever started the run keeps the j
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -210,15 +211,31 @@ class RayCrew(Hands[_Actor]):
     def _connect(self) -> None:
         if self._ray.is_initialized():  # by the program that this is a part of
             return
+        _check_answers(self._address)
         local = {"include_dashboard": False, "object_store_memory": _STORE} if self._address == LOCAL else {}
         try:
             self._ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise MultisaError(
-                f"--ray {self._address}: cannot be reached ({_in_short(error)}), expected auto, {LOCAL}, "
-                "HOST:PORT or ray://HOST:PORT of a cluster that runs: ray start --head"
-            ) from error
+            raise _not_reached(self._address, _in_short(error)) from error
         self._ours = True
+
+
+def _check_answers(address: str) -> None:
+    """Ray tries for minutes to reach a machine that is not there."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_NOTICE).close()
+    except (OSError, OverflowError) as error:
+        raise _not_reached(address, str(error)) from error
+
+
+def _not_reached(address: str, reason: str) -> MultisaError:
+    return MultisaError(
+        f"--ray {address}: cannot be reached ({reason}), expected auto, {LOCAL}, HOST:PORT or "
+        "ray://HOST:PORT of a cluster that runs: ray start --head"
+    )
 
 
 def _import_ray() -> Any:

@@ -58,7 +58,7 @@ class ProcessCrew(Hands[_Member]):
         self._processes: list[_Member] = []
 
     def __enter__(self) -> Self:
-        self._gpus = _visible_gpus()
+        self._gpus = visible_gpus()
         try:
             for index in range(self._count_of_processes):
                 self._processes.append(self._start(index))
@@ -115,7 +115,7 @@ class ProcessCrew(Hands[_Member]):
         return _Member(f"process {index + 1}", index=index, process=process, pipe=ours)
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES is to be for each GPU that this process sees."""
     count = len(probe_gpus().gpus)
     asked = os.environ.get(_VISIBLE, "")

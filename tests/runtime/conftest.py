@@ -25,8 +25,9 @@ from multisa.runtime.postprocess import LabelParameters
 from multisa.runtime.sinks.choice import open_sinks
 from multisa.runtime.sinks.contract import LabelledImage, SinkContext, SoftMaps
 
-# For the engines that run on a device which is the CPU, and for bulk_runs.py.
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "cuda_on_cpu"), str(Path(__file__).parent)]
+TESTS = Path(__file__).resolve().parents[1]
+# For the engines that run on a device which is the CPU; for runs on several processes; for bulk_runs.py.
+sys.path[:0] = [str(TESTS / "cuda_on_cpu"), str(TESTS / "crews"), str(TESTS / "runtime")]
 
 CLASSES = ("background", "red thing", "green")
 OFFSETS = 34

@@ -1,0 +1,104 @@
+"""What the tests of crews share: a corpus of many small images, runs over it, and what they leave."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from multisa.runtime.bulk.crew import Crew
+from multisa.runtime.bulk.inventory import Shard
+from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.journal import ShardResult
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.run import OpenCrew, run
+from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines.choice import EngineRequest
+
+SHARD = 5
+IMAGES = 150
+SHARDS = IMAGES // SHARD
+
+
+def write_corpus(folder: Path, images: int = IMAGES) -> Path:
+    """Grey ramps of a few sizes, every fiftieth no image at all."""
+    folder.mkdir()
+    for i in range(images):
+        if i % 50 == 7:
+            (folder / f"{i:04d}.png").write_bytes(b"this is no image")
+        else:
+            ramp = Image.linear_gradient("L").resize((60 + 4 * (i % 3), 48)).rotate(i)
+            ramp.convert("RGB").save(folder / f"{i:04d}.png")
+    return folder
+
+
+def segment(
+    source: Path, out: Path, bundle: Bundle, open_crew: OpenCrew, *, engine: str = "auto"
+) -> RunSummary:
+    options = RunOptions(workers=2, shard_size=SHARD, sinks=("masks", "tar"), pictured=0)
+    job = make_job("segment", str(source), out, bundle.path, EngineRequest(engine), options)
+    return run(job, options, open_crew)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Every byte that must not differ between two runs: the results, and the parts they are made of."""
+    files = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    kept = (f for f in files if f.parts[0] not in (".multisa", "report.html") or f.parts[1:2] == ("parts",))
+    return {file.as_posix(): (out / file).read_bytes() for file in kept}
+
+
+def journalled(out: Path) -> list[int]:
+    """Shards in the order of the journal."""
+    return [int(n) for n in re.findall(r'"shard": (\d+)', (out / ".multisa/journal.jsonl").read_text())]
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that `process` has started, and those that these have."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            after_name = (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if after_name[0] != "Z":
+            parents[int(folder.name)] = int(after_name[1])
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def title(process: int) -> str:
+    """Its command line, or what it calls itself; "" for one that is no more."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def disturbed(open_crew: OpenCrew, after: int, disturb: Callable[[], None]) -> OpenCrew:
+    """A crew to which something happens, once, as soon as so many shards are committed."""
+
+    def open_disturbed(job: Job, watch: Watch) -> Crew:
+        crew = open_crew(job, watch)
+        do = crew.do
+
+        def do_disturbed(shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
+            count = 0
+
+            def note(result: ShardResult) -> None:
+                nonlocal count
+                committed(result)
+                count += 1
+                if count == after:
+                    disturb()
+
+            do(shards, note)
+
+        crew.do = do_disturbed  # type: ignore[method-assign]
+        return crew
+
+    return open_disturbed

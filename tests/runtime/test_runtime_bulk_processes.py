@@ -1,0 +1,226 @@
+"""Runs on several processes: the bytes of one process, whatever dies."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from crew_runs import (
+    IMAGES,
+    SHARD,
+    SHARDS,
+    descendants,
+    disturbed,
+    journalled,
+    results,
+    segment,
+    title,
+    write_corpus,
+)
+
+from multisa.runtime.bulk import processes
+from multisa.runtime.bulk.crew import LocalCrew
+from multisa.runtime.bulk.hand import Fault, Hand
+from multisa.runtime.bulk.inventory import Shard
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.processes import ProcessCrew
+from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.engines.gpus import Gpu, GpuProbe
+from multisa.runtime.errors import BundleError, EngineUnavailable, MultisaError, UsageError
+
+TWO = partial(ProcessCrew, processes=2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("crew") / "photos")
+
+
+@pytest.fixture
+def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
+    """What one process writes."""
+    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    return results(tmp_path / "alone")
+
+
+def kill_one() -> None:
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def test_two_processes_write_what_one_writes(
+    corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    summary = segment(corpus, tmp_path / "two", bundle, TWO)
+    assert results(tmp_path / "two") == alone
+    assert sorted(journalled(tmp_path / "two")) == list(range(SHARDS))
+    assert (summary.done_now, summary.failures, summary.failure_kinds) == (IMAGES - 3, 3, {"decode": 3})
+    assert {"read", "decode", "encode", "commit"} <= set(summary.stage_seconds)
+    said = capfd.readouterr().err
+    assert said.count("on onnxruntime-cpu") == 1
+    assert said.count("0007.png: not an image") == 1
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_killed_loses_nothing(
+    corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    summary = segment(corpus, tmp_path / "two", bundle, disturbed(TWO, 3, kill_one))
+    assert results(tmp_path / "two") == alone
+    assert sorted(journalled(tmp_path / "two")) == list(range(SHARDS))
+    assert summary.done_now == IMAGES - 3
+    assert "was lost" in capfd.readouterr().err
+    assert not list((tmp_path / "two/.multisa/tmp").glob("*"))
+
+
+def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def kill_all() -> None:
+        while not stop.wait(0.02):
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        with pytest.raises(
+            MultisaError, match=r"process . was lost \(it was ended by signal 9.*3 times in a row"
+        ):
+            segment(corpus, tmp_path / "out", bundle, TWO)
+    finally:
+        stop.set()
+        killer.join()
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(
+    corpus: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    for name, crew in (("one", LocalCrew), ("two", TWO)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "masks").write_text("a file where a folder is to be")
+        with pytest.raises(FileExistsError) as raised:
+            segment(corpus, tmp_path / name, bundle, crew)
+        assert raised.value.filename == str(tmp_path / name / "masks")
+    with pytest.raises(EngineUnavailable, match="no NVIDIA driver"):
+        segment(corpus, tmp_path / "three", bundle, TWO, engine="onnxruntime-cuda")
+    assert not multiprocessing.active_children()
+
+
+def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "photos", 600)
+    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    out, journal = tmp_path / "out", tmp_path / "out/.multisa/journal.jsonl"
+    options = ["--shard-size", str(SHARD), "--sink", "masks,tar", "--report", "0", "--processes", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "multisa.runtime.cli",
+        "segment",
+        corpus,
+        "-o",
+        out,
+        "--bundle",
+        bundle.path,
+    ]
+    leader = subprocess.Popen([*map(str, command), *options], stderr=subprocess.DEVNULL, cwd=tmp_path)
+    try:
+        while not journal.exists() or not journal.stat().st_size:
+            assert leader.poll() is None
+            time.sleep(0.002)
+        others = descendants(leader.pid)
+    finally:
+        leader.kill()
+        leader.wait()
+    assert len(others) >= 2
+    end = time.monotonic() + 10
+    while alive := [process for process in others if title(process)]:
+        assert time.monotonic() < end, alive
+        time.sleep(0.02)
+    before = journalled(out)
+    assert 0 < len(before) < 600 // SHARD
+    segment(corpus, out, bundle, TWO)
+    assert journalled(out)[: len(before)] == before
+    assert sorted(journalled(out)) == list(range(600 // SHARD))
+    assert results(out) == results(tmp_path / "alone")
+
+
+def test_ctrl_c_lets_the_shards_in_hand_be_finished(
+    corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    def interrupt() -> None:  # as a terminal does: all its processes
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+            os.kill(child.pid, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(MultisaError, match=r"interrupted: [1-9]") as raised:
+        segment(corpus, tmp_path / "out", bundle, disturbed(TWO, 3, interrupt))
+    assert raised.value.exit_code == 130
+    # Three, what was under way in both, and one that was handed out before the signal was heard.
+    assert 3 <= len(journalled(tmp_path / "out")) <= 8
+    segment(corpus, tmp_path / "out", bundle, TWO)
+    assert sorted(journalled(tmp_path / "out")) == list(range(SHARDS))
+    assert results(tmp_path / "out") == alone
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["0", "1"]), ("", []), ("3,1", ["3", "1"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])],
+)
+def test_each_process_gets_one_of_the_gpus_that_are_seen(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    gpus = () if visible == "" else (Gpu("NVIDIA Test", "sm89"),) * 2
+    monkeypatch.setattr(processes, "probe_gpus", lambda: GpuProbe("13.2", gpus))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert processes.visible_gpus() == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("a wrong value"),
+        BundleError("altered"),
+        EngineUnavailable("no driver", remedy="install it"),
+        OSError(28, "No space left on device", "/full/disk"),
+        PermissionError(13, "Permission denied", "/closed"),
+    ],
+)
+def test_an_error_crosses_processes_as_it_is(error: Exception) -> None:
+    again = Fault.of(error).error()
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    if isinstance(error, OSError) and isinstance(again, OSError):
+        assert (again.errno, again.filename) == (error.errno, error.filename)
+
+
+def test_an_error_of_ours_keeps_its_traceback() -> None:
+    try:
+        int("x")
+    except ValueError as error:
+        again = Fault.of(error).error()
+    assert isinstance(again, RuntimeError)
+    assert 'int("x")' in str(again)
+
+
+def test_an_out_that_is_not_shared_is_refused(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
+    hand = Hand(job)
+    hand.open()
+    answer = hand.do(Shard(0, ()), shared=".multisa/tmp/shared-somewhere-else")
+    hand.close()
+    assert isinstance(answer, Fault)
+    with pytest.raises(UsageError, match="one that all machines share"):
+        raise answer.error()
