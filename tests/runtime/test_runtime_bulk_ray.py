@@ -1,0 +1,188 @@
+"""Runs on a real Ray cluster of several processes: the bytes of one process, whatever dies."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crew_runs import (
+    IMAGES,
+    SHARDS,
+    descendants,
+    disturbed,
+    journalled,
+    results,
+    segment,
+    title,
+    write_corpus,
+)
+
+from multisa.runtime.bulk.crew import LocalCrew
+from multisa.runtime.bulk.on_ray import RayCrew
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.errors import EngineUnavailable, MultisaError
+
+pytest.importorskip("ray", reason="needs the extra ray")
+
+STORE = 80 << 20  # bytes of a node for Ray's objects, the least that it takes
+
+
+class ThisCluster:
+    """A head that takes no work, and nodes of one processor each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.crew = partial(RayCrew, address=self._cluster.address)
+        self.nodes: list[Any] = []
+
+    def have(self, nodes: int) -> None:
+        """Add or remove nodes until there are so many."""
+        while len(self.nodes) > nodes:
+            self._cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+        while len(self.nodes) < nodes:
+            self.nodes.append(self._cluster.add_node(num_cpus=1, object_store_memory=STORE))
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[ThisCluster]:
+    cluster = ThisCluster()
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(started: ThisCluster) -> ThisCluster:
+    started.have(2)
+    return started
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("crew") / "photos")
+
+
+@pytest.fixture
+def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
+    """What one process writes."""
+    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    return results(tmp_path / "alone")
+
+
+def actors() -> list[int]:
+    """Processes of the cluster that are actors of ours."""
+    return [process for process in descendants(os.getpid()) if title(process).startswith("ray::Hand")]
+
+
+def test_a_cluster_writes_what_one_process_writes(
+    cluster: ThisCluster,
+    corpus: Path,
+    bundle: Bundle,
+    tmp_path: Path,
+    alone: dict[str, bytes],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[int] = []
+    crew = disturbed(cluster.crew, 1, lambda: seen.extend(actors()))
+    capfd.readouterr()
+    summary = segment(corpus, Path("on-ray"), bundle, crew)  # a path that the nodes would take for another
+    assert results(tmp_path / "on-ray") == alone
+    assert len(seen) == 2
+    assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
+    assert (summary.done_now, summary.failures, summary.failure_kinds) == (IMAGES - 3, 3, {"decode": 3})
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.count("on onnxruntime-cpu") == 1
+    assert len(said.err.splitlines()) == 4  # that, and the failures: nothing of Ray's
+
+
+def test_an_actor_that_is_killed_loses_nothing(
+    cluster: ThisCluster,
+    corpus: Path,
+    bundle: Bundle,
+    tmp_path: Path,
+    alone: dict[str, bytes],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    crew = disturbed(cluster.crew, 3, lambda: os.kill(actors()[0], signal.SIGKILL))
+    segment(corpus, tmp_path / "on-ray", bundle, crew)
+    assert results(tmp_path / "on-ray") == alone
+    assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
+    assert "was lost" in capfd.readouterr().err
+    assert not list((tmp_path / "on-ray/.multisa/tmp").glob("*"))
+
+
+def test_nodes_may_leave_and_join(
+    cluster: ThisCluster,
+    corpus: Path,
+    bundle: Bundle,
+    tmp_path: Path,
+    alone: dict[str, bytes],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """All nodes leave in the middle; another joins, and ends what they have begun."""
+
+    def replace_all() -> None:
+        cluster.have(0)
+        end = time.monotonic() + 20
+        while actors():  # they end when they notice that their node is no more
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        cluster.have(1)
+
+    segment(corpus, tmp_path / "on-ray", bundle, disturbed(cluster.crew, 3, replace_all))
+    assert results(tmp_path / "on-ray") == alone
+    assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
+    assert capfd.readouterr().err.count("was lost") == 2
+
+
+def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(
+    cluster: ThisCluster, corpus: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/masks").write_text("a file where a folder is to be")
+    with pytest.raises(FileExistsError) as raised:
+        segment(corpus, tmp_path / "out", bundle, cluster.crew)
+    assert raised.value.filename == str(tmp_path / "out/masks")
+    with pytest.raises(EngineUnavailable, match="no NVIDIA driver"):
+        segment(corpus, tmp_path / "other", bundle, cluster.crew, engine="onnxruntime-cuda")
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    for address in (f"127.0.0.1:{free}", f"ray://127.0.0.1:{free}", "nowhere"):
+        with (
+            pytest.raises(MultisaError, match=r"cannot be reached .*ray start --head"),
+            Watch("segment") as watch,
+            RayCrew(job, watch, address),
+        ):
+            pass
+
+
+def test_without_ray_it_is_said_how_to_install_it(
+    corpus: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
+    with pytest.raises(EngineUnavailable, match=r'ray is not installed: pip install "multisa\[ray\]"'):
+        RayCrew(job, Watch("segment"), "auto")
