@@ -155,7 +155,7 @@ def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) 
 
 
 def test_ctrl_c_lets_the_shards_in_hand_be_finished(
-    corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes]
+    corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt() -> None:  # as a terminal does: all its processes
         for child in multiprocessing.active_children():
@@ -166,6 +166,7 @@ def test_ctrl_c_lets_the_shards_in_hand_be_finished(
     with pytest.raises(MultisaError, match=r"interrupted: [1-9]") as raised:
         segment(corpus, tmp_path / "out", bundle, disturbed(TWO, 3, interrupt))
     assert raised.value.exit_code == 130
+    assert "was lost" not in capfd.readouterr().err
     # Three, what was under way in both, and one that was handed out before the signal was heard.
     assert 3 <= len(journalled(tmp_path / "out")) <= 8
     segment(corpus, tmp_path / "out", bundle, TWO)

@@ -128,6 +128,18 @@ def test_an_actor_that_is_killed_loses_nothing(
     assert not list((tmp_path / "on-ray/.multisa/tmp").glob("*"))
 
 
+def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(
+    cluster: ThisCluster, corpus: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/masks").write_text("a file where a folder is to be")
+    with pytest.raises(FileExistsError) as raised:
+        segment(corpus, tmp_path / "out", bundle, cluster.crew)
+    assert raised.value.filename == str(tmp_path / "out/masks")
+    with pytest.raises(EngineUnavailable, match="no NVIDIA driver"):
+        segment(corpus, tmp_path / "other", bundle, cluster.crew, engine="onnxruntime-cuda")
+
+
 def test_nodes_may_leave_and_join(
     cluster: ThisCluster,
     corpus: Path,
@@ -150,18 +162,6 @@ def test_nodes_may_leave_and_join(
     assert results(tmp_path / "on-ray") == alone
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
     assert capfd.readouterr().err.count("was lost") == 2
-
-
-def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(
-    cluster: ThisCluster, corpus: Path, bundle: Bundle, tmp_path: Path
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/masks").write_text("a file where a folder is to be")
-    with pytest.raises(FileExistsError) as raised:
-        segment(corpus, tmp_path / "out", bundle, cluster.crew)
-    assert raised.value.filename == str(tmp_path / "out/masks")
-    with pytest.raises(EngineUnavailable, match="no NVIDIA driver"):
-        segment(corpus, tmp_path / "other", bundle, cluster.crew, engine="onnxruntime-cuda")
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
