@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from multisa.runtime.bulk.request import RunRequest
-    from multisa.runtime.bulk.summary import RunSummary
     from multisa.runtime.bundle import Bundle
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -284,13 +282,13 @@ def demo(out: Path, bundle: Path | None, engine: str, precision: str, plans: Pat
     Example:
       multisa demo
     """
-    from multisa.runtime.bulk import describe_summary
+    from multisa.runtime.bulk.summary import describe_summary
     from multisa.runtime.demo import run_demo
     from multisa.runtime.engines.choice import EngineRequest
 
     summaries = run_demo(out, _load_bundle(bundle), EngineRequest(engine, precision, plans))
     for name, summary in summaries.items():
-        click.echo(f"multisa {name}: {describe_summary(summary)}")
+        click.echo(f"multisa {name}: {describe_summary(summary, pictured=0)}")
     click.echo(f"open {out / 'index.html'} in a browser")
 
 
@@ -298,6 +296,7 @@ def _run(command: str, labels: Path | None, **arguments: Any) -> None:
     from multisa.runtime.bulk.failures import check_failures, failure_limit
     from multisa.runtime.bulk.request import RunRequest
     from multisa.runtime.bulk.run import run
+    from multisa.runtime.bulk.summary import describe_summary
 
     allowed = arguments["max_failures"]
     failure_limit(allowed or "0", images=1)  # a misspelt limit is said now, not after the run
@@ -305,7 +304,7 @@ def _run(command: str, labels: Path | None, **arguments: Any) -> None:
     summary = run(
         request.job, request.options, request.open_crew, labels=labels, telemetry=request.telemetry()
     )
-    _report(summary, request)
+    click.echo(describe_summary(summary, pictured=request.options.pictured))
     check_failures(summary.failures, summary.images, allowed or "0", request.job.out)
 
 
@@ -316,9 +315,3 @@ def _load_bundle(path: Path | None) -> "Bundle":
     if path and not path.exists():
         raise UsageError(f"{path}: does not exist, expected a bundle folder as `multisa export` writes")
     return load_bundle(path or default_bundle_path())
-
-
-def _report(summary: "RunSummary", request: "RunRequest") -> None:
-    from multisa.runtime.bulk.summary import describe_summary
-
-    click.echo(describe_summary(summary, request.job, pictured=request.options.pictured))

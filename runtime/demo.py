@@ -7,14 +7,16 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from multisa.runtime.bulk import RunOptions, RunSummary, check_failures
+from multisa.runtime.bulk.failures import check_failures
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.run import annotate_images
+from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.images import read_image, read_mask
-from multisa.runtime.label import label_images
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.progress import say
 from multisa.runtime.report.cards import Card, Picture
@@ -27,7 +29,6 @@ from multisa.runtime.report.pictures import (
     write_overlay,
     write_photograph,
 )
-from multisa.runtime.segment import segment_images
 
 PHOTOGRAPHS = Path(__file__).parent / "demo_photos"
 RUNS = ("label", "segment")
@@ -44,32 +45,33 @@ def run_demo(out: Path, bundle: Bundle, request: EngineRequest | None = None) ->
     Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
     TooManyFailures, before it makes page and sheet, if any photograph failed.
     """
-    options = RunOptions(tell_other_files=False)  # they are the package's own
+    # The other files of the folder are the package's own; the page is about both runs.
+    options = RunOptions(tell_other_files=False, overwrite=True, pictured=0)
+    labels: Path | None = PHOTOGRAPHS / "labels.csv"
     try:
-        labels = read_image_labels(PHOTOGRAPHS / "labels.csv", bundle.manifest.foreground)
+        read_image_labels(PHOTOGRAPHS / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
         say(f"{error}; the photographs are labelled from scores")
         labels = None
     summaries = {
-        "label": label_images(
-            PHOTOGRAPHS, out / "label", bundle=bundle, labels=labels, options=options, request=request
-        ),
-        "segment": segment_images(
-            PHOTOGRAPHS, out / "segment", bundle=bundle, options=options, request=request
-        ),
+        run: annotate_images(
+            run,
+            PHOTOGRAPHS,
+            out / run,
+            bundle=bundle,
+            labels=labels if run == "label" else None,
+            options=options,
+            engine=request,
+        )
+        for run in RUNS
     }
     for name, summary in summaries.items():
-        check_failures(summary, "0", out / name)
+        check_failures(summary.failures, summary.images, "0", out / name)
     lines = (out / "segment" / "labels.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [_with_place(i, json.loads(line)) for i, line in enumerate(lines)]
+    records = [json.loads(line) for line in lines]
     _write_page(out, records, bundle.manifest)
     _write_contact_sheet(out, [int(record["index"]) for record in records])
     return summaries
-
-
-def _with_place(index: int, record: dict[str, Any]) -> dict[str, Any]:
-    """A record with what the page ranks by, where the run has not put it there."""
-    return {"index": index, "disagreement": 0.0, "doubt": round(1 - record["confidence"], 4), **record}
 
 
 def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) -> None:

@@ -26,7 +26,8 @@ from multisa.runtime.progress import say
 from multisa.runtime.sinks.contract import SoftMaps
 
 if TYPE_CHECKING:
-    from multisa.runtime.device_label import DeviceChain, DeviceLabels
+    from multisa.runtime.device_call import DeviceLabels
+    from multisa.runtime.device_label import DeviceChain
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]

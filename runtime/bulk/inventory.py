@@ -97,9 +97,9 @@ class Inventory:
         """The images of one shard."""
         first = number * size
         if first < self.images:
-            where, values = "i >= ? AND i < ?", (first, first + size)
+            where, values = "i >= ? AND i < ?", [first, first + size]
         else:
-            where, values = "i IN (SELECT i FROM retries WHERE shard = ?)", (number,)
+            where, values = "i IN (SELECT i FROM retries WHERE shard = ?)", [number]
         rows = self._rows.execute(f"SELECT {_WORK} FROM items WHERE {where} ORDER BY i", values)
         return Shard(number, tuple(map(_work, rows)))
 

@@ -32,14 +32,14 @@ class ShardResult:
     shard: int
     images: int  # with a mask
     failed: int
-    bytes: int  # of all files
+    size: int  # bytes of all files
     sha256: str  # of the list of its files and their digests
 
     def line(self) -> bytes:
         """As the journal keeps it."""
         return (
             f'{{"shard": {self.shard:{_NUMBER}}, "images": {self.images:{_NUMBER}}, '
-            f'"failed": {self.failed:{_NUMBER}}, "bytes": {self.bytes:18}, "sha256": "{self.sha256}"}}\n'
+            f'"failed": {self.failed:{_NUMBER}}, "bytes": {self.size:18}, "sha256": "{self.sha256}"}}\n'
         ).encode()
 
 

@@ -38,8 +38,9 @@ class RunRequest:
     def from_arguments(cls, command: str, bundle: Path, arguments: Mapping[str, Any]) -> Self:
         """From the names and values of the command line's options; None where one was not given."""
         given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
-        sinks = tuple(name for some in arguments["sinks"] for name in some.split(",") if name)
-        options = RunOptions(**given, **({"sinks": sinks} if sinks else {}))
+        if sinks := tuple(name for some in arguments["sinks"] for name in some.split(",") if name):
+            given["sinks"] = sinks
+        options = RunOptions(**given)
         engine = EngineRequest(arguments["engine"], arguments["precision"], arguments["plans"])
         if arguments["ray"] and arguments["processes"]:
             raise UsageError("got both --ray and --processes, expected one of them")

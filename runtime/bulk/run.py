@@ -47,9 +47,10 @@ def run(
 ) -> RunSummary:
     """Do a job, or what is left of it, and return what was done.
 
-    labels: a file of image-level labels. telemetry: is told what happens, and closed. Raises UsageError for what cannot be used or does not fit the run in
-    OUT, Interrupted after a signal, TooManyFailures as soon as more images fail than the options allow,
-    MultisaError where OUT cannot be written; the same command goes on after each of them.
+    labels: a file of image-level labels. telemetry: is told what happens, and closed. Raises UsageError for
+    what cannot be used or does not fit the run in OUT, Interrupted after a signal, TooManyFailures as soon as
+    more images fail than the options allow, MultisaError where OUT cannot be written; the same command goes
+    on after each of them.
     """
     bundle = load_bundle(job.bundle)
     rows = read_image_labels(labels, bundle.manifest.foreground) if labels else None

@@ -7,7 +7,14 @@ from datetime import UTC, datetime
 
 from multisa.runtime.bulk.crew import Crew
 from multisa.runtime.bulk.failures import check_failures, failure_limit
-from multisa.runtime.bulk.finish import failed_indices, finish_files, is_finished, unfinish, write_failures
+from multisa.runtime.bulk.finish import (
+    failed_indices,
+    failure_reasons,
+    finish_files,
+    is_finished,
+    unfinish,
+    write_failures,
+)
 from multisa.runtime.bulk.inventory import Inventory, Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import Journal, ShardResult
@@ -73,7 +80,7 @@ class Sitting:
             done_now=self.watch.done,
             seconds=time.perf_counter() - self._start,
             stage_seconds=crew.seconds(),
-            sizes=self.job.sizes,
+            job=self.job,
             skipped=self.inventory.passed_over,
             failure_kinds=dict(self.watch.failure_kinds),
             reasons=failure_reasons(self.job.out),

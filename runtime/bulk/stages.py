@@ -43,7 +43,7 @@ class Sizes:
     look_ahead: int = 64  # images that may wait for others of their size
 
     def threads_of(self, stage: str) -> int:
-        """How many threads a stage of the clock has; those that are not of the pipeline are of its workers."""
+        """How many threads a stage has, or the one that a name of the clock is a part of."""
         return {"read": self.readers, "commit": 1}.get(stage, self.workers)
 
     @property

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from multisa.runtime.bulk.finish import FAILED_FILE, LABELS_FILE
 from multisa.runtime.bulk.folder import REPORT_PAGE
 from multisa.runtime.bulk.job import Job
-from multisa.runtime.bulk.stages import Sizes
 from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
 from multisa.runtime.sinks.choice import sink_folder
 
@@ -22,7 +21,7 @@ class RunSummary:
     done_now: int  # in this sitting
     seconds: float
     stage_seconds: Mapping[str, float]  # of this sitting, summed over the threads
-    sizes: Sizes
+    job: Job
     skipped: int  # entries of the source that were passed over
     failure_kinds: Mapping[str, int]  # of this sitting
     reasons: Mapping[str, int]  # images by reason, of all that have failed
@@ -33,9 +32,9 @@ class RunSummary:
         return self.done_now / self.seconds if self.seconds else 0.0
 
 
-def describe_summary(summary: RunSummary, job: Job, *, pictured: int) -> str:
+def describe_summary(summary: RunSummary, *, pictured: int) -> str:
     """The run in lines of text: what was done, which stage is the limit, what failed, where to look."""
-    out = job.out
+    job, out = summary.job, summary.job.out
     looks = [f"{out / sink_folder(sink)}" for sink in job.sinks] + [str(out / LABELS_FILE)]
     if summary.failures:
         looks.append(f"{out / FAILED_FILE}: the failures (--retry-failed tries them again)")
@@ -48,7 +47,7 @@ def describe_summary(summary: RunSummary, job: Job, *, pictured: int) -> str:
             done=summary.done_now,
             failed=summary.failures,
             seconds=summary.seconds,
-            stages=tuple(StageTime(name, busy, summary.sizes.threads_of(name)) for name, busy in stages),
+            stages=tuple(StageTime(name, busy, job.sizes.threads_of(name)) for name, busy in stages),
             kept=summary.done - summary.done_now,
             passed_over=summary.skipped,
             cores=os.cpu_count() or 0,

@@ -16,7 +16,7 @@ _STATUS: dict[type[BaseException], str] = {Interrupted: "interrupted", KeyboardI
 
 
 class Watch:
-    """Counts, shows and logs; a context manager, which ends what it was given to tell. Shows from `begin` on."""
+    """Counts, shows (from `begin` on) and logs; a context manager, which closes the telemetry."""
 
     def __init__(self, command: str, telemetry: Telemetry | None = None) -> None:
         self._command = command
