@@ -8,7 +8,7 @@ from pycocotools import mask as coco_reference
 
 from multisa.runtime.sinks.brush import encode_brush
 from multisa.runtime.sinks.parts import ordered_rows, part_of
-from multisa.runtime.sinks.runs import ClassRuns, coco_masks, row_runs
+from multisa.runtime.sinks.runs import FlatRuns, coco_masks, row_runs
 
 
 @st.composite
@@ -49,10 +49,6 @@ def test_row_runs_cover_the_mask(mask: np.ndarray) -> None:
     assert (flat == mask[:, ::-1].ravel()).all()
 
 
-def test_nothing_has_no_runs() -> None:
-    assert coco_masks(np.zeros((0, 5), np.uint8)) == ()
-
-
 def _two_long_runs() -> np.ndarray:
     """Runs longer than one length can say, of the class and of what is not."""
     mask = np.zeros((200, 200), np.uint8)
@@ -84,7 +80,7 @@ def test_brushes(mask: np.ndarray, code: str) -> None:
 
 
 def test_brushes_of_more_than_the_header_counts_are_refused() -> None:
-    runs = ClassRuns(1, np.array([0]), np.array([1]))
+    runs = FlatRuns(1, np.array([0]), np.array([1]))
     with pytest.raises(ValueError, match="at most 1073741823"):
         encode_brush(runs, 2**30)
 
