@@ -52,7 +52,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 def journalled(out: Path) -> list[int]:
     """Shards in the order of the journal."""
-    return [int(n) for n in re.findall(r'"shard": (\d+)', (out / ".multisa/journal.jsonl").read_text())]
+    return [int(n) for n in re.findall(r'"shard": +(\d+)', (out / ".multisa/journal.jsonl").read_text())]
 
 
 def descendants(process: int) -> list[int]:

@@ -12,8 +12,11 @@ from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 from PIL import Image
 
 from multisa.runtime.bulk.failures import check_failures, failure_limit
+from multisa.runtime.bulk.job import make_job
+from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.summary import RunSummary, describe_summary
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
+from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
 from multisa.runtime.images import read_mask
 
@@ -241,7 +244,9 @@ def test_check_failures() -> None:
     assert isinstance(caught.value, MultisaError) and caught.value.exit_code == 4
 
 
-def test_summary() -> None:
+def test_summary(tmp_path: Path) -> None:
+    options = RunOptions(workers=2, sinks=("masks", "coco"))
+    job = make_job("label", "photos", tmp_path, tmp_path / "bundle", EngineRequest(), options)
     summary = RunSummary(
         images=11,
         done=9,
@@ -249,10 +254,22 @@ def test_summary() -> None:
         done_now=8,
         seconds=4.0,
         stage_seconds={"read": 1.0, "crf": 3.0},
-        workers=2,
-        skipped=0,
+        job=job,
+        skipped=3,
         failure_kinds={"decode": 2},
+        reasons={"the file is empty": 2},
     )
-    assert describe_summary(summary) == (
-        "9 images done, 2 failed; 8 in 4.0 s (2.00/s)\ntime by stage: crf 75%, read 25%"
-    )
+    lines = describe_summary(summary, pictured=5).splitlines()
+    assert lines[0] == "8 images in 4.0 s (2.00/s), 2 failed, 1 kept from before, 3 passed over"
+    assert lines[1] == "busy: crf 38%, read 12%"
+    assert "failed, 2 images: the file is empty" in lines
+    assert lines[-5:-1] == [
+        f"look at {tmp_path / name}"
+        for name in (
+            "masks",
+            "coco",
+            "labels.jsonl",
+            "failed.jsonl: the failures (--retry-failed tries them again)",
+        )
+    ]
+    assert lines[-1] == f"look at {tmp_path / 'report.html'}: the most doubtful first"
