@@ -90,21 +90,23 @@ class Hands(ABC, Generic[AnyMember]):
         when processes are lost again and again.
         """
         while True:
-            self._hand_out(shards)
-            if not self._again and not any(member.shards for member in self._members()):
+            all_out = self._hand_out(shards)
+            if all_out and not any(member.shards for member in self._members()):
                 break
             self._take_answers(committed)
         if self._was_lost:
             clear_temporary(self._job.out)  # of those that were lost
 
-    def _hand_out(self, shards: Iterator[Shard]) -> None:
+    def _hand_out(self, shards: Iterator[Shard]) -> bool:
+        """Give to whoever is free; returns whether one was left with nothing to do."""
         while free := [m for m in self._members() if m.ready and len(m.shards) < UNDER_WAY]:
             shard = next(shards, None) or (self._again.popleft() if self._again else None)
             if shard is None:
-                return
+                return True
             member = min(free, key=lambda m: len(m.shards))
             member.shards[shard.number] = shard
             self._give(member, shard)
+        return False  # it may be that nobody is there, and then nothing is known of what is left
 
     def _take_answers(self, committed: Callable[[ShardResult], None] | None = None) -> None:
         for member, answer in self._answers():

@@ -1,6 +1,6 @@
 """What the tests of crews share: a corpus of many small images, runs over it, and what they leave."""
 
-import re
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def write_corpus(folder: Path, images: int = IMAGES) -> Path:
 def segment(
     source: Path, out: Path, bundle: Bundle, open_crew: OpenCrew, *, engine: str = "auto"
 ) -> RunSummary:
-    options = RunOptions(workers=2, shard_size=SHARD, sinks=("masks", "tar"), pictured=0)
+    options = RunOptions(workers=2, shard_size=SHARD, sinks=("masks", "coco"), pictured=0)
     job = make_job("segment", str(source), out, bundle.path, EngineRequest(engine), options)
     return run(job, options, open_crew)
 
@@ -52,7 +52,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 def journalled(out: Path) -> list[int]:
     """Shards in the order of the journal."""
-    return [int(n) for n in re.findall(r'"shard": +(\d+)', (out / ".multisa/journal.jsonl").read_text())]
+    return [json.loads(line)["shard"] for line in (out / ".multisa/journal.jsonl").read_text().splitlines()]
 
 
 def descendants(process: int) -> list[int]:
@@ -88,6 +88,8 @@ def disturbed(open_crew: OpenCrew, after: int, disturb: Callable[[], None]) -> O
 
         def do_disturbed(shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
             count = 0
+            if after == 0:
+                disturb()
 
             def note(result: ShardResult) -> None:
                 nonlocal count

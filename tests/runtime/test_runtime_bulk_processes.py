@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from crew_runs import (
 
 from multisa.runtime.bulk import processes
 from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.hand import Fault, Hand
+from multisa.runtime.bulk.hand import Fault, Hand, Ready
+from multisa.runtime.bulk.hands import Answer, Hands, Member
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.processes import ProcessCrew
 from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.engines.gpus import Gpu, GpuProbe
@@ -81,6 +84,43 @@ def test_a_process_that_is_killed_loses_nothing(
     assert not list((tmp_path / "two/.multisa/tmp").glob("*"))
 
 
+def test_processes_that_are_killed_before_the_first_shard_lose_nothing(
+    corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    def kill_all() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+
+    segment(corpus, tmp_path / "two", bundle, disturbed(TWO, 0, kill_all))
+    assert results(tmp_path / "two") == alone
+
+
+def test_processes_that_would_not_write_the_same_are_refused() -> None:
+    numpy = {"version of numpy": "2.0", "machine": "x86_64"}
+    crew = Two({"process 1": numpy, "process 2": {**numpy, "version of numpy": "2.1"}})
+    with pytest.raises(UsageError, match=r"process 1 and process 2 .*\(version of numpy: 2\.0 and 2\.1\)"):
+        crew.do(iter(()), lambda _: None)
+
+
+class Two(Hands[Member]):
+    """Those who only say what they are."""
+
+    def __init__(self, identities: Mapping[str, Mapping[str, str]]) -> None:
+        job = make_job("segment", "photos", Path("out"), Path("bundle"), EngineRequest(), RunOptions())
+        super().__init__(job, Watch("segment"))
+        self._are = [(Member(name), Ready(identity, {}, "", ())) for name, identity in identities.items()]
+
+    def _members(self) -> list[Member]:
+        return [member for member, _ in self._are]
+
+    def _give(self, member: Member, shard: Shard) -> None:
+        raise AssertionError(f"{member.name} was given {shard}")
+
+    def _answers(self) -> list[tuple[Member, Answer]]:
+        return list(self._are)
+
+
 def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     stop = threading.Event()
 
@@ -120,7 +160,7 @@ def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) 
     corpus = write_corpus(tmp_path / "photos", 600)
     segment(corpus, tmp_path / "alone", bundle, LocalCrew)
     out, journal = tmp_path / "out", tmp_path / "out/.multisa/journal.jsonl"
-    options = ["--shard-size", str(SHARD), "--sink", "masks,tar", "--report", "0", "--processes", "2"]
+    options = ["--shard-size", str(SHARD), "--sink", "masks,coco", "--report", "0", "--processes", "2"]
     command = [
         sys.executable,
         "-m",

@@ -90,7 +90,7 @@ def test_what_is_said_of_one_image(photos: Path, bundle: Bundle, tmp_path: Path)
     assert result.exit_code == 4
     assert result.stderr.splitlines()[1].startswith("broken.jpg: not an image")
     assert "0 images in" in result.stdout and "(0.00/s), 1 failed" in result.stdout
-    assert f"failures: {tmp_path / 'out/failed.jsonl'}" in result.stdout
+    assert f"look at {tmp_path / 'out/failed.jsonl'}" in result.stdout
     result = run_cli("segment", photos / "a.jpg", *run)
     assert result.exit_code == 0 and result.stderr.count("\n") == 1  # which engine runs
     assert "1 image done, 0 failed; 1 in" in result.stdout and "failures:" not in result.stdout
