@@ -37,7 +37,7 @@ def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) ->
     result = run_cli("label", photos, "-o", tmp_path / "pseudo", "--bundle", bundle.path, *labels)
     assert result.exit_code == 0, result.output
     assert "labelled from scores: 4 of 5 images: b.png" in result.stderr
-    assert f"open {tmp_path / 'pseudo/report.html'} in a browser" in result.stdout
+    assert f"look at {tmp_path / 'pseudo/report.html'}: the most doubtful first" in result.stdout
     folders = (tmp_path / "pseudo/masks", out / "masks")
     result = run_cli("evaluate", *folders, "--bundle", bundle.path, "--json")
     assert result.exit_code == 0, result.output
@@ -93,8 +93,8 @@ def test_what_is_said_of_one_image(photos: Path, bundle: Bundle, tmp_path: Path)
     assert f"look at {tmp_path / 'out/failed.jsonl'}" in result.stdout
     result = run_cli("segment", photos / "a.jpg", *run)
     assert result.exit_code == 0 and result.stderr.count("\n") == 1  # which engine runs
-    assert "1 image done, 0 failed; 1 in" in result.stdout and "failures:" not in result.stdout
-    assert f"results: {tmp_path / 'out/masks'}, {tmp_path / 'out/labels.jsonl'}" in result.stdout
+    assert "1 image in" in result.stdout and "failed.jsonl" not in result.stdout
+    assert f"look at {tmp_path / 'out/masks'}\nlook at {tmp_path / 'out/labels.jsonl'}\n" in result.stdout
 
 
 def test_the_first_few_failures_are_said(bundle: Bundle, tmp_path: Path) -> None:
