@@ -1,0 +1,191 @@
+"""The frozen list of images: names that never meet, shards, and a source that has changed."""
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multisa.runtime.bulk.inventory import Inventory, freeze
+from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
+
+# Few letters, so that names meet; what a mask is called is among them.
+_PART = st.sampled_from(["a", "A", "b", "a.png", "a.jpg", "a.jpg.png", "A.PNG", "a.jpg~1", "a.jpg~1.png"])
+_IDS = st.lists(
+    st.builds(
+        lambda folders, name, end: "/".join([*folders, name + end]),
+        st.lists(_PART, max_size=2),
+        _PART,
+        st.sampled_from([".jpg", ".png", ".JPG", ".tif"]),
+    ),
+    min_size=1,
+    max_size=12,
+    unique=True,
+)
+
+
+def items_of(*ids: str) -> list[Listed]:
+    return [SourceItem(id_, id_, size=10 + i, version="v") for i, id_ in enumerate(ids)]
+
+
+def freeze_items(path: Path, listing: Sequence[Listed]) -> Inventory:
+    freeze(path, listing, lambda item: item.labels)
+    return Inventory(path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        (["b.jpg", "a.JPG"], ["b", "a"]),
+        (["a.jpg", "a.png", "b.png"], ["a.jpg", "a.png", "b"]),
+        (["A.png", "a.jpg"], ["A.png", "a.jpg"]),
+        (["A.jpg", "a.jpg", "b.jpg"], ["A.jpg", "a.jpg~1", "b"]),  # one file on some file systems
+        (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),
+        (["a.jpg", "a.png/b.jpg"], ["a.jpg", "a.png/b"]),  # a mask would be named as a folder
+        (["A.PNG/x/b.jpg", "a.jpg"], ["A.PNG/x/b", "a.jpg"]),
+        (["a.jpg", "a.jpg.png/c.jpg", "a.png/b.jpg"], ["a.jpg~0", "a.jpg.png/c", "a.png/b"]),
+        (["a.jpg", "a.jpg.png/c.jpg", "a.jpg~0.png/d.jpg", "a.png/b.jpg"], None),
+    ],
+)
+def test_names(tmp_path: Path, ids: list[str], names: list[str] | None) -> None:
+    with freeze_items(tmp_path / "i", items_of(*ids)) as inventory:
+        found = list(inventory.names())
+        assert found == (names or ["a.jpg~0~", "a.jpg.png/c", "a.jpg~0.png/d", "a.png/b"])
+        assert [work.name for work in inventory.shard(0, 99).works] == found
+
+
+@settings(max_examples=150, deadline=None)
+@given(ids=_IDS)
+def test_results_never_meet(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.sqlite"
+    with freeze_items(path, items_of(*ids)) as inventory:
+        masks = [f"{name}.png".casefold() for name in inventory.names()]
+    assert len(masks) == len(set(masks)) == len(ids)
+    folders = {folder for mask in masks for folder in _folders(mask)}
+    assert not folders & set(masks)
+    with freeze_items(path, items_of(*ids)) as again:
+        assert [f"{name}.png".casefold() for name in again.names()] == masks
+
+
+def _folders(path: str) -> list[str]:
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def test_thousands_of_names_that_meet_are_named_at_once(tmp_path: Path) -> None:
+    name = "photograph"
+    variants = ["".join(c.upper() if i >> k & 1 else c for k, c in enumerate(name)) for i in range(1024)]
+    with freeze_items(tmp_path / "i", items_of(*(f"{v}.jpg" for v in variants))) as inventory:
+        assert len({found.casefold() for found in inventory.names()}) == 1024
+
+
+def test_an_image_that_is_there_twice(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a\.jpg: is in the source twice, expected each image once"):
+        freeze_items(tmp_path / "i", items_of("a.jpg", "b.jpg", "a.jpg"))
+    assert not (tmp_path / "i").exists()
+
+
+def test_no_image(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no image found"):
+        freeze_items(tmp_path / "i", [PassedOver(".a.jpg", "hidden"), OtherFiles(3)])
+
+
+def test_shards_and_retries(tmp_path: Path) -> None:
+    listing = [*items_of(*(f"{i}.jpg" for i in range(7))), PassedOver("x", "hidden"), OtherFiles(2)]
+    with freeze_items(tmp_path / "i", listing) as inventory:
+        assert list(inventory.shards(3)) == [(0, 3), (1, 3), (2, 1)]
+        assert [work.index for work in inventory.shard(1, 3).works] == [3, 4, 5]
+        assert (inventory.images, inventory.other_files) == (7, 2)
+        assert inventory.passed_over() == [PassedOver("x", "hidden")]
+        assert inventory.add_retries([1, 2, 4, 6], 3) == 2
+    with Inventory(tmp_path / "i") as inventory:
+        assert list(inventory.shards(3))[3:] == [(3, 3), (4, 1)]
+        assert [work.index for work in inventory.shard(4, 3).works] == [6]
+        assert inventory.add_retries([6], 3) == 1
+        assert [work.index for work in inventory.shard(5, 3).works] == [6]
+
+
+def test_works_come_back_as_they_were_listed(tmp_path: Path) -> None:
+    item = SourceItem("tiefe/ä b\n.jpg", "member 3", -1, "etag", ("red thing",))
+    with freeze_items(tmp_path / "i", [item, SourceItem("b.jpg", "b", 0, labels=())]) as inventory:
+        first, second = inventory.shard(0, 2).works
+    assert replace(first.item, labels=("red thing",)) == item
+    assert (first.labels, second.labels, second.index) == (("red thing",), (), 1)
+
+
+THEN = items_of("a.jpg", "b.jpg", "c.jpg", "d.jpg")
+NEW = SourceItem("new.jpg", "new.jpg", 5, "v")
+OTHER_B = SourceItem("b.jpg", "b.jpg", 11, "later")
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (THEN, ""),
+        ([*THEN, OtherFiles(1), PassedOver("z", "hidden")], ""),
+        ([*THEN, NEW], "1 added (new.jpg)"),
+        (THEN[1:], "1 removed (a.jpg)"),
+        (THEN[:1], "3 removed (b.jpg, c.jpg, d.jpg)"),
+        ([THEN[0], OTHER_B, *THEN[2:]], "1 changed (b.jpg)"),
+        ([OTHER_B, NEW], "1 added (new.jpg); 3 removed (a.jpg, c.jpg, d.jpg); 1 changed (b.jpg)"),
+        (items_of("e.jpg", "f.jpg", "g.jpg", "h.jpg"), "4 added (e.jpg, f.jpg, g.jpg, ...); 4 removed"),
+        (THEN[::-1], "another order, or other labels"),
+        ([replace(THEN[0], labels=("x",)), *THEN[1:]], "another order, or other labels"),
+    ],
+)
+def test_a_changed_source_is_told(tmp_path: Path, now: list[Listed], said: str) -> None:
+    with freeze_items(tmp_path / "i", THEN) as inventory:
+        difference = inventory.difference(lambda: now)
+    assert difference.startswith(said) and bool(difference) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (THEN, ""),
+        ([THEN[0], OTHER_B, *THEN[2:]], ""),
+        ([THEN[0], *THEN[2:]], ""),  # it will fail again
+        ([replace(THEN[0], size=99), OTHER_B, *THEN[2:]], "1 changed (a.jpg)"),
+        ([*THEN, NEW], "1 added (new.jpg)"),
+        ([replace(THEN[0], labels=("x",)), OTHER_B, *THEN[2:]], "another order, or other labels"),
+        ([OTHER_B, THEN[0], *THEN[2:]], "another order, or other labels"),
+    ],
+)
+def test_only_the_images_that_are_tried_again_may_have_changed(
+    tmp_path: Path, now: list[Listed], said: str
+) -> None:
+    with freeze_items(tmp_path / "i", THEN) as inventory:
+        assert inventory.take_changes(lambda: now, [1]) == said
+        b = inventory.shard(0, 4).works[1].item
+        assert b.version == ("later" if not said and OTHER_B in now else "v")
+        if not said:
+            assert inventory.difference(lambda: now) == ""
+        else:
+            assert inventory.difference(lambda: THEN) == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", None])
+def test_what_is_no_inventory(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "inventory.sqlite"
+    if content is None:
+        sqlite3.connect(path).execute("CREATE TABLE facts (key, value)").connection.close()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(MultisaError, match=r"expected the list of a run's images: begin anew with --over"):
+        Inventory(path)
+
+
+def test_an_inventory_that_was_being_written_is_none(tmp_path: Path) -> None:
+    def cut() -> "list[Listed]":
+        yield from items_of("a.jpg")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        freeze(tmp_path / "i", cut(), lambda item: None)
+    assert not (tmp_path / "i").exists() and [p.name for p in tmp_path.iterdir()] == ["i.tmp"]
+    freeze_items(tmp_path / "i", items_of("b.jpg")).__exit__(None, None, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["i"]

@@ -1,0 +1,92 @@
+"""The journal: what is a line, what is torn, what was altered, and how fast millions of lines are read."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from multisa.runtime.bulk.journal import Journal, ShardResult
+from multisa.runtime.errors import MultisaError
+
+
+def result(shard: int, images: int = 5, failed: int = 1) -> ShardResult:
+    return ShardResult(shard, images, failed, 1000, f"{shard:064x}")
+
+
+def lines(*shards: int) -> bytes:
+    return b"".join(result(shard).line() for shard in shards)
+
+
+def test_append_and_open_again(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        assert 0 not in journal and 7 not in journal
+        for shard in (7, 0):
+            journal.append(result(shard))
+        assert 7 in journal and 0 in journal and 3 not in journal
+    assert path.read_bytes() == lines(7, 0)
+    with Journal(path) as journal:
+        assert [shard in journal for shard in (0, 1, 7, 8, 10**9)] == [True, False, True, False, False]
+        assert (journal.shards, journal.images, journal.failed, journal.torn) == (2, 10, 2, False)
+        assert dict(journal.digests()) == {7: f"{7:064x}", 0: f"{0:064x}"}
+
+
+def test_a_shard_that_was_done_twice_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "j").write_bytes(lines(1, 2, 1))
+    with Journal(tmp_path / "j") as journal:
+        assert (journal.shards, journal.images) == (2, 10)
+
+
+@pytest.mark.parametrize("cut", range(1, len(lines(3))))
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "j"
+    path.write_bytes(lines(1, 2) + lines(3)[:cut])
+    with Journal(path) as journal:
+        assert journal.torn and 2 in journal and 3 not in journal
+        assert path.read_bytes() == lines(1, 2)
+        journal.append(result(3))
+    assert path.read_bytes() == lines(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\0" * 4096, b"garbage\n", b"\n", b'{"shard": 3}\n', lines(3)[:-2] + b"\n", b"\xff" * 100]
+)
+def test_garbage_at_the_end_is_cut_off(tmp_path: Path, garbage: bytes) -> None:
+    path = tmp_path / "j"
+    path.write_bytes(lines(1, 2) + garbage)
+    with Journal(path) as journal:
+        assert journal.torn and journal.shards == 2
+    assert path.read_bytes() == lines(1, 2)
+
+
+@pytest.mark.parametrize("garbage", [b"garbage\n", b"\n", b'{"shard": 3}\n', lines(3)[:50], lines(3)[1:]])
+def test_garbage_in_the_middle_is_told_and_left(tmp_path: Path, garbage: bytes) -> None:
+    path = tmp_path / "j"
+    content = lines(1, 2) + garbage + lines(4, 5)
+    path.write_bytes(content)
+    with pytest.raises(MultisaError, match=rf"at byte {len(lines(1, 2))}, expected a line.*--overwrite"):
+        Journal(path)
+    assert path.read_bytes() == content
+
+
+def test_lines_across_the_pieces_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "j"
+    path.write_bytes(lines(*range(40)) + b"torn")
+    for piece in (1, 7, len(lines(0)), 1000):
+        monkeypatch.setattr("multisa.runtime.bulk.journal._PIECE", piece)
+        path.write_bytes(lines(*range(40)) + b"torn")
+        with Journal(path) as journal:
+            assert journal.shards == 40 and journal.torn
+        path.write_bytes(lines(*range(20)) + b"torn\n" + lines(*range(20, 40)))
+        with pytest.raises(MultisaError, match=f"at byte {len(lines(*range(20)))}"):
+            Journal(path)
+
+
+def test_two_hundred_thousand_lines_are_read_in_a_moment(tmp_path: Path) -> None:
+    """51 million images at the default shard size."""
+    path = tmp_path / "j"
+    path.write_bytes(lines(*range(200_000)))
+    start = time.perf_counter()
+    with Journal(path) as journal:
+        assert journal.shards == 200_000 and 199_999 in journal
+    assert time.perf_counter() - start < 3  # about 0.2 s where nothing else runs

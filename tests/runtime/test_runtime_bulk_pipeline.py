@@ -1,0 +1,332 @@
+"""The stages side by side: the same answer whatever their widths, bounded, and no hang whatever is raised."""
+
+import io
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multisa.runtime.bulk.encode import Encoder
+from multisa.runtime.bulk.inventory import Shard, Work
+from multisa.runtime.bulk.method import Annotation, Labels, StageClock
+from multisa.runtime.bulk.pipeline import DoneShard, Failure, Pipeline, Sizes
+from multisa.runtime.errors import EngineError, ImageError, MultisaError
+from multisa.runtime.manifest import Manifest
+from multisa.runtime.sinks.choice import open_sinks
+from multisa.runtime.sinks.contract import SinkContext
+from multisa.runtime.sources.contract import SourceItem
+
+SHAPES = ((80, 80), (64, 80), (80, 64), (70, 70))  # none of them is resized
+SOON = 20.0  # seconds; what hangs would take for ever
+
+
+@dataclass
+class Photographs:
+    """A source: image i is of shape i % 4 and grey i; some cannot be read, some decoded."""
+
+    unreadable: frozenset[int] = frozenset()
+    broken: frozenset[int] = frozenset()
+    error: Exception | None = None
+    shapes: tuple[tuple[int, int], ...] = SHAPES
+    description: str = "photographs of a test"
+    read_now: Callable[[], None] = lambda: None
+
+    def read(self, item: SourceItem) -> bytes:
+        index = int(item.place)
+        self.read_now()
+        if index in self.unreadable:
+            raise self.error or ImageError("not to be had")
+        if index in self.broken:
+            return b"no image"
+        buffer = io.BytesIO()
+        shape = self.shapes[index % len(self.shapes)]
+        Image.fromarray(np.full((*shape, 3), index % 256, np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+@dataclass
+class Method:
+    """Labels 1 where grey is odd; remembers its batches; some images, or all with one, are refused."""
+
+    refused: frozenset[int] = frozenset()
+    infer_error: Exception | None = None
+    refine_error: Exception | None = None
+    command: str = "segment"
+    engines: tuple[Any, ...] = ()
+    batches: list[list[int]] = field(default_factory=list)
+
+    def infer(self, images: np.ndarray, given: Sequence[Labels | None], clock: StageClock) -> Sequence[Any]:
+        greys = images[:, 0, 0, 0].tolist()
+        self.batches.append(greys)
+        if self.refused.intersection(greys):
+            raise self.infer_error or EngineError(f"cannot be run on {greys}")
+        return greys
+
+    def refine(self, inferred: int, image: np.ndarray, clock: StageClock) -> Annotation:
+        if self.refine_error:
+            raise self.refine_error
+        mask = np.full(image.shape[:2], inferred % 2, np.uint8)
+        return Annotation(mask, np.full_like(mask, inferred), ("red thing",) if inferred % 2 else ())
+
+
+class Watcher:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+        self.failed: list[Failure] = []
+
+    def image_done(self, work: Work) -> None:
+        self.done.append(work.index)
+
+    def image_failed(self, failure: Failure) -> None:
+        self.failed.append(failure)
+
+
+def shard_of(number: int, indices: Sequence[int]) -> Shard:
+    items = ((i, SourceItem(f"{i:05d}.png", str(i), -1)) for i in indices)
+    return Shard(number, tuple(Work(i, item, f"{i:05d}", None) for i, item in items))
+
+
+@contextmanager
+def pipeline_of(
+    out: Path,
+    manifest: Manifest,
+    source: Any,
+    method: Any,
+    watcher: Any = None,
+    sizes: Sizes | None = None,
+) -> Iterator[Pipeline]:
+    sinks = open_sinks(("masks",), SinkContext(out, "segment", manifest, "0" * 64))
+    with Pipeline(
+        method,
+        source,
+        Encoder(out, manifest, sinks),
+        sizes=sizes or Sizes(readers=2, workers=2),
+        clock=StageClock(),
+        watcher=watcher or Watcher(),
+        max_pixels=10**6,
+        long_side=80,
+    ) as pipeline:
+        yield pipeline
+
+
+def do(pipeline: Pipeline, shards: Sequence[Shard]) -> list[DoneShard]:
+    """All of them; raises where they are not done soon."""
+    done: list[DoneShard] = []
+    futures = [pipeline.submit(shard, done.append) for shard in shards]
+    end = time.monotonic() + SOON
+    for future in futures:
+        while not future.done():
+            assert time.monotonic() < end, "hangs"
+            try:
+                future.result(timeout=0.05)
+            except TimeoutError:
+                pipeline._raise_error()
+    return done
+
+
+def by_number(done: DoneShard) -> int:
+    return done.shard.number
+
+
+def contents(done: Sequence[DoneShard]) -> list[tuple[int, list[Any], list[Failure]]]:
+    of_shards = sorted(done, key=by_number)
+    return [
+        (one.shard.number, [(i.index, i.record, i.payloads) for i in one.images], list(one.failures))
+        for one in of_shards
+    ]
+
+
+def test_the_same_for_any_widths(tmp_path: Path, manifest: Manifest) -> None:
+    shards = [shard_of(n, range(first, first + 9)) for n, first in enumerate(range(0, 45, 9))]
+    found = []
+    for readers, workers in ((1, 1), (4, 1), (1, 4), (3, 3)):
+        source, watcher = Photographs(frozenset({3}), frozenset({13, 14})), Watcher()
+        sizes = Sizes(readers, workers, batch=3, look_ahead=5)
+        with pipeline_of(tmp_path, manifest, source, Method(frozenset({20})), watcher, sizes) as pipeline:
+            found.append(contents(do(pipeline, shards)))
+        assert sorted(watcher.done) == [i for i in range(45) if i not in (3, 13, 14, 20)]
+    assert found[0] == found[1] == found[2] == found[3]
+    failures = {failure.index: failure.kind for _, _, some in found[0] for failure in some}
+    assert failures == {3: "read", 13: "decode", 14: "decode", 20: "infer"}
+    assert [index for _, images, _ in found[0] for index, _, _ in images] == sorted(watcher.done)
+
+
+def test_which_images_an_engine_gets_together(tmp_path: Path, manifest: Manifest) -> None:
+    """Full groups, then the one that waits longest, and what is left at the end of the shard."""
+    order = [0, 1, 4, 8, 2, 5, 6, 3, 12, 9]  # of the shapes 0 1 0 0 2 1 2 3 0 1
+    expected = [[0, 4, 8], [1, 5], [2, 6], [3], [12], [9]]
+    for workers in (1, 3):
+        method = Method()
+        sizes = Sizes(readers=2, workers=workers, batch=3, look_ahead=4)
+        with pipeline_of(tmp_path, manifest, Photographs(), method, sizes=sizes) as pipeline:
+            do(pipeline, [shard_of(0, order), shard_of(1, [16, 17])])
+        batches = method.batches if workers == 1 else sorted(method.batches)
+        wanted = [*expected, [16], [17]]  # never an image of the next shard
+        assert batches == (wanted if workers == 1 else sorted(wanted))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_bad_image_does_not_fail_its_neighbours(tmp_path: Path, manifest: Manifest, batch: int) -> None:
+    source, method = Photographs(shapes=SHAPES[:1]), Method(refused=frozenset({2}))
+    sizes = Sizes(readers=1, workers=2, batch=batch)
+    with pipeline_of(tmp_path, manifest, source, method, sizes=sizes) as pipeline:
+        ((_, images, failures),) = contents(do(pipeline, [shard_of(0, range(8))]))
+    assert [index for index, *_ in images] == [0, 1, 3, 4, 5, 6, 7]
+    assert failures == [Failure(2, "00002.png", "infer", "cannot be run on [2]")]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("look_ahead", [1, 2, 7])
+def test_tiny_permits_never_lock(tmp_path: Path, manifest: Manifest, batch: int, look_ahead: int) -> None:
+    sizes = Sizes(readers=1, workers=1, batch=batch, look_ahead=look_ahead)
+    sizes_of_shards = (1, 2, 9, 0, 30, 3, 17)
+    first = 0
+    shards = []
+    for number, size in enumerate(sizes_of_shards):
+        shards.append(shard_of(number, range(first, first + size)))
+        first += size
+    source = Photographs(unreadable=frozenset(range(4, 40, 3)), broken=frozenset(range(5, 40, 3)))
+    with pipeline_of(tmp_path, manifest, source, Method(), sizes=sizes) as pipeline:
+        done = do(pipeline, shards)
+    assert [len(one.images) + len(one.failures) for one in sorted(done, key=by_number)] == list(
+        sizes_of_shards
+    )
+
+
+def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: Manifest) -> None:
+    watcher, most, reads = Watcher(), 0, 0
+    lock = threading.Lock()
+
+    def read_now() -> None:
+        nonlocal most, reads
+        with lock:
+            reads += 1
+            most = max(most, reads - len(watcher.done))
+
+    class Slow(Method):
+        def refine(self, *arguments: Any) -> Annotation:
+            time.sleep(0.003)
+            return super().refine(*arguments)
+
+    sizes = Sizes(readers=2, workers=2)
+    source = Photographs(read_now=read_now)
+    with pipeline_of(tmp_path, manifest, source, Slow(), watcher, sizes) as pipeline:
+        do(pipeline, [shard_of(n, range(n * 50, n * 50 + 50)) for n in range(2)])
+    assert 2 < most <= sizes.permits
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest) -> None:
+    peaks = []
+    for shards in (2, 2, 20):  # the first only warms up
+        source = Photographs(shapes=((300, 400),))
+        with pipeline_of(tmp_path, manifest, source, Method()) as pipeline:
+            tracemalloc.start()
+            waiting = [
+                pipeline.submit(shard_of(n, range(n * 12, n * 12 + 12)), lambda _: None) for n in range(2)
+            ]
+            for n in range(2, shards):
+                waiting.append(pipeline.submit(shard_of(n, range(n * 12, n * 12 + 12)), lambda _: None))
+                pipeline.wait(waiting.pop(0))
+            for future in waiting:
+                pipeline.wait(future)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[2] < 2 * peaks[1]  # ten times the images; how many meet in a stage is chance
+
+
+class BadWatcher(Watcher):
+    """One whose terminal is gone."""
+
+    def image_failed(self, failure: Failure) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+NONE: frozenset[int] = frozenset()
+SOME = frozenset({30})
+
+
+@pytest.mark.parametrize(
+    ("source", "method", "watcher", "error"),
+    [
+        (Photographs(SOME, error=RuntimeError("a bug")), Method(), Watcher(), RuntimeError),
+        (Photographs(), Method(SOME, ZeroDivisionError("a bug")), Watcher(), ZeroDivisionError),
+        (Photographs(), Method(refine_error=KeyError("a bug")), Watcher(), KeyError),
+        (Photographs(SOME), Method(), BadWatcher(), BrokenPipeError),  # raised in the thread that gathers
+        (Photographs(NONE, SOME), Method(), BadWatcher(), BrokenPipeError),
+        (Photographs(), Method(SOME), BadWatcher(), BrokenPipeError),
+    ],
+    ids=["read", "infer", "refine", "watch-read", "watch-decode", "watch-infer"],
+)
+def test_what_is_raised_unexpectedly_ends_the_run(
+    tmp_path: Path, manifest: Manifest, source: Any, method: Any, watcher: Any, error: type[Exception]
+) -> None:
+    start = time.monotonic()
+    with (
+        pytest.raises(error),
+        pipeline_of(tmp_path, manifest, source, method, watcher) as pipeline,
+    ):
+        do(pipeline, [shard_of(n, range(n * 20, n * 20 + 20)) for n in range(20)])
+    assert time.monotonic() - start < SOON
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("multisa-")]
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run(tmp_path: Path, manifest: Manifest) -> None:
+    def commit(done: DoneShard) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pipeline_of(tmp_path, manifest, Photographs(), Method()) as pipeline:
+        first = pipeline.submit(shard_of(0, range(5)), commit)
+        with pytest.raises(OSError, match="No space left"):
+            pipeline.wait(first)
+        with pytest.raises(OSError, match="No space left"):
+            pipeline.submit(shard_of(1, range(5, 10)), commit)
+        assert not first.done()
+
+
+def test_a_source_that_is_gone_ends_the_run(tmp_path: Path, manifest: Manifest) -> None:
+    class Disk(Photographs):
+        here = True
+
+        def is_there(self) -> bool:
+            return self.here
+
+    disk, watcher = Disk(unreadable=frozenset({3, *range(10, 1000)})), Watcher()
+    with pipeline_of(tmp_path, manifest, disk, Method(), watcher) as pipeline:
+        (first,) = do(pipeline, [shard_of(0, range(8))])
+        assert [failure.index for failure in first.failures] == [3]  # the image alone was gone
+        disk.here = False
+        match = r"photographs of a test: .*cannot be reached any more \(000\d\d\.png: not to be had\)"
+        with pytest.raises(MultisaError, match=match):
+            do(pipeline, [shard_of(1, range(8, 1000))])
+    assert [failure.index for failure in watcher.failed] == [3]
+
+
+def test_leaving_drops_what_is_queued(tmp_path: Path, manifest: Manifest) -> None:
+    begun = threading.Event()
+
+    class Slow(Method):
+        def refine(self, *arguments: Any) -> Annotation:
+            begun.set()
+            time.sleep(0.05)
+            return super().refine(*arguments)
+
+    watcher = Watcher()
+    start = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pipeline_of(tmp_path, manifest, Photographs(), Slow(), watcher) as pipeline,
+    ):
+        pipeline.submit(shard_of(0, range(12)), lambda _: None)
+        assert begun.wait(SOON)
+        raise KeyboardInterrupt
+    assert len(watcher.done) < 12 and time.monotonic() - start < SOON
