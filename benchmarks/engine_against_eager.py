@@ -27,7 +27,6 @@ from multisa.runtime.bulk.crew import LocalCrew
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.request import make_job
 from multisa.runtime.bulk.run import run as run_job
-from multisa.runtime.bulk.run import annotate_images
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.engines.choice import EngineRequest, open_engine
 from multisa.runtime.engines.contract import SEGMENTER

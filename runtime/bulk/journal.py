@@ -23,6 +23,7 @@ from multisa.runtime.files import flush_folder
 
 _NUMBER = 9  # digits of a count, padded with blanks
 _LINES_AT_ONCE = 1 << 16
+_EXPECTED = "expected a line of a journal: it was altered; restore the file, or begin anew with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,16 @@ class Journal:
         self._count(result.shard, result.images, result.failed)
 
     def digests(self) -> Iterator[tuple[int, str]]:
-        """(shard, SHA-256 of its list of files), in the order of the lines."""
+        """(shard, SHA-256 of its list of files), in the order of the lines. Raises MultisaError."""
         with self._path.open("rb") as lines:
-            for line in lines:
-                values = json.loads(line)
-                yield values["shard"], values["sha256"]
+            for number, line in enumerate(lines, start=1):
+                try:
+                    values = json.loads(line)
+                    yield values["shard"], values["sha256"]
+                except (ValueError, TypeError, KeyError) as error:  # what opening it does not look at
+                    raise MultisaError(
+                        f"{self._path}: got {line[:60]!r} as line {number} ({error}), {_EXPECTED}"
+                    ) from error
 
     def _load(self) -> None:
         size = os.fstat(self._file).st_size
@@ -117,10 +123,7 @@ class Journal:
         """Remove the last line, which is torn. Raises MultisaError when it is not the last one."""
         rest = os.pread(self._file, 2 * _WIDTH, position)
         if len(rest) > _WIDTH:
-            raise MultisaError(
-                f"{self._path}: got {rest[:60]!r} at byte {position}, expected a line of a journal: "
-                "it was altered; restore the file, or begin anew with --overwrite"
-            )
+            raise MultisaError(f"{self._path}: got {rest[:60]!r} at byte {position}, {_EXPECTED}")
         self.torn = True
         os.ftruncate(self._file, position)
         os.fsync(self._file)

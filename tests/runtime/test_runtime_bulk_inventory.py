@@ -100,7 +100,7 @@ def test_shards_and_retries(tmp_path: Path) -> None:
         assert list(inventory.shards(3)) == [(0, 3), (1, 3), (2, 1)]
         assert [work.index for work in inventory.shard(1, 3).works] == [3, 4, 5]
         assert (inventory.images, inventory.other_files) == (7, 2)
-        assert inventory.passed_over() == [PassedOver("x", "hidden")]
+        assert list(inventory.entries_passed_over(9)) == [PassedOver("x", "hidden")]
         assert inventory.add_retries([1, 2, 4, 6], 3) == 2
     with Inventory(tmp_path / "i") as inventory:
         assert list(inventory.shards(3))[3:] == [(3, 3), (4, 1)]

@@ -49,7 +49,8 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\0" * 4096, b"garbage\n", b"\n", b'{"shard": 3}\n', lines(3)[:-2] + b"\n", b"\xff" * 100]
+    "garbage",
+    [b"\0" * len(lines(3)), b"garbage\n", b"\n", b'{"shard": 3}\n', lines(3)[:-2] + b"\n", b"\xff" * 100],
 )
 def test_garbage_at_the_end_is_cut_off(tmp_path: Path, garbage: bytes) -> None:
     path = tmp_path / "j"
@@ -69,17 +70,25 @@ def test_garbage_in_the_middle_is_told_and_left(tmp_path: Path, garbage: bytes) 
     assert path.read_bytes() == content
 
 
-def test_lines_across_the_pieces_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_across_the_blocks_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "j"
-    path.write_bytes(lines(*range(40)) + b"torn")
-    for piece in (1, 7, len(lines(0)), 1000):
-        monkeypatch.setattr("multisa.runtime.bulk.journal._PIECE", piece)
+    for block in (1, 7, 19, 20, 40, 1000):
+        monkeypatch.setattr("multisa.runtime.bulk.journal._LINES_AT_ONCE", block)
         path.write_bytes(lines(*range(40)) + b"torn")
         with Journal(path) as journal:
-            assert journal.shards == 40 and journal.torn
+            assert journal.shards == 40 and journal.images == 200 and journal.torn
         path.write_bytes(lines(*range(20)) + b"torn\n" + lines(*range(20, 40)))
         with pytest.raises(MultisaError, match=f"at byte {len(lines(*range(20)))}"):
             Journal(path)
+
+
+def test_digests_that_were_altered_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    path.write_bytes(lines(1) + lines(2).replace(b"0000002", b'"00\xff"02') + lines(3))
+    with Journal(path) as journal:
+        assert journal.shards == 3
+        with pytest.raises(MultisaError, match=r"line 2 .*expected a line of a journal.*--overwrite"):
+            list(journal.digests())
 
 
 def test_two_hundred_thousand_lines_are_read_in_a_moment(tmp_path: Path) -> None:

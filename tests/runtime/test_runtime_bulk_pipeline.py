@@ -17,7 +17,8 @@ from PIL import Image
 from multisa.runtime.bulk.encode import Encoder
 from multisa.runtime.bulk.inventory import Shard, Work
 from multisa.runtime.bulk.method import Annotation, Labels, StageClock
-from multisa.runtime.bulk.pipeline import DoneShard, Failure, Pipeline, Sizes
+from multisa.runtime.bulk.pipeline import DoneShard, Pipeline
+from multisa.runtime.bulk.stages import Failure, Sizes
 from multisa.runtime.errors import EngineError, ImageError, MultisaError
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.sinks.choice import open_sinks
@@ -83,12 +84,22 @@ class Watcher:
     def __init__(self) -> None:
         self.done: list[int] = []
         self.failed: list[Failure] = []
+        self.most = 0  # images under way at once
 
     def image_done(self, work: Work) -> None:
         self.done.append(work.index)
 
     def image_failed(self, failure: Failure) -> None:
         self.failed.append(failure)
+
+    def queue_depth(self, stage: str, images: int) -> None:
+        assert images >= 0
+
+    def in_flight(self, images: int) -> None:
+        self.most = max(self.most, images)
+
+    def stage_busy(self, stage: str, seconds: float) -> None:
+        assert seconds >= 0
 
 
 def shard_of(number: int, indices: Sequence[int]) -> Shard:
@@ -223,6 +234,7 @@ def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: M
     with pipeline_of(tmp_path, manifest, source, Slow(), watcher, sizes) as pipeline:
         do(pipeline, [shard_of(n, range(n * 50, n * 50 + 50)) for n in range(2)])
     assert 2 < most <= sizes.permits
+    assert 2 < watcher.most <= sizes.permits
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest) -> None:
