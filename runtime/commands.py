@@ -79,7 +79,7 @@ def _corpus_options(command: Command) -> Command:
                 metavar="NAME",
                 # The names of runtime/sinks/choice.py, which help does not load.
                 help="What to write, repeated or separated by commas: masks (the default), tar, coco, cvat, "
-                "label-studio, datumaro, parquet, soft.",
+                "label-studio, datumaro, parquet, confidence, soft.",
             ),
             click.option(
                 "--shard-size",

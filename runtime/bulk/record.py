@@ -11,7 +11,8 @@ from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.method import DECIMALS
 from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.files import write_json_atomically
+from multisa.runtime.files import sha256_of_file, write_json_atomically
+from multisa.runtime.manifest import MANIFEST_NAME
 
 _PASSED_OVER = 1000  # entries of the source that the record names
 
@@ -39,7 +40,7 @@ def run_record(
         "workers": job.sizes.workers,
         "stage_workers": {name: job.sizes.threads_of(name) for name in sorted(summary.stage_seconds)},
         "cores": os.cpu_count() or 0,
-        "bundle": {"name": bundle.manifest.name, "path": str(bundle.path)},
+        "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
         "engines": crew.engines(),
         "versions": {"python": platform.python_version(), **versions},
     }

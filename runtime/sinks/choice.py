@@ -19,6 +19,7 @@ SINKS: dict[str, str] = {
     "label-studio": "Label Studio predictions, label-studio/",
     "datumaro": "Datumaro and FiftyOne folder, datumaro/",
     "parquet": "statistics of each image, parquet/",
+    "confidence": "grey PNGs, confidence/NAME.png",
     "soft": "class probabilities, soft/",
 }
 
@@ -43,6 +44,7 @@ def open_sinks(names: Sequence[str], context: SinkContext, *, image_prefix: str 
 
 def _makers(image_prefix: str) -> dict[str, Callable[[SinkContext], Sink]]:
     from multisa.runtime.sinks.coco import CocoSink
+    from multisa.runtime.sinks.confidence import ConfidenceSink
     from multisa.runtime.sinks.cvat import CvatSink
     from multisa.runtime.sinks.datumaro import DatumaroSink
     from multisa.runtime.sinks.label_studio import LabelStudioSink
@@ -59,5 +61,6 @@ def _makers(image_prefix: str) -> dict[str, Callable[[SinkContext], Sink]]:
         "label-studio": lambda context: LabelStudioSink(context, image_prefix),
         "datumaro": DatumaroSink,
         "parquet": ParquetSink,
+        "confidence": ConfidenceSink,
         "soft": SoftSink,
     }
