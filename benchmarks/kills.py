@@ -4,9 +4,10 @@
     python benchmarks/kills.py --command label
 
 Every file outside OUT/.multisa and the page must be the same bytes as in the run that was not killed, and no
-file of a shard that was committed when the kill came may have been written again. A third of the points
-fall into the whole run at random, a third into the freezing of the list of images, and a third about the end,
-where what is one file for the whole run is written. A run that ends before its kill is counted as no point.
+file of a shard that was committed when the kill came may have been written again. A quarter of the points
+fall anywhere, a quarter into the freezing of the list of images, a quarter between the first commit and the
+last, and a quarter about the end, where what is one file for the whole run is written. A run that ends before
+its kill is counted as no point.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from multisa.runtime.bundle import default_bundle_path
 PHOTOGRAPHS = Path(commands.__file__).parent / "demo_photos"
 IMAGES, SHARD_SIZE = 120, 7
 SINKS = ("masks", "tar", "coco")
-MOMENTS = ("any", "freezing", "finishing")
+MOMENTS = ("any", "freezing", "shards", "finishing")
 _PATIENCE = 120.0  # seconds for one run
 
 
@@ -118,19 +119,18 @@ class KilledRuns:
         """Whether the kill came before the end of the run."""
         shards = -(-IMAGES // SHARD_SIZE)
 
-        def nearly_done() -> bool:
-            journal = out / JOURNAL
-            return journal.exists() and journal.read_bytes().count(b"\n") >= shards - 1
-
         begins: dict[str, Callable[[], bool]] = {
             "any": (out / LOCK).exists,
             "freezing": lambda: any((out / f"{INVENTORY}{end}").exists() for end in ("", ".tmp")),
-            "finishing": nearly_done,
+            "shards": lambda: committed_shards(out) >= 1,
+            "finishing": lambda: committed_shards(out) >= shards,
         }
-        longest = self.seconds if moment == "any" else 0.03
+        longest = {"any": self.seconds, "freezing": 0.03, "shards": self.seconds / 2, "finishing": 0.015}[
+            moment
+        ]
         with self._process(out) as process:
             self._wait(process, begins[moment])
-            time.sleep(self._random.uniform(0, longest))
+            time.sleep(self._random.uniform(0, longest))  # of seconds
             process.kill()
             return process.wait() < 0
 
@@ -157,11 +157,16 @@ def phase(out: Path) -> str:
     """Where a kill has met a run."""
     if not (out / CONFIG).exists():
         return "freezing"
-    journal = out / JOURNAL
-    lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
-    if lines < -(-IMAGES // SHARD_SIZE):
-        return "shards" if lines else "first shard"
+    committed = committed_shards(out)
+    if committed < -(-IMAGES // SHARD_SIZE):
+        return "shards" if committed else "before the first commit"
     return "end" if (out / FINISHED).exists() else "finishing"
+
+
+def committed_shards(out: Path) -> int:
+    """How many lines the journal has."""
+    journal = out / JOURNAL
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 def files_of_committed_shards(out: Path) -> dict[Path, tuple[int, int]]:
@@ -169,8 +174,8 @@ def files_of_committed_shards(out: Path) -> dict[Path, tuple[int, int]]:
     journal = out / JOURNAL
     whole, _, _ = journal.read_bytes().rpartition(b"\n") if journal.exists() else (b"", b"", b"")
     shards = [json.loads(line)["shard"] for line in whole.splitlines()]
-    listed = ((path, out / part_path(FILES, shard)) for shard in shards for path in (None,))
-    files = (out / relative for _, part in listed for relative, _ in listed_files(part))
+    parts = (out / part_path(FILES, shard) for shard in shards)
+    files = (out / relative for part in parts for relative, _ in listed_files(part))
     return {path: identity(path) for path in files}
 
 

@@ -123,6 +123,13 @@ class FolderSource(SourceBase):
                 f"{printable(self._root)}: cannot be listed ({why(error)}), expected a folder of images"
             ) from error
 
+    def is_there(self) -> bool:
+        """Whether the folder still holds anything; a disk that is gone often leaves an empty folder."""
+        try:
+            return next(self._store.folder(self._root, is_image), None) is not None
+        except OSError:
+            return False
+
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
         try:

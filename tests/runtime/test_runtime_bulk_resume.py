@@ -1,0 +1,332 @@
+"""Runs that are cut, by whatever, and gone on with: the same bytes as those of a run that was not."""
+
+import errno
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bulk_runs import public_bytes, reasons, records, run_label, run_segment
+from PIL import Image
+
+from multisa.runtime.bulk.folder import INVENTORY, JOURNAL
+from multisa.runtime.bulk.journal import Journal, ShardResult
+from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
+from multisa.runtime.sources.folders import FolderSource
+
+Run = Callable[..., RunSummary]
+SINKS = ("masks", "tar", "coco", "cvat", "label-studio", "datumaro")
+SOON = 60.0  # seconds
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Thirty images of noise in three sizes, every tenth of them broken."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(30):
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64 + 8 * (i % 3), 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i:02d}.png")
+        if i % 10 == 4:
+            (folder / f"{i:02d}.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB of which no more is left than is asked for."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("no small disk can be made here: root mounts one")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, shards: int, *, before: bool) -> None:
+    """Let a run be cut when so many more shards are committed; before, or after, the line of the next one."""
+    append, numbers = Journal.append, itertools.count()
+
+    def cut(journal: Journal, result: ShardResult) -> None:
+        last = next(numbers) >= shards
+        if not (last and before):
+            append(journal, result)
+        if last:
+            raise InterruptedError("cut by the test")
+
+    monkeypatch.setattr(Journal, "append", cut)
+
+
+@pytest.mark.parametrize(
+    ("run", "batch", "before", "sinks"),
+    [
+        (run_segment, 1, True, SINKS),
+        (run_segment, 3, False, ("masks", "tar")),
+        (run_label, 3, True, ("masks", "coco")),
+    ],
+)
+def test_runs_that_are_cut_again_and_again(
+    many: Path, bundle: Bundle, tmp_path: Path, run: Run, batch: int, before: bool, sinks: tuple[str, ...]
+) -> None:
+    """With other numbers of threads each time."""
+    options = {"shard_size": 4, "sinks": sinks, "batch": batch}
+    run(many, tmp_path / "whole", bundle, workers=1, **options)
+    out = tmp_path / "cut"
+    for sitting in itertools.count():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            cut_at(monkeypatch, sitting % 3, before=before)
+            try:
+                run(many, out, bundle, workers=1 + sitting % 3, readers=1 + sitting % 4, **options)
+            except InterruptedError:
+                assert sitting < 20
+            else:
+                break
+    assert sitting >= 2
+    assert public_bytes(out) == public_bytes(tmp_path / "whole")
+    shards = [line.split(b",")[0] for line in (out / JOURNAL).read_bytes().splitlines()]
+    assert len(shards) == len(set(shards)) == 8
+    assert not list((out / ".multisa/tmp").glob("*"))
+
+
+@pytest.mark.parametrize("tail", [b'{"shard":', b"garbage\n", b"\0" * 20])
+def test_a_torn_journal(
+    many: Path, bundle: Bundle, tmp_path: Path, tail: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run_segment(many, out, bundle, shard_size=4)
+    before = public_bytes(out)
+    lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
+    (out / JOURNAL).write_bytes(b"".join(lines[:5]) + tail)
+    summary = run_segment(many, out, bundle, shard_size=4)
+    assert "the last line of the journal was torn: its shard is done again" in capsys.readouterr().err
+    assert 5 <= summary.done_now < 20 and public_bytes(out) == before
+
+
+def test_a_lost_inventory_and_a_lost_journal(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_segment(many, out, bundle, shard_size=4)
+    before = public_bytes(out)
+    (out / JOURNAL).unlink()
+    assert run_segment(many, out, bundle, shard_size=4).done_now == 27
+    (out / INVENTORY).unlink()
+    with pytest.raises(MultisaError, match="begin anew with --overwrite"):
+        run_segment(many, out, bundle, shard_size=4)
+    assert public_bytes(out) == before
+
+
+def test_an_image_that_has_vanished(
+    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    cut_at(monkeypatch, 1, before=False)
+    with pytest.raises(InterruptedError):
+        run_segment(many, out, bundle, shard_size=4, workers=1)
+    monkeypatch.undo()
+    (many / "29.png").unlink()
+    with pytest.raises(UsageError, match=r"has changed since the run .* began: 1 removed \(29\.png\)"):
+        run_segment(many, out, bundle, shard_size=4)
+    assert run_segment(many, out, bundle, shard_size=4, frozen=True).failures == 4
+    last = records(out, "failed.jsonl")[-1]
+    assert (last["image"], last["kind"]) == ("29.png", "read") and str(tmp_path) not in last["reason"]
+
+
+def test_a_disk_that_has_vanished_fails_no_image(
+    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_segment(many, tmp_path / "whole", bundle, shard_size=4)
+    out, reads, read = tmp_path / "out", itertools.count(), FolderSource.read
+
+    def pull_the_plug(source: FolderSource, item: Any) -> bytes:
+        if next(reads) == 14:
+            many.rename(tmp_path / "unplugged")
+            many.mkdir()  # as the place where a disk was mounted is
+        return read(source, item)
+
+    monkeypatch.setattr(FolderSource, "read", pull_the_plug)
+    with pytest.raises(MultisaError, match=r"folder .*many: .*cannot be reached any more .*bring it back"):
+        run_segment(many, out, bundle, shard_size=4)
+    monkeypatch.undo()
+    many.rmdir()
+    (tmp_path / "unplugged").rename(many)
+    run_segment(many, out, bundle, shard_size=4)
+    assert public_bytes(out) == public_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("room", [0, 48, 96, 160])
+def test_a_full_disk(many: Path, bundle: Bundle, tmp_path: Path, small_disk: Path, room: int) -> None:
+    """`room` KiB: it is full while images are listed, while shards are written, or at the end."""
+    options = {"shard_size": 4, "sinks": ("masks", "coco")}
+    run_segment(many, tmp_path / "whole", bundle, **options)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        file.write(bytes(2048 * 1024 - room * 1024 - 8192))
+    with pytest.raises(MultisaError, match=r"(No space left on device: make room|full: see to room)"):
+        run_segment(many, small_disk / "out", bundle, **options)
+    filler.unlink()
+    run_segment(many, small_disk / "out", bundle, **options)
+    assert public_bytes(small_disk / "out") == public_bytes(tmp_path / "whole")
+
+
+def test_a_write_that_fails(
+    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk that is full in the middle of a line of the journal."""
+    out, write = tmp_path / "out", os.write
+    run_segment(many, tmp_path / "whole", bundle, shard_size=4)
+    calls = itertools.count()
+
+    def short(descriptor: int, data: bytes) -> int:
+        journal = data.startswith(b'{"shard"')
+        return write(descriptor, data[:30] if journal and next(calls) == 3 else data)
+
+    monkeypatch.setattr(os, "write", short)
+    with pytest.raises(
+        MultisaError, match=r"journal\.jsonl: No space left on device: make room, and the same"
+    ):
+        run_segment(many, out, bundle, shard_size=4)
+    monkeypatch.undo()
+    lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
+    assert len({len(line) for line in lines}) == 1 and len(lines) >= 3
+    run_segment(many, out, bundle, shard_size=4)
+    assert public_bytes(out) == public_bytes(tmp_path / "whole")
+
+
+def test_errors_of_the_source_are_not_taken_for_those_of_the_results(
+    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: FolderSource, item: Any) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(many / "x.png"))
+
+    monkeypatch.setattr(FolderSource, "read", fail)
+    with pytest.raises(PermissionError):
+        run_segment(many, tmp_path / "out", bundle)
+
+
+def test_too_many_failures_stop_a_run_which_can_be_gone_on_with(
+    many: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    for i in range(8, 16):
+        (many / f"{i:02d}.png").write_bytes(b"no image")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run_segment(many, whole, bundle, shard_size=2)
+    with pytest.raises(TooManyFailures, match=r"of 30 images failed, allowed were 10%: the reasons are in"):
+        run_segment(many, out, bundle, shard_size=2, workers=1, readers=1, max_failures="10%")
+    done = len((out / JOURNAL).read_bytes().splitlines())
+    assert 5 < done < 15
+    assert 3 < len(reasons(out)) <= 10 and not (out / "labels.jsonl").exists()
+    with pytest.raises(TooManyFailures):  # a limit holds in every sitting
+        run_segment(many, out, bundle, shard_size=2, max_failures="3")
+    run_segment(many, out, bundle, shard_size=2, max_failures="50%")
+    assert public_bytes(out) == public_bytes(whole)
+
+
+def test_too_many_failures_at_the_end_leave_a_whole_run(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+    summary = run_segment(many, tmp_path / "out", bundle, max_failures="0")  # one shard
+    assert summary.failures == 3 and len(records(tmp_path / "out")) == 27
+
+
+def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"shard_size": 4, "sinks": ("masks", "coco", "tar")}
+    run_segment(many, out, bundle, **options)
+    masks = {path: data for path, data in public_bytes(out).items() if path.startswith("masks/")}
+    assert set(reasons(out)) == {"04.png", "14.png", "24.png"}
+    shutil.copy(many / "05.png", many / "14.png")
+    with pytest.raises(UsageError, match=r"has changed since .*1 changed \(14\.png\)"):
+        run_segment(many, out, bundle, **options)
+    summary = run_segment(many, out, bundle, retry_failed=True, **options)
+    assert (summary.done, summary.failures, summary.done_now) == (28, 2, 1)
+    assert set(reasons(out)) == {"04.png", "24.png"}
+    assert [row["index"] for row in records(out)] == [i for i in range(30) if i not in (4, 24)]
+    after = public_bytes(out)
+    assert {path: after[path] for path in masks} == masks
+    assert after["masks/14.png"] == after["masks/05.png"]
+    # Nothing but the images that failed may have changed, unless the images of then are asked for.
+    shutil.copy(many / "05.png", many / "04.png")
+    shutil.copy(many / "05.png", many / "06.png")
+    with pytest.raises(UsageError, match=r"not only the failed images: 1 changed \(06\.png\): .*--frozen"):
+        run_segment(many, out, bundle, retry_failed=True, **options)
+    shutil.copy(many / "05.png", many / "extra.png")
+    summary = run_segment(many, out, bundle, retry_failed=True, frozen=True, **options)
+    assert summary.failures == 2 and summary.failure_kinds == {"read": 1, "decode": 1}  # another size
+    with pytest.raises(UsageError, match="1 added"):
+        run_segment(many, out, bundle, **options)
+
+
+def test_a_retry_that_is_cut(
+    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = tmp_path / "whole", tmp_path / "out"
+    for out in outs:
+        run_segment(many, out, bundle, shard_size=1)
+    for name in ("04", "14", "24"):
+        shutil.copy(many / "05.png", many / f"{name}.png")
+    run_segment(many, outs[0], bundle, shard_size=1, retry_failed=True)
+    cut_at(monkeypatch, 1, before=True)
+    with pytest.raises(InterruptedError):
+        run_segment(many, outs[1], bundle, shard_size=1, retry_failed=True, workers=1)
+    monkeypatch.undo()
+    assert run_segment(many, outs[1], bundle, shard_size=1).failures == 0
+    assert public_bytes(outs[1]) == public_bytes(outs[0])
+    assert run_segment(many, outs[1], bundle, shard_size=1, retry_failed=True).done_now == 0
+
+
+def test_retry_where_there_is_no_run(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run, expected one with failed images"):
+        run_segment(many, tmp_path / "out", bundle, retry_failed=True)
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "said"),
+    [
+        ([signal.SIGINT], 130, "interrupted: "),
+        ([signal.SIGTERM], 143, "interrupted: "),
+        ([signal.SIGINT, signal.SIGINT], 130, "interrupted"),
+    ],
+)
+def test_signals(
+    many: Path, bundle: Bundle, tmp_path: Path, signals: list[signal.Signals], code: int, said: str
+) -> None:
+    for i in range(30, 230):
+        os.link(many / f"{i % 10 + 10}.png", many / f"{i}.png")
+    (many / "14.png").unlink()
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "multisa.runtime.cli", "segment", str(many), "-o", str(out)]
+    command += ["--bundle", str(bundle.path), "--shard-size", "3", "--report", "0", "--max-failures", "100%"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        end = time.monotonic() + SOON
+        while not (out / JOURNAL).exists() or not (out / JOURNAL).stat().st_size:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.001)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.02)
+        _, errors = process.communicate(timeout=SOON)
+    assert process.returncode == code
+    lines = errors.splitlines()
+    assert any(
+        line.startswith("stopping: the shards in hand are finished first; once more") for line in lines
+    )
+    assert lines[-1].startswith(said)
+    done = len((out / JOURNAL).read_bytes().splitlines())
+    if len(signals) == 1:
+        assert f"{done} of 77 shards are done, and the same command goes on from there" in lines[-1]
+    assert 0 < done < 77 and not (out / "labels.jsonl").exists()
+    run_segment(many, out, bundle, shard_size=3)
+    run_segment(many, tmp_path / "whole", bundle, shard_size=3)
+    assert public_bytes(out) == public_bytes(tmp_path / "whole")
