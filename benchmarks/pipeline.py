@@ -61,7 +61,7 @@ def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
     def make(index: int) -> None:
         target = folder / f"{index // 1000:03d}" / f"{index:06d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        scale = SCALES[index // len(originals) % len(SCALES)]
+        scale = SCALES[index % len(SCALES)]  # no number of originals here is a multiple of their number
         with Image.open(originals[index % len(originals)]) as photograph:
             size = (round(photograph.width * scale), round(photograph.height * scale))
             photograph.resize(size, Image.Resampling.BICUBIC).save(target, quality=QUALITY)

@@ -9,6 +9,7 @@ For example:
 from multisa.kernels.affinity import affinity_from_boundary, affinity_from_features
 from multisa.kernels.deflate import deflate_mask
 from multisa.kernels.dense_crf import CrfParameters, DenseCRF, dense_crf
+from multisa.kernels.histogram import histogram, joint_histogram
 from multisa.kernels.label_maps import argmax_labels, resize_maps, scores_to_probabilities
 from multisa.kernels.random_walk import random_walk
 from multisa.kernels.reference import random_walk_reference
@@ -25,6 +26,8 @@ __all__ = [
     "deflate_mask",
     "dense_crf",
     "encode_rle",
+    "histogram",
+    "joint_histogram",
     "path_offsets",
     "random_walk",
     "random_walk_reference",

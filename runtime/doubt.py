@@ -8,8 +8,11 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels import joint_histogram
+
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 
 SURE = 0.6  # a pixel whose class has a lower probability is an unsure one
 
@@ -30,23 +33,25 @@ def doubt(confidence: float, disagreement: float, given: Collection[str], found:
 
 
 def disagreement_of_segmenter(mask: UInt8, confidence: UInt8) -> float:
+    """`disagreement_of_histograms` of a mask uint8 [h, w] and its confidence, 0..255 for 0..1."""
+    return disagreement_of_histograms(joint_histogram(mask, confidence))
+
+
+def disagreement_of_histograms(histograms: Int64) -> float:
     """1 - mean confidence of a class of the mask * share of the pixels that are sure; within 0..1.
 
     The mean is over classes, the background among them: over pixels, a small object whose class the network
-    guesses at is lost in a large background. mask: uint8 [h, w] class ids; confidence: uint8 [h, w], 0..255
-    for probabilities 0..1. No pixel, no disagreement.
+    guesses at is lost in a large background. histograms: int64 [classes, 256], for each class how many of its
+    pixels have a confidence of 0..255. No pixel, no disagreement.
     """
-    if not mask.size:
-        return 0.0
-    pixels = np.bincount(mask.ravel())
-    # One histogram over class and confidence: exact integers, whatever the order of the pixels.
-    joint = np.bincount((mask.astype(np.intp) * 256 + confidence).ravel(), minlength=256 * len(pixels))
-    histograms = joint.reshape(-1, 256)
-    sums = histograms @ np.arange(256)
+    pixels = histograms.sum(axis=1)
     present = pixels > 0
+    if not present.any():
+        return 0.0
+    sums = histograms @ np.arange(256)
     by_class = float((sums[present] / pixels[present]).mean()) / 255
     unsure = int(histograms[:, : round(SURE * 255)].sum())
-    return 1 - by_class * (1 - unsure / mask.size)
+    return 1 - by_class * (1 - unsure / int(pixels.sum()))
 
 
 def disagreement_of_label(before: Float32, after: npt.NDArray[np.intp]) -> float:

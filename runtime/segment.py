@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels import joint_histogram
 from multisa.runtime.bulk.method import DECIMALS, Annotation, Labels, StageClock
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.doubt import disagreement_of_segmenter
+from multisa.runtime.doubt import disagreement_of_histograms
 from multisa.runtime.engines.choice import Choice, EngineRequest, chosen_engines
 from multisa.runtime.engines.contract import SEGMENTER
 from multisa.runtime.errors import EngineError, UsageError
@@ -45,17 +46,19 @@ class Segmenting:
     def refine(self, inferred: LabelsAndConfidence, image: UInt8, clock: StageClock) -> Annotation:
         """The annotation of one image. Raises EngineError for a class that the bundle has not."""
         mask, confidence = inferred
-        counts = np.bincount(mask.ravel())
+        histograms = joint_histogram(mask, confidence)
+        counts = histograms.sum(axis=1)
         present = np.flatnonzero(counts).tolist()
         if present[-1] >= len(self._classes):
             raise EngineError(f"segmenter: got class {present[-1]}, expected 0..{len(self._classes) - 1}")
-        sums = np.bincount(mask.ravel(), weights=confidence.ravel())
+        histograms = histograms[: len(self._classes)]
+        sums = histograms @ np.arange(256)
         means = {self._classes[i]: float(sums[i] / counts[i]) / 255 for i in present}
         return Annotation(
             mask=mask,
             confidence=confidence,
             classes=tuple(self._classes[i] for i in present if i > 0),
-            disagreement=disagreement_of_segmenter(mask, confidence),
+            disagreement=disagreement_of_histograms(histograms),
             # Of each class in the mask, the background too: mean confidence over its pixels.
             details={"scores": {name: round(mean, DECIMALS) for name, mean in means.items()}},
         )

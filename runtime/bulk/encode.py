@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from multisa.kernels import histogram
 from multisa.runtime.bulk.decode import WorkingImage
 from multisa.runtime.bulk.inventory import Work
 from multisa.runtime.bulk.method import DECIMALS, Annotation
@@ -43,7 +44,7 @@ class Encoder:
             check_path_length(self._out, path)
         try:
             mask = resize_mask(annotation.mask, (image.height, image.width))
-            counts = np.bincount(mask.ravel(), minlength=len(self._manifest.classes))
+            counts = histogram(mask)[: len(self._manifest.classes)]
             png = encode_palette_png(mask, self._palette)
         except MemoryError as error:
             size = f"{image.width}x{image.height}"
@@ -67,7 +68,8 @@ class Encoder:
         self, work: Work, image: WorkingImage, annotation: Annotation, counts: Sequence[int]
     ) -> dict[str, Any]:
         classes, pixels = self._manifest.classes, image.height * image.width
-        confidence = float(annotation.confidence.mean(dtype=np.float64)) / 255
+        levels = histogram(annotation.confidence) @ np.arange(256)
+        confidence = int(levels) / (255 * annotation.confidence.size)
         found = set(annotation.classes) - set(annotation.missing)
         doubted = doubt(confidence, annotation.disagreement, annotation.classes, found)
         masks = [path for sink in self._sinks for path in sink.results(work.name)]

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dense_crf.hpp"
+#include "histogram.hpp"
 #include "instruction_sets.hpp"
 #include "lattice.hpp"
 #include "mask_deflate.hpp"
@@ -151,6 +152,26 @@ py::bytes deflate_mask(const Bytes& mask) {
     return py::bytes(stream);
 }
 
+py::array_t<std::int64_t> histogram(const Bytes& values) {
+    std::array<std::int64_t, 256> counts;
+    {
+        const py::gil_scoped_release released;
+        counts = multisa::histogram(values.data(), static_cast<std::size_t>(values.size()));
+    }
+    return py::array_t<std::int64_t>(256, counts.data());
+}
+
+py::array_t<std::int64_t> joint_histogram(const Bytes& rows, const Bytes& columns) {
+    py::array_t<std::int64_t> total({256, 256});
+    std::int64_t* to = total.mutable_data();
+    {
+        const py::gil_scoped_release released;
+        std::fill_n(to, 256 * 256, 0);
+        multisa::joint_histogram(rows.data(), columns.data(), static_cast<std::size_t>(rows.size()), to);
+    }
+    return total;
+}
+
 // Measured multiply-adds a second of one thread, in float32.
 double peak_multiply_adds(double seconds) {
     const py::gil_scoped_release released;
@@ -182,6 +203,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("dense_crf", &dense_crf);
     module.def("encode_rle", &encode_rle);
     module.def("deflate_mask", &deflate_mask);
+    module.def("histogram", &histogram);
+    module.def("joint_histogram", &joint_histogram);
     module.def("peak_multiply_adds", &peak_multiply_adds);
     module.def("instruction_set", [] { return std::string(multisa::chosen_kernels().name); });
     module.def("instruction_sets", &multisa::available_instruction_sets);
