@@ -1,11 +1,17 @@
 """Runs as the command line makes them, and what they leave, for the tests of runs."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+from PIL import Image
+
 from multisa.runtime.bulk.crew import LocalCrew
 from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.journal import Journal, ShardResult
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.request import make_job
 from multisa.runtime.bulk.run import run
@@ -29,6 +35,17 @@ def job_of(source: Path, out: Path, bundle: Bundle, **options: Any) -> Job:
     return make_job("segment", str(source), out, bundle.path, EngineRequest(), RunOptions(**options))
 
 
+def write_noise(folder: Path, images: int) -> Path:
+    """Images of noise in three sizes, the fourth of every ten broken."""
+    folder.mkdir()
+    for i in range(images):
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64 + 8 * (i % 3), 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i:02d}.png")
+        if i % 10 == 4:
+            (folder / f"{i:02d}.png").write_bytes(b"no image")
+    return folder
+
+
 def records(out: Path, name: str = "labels.jsonl") -> list[dict[str, Any]]:
     """The lines of one of the files of a run; none where it is not there."""
     path = out / name
@@ -45,6 +62,20 @@ def public_bytes(out: Path) -> dict[str, bytes]:
     files = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
     private = (".multisa", "report.html", "report")
     return {path.as_posix(): (out / path).read_bytes() for path in files if path.parts[0] not in private}
+
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, shards: int, *, before: bool) -> None:
+    """Let a run be cut when so many more shards are committed; before, or after, the line of the next one."""
+    append, numbers = Journal.append, itertools.count()
+
+    def cut(journal: Journal, result: ShardResult) -> None:
+        last = next(numbers) >= shards
+        if not (last and before):
+            append(journal, result)
+        if last:
+            raise InterruptedError("cut by the test")
+
+    monkeypatch.setattr(Journal, "append", cut)
 
 
 def _run(

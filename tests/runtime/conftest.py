@@ -29,6 +29,8 @@ TESTS = Path(__file__).resolve().parents[1]
 # For the engines that run on a device which is the CPU; for runs on several processes; for bulk_runs.py.
 sys.path[:0] = [str(TESTS / "cuda_on_cpu"), str(TESTS / "crews"), str(TESTS / "runtime")]
 
+from bulk_runs import write_noise  # noqa: E402
+
 CLASSES = ("background", "red thing", "green")
 OFFSETS = 34
 
@@ -121,6 +123,12 @@ def photos(tmp_path: Path) -> Path:
     Image.fromarray(scene(48, 72)).save(folder / "turned.jpg", exif=exif)
     (folder / "broken.jpg").write_bytes(b"this is no image")
     return folder
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Thirty images of noise in three sizes, three of them broken."""
+    return write_noise(tmp_path / "many", 30)
 
 
 def scene(height: int, width: int) -> np.ndarray:

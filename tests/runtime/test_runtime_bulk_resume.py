@@ -3,7 +3,6 @@
 import errno
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from bulk_runs import public_bytes, reasons, records, run_label, run_segment
-from PIL import Image
+from bulk_runs import cut_at, public_bytes, reasons, records, run_label, run_segment
 
 from multisa.runtime.bulk.folder import INVENTORY, JOURNAL
-from multisa.runtime.bulk.journal import Journal, ShardResult
 from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
@@ -27,19 +23,6 @@ from multisa.runtime.sources.folders import FolderSource
 Run = Callable[..., RunSummary]
 SINKS = ("masks", "tar", "coco", "cvat", "label-studio", "datumaro")
 SOON = 60.0  # seconds
-
-
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
-    """Thirty images of noise in three sizes, every tenth of them broken."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for i in range(30):
-        noise = np.random.default_rng(i).integers(0, 256, (64, 64 + 8 * (i % 3), 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{i:02d}.png")
-        if i % 10 == 4:
-            (folder / f"{i:02d}.png").write_bytes(b"no image")
-    return folder
 
 
 @pytest.fixture
@@ -56,20 +39,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no small disk can be made here: root mounts one")
     yield disk
     subprocess.run(["umount", disk], check=True)
-
-
-def cut_at(monkeypatch: pytest.MonkeyPatch, shards: int, *, before: bool) -> None:
-    """Let a run be cut when so many more shards are committed; before, or after, the line of the next one."""
-    append, numbers = Journal.append, itertools.count()
-
-    def cut(journal: Journal, result: ShardResult) -> None:
-        last = next(numbers) >= shards
-        if not (last and before):
-            append(journal, result)
-        if last:
-            raise InterruptedError("cut by the test")
-
-    monkeypatch.setattr(Journal, "append", cut)
 
 
 @pytest.mark.parametrize(
@@ -240,57 +209,6 @@ def test_too_many_failures_at_the_end_leave_a_whole_run(many: Path, bundle: Bund
     assert summary.failures == 3 and len(records(tmp_path / "out")) == 27
 
 
-def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    options = {"shard_size": 4, "sinks": ("masks", "coco", "tar")}
-    run_segment(many, out, bundle, **options)
-    masks = {path: data for path, data in public_bytes(out).items() if path.startswith("masks/")}
-    assert set(reasons(out)) == {"04.png", "14.png", "24.png"}
-    shutil.copy(many / "05.png", many / "14.png")
-    with pytest.raises(UsageError, match=r"has changed since .*1 changed \(14\.png\)"):
-        run_segment(many, out, bundle, **options)
-    summary = run_segment(many, out, bundle, retry_failed=True, **options)
-    assert (summary.done, summary.failures, summary.done_now) == (28, 2, 1)
-    assert set(reasons(out)) == {"04.png", "24.png"}
-    assert [row["index"] for row in records(out)] == [i for i in range(30) if i not in (4, 24)]
-    after = public_bytes(out)
-    assert {path: after[path] for path in masks} == masks
-    assert after["masks/14.png"] == after["masks/05.png"]
-    # Nothing but the images that failed may have changed, unless the images of then are asked for.
-    shutil.copy(many / "05.png", many / "04.png")
-    shutil.copy(many / "05.png", many / "06.png")
-    with pytest.raises(UsageError, match=r"not only the failed images: 1 changed \(06\.png\): .*--frozen"):
-        run_segment(many, out, bundle, retry_failed=True, **options)
-    shutil.copy(many / "05.png", many / "extra.png")
-    summary = run_segment(many, out, bundle, retry_failed=True, frozen=True, **options)
-    assert summary.failures == 2 and summary.failure_kinds == {"read": 1, "decode": 1}  # another size
-    with pytest.raises(UsageError, match="1 added"):
-        run_segment(many, out, bundle, **options)
-
-
-def test_a_retry_that_is_cut(
-    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outs = tmp_path / "whole", tmp_path / "out"
-    for out in outs:
-        run_segment(many, out, bundle, shard_size=1)
-    for name in ("04", "14", "24"):
-        shutil.copy(many / "05.png", many / f"{name}.png")
-    run_segment(many, outs[0], bundle, shard_size=1, retry_failed=True)
-    cut_at(monkeypatch, 1, before=True)
-    with pytest.raises(InterruptedError):
-        run_segment(many, outs[1], bundle, shard_size=1, retry_failed=True, workers=1)
-    monkeypatch.undo()
-    assert run_segment(many, outs[1], bundle, shard_size=1).failures == 0
-    assert public_bytes(outs[1]) == public_bytes(outs[0])
-    assert run_segment(many, outs[1], bundle, shard_size=1, retry_failed=True).done_now == 0
-
-
-def test_retry_where_there_is_no_run(many: Path, bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no run, expected one with failed images"):
-        run_segment(many, tmp_path / "out", bundle, retry_failed=True)
-
-
 @pytest.mark.parametrize(
     ("signals", "code", "said"),
     [
@@ -305,28 +223,27 @@ def test_signals(
     for i in range(30, 230):
         os.link(many / f"{i % 10 + 10}.png", many / f"{i}.png")
     (many / "14.png").unlink()
-    out = tmp_path / "out"
+    out, size = tmp_path / "out", 3 if len(signals) == 1 else 75  # the shards in hand are to take a while
     command = [sys.executable, "-m", "multisa.runtime.cli", "segment", str(many), "-o", str(out)]
-    command += ["--bundle", str(bundle.path), "--shard-size", "3", "--report", "0", "--max-failures", "100%"]
+    command += ["--bundle", str(bundle.path), "--shard-size", str(size), "--report", "0", "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         end = time.monotonic() + SOON
         while not (out / JOURNAL).exists() or not (out / JOURNAL).stat().st_size:
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.001)
-        for number in signals:
+        assert process.stderr
+        process.send_signal(signals[0])
+        heard = "stopping: the shards in hand are finished first; once more to stop at once"
+        assert any(line.startswith(heard) for line in process.stderr)
+        for number in signals[1:]:
             process.send_signal(number)
-            time.sleep(0.02)
-        _, errors = process.communicate(timeout=SOON)
-    assert process.returncode == code
-    lines = errors.splitlines()
-    assert any(
-        line.startswith("stopping: the shards in hand are finished first; once more") for line in lines
-    )
-    assert lines[-1].startswith(said)
-    done = len((out / JOURNAL).read_bytes().splitlines())
+        last = process.stderr.read().splitlines()[-1]
+        assert process.wait(SOON) == code
+    assert last.startswith(said)
+    done, shards = len((out / JOURNAL).read_bytes().splitlines()), -(-229 // size)
     if len(signals) == 1:
-        assert f"{done} of 77 shards are done, and the same command goes on from there" in lines[-1]
-    assert 0 < done < 77 and not (out / "labels.jsonl").exists()
-    run_segment(many, out, bundle, shard_size=3)
-    run_segment(many, tmp_path / "whole", bundle, shard_size=3)
+        assert f"{done} of {shards} shards are done, and the same command goes on from there" in last
+    assert 0 < done < shards and not (out / "labels.jsonl").exists()
+    run_segment(many, out, bundle, shard_size=size)
+    run_segment(many, tmp_path / "whole", bundle, shard_size=size)
     assert public_bytes(out) == public_bytes(tmp_path / "whole")

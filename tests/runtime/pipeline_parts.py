@@ -1,0 +1,154 @@
+"""A source, a method and a watcher for the tests of the pipeline, and the pipeline between them."""
+
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from multisa.runtime.bulk.encode import Encoder
+from multisa.runtime.bulk.inventory import Shard, Work
+from multisa.runtime.bulk.method import Annotation, Labels, StageClock
+from multisa.runtime.bulk.pipeline import DoneShard, Pipeline
+from multisa.runtime.bulk.stages import Failure, Sizes
+from multisa.runtime.errors import EngineError, ImageError
+from multisa.runtime.manifest import Manifest
+from multisa.runtime.sinks.choice import open_sinks
+from multisa.runtime.sinks.contract import SinkContext
+from multisa.runtime.sources.contract import SourceItem
+
+SHAPES = ((80, 80), (64, 80), (80, 64), (70, 70))  # none of them is resized
+SOON = 20.0  # seconds; what hangs would take for ever
+
+
+@dataclass
+class Photographs:
+    """A source: image i is of shape i % 4 and grey i; some cannot be read, some decoded."""
+
+    unreadable: frozenset[int] = frozenset()
+    broken: frozenset[int] = frozenset()
+    error: Exception | None = None
+    shapes: tuple[tuple[int, int], ...] = SHAPES
+    description: str = "photographs of a test"
+    read_now: Callable[[], None] = lambda: None
+
+    def read(self, item: SourceItem) -> bytes:
+        index = int(item.place)
+        self.read_now()
+        if index in self.unreadable:
+            raise self.error or ImageError("not to be had")
+        if index in self.broken:
+            return b"no image"
+        buffer = io.BytesIO()
+        shape = self.shapes[index % len(self.shapes)]
+        Image.fromarray(np.full((*shape, 3), index % 256, np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+@dataclass
+class Method:
+    """Labels 1 where grey is odd; remembers its batches; some images, or all with one, are refused."""
+
+    refused: frozenset[int] = frozenset()
+    infer_error: Exception | None = None
+    refine_error: Exception | None = None
+    command: str = "segment"
+    engines: tuple[Any, ...] = ()
+    batches: list[list[int]] = field(default_factory=list)
+
+    def infer(self, images: np.ndarray, given: Sequence[Labels | None], clock: StageClock) -> Sequence[Any]:
+        greys = images[:, 0, 0, 0].tolist()
+        self.batches.append(greys)
+        if self.refused.intersection(greys):
+            raise self.infer_error or EngineError(f"cannot be run on {greys}")
+        return greys
+
+    def refine(self, inferred: int, image: np.ndarray, clock: StageClock) -> Annotation:
+        if self.refine_error:
+            raise self.refine_error
+        mask = np.full(image.shape[:2], inferred % 2, np.uint8)
+        return Annotation(mask, np.full_like(mask, inferred), ("red thing",) if inferred % 2 else ())
+
+
+class Watcher:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+        self.failed: list[Failure] = []
+        self.most = 0  # images under way at once
+
+    def image_done(self, work: Work) -> None:
+        self.done.append(work.index)
+
+    def image_failed(self, failure: Failure) -> None:
+        self.failed.append(failure)
+
+    def queue_depth(self, stage: str, images: int) -> None:
+        assert images >= 0
+
+    def in_flight(self, images: int) -> None:
+        self.most = max(self.most, images)
+
+    def stage_busy(self, stage: str, seconds: float) -> None:
+        assert seconds >= 0
+
+
+def shard_of(number: int, indices: Sequence[int]) -> Shard:
+    items = ((i, SourceItem(f"{i:05d}.png", str(i), -1)) for i in indices)
+    return Shard(number, tuple(Work(i, item, f"{i:05d}", None) for i, item in items))
+
+
+@contextmanager
+def pipeline_of(
+    out: Path,
+    manifest: Manifest,
+    source: Any,
+    method: Any,
+    watcher: Any = None,
+    sizes: Sizes | None = None,
+) -> Iterator[Pipeline]:
+    sinks = open_sinks(("masks",), SinkContext(out, "segment", manifest, "0" * 64))
+    with Pipeline(
+        method,
+        source,
+        Encoder(out, manifest, sinks),
+        sizes=sizes or Sizes(readers=2, workers=2),
+        clock=StageClock(),
+        watcher=watcher or Watcher(),
+        max_pixels=10**6,
+        long_side=80,
+    ) as pipeline:
+        yield pipeline
+
+
+def do(pipeline: Pipeline, shards: Sequence[Shard]) -> list[DoneShard]:
+    """All of them; raises where they are not done soon."""
+    done: list[DoneShard] = []
+    futures = [pipeline.submit(shard, done.append) for shard in shards]
+    end = time.monotonic() + SOON
+    for future in futures:
+        while not future.done():
+            assert time.monotonic() < end, "hangs"
+            try:
+                future.result(timeout=0.05)
+            except TimeoutError:
+                pipeline._raise_error()
+    return done
+
+
+def by_number(done: DoneShard) -> int:
+    return done.shard.number
+
+
+def contents(done: Sequence[DoneShard]) -> list[tuple[int, list[Any], list[Failure]]]:
+    of_shards = sorted(done, key=by_number)
+    return [
+        (one.shard.number, [(i.index, i.record, i.payloads) for i in one.images], list(one.failures))
+        for one in of_shards
+    ]

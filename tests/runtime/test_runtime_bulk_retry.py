@@ -1,0 +1,61 @@
+"""--retry-failed: what is mended is done, what is not is told again, and nothing else may have changed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from bulk_runs import cut_at, public_bytes, reasons, records, run_segment
+
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.errors import UsageError
+
+
+def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"shard_size": 4, "sinks": ("masks", "coco", "tar")}
+    run_segment(many, out, bundle, **options)
+    masks = {path: data for path, data in public_bytes(out).items() if path.startswith("masks/")}
+    assert set(reasons(out)) == {"04.png", "14.png", "24.png"}
+    shutil.copy(many / "05.png", many / "14.png")
+    with pytest.raises(UsageError, match=r"has changed since .*1 changed \(14\.png\)"):
+        run_segment(many, out, bundle, **options)
+    summary = run_segment(many, out, bundle, retry_failed=True, **options)
+    assert (summary.done, summary.failures, summary.done_now) == (28, 2, 1)
+    assert set(reasons(out)) == {"04.png", "24.png"}
+    assert [row["index"] for row in records(out)] == [i for i in range(30) if i not in (4, 24)]
+    after = public_bytes(out)
+    assert {path: after[path] for path in masks} == masks
+    assert after["masks/14.png"] == after["masks/05.png"]
+    # Nothing but the images that failed may have changed, unless the images of then are asked for.
+    shutil.copy(many / "05.png", many / "04.png")
+    shutil.copy(many / "05.png", many / "06.png")
+    with pytest.raises(UsageError, match=r"not only the failed images: 1 changed \(06\.png\): .*--frozen"):
+        run_segment(many, out, bundle, retry_failed=True, **options)
+    shutil.copy(many / "05.png", many / "extra.png")
+    summary = run_segment(many, out, bundle, retry_failed=True, frozen=True, **options)
+    assert summary.failures == 2 and summary.failure_kinds == {"read": 1, "decode": 1}  # another size
+    with pytest.raises(UsageError, match="1 added"):
+        run_segment(many, out, bundle, **options)
+
+
+def test_a_retry_that_is_cut(
+    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = tmp_path / "whole", tmp_path / "out"
+    for out in outs:
+        run_segment(many, out, bundle, shard_size=1)
+    for name in ("04", "14", "24"):
+        shutil.copy(many / "05.png", many / f"{name}.png")
+    run_segment(many, outs[0], bundle, shard_size=1, retry_failed=True)
+    cut_at(monkeypatch, 1, before=True)
+    with pytest.raises(InterruptedError):
+        run_segment(many, outs[1], bundle, shard_size=1, retry_failed=True, workers=1)
+    monkeypatch.undo()
+    assert run_segment(many, outs[1], bundle, shard_size=1).failures == 0
+    assert public_bytes(outs[1]) == public_bytes(outs[0])
+    assert run_segment(many, outs[1], bundle, shard_size=1, retry_failed=True).done_now == 0
+
+
+def test_retry_where_there_is_no_run(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run, expected one with failed images"):
+        run_segment(many, tmp_path / "out", bundle, retry_failed=True)
