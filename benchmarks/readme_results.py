@@ -10,6 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from readme_runs import runs
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BUNDLE = ROOT / "runtime" / "bundles" / "voc-animals" / "bundle.json"
@@ -21,10 +23,17 @@ PAPER = {"CAM": 50.64, "Multi-SA": 51.49, "+ random": 67.54, "+ dense": 68.07, "
 
 
 def results_section(
-    run: dict[str, Any], engine: dict[str, Any], kernels: list[dict[str, Any]], graphs: list[dict[str, Any]]
+    run: dict[str, Any],
+    engine: dict[str, Any],
+    kernels: list[dict[str, Any]],
+    of_runs: list[dict[str, Any]],
+    graphs: list[dict[str, Any]],
 ) -> str:
-    """Markdown of all results files; kernels: the walk, the CRF and the codecs; graphs: CAM head, precisions,
-    plans."""
+    """Markdown of all results files.
+
+    kernels: the walk, the CRF, the codecs; of_runs: as `readme_runs.runs` takes them; graphs: CAM head,
+    precisions, plans.
+    """
     classes = run["classes"]
     lines = [
         f"| stage | list | mIoU | paper | {' | '.join(classes)} |",
@@ -37,8 +46,17 @@ def results_section(
         lines.append(f"| {' | '.join(cells)} |")
     head, precisions, plans = graphs
     walk, crf, codecs = kernels
-    passages = (_conditions(run), _engine(engine), _kernels(walk, crf), _codecs(codecs), _head(head))
-    return "\n\n".join(["\n".join(lines), *passages, _precisions(precisions), _plans(plans)])
+    passages = (
+        _conditions(run),
+        _engine(engine),
+        _paragraph(*runs(*of_runs)),
+        _kernels(walk, crf),
+        _codecs(codecs),
+        _head(head),
+        _precisions(precisions),
+        _plans(plans),
+    )
+    return "\n\n".join(["\n".join(lines), *passages])
 
 
 def _conditions(run: dict[str, Any]) -> str:
@@ -260,11 +278,15 @@ def main() -> int:
     if problems:
         print(f"the results files disagree, run make train and make bench: {'; '.join(problems)}")
         return 1
-    walk, crf, codecs, *graphs = (
-        json.loads((RESULTS / f"{subject}.json").read_text(encoding="utf-8"))
-        for subject in ("random_walk", "dense_crf", "encoding", "cam_head", "precisions", "plans")
+    kernels, of_runs, graphs = (
+        [json.loads((RESULTS / f"{subject}.json").read_text(encoding="utf-8")) for subject in subjects]
+        for subjects in (
+            ("random_walk", "dense_crf", "encoding"),
+            ("pipeline", "kills", "journal", "doubt"),
+            ("cam_head", "precisions", "plans"),
+        )
     )
-    fresh = updated(readme, results_section(run, engine, [walk, crf, codecs], graphs))
+    fresh = updated(readme, results_section(run, engine, kernels, of_runs, graphs))
     if "--check" in sys.argv[1:]:
         if fresh != readme:
             print("README.md disagrees with benchmarks/results; run python benchmarks/readme_results.py")

@@ -1,0 +1,48 @@
+"""The README's passage about runs over many images, from their results files."""
+
+from typing import Any
+
+
+def runs(
+    pipeline: dict[str, Any], kills: dict[str, Any], journal: dict[str, Any], doubt: dict[str, Any]
+) -> list[str]:
+    """Pieces of the paragraph."""
+    segment, label = pipeline["segment"], pipeline["label"]
+    by_doubt, by_confidence = (
+        doubt["methods"]["segment"][name]["spearman_with_1_minus_iou"]
+        for name in ("by_doubt", "by_1_minus_confidence")
+    )
+    return [
+        f"Runs on {pipeline['environment']['cores']} cores:",
+        _one("segment", segment),
+        _one("label", label),
+        "[benchmarks/results/pipeline.json](benchmarks/results/pipeline.json)",
+        f"Of {kills['points']} runs killed with SIGKILL at random moments and resumed, {kills['identical']}",
+        f"are byte for byte the unbroken run, {kills['recomputed']} committed shards were done again.",
+        "[benchmarks/results/kills.json](benchmarks/results/kills.json)",
+        f"The journal of {journal['images']:,} images is read in",
+        f"{_milliseconds(journal, '256')} ms a million (shards of 256), or",
+        f"{_milliseconds(journal, '1')} ms with a shard for each image; freezing their list takes",
+        f"{journal['inventory']['seconds_to_freeze_a_million']:.1f} s a million.",
+        "[benchmarks/results/journal.json](benchmarks/results/journal.json)",
+        f"Doubt ranks `segment`'s masks of {doubt['photographs']} val photographs, on which its formula was",
+        f"chosen, by IoU with a correlation of {by_doubt:.2f}, confidence alone with {by_confidence:.2f}.",
+        "[benchmarks/results/doubt.json](benchmarks/results/doubt.json)",
+    ]
+
+
+def _one(command: str, run: dict[str, Any]) -> str:
+    naive, sizes = run["naive_loop"], list(run["peak_mib"].values())
+    of = "photograph" if naive["images"] == 1 else "photographs"
+    return (
+        f"`multisa {command}` does {run['images']:,} photographs at {run['images_per_second']:.1f} a second, "
+        f"{run['efficiency']:.2f} of what its slowest stage ({run['slowest_stage']}) does alone on all "
+        f"cores; peak memory {sizes[1]:.0f} MiB, {run['memory_ratio']:.2f} of that for a tenth of them. "
+        f"A plain loop in PyTorch eager as the literature's code has it needs "
+        f"{naive['seconds_for_one']:.2g} s for one ({naive['images']} {of} of {naive['mean_pixels']:,} "
+        f"pixels on average), {naive['times_ours']:,.1f} times as long."
+    )
+
+
+def _milliseconds(journal: dict[str, Any], shard: str) -> str:
+    return f"{1000 * journal['journal_seconds_for_a_million_images'][shard]:.3g}"
