@@ -11,6 +11,7 @@ for labelling also the dense transition matrix and pydensecrf. Writes benchmarks
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -47,7 +48,7 @@ Given = Sequence[Labels | None]
 
 SCALES = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the repeated photographs
 QUALITY = 90
-SAMPLE = {"segment": 256, "label": 32}  # images of a stage alone
+SAMPLE = {"segment": 512, "label": 48}  # images of a stage alone
 TURNS = 3
 NAIVE = {"segment": 32, "label": 1}
 
@@ -80,11 +81,13 @@ def pixels_of(file: Path) -> int:
 def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[str, Any]:
     """Run `multisa COMMAND` in a process of its own; its record, and its largest resident memory."""
     shutil.rmtree(out, ignore_errors=True)
+    # Not by getrusage: a process inherits the largest memory of the one that has started it.
     program = (
-        "import resource, sys\n"
+        "import sys\n"
         "from multisa.runtime.cli import main\n"
         "try:\n    main()\nfinally:\n"
-        "    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    print('peak', status.partition('VmHWM:')[2].split()[0], file=sys.stderr)\n"
     )
     line = [sys.executable, "-c", program, command, str(source), "-o", str(out), "--report", "0", *arguments]
     done = subprocess.run(line, check=True, stderr=subprocess.PIPE, text=True)
@@ -161,9 +164,10 @@ def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
     small = work / f"corpus-{command}-tenth"
     make_corpus(small, [item.image for item in items], count // 10)
 
-    step = max(count // SAMPLE[command], 1)
-    files = sorted(corpus.rglob("*.jpg"))[::step][: SAMPLE[command]]
-    given: Given = labels[::step][: SAMPLE[command]] if command == "label" else [None] * len(files)
+    chosen = sorted(random.Random(0).sample(range(count), min(SAMPLE[command], count)))
+    everything = sorted(corpus.rglob("*.jpg"))
+    files = [everything[i] for i in chosen]
+    given: Given = [labels[i] if command == "label" else None for i in chosen]
     settings = RunOptions()
     job = make_job(command, str(corpus), work / "out", options.bundle, EngineRequest(), settings)
     alone: dict[str, list[float]] = {}

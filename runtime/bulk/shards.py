@@ -8,6 +8,7 @@ with ShardFolder(out, number) as files:   # OUT/.multisa/tmp/...
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ TEMPORARY = f"{PRIVATE}/tmp"
 PARTS = f"{PRIVATE}/parts"
 FILES = "files"  # the part that lists a shard's files
 
+_ESCAPED = re.compile(r"\\([\\nr])")  # as sha256sum has them
+_PLAIN = {"\\": "\\", "n": "\n", "r": "\r"}
 _FLUSHERS = 8  # flushes wait for the disk, so several wait at once
 _NAME_MAX, _PATH_MAX = 255, 4096  # bytes; where the system does not say
 
@@ -125,7 +128,7 @@ def listed_files(part: Path) -> Iterator[tuple[str, str]]:
         text = line.decode(errors="surrogateescape")
         digest, _, relative = text.removeprefix("\\").partition("  ")
         if text.startswith("\\"):
-            relative = relative.replace("\\n", "\n").replace("\\r", "\r").replace("\\\\", "\\")
+            relative = _ESCAPED.sub(lambda found: _PLAIN[found[1]], relative)
         yield relative, digest
 
 
