@@ -29,10 +29,12 @@ _SCHEMA = """
 CREATE TABLE items (i INTEGER PRIMARY KEY, id TEXT NOT NULL, place TEXT NOT NULL, size INTEGER NOT NULL,
                     version TEXT NOT NULL, labels TEXT, name TEXT NOT NULL);
 CREATE TABLE passed_over (id TEXT NOT NULL, reason TEXT NOT NULL);
-CREATE TABLE retries (shard INTEGER NOT NULL, i INTEGER NOT NULL);
+CREATE TABLE retries (shard INTEGER NOT NULL, i INTEGER NOT NULL, PRIMARY KEY (shard, i)) WITHOUT ROWID;
+CREATE INDEX retries_of_image ON retries (i, shard);
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 _WORK = "i, id, place, size, version, labels, name"
+_MOVED_ON = "EXISTS (SELECT 1 FROM retries AS later WHERE later.i = items.i AND later.shard > ?)"
 _DIFFERENCES = {
     "added": "SELECT id FROM now WHERE id NOT IN (SELECT id FROM frozen.items)",
     "removed": "SELECT id FROM frozen.items WHERE id NOT IN (SELECT id FROM now)",
@@ -88,19 +90,24 @@ class Inventory:
         self._rows.close()
 
     def shards(self, size: int) -> Iterator[tuple[int, int]]:
-        """(number, images) of every shard of `size` images, those of retries last."""
+        """(number, images) of every shard of `size` images as it was made, those of retries last."""
         for number in range(-(-self.images // size)):
             yield number, min(size, self.images - number * size)
         yield from self._rows.execute("SELECT shard, COUNT(*) FROM retries GROUP BY shard ORDER BY shard")
 
     def shard(self, number: int, size: int) -> Shard:
-        """The images of one shard."""
+        """The images of one shard, without those that are, or were, tried again in a later one.
+
+        So each image belongs to one shard, the one it was tried in last, and a shard that is done again
+        cannot write an image twice: what has failed for a time might not fail the second time.
+        """
         first = number * size
         if first < self.images:
             where, values = "i >= ? AND i < ?", [first, first + size]
         else:
             where, values = "i IN (SELECT i FROM retries WHERE shard = ?)", [number]
-        rows = self._rows.execute(f"SELECT {_WORK} FROM items WHERE {where} ORDER BY i", values)
+        query = f"SELECT {_WORK} FROM items WHERE {where} AND NOT {_MOVED_ON} ORDER BY i"
+        rows = self._rows.execute(query, [*values, number])
         return Shard(number, tuple(map(_work, rows)))
 
     def add_retries(self, indices: Iterable[int], size: int) -> int:

@@ -109,6 +109,17 @@ def test_shards_and_retries(tmp_path: Path) -> None:
         assert [work.index for work in inventory.shard(5, 3).works] == [6]
 
 
+def test_each_image_belongs_to_the_shard_it_was_tried_in_last(tmp_path: Path) -> None:
+    with freeze_items(tmp_path / "i", items_of(*(f"{i}.jpg" for i in range(7)))) as inventory:
+        inventory.add_retries([1, 2, 4, 6], 3)
+        inventory.add_retries([2, 6], 3)
+        shards = [number for number, _ in inventory.shards(3)]
+        indices = {n: [work.index for work in inventory.shard(n, 3).works] for n in shards}
+        assert indices == {0: [0], 1: [3, 5], 2: [], 3: [1, 4], 4: [], 5: [2, 6]}
+        for number, works in indices.items():
+            assert {inventory.shard_of(index, 3) for index in works} <= {number}
+
+
 def test_works_come_back_as_they_were_listed(tmp_path: Path) -> None:
     item = SourceItem("tiefe/ä b\n.jpg", "member 3", -1, "etag", ("red thing",))
     with freeze_items(tmp_path / "i", [item, SourceItem("b.jpg", "b", 0, labels=())]) as inventory:

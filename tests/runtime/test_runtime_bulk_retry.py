@@ -56,6 +56,20 @@ def test_a_retry_that_is_cut(
     assert run_segment(many, outs[1], bundle, shard_size=1, retry_failed=True).done_now == 0
 
 
+def test_a_shard_that_is_done_again_leaves_out_what_a_retry_has_done(
+    many: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    out, options = tmp_path / "out", {"shard_size": 4, "sinks": ("masks", "coco", "tar", "label-studio")}
+    run_segment(many, out, bundle, **options)
+    shutil.copy(many / "05.png", many / "14.png")
+    run_segment(many, out, bundle, retry_failed=True, **options)
+    before = public_bytes(out)
+    (out / "masks/15.png").unlink()  # of the shard that 14.png has failed in
+    summary = run_segment(many, out, bundle, verify=True, **options)
+    assert (summary.done, summary.failures, summary.done_now) == (28, 2, 3)
+    assert public_bytes(out) == before
+
+
 def test_retry_where_there_is_no_run(many: Path, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run, expected one with failed images"):
         run_segment(many, tmp_path / "out", bundle, retry_failed=True)
