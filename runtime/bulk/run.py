@@ -57,7 +57,8 @@ def run(
     check_places(job.source, job.out, map(sink_folder, job.sinks))
     with ExitStack() as stack:
         watch = stack.enter_context(Watch(job.command, telemetry))
-        crew = stack.enter_context(open_crew(job, watch))
+        opened = stack.enter_context(ExitStack())
+        crew = opened.enter_context(open_crew(job, watch))
         bundle_sha256 = sha256_of_file(bundle.path / MANIFEST_NAME)
         config = run_config(
             job,
@@ -72,6 +73,8 @@ def run(
         begin(job, options, config, rows, bundle.manifest.foreground)
         inventory = stack.enter_context(Inventory(job.out / INVENTORY))
         journal = stack.enter_context(Journal(job.out / JOURNAL))
+        # The first to be closed, whatever happens: who lets go of the journal and the lock writes no more.
+        stack.enter_context(opened.pop_all())
         classes = bundle.manifest.foreground
         sitting = Sitting(job, options, inventory, journal, stop, watch, classes)
         sitting.do(crew)
