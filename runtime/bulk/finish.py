@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from multisa.runtime.bulk.folder import REPORT_PAGE
 from multisa.runtime.bulk.shards import PRIVATE, FinishedFolder
 from multisa.runtime.bulk.worker import FAILURES, RECORDS
 from multisa.runtime.files import write_json_atomically
@@ -28,8 +29,22 @@ def finish_files(out: Path, sinks: Sequence[Sink], shards: Sequence[int], retrie
     everything = FinishedFolder(out, (*shards, *retries))
     for sink in sinks:
         sink.finish(everything, len(shards) + len(retries))
-    files = [*first.written, *everything.written]
-    write_json_atomically(out / FINISHED, {"shards": len(shards) + len(retries), "files": files})
+    write_json_atomically(out / FINISHED, {"files": [*first.written, *everything.written]})
+
+
+def note_finished(out: Path, shards: int) -> None:
+    """Note that files and record are those of so many shards: only the page may be left to be written."""
+    write_json_atomically(out / FINISHED, {**_finished(out), "shards": shards})
+
+
+def note_page(out: Path, pictured: int) -> None:
+    """Note that the page is written, with so many pictures."""
+    write_json_atomically(out / FINISHED, {**_finished(out), "pictured": pictured})
+
+
+def is_page_written(out: Path, pictured: int) -> bool:
+    """Whether the page is that of the files that are there, with so many pictures."""
+    return _finished(out).get("pictured") == pictured and (out / REPORT_PAGE).is_file()
 
 
 def write_failures(out: Path, shards: Sequence[int], retries: Sequence[int]) -> None:
@@ -39,7 +54,7 @@ def write_failures(out: Path, shards: Sequence[int], retries: Sequence[int]) -> 
 
 
 def is_finished(out: Path, shards: int) -> bool:
-    """Whether `finish_files` has ended for so many shards."""
+    """Whether `note_finished` was told so many shards."""
     return _finished(out).get("shards") == shards
 
 

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.bulk.finish import FAILED_FILE, LABELS_FILE
+from multisa.runtime.bulk.folder import REPORT_FOLDER, REPORT_PAGE
 from multisa.runtime.bulk.inventory import Inventory
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.decoding import decode_image
 from multisa.runtime.errors import ImageError
 from multisa.runtime.images import decode_mask, read_mask
 from multisa.runtime.manifest import Manifest
+from multisa.runtime.report.pictures import clear_pictures
 from multisa.runtime.report.report import write_report
 from multisa.runtime.sinks.base import shard_path
 from multisa.runtime.sinks.names import tar_key
@@ -48,6 +50,15 @@ def write_page(
             read_mask=pictures.mask,
             pictured=pictured if {"masks", "tar"} & set(job.sinks) else 0,
         )
+
+
+def remove_page(out: Path) -> None:
+    """Remove the page of a run and its pictures. Raises UsageError where OUT/report is not the page's own."""
+    (out / REPORT_PAGE).unlink(missing_ok=True)
+    clear_pictures(out)
+    folder = out / REPORT_FOLDER
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 class _Pictures:

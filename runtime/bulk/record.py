@@ -1,5 +1,6 @@
 """OUT/.multisa/run.json: what the last sitting did, for programs and for people who look later."""
 
+import json
 import os
 import platform
 from typing import Any
@@ -44,6 +45,15 @@ def run_record(
         "engines": crew.engines(),
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def read_record(job: Job) -> dict[str, Any]:
+    """What was kept; empty where there is none that can be read."""
+    try:
+        value = json.loads((job.out / RUN).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_record(job: Job, record: dict[str, Any]) -> None:

@@ -15,13 +15,14 @@ from pathlib import Path
 from multisa.runtime.bulk.begin import begin
 from multisa.runtime.bulk.config import run_config
 from multisa.runtime.bulk.crew import Crew, LocalCrew
+from multisa.runtime.bulk.finish import is_page_written, note_page
 from multisa.runtime.bulk.folder import INVENTORY, JOURNAL, check_places, output_errors, run_lock
 from multisa.runtime.bulk.inventory import Inventory
 from multisa.runtime.bulk.job import Job, make_job
 from multisa.runtime.bulk.journal import Journal
 from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.page import write_page
-from multisa.runtime.bulk.record import run_record, write_record
+from multisa.runtime.bulk.page import remove_page, write_page
+from multisa.runtime.bulk.record import read_record, run_record, write_record
 from multisa.runtime.bulk.sitting import Sitting
 from multisa.runtime.bulk.stop import stop_on_signals
 from multisa.runtime.bulk.summary import RunSummary
@@ -70,6 +71,8 @@ def run(
         stack.enter_context(output_errors(job.out))
         stack.enter_context(run_lock(job.out))
         stop = stack.enter_context(stop_on_signals())
+        if options.overwrite:
+            remove_page(job.out)
         begin(job, options, config, rows, bundle.manifest.foreground)
         inventory = stack.enter_context(Inventory(job.out / INVENTORY))
         journal = stack.enter_context(Journal(job.out / JOURNAL))
@@ -80,11 +83,14 @@ def run(
         sitting.do(crew)
         news = sitting.finish(job.open_sinks(bundle))
         summary = sitting.summary(crew)
-        if news:
+        record = {} if news else read_record(job)
+        if not record:
             record = run_record(job, bundle, summary, inventory, crew, sitting.started)
             write_record(job, record)
-            if options.pictured:
-                write_page(job, bundle.manifest, inventory, options.shard_size, record, options.pictured)
+            sitting.note_finished()
+        if options.pictured and not is_page_written(job.out, options.pictured):
+            write_page(job, bundle.manifest, inventory, options.shard_size, record, options.pictured)
+            note_page(job.out, options.pictured)
         return summary
 
 

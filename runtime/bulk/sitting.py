@@ -12,6 +12,7 @@ from multisa.runtime.bulk.finish import (
     failure_reasons,
     finish_files,
     is_finished,
+    note_finished,
     unfinish,
     write_failures,
 )
@@ -93,6 +94,10 @@ class Sitting:
             return False
         finish_files(self.job.out, sinks, shards, retries)
         return True
+
+    def note_finished(self) -> None:
+        """Note that nothing but the page is left to be written."""
+        note_finished(self.job.out, sum(map(len, self._committed())))
 
     def _pending(self) -> Iterator[Shard]:
         for number, _ in self.inventory.shards(self.options.shard_size):
