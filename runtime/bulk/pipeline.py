@@ -12,7 +12,6 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -20,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
-from multisa.runtime.bulk.encode import EncodedImage, Encoder
+from multisa.runtime.bulk.encode import Encoder
 from multisa.runtime.bulk.inventory import Shard, Work
+from multisa.runtime.bulk.limits import EngineHealth
 from multisa.runtime.bulk.method import Method, StageClock
 from multisa.runtime.bulk.stages import Failure, Sizes, Stage, Watcher
-from multisa.runtime.errors import ImageError, MultisaError
+from multisa.runtime.bulk.under_way import Decoded, DoneShard, Fed, OpenShard, StageFailed
+from multisa.runtime.errors import EngineError, ImageError, MultisaError
 from multisa.runtime.sources.contract import Source
 
 UInt8 = npt.NDArray[np.uint8]
@@ -33,48 +34,11 @@ _OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait f
 _PATIENCE = 0.2  # seconds between looks at whether a stage has raised
 
 
-@dataclass(frozen=True, eq=False)
-class DoneShard:
-    """A shard whose images are all encoded, or failed, in their order."""
-
-    shard: Shard
-    images: Sequence[EncodedImage]
-    failures: Sequence[Failure]
-
-
 @runtime_checkable
 class _MayVanish(Protocol):
     """A source that can tell whether it is still where it was, as opposed to one image of it."""
 
     def is_there(self) -> bool: ...
-
-
-@dataclass(eq=False)
-class _Open:
-    """A shard under way; its lists have a place for each image."""
-
-    shard: Shard
-    commit: Callable[[DoneShard], None]
-    left: int
-    images: list[EncodedImage | None]
-    failures: list[Failure | None]
-    finished: Future[None] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass(frozen=True, eq=False)
-class _Fed:
-    """An image under way."""
-
-    open: _Open
-    position: int
-    work: Work
-
-
-@dataclass(frozen=True, eq=False)
-class _Ready:
-    fed: _Fed
-    image: WorkingImage
 
 
 class Pipeline:
@@ -100,7 +64,8 @@ class Pipeline:
         self._feeding, self._counting = threading.Lock(), threading.Lock()
         self._error: BaseException | None = None
         self._stopped = threading.Event()
-        self._in_order: queue.SimpleQueue[tuple[_Open, _Fed | None, Future[WorkingImage] | None] | None]
+        self._health = EngineHealth()
+        self._in_order: queue.SimpleQueue[tuple[OpenShard, Fed | None, Future[WorkingImage] | None] | None]
         self._in_order = queue.SimpleQueue()
         self._under_way = 0
         names = ("read", "decode", "infer", "refine", "commit")
@@ -131,12 +96,12 @@ class Pipeline:
         """
         self._take(self._open_shards)
         count = len(shard.works)
-        open_ = _Open(shard, commit, count, [None] * count, [None] * count)
+        open_ = OpenShard(shard, commit, count, [None] * count, [None] * count)
         with self._feeding:
             for position, work in enumerate(shard.works):
                 self._take(self._permits)
                 self._count_under_way(1)
-                fed = _Fed(open_, position, work)
+                fed = Fed(open_, position, work)
                 decoded: Future[WorkingImage] = Future()
                 self._in_order.put((open_, fed, decoded))
                 self._readers.start(self._read, fed, decoded)
@@ -164,7 +129,7 @@ class Pipeline:
         self._error = self._error or error
         self._stopped.set()
 
-    def _read(self, fed: _Fed, decoded: "Future[WorkingImage]") -> None:
+    def _read(self, fed: Fed, decoded: "Future[WorkingImage]") -> None:
         try:
             with self._clock.stage("read"):
                 data = self._source.read(fed.work.item)
@@ -175,7 +140,10 @@ class Pipeline:
                     f"{self._source.description}: was there, and cannot be reached any more "
                     f"({fed.work.item.id}: {error}): bring it back, and the same command goes on"
                 ) from error
-            decoded.set_exception(_Failed("read", error))
+            decoded.set_exception(StageFailed("read", error))
+            return
+        except MemoryError as error:
+            decoded.set_exception(StageFailed("read", error))
             return
         self._decoders.start(self._decode, data, decoded)
 
@@ -183,8 +151,8 @@ class Pipeline:
         try:
             with self._clock.stage("decode"):
                 image = decode_working_image(data, max_pixels=self._max_pixels, long_side=self._long_side)
-        except ImageError as error:
-            decoded.set_exception(_Failed("decode", error))
+        except (ImageError, MemoryError) as error:
+            decoded.set_exception(StageFailed("decode", error))
             return
         decoded.set_result(image)
 
@@ -196,7 +164,7 @@ class Pipeline:
 
     def _gather(self) -> None:
         """Put decoded images, in their order, into batches of one size."""
-        groups: dict[tuple[int, ...], list[_Ready]] = {}
+        groups: dict[tuple[int, ...], list[Decoded]] = {}
         while (entry := self._in_order.get()) is not None:
             open_, fed, decoded = entry
             if fed is None or decoded is None:
@@ -207,12 +175,12 @@ class Pipeline:
                     self._close_shard(open_)
                 continue
             image = self._result(decoded)
-            if isinstance(image, _Failed):
+            if isinstance(image, StageFailed):
                 self._fail(fed, image.kind, image.error)
             elif image is not None:
-                self._group(groups, _Ready(fed, image))
+                self._group(groups, Decoded(fed, image))
 
-    def _group(self, groups: dict[tuple[int, ...], list[_Ready]], ready: _Ready) -> None:
+    def _group(self, groups: dict[tuple[int, ...], list[Decoded]], ready: Decoded) -> None:
         group = groups.setdefault(ready.image.rgb.shape, [])
         group.append(ready)
         full = len(group) >= self._sizes.batch
@@ -221,23 +189,23 @@ class Pipeline:
             shape = ready.image.rgb.shape if full else next(iter(groups))
             self._engines.start(self._infer, groups.pop(shape))
 
-    def _result(self, decoded: "Future[WorkingImage]") -> "WorkingImage | _Failed | None":
+    def _result(self, decoded: "Future[WorkingImage]") -> "WorkingImage | StageFailed | None":
         while not self._stopped.is_set():
             try:
                 return decoded.result(timeout=_PATIENCE)
             except TimeoutError:
                 continue
-            except _Failed as failed:
+            except StageFailed as failed:
                 return failed
         return None
 
-    def _infer(self, batch: list[_Ready]) -> None:
-        images = np.stack([ready.image.rgb for ready in batch])
-        given = [ready.fed.work.labels for ready in batch]
+    def _infer(self, batch: list[Decoded]) -> None:
         try:
-            results = self._method.infer(images, given, self._clock)
-        except MultisaError as error:
+            results = self._infer_all(batch)
+        except (MultisaError, MemoryError) as error:
             if len(batch) == 1:
+                if isinstance(error, EngineError):
+                    self._health.refuses(batch[0].fed.work.item.id, error)
                 self._fail(batch[0].fed, "infer", error)
             for ready in batch if len(batch) > 1 else ():  # one bad image must not fail its neighbours
                 self._infer([ready])
@@ -245,27 +213,41 @@ class Pipeline:
         for ready, result in zip(batch, results, strict=True):
             self._refiners.start(self._refine, ready, result)
 
-    def _refine(self, ready: _Ready, inferred: Any) -> None:
+    def _infer_all(self, batch: list[Decoded]) -> Sequence[Any]:
+        images = np.stack([ready.image.rgb for ready in batch])
+        given = [ready.fed.work.labels for ready in batch]
+        try:
+            results = self._method.infer(images, given, self._clock)
+        except EngineError:
+            if len(batch) > 1:  # each is tried alone
+                raise
+            results = self._method.infer(images, given, self._clock)  # memory may be short for a moment
+        self._health.works()
+        return results
+
+    def _refine(self, ready: Decoded, inferred: Any) -> None:
         fed, stage = ready.fed, "refine"
         try:
             annotation = self._method.refine(inferred, ready.image.rgb, self._clock)
             stage = "encode"
             with self._clock.stage("encode"):
                 encoded = self._encoder.encode(fed.work, ready.image, annotation)
-        except MultisaError as error:
+        except (MultisaError, MemoryError) as error:
             self._fail(fed, stage, error)
             return
         fed.open.images[fed.position] = encoded
         self._watcher.image_done(fed.work)
         self._count_down(fed.open)
 
-    def _fail(self, fed: _Fed, kind: str, error: MultisaError) -> None:
-        failure = Failure(fed.work.index, fed.work.item.id, kind, str(error))
+    def _fail(self, fed: Fed, kind: str, error: MultisaError | MemoryError) -> None:
+        short = isinstance(error, MemoryError)
+        reason = f"not enough memory for it{f': {error}' if str(error) else ''}" if short else str(error)
+        failure = Failure(fed.work.index, fed.work.item.id, kind, reason)
         fed.open.failures[fed.position] = failure
         self._watcher.image_failed(failure)
         self._count_down(fed.open)
 
-    def _count_down(self, open_: _Open) -> None:
+    def _count_down(self, open_: OpenShard) -> None:
         self._permits.release()
         self._count_under_way(-1)
         with open_.lock:
@@ -280,21 +262,13 @@ class Pipeline:
             count = self._under_way
         self._watcher.in_flight(count)
 
-    def _close_shard(self, open_: _Open) -> None:
+    def _close_shard(self, open_: OpenShard) -> None:
         self._committer.start(self._commit, open_)
 
-    def _commit(self, open_: _Open) -> None:
+    def _commit(self, open_: OpenShard) -> None:
         images = [image for image in open_.images if image is not None]
         failures = [failure for failure in open_.failures if failure is not None]
         with self._clock.stage("commit"):
             open_.commit(DoneShard(open_.shard, images, failures))
         self._open_shards.release()
         open_.finished.set_result(None)
-
-
-class _Failed(Exception):
-    """An image's error on its way from a stage to the one that counts."""
-
-    def __init__(self, kind: str, error: MultisaError) -> None:
-        super().__init__(kind)
-        self.kind, self.error = kind, error

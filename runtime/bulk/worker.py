@@ -12,9 +12,10 @@ from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
 from multisa.runtime.bulk.method import StageClock
-from multisa.runtime.bulk.pipeline import DoneShard, Pipeline
+from multisa.runtime.bulk.pipeline import Pipeline
 from multisa.runtime.bulk.shards import ShardFolder
 from multisa.runtime.bulk.stages import Watcher
+from multisa.runtime.bulk.under_way import DoneShard
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.engines.choice import Choice
 from multisa.runtime.sinks.contract import Sink

@@ -14,8 +14,9 @@ from PIL import Image
 from multisa.runtime.bulk.encode import Encoder
 from multisa.runtime.bulk.inventory import Shard, Work
 from multisa.runtime.bulk.method import Annotation, Labels, StageClock
-from multisa.runtime.bulk.pipeline import DoneShard, Pipeline
+from multisa.runtime.bulk.pipeline import Pipeline
 from multisa.runtime.bulk.stages import Failure, Sizes
+from multisa.runtime.bulk.under_way import DoneShard
 from multisa.runtime.errors import EngineError, ImageError
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.sinks.choice import open_sinks

@@ -21,8 +21,8 @@ from pipeline_parts import (
 )
 
 from multisa.runtime.bulk.method import Annotation
-from multisa.runtime.bulk.pipeline import DoneShard
 from multisa.runtime.bulk.stages import Failure, Sizes
+from multisa.runtime.bulk.under_way import DoneShard
 from multisa.runtime.errors import MultisaError
 from multisa.runtime.manifest import Manifest
 

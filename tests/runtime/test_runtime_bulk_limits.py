@@ -1,0 +1,103 @@
+"""What fails an image and what fails the run: engines that are broken, memory that is short, large files."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pipeline_parts import SHAPES, Method, Photographs, Watcher, contents, do, pipeline_of, shard_of
+
+from multisa.runtime.bulk.limits import MAX_REFUSED, ByteBudget
+from multisa.runtime.bulk.method import Annotation
+from multisa.runtime.bulk.stages import Sizes
+from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.manifest import Manifest
+
+
+class Breaks(Method):
+    """Runs so many times, and never again."""
+
+    runs = 30
+
+    def infer(self, images: np.ndarray, *arguments: Any) -> Sequence[Any]:
+        if len(self.batches) >= self.runs:
+            raise EngineError("segmenter: cannot be run: the device is lost")
+        return super().infer(images, *arguments)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_an_engine_that_is_broken_ends_the_run(tmp_path: Path, manifest: Manifest, batch: int) -> None:
+    watcher = Watcher()
+    sizes = Sizes(readers=2, workers=2, batch=batch)
+    source = Photographs(shapes=SHAPES[:1])
+    with (
+        pytest.raises(EngineUnavailable, match=r"the device is lost .* before it\): see to the device") as seen,
+        pipeline_of(tmp_path, manifest, source, Breaks(), watcher, sizes) as pipeline,
+    ):
+        do(pipeline, [shard_of(n, range(n * 50, n * 50 + 50)) for n in range(8)])
+    assert len(watcher.failed) < MAX_REFUSED
+    assert seen.value.exit_code == 5
+
+
+def test_an_engine_is_asked_twice(tmp_path: Path, manifest: Manifest) -> None:
+    class Short(Method):
+        """Memory is short now and then."""
+
+        def infer(self, images: np.ndarray, *arguments: Any) -> Sequence[Any]:
+            found = super().infer(images, *arguments)
+            if len(self.batches) % 2:
+                raise EngineError("out of memory")
+            return found
+
+    watcher = Watcher()
+    with pipeline_of(tmp_path, manifest, Photographs(), Short(), watcher, Sizes(1, 1)) as pipeline:
+        do(pipeline, [shard_of(0, range(20))])
+    assert len(watcher.done) == 20 and not watcher.failed
+
+
+def test_images_that_are_refused_now_and_then_end_no_run(tmp_path: Path, manifest: Manifest) -> None:
+    method, watcher = Method(refused=frozenset(range(0, 100, 2))), Watcher()
+    with pipeline_of(tmp_path, manifest, Photographs(), method, watcher) as pipeline:
+        do(pipeline, [shard_of(0, range(100))])
+    assert len(watcher.failed) == 50
+
+
+@pytest.mark.parametrize("stage", ["read", "decode", "infer", "refine", "encode"])
+def test_memory_that_is_short_fails_the_image(
+    tmp_path: Path, manifest: Manifest, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = MemoryError("Unable to allocate 9 GiB")
+
+    class Hungry(Method):
+        def refine(self, inferred: int, *arguments: Any) -> Annotation:
+            if stage == "refine" and inferred == 2:
+                raise short
+            return super().refine(inferred, *arguments)
+
+    def fail_at(module: str, name: str, is_it: Any) -> None:
+        real = getattr(__import__(module, fromlist=[name]), name)
+
+        def hungry(*arguments: Any, **options: Any) -> Any:
+            if is_it(*arguments):
+                raise short
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(f"{module}.{name}", hungry)
+
+    if stage == "decode":
+        calls = iter(range(100))
+        fail_at("multisa.runtime.bulk.pipeline", "decode_working_image", lambda _: next(calls) == 2)
+    if stage == "encode":
+        fail_at("multisa.runtime.bulk.encode", "resize_mask", lambda mask, *_: next(masks) == 2)
+        masks = iter(range(100))
+    source = Photographs(frozenset({2}) if stage == "read" else frozenset(), error=short)  # type: ignore[arg-type]
+    method = Hungry(frozenset({2}) if stage == "infer" else frozenset(), infer_error=short)
+    with pipeline_of(tmp_path, manifest, source, method, sizes=Sizes(1, 1)) as pipeline:
+        ((_, images, failures),) = contents(do(pipeline, [shard_of(0, range(6))]))
+    assert [index for index, *_ in images] == [0, 1, 3, 4, 5]
+    assert [(f.index, f.kind, f.reason) for f in failures] == [
+        (2, stage, "not enough memory for it: Unable to allocate 9 GiB")
+    ]
