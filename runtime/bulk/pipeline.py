@@ -21,7 +21,7 @@ import numpy.typing as npt
 from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
 from multisa.runtime.bulk.encode import Encoder
 from multisa.runtime.bulk.inventory import Shard, Work
-from multisa.runtime.bulk.limits import EngineHealth
+from multisa.runtime.bulk.limits import ByteBudget, EngineHealth
 from multisa.runtime.bulk.method import Method, StageClock
 from multisa.runtime.bulk.stages import Failure, Sizes, Stage, Watcher
 from multisa.runtime.bulk.under_way import Decoded, DoneShard, Fed, OpenShard, StageFailed
@@ -64,7 +64,7 @@ class Pipeline:
         self._feeding, self._counting = threading.Lock(), threading.Lock()
         self._error: BaseException | None = None
         self._stopped = threading.Event()
-        self._health = EngineHealth()
+        self._raw, self._health = ByteBudget(sizes.raw_bytes, self._stopped), EngineHealth()
         self._in_order: queue.SimpleQueue[tuple[OpenShard, Fed | None, Future[WorkingImage] | None] | None]
         self._in_order = queue.SimpleQueue()
         self._under_way = 0
@@ -130,6 +130,8 @@ class Pipeline:
         self._stopped.set()
 
     def _read(self, fed: Fed, decoded: "Future[WorkingImage]") -> None:
+        data, expected = b"", max(fed.work.item.size, 0)
+        self._raw.take(expected)
         try:
             with self._clock.stage("read"):
                 data = self._source.read(fed.work.item)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from pipeline_parts import SHAPES, Method, Photographs, Watcher, contents, do, pipeline_of, shard_of
 
+from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.limits import MAX_REFUSED, ByteBudget
 from multisa.runtime.bulk.method import Annotation
 from multisa.runtime.bulk.stages import Sizes
@@ -101,3 +103,55 @@ def test_memory_that_is_short_fails_the_image(
     assert [(f.index, f.kind, f.reason) for f in failures] == [
         (2, stage, "not enough memory for it: Unable to allocate 9 GiB")
     ]
+
+
+def test_the_bytes_that_wait_to_be_decoded_are_bounded(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from multisa.runtime.bulk import pipeline as pipeline_module
+
+    size, most, held = 1000, 0, 0
+    lock, decode = threading.Lock(), pipeline_module.decode_working_image
+
+    class Large(Photographs):
+        def read(self, item: Any) -> bytes:
+            nonlocal held, most
+            with lock:
+                held += size
+                most = max(most, held)
+            return super().read(item)
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        nonlocal held
+        time.sleep(0.003)
+        with lock:
+            held -= size
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(pipeline_module, "decode_working_image", slow)
+    works = [replace(work, item=replace(work.item, size=size)) for work in shard_of(0, range(60)).works]
+    watcher, sizes = Watcher(), Sizes(readers=6, workers=2, raw_bytes=3 * size)
+    with pipeline_of(tmp_path, manifest, Large(broken=frozenset({7})), Method(), watcher, sizes) as pipeline:
+        do(pipeline, [Shard(0, tuple(works))])
+    assert len(watcher.done) == 59
+    assert most <= 3 * size
+
+
+def test_a_file_larger_than_the_budget_goes_alone() -> None:
+    budget = ByteBudget(10, threading.Event())
+    budget.take(25)
+    waits = threading.Thread(target=budget.take, args=(1,), daemon=True)
+    waits.start()
+    waits.join(0.3)
+    assert waits.is_alive()
+    budget.change(-25)
+    waits.join(20)
+    assert not waits.is_alive()
+
+
+def test_who_waits_for_bytes_hears_of_the_end_of_the_run() -> None:
+    stopped = threading.Event()
+    budget = ByteBudget(10, stopped)
+    budget.take(10)
+    threading.Timer(0.1, stopped.set).start()
+    budget.take(10)
