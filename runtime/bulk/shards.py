@@ -85,10 +85,22 @@ class ShardFolder:
         with ThreadPoolExecutor(_FLUSHERS, thread_name_prefix="flush") as flushers:
             list(flushers.map(_flush, (file.temporary for file in files)))
             folders = _make_folders(self._out, {below(self._out, file.relative).parent for file in files})
+            self._remove_others()
             for file in files:
                 file.temporary.replace(below(self._out, file.relative))
             list(flushers.map(flush_folder, sorted(folders)))
         return sum(file.size for file in files), hashlib.sha256(checksums).hexdigest()
+
+    def _remove_others(self) -> None:
+        """Remove what this shard has left when it was done before and is not to have any more.
+
+        An image that was done by a commit that was cut may have failed now. The list that knows of its files
+        is replaced next.
+        """
+        part = self._out / part_path(FILES, self._shard)
+        for relative, _ in listed_files(part) if part.is_file() else ():
+            if relative not in self._files:
+                remove_file(self._out, relative)
 
 
 class FinishedFolder:
@@ -163,6 +175,16 @@ def below(out: Path, relative: str) -> Path:
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in relative:
         raise ValueError(f"{relative!r}: expected a path below the folder of the results")
     return out / path
+
+
+def remove_file(out: Path, relative: str) -> None:
+    """Remove a file of the results, if it is one: a list that was altered leads nowhere else."""
+    try:
+        path = below(out, relative)
+    except ValueError:
+        return
+    if not leads_elsewhere(out, path.parent) and not path.is_dir():
+        path.unlink(missing_ok=True)
 
 
 def leads_elsewhere(out: Path, folder: Path) -> bool:
