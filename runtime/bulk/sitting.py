@@ -54,8 +54,8 @@ class Sitting:
         if self.options.verify:
             self._find_altered()
         before = self.journal.images + self.journal.failed
-        # What is tried again, or done again, counts when it fails again.
-        self._failed_before = 0 if self.options.retry_failed or self._altered else self.journal.failed
+        if self.options.max_failures is not None:
+            self._failed_before = self._count_failed()
         if before:
             say(f"{counted(self.journal.shards, 'shard')} were done before, {before} images of them")
         self.watch.begin(self.inventory.images, min(before, self.inventory.images))
@@ -132,6 +132,18 @@ class Sitting:
         say(f"{counted(len(failed), 'failed image')} to be tried again")
         self.inventory.add_retries(failed, self.options.shard_size)
         unfinish(self.job.out)
+
+    def _count_failed(self) -> int:
+        """Images that have failed for now; what is tried again, or done again, counts when it fails again."""
+        size, first = self.options.shard_size, -(-self.inventory.images // self.options.shard_size)
+        kept = [[n for n in numbers if n not in self._altered] for numbers in self._committed()]
+        again = {
+            work.index
+            for number, _ in self.inventory.shards(size)
+            if number >= first and (number not in self.journal or number in self._altered)
+            for work in self.inventory.shard(number, size).works
+        }
+        return len(set(failed_indices(self.job.out, *kept)) - again)
 
     def _find_altered(self) -> None:
         out, known = self.job.out, {n for numbers in self._committed() for n in numbers}
