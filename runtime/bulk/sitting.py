@@ -24,7 +24,7 @@ from multisa.runtime.bulk.shards import is_intact
 from multisa.runtime.bulk.stop import StopRequest
 from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bulk.watch import Watch
-from multisa.runtime.errors import Interrupted, UsageError
+from multisa.runtime.errors import Interrupted, MultisaError, UsageError
 from multisa.runtime.progress import counted, say
 from multisa.runtime.sinks.contract import Sink
 
@@ -169,3 +169,4 @@ class Sitting:
             write_failures(self.job.out, committed, retries)
             failed = self._failed_before + self.watch.failed
             check_failures(failed, self.inventory.images, self.options.max_failures, self.job.out)
+        raise MultisaError(f"the run ended before its end: {so_far}")  # never as if all were done
