@@ -147,6 +147,8 @@ class Pipeline:
         except MemoryError as error:
             decoded.set_exception(StageFailed("read", error))
             return
+        finally:
+            self._raw.change(len(data) - expected)
         self._decoders.start(self._decode, data, decoded)
 
     def _decode(self, data: bytes, decoded: "Future[WorkingImage]") -> None:
@@ -156,6 +158,8 @@ class Pipeline:
         except (ImageError, MemoryError) as error:
             decoded.set_exception(StageFailed("decode", error))
             return
+        finally:
+            self._raw.change(-len(data))
         decoded.set_result(image)
 
     def _gather_or_note(self) -> None:

@@ -38,7 +38,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     heard = 0
     # A handler interrupts whoever may hold the lock of the log: what it has to say is said by a thread.
     to_say: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    speaker = threading.Thread(target=_say_all, args=(to_say,), name="multisa-signals", daemon=True)
+    speaker = threading.Thread(target=_say_all, args=(to_say,), name="signals", daemon=True)
 
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal heard
