@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from typing import Any
 
 from multisa.runtime.bulk.crew import Crew
@@ -15,6 +16,8 @@ from multisa.runtime.bundle import Bundle
 from multisa.runtime.files import sha256_of_file, write_json_atomically
 from multisa.runtime.manifest import MANIFEST_NAME
 
+_QUERY = re.compile(r"[?#].*", re.DOTALL)
+_USER = re.compile(r"://(?:[^/@:]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@)")
 _PASSED_OVER = 1000  # entries of the source that the record names
 
 
@@ -28,7 +31,7 @@ def run_record(
     return {
         "command": job.command,
         "started": started,
-        "source": job.source,
+        "source": without_secrets(job.source),
         "images": summary.done_now,
         "kept": summary.done - summary.done_now,
         "failures": summary.failures,
@@ -45,6 +48,16 @@ def run_record(
         "engines": crew.engines(),
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def without_secrets(source: str) -> str:
+    """A source as it may be kept: of a URL neither query nor user, which hold signatures and keys.
+
+    A key may hold slashes: all up to the first @ goes where a colon comes first that begins no port.
+    """
+    if "://" not in source:
+        return source
+    return _USER.sub("://", _QUERY.sub("", source))
 
 
 def read_record(job: Job) -> dict[str, Any]:

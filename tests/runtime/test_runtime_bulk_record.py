@@ -1,0 +1,35 @@
+"""What a run keeps of itself for people who look later."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bulk_runs import run_segment
+
+from multisa.runtime.bulk.folder import RUN
+from multisa.runtime.bulk.record import without_secrets
+from multisa.runtime.bundle import Bundle
+
+
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [
+        ("photos", "photos"),
+        ("photos/a?b@c:d", "photos/a?b@c:d"),  # a folder may be named so
+        ("https://host/a.tar?X-Amz-Signature=secret&e=1", "https://host/a.tar"),
+        ("https://user:secret@host:8080/photos/#secret", "https://host:8080/photos/"),
+        ("https://token@host/photos", "https://host/photos"),
+        ("s3://KEY:sec/ret+1@bucket/photos", "s3://bucket/photos"),
+        ("s3://bucket/photos@2x/", "s3://bucket/photos@2x/"),
+        ("http://host:8080/photos@2x/a", "http://host:8080/photos@2x/a"),
+    ],
+)
+def test_no_secret_is_kept(source: str, kept: str) -> None:
+    assert without_secrets(source) == kept
+
+
+def test_the_record_holds_no_secret(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    run_segment(photos, tmp_path / "out", bundle)
+    assert json.loads((tmp_path / "out" / RUN).read_bytes())["source"] == str(photos)
+    whole = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert b"://" not in whole.replace(b"http://www.w3.org", b"")
