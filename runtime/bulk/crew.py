@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.stages import Failure, Watcher
+from multisa.runtime.bulk.stages import Failure, Watcher, Width, usable_cores
 from multisa.runtime.bulk.worker import Worker
 
 
@@ -37,6 +37,9 @@ class Crew(Protocol):
 
     def seconds(self) -> Mapping[str, float]:
         """Seconds of work by stage, so far."""
+
+    def width(self) -> Width:
+        """Threads of the stages, and cores, of all who are there."""
 
     def __enter__(self) -> Self: ...
 
@@ -80,3 +83,7 @@ class LocalCrew:
     def seconds(self) -> Mapping[str, float]:
         """See Crew."""
         return self._worker.clock.seconds()
+
+    def width(self) -> Width:
+        """See Crew."""
+        return Width((self._worker.job.sizes,), usable_cores())

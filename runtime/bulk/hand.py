@@ -14,7 +14,7 @@ from multisa.runtime.bulk.crew import Outcome
 from multisa.runtime.bulk.inventory import Shard, Work
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.stages import Failure
+from multisa.runtime.bulk.stages import Failure, Sizes, usable_cores
 from multisa.runtime.bulk.worker import Worker
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import sha256_of_file
@@ -32,6 +32,9 @@ class Ready:
     engines: Mapping[str, Any]  # as of Crew
     bundle: str  # SHA-256 of its manifest, which may be another one at the same path of another machine
     said: Sequence[str]  # lines for people, which the leader shows once
+    sizes: Sizes
+    host: str
+    cores: int  # of the host, that may be used
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,15 @@ class Hand:
         except (MultisaError, OSError) as error:
             return Fault.of(error)
         engines = {choice.graph: choice.to_json() for choice in self._worker.engines}
-        return Ready(self._worker.identity(), engines, digest, said.getvalue().splitlines())
+        return Ready(
+            self._worker.identity(),
+            engines,
+            digest,
+            said.getvalue().splitlines(),
+            sizes=self._job.sizes,
+            host=socket.gethostname(),
+            cores=usable_cores(),
+        )
 
     def do(self, shard: Shard, shared: str = "") -> Outcome | Fault:
         """Do one shard; UNDER_WAY threads may do one each.

@@ -13,6 +13,7 @@ from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
 from multisa.runtime.bulk.method import StageClock
 from multisa.runtime.bulk.shards import clear_temporary
+from multisa.runtime.bulk.stages import Width
 from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.progress import counted, say
@@ -50,6 +51,7 @@ class Hands(ABC, Generic[AnyMember]):
         self._job, self._watch = job, watch
         self._clock = StageClock(watch.stage_busy)
         self._first: tuple[str, Ready] | None = None  # the name of a member, and what all must answer
+        self._ready: dict[str, Ready] = {}  # by the name of the member
         self._said: set[str] = set()
         self._again: deque[Shard] = deque()
         self._losses: Counter[str] = Counter()  # in a row, by the name of the member
@@ -78,6 +80,12 @@ class Hands(ABC, Generic[AnyMember]):
     def engines(self) -> Mapping[str, Any]:
         """See Crew."""
         return self._answered().engines
+
+    def width(self) -> Width:
+        """See Crew; the cores of a machine count once, however many are on it."""
+        ready = self._ready.values()
+        cores = {one.host: one.cores for one in ready}
+        return Width(tuple(one.sizes for one in ready), sum(cores.values()))
 
     def seconds(self) -> Mapping[str, float]:
         """See Crew."""
@@ -148,6 +156,7 @@ class Hands(ABC, Generic[AnyMember]):
             if line not in self._said:
                 say(line)
         self._said.update(ready.said)
+        self._ready[member.name] = ready
         member.ready = True
 
     def _lose(self, member: AnyMember, reason: str) -> None:

@@ -1,7 +1,6 @@
 """OUT/.multisa/run.json: what the last sitting did, for programs and for people who look later."""
 
 import json
-import os
 import platform
 import re
 from typing import Any
@@ -41,9 +40,9 @@ def run_record(
         "seconds": round(summary.seconds, 3),
         "images_per_second": round(summary.images_per_second, 3),
         "stage_seconds": {name: round(s, DECIMALS) for name, s in sorted(summary.stage_seconds.items())},
-        "workers": job.sizes.workers,
-        "stage_workers": {name: job.sizes.threads_of(name) for name in sorted(summary.stage_seconds)},
-        "cores": os.cpu_count() or 0,
+        "workers": summary.width.workers,
+        "stage_workers": {name: summary.width.threads_of(name) for name in sorted(summary.stage_seconds)},
+        "cores": summary.width.cores,
         "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
         "engines": crew.engines(),
         "versions": {"python": platform.python_version(), **versions},

@@ -82,6 +82,7 @@ class Sitting:
             seconds=time.perf_counter() - self._start,
             stage_seconds=crew.seconds(),
             job=self.job,
+            width=crew.width(),
             skipped=self.inventory.passed_over,
             failure_kinds=dict(self.watch.failure_kinds),
             reasons=failure_reasons(self.job.out),

@@ -1,5 +1,6 @@
 """The stages of the pipeline: how wide they are, their threads, and who is told what happens in them."""
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,28 @@ class Sizes:
         """Images under way at once."""
         waiting = self.look_ahead if self.batch > 1 else 0
         return waiting + self.readers + 6 * self.workers * self.batch
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide the stages of all who do shards are together, and the cores of their machines."""
+
+    members: tuple[Sizes, ...]
+    cores: int
+
+    def threads_of(self, stage: str) -> int:
+        """As of Sizes, added up."""
+        return sum(sizes.threads_of(stage) for sizes in self.members)
+
+    @property
+    def workers(self) -> int:
+        """As of Sizes, added up."""
+        return sum(sizes.workers for sizes in self.members)
+
+
+def usable_cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class Stage:

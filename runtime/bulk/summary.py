@@ -1,12 +1,12 @@
 """What a run did."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from multisa.runtime.bulk.finish import FAILED_FILE, LABELS_FILE
 from multisa.runtime.bulk.folder import REPORT_PAGE
 from multisa.runtime.bulk.job import Job
+from multisa.runtime.bulk.stages import Width
 from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
 from multisa.runtime.sinks.choice import sink_folder
 
@@ -22,6 +22,7 @@ class RunSummary:
     seconds: float
     stage_seconds: Mapping[str, float]  # of this sitting, summed over the threads
     job: Job
+    width: Width  # of all who did shards
     skipped: int  # entries of the source that were passed over
     failure_kinds: Mapping[str, int]  # of this sitting
     reasons: Mapping[str, int]  # images by reason, of all that have failed
@@ -47,10 +48,10 @@ def describe_summary(summary: RunSummary, *, pictured: int) -> str:
             done=summary.done_now,
             failed=summary.failures,
             seconds=summary.seconds,
-            stages=tuple(StageTime(name, busy, job.sizes.threads_of(name)) for name, busy in stages),
+            stages=tuple(StageTime(name, busy, summary.width.threads_of(name)) for name, busy in stages),
             kept=summary.done - summary.done_now,
             passed_over=summary.skipped,
-            cores=os.cpu_count() or 0,
+            cores=summary.width.cores,
             reasons=summary.reasons,
             look_at=tuple(looks),
         )

@@ -14,6 +14,7 @@ from PIL import Image
 from multisa.runtime.bulk.failures import check_failures, failure_limit
 from multisa.runtime.bulk.job import make_job
 from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.stages import Width
 from multisa.runtime.bulk.summary import RunSummary, describe_summary
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
 from multisa.runtime.engines.choice import EngineRequest
@@ -255,6 +256,7 @@ def test_summary(tmp_path: Path) -> None:
         seconds=4.0,
         stage_seconds={"read": 1.0, "crf": 3.0},
         job=job,
+        width=Width((job.sizes,), 4),
         skipped=3,
         failure_kinds={"decode": 2},
         reasons={"the file is empty": 2},

@@ -33,6 +33,7 @@ from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.processes import ProcessCrew
 from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.stages import Sizes
 from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import EngineRequest
@@ -103,13 +104,22 @@ def test_processes_that_would_not_write_the_same_are_refused() -> None:
         crew.do(iter(()), lambda _: None)
 
 
+def test_the_threads_of_all_are_added_up_and_the_cores_of_a_machine_count_once() -> None:
+    crew = Two({"process 1": {}, "process 2": {}})
+    crew.do(iter(()), lambda _: None)
+    crew._take_answers()
+    width = crew.width()
+    assert [width.threads_of(stage) for stage in ("read", "decode", "commit")] == [4, 6, 2]
+    assert (width.workers, width.cores) == (6, 8)
+
+
 class Two(Hands[Member]):
     """Those who only say what they are."""
 
     def __init__(self, identities: Mapping[str, Mapping[str, str]]) -> None:
         job = make_job("segment", "photos", Path("out"), Path("bundle"), EngineRequest(), RunOptions())
         super().__init__(job, Watch("segment"))
-        self._are = [(Member(name), Ready(identity, {}, "", ())) for name, identity in identities.items()]
+        self._are = [(Member(name), Ready(identity, {}, "", (), Sizes(2, 3), "host", 8)) for name, identity in identities.items()]
 
     def _members(self) -> list[Member]:
         return [member for member, _ in self._are]
