@@ -14,7 +14,6 @@ from multisa.runtime.bulk.inventory import Work
 from multisa.runtime.bulk.method import DECIMALS, Annotation
 from multisa.runtime.bulk.shards import check_path_length
 from multisa.runtime.doubt import doubt
-from multisa.runtime.errors import ImageError
 from multisa.runtime.images import resize_mask
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.png import encode_palette_png
@@ -42,13 +41,9 @@ class Encoder:
         paths = [path for sink in self._sinks for path in sink.results(work.name)]
         for path in paths:
             check_path_length(self._out, path)
-        try:
-            mask = resize_mask(annotation.mask, (image.height, image.width))
-            counts = histogram(mask)[: len(self._manifest.classes)]
-            png = encode_palette_png(mask, self._palette)
-        except MemoryError as error:
-            size = f"{image.width}x{image.height}"
-            raise ImageError(f"got {size} pixels, more than there is memory for") from error
+        mask = resize_mask(annotation.mask, (image.height, image.width))
+        counts = histogram(mask)[: len(self._manifest.classes)]
+        png = encode_palette_png(mask, self._palette)
         record = self._record(work, image, annotation, counts.tolist())
         labelled = LabelledImage(
             index=work.index,

@@ -57,5 +57,5 @@ class EngineHealth:
         if broken:
             raise EngineUnavailable(
                 f"{error} ({image}, and the {MAX_REFUSED - 1} images tried before it)",
-                remedy="see to the device and its memory, or take another --engine, and the same command goes on",
+                remedy="see to the device and its memory, or take another --engine: the same command goes on",
             ) from error

@@ -9,7 +9,7 @@ from multisa.runtime.images import MAX_PIXELS
 
 SHARD_SIZE = 256  # images: seconds of work on a GPU, a minute or two on a laptop
 PICTURED = 200  # images on the page of a run
-LOCAL_READERS, REMOTE_READERS = 2, 16  # threads: a disk answers at once, a bucket takes its time
+REMOTE_READERS = 16  # threads: a disk answers at once, a bucket takes its time
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ class RunOptions:
 
     def sizes(self, *, remote: bool) -> Sizes:
         """Threads of the stages."""
-        readers = self.readers or (REMOTE_READERS if remote else LOCAL_READERS)
-        return Sizes(readers=readers, workers=self.workers, batch=self.batch)
+        readers = self.readers or (REMOTE_READERS if remote else self.workers)
+        return Sizes(readers=readers, workers=self.workers, batch=self.batch, decode_apart=remote)

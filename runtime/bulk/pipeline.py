@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
 from multisa.runtime.bulk.encode import Encoder
-from multisa.runtime.bulk.inventory import Shard, Work
+from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.limits import ByteBudget, EngineHealth
 from multisa.runtime.bulk.method import Method, StageClock
 from multisa.runtime.bulk.stages import Failure, Sizes, Stage, Watcher
@@ -31,6 +31,7 @@ from multisa.runtime.sources.contract import Source
 UInt8 = npt.NDArray[np.uint8]
 
 _OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait for the disk
+_ON_CPU = "onnxruntime-cpu"  # the engine whose work and ours are done by the same cores
 _PATIENCE = 0.2  # seconds between looks at whether a stage has raised
 
 
@@ -65,9 +66,12 @@ class Pipeline:
         self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._raw, self._health = ByteBudget(sizes.raw_bytes, self._stopped), EngineHealth()
-        self._in_order: queue.SimpleQueue[tuple[OpenShard, Fed | None, Future[WorkingImage] | None] | None]
+        self._in_order: queue.SimpleQueue[tuple[OpenShard, Fed | None] | None]
         self._in_order = queue.SimpleQueue()
         self._under_way = 0
+        # Where the engines are the processor's own, no other stage can do something meanwhile: an image stays
+        # in its thread, which spares it the way through another queue.
+        self._refine_apart = any(choice.engine.name != _ON_CPU for choice in method.engines)
         names = ("read", "decode", "infer", "refine", "commit")
         self._stages = [
             Stage(name, sizes.threads_of(name), stopped=self._stopped, failed=self._stop, watcher=watcher)
@@ -102,10 +106,13 @@ class Pipeline:
                 self._take(self._permits)
                 self._count_under_way(1)
                 fed = Fed(open_, position, work)
-                decoded: Future[WorkingImage] = Future()
-                self._in_order.put((open_, fed, decoded))
-                self._readers.start(self._read, fed, decoded)
-            self._in_order.put((open_, None, None))
+                if self._sizes.batch > 1:
+                    self._in_order.put((open_, fed))
+                self._readers.start(self._read, fed)
+            if self._sizes.batch > 1:
+                self._in_order.put((open_, None))
+            if not count:
+                self._close_shard(open_)
         return open_.finished
 
     def wait(self, future: Future[None]) -> None:
@@ -129,7 +136,7 @@ class Pipeline:
         self._error = self._error or error
         self._stopped.set()
 
-    def _read(self, fed: Fed, decoded: "Future[WorkingImage]") -> None:
+    def _read(self, fed: Fed) -> None:
         data, expected = b"", max(fed.work.item.size, 0)
         self._raw.take(expected)
         try:
@@ -142,25 +149,37 @@ class Pipeline:
                     f"{self._source.description}: was there, and cannot be reached any more "
                     f"({fed.work.item.id}: {error}): bring it back, and the same command goes on"
                 ) from error
-            decoded.set_exception(StageFailed("read", error))
+            self._decoded(fed, StageFailed("read", error))
             return
         except MemoryError as error:
-            decoded.set_exception(StageFailed("read", error))
+            self._decoded(fed, StageFailed("read", error))
             return
         finally:
             self._raw.change(len(data) - expected)
-        self._decoders.start(self._decode, data, decoded)
+        if self._sizes.decode_apart:
+            self._decoders.start(self._decode, fed, data)
+        else:
+            self._decode(fed, data)
 
-    def _decode(self, data: bytes, decoded: "Future[WorkingImage]") -> None:
+    def _decode(self, fed: Fed, data: bytes) -> None:
         try:
             with self._clock.stage("decode"):
                 image = decode_working_image(data, max_pixels=self._max_pixels, long_side=self._long_side)
         except (ImageError, MemoryError) as error:
-            decoded.set_exception(StageFailed("decode", error))
+            self._decoded(fed, StageFailed("decode", error))
             return
         finally:
             self._raw.change(-len(data))
-        decoded.set_result(image)
+        self._decoded(fed, image)
+
+    def _decoded(self, fed: Fed, image: WorkingImage | StageFailed) -> None:
+        """Hand an image on: to those that wait for others of its size, or to the engine alone."""
+        if self._sizes.batch > 1:
+            fed.decoded.set_result(image)
+        elif isinstance(image, StageFailed):
+            self._fail(fed, image.kind, image.error)
+        else:
+            self._engines.start(self._infer, [Decoded(fed, image)])
 
     def _gather_or_note(self) -> None:
         try:
@@ -172,15 +191,13 @@ class Pipeline:
         """Put decoded images, in their order, into batches of one size."""
         groups: dict[tuple[int, ...], list[Decoded]] = {}
         while (entry := self._in_order.get()) is not None:
-            open_, fed, decoded = entry
-            if fed is None or decoded is None:
+            fed = entry[1]
+            if fed is None:  # the end of a shard
                 for group in groups.values():
                     self._engines.start(self._infer, group)
                 groups = {}
-                if not open_.shard.works:
-                    self._close_shard(open_)
                 continue
-            image = self._result(decoded)
+            image = self._result(fed.decoded)
             if isinstance(image, StageFailed):
                 self._fail(fed, image.kind, image.error)
             elif image is not None:
@@ -195,14 +212,12 @@ class Pipeline:
             shape = ready.image.rgb.shape if full else next(iter(groups))
             self._engines.start(self._infer, groups.pop(shape))
 
-    def _result(self, decoded: "Future[WorkingImage]") -> "WorkingImage | StageFailed | None":
+    def _result(self, decoded: "Future[WorkingImage | StageFailed]") -> WorkingImage | StageFailed | None:
         while not self._stopped.is_set():
             try:
                 return decoded.result(timeout=_PATIENCE)
             except TimeoutError:
                 continue
-            except StageFailed as failed:
-                return failed
         return None
 
     def _infer(self, batch: list[Decoded]) -> None:
@@ -217,10 +232,13 @@ class Pipeline:
                 self._infer([ready])
             return
         for ready, result in zip(batch, results, strict=True):
-            self._refiners.start(self._refine, ready, result)
+            if self._refine_apart:
+                self._refiners.start(self._refine, ready, result)
+            else:
+                self._refine(ready, result)
 
     def _infer_all(self, batch: list[Decoded]) -> Sequence[Any]:
-        images = np.stack([ready.image.rgb for ready in batch])
+        images = np.stack([r.image.rgb for r in batch]) if len(batch) > 1 else batch[0].image.rgb[np.newaxis]
         given = [ready.fed.work.labels for ready in batch]
         try:
             results = self._method.infer(images, given, self._clock)

@@ -42,11 +42,13 @@ class Sizes:
     workers: int  # threads of each of decode, infer and refine
     batch: int = 1  # images of one size that an engine gets at once
     look_ahead: int = 64  # images that may wait for others of their size
+    decode_apart: bool = True  # in threads of its own; else in those that read, which a disk does not stop
     raw_bytes: int = 256 << 20  # of files that were read and are not decoded yet
 
     def threads_of(self, stage: str) -> int:
         """How many threads a stage has, or the one that a name of the clock is a part of."""
-        return {"read": self.readers, "commit": 1}.get(stage, self.workers)
+        decoders = self.workers if self.decode_apart else self.readers
+        return {"read": self.readers, "decode": decoders, "commit": 1}.get(stage, self.workers)
 
     @property
     def permits(self) -> int:

@@ -41,6 +41,7 @@ class Fed:
     open: OpenShard
     position: int
     work: Work
+    decoded: "Future[WorkingImage | StageFailed]" = field(default_factory=Future)  # where it is waited for
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,9 @@ class Decoded:
     image: WorkingImage
 
 
-class StageFailed(Exception):
+@dataclass(frozen=True, eq=False)
+class StageFailed:
     """An image's error on its way from a stage to the one that counts."""
 
-    def __init__(self, kind: str, error: MultisaError | MemoryError) -> None:
-        super().__init__(kind)
-        self.kind, self.error = kind, error
+    kind: str
+    error: MultisaError | MemoryError
