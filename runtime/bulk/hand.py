@@ -5,7 +5,7 @@ import io
 import socket
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,20 @@ class Ready:
     sizes: Sizes
     host: str
     cores: int  # of the host, that may be used
+
+
+@dataclass(frozen=True)
+class Order:
+    """A shard to be done, and how."""
+
+    shard: Shard
+    # A file below OUT that is there as long as the run is, and is seen from everywhere; "" where OUT is this
+    # machine's own.
+    shared: str = ""
+    # A file below OUT for the position of the image in hand: one at a time then, as one of them may end the
+    # process; "" for all side by side.
+    marker: str = ""
+    failures: tuple[Failure, ...] = ()  # of images that are not to be tried
 
 
 @dataclass(frozen=True)
@@ -102,25 +116,39 @@ class Hand:
             cores=usable_cores(),
         )
 
-    def do(self, shard: Shard, shared: str = "") -> Outcome | Fault:
-        """Do one shard; UNDER_WAY threads may do one each.
-
-        shared: a file below OUT that is to be seen from here; "" where OUT is this machine's own.
-        """
+    def do(self, order: Order) -> Outcome | Fault:
+        """Do one shard; UNDER_WAY threads may do one each."""
         if self._worker is None:
             raise RuntimeError("a hand was given a shard before it was opened")
         results: list[ShardResult] = []
         try:
-            self._check_shared(shared)
-            self._worker.wait(self._worker.start(shard, results.append))
+            self._check_shared(order.shared)
+            if order.marker:
+                self._do_one_by_one(self._worker, order, results.append)
+            else:
+                self._worker.wait(self._worker.start(order.shard, results.append, guard=order.shared))
         except (MultisaError, OSError) as error:
             return Fault.of(error)
-        return Outcome(results[0], self._watcher.take(shard), self._seconds())
+        return Outcome(results[0], self._watcher.take(order.shard), self._seconds())
 
     def close(self) -> None:
         """Close what is open."""
         if self._worker is not None:
             self._worker.__exit__(None, None, None)
+
+    def _do_one_by_one(self, worker: Worker, order: Order, committed: Callable[[ShardResult], None]) -> None:
+        marker = self._job.out / order.marker
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        for failure in order.failures:
+            self._watcher.image_failed(failure)
+        worker.do_one_by_one(
+            order.shard,
+            committed,
+            failures=order.failures,
+            begin=lambda index: marker.write_text(str(index)),
+            guard=order.shared,
+        )
+        marker.unlink(missing_ok=True)
 
     def _seconds(self) -> Mapping[str, float]:
         """Seconds of work since they were asked for last."""

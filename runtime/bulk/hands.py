@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from multisa.runtime.bulk.crew import Outcome
-from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Ready
+from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Order, Ready
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
 from multisa.runtime.bulk.method import StageClock
 from multisa.runtime.bulk.shards import clear_temporary
 from multisa.runtime.bulk.stages import Width
+from multisa.runtime.bulk.suspects import Suspects
 from multisa.runtime.bulk.watch import Watch
-from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.errors import EngineUnavailable, MultisaError, UsageError
 from multisa.runtime.progress import counted, say
 
 # Losses of one member in a row, with no shard done in between, that cannot be chance any more.
@@ -54,6 +55,8 @@ class Hands(ABC, Generic[AnyMember]):
         self._ready: dict[str, Ready] = {}  # by the name of the member
         self._said: set[str] = set()
         self._again: deque[Shard] = deque()
+        self._suspects = Suspects(job.out)
+        self._doing = False
         self._losses: Counter[str] = Counter()  # in a row, by the name of the member
         self._was_lost = False
 
@@ -62,16 +65,27 @@ class Hands(ABC, Generic[AnyMember]):
         """All who are there, ready or not."""
 
     @abstractmethod
-    def _give(self, member: AnyMember, shard: Shard) -> None:
+    def _give(self, member: AnyMember, order: Order) -> None:
         """Hand a shard out. A member that is lost is so noticed by `_answers`, and not here."""
 
     @abstractmethod
     def _answers(self) -> Iterable[tuple[AnyMember, Answer]]:
         """Wait a while for answers of members; who is Lost is no member any more."""
 
+    @abstractmethod
+    def _drop(self, member: AnyMember) -> None:
+        """Have it, or what was started in its place, be a member no more."""
+
+    def _is_of_member(self, fault: Fault) -> bool:
+        """Whether others may do what one could not do."""
+        return fault.kind == EngineUnavailable.__name__
+
     def _leave_out(self, member: AnyMember, error: Exception) -> None:
-        """Go on without a member that cannot be had, or raise why."""
-        raise error
+        """Go on without a member that cannot be had, or raise why: where it is the last, or the run begins."""
+        if not self._doing or not any(other.ready for other in self._members() if other is not member):
+            raise error
+        say(f"{member.name} is left out: {error}")
+        self._drop(member)
 
     def identity(self) -> Mapping[str, Any]:
         """See Crew."""
@@ -97,6 +111,7 @@ class Hands(ABC, Generic[AnyMember]):
         `committed` is called in this thread. Raises what was raised where a shard was done, and MultisaError
         when processes are lost again and again.
         """
+        self._doing = True
         while True:
             all_out = self._hand_out(shards)
             if all_out and not any(member.shards for member in self._members()):
@@ -107,20 +122,32 @@ class Hands(ABC, Generic[AnyMember]):
 
     def _hand_out(self, shards: Iterator[Shard]) -> bool:
         """Give to whoever is free; returns whether one was left with nothing to do."""
-        while free := [m for m in self._members() if m.ready and len(m.shards) < UNDER_WAY]:
+        while free := [m for m in self._members() if m.ready and self._has_room(m)]:
             shard = next(shards, None) or (self._again.popleft() if self._again else None)
-            if shard is None:
-                return True
             member = min(free, key=lambda m: len(m.shards))
-            member.shards[shard.number] = shard
-            self._give(member, shard)
+            if shard is not None:
+                order = Order(shard)
+            elif not self._suspects:
+                return True
+            elif member.shards:  # it would take others with it
+                return False
+            else:
+                order = self._suspects.next_order()
+            member.shards[order.shard.number] = order.shard
+            self._give(member, order)
         return False  # it may be that nobody is there, and then nothing is known of what is left
+
+    def _has_room(self, member: AnyMember) -> bool:
+        alone = any(number in self._suspects.in_hand for number in member.shards)
+        return len(member.shards) < UNDER_WAY and not alone
 
     def _take_answers(self, committed: Callable[[ShardResult], None] | None = None) -> None:
         for member, answer in self._answers():
             if isinstance(answer, Fault):
-                if member.ready:
+                if member.ready and not self._is_of_member(answer):
                     raise answer.error()
+                for shard in member.shards.values():
+                    (self._suspects if shard.number in self._suspects else self._again).append(shard)
                 self._leave_out(member, answer.error())
             elif isinstance(answer, Ready):
                 self._welcome(member, answer)
@@ -128,6 +155,7 @@ class Hands(ABC, Generic[AnyMember]):
                 self._lose(member, answer.reason)
             elif committed is not None:
                 del member.shards[answer.result.shard]
+                self._suspects.done(answer.result.shard)
                 self._losses[member.name] = 0
                 self._count(answer)
                 committed(answer.result)
@@ -162,7 +190,11 @@ class Hands(ABC, Generic[AnyMember]):
     def _lose(self, member: AnyMember, reason: str) -> None:
         self._was_lost = True
         self._losses[member.name] += 1
-        self._again.extend(member.shards.values())
+        for shard in member.shards.values():
+            if self._suspects.lost(shard, reason):
+                self._losses[member.name] = 0  # it is not the member
+            if shard.number not in self._suspects:
+                self._again.append(shard)
         numbers = ", ".join(map(str, member.shards))
         said = f"{member.name} was lost{f' at shard {numbers}' if numbers else ''} ({reason})"
         if self._losses[member.name] >= MAX_LOSSES:

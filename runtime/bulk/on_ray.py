@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from multisa.runtime.bulk.hand import UNDER_WAY, Hand
+from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Hand, Order
 from multisa.runtime.bulk.hands import Answer, Hands, Lost, Member
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
@@ -57,6 +57,8 @@ class _Actor(Member):
     place: _Place
     handle: Any
     calls: list[Any] = field(default_factory=list)  # references to answers
+    since: float = field(default_factory=time.monotonic)
+    said: bool = False  # that it is waited for
 
 
 class RayCrew(Hands[_Actor]):
@@ -113,14 +115,14 @@ class RayCrew(Hands[_Actor]):
     def _members(self) -> Collection[_Actor]:
         return self._actors.values()
 
-    def _give(self, member: _Actor, shard: Shard) -> None:
-        member.calls.append(member.handle.do.remote(shard, self._shared))
+    def _give(self, member: _Actor, order: Order) -> None:
+        member.calls.append(member.handle.do.remote(replace(order, shared=self._shared)))
 
-    def _leave_out(self, member: _Actor, error: Exception) -> None:
-        """A machine that joins later, or fails again and again, does not end the run of the others."""
-        if not self._shared or not any(other.ready for other in self._members() if other is not member):
-            raise error
-        say(f"{member.name} is left out: {error}")
+    def _is_of_member(self, fault: Fault) -> bool:
+        """One machine may have lost what the others still see: the images, OUT, its disk."""
+        return not fault.trace
+
+    def _drop(self, member: _Actor) -> None:
         self._left_out.add(member.place)
         self._dismiss(member)
 
@@ -162,6 +164,10 @@ class RayCrew(Hands[_Actor]):
         if now - self._looked < _LOOK:
             return
         self._looked = now
+        for actor in self._actors.values():
+            if not actor.ready and not actor.said and now - actor.since > _NOTICE:
+                actor.said = True
+                say(f"{actor.name} has not joined yet: is there room for it? see `ray status`")
         for place in self._places():
             taken = place in self._actors or place in self._left_out
             if not taken and place.gpus == int(self._on_gpus) and self._not_before.get(place, now) <= now:
@@ -183,7 +189,7 @@ class RayCrew(Hands[_Actor]):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         remote = self._ray.remote(Hand).options(
-            num_cpus=place.cpus,
+            num_cpus=min(place.cpus, 1),  # who asks for all of a machine that others use gets none
             num_gpus=place.gpus,
             max_concurrency=UNDER_WAY,
             max_restarts=0,  # lost shards are handed out again, to whoever is there

@@ -21,9 +21,8 @@ from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any, Self
 
-from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Hand
+from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Hand, Order
 from multisa.runtime.bulk.hands import Answer, Hands, Lost, Member
-from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.engines.gpus import probe_gpus
@@ -45,8 +44,7 @@ class ProcessCrew(Hands[_Member]):
     """So many processes; one that dies is started again."""
 
     _advice = (
-        "if the memory is full, take fewer --processes; if it is an image, those shards are where to look; "
-        "the same command goes on"
+        "if the memory is full, take fewer --processes, and the same command goes on"
     )
 
     def __init__(self, job: Job, watch: Watch, processes: int) -> None:
@@ -55,14 +53,14 @@ class ProcessCrew(Hands[_Member]):
         self._share = replace(job, sizes=replace(job.sizes, workers=workers))
         self._count_of_processes = processes
         self._gpus: list[str] = []
-        self._processes: list[_Member] = []
+        self._processes: dict[int, _Member] = {}
 
     def __enter__(self) -> Self:
         self._gpus = visible_gpus()
         try:
             for index in range(self._count_of_processes):
-                self._processes.append(self._start(index))
-            while not all(member.ready for member in self._processes):
+                self._processes[index] = self._start(index)
+            while not all(member.ready for member in self._processes.values()):
                 self._take_answers()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -72,26 +70,29 @@ class ProcessCrew(Hands[_Member]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for member in self._processes:
+        for member in self._processes.values():
             if error is None:
                 with contextlib.suppress(OSError):
                     member.pipe.send(None)
             else:  # nothing that is cut off is lost
                 member.process.kill()
-        for member in self._processes:
+        for member in self._processes.values():
             member.process.join(_PATIENCE)
             _bury(member)
-        self._processes = []
+        self._processes = {}
 
     def _members(self) -> Collection[_Member]:
-        return self._processes
+        return self._processes.values()
 
-    def _give(self, member: _Member, shard: Shard) -> None:
+    def _give(self, member: _Member, order: Order) -> None:
         with contextlib.suppress(OSError):  # it has died, which is read from the pipe next
-            member.pipe.send(shard)
+            member.pipe.send(order)
+
+    def _drop(self, member: _Member) -> None:
+        _bury(self._processes.pop(member.index))
 
     def _answers(self) -> Iterator[tuple[_Member, Answer]]:
-        members = {member.pipe: member for member in self._processes}
+        members = {member.pipe: member for member in self._processes.values()}
         for pipe in connection.wait(list(members)):
             member = members[pipe]  # type: ignore[index]  # sockets and numbers could be waited for, too
             try:
@@ -155,7 +156,7 @@ def _work(job: Job, pipe: _Pipe, gpu: str | None) -> None:
         signal.signal(number, signal.SIG_IGN)
     if gpu is not None:
         os.environ[_VISIBLE] = gpu  # before anything of CUDA is loaded
-    orders: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
+    orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, orders), daemon=True).start()
     sending = threading.Lock()
 
@@ -167,15 +168,15 @@ def _work(job: Job, pipe: _Pipe, gpu: str | None) -> None:
     hand = Hand(job)
     with contextlib.closing(hand), ThreadPoolExecutor(UNDER_WAY) as threads:
         threads.submit(hand.open).add_done_callback(answer)
-        while (shard := orders.get()) is not None:
-            threads.submit(hand.do, shard).add_done_callback(answer)
+        while (order := orders.get()) is not None:
+            threads.submit(hand.do, order).add_done_callback(answer)
 
 
-def _listen(pipe: _Pipe, orders: "queue.SimpleQueue[Shard | None]") -> None:
+def _listen(pipe: _Pipe, orders: "queue.SimpleQueue[Order | None]") -> None:
     """Take orders. Nothing that is cut off is lost, so without anyone to answer to there is no more to do."""
     try:
-        while (shard := pipe.recv()) is not None:
-            orders.put(shard)
+        while (order := pipe.recv()) is not None:
+            orders.put(order)
         orders.put(None)
     except (EOFError, OSError):
         os._exit(1)

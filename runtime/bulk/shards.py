@@ -43,8 +43,12 @@ class _File:
 class ShardFolder:
     """Keeps the files of a shard until they are committed; a context manager, which removes what is left."""
 
-    def __init__(self, out: Path, shard: int) -> None:
-        self._out = out
+    def __init__(self, out: Path, shard: int, guard: str = "") -> None:
+        """guard: a file below OUT without which nothing takes its name any more; "" for none.
+
+        It goes with the run, and a machine that was given up may be done with its shard long after that.
+        """
+        self._out, self._guard = out, guard
         self._shard = shard
         # Another process may be at the same shard when a machine that was given up is still alive.
         self._folder = out / TEMPORARY / f"{shard:06d}-{secrets.token_hex(4)}"
@@ -85,6 +89,8 @@ class ShardFolder:
         with ThreadPoolExecutor(_FLUSHERS, thread_name_prefix="flush") as flushers:
             list(flushers.map(_flush, (file.temporary for file in files)))
             folders = _make_folders(self._out, {below(self._out, file.relative).parent for file in files})
+            if self._guard and not (self._out / self._guard).is_file():
+                raise MultisaError(f"{self._out}: the run that shard {self._shard} was done for has ended")
             self._remove_others()
             for file in files:
                 file.temporary.replace(below(self._out, file.relative))

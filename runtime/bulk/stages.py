@@ -16,7 +16,7 @@ class Failure:
 
     index: int
     image: str  # id
-    kind: str  # the stage: "read", "decode", "infer", "refine" or "encode"
+    kind: str  # the stage: "read", "decode", "infer", "refine" or "encode"; "process" where one was lost
     reason: str
 
 

@@ -14,7 +14,7 @@ from multisa.runtime.bulk.journal import ShardResult
 from multisa.runtime.bulk.method import StageClock
 from multisa.runtime.bulk.pipeline import Pipeline
 from multisa.runtime.bulk.shards import ShardFolder
-from multisa.runtime.bulk.stages import Watcher
+from multisa.runtime.bulk.stages import Failure, Watcher
 from multisa.runtime.bulk.under_way import DoneShard
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.engines.choice import Choice
@@ -59,16 +59,44 @@ class Worker:
     ) -> None:
         self._open.__exit__(kind, error, traceback)
 
-    def start(self, shard: Shard, committed: Callable[[ShardResult], None]) -> Future[None]:
+    def start(
+        self, shard: Shard, committed: Callable[[ShardResult], None], *, guard: str = ""
+    ) -> Future[None]:
         """Do a shard and write it; returns once all its images are under way.
 
-        `committed` is called, in the thread that writes, when all files have their names.
+        `committed` is called, in the thread that writes, when all files have their names. guard: see
+        ShardFolder.
         """
 
         def commit(done: DoneShard) -> None:
-            committed(self._write(done))
+            committed(self._write(done, guard))
 
         return self._pipeline.submit(shard, commit)
+
+    def do_one_by_one(
+        self,
+        shard: Shard,
+        committed: Callable[[ShardResult], None],
+        *,
+        failures: Sequence[Failure],
+        begin: Callable[[int], object],
+        guard: str = "",
+    ) -> None:
+        """Do a shard of which an image may end this process: `begin` is told which one is in hand, or -1.
+
+        failures: of images that are not tried. An engine gets the images one by one, whatever the batch is.
+        """
+        left_out = {failure.index for failure in failures}
+        parts: list[DoneShard] = []
+        for work in shard.works:
+            if work.index not in left_out:
+                begin(work.index)
+                self.wait(self._pipeline.submit(Shard(shard.number, (work,)), parts.append))
+        begin(-1)
+        images = [image for part in parts for image in part.images]
+        failed = [*failures, *(failure for part in parts for failure in part.failures)]
+        failed.sort(key=lambda failure: failure.index)
+        committed(self._write(DoneShard(shard, images, failed), guard))
 
     def identity(self) -> Mapping[str, Any]:
         """Engines and versions, as the settings of a run hold them."""
@@ -78,12 +106,12 @@ class Worker:
         """Wait for a shard. Raises what has kept it from being done."""
         self._pipeline.wait(future)
 
-    def _write(self, done: DoneShard) -> ShardResult:
+    def _write(self, done: DoneShard, guard: str) -> ShardResult:
         number = done.shard.number
         failures = (
             {"index": f.index, "image": f.image, "kind": f.kind, "reason": f.reason} for f in done.failures
         )
-        with ShardFolder(self.job.out, number) as files:
+        with ShardFolder(self.job.out, number, guard) as files:
             for position, sink in enumerate(self.sinks):
                 sink.write_shard(files, number, [image.payloads[position] for image in done.images])
             files.write_part(RECORDS, b"".join(image.record for image in done.images))

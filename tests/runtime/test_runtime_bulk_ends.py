@@ -51,6 +51,6 @@ def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
 
 
 def test_what_cannot_be_used_makes_no_folder(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown"):
+    with pytest.raises(UsageError, match="got the engine 'abacus'"):
         run_segment(photos, tmp_path / "out", bundle, request=EngineRequest("abacus"))
     assert not (tmp_path / "out").exists()

@@ -89,12 +89,11 @@ def test_memory_that_is_short_fails_the_image(
 
         monkeypatch.setattr(f"{module}.{name}", hungry)
 
+    calls = iter(range(100))
     if stage == "decode":
-        calls = iter(range(100))
         fail_at("multisa.runtime.bulk.pipeline", "decode_working_image", lambda _: next(calls) == 2)
     if stage == "encode":
-        fail_at("multisa.runtime.bulk.encode", "resize_mask", lambda mask, *_: next(masks) == 2)
-        masks = iter(range(100))
+        fail_at("multisa.runtime.bulk.encode", "doubt", lambda *_: next(calls) == 2)
     source = Photographs(frozenset({2}) if stage == "read" else frozenset(), error=short)  # type: ignore[arg-type]
     method = Hungry(frozenset({2}) if stage == "infer" else frozenset(), infer_error=short)
     with pipeline_of(tmp_path, manifest, source, method, sizes=Sizes(1, 1)) as pipeline:

@@ -27,7 +27,7 @@ from crew_runs import (
 
 from multisa.runtime.bulk import processes
 from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.hand import Fault, Hand, Ready
+from multisa.runtime.bulk.hand import Fault, Hand, Order, Ready
 from multisa.runtime.bulk.hands import Answer, Hands, Member
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.options import RunOptions
@@ -101,12 +101,11 @@ def test_processes_that_would_not_write_the_same_are_refused() -> None:
     numpy = {"version of numpy": "2.0", "machine": "x86_64"}
     crew = Two({"process 1": numpy, "process 2": {**numpy, "version of numpy": "2.1"}})
     with pytest.raises(UsageError, match=r"process 1 and process 2 .*\(version of numpy: 2\.0 and 2\.1\)"):
-        crew.do(iter(()), lambda _: None)
+        crew._take_answers()
 
 
 def test_the_threads_of_all_are_added_up_and_the_cores_of_a_machine_count_once() -> None:
     crew = Two({"process 1": {}, "process 2": {}})
-    crew.do(iter(()), lambda _: None)
     crew._take_answers()
     width = crew.width()
     assert [width.threads_of(stage) for stage in ("read", "decode", "commit")] == [4, 6, 2]
@@ -124,8 +123,11 @@ class Two(Hands[Member]):
     def _members(self) -> list[Member]:
         return [member for member, _ in self._are]
 
-    def _give(self, member: Member, shard: Shard) -> None:
-        raise AssertionError(f"{member.name} was given {shard}")
+    def _give(self, member: Member, order: Order) -> None:
+        raise AssertionError(f"{member.name} was given {order}")
+
+    def _drop(self, member: Member) -> None:
+        raise AssertionError(f"{member.name} was dropped")
 
     def _answers(self) -> list[tuple[Member, Answer]]:
         return list(self._are)
@@ -270,7 +272,7 @@ def test_an_out_that_is_not_shared_is_refused(corpus: Path, bundle: Bundle, tmp_
     job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
     hand = Hand(job)
     hand.open()
-    answer = hand.do(Shard(0, ()), shared=".multisa/tmp/shared-somewhere-else")
+    answer = hand.do(Order(Shard(0, ()), shared=".multisa/tmp/shared-somewhere-else"))
     hand.close()
     assert isinstance(answer, Fault)
     with pytest.raises(UsageError, match="one that all machines share"):
