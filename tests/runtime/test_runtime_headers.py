@@ -31,6 +31,11 @@ def with_segments(segment: bytes, count: int) -> bytes:
     return data[:2] + segment * count + data[2:]
 
 
+def with_scans(scan: bytes, count: int) -> bytes:
+    """More in the picture of a JPEG, before its end."""
+    return saved("JPEG", progressive=True)[:-2] + scan * count + b"\xff\xd9"
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     return (
         struct.pack(">I", len(content))
@@ -69,7 +74,9 @@ ROWS: list[tuple[str, Callable[[], bytes], str]] = [
     ("segments", lambda: with_segments(b"\xff\xe5\0\2", 20_000), "segments"),
     ("junk", lambda: with_segments(bytes(1000), 100), "bytes between segments"),
     ("padding", lambda: with_segments(b"\xff" * 1000, 100), "bytes between segments"),
-    ("scans", lambda: saved("JPEG", progressive=True) + b"\xff\xda" * 70, "scans"),
+    ("scans", lambda: with_scans(b"\xff\xda\0\2", 70), "scans"),
+    ("scans after an end in a comment", lambda: with_scans(b"\xff\xfe\0\4\xff\xd9\xff\xda\0\2", 70), "scans"),
+    ("segments in scans", lambda: with_scans(b"\xff\xfe\0\4\xff\xda", 20_000), "segments"),
     ("chunks", lambda: with_chunks(chunk(b"tEXt", b"a\0b") * 20_000), "chunks"),
     ("pieces", lambda: with_chunks(chunk(b"IDAT", b"") * 600_000), "chunks"),
     ("text bomb", lambda: with_chunks(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "too large"),
@@ -143,6 +150,17 @@ def test_usual_metadata_is_let_pass(format: str) -> None:
     if format in ("JPEG", "PNG", "TIFF"):
         options["icc_profile"] = bytes(500_000)
     assert decode_image(saved(format, **options)).size == (48, 64)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_film_behind_a_photograph_is_let_pass(progressive: bool) -> None:
+    data = saved("JPEG", progressive=progressive)
+    film = bytes([0xFF, 0xDA, 0, 2]) * 500 + np.random.default_rng(0).bytes(2**23)  # phones put it there
+    whole = decode_image(data + film)
+    assert np.array_equal(whole.rgb, decode_image(data).rgb)
+    # What looks like scans in a segment, or in a thumbnail, is none.
+    comment = b"\xff\xfe\1\x92" + b"\xff\xda\0\2" * 100
+    assert np.array_equal(decode_image(data[:-2] + comment + data[-2:] + film).rgb, whole.rgb)
 
 
 def test_demo_photographs_pass() -> None:
