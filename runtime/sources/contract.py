@@ -53,7 +53,8 @@ class Source(Protocol):
     def read(self, item: SourceItem) -> bytes:
         """The bytes of one image. Raises ImageError (the reason, without the id) when it cannot be had.
 
-        What has another size than `item.size` (unless that is -1), or more than MAX_FILE_BYTES, is refused.
+        What has another size than `item.size` (unless that is -1), another version where the store tells it
+        with the bytes, or more than MAX_FILE_BYTES, is refused.
         """
 
     def close(self) -> None:

@@ -10,15 +10,15 @@ import io
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
 from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
 from multisa.runtime.sources.contract import MAX_FILE_BYTES
-from multisa.runtime.sources.names import unsafe_path
-from multisa.runtime.sources.storage import Blob, Entry, Wanted, check_size
+from multisa.runtime.sources.requests import PARTS, Part, add_entry, s3_folder, version_of
+from multisa.runtime.sources.storage import CHANGED, Blob, Entry, Wanted, check_size
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,6 @@ _FOREIGN = (
     ("azure.core.exceptions", "AzureError"),
 )
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
 
 
 def protocol_of(path: str) -> str:
@@ -51,7 +50,11 @@ def protocol_of(path: str) -> str:
 
 
 class RemoteStore:
-    """See Store. Transient errors are tried again, three times in all."""
+    """See Store. Transient errors are tried again, three times in all.
+
+    A file's version is looked at where it is known and the answer to the read tells it, too: in S3, and on
+    web servers that send an ETag. Elsewhere a change that leaves the size is not seen.
+    """
 
     def __init__(self, protocol: str, options: Mapping[str, Any]) -> None:
         try:
@@ -60,6 +63,7 @@ class RemoteStore:
             raise EngineUnavailable(
                 "fsspec is not installed", remedy=f"pip install fsspec {_PACKAGES.get(protocol, '')}".rstrip()
             ) from error
+        self._protocol = protocol
         try:
             kind = fsspec.get_filesystem_class(protocol)
             self._files = kind(**{"use_listings_cache": False, **options})
@@ -78,18 +82,16 @@ class RemoteStore:
 
     def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
         """See Store."""
-        found = self._call(self._files.ls, path, detail=True)
+        if self._protocol in ("s3", "s3a") and _host(path):
+            return _in_order(self._call(self._sync, s3_folder, path))
+        entries: dict[str, Entry] = {}
         here = str(self._files._strip_protocol(path)).rstrip("/") + "/"
-        entries = {}
-        for info in found:
+        for info in self._call(self._files.ls, path, detail=True):
             name = str(info["name"])
             name = name.removeprefix(here) if name.startswith(here) else name.lstrip("/")
-            name = name.removesuffix("/")
-            # Some stores keep an empty object for the folder itself.
-            if not name or f"{name}/" in (here, here.lstrip("/")):
-                continue
-            entries[name] = _entry(name, info)
-        return (entries[name] for name in sorted(entries))
+            if f"{name.removesuffix('/')}/" not in (here, here.lstrip("/")):
+                add_entry(entries, name, info)
+        return _in_order(entries)
 
     @contextmanager
     def open(self, path: str) -> Iterator[Blob]:
@@ -99,7 +101,7 @@ class RemoteStore:
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         if info.get("size") is None:
             raise OSError(errno.EINVAL, "the server does not tell its size")
-        yield _RemoteBlob(self, path, int(info["size"]), _version(info))
+        yield _RemoteBlob(self, path, int(info["size"]), version_of(info))
 
     @contextmanager
     def stream(self, path: str) -> Iterator[BinaryIO]:
@@ -115,18 +117,31 @@ class RemoteStore:
             return b""  # no server has a range of that
         # One byte more than it should have, to see whether it has.
         end = (MAX_FILE_BYTES if size < 0 else size) + 1
-        data = cast(bytes, self._call(self._files.cat_file, path, start=0, end=end))
-        check_size(len(data), size)
-        return data
+        part = self._call(self._part, path, 0, end)
+        check_size(len(part.data), size)
+        _check_version(part, version)
+        return part.data
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
         """See Store."""
         if length <= 0:
             return b""
-        data = cast(bytes, self._call(self._files.cat_file, path, start=start, end=start + length))
-        if len(data) > length:
+        part = self._call(self._part, path, start, start + length)
+        if len(part.data) > length:
             raise ImageError("the server sends whole files only, expected parts: copy the file here")
-        return data
+        _check_version(part, version)
+        return part.data
+
+    def _part(self, path: str, start: int, end: int) -> Part:
+        request = PARTS.get(self._protocol)
+        if request is None:
+            return Part(cast(bytes, self._files.cat_file(path, start=start, end=end)))
+        return self._sync(request, path, start, end)
+
+    def _sync(self, request: Callable[..., Awaitable[Result]], *args: Any) -> Result:
+        from fsspec.asyn import sync
+
+        return cast(Result, sync(self._files.loop, request, self._files, *args))
 
     def _call(self, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
         for wait in (*_WAITS, None):
@@ -179,15 +194,18 @@ def _translated() -> Iterator[None]:
         raise OSError(number, f"{status} {text}" if status else text) from error
 
 
-def _entry(name: str, info: Mapping[str, Any]) -> Entry:
-    is_folder = info.get("type") == "directory"
-    problem = unsafe_path(name) or ("more than one name where one was asked for" if "/" in name else "")
-    size = info.get("size")
-    return Entry(name, is_folder, -1 if size is None else int(size), _version(info), problem)
+def _check_version(part: Part, version: str) -> None:
+    if version and part.version and part.version != version:
+        raise ImageError(CHANGED)
 
 
-def _version(info: Mapping[str, Any]) -> str:
-    for key in _VERSIONS:
-        if info.get(key) is not None:
-            return str(info[key]).strip('"')
-    return ""
+def _in_order(entries: dict[str, Entry]) -> Iterator[Entry]:
+    """By name; what is given out is forgotten."""
+    names = sorted(entries, reverse=True)
+    while names:
+        yield entries.pop(names.pop())
+
+
+def _host(path: str) -> str:
+    """The host, or the bucket, of a URL."""
+    return path.partition("://")[2].partition("/")[0]

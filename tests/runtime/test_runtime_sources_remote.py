@@ -1,14 +1,14 @@
 """Sources behind URLs: a real S3 server (moto's, on this machine), a web server, and fsspec's memory."""
 
-import http.server
+import asyncio
 import importlib.util
 import io
 import json
 import tarfile
-import threading
+import tracemalloc
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyarrow import parquet
 from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
 from multisa.runtime.sources.choice import open_source
 from multisa.runtime.sources.contract import PassedOver, SourceItem
+from multisa.runtime.sources.requests import s3_folder
 
 FILES = {"a.jpg": b"a" * 100, "a/b.jpg": b"b" * 200, "a/c.jpg": b"c", "é z.png": b"z", "notes.md": b""}
 IMAGES = {name: data for name, data in FILES.items() if name != "notes.md"}
@@ -126,11 +127,55 @@ def test_what_has_changed_in_a_bucket(photos: Bucket) -> None:
     photos.put("photos/a/c.jpg", b"C")  # of the same size
     after = {item.id: item for item in photos.items("photos")}
     assert {name for name in before if before[name] != after[name]} == {"a.jpg", "a/c.jpg"}
+    with pytest.raises(ImageError, match=r"^changed since it was listed"):
+        source.read(before["a/c.jpg"])
+    assert source.read(after["a/c.jpg"]) == b"C"
     photos.put("photos/empty.jpg", b"")
     assert photos.contents("photos/empty.jpg") == {"empty.jpg": b""}
     photos.client.delete_object(Bucket=photos.name, Key="photos/a/b.jpg")
     with pytest.raises(ImageError, match="No such file"):
         source.read(before["a/b.jpg"])
+
+
+def test_an_archive_that_has_changed_in_a_bucket(bucket: Bucket) -> None:
+    bucket.put("t.tar", tar_of({"1.jpg": b"one"}))
+    (item,) = bucket.items("t.tar")
+    source = open_source(f"s3://{bucket.name}/t.tar", storage_options=bucket.options)
+    assert source.read(item) == b"one"
+    bucket.put("t.tar", tar_of({"1.jpg": b"uno"}))
+    with pytest.raises(ImageError, match=r"^changed since it was listed"):
+        source.read(item)
+
+
+def test_a_folder_of_several_pages(photos: Bucket) -> None:
+    options = json.loads(photos.options) | {"s3_additional_kwargs": {"MaxKeys": 2}}
+    for i in range(7):
+        photos.put(f"photos/a-{i}/x.jpg", b"x")
+    with open_source(f"s3://{photos.name}/photos", storage_options=options) as source:
+        found = [entry.id for entry in source.listing() if isinstance(entry, SourceItem)]
+    assert found == [*ORDER[:2], *(f"a-{i}/x.jpg" for i in range(7)), *ORDER[2:]]
+
+
+def test_a_flat_folder_of_many_takes_the_memory_of_its_names() -> None:
+    class Files:
+        """As s3fs gives what a page of answers holds."""
+
+        def split_path(self, url: str) -> tuple[str, str, None]:
+            return "bucket", "photos", None
+
+        async def _iterdir(self, bucket: str, **_: object) -> AsyncIterator[dict[str, Any]]:
+            for i in range(20_000):
+                name = f"{bucket}/photos/{i:08d}.jpg"
+                more = {f"field {j} of {i}": f"value {j} of {i}" for j in range(8)}
+                yield {"name": name, "size": i, "type": "file", "ETag": f'"{i:032x}"', **more}
+
+    tracemalloc.start()
+    try:
+        entries = asyncio.run(s3_folder(Files(), "s3://bucket/photos"))
+        assert tracemalloc.get_traced_memory()[0] / len(entries) < 700  # the dictionaries take 2,000
+    finally:
+        tracemalloc.stop()
+    assert entries["00000007.jpg"].version == f"{7:032x}"
 
 
 def test_archives_of_a_bucket(bucket: Bucket) -> None:
@@ -192,77 +237,6 @@ def test_memory() -> None:
         assert {item.id: source.read(item) for item in found} == IMAGES
         assert [item.id for item in found] == ORDER
     files.rm("/multisa-test", recursive=True)
-
-
-class Web(http.server.BaseHTTPRequestHandler):
-    """One file that takes ranges; refuses as many requests as it is told to, as a busy server does."""
-
-    data = tar_of({"1.jpg": b"one"})
-    refusals = 0
-    status = 503
-    asked = 0
-
-    def do_HEAD(self) -> None:
-        self._answer(b"")
-
-    def do_GET(self) -> None:
-        first, last = 0, len(self.data) - 1
-        if given := self.headers.get("Range"):
-            low, _, high = given.removeprefix("bytes=").partition("-")
-            first, last = int(low), min(int(high or last), last)
-        self._answer(self.data[first : last + 1])
-
-    def _answer(self, body: bytes) -> None:
-        type(self).asked += 1
-        refused = type(self).refusals > 0
-        type(self).refusals -= refused
-        partial = body and "Range" in self.headers
-        self.send_response(self.status if refused else 206 if partial else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", "0" if refused else str(len(body or self.data)))
-        if partial and not refused:
-            low = self.headers["Range"].removeprefix("bytes=").split("-")[0]
-            end = int(low) + len(body) - 1
-            self.send_header("Content-Range", f"bytes {low}-{end}/{len(self.data)}")
-        self.end_headers()
-        if not refused:
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def web() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    Web.refusals, Web.status, Web.asked = 0, 503, 0
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_busy_server_is_asked_again(web: str) -> None:
-    source = open_source(f"{web}/t.tar?X-Signature=secret")
-    (item,) = source.listing()
-    assert isinstance(item, SourceItem) and item.id == "t/1.jpg"
-    Web.refusals, Web.asked = 2, 0
-    assert source.read(item) == b"one"
-    assert Web.asked == 3
-    Web.refusals = 10
-    with pytest.raises(ImageError, match="503") as raised:
-        source.read(item)
-    assert Web.asked == 6 and "secret" not in str(raised.value)
-    Web.refusals, Web.status, Web.asked = 1, 403, 0
-    with pytest.raises(ImageError, match="403"):
-        source.read(item)
-    assert Web.asked == 1  # it has said what it thinks
-    Web.refusals, Web.status, Web.asked = 1, 404, 0
-    with pytest.raises(ImageError, match=r"^No such file or directory$"):
-        source.read(item)
-    assert Web.asked == 1
 
 
 def test_a_protocol_whose_package_is_missing() -> None:
