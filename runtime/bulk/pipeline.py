@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +33,6 @@ UInt8 = npt.NDArray[np.uint8]
 _OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait for the disk
 _ON_CPU = "onnxruntime-cpu"  # the engine whose work and ours are done by the same cores
 _PATIENCE = 0.2  # seconds between looks at whether a stage has raised
-
-
-@runtime_checkable
-class _MayVanish(Protocol):
-    """A source that can tell whether it is still where it was, as opposed to one image of it."""
-
-    def is_there(self) -> bool: ...
 
 
 class Pipeline:
@@ -144,7 +137,7 @@ class Pipeline:
                 data = self._source.read(fed.work.item)
         except ImageError as error:
             # A disk that is gone must not become a failure of each of a million images.
-            if isinstance(self._source, _MayVanish) and not self._source.is_there():
+            if not self._source.is_there(fed.work.item):
                 raise MultisaError(
                     f"{self._source.description}: was there, and cannot be reached any more "
                     f"({fed.work.item.id}: {error}): bring it back, and the same command goes on"

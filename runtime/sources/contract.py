@@ -57,6 +57,13 @@ class Source(Protocol):
         with the bytes, or more than MAX_FILE_BYTES, is refused.
         """
 
+    def is_there(self, item: SourceItem) -> bool:
+        """Whether what `item` is in can still be reached: asked when the item itself could not be read.
+
+        False for a disk, a server or an archive that is gone, or keys that are valid no more; then no other
+        item of it can be read either.
+        """
+
     def close(self) -> None:
         """Give handles and connections back."""
 

@@ -123,12 +123,9 @@ class FolderSource(SourceBase):
                 f"{printable(self._root)}: cannot be listed ({why(error)}), expected a folder of images"
             ) from error
 
-    def is_there(self) -> bool:
-        """Whether the folder still holds anything; a disk that is gone often leaves an empty folder."""
-        try:
-            return next(self._store.folder(self._root, is_image), None) is not None
-        except OSError:
-            return False
+    def is_there(self, item: SourceItem) -> bool:
+        """See Source."""
+        return self._store.is_there(self._root)
 
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
@@ -165,6 +162,10 @@ class OneFileSource(SourceBase):
             return self._store.read(self._path, item.size, item.version)
         except OSError as error:
             raise ImageError(why(error)) from error
+
+    def is_there(self, item: SourceItem) -> bool:
+        """See Source."""
+        return self._store.is_there(self._path)
 
 
 def inside(place: str) -> str:

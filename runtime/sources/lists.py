@@ -64,6 +64,19 @@ class ListSource(SourceBase):
         except OSError as error:
             raise ImageError(why(error)) from error
 
+    def is_there(self, item: SourceItem) -> bool:
+        """See Source; it is about the disk or the server of the item, of which a list may name many."""
+        protocol = protocol_of(item.place)
+        if protocol:
+            return self._store_of(protocol).reaches(item.place)
+        store = self._store_of(self._protocol)
+        if not self._protocol:
+            if item.size < 0:
+                return True  # it was not there when it was listed: of its disk nothing is known
+            if not item.place.startswith("/") and not store.is_there(self._home):
+                return False
+        return store.reaches(self._absolute(item.place))
+
     def _find(self, image: str, where: str) -> _Found:
         if "\0" in image or printable(image) != image:
             raise UsageError(f"{where}: {printable(image)!r} is no path, expected UTF-8 without NUL")

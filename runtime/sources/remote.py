@@ -9,6 +9,7 @@ import errno
 import io
 import re
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ _FOREIGN = (
     ("azure.core.exceptions", "AzureError"),
 )
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_REMEMBERED = 30.0  # seconds that what answered is taken to answer
+_WITNESSES = 3  # hosts, or buckets, of which one file each is remembered
 
 
 def protocol_of(path: str) -> str:
@@ -64,6 +67,9 @@ class RemoteStore:
                 "fsspec is not installed", remedy=f"pip install fsspec {_PACKAGES.get(protocol, '')}".rstrip()
             ) from error
         self._protocol = protocol
+        self._lock = threading.Lock()
+        self._answered: dict[str, float] = {}  # paths, and when they were there
+        self._served: dict[str, str] = {}  # the last file read of the last few hosts
         try:
             kind = fsspec.get_filesystem_class(protocol)
             self._files = kind(**{"use_listings_cache": False, **options})
@@ -120,6 +126,7 @@ class RemoteStore:
         part = self._call(self._part, path, 0, end)
         check_size(len(part.data), size)
         _check_version(part, version)
+        self._note(path)
         return part.data
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
@@ -131,6 +138,45 @@ class RemoteStore:
             raise ImageError("the server sends whole files only, expected parts: copy the file here")
         _check_version(part, version)
         return part.data
+
+    def is_there(self, path: str) -> bool:
+        """See Store; one request, and none for a while after it was answered."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._answered.get(path, -_REMEMBERED) < _REMEMBERED:
+                return True
+        try:
+            self._call(self._files.info, path)
+        except OSError:
+            return False
+        with self._lock:
+            self._answered = {old: at for old, at in self._answered.items() if now - at < _REMEMBERED}
+            self._answered[path] = now
+        return True
+
+    def reaches(self, path: str) -> bool:
+        """See Store. One file of each of the last few hosts that gave one is asked for again."""
+        with self._lock:
+            served = list(self._served.values())
+        if served:
+            return any(self.is_there(one) for one in served)
+        if self._protocol in ("http", "https"):
+            return True  # of many hosts some are always down
+        try:
+            self._call(self._files.info, f"{self._protocol}://{_host(path)}")
+        except FileNotFoundError:
+            return True  # there is no such bucket, says who would know
+        except OSError:
+            return False
+        return True
+
+    def _note(self, path: str) -> None:
+        host = _host(path)
+        with self._lock:
+            self._served.pop(host, None)
+            self._served[host] = path
+            if len(self._served) > _WITNESSES:
+                del self._served[next(iter(self._served))]
 
     def _part(self, path: str, start: int, end: int) -> Part:
         request = PARTS.get(self._protocol)

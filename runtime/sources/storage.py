@@ -5,6 +5,7 @@ Stores raise OSError; `why` puts one into words.
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,10 @@ from multisa.runtime.sources.names import bad_name
 Wanted = Callable[[str], bool]  # whether files of this name are looked at
 
 CHANGED = "changed since it was listed: finish with the files as they were, or start a new run"
+
+
+# The folders that disks are mounted in, not below.
+_OF_DISKS = re.compile(r"/(?:mnt|Volumes|(?:run/)?media(?:/[^/]+)?)?")
 
 
 class Entry(NamedTuple):
@@ -66,6 +71,12 @@ class Store(Protocol):
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
         """Some bytes of a file; fewer where it ends. Raises ImageError when it is seen to have changed."""
+
+    def is_there(self, path: str) -> bool:
+        """Whether there is a file, or a folder with anything in it."""
+
+    def reaches(self, path: str) -> bool:
+        """Whether the disk or the server of a file that was there can be reached, be the file gone or not."""
 
 
 def join(root: str, relative: str) -> str:
@@ -155,6 +166,32 @@ class LocalStore:
             _check_version(blob, version)
             return blob.read_at(start, length)
 
+    def is_there(self, path: str) -> bool:
+        """See Store; a disk that is gone often leaves an empty folder."""
+        try:
+            return _holds_any(path)
+        except NotADirectoryError:
+            return True
+        except OSError:
+            return False
+
+    def reaches(self, path: str) -> bool:
+        """See Store. A disk that is gone leaves an empty folder, a link that leads nowhere, or nothing."""
+        folder, below = os.path.dirname(os.path.abspath(path)), ""  # noqa: PTH100, PTH120 (text, as all paths)
+        while folder != below:
+            try:
+                # Disks that mount themselves take their folder along.
+                return _holds_any(folder) and not (below and _OF_DISKS.fullmatch(folder))
+            except (FileNotFoundError, NotADirectoryError):
+                if os.path.islink(folder):  # noqa: PTH114
+                    return False
+            except PermissionError:  # what it holds is not for us to know, files in it may be
+                return os.path.exists(folder)  # noqa: PTH110
+            except OSError:
+                return False
+            folder, below = os.path.dirname(folder), folder  # noqa: PTH120
+        return False
+
     def _leaves(self, path: str) -> bool:
         if self._root is None:
             return False
@@ -189,6 +226,11 @@ class LocalStore:
         if not stat.S_ISREG(status.st_mode):
             return Entry(entry.name, False, problem="not a regular file")
         return Entry(entry.name, False, status.st_size, str(status.st_mtime_ns))
+
+
+def _holds_any(folder: str) -> bool:
+    with os.scandir(folder) as found:
+        return next(found, None) is not None
 
 
 def _check_version(blob: Blob, version: str) -> None:

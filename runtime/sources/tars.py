@@ -123,6 +123,10 @@ class TarSource(SourceBase):
             raise ImageError(f"the tar file ends after {len(data)} of the image's {item.size} bytes")
         return data
 
+    def is_there(self, item: SourceItem) -> bool:
+        """See Source; it is about the item's tar file."""
+        return self._store.is_there(join(self._root, item.place.rpartition("#")[0]))
+
     def _shard(self, name: str, seen: Seen) -> Iterator[Listed]:
         shown = printable(join(self._root, name))
         prefix = safe_id(name[:-4])

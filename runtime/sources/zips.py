@@ -85,6 +85,10 @@ class ZipSource(SourceBase):
             raise ImageError("its CRC is wrong: the zip file is damaged, or changed since it was listed")
         return data
 
+    def is_there(self, item: SourceItem) -> bool:
+        """See Source."""
+        return self._store.is_there(self._path)
+
 
 def _item(member: ZipMember) -> SourceItem:
     place = f"{member.header}:{member.compressed}:{member.method}"

@@ -38,6 +38,9 @@ class Photographs:
     description: str = "photographs of a test"
     read_now: Callable[[], None] = lambda: None
 
+    def is_there(self, item: SourceItem) -> bool:
+        return True
+
     def read(self, item: SourceItem) -> bytes:
         index = int(item.place)
         self.read_now()

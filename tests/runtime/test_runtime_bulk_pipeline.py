@@ -25,6 +25,7 @@ from multisa.runtime.bulk.stages import Failure, Sizes
 from multisa.runtime.bulk.under_way import DoneShard
 from multisa.runtime.errors import MultisaError
 from multisa.runtime.manifest import Manifest
+from multisa.runtime.sources.contract import SourceItem
 
 
 def test_the_same_for_any_widths(tmp_path: Path, manifest: Manifest) -> None:
@@ -179,7 +180,7 @@ def test_a_source_that_is_gone_ends_the_run(tmp_path: Path, manifest: Manifest) 
     class Disk(Photographs):
         here = True
 
-        def is_there(self) -> bool:
+        def is_there(self, item: SourceItem) -> bool:
             return self.here
 
     disk, watcher = Disk(unreadable=frozenset({3, *range(10, 1000)})), Watcher()

@@ -10,6 +10,7 @@ import uuid
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import boto3
@@ -145,6 +146,7 @@ def test_an_archive_that_has_changed_in_a_bucket(bucket: Bucket) -> None:
     bucket.put("t.tar", tar_of({"1.jpg": b"uno"}))
     with pytest.raises(ImageError, match=r"^changed since it was listed"):
         source.read(item)
+    assert source.is_there(item)
 
 
 def test_a_folder_of_several_pages(photos: Bucket) -> None:
@@ -176,6 +178,32 @@ def test_a_flat_folder_of_many_takes_the_memory_of_its_names() -> None:
     finally:
         tracemalloc.stop()
     assert entries["00000007.jpg"].version == f"{7:032x}"
+
+
+def test_keys_that_are_valid_no_more(photos: Bucket, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"s3://{photos.name}/photos"
+    photos.put("photos.tar", tar_of({"1.jpg": b"one"}))
+    (tmp_path / "here.txt").write_text(f"{url}/a.jpg\n{url}/never.jpg\n")
+    specs = (url, f"{url}/a.jpg", f"{url}.tar", str(tmp_path / "here.txt"))
+    sources = [open_source(spec, storage_options=photos.options) for spec in specs]
+    items = [next(entry for entry in s.listing() if isinstance(entry, SourceItem)) for s in sources]
+    for source, item in zip(sources, items, strict=True):
+        assert source.read(item) and source.is_there(item)
+    never = replace(items[-1], place=f"{url}/never.jpg")
+    with pytest.raises(ImageError, match="No such file"):
+        sources[-1].read(never)
+    assert sources[-1].is_there(never)
+    monkeypatch.setattr("multisa.runtime.sources.remote._REMEMBERED", 0.0)
+
+    async def expired(*_: object, **__: object) -> None:
+        raise PermissionError("The provided token has expired.")
+
+    monkeypatch.setattr("s3fs.S3FileSystem._call_s3", expired)
+    fresh = open_source(str(tmp_path / "here.txt"), storage_options=photos.options)
+    for source, item in zip([*sources, fresh], [*items, items[-1]], strict=True):
+        with pytest.raises(ImageError, match="Permission denied"):
+            source.read(item)
+        assert not source.is_there(item)
 
 
 def test_archives_of_a_bucket(bucket: Bucket) -> None:
