@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from multisa.runtime.bulk.config import Config, differences, read_config, write_config
 from multisa.runtime.bulk.failures import NAMED, name_some
 from multisa.runtime.bulk.finish import finished_files
-from multisa.runtime.bulk.folder import INVENTORY, check_empty, remove_results
+from multisa.runtime.bulk.folder import INVENTORY, check_empty, place_check, remove_results
 from multisa.runtime.bulk.inventory import Inventory, Labels, freeze
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.options import RunOptions
@@ -15,6 +15,7 @@ from multisa.runtime.image_labels import ImageLabels
 from multisa.runtime.progress import counted, say
 from multisa.runtime.sinks.choice import sink_folder
 from multisa.runtime.sources.contract import SourceItem
+from multisa.runtime.sources.lists import ListSource
 
 _ALTERNATIVES = "begin anew (--overwrite), or choose another folder"
 
@@ -58,9 +59,12 @@ def _freeze(job: Job, options: RunOptions, labels: ImageLabels | None, foregroun
             matcher = labels.matcher(item.id for item in images)
     without: list[str] = []  # the first of them
     n_without = 0
+    check_place = place_check(job.source, job.out, map(sink_folder, job.sinks))
 
     def labels_of(item: SourceItem) -> Labels | None:
         nonlocal n_without
+        if is_list:
+            check_place(item.place)
         found = matcher.find(item.id) if matcher else None
         if found is None and item.labels is not None:
             found = _checked(item, item.labels, foreground)
@@ -71,6 +75,7 @@ def _freeze(job: Job, options: RunOptions, labels: ImageLabels | None, foregroun
         return found
 
     with job.open_source(foreground) as source:
+        is_list = isinstance(source, ListSource)
         freeze(job.out / INVENTORY, source.listing(), labels_of)
     with Inventory(job.out / INVENTORY) as inventory:
         if inventory.passed_over:

@@ -4,18 +4,22 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from multisa.runtime.bulk.shards import FILES, PARTS, PRIVATE, below, leads_elsewhere, listed_files
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
 from multisa.runtime.images import EXTENSIONS
+from multisa.runtime.sources.folders import Pattern
+from multisa.runtime.sources.remote import protocol_of
 
 INVENTORY = f"{PRIVATE}/inventory.sqlite"
 CONFIG = f"{PRIVATE}/config.json"
@@ -23,6 +27,9 @@ JOURNAL = f"{PRIVATE}/journal.jsonl"
 RUN = f"{PRIVATE}/run.json"
 LOCK = f"{PRIVATE}/lock"
 REPORT_PAGE, REPORT_FOLDER = "report.html", "report"
+
+_WILD = re.compile(r"[*?[{]")  # where a pattern, or a range of tar files, ends being a plain path
+_FOLDERS_KNOWN = 4096  # of a list's images
 
 _ROOM, _WRITABLE = "make room", "see to it that the folder can be written, or choose another one"
 _REMEDIES = {
@@ -83,16 +90,21 @@ def check_places(source: str, out: Path, folders: Iterable[str]) -> None:
     """Refuse an OUT whose results could replace the images or be taken for some. Raises UsageError.
 
     folders: names of those below OUT that the run writes into. Links are followed, and folders are compared
-    by identity, as a file system may take upper and lower case for the same.
+    by identity, as a file system may take upper and lower case for the same. Of a pattern the folder that it
+    begins in is looked at, and which of those below it can reach.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file, expected a folder for the results")
-    local = Path(source)
-    if "://" in source or not local.exists():
+    spec = _local_path(source)
+    if spec is None:
         return
-    folders = tuple(folders)
-    results = [out / folder for folder in (*folders, PRIVATE, REPORT_FOLDER)]
-    if local.is_dir():
+    local, text = _plain_and_pattern(spec)
+    if not local.exists():
+        return
+    results = _result_folders(out, folders)
+    if text:
+        _check_pattern(source, local, text, results)
+    elif local.is_dir():
         for folder in (out, *results):
             if _is_within(folder, local):
                 raise UsageError(
@@ -101,19 +113,80 @@ def check_places(source: str, out: Path, folders: Iterable[str]) -> None:
                 )
     for folder in results:
         if _is_within(local, folder) or _is_within(local.absolute().parent, folder):
-            raise UsageError(
-                f"{source}: lies inside {folder}, where the results would replace the images: "
-                "choose another folder for the results"
-            )
-    if local.suffix.lower() not in EXTENSIONS or not local.is_file():
+            raise _would_replace(source, folder)
+    if text or local.suffix.lower() not in EXTENSIONS or not local.is_file():
         return
     for holder in {local.absolute().parent, local.resolve().parent}:
         # A folder below it is taken, though: `photo.jpg -o out` is what everyone writes.
         if any(_is_same(folder.resolve().parent, holder) for folder in results):
+            raise _would_lie_beside(out, source)
+
+
+def place_check(source: str, out: Path, folders: Iterable[str]) -> Callable[[str], None]:
+    """What refuses the place of an image in the local list `source` as `check_places` does one image."""
+    spec = _local_path(source)
+    results = _result_folders(out, folders)
+
+    @lru_cache(maxsize=_FOLDERS_KNOWN)
+    def check_folder(path: str) -> None:
+        for folder in results:
+            if _is_within(Path(path), folder):
+                raise _would_replace(f"{source}: {path}", folder)
+
+    def check(place: str) -> None:
+        if spec is not None and not protocol_of(place):
+            check_folder(os.path.dirname(os.path.join(os.path.dirname(spec), place)))  # noqa: PTH118, PTH120
+
+    return check
+
+
+def _check_pattern(source: str, root: Path, text: str, results: Iterable[Path]) -> None:
+    """`check_places` for the pattern `text` of paths below `root`."""
+    pattern, top = Pattern(text), root.resolve()
+    for folder in results:
+        path = folder.resolve()
+        if path.is_relative_to(top) and path != top and pattern.may_hold(path.relative_to(top).as_posix()):
             raise UsageError(
-                f"{out}: the results would lie beside the image {source}, where masks would be taken for "
-                "images: choose another folder, or one below this"
+                f"{folder}: lies inside what {source} takes, where masks would be taken for images: choose "
+                "a folder outside it"
             )
+        if "/" not in text and _is_same(path.parent, top):
+            raise _would_lie_beside(folder.parent, source)
+
+
+def _local_path(source: str) -> str | None:
+    """The path that a source is or begins with; None for a URL of elsewhere."""
+    protocol = protocol_of(source)
+    if protocol in ("file", "local"):
+        return source.partition("://")[2]
+    return None if protocol else source
+
+
+def _plain_and_pattern(spec: str) -> tuple[Path, str]:
+    """A path that is there, and ""; of a pattern the folder before what is no plain name, and the rest."""
+    wild = None if os.path.lexists(spec) else _WILD.search(spec)
+    if not wild:
+        return Path(spec), ""
+    slash = spec.rfind("/", 0, wild.start()) + 1
+    return Path(spec[:slash] or "."), spec[slash:]
+
+
+def _result_folders(out: Path, folders: Iterable[str]) -> list[Path]:
+    return [out / folder for folder in (*folders, PRIVATE, REPORT_FOLDER)]
+
+
+def _would_replace(source: str, folder: Path) -> UsageError:
+    return UsageError(
+        f"{source}: lies inside {folder}, where the results would replace the images: choose another folder "
+        "for the results"
+    )
+
+
+def _would_lie_beside(out: Path, source: str) -> UsageError:
+    return UsageError(
+        f"{out}: the results would lie beside the image {source}, where masks would be taken for images: "
+        "choose another folder, or one below this"
+    )
 
 
 def check_empty(out: Path, folders: Iterable[str], files: Iterable[str]) -> None:

@@ -1,11 +1,13 @@
 """Runs whose results could replace a photograph, or be taken for one, are refused before they write."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from bulk_runs import run_label, run_segment
 
+from multisa.runtime.bulk.folder import check_places
 from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, UsageError
@@ -92,6 +94,57 @@ def test_images_reached_through_links_are_kept(photos: Path, bundle: Bundle, tmp
 def test_images_beside_the_results_are_taken(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     assert run_segment(photos, tmp_path, bundle).failures == 1
     assert (tmp_path / "masks/deep/c.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "out", "said"),
+    [
+        ("photos/**/*.png", "photos/out", "lies inside what"),
+        ("photos/**/*.png", "photos", "lies inside what"),
+        ("photos/*/*.png", "photos", "lies inside what"),
+        ("photos/[!x]*/masks/*.png", "photos/out", "lies inside what"),
+        ("photos/*.png", "photos", "would lie beside the image"),
+        ("**/*.png", "out", "lies inside what"),
+        ("out/masks/*.png", "out", "would replace the images"),
+        ("out/masks/de*/*.png", "out", "would replace the images"),
+        ("out/shards/{0..3}.tar", "out", "would replace the images"),
+        ("file://photos", "photos/out", "lies inside the images' folder"),
+        ("FILE://photos/**/*.png", "photos/out", "lies inside what"),
+        ("photos/*.png", "photos/out", ""),
+        ("*/*.png", "out", ""),
+        ("photos/deep/**/*.png", "photos/out", ""),
+        ("nowhere/**/*.png", "nowhere/out", ""),  # of which the source has more to say
+        ("s3://bucket/**/*.png", "bucket", ""),
+        ("x[1]", "x[1]/out", "lies inside the images' folder"),  # a folder of that very name
+    ],
+)
+def test_patterns_that_reach_the_results(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, out: str, said: str
+) -> None:
+    assert photos == tmp_path / "photos"
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/masks/deep", "out/shards", "x[1]"):
+        Path(folder).mkdir(parents=True)
+    with pytest.raises(UsageError, match=said) if said else nullcontext():
+        check_places(pattern, Path(out), ["masks", "shards"])
+
+
+@pytest.mark.parametrize("name", ["out/masks/b.png", "photos/../out/masks/deep/d.png", "linked/b.png"])
+def test_lists_of_images_inside_the_results_are_refused(
+    photos: Path, bundle: Bundle, tmp_path: Path, name: str
+) -> None:
+    out, images = tmp_path / "out", tmp_path / "images.txt"
+    out.mkdir()
+    photos.rename(out / "masks")
+    photos.mkdir()
+    (tmp_path / "linked").symlink_to(out / "masks", target_is_directory=True)
+    before = contents(out)
+    images.write_text(f"{name}\n")
+    with pytest.raises(UsageError, match=r"lies inside .*out/masks, where the results would replace"):
+        run_segment(images, out, bundle, overwrite=True)
+    after = {path: data for path, data in contents(out).items() if ".multisa" not in path.parts}
+    assert after == before
+    assert run_segment(images, tmp_path / "other", bundle).failures == 0
 
 
 def test_output_that_is_a_file(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
