@@ -2,13 +2,17 @@
 
 import json
 import platform
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from multisa.kernels.native import native
 from multisa.runtime.bulk.folder import CONFIG
 from multisa.runtime.bulk.job import Job
-from multisa.runtime.engines.choice import Choice
+from multisa.runtime.engines.choice import ENGINES, Choice
+from multisa.runtime.engines.contract import DetailedEngine
+from multisa.runtime.engines.gpus import probe_gpus
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import flush_folder, write_json_atomically
 from multisa.runtime.png import png_encoder
@@ -20,6 +24,7 @@ _FORMAT = 1  # of everything below OUT/.multisa
 _PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow", "simplejpeg")
 # Of engines that are more than ONNX Runtime.
 _ENGINE_PACKAGES = {"tensorrt": ("tensorrt", "pycuda"), "tensorrt-rtx": ("tensorrt-rtx", "pycuda")}
+_SINK_PACKAGES = {"parquet": ("pyarrow",)}
 
 
 def run_config(
@@ -38,21 +43,36 @@ def run_config(
         # Which images an engine gets together may change the last bit of a sum.
         "batch": job.sizes.batch,
         "look-ahead": job.sizes.look_ahead if job.sizes.batch > 1 else None,
+        **_versions(package for sink in job.sinks for package in _SINK_PACKAGES.get(sink, ())),
         **identity,
     }
 
 
 def identity(engines: Iterable[Choice]) -> Config:
-    """Engines and versions of a process that does shards."""
-    values: dict[str, Any] = {"machine": platform.machine(), "masks are encoded by": png_encoder()}
+    """Engines, instructions and versions of a process that does shards."""
+    values: dict[str, Any] = {
+        "machine": platform.machine(),
+        # Sums are added up in another order by each.
+        "instructions of the kernels": native.instruction_set(),
+        "masks are encoded by": png_encoder(),
+        "version of zlib": zlib.ZLIB_RUNTIME_VERSION,
+    }
     names = []
     for choice in engines:
-        names.append(choice.engine.name)
-        values[f"engine of {choice.graph}"] = f"{choice.engine.name}, {choice.precision}"
+        engine = choice.engine
+        names.append(engine.name)
+        values[f"engine of {choice.graph}"] = f"{engine.name}, {choice.precision}"
+        if isinstance(engine, DetailedEngine):
+            values[f"plan of {choice.graph}"] = engine.detail.get("plan_sha256")
+    if any(name in ENGINES and ENGINES[name].needs_gpu for name in names):
+        values["architecture of the GPU"] = ", ".join(gpu.target for gpu in probe_gpus().gpus[:1])
     packages = [*_PACKAGES, *(package for name in names for package in _ENGINE_PACKAGES.get(name, ()))]
-    for package, version in installed_versions(dict.fromkeys(packages)).items():
-        values[f"version of {package}"] = version
-    return values
+    return values | _versions(packages)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, Any]:
+    found = installed_versions(dict.fromkeys(packages))
+    return {f"version of {package}": version for package, version in found.items()}
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:

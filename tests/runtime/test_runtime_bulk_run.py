@@ -5,18 +5,25 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 
+from multisa.kernels.native import native
+from multisa.runtime.bulk import config
 from multisa.runtime.bulk import folder as folder_module
 from multisa.runtime.bulk.folder import CONFIG, JOURNAL, LOCK
 from multisa.runtime.bulk.shards import PARTS
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
+from multisa.runtime.engines.choice import Choice
+from multisa.runtime.engines.contract import Engine
+from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.errors import MultisaError, UsageError
 
 SINKS = ("masks", "tar", "coco", "datumaro")
@@ -65,6 +72,32 @@ def test_another_bundle_other_labels_another_command(
     labels.write_text("image,labels\na.jpg,red thing\n")
     with pytest.raises(UsageError, match="labels: got "):
         run_label(photos, out, bundle, labels=labels)
+
+
+def test_what_runs_the_graphs_and_writes_the_files_is_told(
+    photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sinks, out = ("masks", "parquet"), tmp_path / "out"
+    run_segment(photos, out, bundle, sinks=sinks)
+    settings = json.loads((out / CONFIG).read_bytes())
+    assert settings["instructions of the kernels"] == native.instruction_set()
+    assert settings["version of zlib"] == zlib.ZLIB_RUNTIME_VERSION
+    assert settings["version of pyarrow"] == metadata.version("pyarrow")
+    monkeypatch.setattr(zlib, "ZLIB_RUNTIME_VERSION", "0.1")
+    with pytest.raises(UsageError, match=r"version of zlib: got 0\.1, the run there has \d"):
+        run_segment(photos, out, bundle, sinks=sinks)
+
+
+def test_plans_and_gpus_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Planned:
+        name = "tensorrt"
+        detail: ClassVar = {"plan_sha256": "ab12"}
+
+    monkeypatch.setattr(config, "probe_gpus", lambda: GpuProbe("13.2", (Gpu("some GPU", "sm89"),)))
+    found = config.identity([Choice("cam", cast("Engine", Planned()), "fp16", "asked for")])
+    assert found["engine of cam"] == "tensorrt, fp16"
+    assert (found["plan of cam"], found["architecture of the GPU"]) == ("ab12", "sm89")
+    assert "version of pyarrow" not in found
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000])
