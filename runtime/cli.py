@@ -78,7 +78,7 @@ def root(traceback: bool) -> None:
     \b
     Example:
       multisa demo
-      multisa label photos -o out --labels labels.csv --gallery
+      multisa label photos -o out --labels labels.csv
     """
 
 

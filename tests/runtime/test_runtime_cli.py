@@ -1,11 +1,13 @@
 """The command line: output, exit codes, one-line errors, and what it does not import."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -74,6 +76,17 @@ def test_errors_are_one_line(tmp_path: Path, photos: Path) -> None:
 )
 def test_usage_errors(arguments: list[str]) -> None:
     assert run_cli(*arguments).exit_code == 2
+
+
+def test_the_examples_in_the_help_have_only_options_that_there_are() -> None:
+    texts = [root.help, *(root.get_command(click.Context(root), name).help for name in COMMANDS)]
+    examples = [
+        line.split()[1:] for text in texts for line in re.findall(r"^ *multisa .+$", text or "", re.M)
+    ]
+    assert len(examples) > len(COMMANDS)
+    for name, *arguments in examples:
+        options = {o for param in root.get_command(click.Context(root), name).params for o in param.opts}
+        assert not {word for word in arguments if word.startswith("-")} - options, (name, arguments)
 
 
 def test_a_bundle_that_is_not_there_is_a_usage_error(tmp_path: Path, photos: Path) -> None:
