@@ -60,7 +60,7 @@ def figures_from_run(run: Mapping[str, Any]) -> RunFigures:
         seconds=float(run.get("seconds", 0.0)),
         stages=stages,
         kept=int(run.get("kept", 0)),
-        passed_over=len(run.get("skipped", ())),
+        passed_over=int(run.get("passed_over", 0)),
         cores=int(run.get("cores", 0)),
     )
 

@@ -28,7 +28,7 @@ RUN = {
     "seconds": 2.0,
     "images_per_second": 1.5,
     "workers": 1,
-    "skipped": ["x.txt"],
+    "passed_over": 1_234,
     "stage_seconds": {"cam": 1.9, "decode": 0.1},
     "bundle": {"name": "tiny", "sha256": "0" * 64},
     "engines": {"cam": {"engine": "onnxruntime-cpu", "precision": "fp32", "reason": "<no GPU>"}},
