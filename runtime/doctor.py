@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.errors import BundleError, EngineUnavailable, MultisaError
 from multisa.runtime.versions import installed_versions
 
@@ -125,9 +126,8 @@ def _processor() -> Finding:
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     features = [flag for flag in (flags[1].split() if flags else ()) if FEATURES.fullmatch(flag)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = model[1] if model else platform.processor() or "unknown processor"
-    where = f"{name}, {platform.machine()}, {cores} cores to use of {os.cpu_count()}, {sys.platform}"
+    where = f"{name}, {platform.machine()}, {usable_cpus()} cores to use of {os.cpu_count()}, {sys.platform}"
     return Finding("processor", True, f"{where}; {' '.join(sorted(set(features))) or 'features unknown'}")
 
 

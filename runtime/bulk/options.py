@@ -1,9 +1,9 @@
 """How a run is done."""
 
-import os
 from dataclasses import dataclass, field
 
 from multisa.runtime.bulk.stages import Sizes
+from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.errors import UsageError
 from multisa.runtime.images import MAX_PIXELS
 
@@ -16,7 +16,7 @@ REMOTE_READERS = 16  # threads: a disk answers at once, a bucket takes its time
 class RunOptions:
     """Only shard_size, batch, max_pixels and sinks decide what is written."""
 
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=usable_cpus)
     readers: int | None = None  # None: by where the source is
     batch: int = 1
     shard_size: int = SHARD_SIZE

@@ -157,6 +157,7 @@ def test_what_the_page_says(tmp_path: Path, manifest: Manifest) -> None:
             "95%",
             "cut at byte …",
             "25 images",
+            "1,234",
             "and 5 more",
             "the photograph cannot be read",
         ),
