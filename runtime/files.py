@@ -1,5 +1,6 @@
 """Writing files so that a reader sees the old bytes or the new ones; reading what arguments name."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multisa.runtime.errors import EngineUnavailable, UsageError
+from multisa.runtime.errors import EngineUnavailable, MultisaError, UsageError
+
+# What CIFS and some FUSE file systems answer who flushes a folder, and others who may not read it.
+_NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
@@ -61,12 +66,19 @@ def sha256_of_file(path: Path) -> str:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the disk keep the names in `folder`: without it a rename may not survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Have the disk keep the names in `folder`: without it a rename may not survive a loss of power.
+
+    Where the file system flushes no folders, or this one may not be read, nothing is done.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
 
 
 @contextmanager
@@ -74,22 +86,36 @@ def lock_file(path: Path, say_waiting: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of `path`, which is made; the system lets go of it when a process ends, however.
 
     The file is not removed: who waits for a lock file that is gone holds a lock that nobody else sees.
-    `say_waiting` is called before a wait for another process. Raises EngineUnavailable on systems without
-    such locks.
+    `say_waiting` is called before a wait for another process. Raises as `lock_open_file` does.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            lock_open_file(descriptor, path)
+        except BlockingIOError:
+            say_waiting()
+            lock_open_file(descriptor, path, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock_open_file(descriptor: int, path: Path, *, wait: bool = False) -> None:
+    """Lock the file `path`, open as `descriptor`, until that is closed.
+
+    Raises BlockingIOError where another process has the lock, unless it is to `wait`; EngineUnavailable on
+    systems without such locks, MultisaError on file systems without them.
     """
     try:
         import fcntl
     except ImportError as error:
-        raise EngineUnavailable(
-            "plans are built where files can be locked (Linux, macOS); use ONNX Runtime here"
-        ) from error
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        raise EngineUnavailable("expected a system where files can be locked (Linux, macOS)") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say_waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise MultisaError(
+            f"{path}: cannot be locked ({error.strerror}), and without a lock two processes could write to "
+            "the same files: choose a folder on a file system with locks, or have this one mounted with them"
+        ) from error

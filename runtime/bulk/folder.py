@@ -1,7 +1,6 @@
 """The folder of a run: who may write to it, and what is in it."""
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from multisa.runtime.bulk.shards import FILES, PARTS, PRIVATE, below, leads_elsewhere, listed_files
 from multisa.runtime.errors import MultisaError, UsageError
-from multisa.runtime.files import flush_folder
+from multisa.runtime.files import flush_folder, lock_open_file
 from multisa.runtime.images import EXTENSIONS
 from multisa.runtime.sources.folders import Pattern
 from multisa.runtime.sources.remote import protocol_of
@@ -47,14 +46,14 @@ _REMEDIES = {
 def run_lock(out: Path) -> Iterator[None]:
     """Hold OUT for this run; the system lets go of it when the process ends, however.
 
-    Raises UsageError when another run holds it.
+    Raises UsageError when another run holds it, MultisaError where the file system has no locks.
     """
     path = out / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_open_file(descriptor, path)
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             raise UsageError(

@@ -1,8 +1,10 @@
 """Which run a folder holds: other settings, other images, files of others, and the way back from each."""
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 import zlib
@@ -25,6 +27,7 @@ from multisa.runtime.engines.choice import Choice
 from multisa.runtime.engines.contract import Engine
 from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.files import flush_folder
 
 SINKS = ("masks", "tar", "coco", "datumaro")
 
@@ -241,6 +244,43 @@ def test_another_run_in_the_same_folder_is_refused(photos: Path, bundle: Bundle,
     run_segment(photos, out, bundle)  # a lock ends with its process, however that ends
     with (out / LOCK).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks(
+    photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(MultisaError, match=r"out/\.multisa/lock: cannot be locked \(.*choose a folder on"):
+        run_segment(photos, tmp_path / "out", bundle)
+
+
+def test_a_disk_that_flushes_no_folders(
+    photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network disks do not; and where the folder that OUT is in may not be read."""
+    open_, fsync, parent = os.open, os.fsync, tmp_path / "shared"
+    parent.mkdir()
+
+    def refuse_parent(path: str | Path, *arguments: Any, **names: Any) -> int:
+        if Path(path) == parent:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_(path, *arguments, **names)
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "open", refuse_parent)
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    assert run_segment(photos, parent / "out", bundle).done == 5
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.close(-1))
+    with pytest.raises(OSError, match="Bad file descriptor"):  # nothing else is passed over
+        flush_folder(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
