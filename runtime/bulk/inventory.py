@@ -10,13 +10,24 @@ import itertools
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from multisa.runtime.bulk.changes import (
+    ANOTHER_ORDER,
+    DIFFERENCES,
+    beside_frozen,
+    described,
+    digest_of,
+    digested,
+    is_same_order,
+    labels_text,
+    listing_digest,
+)
 from multisa.runtime.bulk.names import name_results
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
@@ -27,7 +38,7 @@ Item = TypeVar("Item")
 
 _SCHEMA = """
 CREATE TABLE items (i INTEGER PRIMARY KEY, id TEXT NOT NULL, place TEXT NOT NULL, size INTEGER NOT NULL,
-                    version TEXT NOT NULL, labels TEXT, name TEXT NOT NULL);
+                    version TEXT NOT NULL, labels TEXT, name TEXT NOT NULL, listed TEXT);
 CREATE TABLE passed_over (id TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE TABLE retries (shard INTEGER NOT NULL, i INTEGER NOT NULL, PRIMARY KEY (shard, i)) WITHOUT ROWID;
 CREATE INDEX retries_of_image ON retries (i, shard);
@@ -35,15 +46,7 @@ CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 _WORK = "i, id, place, size, version, labels, name"
 _MOVED_ON = "EXISTS (SELECT 1 FROM retries AS later WHERE later.i = items.i AND later.shard > ?)"
-_DIFFERENCES = {
-    "added": "SELECT id FROM now WHERE id NOT IN (SELECT id FROM frozen.items)",
-    "removed": "SELECT id FROM frozen.items WHERE id NOT IN (SELECT id FROM now)",
-    "changed": "SELECT a.id FROM now a JOIN frozen.items b ON a.id = b.id "
-    "WHERE a.size != b.size OR a.version != b.version",
-}
 _ROWS_AT_ONCE = 10_000
-_ANOTHER_ORDER = "another order, or other labels"
-_NAMED = 3  # differences that a message names
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,6 @@ class Inventory:
             self._rows.executemany("INSERT INTO retries VALUES (?, ?)", rows)
         return len(groups)
 
-    def names(self) -> Iterator[str]:
-        """Names of all results, in the order of the images."""
-        for (name,) in self._rows.execute("SELECT name FROM items ORDER BY i"):
-            yield name
-
     def work(self, index: int) -> Work:
         """One image."""
         return _work(self._rows.execute(f"SELECT {_WORK} FROM items WHERE i = ?", (index,)).fetchone())
@@ -149,32 +147,35 @@ class Inventory:
 
         listing: lists the source; called a second time where the first was another.
         """
-        if _listing_digest(listing()) == self._digest:
+        if listing_digest(listing()) == self._digest:
             return ""
-        with _scratch(self._path, listing()) as scratch:
-            said = [_described(scratch, word, query) for word, query in _DIFFERENCES.items()]
-        return "; ".join(filter(None, said)) or _ANOTHER_ORDER
+        with beside_frozen(self._path, listing()) as scratch:
+            said = [described(scratch, word, query) for word, query in DIFFERENCES.items()]
+        return "; ".join(filter(None, said)) or ANOTHER_ORDER
 
     def take_changes(self, listing: Callable[[], Iterable[Listed]], indices: Iterable[int]) -> str:
-        """Take over how the images `indices` are now, where no other has changed; else say what has."""
-        query = "SELECT id, size, version FROM items WHERE i = ?"
-        was = [self._rows.execute(query, (i,)).fetchone() for i in indices]
-        with _scratch(self._path, listing()) as scratch:
+        """Take over how the images `indices` are now, where no other has changed; else say what has.
+
+        They may be gone, too; order and labels are to be those of then.
+        """
+        query = "SELECT id FROM items WHERE i = ?"
+        mine = [self._rows.execute(query, (i,)).fetchone() for i in indices]
+        with beside_frozen(self._path, listing()) as scratch:
             scratch.execute("CREATE TABLE mine (id TEXT PRIMARY KEY)")
-            scratch.executemany("INSERT INTO mine VALUES (?)", ((id_,) for id_, _, _ in was))
+            scratch.executemany("INSERT INTO mine VALUES (?)", mine)
             others = {
                 word: f"SELECT id FROM ({query}) WHERE id NOT IN (SELECT id FROM mine)"
-                for word, query in _DIFFERENCES.items()
+                for word, query in DIFFERENCES.items()
             }
-            said = [_described(scratch, word, query) for word, query in others.items()]
+            said = [described(scratch, word, query) for word, query in others.items()]
             if any(said):
                 return "; ".join(filter(None, said))
+            if not is_same_order(scratch):
+                return ANOTHER_ORDER
             query = "SELECT place, size, version, id FROM now WHERE id IN (SELECT id FROM mine)"
             changed = scratch.execute(query).fetchall()
-        then = {id_: (size, version) for id_, size, version in was}
-        if len(changed) == len(was) and _listing_digest(listing(), then) != self._digest:
-            return _ANOTHER_ORDER
-        digest = _listing_digest(listing())
+            rows = scratch.execute("SELECT id, size, version, listed FROM now ORDER BY i")
+            digest = digest_of(itertools.starmap(digested, rows))
         with self._rows:
             self._rows.executemany("UPDATE items SET place = ?, size = ?, version = ? WHERE id = ?", changed)
             self._rows.execute("UPDATE facts SET value = ? WHERE key = 'digest'", (digest,))
@@ -215,7 +216,7 @@ def _fill(
     rows.execute("CREATE TEMP TABLE folders (fold TEXT PRIMARY KEY) WITHOUT ROWID")
     last_folder = ""
     for some in _in_groups(listing, _ROWS_AT_ONCE):
-        items: list[tuple[int, str, str, int, str, str | None, str]] = []
+        items: list[tuple[int, str, str, int, str, str | None, str, str | None]] = []
         folders: set[str] = set()
         for entry in some:
             if isinstance(entry, OtherFiles):
@@ -223,44 +224,20 @@ def _fill(
             elif isinstance(entry, PassedOver):
                 rows.execute("INSERT INTO passed_over VALUES (?, ?)", (entry.id, entry.reason))
             else:
-                digest.update(_digested(entry))
-                labels = _labels_text(labels_of(entry))
+                listed = labels_text(entry.labels)
+                digest.update(digested(entry.id, entry.size, entry.version, listed))
+                labels = labels_text(labels_of(entry))
                 folder, name = _folder_and_name(entry.id)
-                items.append((images, entry.id, entry.place, entry.size, entry.version, labels, name))
+                items.append((images, entry.id, entry.place, entry.size, entry.version, labels, name, listed))
                 images += 1
                 if folder != last_folder:
                     last_folder = folder
                     folders.update(parent.casefold() for parent in _with_parents(folder))
-        rows.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?)", items)
-        folds = [(item[0], item[-1].casefold()) for item in items]
+        rows.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?)", items)
+        folds = [(item[0], item[6].casefold()) for item in items]
         rows.executemany("INSERT INTO folds VALUES (?, ?, 0)", folds)
         rows.executemany("INSERT OR IGNORE INTO folders VALUES (?)", [(folder,) for folder in folders])
     return images, others, digest.hexdigest()
-
-
-@contextmanager
-def _scratch(frozen: Path, listing: Iterable[Listed]) -> Iterator[sqlite3.Connection]:
-    """A database of a listing, `now`, beside the frozen one; on the disk, and gone when it is closed."""
-    with closing(sqlite3.connect("")) as scratch:
-        scratch.execute("CREATE TABLE now (id TEXT PRIMARY KEY, place TEXT, size INTEGER, version TEXT)")
-        items = (item for item in listing if isinstance(item, SourceItem))
-        rows = ((item.id, item.place, item.size, item.version) for item in items)
-        scratch.executemany("INSERT OR IGNORE INTO now VALUES (?, ?, ?, ?)", rows)
-        scratch.commit()
-        scratch.execute("ATTACH ? AS frozen", (str(frozen),))
-        yield scratch
-
-
-def _listing_digest(listing: Iterable[Listed], then: Mapping[str, tuple[int, str]] | None = None) -> str:
-    """Of a listing; then: sizes and versions of images, by id, to be put in place of those listed."""
-    digest = hashlib.sha256()
-    for item in listing:
-        if isinstance(item, SourceItem):
-            if then and item.id in then:
-                size, version = then[item.id]
-                item = replace(item, size=size, version=version)
-            digest.update(_digested(item))
-    return digest.hexdigest()
 
 
 def _folder_and_name(id_: str) -> tuple[str, str]:
@@ -276,26 +253,10 @@ def _with_parents(folder: str) -> Iterator[str]:
         folder = folder.rpartition("/")[0]
 
 
-def _described(scratch: sqlite3.Connection, word: str, query: str) -> str:
-    count = scratch.execute(f"SELECT COUNT(*) FROM ({query})").fetchone()[0]
-    some = [row[0] for row in scratch.execute(f"{query} LIMIT {_NAMED}")]
-    return f"{count} {word} ({', '.join(some)}{', ...' if count > _NAMED else ''})" if count else ""
-
-
 def _work(row: tuple[int, str, str, int, str, str | None, str]) -> Work:
     index, id_, place, size, version, labels, name = row
     given = None if labels is None else tuple(json.loads(labels))
     return Work(index, SourceItem(id_, place, size, version), name, given)
-
-
-def _labels_text(labels: Sequence[str] | None) -> str | None:
-    return None if labels is None else json.dumps(list(labels), ensure_ascii=False)
-
-
-def _digested(item: SourceItem) -> bytes:
-    # No field holds a NUL, so these bytes stand for one item only.
-    fields = (item.id, str(item.size), item.version, _labels_text(item.labels) or "", "")
-    return "\0".join(fields).encode()
 
 
 def _in_groups(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
