@@ -28,7 +28,7 @@ from multisa.runtime.bulk.changes import (
     labels_text,
     listing_digest,
 )
-from multisa.runtime.bulk.names import name_results
+from multisa.runtime.bulk.names import folded, name_results
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
 from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
@@ -232,9 +232,9 @@ def _fill(
                 images += 1
                 if folder != last_folder:
                     last_folder = folder
-                    folders.update(parent.casefold() for parent in _with_parents(folder))
+                    folders.update(folded(parent) for parent in _with_parents(folder))
         rows.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?)", items)
-        folds = [(item[0], item[6].casefold()) for item in items]
+        folds = [(item[0], folded(item[6])) for item in items]
         rows.executemany("INSERT INTO folds VALUES (?, ?, 0)", folds)
         rows.executemany("INSERT OR IGNORE INTO folders VALUES (?)", [(folder,) for folder in folders])
     return images, others, digest.hexdigest()

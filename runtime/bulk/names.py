@@ -1,6 +1,7 @@
 """Names of the results of a run: one for each image, none of them twice, whatever the file system."""
 
 import sqlite3
+import unicodedata
 
 from multisa.runtime.errors import UsageError
 
@@ -12,14 +13,15 @@ _SHARED = "SELECT fold FROM folds GROUP BY fold HAVING COUNT(*) > 1"
 def name_results(rows: sqlite3.Connection) -> None:
     """Name the results of the images in `items`, the table of an inventory that is being written.
 
-    `folds` has their names in one case, `folders` the folders of their ids. Images that would share a name
-    keep their full id, every one of them; so does an image whose mask would have the name of a folder (a.jpg
-    beside a.png/b.jpg). Upper and lower case count as the same, as some file systems take them so; where full
-    ids differ in that alone, or are the names of folders, too, the position of the image is put behind.
+    `folds` has their names `folded`, `folders` the folders of their ids, folded, too. Images that would share
+    a name keep their full id, every one of them; so does an image whose mask would have the name of a folder
+    (a.jpg beside a.png/b.jpg). Upper and lower case, and the ways to write an accent, count as the same, as
+    some file systems take them so; where full ids differ in that alone, or are the names of folders, too, the
+    position of the image is put behind.
 
     Raises UsageError for an id that is there twice.
     """
-    rows.create_function("casefold", 1, str.casefold, deterministic=True)
+    rows.create_function("folded", 1, folded, deterministic=True)
     rows.execute("CREATE INDEX temp.by_fold ON folds (fold)")
     twice = rows.execute(
         "SELECT id FROM items JOIN folds ON items.i = folds.i WHERE fold IN "
@@ -35,6 +37,13 @@ def name_results(rows: sqlite3.Connection) -> None:
         pass
 
 
+def folded(name: str) -> str:
+    """What two names share that some file system takes for one (Unicode 16, 3.13.5: canonical caseless)."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+
+
 def _rename(rows: sqlite3.Connection, of: str, shared: str) -> bool:
     """Give the images `of` whose names are shared, or are those of folders, the next one; whether any was."""
     rows.execute("DELETE FROM moved")
@@ -45,7 +54,7 @@ def _rename(rows: sqlite3.Connection, of: str, shared: str) -> bool:
         "WHEN 0 THEN id WHEN 1 THEN id || '~' || i ELSE name || '~' END WHERE i IN (SELECT i FROM moved)"
     )
     rows.execute(
-        "UPDATE folds SET fold = (SELECT casefold(name) FROM items WHERE items.i = folds.i), step = step + 1 "
+        "UPDATE folds SET fold = (SELECT folded(name) FROM items WHERE items.i = folds.i), step = step + 1 "
         "WHERE i IN (SELECT i FROM moved)"
     )
     return bool(rows.execute("SELECT COUNT(*) FROM moved").fetchone()[0])
