@@ -2,159 +2,27 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from multisa.runtime.run_options import (
+    PATH,
+    bundle_option,
+    engine_options,
+    max_pixels_option,
+    plans_option,
+    run_options,
+)
 
 if TYPE_CHECKING:
     from multisa.runtime.bundle import Bundle
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-_PATH = click.Path(path_type=Path)
-
-
-def _bundle_option(command: Command) -> Command:
-    return click.option(
-        "--bundle", type=_PATH, metavar="DIR", help="Bundle to run; the one in the package by default."
-    )(command)
-
-
-def _max_pixels_option(what: str) -> Callable[[Command], Command]:
-    return click.option(
-        "--max-pixels", type=click.IntRange(1), metavar="N", help=f"Largest {what}; 50 million by default."
-    )
-
-
-def _plans_option(command: Command) -> Command:
-    return click.option(
-        "--plans",
-        type=click.Path(path_type=Path, exists=True, file_okay=False),
-        metavar="DIR",
-        help="Look for TensorRT plans here, too, besides BUNDLE/engines: the --cache of `multisa build`.",
-    )(command)
-
-
-def _engine_options(command: Command) -> Command:
-    """Which engine runs the graphs, and in which precision."""
-    for decorate in (
-        _plans_option,
-        click.option(
-            "--precision",
-            default="auto",
-            show_default=True,
-            metavar="P",
-            help="Of the graphs: fp32, fp16 or int8, as the bundle has.",
-        ),
-        click.option(
-            "--engine",
-            default="auto",
-            show_default=True,
-            metavar="NAME",
-            # The names of runtime/engines/choice.py, which help does not load.
-            help="What runs the graphs: tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu; "
-            "auto takes the first that is there.",
-        ),
-    ):
-        command = decorate(command)
-    return command
-
-
-def _corpus_options(command: Command) -> Command:
-    """The arguments `label` and `segment` share."""
-    for decorate in reversed(
-        (
-            click.argument("images"),
-            click.option(
-                "-o", "--out", type=_PATH, required=True, metavar="OUT", help="Folder for the results."
-            ),
-            _bundle_option,
-            _engine_options,
-            click.option(
-                "--sink",
-                "sinks",
-                multiple=True,
-                metavar="NAME",
-                # The names of runtime/sinks/choice.py, which help does not load.
-                help="What to write, repeated or separated by commas: masks (the default), tar, coco, cvat, "
-                "label-studio, datumaro, parquet, confidence, soft.",
-            ),
-            click.option(
-                "--shard-size",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Images that are committed together; 256 by default.",
-            ),
-            click.option(
-                "--workers", type=click.IntRange(1), metavar="N", help="Threads; one a processor by default."
-            ),
-            click.option(
-                "--readers",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Threads that read; 2 by default, 16 where the images are behind a URL.",
-            ),
-            click.option(
-                "--batch",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Images of one size that an engine gets at once; 1 by default.",
-            ),
-            click.option(
-                "--max-failures",
-                metavar="N|P%",
-                help="Stop, with exit code 4, when more images fail. By default a run goes to its end, and "
-                "exits with 4 if any failed.",
-            ),
-            click.option("--retry-failed", is_flag=True, help="Try the failed images of OUT again."),
-            click.option("--overwrite", is_flag=True, help="Remove the run that OUT holds and begin anew."),
-            click.option(
-                "--frozen", is_flag=True, help="Go on without a look at whether IMAGES have changed."
-            ),
-            click.option(
-                "--verify", is_flag=True, help="Read what is committed, and do again what was altered."
-            ),
-            _max_pixels_option("image"),
-            click.option(
-                "--report",
-                "pictured",
-                type=click.IntRange(0),
-                metavar="N",
-                help="Images on OUT/report.html, the most doubtful first; 200 by default, 0: no page.",
-            ),
-            click.option(
-                "--processes",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Processes side by side; with several GPUs each takes the next one.",
-            ),
-            click.option("--ray", metavar="ADDRESS", help="Do the shards on a Ray cluster; OUT is shared."),
-            click.option("--log-json", metavar="FILE", help="Write the log as JSON lines, - for stderr."),
-            click.option(
-                "--metrics-port", type=click.IntRange(1, 65535), metavar="PORT", help="Prometheus metrics."
-            ),
-            click.option(
-                "--metrics-host", metavar="HOST", help="Where they are served; 127.0.0.1 by default."
-            ),
-            click.option(
-                "--storage-options",
-                metavar="JSON",
-                help='For IMAGES behind a URL, as fsspec takes them: \'{"endpoint_url": "..."}\'.',
-            ),
-            click.option(
-                "--image-prefix", metavar="TEXT", help="What Label Studio finds before an image's path."
-            ),
-        )
-    ):
-        command = decorate(command)
-    return command
-
 
 @click.command()
-@_corpus_options
-@click.option("--labels", type=_PATH, metavar="FILE", help="CSV (image,labels) or JSON ({image: [classes]}).")
+@run_options
+@click.option("--labels", type=PATH, metavar="FILE", help="CSV (image,labels) or JSON ({image: [classes]}).")
 def label(labels: Path | None, **arguments: Any) -> None:
     """Turn image-level labels into pixel masks.
 
@@ -171,7 +39,7 @@ def label(labels: Path | None, **arguments: Any) -> None:
 
 
 @click.command()
-@_corpus_options
+@run_options
 def segment(**arguments: Any) -> None:
     """Segment images with the trained segmenter.
 
@@ -187,15 +55,15 @@ def segment(**arguments: Any) -> None:
 
 
 @click.command()
-@click.argument("pred", type=_PATH)
-@click.argument("gt", type=_PATH)
+@click.argument("pred", type=PATH)
+@click.argument("gt", type=PATH)
 @click.option(
-    "--classes", type=_PATH, metavar="FILE", help="Names of the classes in the order of ids, one a line."
+    "--classes", type=PATH, metavar="FILE", help="Names of the classes in the order of ids, one a line."
 )
-@_bundle_option
-@click.option("--list", "names", type=_PATH, metavar="FILE", help="Masks to compare, one name a line.")
+@bundle_option
+@click.option("--list", "names", type=PATH, metavar="FILE", help="Masks to compare, one name a line.")
 @click.option("--allow-missing", is_flag=True, help="Leave out truth without a prediction.")
-@_max_pixels_option("mask")
+@max_pixels_option("mask")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     pred: Path,
@@ -236,7 +104,7 @@ def evaluate(
 
 
 @click.command()
-@click.argument("bundle", type=_PATH, required=False)
+@click.argument("bundle", type=PATH, required=False)
 def inspect(bundle: Path | None) -> None:
     """Verify every file of BUNDLE and tell what is in it; the one in the package by default.
 
@@ -250,8 +118,8 @@ def inspect(bundle: Path | None) -> None:
 
 
 @click.command()
-@_bundle_option
-@_plans_option
+@bundle_option
+@plans_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(bundle: Path | None, plans: Path | None, as_json: bool) -> None:
     """Tell what this machine can run: versions, processor, kernels, GPUs, and each engine, tried.
@@ -272,9 +140,9 @@ def doctor(bundle: Path | None, plans: Path | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("-o", "--out", type=_PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
-@_bundle_option
-@_engine_options
+@click.option("-o", "--out", type=PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
+@bundle_option
+@engine_options
 def demo(out: Path, bundle: Path | None, engine: str, precision: str, plans: Path | None) -> None:
     """Label and segment the photographs that come with the package and make a page to look at.
 
