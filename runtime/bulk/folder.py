@@ -1,7 +1,6 @@
 """The folder of a run: who may write to it, and what is in it."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -234,15 +233,6 @@ def _remove(out: Path, relative: str) -> None:
     for folder in path.relative_to(out).parents[:-1]:
         if (out / folder).is_dir() and not any((out / folder).iterdir()):
             (out / folder).rmdir()
-
-
-def read_run(out: Path) -> dict[str, object]:
-    """The record of the run in OUT; empty when there is none that can be read."""
-    try:
-        value = json.loads((out / RUN).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A run in a few lines of text: rate, busy shares, which stage is the limit, failures, class balance.
+"""A run in a few lines of text: rate, busy shares, which stage is the limit, failures.
 
 print(describe_run(RunFigures("label", done=980, failed=20, seconds=312.5, stages=stages)))
 """
@@ -12,7 +12,6 @@ from multisa.runtime.progress import counted
 
 LIMIT_SHARE = 0.85  # busy for so much of the time, a stage (or all cores) holds up the rest
 _REASONS = 5  # named in the text; failed.jsonl has them all
-_CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class RunFigures:
     passed_over: int = 0  # entries of the source that are no images or cannot be had
     cores: int = 0  # of the machine; 0 when not known
     reasons: Mapping[str, int] = field(default_factory=dict)  # images by general reason, see reasons.py
-    images_of_class: Mapping[str, int] = field(default_factory=dict)
     look_at: tuple[str, ...] = ()  # "out/report.html: the doubtful ones first"
 
     @property
@@ -92,7 +90,7 @@ def describe_limit(figures: RunFigures) -> str:
 
 
 def describe_run(figures: RunFigures) -> str:
-    """The run in lines: what was done, where the time went, what failed, what was found, where to look."""
+    """The run in lines: what was done, where the time went, what failed, where to look."""
     lines = [_done(figures)]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in busy_shares(figures).items())
     if shares:
@@ -102,11 +100,6 @@ def describe_run(figures: RunFigures) -> str:
     if len(reasons) > _REASONS:
         rest = sum(count for _, count in reasons[_REASONS:])
         lines.append(f"failed, {counted(rest, 'image')}: {len(reasons) - _REASONS} further reasons")
-    classes = sorted(figures.images_of_class.items(), key=lambda item: (-item[1], item[0]))
-    if classes:
-        more = f" and {len(classes) - _CLASSES} more" if len(classes) > _CLASSES else ""
-        balance = ", ".join(f"{name} {count}" for name, count in classes[:_CLASSES])
-        lines.append(f"images with: {balance}{more}")
     lines += [f"look at {place}" for place in figures.look_at]
     return "\n".join(lines)
 

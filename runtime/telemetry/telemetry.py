@@ -72,13 +72,10 @@ class Telemetry:
         if progress:
             self._tell("progress", **progress)
 
-    def image_failed(
-        self, image: str, reason: str, kind: str, seconds_by_stage: Mapping[str, float] | None = None
-    ) -> None:
+    def image_failed(self, image: str, reason: str, kind: str) -> None:
         """An image failed; kind: one of few words, as the name of the exception's class."""
         with self._lock:
             self._failed[kind] = self._failed.get(kind, 0) + 1
-            self._add_busy(seconds_by_stage or {})
         self._tell("image failed", "warning", image=image, reason=reason, kind=kind)
 
     def stage_busy(self, stage: str, seconds: float) -> None:
@@ -109,11 +106,6 @@ class Telemetry:
         self._tell(
             "run finished", "info" if status == "done" else "warning", status=status, **totals, **fields
         )
-
-    def stage_seconds(self) -> dict[str, float]:
-        """Busy seconds of each stage so far."""
-        with self._lock:
-            return dict(self._busy)
 
     def metrics(self) -> list[Metric]:
         """Everything counted, as families of Prometheus."""
