@@ -30,7 +30,6 @@ __all__ = [
     "Photograph",
     "decode_image",
     "decode_mask",
-    "encode_mask",
     "read_image",
     "read_mask",
     "resize_image",
@@ -106,17 +105,9 @@ def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> UInt8:
         raise ImageError(f"{path}: {error}") from error
 
 
-def encode_mask(mask: UInt8, palette: UInt8) -> bytes:
-    """Encode class ids uint8 [H, W] as a palette PNG; the same mask gives the same bytes.
-
-    palette: uint8 [n, 3] with n > every id, n <= 256. Raises ValueError when an id has no colour.
-    """
-    return encode_palette_png(mask, palette)
-
-
 def write_mask(path: Path, mask: UInt8, palette: UInt8) -> None:
-    """Write class ids uint8 [H, W] as `encode_mask` encodes them, atomically."""
-    write_bytes_atomically(path, encode_mask(mask, palette))
+    """Write class ids uint8 [H, W] atomically, encoded as `encode_palette_png` does, which raises, too."""
+    write_bytes_atomically(path, encode_palette_png(mask, palette))
 
 
 def resize_image(rgb: UInt8, size: tuple[int, int]) -> UInt8:

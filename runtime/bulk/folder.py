@@ -16,6 +16,7 @@ from multisa.runtime.bulk.shards import FILES, PARTS, PRIVATE, below, leads_else
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder, lock_open_file
 from multisa.runtime.images import EXTENSIONS
+from multisa.runtime.report.pictures import FOLDER, PAGE
 from multisa.runtime.sources.folders import Pattern
 from multisa.runtime.sources.remote import protocol_of
 
@@ -24,7 +25,7 @@ CONFIG = f"{PRIVATE}/config.json"
 JOURNAL = f"{PRIVATE}/journal.jsonl"
 RUN = f"{PRIVATE}/run.json"
 LOCK = f"{PRIVATE}/lock"
-REPORT_PAGE, REPORT_FOLDER = "report.html", "report"
+REPORT_PAGE, REPORT_FOLDER = PAGE, FOLDER
 
 _WILD = re.compile(r"[*?[{]")  # where a pattern, or a range of tar files, ends being a plain path
 _FOLDERS_KNOWN = 4096  # of a list's images

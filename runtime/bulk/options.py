@@ -6,9 +6,9 @@ from multisa.runtime.bulk.stages import Sizes
 from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.errors import UsageError
 from multisa.runtime.images import MAX_PIXELS
+from multisa.runtime.report.report import PICTURED
 
 SHARD_SIZE = 256  # images: seconds of work on a GPU, a minute or two on a laptop
-PICTURED = 200  # images on the page of a run
 REMOTE_READERS = 16  # threads: a disk answers at once, a bucket takes its time
 
 

@@ -15,7 +15,7 @@ from multisa.runtime.manifest import Manifest
 
 UInt8 = npt.NDArray[np.uint8]
 
-FOLDER = "report"  # below OUT
+FOLDER, PAGE = "report", "report.html"  # below OUT
 LONG_SIDE = 640  # of the pictures on the page
 OPACITY = 0.5  # of the mask over the photograph
 PHOTO, OVERLAY = "photo", "overlay"

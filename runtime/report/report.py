@@ -13,6 +13,7 @@ from multisa.runtime.report.gather import Gathered, gather
 from multisa.runtime.report.page import Page, write_page
 from multisa.runtime.report.pictures import (
     OVERLAY,
+    PAGE,
     PHOTO,
     clear_pictures,
     picture_path,
@@ -59,7 +60,7 @@ def write_report(
     Memory does not grow with the number of records. Raises UsageError where OUT/report is not the report's
     own folder.
     """
-    path = path or out / "report.html"
+    path = path or out / PAGE
     found = gather(records, manifest.classes, pictured)
     cards = _draw(out, found, manifest, read_photograph, read_mask)
     figures = figures_from_run(run)

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.palette import IGNORE_INDEX, voc_palette
+from multisa.runtime.png import encode_palette_png
 from multisa.runtime.sinks.archives import zip_bytes
 from multisa.runtime.sinks.base import FormatSink, shard_path
 from multisa.runtime.sinks.colours import distinct_colours, ignore_name
 from multisa.runtime.sinks.contract import LabelledImage, ShardFiles, SinkContext
 from multisa.runtime.sinks.names import label_name, line_name
-from multisa.runtime.sinks.pngs import encode_palette, with_palette
+from multisa.runtime.sinks.pngs import with_palette
 
 _Masks = tuple[str, bytes, bytes]
 
@@ -50,7 +51,7 @@ class CvatSink(FormatSink):
     def _objects(self, mask: npt.NDArray[np.uint8], png: bytes) -> bytes:
         ignored = mask == IGNORE_INDEX
         if ignored.any():
-            return encode_palette(np.where(ignored, np.uint8(0), mask), self._voc)
+            return encode_palette_png(np.where(ignored, np.uint8(0), mask), self._voc)
         return with_palette(png, self._voc)
 
     def _label_map(self) -> str:

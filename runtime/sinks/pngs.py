@@ -41,19 +41,8 @@ def grey_png(mask: UInt8, png: bytes) -> bytes:
 
 def encode_grey(mask: UInt8) -> bytes:
     """Encode class ids uint8 [H, W] as an 8-bit grey PNG."""
-    return _saved(Image.fromarray(np.ascontiguousarray(mask)))
-
-
-def encode_palette(mask: UInt8, palette: UInt8) -> bytes:
-    """Encode class ids uint8 [H, W] with the colours uint8 [256, 3]."""
-    image = Image.fromarray(np.ascontiguousarray(mask))
-    image.putpalette(palette.tobytes())
-    return _saved(image)
-
-
-def _saved(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=_COMPRESSION)
+    Image.fromarray(np.ascontiguousarray(mask)).save(buffer, "PNG", compress_level=_COMPRESSION)
     return buffer.getvalue()
 
 
