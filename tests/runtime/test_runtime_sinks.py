@@ -88,7 +88,7 @@ def test_files_named_after_images_are_those_that_are_told(
         (sink,) = open_sinks([name], sink_context)
         told = {path for image in images for path in sink.results(image.name)}
         assert told <= set(written)
-        assert bool(told) == (name in ("masks", "datumaro"))
+        assert bool(told) == (name in ("masks", "datumaro", "confidence"))
 
 
 def test_a_shard_without_images_writes_no_file(sink_context: SinkContext, tmp_path: Path) -> None:
