@@ -10,8 +10,9 @@ from typing import Any, Protocol, Self
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.stages import Failure, Watcher, Width, usable_cores
+from multisa.runtime.bulk.stages import Failure, Watcher, Width
 from multisa.runtime.bulk.worker import Worker
+from multisa.runtime.cpus import usable_cpus
 
 
 @dataclass(frozen=True)
@@ -86,4 +87,4 @@ class LocalCrew:
 
     def width(self) -> Width:
         """See Crew."""
-        return Width((self._worker.job.sizes,), usable_cores())
+        return Width((self._worker.job.sizes,), usable_cpus())

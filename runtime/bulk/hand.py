@@ -14,8 +14,9 @@ from multisa.runtime.bulk.crew import Outcome
 from multisa.runtime.bulk.inventory import Shard, Work
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.stages import Failure, Sizes, usable_cores
+from multisa.runtime.bulk.stages import Failure, Sizes
 from multisa.runtime.bulk.worker import Worker
+from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.manifest import MANIFEST_NAME
@@ -113,7 +114,7 @@ class Hand:
             said.getvalue().splitlines(),
             sizes=self._job.sizes,
             host=socket.gethostname(),
-            cores=usable_cores(),
+            cores=usable_cpus(),
         )
 
     def do(self, order: Order) -> Outcome | Fault:

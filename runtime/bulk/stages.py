@@ -1,6 +1,5 @@
 """The stages of the pipeline: how wide they are, their threads, and who is told what happens in them."""
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,11 +71,6 @@ class Width:
     def workers(self) -> int:
         """As of Sizes, added up."""
         return sum(sizes.workers for sizes in self.members)
-
-
-def usable_cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class Stage:
