@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data/voc-animals
 RUN ?= runs/voc-animals
 
-.PHONY: demo test check bench bench-runs train clean
+.PHONY: demo test check bench train clean
 
 demo: $(VENV)/base  ## label and segment the photographs that come with the package
 	$(BIN)/multisa demo -o demo-out
@@ -26,13 +26,6 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results
 	$(BIN)/python benchmarks/dense_crf.py
 	$(BIN)/python benchmarks/encoding.py --data $(DATA)
 	$(BIN)/python benchmarks/cam_head.py --run $(RUN)
-	$(BIN)/python benchmarks/readme_results.py
-
-bench-runs: $(VENV)/dev  ## half an hour: whole runs, kills, journals of millions, what doubt is worth
-	$(BIN)/python benchmarks/pipeline.py --run $(RUN) --data $(DATA)
-	$(BIN)/python benchmarks/kills.py
-	$(BIN)/python benchmarks/journal.py
-	$(BIN)/python benchmarks/doubt.py --data $(DATA)
 	$(BIN)/python benchmarks/readme_results.py
 
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder

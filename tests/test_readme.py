@@ -24,7 +24,8 @@ def test_results_are_those_of_the_results_files() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_results_are_of_one_training() -> None:
+def test_results_are_of_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is started
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme_results.py"))
     assert script["BACKGROUND_SAMPLE"] == BACKGROUND_SAMPLE
     run = {
