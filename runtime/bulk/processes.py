@@ -43,9 +43,7 @@ class _Member(Member):
 class ProcessCrew(Hands[_Member]):
     """So many processes; one that dies is started again."""
 
-    _advice = (
-        "if the memory is full, take fewer --processes, and the same command goes on"
-    )
+    _advice = "if the memory is full, take fewer --processes, and the same command goes on"
 
     def __init__(self, job: Job, watch: Watch, processes: int) -> None:
         super().__init__(job, watch)

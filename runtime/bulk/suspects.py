@@ -12,6 +12,7 @@ from multisa.runtime.progress import say
 
 MAX_LOSSES_AT_A_SHARD = 3  # until its images are done one by one
 MAX_LOSSES_AT_AN_IMAGE = 2  # that was in hand by itself, until it is a failure
+MAX_FAILURES_OF_A_SHARD = 3  # so found; with more it is not the images
 _REASON = "ends the process that does it, as a decoder that crashes or too little memory do"
 
 
@@ -48,11 +49,10 @@ class Suspects:
         marker = self.in_hand.pop(shard.number, None)
         if marker is None:
             self._losses[shard.number] += 1
-            if self._losses[shard.number] < MAX_LOSSES_AT_A_SHARD:
-                return False
-            self._failures[shard.number] = []
-            self._waiting.append(shard)
-            return True
+            if self._losses[shard.number] >= MAX_LOSSES_AT_A_SHARD:
+                self._failures[shard.number] = []
+                self._waiting.append(shard)
+            return self._losses[shard.number] > 1
         self._waiting.append(shard)
         return self._blame(shard, self._read(marker), reason)
 
@@ -64,7 +64,8 @@ class Suspects:
     def _blame(self, shard: Shard, index: int, reason: str) -> bool:
         found = [work for work in shard.works if work.index == index]
         self._losses_at[index] += 1
-        if not found or self._losses_at[index] < MAX_LOSSES_AT_AN_IMAGE:
+        few = len(self._failures[shard.number]) < MAX_FAILURES_OF_A_SHARD
+        if not found or not few or self._losses_at[index] < MAX_LOSSES_AT_AN_IMAGE:
             return False
         image = found[0].item.id
         say(f"{image}: ends whoever does it ({reason}): it is left out")

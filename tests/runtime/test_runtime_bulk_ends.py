@@ -1,6 +1,10 @@
 """How runs end, and what they leave where they do not begin."""
 
 import fcntl
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_runs import run_segment
+from bulk_runs import cut_at, public_bytes, records, run_segment
 
 from multisa.runtime.bulk.crew import LocalCrew
 from multisa.runtime.bulk.folder import JOURNAL, LOCK
 from multisa.runtime.bulk.inventory import Shard
 from multisa.runtime.bulk.journal import Journal, ShardResult
+from multisa.runtime.bulk.stop import stop_on_signals
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import EngineRequest
-from multisa.runtime.errors import UsageError
+from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.progress import redirect_said
 
 
 def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
@@ -54,3 +60,66 @@ def test_what_cannot_be_used_makes_no_folder(photos: Path, bundle: Bundle, tmp_p
     with pytest.raises(UsageError, match="got the engine 'abacus'"):
         run_segment(photos, tmp_path / "out", bundle, request=EngineRequest("abacus"))
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_are_left_undone_are_not_taken_for_done(
+    photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalCrew, "do", lambda *_: None)
+    with pytest.raises(
+        MultisaError, match=r"ended before its end: 0 of 3 shards are done, and the same comm"
+    ):
+        run_segment(photos, tmp_path / "out", bundle, shard_size=2)
+    assert not (tmp_path / "out/labels.jsonl").exists()
+
+
+def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log() -> None:
+    lock, said = threading.Lock(), list[tuple[str, bool]]()
+
+    def listener(message: str) -> None:
+        free = lock.acquire(timeout=2)
+        said.append((message, free))
+        if free:
+            lock.release()
+
+    with redirect_said(listener), stop_on_signals() as stop:
+        with lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    ((message, free),) = said
+    assert message.startswith("stopping: the shards in hand") and free
+
+
+def test_a_third_signal_ends_what_hangs() -> None:
+    program = """if True:
+    import os, signal, time
+    from multisa.runtime.bulk.stop import stop_on_signals
+    with stop_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+    """
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=15, check=False)
+    assert ended.returncode == 130
+
+
+def test_what_a_commit_that_was_cut_has_left_goes_when_it_is_done_again(
+    photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image was done, its shard not counted, and then it cannot be read any more."""
+    out = tmp_path / "out"
+    cut_at(monkeypatch, 0, before=True)
+    with pytest.raises(InterruptedError):
+        run_segment(photos, out, bundle)
+    monkeypatch.undo()
+    assert (out / "masks/a.png").is_file()
+    (photos / "a.jpg").unlink()
+    assert run_segment(photos, out, bundle, frozen=True).failures == 2
+    masks = {path for path in public_bytes(out) if path.startswith("masks/")}
+    assert masks == {row["mask"] for row in records(out)} and "masks/a.png" not in masks

@@ -36,7 +36,9 @@ def test_an_engine_that_is_broken_ends_the_run(tmp_path: Path, manifest: Manifes
     sizes = Sizes(readers=2, workers=2, batch=batch)
     source = Photographs(shapes=SHAPES[:1])
     with (
-        pytest.raises(EngineUnavailable, match=r"the device is lost .* before it\): see to the device") as seen,
+        pytest.raises(
+            EngineUnavailable, match=r"the device is lost .* before it\): see to the device"
+        ) as seen,
         pipeline_of(tmp_path, manifest, source, Breaks(), watcher, sizes) as pipeline,
     ):
         do(pipeline, [shard_of(n, range(n * 50, n * 50 + 50)) for n in range(8)])

@@ -118,7 +118,10 @@ class Two(Hands[Member]):
     def __init__(self, identities: Mapping[str, Mapping[str, str]]) -> None:
         job = make_job("segment", "photos", Path("out"), Path("bundle"), EngineRequest(), RunOptions())
         super().__init__(job, Watch("segment"))
-        self._are = [(Member(name), Ready(identity, {}, "", (), Sizes(2, 3), "host", 8)) for name, identity in identities.items()]
+        self._are = [
+            (Member(name), Ready(identity, {}, "", (), Sizes(2, 3), "host", 8))
+            for name, identity in identities.items()
+        ]
 
     def _members(self) -> list[Member]:
         return [member for member, _ in self._are]

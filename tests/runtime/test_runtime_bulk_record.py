@@ -34,13 +34,20 @@ def test_no_secret_is_kept(source: str, kept: str) -> None:
     assert without_secrets(source) == kept
 
 
-def test_the_record_holds_no_secret(photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_holds_no_secret(
+    photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_segment(photos, tmp_path / "out", bundle)
     assert json.loads((tmp_path / "out" / RUN).read_bytes())["source"] == str(photos)
 
     monkeypatch.setattr(Job, "open_source", lambda job, _=(): open_source(str(photos)))
     job = make_job(
-        "segment", "https://u:p@h/a?s=1", tmp_path / "url", bundle.path, EngineRequest(), RunOptions(pictured=0)
+        "segment",
+        "https://u:p@h/a?s=1",
+        tmp_path / "url",
+        bundle.path,
+        EngineRequest(),
+        RunOptions(pictured=0),
     )
     run(job, RunOptions(pictured=0), LocalCrew)
     assert json.loads((tmp_path / "url" / RUN).read_bytes())["source"] == "https://h/a"

@@ -7,7 +7,7 @@ import pytest
 from bulk_runs import cut_at, public_bytes, reasons, records, run_segment
 
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import UsageError
+from multisa.runtime.errors import TooManyFailures, UsageError
 
 
 def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -73,3 +73,30 @@ def test_a_shard_that_is_done_again_leaves_out_what_a_retry_has_done(
 def test_retry_where_there_is_no_run(many: Path, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run, expected one with failed images"):
         run_segment(many, tmp_path / "out", bundle, retry_failed=True)
+
+
+def test_a_retry_that_is_gone_on_with_counts_what_is_still_failed(
+    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, broken = tmp_path / "out", [4, *range(8, 16), 24]
+    for i in broken:
+        (many / f"{i:02d}.png").write_bytes(b"no image")
+    run_segment(many, out, bundle, shard_size=1)
+    for i in broken[:-1]:
+        shutil.copy(many / "05.png", many / f"{i:02d}.png")
+    cut_at(monkeypatch, 1, before=False)
+    with pytest.raises(InterruptedError):
+        run_segment(many, out, bundle, shard_size=1, retry_failed=True, workers=1)
+    monkeypatch.undo()
+    assert run_segment(many, out, bundle, shard_size=1, workers=1, max_failures="1").failures == 1
+
+
+def test_a_limit_counts_the_failures_of_before(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """Of shards that are committed: two images or three, of which none is tried again."""
+    out = tmp_path / "out"
+    run_segment(many, out, bundle, shard_size=1)
+    journal = out / ".multisa/journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-9]))
+    (out / "labels.jsonl").unlink()
+    with pytest.raises(TooManyFailures):
+        run_segment(many, out, bundle, shard_size=1, workers=1, readers=1, max_failures="1")

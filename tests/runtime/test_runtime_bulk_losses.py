@@ -1,0 +1,194 @@
+"""Crews that lose members: what is due to a member, what to an image, and what ends the run."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from crew_runs import SHARD, journalled, results, segment, write_corpus
+
+from multisa.runtime.bulk.crew import LocalCrew, Outcome
+from multisa.runtime.bulk.hand import Fault, Order, Ready
+from multisa.runtime.bulk.hands import Answer, Hands, Lost, Member
+from multisa.runtime.bulk.inventory import Shard, Work
+from multisa.runtime.bulk.journal import ShardResult
+from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.bulk.processes import ProcessCrew
+from multisa.runtime.bulk.request import make_job
+from multisa.runtime.bulk.shards import ShardFolder
+from multisa.runtime.bulk.stages import Sizes
+from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.errors import EngineUnavailable, MultisaError
+from multisa.runtime.sources.contract import SourceItem
+
+Doing = Callable[[Member, Order], Outcome | Fault | Lost]
+READY = Ready({}, {}, "", (), Sizes(1, 1), "host", 2)
+BROKEN = Fault.of(EngineUnavailable("the device is lost"))
+
+
+class Scripted(Hands[Member]):
+    """Members that do what the test says; one that is lost is started again."""
+
+    def __init__(self, out: Path, doing: Doing, names: Iterable[str] = ("a", "b")) -> None:
+        super().__init__(
+            make_job("segment", "photos", out, Path("bundle"), EngineRequest(), RunOptions()),
+            Watch("segment"),
+        )
+        self._doing_it = doing
+        self.members = {name: Member(name) for name in names}
+        self._next: list[tuple[Member, Answer]] = [(member, READY) for member in self.members.values()]
+
+    def _members(self) -> list[Member]:
+        return list(self.members.values())
+
+    def _give(self, member: Member, order: Order) -> None:
+        answer = self._doing_it(member, order)
+        self._next.append((member, answer))
+
+    def _drop(self, member: Member) -> None:
+        del self.members[member.name]
+
+    def _answers(self) -> Iterable[tuple[Member, Answer]]:
+        answers, self._next = self._next, []
+        for member, answer in answers:
+            if self.members.get(member.name) is not member:
+                continue
+            if isinstance(answer, Lost):
+                self.members[member.name] = Member(member.name)
+                self._next.append((self.members[member.name], READY))
+            yield member, answer
+
+
+def shards(count: int) -> list[Shard]:
+    def work(index: int) -> Work:
+        return Work(index, SourceItem(f"{index}.png", str(index), -1), str(index), None)
+
+    return [Shard(n, tuple(map(work, range(n * SHARD, n * SHARD + SHARD)))) for n in range(count)]
+
+
+def done(order: Order) -> Outcome:
+    failed = len(order.failures)
+    result = ShardResult(order.shard.number, len(order.shard.works) - failed, failed, 0, "0" * 64)
+    return Outcome(result, order.failures)
+
+
+def committed_by(crew: Hands[Member], count: int = 8) -> list[int]:
+    found: list[int] = []
+    crew.do(iter(shards(count)), lambda result: found.append(result.shard))
+    return sorted(found)
+
+
+def test_a_member_whose_engine_is_broken_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crew = Scripted(tmp_path, lambda member, order: BROKEN if member.name == "a" else done(order))
+    assert committed_by(crew) == list(range(8))
+    assert list(crew.members) == ["b"]
+    assert capsys.readouterr().err == "a is left out: the device is lost\n"
+
+
+def test_the_last_member_whose_engine_is_broken_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="the device is lost"):
+        committed_by(Scripted(tmp_path, lambda *_: BROKEN))
+
+
+def test_what_is_no_fault_of_a_member_ends_the_run(tmp_path: Path) -> None:
+    full = Fault.of(OSError(28, "No space left on device", "/out"))
+    crew = Scripted(tmp_path, lambda member, order: full if member.name == "a" else done(order))
+    with pytest.raises(OSError, match="No space left"):
+        committed_by(crew)
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abcd"])
+def test_an_image_that_ends_whoever_does_it_is_found(tmp_path: Path, names: str) -> None:
+    poison = {12, 14, 33}
+    deaths: list[int] = []
+
+    def do(member: Member, order: Order) -> Outcome | Lost:
+        left_out = {failure.index for failure in order.failures}
+        for work in order.shard.works:
+            if order.marker and work.index not in left_out:
+                (tmp_path / order.marker).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / order.marker).write_text(str(work.index))
+            if work.index in poison - left_out:
+                deaths.append(work.index)
+                return Lost("it was ended by signal 11")
+        return done(order)
+
+    crew = Scripted(tmp_path, do, names)
+    assert committed_by(crew) == list(range(8))
+    assert len(deaths) <= 3 * 2 + 2 * 3 and set(deaths) == poison
+    assert crew._watch.failed == 3 and crew._watch.done == 8 * SHARD - 3
+    assert crew._watch.failure_kinds == {"process": 3}
+
+
+def test_members_that_are_lost_at_any_image_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(MultisaError, match="3 times in a row without a shard done"):
+        committed_by(Scripted(tmp_path, lambda *_: Lost("it was ended by signal 9")))
+
+
+def test_a_shard_of_which_any_image_ends_processes_ends_the_run(tmp_path: Path) -> None:
+    def do(member: Member, order: Order) -> Outcome | Lost:
+        left_out = {failure.index for failure in order.failures}
+        if order.marker:
+            first = next(work.index for work in order.shard.works if work.index not in left_out)
+            (tmp_path / order.marker).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / order.marker).write_text(str(first))
+        return Lost("it was ended by signal 9")
+
+    with pytest.raises(MultisaError, match="3 times in a row without a shard done"):
+        committed_by(Scripted(tmp_path, do), 1)
+
+
+def test_an_image_that_crashes_processes_fails_and_the_run_ends(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "photos", 30)
+    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    # Python runs this at its start: whoever opens the image is ended, as by a decoder that crashes.
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def hook(event, arguments):\n"
+        "    if event == 'open' and str(arguments[0]).endswith('0012.png'):\n"
+        "        os.kill(os.getpid(), 11)\n"
+        "sys.addaudithook(hook)\n"
+    )
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path / "hook"), path])))
+    summary = segment(corpus, tmp_path / "two", bundle, partial(ProcessCrew, processes=2))
+    assert (summary.done, summary.failures) == (28, 2)  # the other one is no image
+    (failure,) = (
+        row
+        for row in map(json.loads, (tmp_path / "two/failed.jsonl").read_text().splitlines())
+        if row["kind"] == "process"
+    )
+    assert failure["image"] == "0012.png"
+    assert sorted(journalled(tmp_path / "two")) == list(range(6))
+    ours, theirs = results(tmp_path / "two"), results(tmp_path / "alone")
+    assert set(theirs) - set(ours) == {"masks/0012.png"}
+    differ = {name for name in ours if ours[name] != theirs.get(name)}
+    assert not [name for name in differ if name.startswith("masks/")]
+    shutil.rmtree(tmp_path / "hook")
+    segment(corpus, tmp_path / "two", bundle, partial(ProcessCrew, processes=2))  # nothing is left to be done
+
+
+def test_nothing_takes_its_name_once_the_run_is_over(tmp_path: Path) -> None:
+    guard = ".multisa/tmp/shared-1"
+    with ShardFolder(tmp_path, 0, guard) as files:
+        (tmp_path / guard).write_bytes(b"")
+        files.write("masks/a.png", b"new")
+        (tmp_path / guard).unlink()
+        with pytest.raises(MultisaError, match="the run that shard 0 was done for has ended"):
+            files.commit()
+    assert not (tmp_path / "masks/a.png").exists() and not (tmp_path / ".multisa/parts/files/000000").exists()
+    with ShardFolder(tmp_path, 0, guard) as files:
+        (tmp_path / guard).write_bytes(b"")
+        files.write("masks/a.png", b"new")
+        files.commit()
+    assert (tmp_path / "masks/a.png").read_bytes() == b"new"
