@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,14 @@ def test_each_image_belongs_to_the_shard_it_was_tried_in_last(tmp_path: Path) ->
         assert indices == {0: [0], 1: [3, 5], 2: [], 3: [1, 4], 4: [], 5: [2, 6]}
         for number, works in indices.items():
             assert {inventory.shard_of(index, 3) for index in works} <= {number}
+
+
+def test_millions_of_retries_are_searched_and_not_read_through(tmp_path: Path) -> None:
+    freeze_items(tmp_path / "i", items_of("a.jpg")).__exit__(None, None, None)
+    with closing(sqlite3.connect(tmp_path / "i")) as rows:
+        for where in ("i = 1", "shard = 1", "i = 1 AND shard > 1"):
+            plan = rows.execute(f"EXPLAIN QUERY PLAN SELECT i, shard FROM retries WHERE {where}").fetchall()
+            assert all(step[-1].startswith("SEARCH") for step in plan), (where, plan)
 
 
 def test_works_come_back_as_they_were_listed(tmp_path: Path) -> None:
