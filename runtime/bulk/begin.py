@@ -6,12 +6,12 @@ from multisa.runtime.bulk.config import Config, differences, read_config, write_
 from multisa.runtime.bulk.failures import NAMED, name_some
 from multisa.runtime.bulk.finish import finished_files
 from multisa.runtime.bulk.folder import INVENTORY, check_empty, place_check, remove_results
-from multisa.runtime.bulk.inventory import Inventory, Labels, freeze
+from multisa.runtime.bulk.inventory import Inventory, freeze
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.shards import clear_temporary
 from multisa.runtime.errors import UsageError
-from multisa.runtime.image_labels import ImageLabels
+from multisa.runtime.image_labels import ImageLabels, Labels
 from multisa.runtime.progress import counted, say
 from multisa.runtime.sinks.choice import sink_folder
 from multisa.runtime.sources.contract import SourceItem

@@ -31,9 +31,9 @@ from multisa.runtime.bulk.changes import (
 from multisa.runtime.bulk.names import folded, name_results
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
+from multisa.runtime.image_labels import Labels
 from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
 
-Labels = tuple[str, ...]
 Item = TypeVar("Item")
 
 _SCHEMA = """
