@@ -81,7 +81,7 @@ class Hands(ABC, Generic[AnyMember]):
         return fault.kind == EngineUnavailable.__name__
 
     def _leave_out(self, member: AnyMember, error: Exception) -> None:
-        """Go on without a member that cannot be had, or raise why: where it is the last, or the run begins."""
+        """Go on without a member that cannot be had; raise why where it is the last, or the run begins."""
         if not self._doing or not any(other.ready for other in self._members() if other is not member):
             raise error
         say(f"{member.name} is left out: {error}")
