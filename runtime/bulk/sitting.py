@@ -101,7 +101,7 @@ class Sitting:
         note_finished(self.job.out, sum(map(len, self._committed())))
 
     def _pending(self) -> Iterator[Shard]:
-        for number, _ in self.inventory.shards(self.options.shard_size):
+        for number, _ in list(self.inventory.shards(self.options.shard_size)):  # no rows are left open
             if self.stop:
                 return
             if number not in self.journal or number in self._altered:
