@@ -1,5 +1,6 @@
 """Runs on a real Ray cluster of several processes: the bytes of one process, whatever dies."""
 
+import logging
 import os
 import signal
 import socket
@@ -22,14 +23,16 @@ from crew_runs import (
     write_corpus,
 )
 
+from multisa.runtime.bulk import on_ray
 from multisa.runtime.bulk.crew import LocalCrew
+from multisa.runtime.bulk.hand import Fault
 from multisa.runtime.bulk.on_ray import RayCrew
 from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.request import make_job
 from multisa.runtime.bulk.watch import Watch
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import EngineRequest
-from multisa.runtime.errors import EngineUnavailable, MultisaError
+from multisa.runtime.errors import EngineUnavailable, MultisaError, UsageError
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -44,7 +47,8 @@ class ThisCluster:
 
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.crew = partial(RayCrew, address=self._cluster.address)
+        self.address = self._cluster.address
+        self.crew = partial(RayCrew, address=self.address)
         self.nodes: list[Any] = []
 
     def have(self, nodes: int) -> None:
@@ -52,7 +56,11 @@ class ThisCluster:
         while len(self.nodes) > nodes:
             self._cluster.remove_node(self.nodes.pop(), allow_graceful=False)
         while len(self.nodes) < nodes:
-            self.nodes.append(self._cluster.add_node(num_cpus=1, object_store_memory=STORE))
+            self.nodes.append(self.add(1))
+
+    def add(self, processors: int) -> Any:
+        """One more node."""
+        return self._cluster.add_node(num_cpus=processors, object_store_memory=STORE)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
@@ -186,3 +194,44 @@ def test_without_ray_it_is_said_how_to_install_it(
     job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
     with pytest.raises(EngineUnavailable, match=r'ray is not installed: pip install "multisa\[ray\]"'):
         RayCrew(job, Watch("segment"), "auto")
+
+
+def test_a_machine_that_others_use_joins(
+    cluster: ThisCluster, corpus: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its two processors is taken."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Other:
+        """An actor of another program; sent as it is, as the cluster does not find this file."""
+
+        def is_there(self) -> bool:
+            return True
+
+    monkeypatch.setattr(on_ray, "_NOBODY", 15.0)
+    node = cluster.add(2)
+    cluster.have(0)  # now, as what is started on the nodes that leave is lost
+    cluster.nodes.append(node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        other = ray.remote(Other).options(num_cpus=1, scheduling_strategy=there).remote()
+        ray.get(other.is_there.remote())
+        segment(corpus, tmp_path / "on-ray", bundle, cluster.crew)
+        ray.kill(other)
+    finally:
+        ray.shutdown()
+        cluster.have(0)
+    assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
+
+
+def test_what_one_machine_cannot_do_others_may(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
+    crew = RayCrew(job, Watch("segment"), "auto")
+    for error in (UsageError("another folder"), OSError(5, "Input/output error"), EngineUnavailable("lost")):
+        assert crew._is_of_member(Fault.of(error))
+    try:
+        int("a bug of ours")
+    except ValueError as error:
+        assert not crew._is_of_member(Fault.of(error))
