@@ -37,9 +37,5 @@ def _quota(path: Path) -> Iterator[float]:
         limit, period = path.read_text(encoding="ascii").split()
         if limit != "max":
             yield int(limit) / int(period)
-    except (
-        OSError,
-        ValueError,
-        ZeroDivisionError,
-    ):  # there is none at the top, and none without the controller
+    except (OSError, ValueError, ZeroDivisionError):  # the topmost group has none
         return

@@ -91,7 +91,7 @@ _HOW = (
         "--readers",
         type=click.IntRange(1),
         metavar="N",
-        help="Threads that read; 2 by default, 16 where the images are behind a URL.",
+        help="Threads that read; as many as --workers by default, 16 where the images are behind a URL.",
     ),
     click.option(
         "--batch",

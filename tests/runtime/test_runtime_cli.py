@@ -16,6 +16,7 @@ from PIL import Image
 from multisa.runtime import bundle as bundle_module
 from multisa.runtime import commands
 from multisa.runtime.bulk import run as run_module
+from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.cli import COMMANDS, root
 from multisa.runtime.engines.choice import ENGINES
@@ -87,6 +88,13 @@ def test_the_examples_in_the_help_have_only_options_that_there_are() -> None:
     for name, *arguments in examples:
         options = {o for param in root.get_command(click.Context(root), name).params for o in param.opts}
         assert not {word for word in arguments if word.startswith("-")} - options, (name, arguments)
+
+
+def test_the_help_names_the_threads_that_read() -> None:
+    (readers,) = (option for option in commands.label.params if option.name == "readers")
+    sizes = {remote: RunOptions(workers=5).sizes(remote=remote).readers for remote in (False, True)}
+    assert sizes == {False: 5, True: 16}
+    assert "as many as --workers by default, 16 where the images are behind a URL" in readers.help
 
 
 def test_a_bundle_that_is_not_there_is_a_usage_error(tmp_path: Path, photos: Path) -> None:
