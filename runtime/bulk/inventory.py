@@ -96,7 +96,9 @@ class Inventory:
         """(number, images) of every shard of `size` images as it was made, those of retries last."""
         for number in range(-(-self.images // size)):
             yield number, min(size, self.images - number * size)
-        yield from self._rows.execute("SELECT shard, COUNT(*) FROM retries GROUP BY shard ORDER BY shard")
+        query = "SELECT shard, COUNT(*) FROM retries GROUP BY shard ORDER BY shard"
+        # All at once: a cursor may not be closed by the thread that happens to let go of this generator.
+        yield from self._rows.execute(query).fetchall()
 
     def shard(self, number: int, size: int) -> Shard:
         """The images of one shard, without those that are, or were, tried again in a later one.

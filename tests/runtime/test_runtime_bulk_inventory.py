@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,16 @@ def test_each_image_belongs_to_the_shard_it_was_tried_in_last(tmp_path: Path) ->
         assert indices == {0: [0], 1: [3, 5], 2: [], 3: [1, 4], 4: [], 5: [2, 6]}
         for number, works in indices.items():
             assert {inventory.shard_of(index, 3) for index in works} <= {number}
+
+
+def test_shards_may_be_let_go_of_in_another_thread(tmp_path: Path) -> None:
+    """As the collector does with a run that was stopped."""
+    with freeze_items(tmp_path / "i", items_of("a.jpg", "b.jpg")) as inventory:
+        inventory.add_retries([0, 1], 1)
+        shards = inventory.shards(1)
+        assert [next(shards) for _ in range(3)] == [(0, 1), (1, 1), (2, 1)]
+        with ThreadPoolExecutor(1) as other:
+            other.submit(shards.close).result()
 
 
 def test_millions_of_retries_are_searched_and_not_read_through(tmp_path: Path) -> None:
