@@ -173,7 +173,7 @@ def _run(command: str, labels: Path | None, **arguments: Any) -> None:
         request.job, request.options, request.open_crew, labels=labels, telemetry=request.telemetry()
     )
     click.echo(describe_summary(summary, pictured=request.options.pictured))
-    check_failures(summary.failures, summary.images, allowed or "0", request.job.out)
+    check_failures(summary.failures, summary.images, allowed, request.job.out)
 
 
 def _load_bundle(path: Path | None) -> "Bundle":

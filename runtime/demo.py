@@ -66,7 +66,7 @@ def run_demo(out: Path, bundle: Bundle, request: EngineRequest | None = None) ->
         for run in RUNS
     }
     for name, summary in summaries.items():
-        check_failures(summary.failures, summary.images, "0", out / name)
+        check_failures(summary.failures, summary.images, None, out / name)
     lines = (out / "segment" / "labels.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     _write_page(out, records, bundle.manifest)

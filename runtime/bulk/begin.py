@@ -76,13 +76,19 @@ def _freeze(job: Job, options: RunOptions, labels: ImageLabels | None, foregroun
 
     with job.open_source(foreground) as source:
         is_list = isinstance(source, ListSource)
-        freeze(job.out / INVENTORY, source.listing(), labels_of)
+        freeze(job.out / INVENTORY, source.listing(), labels_of, source.description)
     with Inventory(job.out / INVENTORY) as inventory:
         if inventory.passed_over:
             some = [f"{entry.id}: {entry.reason}" for entry in inventory.entries_passed_over(NAMED)]
             say(f"passed over {inventory.passed_over}: {name_some(some, inventory.passed_over)}")
         if inventory.other_files and options.tell_other_files:
             say(f"left out, no image by extension: {counted(inventory.other_files, 'file')}")
+        if labels and n_without == inventory.images:
+            raise UsageError(
+                f"{labels.path}: has no row about any of {counted(inventory.images, 'image')}, expected "
+                f"paths below {job.source}, or file names, such as {name_some(without, n_without)}; without "
+                "--labels they are labelled from scores"
+            )
         if labels and without:
             say(
                 f"without a row in {labels.path} and labelled from scores: {n_without} of "
@@ -106,5 +112,6 @@ def _compare(job: Job, foreground: Sequence[str]) -> None:
     if changed:
         raise UsageError(
             f"{job.source}: has changed since the run in {job.out} began: {changed}: go on with the images "
-            f"of then (--frozen), {_ALTERNATIVES}"
+            "of then (--frozen), try failed images that were repaired again (--retry-failed), "
+            f"{_ALTERNATIVES}"
         )

@@ -75,10 +75,16 @@ def _versions(packages: Iterable[str]) -> dict[str, Any]:
     return {f"version of {package}": version for package, version in found.items()}
 
 
+# Settings that are digests, which nobody can compare by eye.
+_FILES = {"labels": "label file, or one that has changed", "bundle": "bundle, or one that has changed"}
+
+
 def differences(ours: Config, theirs: Config) -> list[str]:
     """In words: "shard size: got 100, the run there has 256"."""
     return [
-        f"{key}: got {ours.get(key)}, the run there has {theirs.get(key)}"
+        f"another {_FILES[key]}"
+        if key in _FILES
+        else f"{key}: got {ours.get(key)}, the run there has {theirs.get(key)}"
         for key in sorted({*ours, *theirs})
         if ours.get(key) != theirs.get(key)
     ]

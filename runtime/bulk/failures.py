@@ -9,15 +9,16 @@ from multisa.runtime.progress import counted
 NAMED = 3  # how many examples a message gives
 
 
-def check_failures(failures: int, images: int, allowed: str, out: Path) -> None:
+def check_failures(failures: int, images: int, allowed: str | None, out: Path) -> None:
     """Raise TooManyFailures when more of the images failed than `allowed`: a number, or a share such as "2%".
 
-    Raises UsageError when `allowed` is neither.
+    None allows none. Raises UsageError when `allowed` is neither.
     """
-    if failures > failure_limit(allowed, images):
+    if failures > failure_limit(allowed or "0", images):
+        limit = f", allowed were {allowed}" if allowed else ""
         raise TooManyFailures(
-            f"{failures} of {counted(images, 'image')} failed, allowed were {allowed}: "
-            f"the reasons are in {out / 'failed.jsonl'}; --retry-failed tries them again"
+            f"{failures} of {counted(images, 'image')} failed{limit}: the reasons are in "
+            f"{out / 'failed.jsonl'}; --retry-failed tries them again"
         )
 
 

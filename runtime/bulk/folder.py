@@ -94,6 +94,8 @@ def check_places(source: str, out: Path, folders: Iterable[str]) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file, expected a folder for the results")
+    if out.parts and out.parts[0].endswith(":") and len(out.parts[0]) > 2:  # pathlib makes one slash of two
+        raise UsageError(f"{out}: is a URL, expected a folder here, or one that is mounted, for the results")
     spec = _local_path(source)
     if spec is None:
         return

@@ -185,11 +185,16 @@ class Inventory:
         return ""
 
 
-def freeze(path: Path, listing: Iterable[Listed], labels_of: Callable[[SourceItem], Labels | None]) -> None:
+def freeze(
+    path: Path,
+    listing: Iterable[Listed],
+    labels_of: Callable[[SourceItem], Labels | None],
+    described: str = "the source",
+) -> None:
     """Write the inventory of a listing to `path`, which appears when it is complete.
 
-    labels_of: the classes an image is said to show. Raises UsageError when there is no image, or one id is
-    there twice.
+    labels_of: the classes an image is said to show. described: the source, for people. Raises UsageError
+    when there is no image, or one id is there twice.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
@@ -198,7 +203,8 @@ def freeze(path: Path, listing: Iterable[Listed], labels_of: Callable[[SourceIte
         images, others, digest = _fill(rows, listing, labels_of)
         if not images:
             raise UsageError(
-                "no image found, expected at least one: images are known by their extension (.jpg, .png, ...)"
+                f"{described}: no image found, expected at least one: images are known by their extension "
+                "(.jpg, .png, ...)"
             )
         name_results(rows)
         facts = {"images": images, "other_files": others, "digest": digest}

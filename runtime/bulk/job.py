@@ -19,6 +19,8 @@ from multisa.runtime.sinks.contract import Sink, SinkContext
 from multisa.runtime.sources.choice import open_source
 from multisa.runtime.sources.contract import Source
 
+_LISTS = (".txt", ".csv", ".jsonl", ".parquet")
+_LOOKED_AT = 1 << 16  # bytes of a list
 METHODS = {"label": open_labelling, "segment": open_segmenting}
 
 
@@ -75,7 +77,18 @@ def make_job(
         request=engine,
         sinks=options.sinks,
         max_pixels=options.max_pixels,
-        sizes=options.sizes(remote="://" in source),
+        sizes=options.sizes(remote=_names_urls(source)),
         storage_options=storage_options,
         image_prefix=image_prefix,
     )
+
+
+def _names_urls(source: str) -> bool:
+    """Whether images come over a network: a URL, or a list or manifest here that begins with some."""
+    if "://" in source:
+        return not source.startswith(("file://", "local://"))
+    path = Path(source)
+    if path.suffix.lower() not in _LISTS or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"://" in file.read(_LOOKED_AT)

@@ -8,6 +8,7 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.images import MAX_PIXELS
 from multisa.runtime.report.report import PICTURED
 
+MOST_IN_A_SHARD = 1_000_000
 SHARD_SIZE = 256  # images: seconds of work on a GPU, a minute or two on a laptop
 REMOTE_READERS = 16  # threads: a disk answers at once, a bucket takes its time
 
@@ -36,6 +37,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: got {value}, expected at least 1")
+        if self.shard_size > MOST_IN_A_SHARD:
+            raise UsageError(f"shard_size: got {self.shard_size}, expected at most {MOST_IN_A_SHARD}")
 
     def sizes(self, *, remote: bool) -> Sizes:
         """Threads of the stages."""

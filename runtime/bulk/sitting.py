@@ -56,8 +56,10 @@ class Sitting:
         before = self.journal.images + self.journal.failed
         if self.options.max_failures is not None:
             self._failed_before = self._count_failed()
+            if self._is_left():  # a restart does not creep past the limit
+                self._check_failures(self._failed_before)
         if before:
-            say(f"{counted(self.journal.shards, 'shard')} were done before, {before} images of them")
+            say(f"done before: {counted(self.journal.shards, 'shard')}")
         self.watch.begin(self.inventory.images, min(before, self.inventory.images))
 
         def committed(result: ShardResult) -> None:
@@ -106,6 +108,10 @@ class Sitting:
                 return
             if number not in self.journal or number in self._altered:
                 yield self.inventory.shard(number, self.options.shard_size)
+
+    def _is_left(self) -> bool:
+        numbers = [number for number, _ in self.inventory.shards(self.options.shard_size)]
+        return bool(self._altered) or any(number not in self.journal for number in numbers)
 
     def _committed(self) -> tuple[list[int], list[int]]:
         """Numbers of the committed shards: the first ones, those of retries."""
@@ -166,8 +172,11 @@ class Sitting:
         if self.stop.signal is not None:
             raise Interrupted(f"interrupted: {so_far}", signal=self.stop.signal)
         if self.stop.too_many_failures and self.options.max_failures is not None:
-            say(f"stopped: {so_far}")
+            say(f"stopped: {done} of {counted(shards, 'shard')} are done")
             write_failures(self.job.out, committed, retries)
             failed = self._failed_before + self.watch.failed
-            check_failures(failed, self.inventory.images, self.options.max_failures, self.job.out)
+            self._check_failures(failed)
         raise MultisaError(f"the run ended before its end: {so_far}")  # never as if all were done
+
+    def _check_failures(self, failed: int) -> None:
+        check_failures(failed, self.inventory.images, self.options.max_failures, self.job.out)

@@ -65,6 +65,8 @@ def json_for_script(value: Sequence[Any]) -> str:
 def _gallery_title(page: Page) -> str:
     if len(page.cards) == page.images:
         return counted(len(page.cards), "image")
+    if not page.cards:  # nobody asked for pictures, or the masks are in a form that is not read back
+        return f"no pictures of {counted(page.images, 'image')} (they take the sinks masks or tar)"
     samples = sum(card.sample for card in page.cards)
     doubtful = len(page.cards) - samples
     return f"the {doubtful} most doubtful of {page.images:,} images, and {samples} of the others as a sample"

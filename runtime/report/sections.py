@@ -18,12 +18,13 @@ from multisa.runtime.report.summary import (
 
 def render_totals(figures: RunFigures, found: Gathered) -> str:
     """The numbers of the run, large."""
+    of = ", last sitting" if figures.kept else ""  # what was kept was done in another time
     numbers = {
         "images": f"{found.images:,}",
         "failed": f"{figures.failed:,}",
         "passed over": f"{figures.passed_over:,}",
-        "images/s": f"{figures.images_per_second:.2f}",
-        "duration": describe_duration(figures.seconds),
+        f"images/s{of}": f"{figures.images_per_second:.2f}",
+        f"duration{of}": describe_duration(figures.seconds),
         "mean doubt": f"{found.doubt:.2f}",
         "mean confidence": f"{found.confidence:.1%}",
     }

@@ -79,6 +79,7 @@ class JsonLog:
 
 
 def _open_for_lines(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)  # OUT/run.jsonl, before there is an OUT
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size

@@ -66,7 +66,7 @@ def test_another_bundle_other_labels_another_command(
     labels.write_text("image,labels\na.jpg,green\n")
     run_label(photos, out, bundle, labels=labels)
     other = write_bundle(tmp_path / "other", replace(manifest, name="other"), graphs)
-    with pytest.raises(UsageError, match=r"other settings \(bundle: got "):
+    with pytest.raises(UsageError, match=r"other settings \(another bundle"):
         run_label(photos, out, other, labels=labels)
     with pytest.raises(UsageError, match="labels: got None, the run there has "):
         run_label(photos, out, bundle)
