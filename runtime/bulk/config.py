@@ -76,18 +76,28 @@ def _versions(packages: Iterable[str]) -> dict[str, Any]:
 
 
 # Settings that are digests, which nobody can compare by eye.
-_FILES = {"labels": "label file, or one that has changed", "bundle": "bundle, or one that has changed"}
+_FILES = {
+    "labels": "another label file, or one that has changed",
+    "bundle": "another bundle, or one that has changed",
+}
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
     """In words: "shard size: got 100, the run there has 256"."""
     return [
-        f"another {_FILES[key]}"
-        if key in _FILES
-        else f"{key}: got {ours.get(key)}, the run there has {theirs.get(key)}"
+        _difference(key, ours.get(key), theirs.get(key))
         for key in sorted({*ours, *theirs})
         if ours.get(key) != theirs.get(key)
     ]
+
+
+def _difference(key: str, ours: object, theirs: object) -> str:
+    if key not in _FILES:
+        return f"{key}: got {ours}, the run there has {theirs}"
+    if ours is None or theirs is None:
+        got, there = ("none", "some") if ours is None else ("some", "none")
+        return f"{key}: got {got}, the run there has {there}"
+    return f"{key}: got {_FILES[key]}"
 
 
 def read_config(out: Path) -> Config | None:

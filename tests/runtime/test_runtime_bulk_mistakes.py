@@ -29,7 +29,7 @@ def test_labels_about_none_of_the_images(photos: Path, bundle: Bundle, tmp_path:
     labels.write_text("image,labels\na.jpg,green\n")
     assert run_label(photos, tmp_path / "out", bundle, labels=labels).done == 5  # nothing is in the way
     labels.write_text("image,labels\na.jpg,red thing\n")
-    with pytest.raises(UsageError, match="other settings .another label file, or one that has changed"):
+    with pytest.raises(UsageError, match="labels: got another label file, or one that has changed"):
         run_label(photos, tmp_path / "out", bundle, labels=labels)
 
 

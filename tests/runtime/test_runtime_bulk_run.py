@@ -66,14 +66,14 @@ def test_another_bundle_other_labels_another_command(
     labels.write_text("image,labels\na.jpg,green\n")
     run_label(photos, out, bundle, labels=labels)
     other = write_bundle(tmp_path / "other", replace(manifest, name="other"), graphs)
-    with pytest.raises(UsageError, match=r"other settings \(another bundle"):
+    with pytest.raises(UsageError, match=r"other settings \(bundle: got another bundle"):
         run_label(photos, out, other, labels=labels)
-    with pytest.raises(UsageError, match="labels: got None, the run there has "):
+    with pytest.raises(UsageError, match="labels: got none, the run there has some"):
         run_label(photos, out, bundle)
     with pytest.raises(UsageError, match="command: got segment, the run there has label"):
         run_segment(photos, out, bundle)
     labels.write_text("image,labels\na.jpg,red thing\n")
-    with pytest.raises(UsageError, match="labels: got "):
+    with pytest.raises(UsageError, match="labels: got another label file"):
         run_label(photos, out, bundle, labels=labels)
 
 
