@@ -54,7 +54,7 @@ class _Affinity:
 class Labelling:
     """Which classes, roughly where (cam), spread along affinities (walk), sharpened (dense CRF)."""
 
-    command, place = "label", "cpu"
+    command, device = "label", "cpu"
 
     def __init__(self, manifest: Manifest, engines: Sequence[Choice], *, soft: bool) -> None:
         self.engines = engines
@@ -128,7 +128,7 @@ class Labelling:
 class DeviceLabelling:
     """The same where the whole chain stays on a GPU, and masks are what comes back."""
 
-    command, place = "label", "gpu"
+    command, device = "label", "gpu"
 
     def __init__(
         self, manifest: Manifest, engines: Sequence[Choice], chain: "DeviceChain", *, soft: bool

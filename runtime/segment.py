@@ -21,7 +21,7 @@ LabelsAndConfidence = tuple[UInt8, UInt8]
 class Segmenting:
     """Labels and confidence from the graph; what is left to do is to check and to count."""
 
-    command, place = "segment", "cpu"
+    command, device = "segment", "cpu"
 
     def __init__(self, classes: Sequence[str], engines: Sequence[Choice]) -> None:
         self._classes, self.engines = tuple(classes), engines

@@ -70,7 +70,7 @@ class Method(Protocol):
     """
 
     command: str  # "label"
-    place: str  # where masks are made, "cpu" or "gpu": their bytes may differ
+    device: str  # where masks are made, "cpu" or "gpu": their bytes may differ
     engines: Sequence[Choice]
 
     def infer(self, images: UInt8, given: Sequence[Labels | None], clock: StageClock) -> Sequence[Any]:

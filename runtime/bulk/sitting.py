@@ -85,7 +85,7 @@ class Sitting:
             stage_seconds=crew.seconds(),
             job=self.job,
             width=crew.width(),
-            skipped=self.inventory.passed_over,
+            passed_over=self.inventory.passed_over,
             failure_kinds=dict(self.watch.failure_kinds),
             reasons=failure_reasons(self.job.out),
         )

@@ -23,7 +23,7 @@ class RunSummary:
     stage_seconds: Mapping[str, float]  # of this sitting, summed over the threads
     job: Job
     width: Width  # of all who did shards
-    skipped: int  # entries of the source that were passed over
+    passed_over: int  # entries of the source that were passed over
     failure_kinds: Mapping[str, int]  # of this sitting
     reasons: Mapping[str, int]  # images by reason, of all that have failed
 
@@ -50,7 +50,7 @@ def describe_summary(summary: RunSummary, *, pictured: int) -> str:
             seconds=summary.seconds,
             stages=tuple(StageTime(name, busy, summary.width.threads_of(name)) for name, busy in stages),
             kept=summary.done - summary.done_now,
-            passed_over=summary.skipped,
+            passed_over=summary.passed_over,
             cores=summary.width.cores,
             reasons=summary.reasons,
             look_at=tuple(looks),

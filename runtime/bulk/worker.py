@@ -35,7 +35,7 @@ class Worker:
             self.source = stack.enter_context(job.open_source())
             method = stack.enter_context(job.open_method(bundle))
             self.engines: Sequence[Choice] = method.engines
-            self._place = method.place
+            self._device = method.device
             self.sinks: Sequence[Sink] = job.open_sinks(bundle)
             self._pipeline = stack.enter_context(
                 Pipeline(
@@ -100,7 +100,7 @@ class Worker:
 
     def identity(self) -> Mapping[str, Any]:
         """Engines and versions, as the settings of a run hold them."""
-        return {**identity(self.engines), "masks are made on": self._place}
+        return {**identity(self.engines), "masks are made on": self._device}
 
     def wait(self, future: "Future[None]") -> None:
         """Wait for a shard. Raises what has kept it from being done."""

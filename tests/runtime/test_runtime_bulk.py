@@ -257,7 +257,7 @@ def test_summary(tmp_path: Path) -> None:
         stage_seconds={"read": 1.0, "crf": 3.0},
         job=job,
         width=Width((job.sizes,), 4),
-        skipped=3,
+        passed_over=3,
         failure_kinds={"decode": 2},
         reasons={"the file is empty": 2},
     )

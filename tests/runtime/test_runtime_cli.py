@@ -122,7 +122,8 @@ def test_the_first_few_failures_are_said(bundle: Bundle, tmp_path: Path) -> None
     (tmp_path / "bad").mkdir()
     for i in range(5):
         (tmp_path / "bad" / f"{i}.jpg").write_bytes(b"no image")
-    result = run_cli("segment", tmp_path / "bad", "-o", tmp_path / "out", "--bundle", bundle.path)
+    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--workers", 1)  # by one thread, in its order
+    result = run_cli("segment", tmp_path / "bad", *run)
     lines = result.stderr.splitlines()
     assert [line.split(": ")[0] for line in lines] == ["segmenter", "0.jpg", "1.jpg", "2.jpg", "error"]
 
