@@ -33,6 +33,7 @@ from multisa.runtime.bulk.options import RunOptions
 from multisa.runtime.bulk.request import make_job
 from multisa.runtime.bulk.run import run as run_job
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.device_label import DeviceChain
 from multisa.runtime.engines import tensorrt_engine, tensorrt_lane, tensorrt_library
 from multisa.runtime.engines.choice import EngineRequest, choose_engine
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
@@ -624,21 +625,19 @@ def test_closing_while_a_profile_is_opened(
     assert [lane._context for lane in made] == [None]
 
 
-def test_pseudo_masks_with_affinities_that_stay_on_the_device(
+def test_pseudo_masks_that_are_made_on_the_device(
     bundle: Bundle, store: Store, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The masks are those of ONNX Runtime's path, and no affinity is asked to the host."""
+    """A run gives them to the device whole, and its masks are those of ONNX Runtime's path."""
     use_kernels_in(tmp_path, monkeypatch)
-    on_device: list[bool] = []
-    walk = calls.random_walk_on_device
-    monkeypatch.setattr(
-        calls,
-        "random_walk_on_device",
-        lambda scores, affinity, *rest: (
-            on_device.append(isinstance(affinity, calls.DeviceArray)),
-            walk(scores, affinity, *rest),
-        )[1],
-    )
+    batches: list[tuple[int, ...]] = []
+    label = DeviceChain.label
+
+    def noted(chain: DeviceChain, images: np.ndarray, *rest: object) -> object:
+        batches.append(images.shape)
+        return label(chain, images, *rest)
+
+    monkeypatch.setattr(DeviceChain, "label", noted)
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     Image.fromarray(photograph(96, 128)[0]).save(photographs / "cat.png")
@@ -653,9 +652,11 @@ def test_pseudo_masks_with_affinities_that_stay_on_the_device(
         run_job(job, options, LocalCrew, labels=tmp_path / "labels.csv")
         with Image.open(out / "masks" / "cat.png") as mask:
             masks.append(np.asarray(mask))
-    assert on_device == [True]
+    assert batches == [(1, 96, 128, 3)]
     assert masks[0].any()
-    np.testing.assert_array_equal(masks[1], masks[0])
+    assert (masks[1] == masks[0]).mean() >= 0.999  # away from ties: the device walks in half precision
+    settings = json.loads((tmp_path / library / ".multisa" / "config.json").read_text())
+    assert settings["masks are made on"] == "gpu"
     record = json.loads((tmp_path / library / ".multisa" / "run.json").read_text())
     assert record["engines"]["affinity"]["detail"]["gpu"] == "CPU"
     assert "pycuda" in record["versions"]
