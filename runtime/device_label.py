@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from multisa.kernels.cuda.calls import DeviceArray, default_device
+from multisa.kernels.cuda import calls
+from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.crf import padded_labels
 from multisa.kernels.cuda.limits import MAX_RADIUS
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError
@@ -59,7 +60,7 @@ def open_device_chain(
         say(f"walk, CRF and masks are made on the CPU: walk_radius is above {MAX_RADIUS}")
         return None
     try:
-        device = default_device()
+        device = calls.default_device()
     except DeviceUnavailableError as error:
         say(f"walk, CRF and masks are made on the CPU: {error}")
         return None
