@@ -459,7 +459,7 @@ def test_where_there_is_no_chain(
             raise DeviceUnavailableError("kernels.fatbin: not found")
 
         with monkeypatch.context() as patch:
-            patch.setattr(device_label, "default_device", refuse)
+            patch.setattr(device_label.calls, "default_device", refuse)
             assert open_device_chain(cam, affinity, bundle.manifest) is None
         assert "are made on the CPU: kernels.fatbin: not found" in capsys.readouterr().err
         device = use_kernels_in(tmp_path, monkeypatch)
