@@ -463,7 +463,6 @@ def test_where_there_is_no_chain(
             assert open_device_chain(cam, affinity, bundle.manifest) is None
         assert "are made on the CPU: kernels.fatbin: not found" in capsys.readouterr().err
         device = use_kernels_in(tmp_path, monkeypatch)
-        monkeypatch.setattr(device_label, "default_device", calls.default_device)
         chain = open_device_chain(cam, affinity, bundle.manifest)
         assert chain is not None and chain._device is device
         chain.close()
