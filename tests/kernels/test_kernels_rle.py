@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 from multisa.kernels import encode_rle
 
 UInt8 = npt.NDArray[np.uint8]
-MASKS = Path("/work/shared/data/voc-animals/SegmentationClass")
+MASKS = Path(__file__).resolve().parents[3] / "shared/data/voc-animals/SegmentationClass"
 
 
 def check(mask: UInt8) -> None:

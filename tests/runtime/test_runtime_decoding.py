@@ -16,7 +16,7 @@ from multisa.runtime.errors import ImageError
 from multisa.runtime.images import resize_image, working_size
 
 DEMO = sorted((Path(__file__).resolve().parents[2] / "runtime" / "demo_photos").glob("*.jpg"))
-PHOTOGRAPHS = Path("/work/shared/data/voc-animals/JPEGImages")
+PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared/data/voc-animals/JPEGImages"
 
 
 def pillow(data: bytes) -> np.ndarray:
