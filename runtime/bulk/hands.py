@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
 from multisa.runtime.bulk.crew import Outcome
 from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Order, Ready
@@ -59,6 +60,23 @@ class Hands(ABC, Generic[AnyMember]):
         self._doing = False
         self._losses: Counter[str] = Counter()  # in a row, by the name of the member
         self._was_lost = False
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Start all members, and wait until they are ready."""
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except BaseException as error:  # what was started by then must not outlive this
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
 
     @abstractmethod
     def _members(self) -> Collection[AnyMember]:

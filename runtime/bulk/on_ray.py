@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Hand, Order
 from multisa.runtime.bulk.hands import Answer, Hands, Lost, Member
@@ -78,18 +78,13 @@ class RayCrew(Hands[_Actor]):
         self._nobody_since = time.monotonic()
         self._nobody_said = False
 
-    def __enter__(self) -> Self:
-        try:
-            self._connect()
-            places = self._places()
-            self._on_gpus = any(place.gpus for place in places)
-            start = time.monotonic()
-            while not self._is_complete(time.monotonic() - start):
-                self._take_answers()
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        return self
+    def _open(self) -> None:
+        self._connect()
+        places = self._places()
+        self._on_gpus = any(place.gpus for place in places)
+        start = time.monotonic()
+        while not self._is_complete(time.monotonic() - start):
+            self._take_answers()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

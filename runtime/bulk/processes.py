@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection, resource_tracker
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from multisa.runtime.bulk.hand import UNDER_WAY, Fault, Hand, Order
 from multisa.runtime.bulk.hands import Answer, Hands, Lost, Member
@@ -53,17 +53,12 @@ class ProcessCrew(Hands[_Member]):
         self._gpus: list[str] = []
         self._processes: dict[int, _Member] = {}
 
-    def __enter__(self) -> Self:
+    def _open(self) -> None:
         self._gpus = visible_gpus()
-        try:
-            for index in range(self._count_of_processes):
-                self._processes[index] = self._start(index)
-            while not all(member.ready for member in self._processes.values()):
-                self._take_answers()
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        return self
+        for index in range(self._count_of_processes):
+            self._processes[index] = self._start(index)
+        while not all(member.ready for member in self._processes.values()):
+            self._take_answers()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -43,6 +43,12 @@ class Scripted(Hands[Member]):
         self.members = {name: Member(name) for name in names}
         self._next: list[tuple[Member, Answer]] = [(member, READY) for member in self.members.values()]
 
+    def _open(self) -> None:
+        """They are there."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was started."""
+
     def _members(self) -> list[Member]:
         return list(self.members.values())
 

@@ -123,6 +123,12 @@ class Two(Hands[Member]):
             for name, identity in identities.items()
         ]
 
+    def _open(self) -> None:
+        """They are there."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was started."""
+
     def _members(self) -> list[Member]:
         return [member for member, _ in self._are]
 

@@ -4,7 +4,6 @@ import asyncio
 import importlib.util
 import io
 import json
-import tarfile
 import tracemalloc
 import uuid
 import zipfile
@@ -17,6 +16,7 @@ import boto3
 import fsspec
 import pyarrow
 import pytest
+from made_archives import tar_of
 from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
@@ -80,16 +80,6 @@ def photos(bucket: Bucket) -> Bucket:
     for name, data in FILES.items():
         bucket.put(f"photos/{name}", data)
     return bucket
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def test_a_folder_of_a_bucket(photos: Bucket) -> None:

@@ -1,26 +1,15 @@
 """Sources on a web server: one that is busy, that changes its files, that sends more than it is asked for."""
 
 import http.server
-import io
-import tarfile
 import threading
 from collections.abc import Iterator
 
 import pytest
+from made_archives import tar_of
 
 from multisa.runtime.errors import ImageError
 from multisa.runtime.sources.choice import open_source
 from multisa.runtime.sources.contract import SourceItem
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 class Web(http.server.BaseHTTPRequestHandler):
