@@ -18,7 +18,7 @@ check: $(VENV)/dev  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/multisa
-	MYPYPATH=build/typecheck $(BIN)/mypy -p multisa.kernels -p multisa.runtime -p multisa.training -p multisa.export
+	MYPYPATH=build/typecheck $(BIN)/mypy -p multisa.kernels -p multisa.runtime -p multisa.training -p multisa.export -p multisa.benchmarks
 
 bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results
 	$(BIN)/python benchmarks/engine_against_eager.py --run $(RUN) --data $(DATA)

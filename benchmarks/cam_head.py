@@ -22,10 +22,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from harness import RESULTS, environment, interleave, save_results
 from PIL import Image
 from torch import Tensor, nn
 
+from multisa.benchmarks.harness import RESULTS, environment, interleave, save_results
 from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
 from multisa.export.bundle import graphs_of_run
 from multisa.export.cost import Cost, costs_of_parts

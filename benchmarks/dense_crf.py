@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from harness import environment, interleave, peaks, save_results
-from scenes import class_probabilities, photograph_bytes
 
+from multisa.benchmarks.harness import environment, interleave, peaks, save_results
+from multisa.benchmarks.scenes import class_probabilities, photograph_bytes
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
 from multisa.kernels.dense_crf import _spatial_lattice
 

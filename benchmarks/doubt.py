@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import environment, save_results
 from scipy.stats import spearmanr
 
+from multisa.benchmarks.harness import environment, save_results
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.doubt import disagreement_of_no_class, disagreement_of_segmenter, doubt
 from multisa.runtime.engines.choice import open_engine

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import environment, interleave, save_results
 from PIL import Image
 from pycocotools import mask as coco
 
+from multisa.benchmarks.harness import environment, interleave, save_results
 from multisa.kernels import encode_rle
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.decoding import decode_image

@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import environment, interleave, save_results
-
+from multisa.benchmarks.harness import environment, interleave, save_results
 from multisa.runtime.bulk.inventory import Inventory, freeze
 from multisa.runtime.bulk.journal import Journal, ShardResult
 from multisa.runtime.bulk.options import SHARD_SIZE

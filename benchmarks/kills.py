@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import environment, save_results
 from PIL import Image
 
+from multisa.benchmarks.harness import environment, save_results
 from multisa.runtime import commands
 from multisa.runtime.bulk.finish import FINISHED
 from multisa.runtime.bulk.folder import CONFIG, INVENTORY, JOURNAL, LOCK

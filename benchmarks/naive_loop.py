@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from random_walk import dense_squaring
 
+from multisa.benchmarks.random_walk import dense_squaring
 from multisa.kernels import dense_crf
 from multisa.runtime.images import read_image, resize_image, working_size
 from multisa.runtime.palette import voc_palette

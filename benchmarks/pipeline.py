@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import environment, save_results
-from naive_loop import naive_seconds
 from PIL import Image
 
+from multisa.benchmarks.harness import environment, save_results
+from multisa.benchmarks.naive_loop import naive_seconds
 from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
 from multisa.runtime.bulk.encode import Encoder
 from multisa.runtime.bulk.inventory import Work

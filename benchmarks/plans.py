@@ -21,9 +21,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from harness import RESULTS, environment, save_results
 from torch import nn
 
+from multisa.benchmarks.harness import RESULTS, environment, save_results
 from multisa.export.bundle import Graph
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.graphs import AffinityPhotographs

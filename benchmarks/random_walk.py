@@ -14,10 +14,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import Times, copied_bytes_per_second, environment, interleave, peaks, save_results
-from scenes import photograph, smooth_scores
 from scipy.sparse import csr_array
 
+from multisa.benchmarks.harness import (
+    Times,
+    copied_bytes_per_second,
+    environment,
+    interleave,
+    peaks,
+    save_results,
+)
+from multisa.benchmarks.scenes import photograph, smooth_scores
 from multisa.kernels import affinity_from_features, random_walk, random_walk_reference, stencil_offsets
 from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree
 from multisa.kernels.stencil import pair_slices

@@ -1,0 +1,1 @@
+"""What is fast, and how do we know: the suite of `multisa bench`, and one file for each subject."""
