@@ -1,6 +1,6 @@
 """What folding the Multi-SA head and attention in blocks are worth: PyTorch eager against the exported graph.
 
-    python benchmarks/cam_head.py --run runs/voc-animals     # a quarter of an hour
+    python benchmarks/cam_head.py     # a quarter of an hour; --quick: the heads alone
 
 The network as trained (not folded) in PyTorch eager, the exported graph (folded) on ONNX Runtime, on the same
 threads, in turn: the head alone on one pyramid, and the whole CAM graph with the scales of the paper's
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,16 @@ from torch import Tensor, nn
 
 from multisa.benchmarks.harness import RESULTS, environment, interleave, save_results
 from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
-from multisa.export.bundle import graphs_of_run
 from multisa.export.cost import Cost, costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.to_onnx import OPSET, onnx_from_module
+from multisa.export.unfold import cam_from_bundle
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.engines.contract import CAM, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.training.cams import build_cam_network
 from multisa.training.config import load_config
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.pipeline import load_run
 
 SCALES = load_config("paper-resnet50").cam.scales
 N_CLASSES = 20  # of VOC, where the weights are random
@@ -73,13 +73,6 @@ def random_network(preset: str, n_classes: int = N_CLASSES) -> MultiSACAM:
     network.calibrate(network.backbone.normalise(photograph(256)))
     for beta in network.beta_parameters():
         beta.data.fill_(0.3)
-    return network
-
-
-def trained_network(root: Path) -> MultiSACAM:
-    """The CAM network of a training run."""
-    network = graphs_of_run(load_run(root), root)[0].reference.network
-    assert isinstance(network, MultiSACAM)
     return network
 
 
@@ -122,7 +115,7 @@ def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, 
         {
             "eager": lambda: network.head(pyramid),
             "eager-folded": lambda: folded.head(pyramid),
-            **{name: lambda n=name: sessions[n].run(None, feeds[n]) for name in sessions},
+            **{name: partial(sessions[name].run, None, feeds[name]) for name in sessions},
         },
         repeats=repeats,
     )
@@ -235,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, help="a training run of lite0")
+    parser.add_argument("--quick", action="store_true", help="the heads alone; the other results are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=list(PARTS), help="measure one part, keep the other results")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
@@ -245,9 +238,9 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(measure_memory(options.memory_of[0], int(options.memory_of[1]), threads)))
         return
-    if options.run is None:
-        parser.error("--run is needed: a training run of lite0")
-    networks = {"lite0": trained_network(options.run), "resnet50": random_network("paper-resnet50")}
+    packaged = cam_from_bundle(load_bundle(default_bundle_path()))
+    networks = {"lite0": packaged, "resnet50": random_network("paper-resnet50")}
+    only = options.only or ("head" if options.quick else None)
     results: dict[str, Any] = {
         "environment": environment("torch", "onnxruntime", "timm"),
         "threads": threads,
@@ -255,9 +248,9 @@ def main() -> None:
         "query_block": QUERY_BLOCK,
     }
     earlier = RESULTS / "cam_head.json"
-    if options.only:
+    if only:
         results = json.loads(earlier.read_text(encoding="utf-8")) | results
-    for part in (options.only,) if options.only else PARTS:
+    for part in (only,) if only else PARTS:
         results[part] = PARTS[part](networks, threads)
     save_results("cam_head", results)
 

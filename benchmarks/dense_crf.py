@@ -7,6 +7,7 @@ Writes benchmarks/results/dense_crf.json.
 
 import argparse
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def scaling(repeats: int) -> list[dict[str, float]]:
     rows = []
     for size, labels in ((32, 3), (64, 3), (128, 3), (256, 3), (512, 3), (256, 8), (256, 16), (256, 24)):
         image, probabilities = photograph_bytes(size, size), class_probabilities(labels, size, size)
-        times = interleave({"ours": lambda i=image, p=probabilities: dense_crf(i, p)}, repeats=repeats)
+        times = interleave({"ours": partial(dense_crf, image, probabilities)}, repeats=repeats)
         seconds = times["ours"].median
         rows.append(
             {
@@ -75,6 +76,18 @@ def scaling(repeats: int) -> list[dict[str, float]]:
             }
         )
     return rows
+
+
+def comparisons(*, quick: bool, machine: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """Ours and pydensecrf over labels and parameters, and how far ours is from the floor."""
+    machine = machine or peaks()
+    cases = [("psa", 3, None), ("psa", 21, None), ("psa", 21, 3), ("irn", 3, None), ("deeplab", 3, None)]
+    rows = [compare(name, labels, present, _repeats(quick)) for name, labels, present in cases]
+    return [{**row, "floor": floor(row, machine)} for row in rows]
+
+
+def _repeats(quick: bool) -> int:
+    return 3 if quick else 9
 
 
 def floor(row: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
@@ -95,17 +108,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    repeats = 3 if parser.parse_args().quick else 9
+    quick = parser.parse_args().quick
     machine = peaks()
-    cases = [("psa", 3, None), ("psa", 21, None), ("psa", 21, 3), ("irn", 3, None), ("deeplab", 3, None)]
-    rows = [compare(name, labels, present, repeats) for name, labels, present in cases]
     results = {
         "environment": environment("pydensecrf2"),
         "peaks": machine,
         "image": [HEIGHT, WIDTH],
         "settings": {name: asdict(parameters) for name, parameters in SETTINGS.items()},
-        "comparisons": [{**row, "floor": floor(row, machine)} for row in rows],
-        "scaling": scaling(repeats),
+        "comparisons": comparisons(quick=quick, machine=machine),
+        "scaling": scaling(_repeats(quick)),
     }
     save_results("dense_crf", results)
 

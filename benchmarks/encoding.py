@@ -130,7 +130,8 @@ def compare_jpegs(files: list[bytes], long_side: int, repeats: int) -> dict[str,
             "ours, scaled": lambda: [working(d, scaled=True) for d in files],
             "ours, whole": lambda: [working(d, scaled=False) for d in files],
             "Pillow": lambda: [
-                resize_image(rgb, working_size(*rgb.shape[:2], long_side)) for rgb in map(pillow_rgb, files)
+                resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side))
+                for rgb in map(pillow_rgb, files)
             ],
         },
         len(files),
@@ -153,7 +154,7 @@ def segment(photographs: list[Path], long_side: int) -> tuple[list[UInt8], dict[
         run = chosen[0].engine.run
         for path in photographs:
             rgb = read_image(path).rgb
-            size = working_size(*rgb.shape[:2], long_side)
+            size = working_size(rgb.shape[0], rgb.shape[1], long_side)
             labels = run(resize_image(rgb, size)[np.newaxis])["labels"][0]
             masks.append(resize_mask(labels, (rgb.shape[0], rgb.shape[1])))
             data = enlarged(rgb, (8 * rgb.shape[0], 8 * rgb.shape[1]))

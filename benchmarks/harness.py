@@ -85,7 +85,7 @@ def environment(*packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "instruction_set": native.instruction_set(),
         "python": platform.python_version(),
@@ -118,7 +118,7 @@ def copied_bytes_per_second(working_set: int) -> float:
     return copies * 2 * source.nbytes / min(seconds)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name where the system tells it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

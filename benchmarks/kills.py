@@ -136,8 +136,8 @@ class KilledRuns:
 
     @contextlib.contextmanager
     def _process(self, out: Path) -> "Iterator[subprocess.Popen[bytes]]":
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        with subprocess.Popen([*self._command, str(out)], **quiet) as process:
+        words = [*self._command, str(out)]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             try:
                 yield process
             finally:

@@ -1,21 +1,17 @@
-"""The streaming runs: end to end against the slowest stage alone, memory over a tenfold corpus, a naive loop.
+"""The streaming runs: end to end against the slowest stage alone, memory over a tenfold corpus.
 
 The corpus is the photographs of a VOC layout, repeated under new names and in several sizes, as JPEG files.
 Each stage alone runs in as many threads as in the pipeline, on the same images; stages and runs take turns.
-The naive loop is what the literature's code does: PyTorch eager, one photograph after the other, Pillow, and
-for labelling also the dense transition matrix and pydensecrf. Writes benchmarks/results/pipeline.json.
+Against PyTorch: segmenting.py and labelling.py. Writes benchmarks/results/pipeline.json.
 
-    python benchmarks/pipeline.py --data VOC_LAYOUT --run runs/voc-animals [--segment 10000] [--label 1000]
+    python benchmarks/pipeline.py --data VOC_LAYOUT [--segment 10000] [--label 1000]
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from multisa.benchmarks.harness import environment, save_results
-from multisa.benchmarks.naive_loop import naive_seconds
+from multisa.benchmarks.suite.command import run_command
 from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
 from multisa.runtime.bulk.encode import Encoder
 from multisa.runtime.bulk.inventory import Work
@@ -50,7 +46,6 @@ SCALES = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the repeated photographs
 QUALITY = 90
 SAMPLE = {"segment": 512, "label": 48}  # images of a stage alone
 TURNS = 3
-NAIVE = {"segment": 32, "label": 1}
 
 
 def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
@@ -70,30 +65,6 @@ def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(count, "corpus") as bar:
         for _ in pool.map(make, range(count)):
             bar.advance()
-
-
-def pixels_of(file: Path) -> int:
-    """Width times height of an image."""
-    with Image.open(file) as image:
-        return image.width * image.height
-
-
-def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[str, Any]:
-    """Run `multisa COMMAND` in a process of its own; its record, and its largest resident memory."""
-    shutil.rmtree(out, ignore_errors=True)
-    # Not by getrusage: a process inherits the largest memory of the one that has started it.
-    program = (
-        "import sys\n"
-        "from multisa.runtime.cli import main\n"
-        "try:\n    main()\nfinally:\n"
-        "    status = open('/proc/self/status').read()\n"
-        "    print('peak', status.partition('VmHWM:')[2].split()[0], file=sys.stderr)\n"
-    )
-    line = [sys.executable, "-c", program, command, str(source), "-o", str(out), "--report", "0", *arguments]
-    done = subprocess.run(line, check=True, stderr=subprocess.PIPE, text=True)
-    record: dict[str, Any] = json.loads((out / ".multisa" / "run.json").read_text())
-    peak = next(text for text in done.stderr.splitlines() if text.startswith("peak"))
-    return record | {"peak_mib": int(peak.split()[1]) / 1024}
 
 
 class StagesAlone:
@@ -122,7 +93,7 @@ class StagesAlone:
         return rates
 
     def _timed(
-        self, rates: dict[str, float], name: str, stage: Callable[[Any], Any], inputs: list[Any]
+        self, rates: dict[str, float], name: str, stage: Callable[[Any], Any], inputs: Sequence[Any]
     ) -> list[Any]:
         with ThreadPoolExecutor(self._threads) as pool:
             start = time.perf_counter()
@@ -184,14 +155,6 @@ def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
     all_stages()
     rates = {name: round(statistics.median(values), 2) for name, values in alone.items()}
     slowest = min(rates, key=lambda name: rates[name])
-    order = list(range(len(files)))
-    random.Random(1).shuffle(order)
-    if command == "label":
-        # The dense matrix grows with the square of the pixels, and its squaring with their third power: the
-        # smallest photographs are what can be waited for.
-        order.sort(key=lambda i: pixels_of(files[i]))
-    naive = [files[i] for i in order[: NAIVE[command]]]
-    seconds = naive_seconds(command, options.run, naive, [given[i] for i in order])
     return {
         "images": whole["images"],
         "failures": whole["failures"],
@@ -206,13 +169,6 @@ def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
             str(count): round(whole["peak_mib"], 1),
         },
         "memory_ratio": round(whole["peak_mib"] / tenth["peak_mib"], 3),
-        "naive_loop": {
-            "images": NAIVE[command],
-            # Of `label`'s they are the smallest; our rate is the mean over all.
-            "mean_pixels": round(statistics.mean(map(pixels_of, naive))),
-            "seconds_for_one": round(seconds, 3),
-            "times_ours": round(seconds * whole["images_per_second"], 2),
-        },
     }
 
 
@@ -220,7 +176,6 @@ def main() -> None:
     """Measure, print, write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True, help="a training run, for the naive loop")
     parser.add_argument("--bundle", type=Path, default=default_bundle_path())
     parser.add_argument("--segment", type=int, default=10_000, metavar="N", help="photographs to segment")
     parser.add_argument("--label", type=int, default=1_000, metavar="N", help="photographs to label")

@@ -61,7 +61,7 @@ PACKAGED = "packaged"
 def photographs() -> list[np.ndarray]:
     """The photographs of the package, uint8 [h, w, 3], reduced."""
     images = [read_image(path).rgb for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]
-    return [resize_image(rgb, working_size(*rgb.shape[:2], PARITY_SIDE)) for rgb in images]
+    return [resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], PARITY_SIDE)) for rgb in images]
 
 
 def random_graphs(config: TrainConfig) -> Iterator[Graph]:
@@ -92,7 +92,7 @@ def settle(network: nn.Module) -> None:
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None
             layer.reset_running_stats()
-    backbone = getattr(network, "backbone", network)
+    backbone: Any = getattr(network, "backbone", network)
     batch = torch.cat([as_batch(image[:128, :128]) for image in photographs()])
     network.train()
     with torch.no_grad():
@@ -220,7 +220,11 @@ def main() -> None:
         bundle = load_bundle(folder)
         figures = bundle.manifest.metrics["export"]
     results |= environment("torch", "onnxruntime", "tensorrt-rtx-cu13-libs")
-    entry = {"graphs": figures, "plans": [], "load_average_at_start": round(os.getloadavg()[0], 1)}
+    entry: dict[str, Any] = {
+        "graphs": figures,
+        "plans": [],
+        "load_average_at_start": round(os.getloadavg()[0], 1),
+    }
     # Others than the usual ones are entries of their own.
     unusual = [text for text in (options.precision, options.library) if text not in ("fp32", TENSORRT_RTX)]
     results.setdefault("bundles", {})[", ".join((bundle.manifest.name, *unusual))] = entry

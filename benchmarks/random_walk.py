@@ -10,6 +10,8 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,14 +35,14 @@ Float32 = npt.NDArray[np.float32]
 STEPS, BETA, RADIUS = 256, 8.0, 5
 
 
-def transition(affinity: Float32) -> csr_array:
-    """The row-stochastic D^-1 A^beta of one image as a sparse matrix [h w, h w]."""
+def transition(affinity: Float32, beta: float = BETA, radius: int = RADIUS) -> Any:
+    """The row-stochastic D^-1 A^beta of one image as a sparse matrix (SciPy's csr_array) [h w, h w]."""
     height, width = affinity.shape[-2:]
     index = np.arange(height * width).reshape(height, width)
     rows, columns, values = [index.ravel()], [index.ravel()], [np.ones(index.size)]
-    for plane, offset in zip(affinity, stencil_offsets(RADIUS), strict=True):
+    for plane, offset in zip(affinity, stencil_offsets(radius), strict=True):
         source, target = pair_slices(offset, (height, width))
-        edges = plane[source].astype(np.float64).ravel() ** BETA
+        edges = plane[source].astype(np.float64).ravel() ** beta
         rows += [index[source].ravel(), index[target].ravel()]
         columns += [index[target].ravel(), index[source].ravel()]
         values += [edges, edges]
@@ -61,27 +63,39 @@ def sparse_chebyshev(affinity: Float32, scores: Float32) -> Float32:
         previous, current = current, 2 * (matrix @ current) - previous
         if coefficient:
             total += np.float32(coefficient) * current
-    return np.ascontiguousarray(total.T).reshape(scores.shape)
+    return np.asarray(np.ascontiguousarray(total.T).reshape(scores.shape), np.float32)
 
 
-def sparse_steps(affinity: Float32, scores: Float32) -> Float32:
+def sparse_steps(
+    affinity: Float32, scores: Float32, beta: float = BETA, steps: int = STEPS, radius: int = RADIUS
+) -> Float32:
     """Every step on SciPy's sparse products."""
-    matrix = transition(affinity)
+    matrix = transition(affinity, beta, radius)
     state = scores.reshape(len(scores), -1).T
-    for _ in range(STEPS):
+    for _ in range(steps):
         state = matrix @ state
-    return np.ascontiguousarray(state.T).reshape(scores.shape)
+    return np.asarray(np.ascontiguousarray(state.T).reshape(scores.shape), np.float32)
 
 
-def dense_squaring(affinity: Float32, scores: Float32) -> Float32:
-    """The peers' way, in PyTorch on all cores: eight squarings of the dense matrix, then one product."""
+def dense_squaring(
+    affinity: Float32,
+    scores: Float32,
+    beta: float = BETA,
+    steps: int = STEPS,
+    radius: int = RADIUS,
+    device: str = "cpu",
+) -> Float32:
+    """The peers' way, in PyTorch on all cores: squarings of the dense matrix, then one product.
+
+    `steps` is a power of two.
+    """
     import torch
 
-    matrix = torch.from_numpy(transition(affinity).toarray())
-    for _ in range(8):
+    matrix = torch.from_numpy(transition(affinity, beta, radius).toarray()).to(device)
+    for _ in range(steps.bit_length() - 1):
         matrix = matrix @ matrix
-    flat = torch.from_numpy(scores.reshape(len(scores), -1))
-    return (flat @ matrix.T).numpy().reshape(scores.shape)
+    flat = torch.from_numpy(scores.reshape(len(scores), -1)).to(device)
+    return np.asarray((flat @ matrix.T).cpu().numpy().reshape(scores.shape), np.float32)
 
 
 def flushed_dense_squaring(size: int, channels: int) -> Times:
@@ -108,7 +122,7 @@ def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str,
     """All ways on one image of size x size: times, ratios to ours, errors against float64."""
     affinity = affinity_from_features(photograph(size, size), radius=RADIUS)
     scores = smooth_scores(channels, size, size)
-    ways = {
+    ways: dict[str, Callable[[], Float32]] = {
         "multisa": lambda: random_walk(scores, affinity),
         "multisa, every step": lambda: random_walk(scores, affinity, exact=True),
         "scipy, Chebyshev": lambda: sparse_chebyshev(affinity, scores),
@@ -134,6 +148,20 @@ def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str,
         ratio = round(flushed.median / times["multisa"].median, 2)
         rows["dense squaring, denormals flushed"] = {**flushed.to_json(), "times_ours": ratio}
     return {"size": size, "channels": channels, "ways": rows}
+
+
+def comparisons(*, quick: bool, machine: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """All ways at two sizes, and how far ours is from the floor; quick: no dense squaring, fewer repeats."""
+    machine = machine or peaks()
+    compared = [
+        compare(64, 4, dense=not quick, repeats=_repeats(quick)),
+        compare(128, 4, dense=False, repeats=_repeats(quick)),
+    ]
+    return [{**rows, "floor": floor(rows, machine)} for rows in compared]
+
+
+def _repeats(quick: bool) -> int:
+    return 5 if quick else 15
 
 
 def floor(times: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
@@ -167,7 +195,7 @@ def scaling(repeats: int) -> list[dict[str, float]]:
     for size, channels in ((32, 4), (64, 1), (64, 4), (64, 16), (128, 4), (256, 4), (512, 4)):
         affinity = affinity_from_features(photograph(size, size), radius=RADIUS)
         scores = smooth_scores(channels, size, size)
-        times = interleave({"ours": lambda a=affinity, s=scores: random_walk(s, a)}, repeats=repeats)
+        times = interleave({"ours": partial(random_walk, scores, affinity)}, repeats=repeats)
         seconds = times["ours"].median
         rows.append(
             {
@@ -191,12 +219,7 @@ def main() -> None:
     if options.flushed_dense:
         print(json.dumps(time_flushed(*options.flushed_dense)))
         return
-    repeats = 5 if options.quick else 15
     machine = peaks()
-    comparisons = [
-        compare(64, 4, dense=not options.quick, repeats=repeats),
-        compare(128, 4, dense=False, repeats=repeats),
-    ]
     results = {
         "environment": environment("scipy", "torch"),
         "peaks": machine,
@@ -206,8 +229,8 @@ def main() -> None:
             "steps": STEPS,
             "threads": "1; dense squaring all cores",
         },
-        "comparisons": [{**rows, "floor": floor(rows, machine)} for rows in comparisons],
-        "scaling": scaling(repeats),
+        "comparisons": comparisons(quick=options.quick, machine=machine),
+        "scaling": scaling(_repeats(options.quick)),
     }
     save_results("random_walk", results)
 

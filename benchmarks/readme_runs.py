@@ -32,16 +32,13 @@ def runs(
 
 
 def _one(command: str, run: dict[str, Any]) -> str:
-    naive, sizes = run["naive_loop"], list(run["peak_mib"].values())
-    of = "photograph" if naive["images"] == 1 else "photographs"
+    sizes = list(run["peak_mib"].values())
     together = run["images_per_second"] / run["sum_of_stages_images_per_second"]
     return (
         f"`multisa {command}` does {run['images']:,} photographs at {run['images_per_second']:.1f} a second, "
         f"{run['efficiency']:.2f} of what its slowest stage ({run['slowest_stage']}) does alone on all "
         f"cores, and {together:.2f} of what all stages together leave of them; peak memory {sizes[1]:.0f} "
-        f"MiB, {run['memory_ratio']:.2f} of that for a tenth of them. A plain loop in PyTorch eager as the "
-        f"literature's code has it needs {naive['seconds_for_one']:.2g} s for one ({naive['images']} {of} of "
-        f"{naive['mean_pixels']:,} pixels on average), {naive['times_ours']:,.1f} times as long."
+        f"MiB, {run['memory_ratio']:.2f} of that for a tenth of them."
     )
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),
     "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
     "parity": ("multisa.export.commands:parity", "Compare an engine's answers with the fp32 graphs'."),
+    "bench": ("multisa.benchmarks.commands:bench", "Measure every engine, and PyTorch beside it."),
     "build": ("multisa.export.tensorrt.commands:build", "Build TensorRT plans of a bundle's graphs."),
 }
 INTERRUPTED = 130

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
 from torch import nn
 
 from multisa.export import bundle as export_module
@@ -34,8 +32,6 @@ from multisa.training.config import load_config
 from multisa.training.data import DataSet, read_dataset
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.pipeline import RunRecord, run_pipeline
-from multisa.training.segmentation import evaluate_segmenter
-from multisa.training.workspace import Stage
 
 TINY = Path(__file__).parents[1] / "training" / "tiny.toml"
 
@@ -131,30 +127,6 @@ def test_a_graph_that_answers_differently_is_not_shipped(
     assert not (tmp_path / "bundle").exists()
     report = json.loads((tmp_path / "parity.json").read_text())["fp32"]
     assert not report["passed"] and "labels: 0.0000% of the labels agree" in report["problems"][0]
-
-
-def test_photographs_larger_than_the_networks_see_are_compared_at_their_size(
-    trained: tuple[RunRecord, Path], exported: Bundle, voc_folder: Path, tmp_path: Path
-) -> None:
-    run, root = trained
-    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "engine_against_eager.py"))
-    items = []
-    for item in read_dataset(voc_folder).val[:2]:
-        assert item.mask is not None
-        large = []
-        for path in (item.image, item.mask):
-            with Image.open(path) as image:
-                size = (image.width * 2, image.height * 2)
-                image.resize(size, Image.Resampling.NEAREST).save(tmp_path / path.name)
-            large.append(tmp_path / path.name)
-        items.append(replace(item, image=large[0], mask=large[1]))
-    segmented = replace(read_dataset(voc_folder), val=tuple(items))
-    trained_stage = Stage("segmenter", run.folder(root, "segmenter"), "")
-    (tmp_path / "eager").mkdir()
-    scores = evaluate_segmenter(run.config, segmented, trained_stage, tmp_path / "eager")
-    compared = script["compare_masks"](run, tmp_path / "eager", segmented.val, exported)
-    assert compared["label_agreement"] > 0.99
-    assert compared["miou"]["pytorch-eager"] == pytest.approx(scores["miou"], abs=0.0051)
 
 
 def test_a_run_without_its_checkpoints_is_one_line(

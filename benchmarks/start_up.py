@@ -1,0 +1,89 @@
+"""From a command to its first mask, in a new process each time: ours, PyTorch, and Python by itself.
+
+    python benchmarks/start_up.py
+
+The floor is what the interpreter takes to start and to import NumPy. Writes benchmarks/results/start_up.json.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from multisa.benchmarks.harness import environment, interleave, save_results
+from multisa.benchmarks.suite.contender import COMPILED, EAGER, REFERENCE, Contender
+from multisa.runtime.bundle import default_bundle_path
+
+PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_photos"
+INTERPRETER, OURS = "Python and NumPy", "multisa segment, one photograph"
+# The same contender as in the suite, opened and run on one photograph.
+_SEGMENT = (
+    "import sys\n"
+    "from pathlib import Path\n"
+    "from multisa.benchmarks.suite.contender import Contender\n"
+    "from multisa.benchmarks.suite.segment_contender import SegmentContender\n"
+    "SegmentContender(Path(sys.argv[1]), Contender(*sys.argv[3:6]), None, Path(sys.argv[2]))\n"
+)
+
+
+def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dict[str, Any]:
+    """Times of each way to start, in turn, and how many times as long as ours it takes."""
+    photograph = min(PHOTOGRAPHS.glob("*.jpg"))
+
+    def program(contender: Contender) -> list[str]:
+        words = [str(bundle), str(photograph), contender.engine, contender.precision, contender.device]
+        return ["-c", _SEGMENT, *words]
+
+    out = scratch / "out"
+    command = ["segment", str(photograph), "-o", str(out), "--bundle", str(bundle), "--report", "0"]
+    ways = {
+        INTERPRETER: ["-c", "import numpy"],
+        "multisa --help": ["-m", "multisa.runtime.cli", "--help"],
+        "multisa inspect": ["-m", "multisa.runtime.cli", "inspect", str(bundle)],
+        OURS: ["-m", "multisa.runtime.cli", *command],
+        "the engine alone, one photograph": program(REFERENCE),
+        "PyTorch eager, one photograph": program(Contender(EAGER, "fp32", "cpu")),
+    }
+    if compiled:
+        ways["torch.compile, one photograph"] = program(Contender(COMPILED, "fp32", "cpu"))
+    cases: dict[str, Callable[[], object]] = {
+        name: partial(_start, words, out) for name, words in ways.items()
+    }
+    slow = {name: 2 for name in cases if name.startswith("torch.compile")}
+    times = interleave(cases, repeats=repeats, slow=slow)
+    ours = times[OURS].median
+    rows = {
+        name: {**taken.to_json(), "times_ours": round(taken.median / ours, 2)}
+        for name, taken in times.items()
+    }
+    share = round(times[INTERPRETER].median / ours, 3)
+    limit = {"floor_ms": rows[INTERPRETER]["median_ms"], "share": share, "text": INTERPRETER}
+    return {"ways": rows, "limit": limit}
+
+
+def _start(words: Sequence[str], out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+
+
+def main() -> None:
+    """Measure, print, write the results file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, without torch.compile")
+    options = parser.parse_args()
+    repeats = 3 if options.quick else 9
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = measure(repeats, options.bundle, Path(scratch), compiled=not options.quick)
+    save_results("start_up", {"environment": environment("onnxruntime", "torch"), **measured})
+
+
+if __name__ == "__main__":
+    main()

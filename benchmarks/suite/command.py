@@ -1,0 +1,43 @@
+"""A command of multisa in a process of its own, as a user starts it: its record, and the memory it took."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from multisa.benchmarks.suite.guest import GuestFailedError
+
+# Not by getrusage: a process inherits the largest memory of the one that has started it.
+_PROGRAM = """
+import sys
+from pathlib import Path
+from multisa.runtime.cli import main
+try:
+    main()
+finally:
+    status = Path("/proc/self/status")
+    if status.exists():
+        print("peak", status.read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr)
+"""
+
+
+def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    """Run `multisa COMMAND SOURCE -o OUT ARGUMENTS` anew, without its page.
+
+    Returns its record (`OUT/.multisa/run.json`) and "peak_mib", None where the system does not tell. Raises
+    GuestFailedError, with the command's own last words, where it fails.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    words = [command, str(source), "-o", str(out), "--report", "0", *arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, *words], capture_output=True, text=True, check=False
+    )
+    said = done.stderr.splitlines()
+    if done.returncode != 0:
+        last = next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "")
+        raise GuestFailedError(f"multisa {command}: exit code {done.returncode}: {last}")
+    record: dict[str, Any] = json.loads((out / ".multisa" / "run.json").read_text(encoding="utf-8"))
+    peaks = [int(line.split()[1]) / 1024 for line in said if line.startswith("peak ")]
+    return record | {"peak_mib": round(peaks[-1], 1) if peaks else None}

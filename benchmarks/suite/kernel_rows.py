@@ -1,0 +1,74 @@
+"""The stage "kernels": the subjects' own comparisons, a row for each way."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from multisa.benchmarks.suite.setting import QUICK, Setting
+from multisa.runtime.progress import Progress, say
+
+Row = dict[str, Any]
+OURS = "multisa"
+
+
+def measure(setting: Setting) -> list[Row]:
+    """Rows of the random walk and the dense CRF: ours, and what the literature runs.
+
+    A subject whose packages are not there is a row with the reason as "problem".
+    """
+    quick = setting.effort is QUICK
+    rows: list[Row] = []
+    subjects: dict[str, Callable[[bool], Iterator[Row]]] = {"random walk": _walk, "dense CRF": _crf}
+    with Progress(len(subjects), "kernels", "subject") as bar:
+        for name, subject in subjects.items():
+            try:
+                rows += list(subject(quick))
+            except ModuleNotFoundError as error:
+                problem = f'{error.name} is not installed: pip install ".[bench]"'
+                rows.append({"kernel": name, "way": "", "problem": problem})
+                say(f"{name}: left out: {problem}")
+            bar.advance()
+    return rows
+
+
+def _walk(quick: bool) -> Iterator[Row]:
+    from multisa.benchmarks import random_walk
+
+    for compared in random_walk.comparisons(quick=quick):
+        size = f"{compared['size']}x{compared['size']}, {compared['channels']} channels"
+        floor = compared["floor"]
+        limit = {
+            "floor_ms": floor["floor_ms"],
+            "share": floor["share_of_peak"],
+            "text": "multiply-adds over the measured float32 peak of one thread",
+        }
+        yield from _ways("random walk", size, compared["ways"], limit)
+
+
+def _crf(quick: bool) -> Iterator[Row]:
+    from multisa.benchmarks import dense_crf
+
+    for compared in dense_crf.comparisons(quick=quick):
+        shape = f"{dense_crf.WIDTH}x{dense_crf.HEIGHT}, {compared['parameters']}"
+        size = f"{shape}, {compared['labels']} labels, {compared['present']} present"
+        floor = compared["floor"]
+        limit = {
+            "floor_ms": floor["floor_ms"],
+            "share": floor["share_of_floor"],
+            "text": "bytes of the lattice read once an iteration, over the measured bandwidth of a copy",
+        }
+        yield from _ways("dense CRF", size, compared["ways"], limit)
+
+
+def _ways(kernel: str, size: str, ways: Mapping[str, Mapping[str, Any]], limit: Row) -> Iterator[Row]:
+    ours = ways[OURS]["median_ms"]
+    for way, figures in ways.items():
+        yield {
+            "kernel": kernel,
+            "way": way,
+            "size": size,
+            "threads": "all" if way.startswith("dense squaring") else 1,
+            "problem": None,
+            **figures,
+            "times_ours": round(figures["median_ms"] / ours, 3),
+            "limit": limit if way == OURS else None,
+        }

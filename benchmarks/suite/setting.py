@@ -1,0 +1,72 @@
+"""What a run of the suite is about, and how long it may take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from multisa.benchmarks.suite.sample import Photograph
+from multisa.runtime.bundle import Bundle, load_bundle
+from multisa.runtime.errors import UsageError
+from multisa.training.data import DataSet, Item, read_dataset
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often, and on how many photographs."""
+
+    latency_photographs: int  # whose latencies are taken, in `rounds` rounds
+    rounds: int
+    masks: int  # photographs that mIoU and agreement are of
+    end_to_end: int  # photographs from file to file, in `turns` turns
+    turns: int
+    batches: tuple[int, ...]
+    sides: tuple[int, ...]  # long sides in pixels
+    repeats: int  # of each point of a curve
+    labelled: int  # photographs through the recipes of labelling
+    dense_side: int  # pixels: of the one photograph whose matrix is squared; it takes their sixth power
+
+
+FULL = Effort(24, 7, 10_000, 128, 5, (1, 2, 4, 8), (256, 512, 768, 1024), 5, 96, 512)
+QUICK = Effort(8, 3, 48, 32, 3, (1, 4), (256, 512), 3, 12, 256)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The bundle, the data set, the engines and the effort of one run."""
+
+    bundle: Bundle
+    dataset: DataSet
+    engines: tuple[str, ...]  # empty: all
+    plans: Path | None
+    effort: Effort
+    scratch: Path  # a folder for what is thrown away
+
+    @property
+    def val(self) -> list[Photograph]:
+        """Photographs with truth that nothing was learnt from."""
+        return [_photograph(self.dataset, item) for item in self.dataset.val if item.mask]
+
+    @property
+    def train(self) -> list[Photograph]:
+        """Photographs with image-level labels and truth."""
+        items = [item for item in self.dataset.train if item.mask and item.classes]
+        return [_photograph(self.dataset, item) for item in items]
+
+
+def make_setting(
+    bundle: Path, data: Path, scratch: Path, *, engines: tuple[str, ...], plans: Path | None, quick: bool
+) -> Setting:
+    """Read the bundle and the data set. Raises UsageError where they do not belong together."""
+    opened, dataset = load_bundle(bundle), read_dataset(data)
+    if opened.manifest.classes != dataset.class_names:
+        raise UsageError(
+            f"{data}: got the classes {', '.join(dataset.class_names)}; expected those of the bundle "
+            f"{opened.path}, {', '.join(opened.manifest.classes)}: name another --bundle or --data"
+        )
+    if not any(item.mask for item in dataset.val) or not any(item.mask for item in dataset.train):
+        raise UsageError(f"{data}: got no masks of train and val photographs, expected some to measure on")
+    return Setting(opened, dataset, engines, plans, QUICK if quick else FULL, scratch)
+
+
+def _photograph(dataset: DataSet, item: Item) -> Photograph:
+    assert item.mask is not None
+    return Photograph(item.id, item.image, item.mask, tuple(dataset.class_names[i] for i in item.classes))
