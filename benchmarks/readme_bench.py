@@ -9,8 +9,8 @@ Row = dict[str, Any]
 def segmenting(results: dict[str, Any]) -> str:
     """Every way to segment that ran, the fastest from file to file first."""
     lines = [
-        "| segmenting | precision | images/s, file to file | times eager | ms a photograph: p50, p90, p99 | mIoU "
-        "| labels alike | start, s | peak MiB | model MB |",
+        "| segmenting | precision | images/s, file to file | times eager | ms a photograph: p50, p90, p99 "
+        "| mIoU | labels alike | start, s | peak MiB | model MB |",
         f"|{'---|' * 10}",
     ]
     ran = _ran(results["segment"])
@@ -50,7 +50,7 @@ def segmenting_conditions(results: dict[str, Any]) -> list[str]:
     ]
     if limit and limit["share"]:
         pieces.append(
-            f"The floor, {limit['text']}, is {limit['floor_ms']:.0f} ms: {limit['share']:.0%} of it is reached."
+            f"The floor, {limit['text']}, is {limit['floor_ms']:.0f} ms: {limit['share']:.0%} of what is taken."
         )
     return [*pieces, "[benchmarks/results/segmenting.json](benchmarks/results/segmenting.json)"]
 
@@ -58,8 +58,8 @@ def segmenting_conditions(results: dict[str, Any]) -> list[str]:
 def labelling(results: dict[str, Any]) -> str:
     """Every way to label that ran."""
     lines = [
-        "| labelling | engine | precision | images/s, file to file | default is faster by | mIoU | labels alike "
-        "| photographs | ms of work a photograph: cam, affinity, walk, CRF | peak MiB |",
+        "| labelling | engine | precision | images/s, file to file | default is faster by | mIoU "
+        "| labels alike | photographs | ms of work a photograph: cam, affinity, walk, CRF | peak MiB |",
         f"|{'---|' * 10}",
     ]
     for row in _ran(results["label"]):

@@ -34,8 +34,8 @@ def results_section(
 ) -> str:
     """Markdown of all results files.
 
-    bench: segmenting and labelling; kernels: the walk, the CRF, the codecs; of_runs: as `readme_runs.runs` takes them; graphs: CAM head,
-    precisions, plans.
+    bench: segmenting and labelling; kernels: the walk, the CRF, the codecs; of_runs: as `readme_runs.runs`
+    takes them; graphs: CAM head, precisions, plans.
     """
     classes = run["classes"]
     lines = [
@@ -277,11 +277,11 @@ def main() -> int:
     """Rewrite or check README.md."""
     path = ROOT / "README.md"
     readme = path.read_text(encoding="utf-8")
-    run, *bench = (
+    run, segmenting, labelling = (
         json.loads((RESULTS / f"{subject}.json").read_text(encoding="utf-8"))
         for subject in ("voc-animals", "segmenting", "labelling")
     )
-    problems = disagreements(run, *bench, hashlib.sha256(BUNDLE.read_bytes()).hexdigest())
+    problems = disagreements(run, segmenting, labelling, hashlib.sha256(BUNDLE.read_bytes()).hexdigest())
     if problems:
         print(f"the results files disagree, run make train and make bench: {'; '.join(problems)}")
         return 1
@@ -293,7 +293,7 @@ def main() -> int:
             ("cam_head", "precisions", "plans"),
         )
     )
-    fresh = updated(readme, results_section(run, bench, kernels, of_runs, graphs))
+    fresh = updated(readme, results_section(run, [segmenting, labelling], kernels, of_runs, graphs))
     if "--check" in sys.argv[1:]:
         if fresh != readme:
             print("README.md disagrees with benchmarks/results; run python benchmarks/readme_results.py")

@@ -37,6 +37,7 @@ def read_bench(path: Path) -> dict[str, Any]:
 def check_against(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
     """The comparison as text. Raises RegressionError, the text its message, where something got worse."""
     comparison = compare_benches(new, old)
+    text = str(comparison.text())
     if comparison.regressions:
-        raise RegressionError(f"worse than before:\n{comparison.text()}")
-    return comparison.text()
+        raise RegressionError(f"worse than before:\n{text}")
+    return text

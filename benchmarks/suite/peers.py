@@ -88,7 +88,7 @@ class PeersLabelling:
             probabilities = background_and_foreground(scores, parameters.background)
             refined = dense_crf(image, probabilities, **asdict(parameters.crf), backend="pydensecrf")
             ids_of_rows: UInt8 = np.array((0, *ids), np.uint8)
-            return ids_of_rows[refined.argmax(axis=0)]
+            return np.asarray(ids_of_rows[refined.argmax(axis=0)], np.uint8)
 
     def _walked(self, affinity: Float32, maps: Float32) -> Float32:
         label = self._manifest.parameters.label

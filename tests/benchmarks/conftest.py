@@ -1,0 +1,48 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from multisa.benchmarks.suite.setting import Effort, Setting, make_setting
+from multisa.runtime.bulk.run import annotate_images
+from multisa.runtime.bundle import default_bundle_path, load_bundle
+from multisa.runtime.demo import PHOTOGRAPHS
+
+TINY = Effort(2, 2, 4, 2, 2, (1, 2), (96, 128), 2, 2, 64)
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged photographs in VOC layout; the masks are what the packaged segmenter says of them."""
+    root = tmp_path_factory.mktemp("demo-voc")
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    photographs, labels = {"astronaut": ["person"], "chelsea": ["cat"]}, {}
+    for use in ("train", "val"):
+        for name, classes in photographs.items():
+            shutil.copy(PHOTOGRAPHS / f"{name}.jpg", root / "JPEGImages" / f"{use}_{name}.jpg")
+            labels[f"{use}_{name}"] = classes
+        names = [f"{use}_{name}" for name in photographs]
+        (root / "ImageSets" / "Segmentation" / f"{use}.txt").write_text("\n".join(names) + "\n")
+    out = root / "segmented"
+    annotate_images("segment", root / "JPEGImages", out)
+    for mask in (out / "masks").glob("*.png"):
+        shutil.copy(mask, root / "SegmentationClass" / mask.name)
+    classes = load_bundle(default_bundle_path()).manifest.classes
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    (root / "labels.json").write_text(json.dumps(labels))
+    return root
+
+
+@pytest.fixture
+def make_tiny(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A setting of seconds, on these engines."""
+    monkeypatch.setattr("multisa.benchmarks.suite.setting.QUICK", TINY)
+
+    def make(*engines: str) -> Setting:
+        return make_setting(
+            default_bundle_path(), demo_data, tmp_path, engines=engines, plans=None, quick=True
+        )
+
+    return make

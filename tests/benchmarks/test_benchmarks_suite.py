@@ -1,0 +1,137 @@
+"""The stages of the suite on two photographs: every figure is there, and those that can be known are right."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from multisa.benchmarks import labelling, segmenting
+from multisa.benchmarks.report import validate_bench
+from multisa.benchmarks.suite.contender import PYTORCH, Contender, baseline_of, contenders
+from multisa.benchmarks.suite.setting import Setting
+from multisa.runtime.bundle import default_bundle_path, load_bundle
+from multisa.runtime.cli import root
+from multisa.runtime.engines.choice import ENGINES
+from multisa.runtime.engines.contract import CAM, SEGMENTER
+from multisa.runtime.errors import UsageError
+
+MakeSetting = Callable[..., Setting]
+
+
+def row_of(rows: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:
+    (row,) = (row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
+    return row
+
+
+def test_every_engine_and_pytorch_take_part_and_the_reference_is_first() -> None:
+    listed = contenders(load_bundle(default_bundle_path()), SEGMENTER, (), gpu=False)
+    assert listed[0] == Contender("onnxruntime-cpu", "fp32", "cpu")
+    assert {contender.engine for contender in listed} == {*ENGINES, *PYTORCH}
+    assert Contender("onnxruntime-cpu", "int8", "cpu") in listed
+    with pytest.raises(UsageError, match=r"got the engine 'fast', expected some of tensorrt"):
+        contenders(load_bundle(default_bundle_path()), CAM, ("fast",), gpu=False)
+
+
+def test_on_a_gpu_pytorch_is_compared_with_pytorch_on_the_gpu() -> None:
+    listed = contenders(load_bundle(default_bundle_path()), SEGMENTER, (), gpu=True)
+    on_gpu = Contender("pytorch-eager", "fp32", "cuda")
+    assert on_gpu in listed
+    assert baseline_of(Contender("tensorrt", "fp16", "cuda"), listed) == on_gpu
+    assert baseline_of(listed[0], listed) == Contender("pytorch-eager", "fp32", "cpu")
+    assert baseline_of(on_gpu, listed[:1]) == listed[0]  # who else
+
+
+def test_segmenting(make_tiny: MakeSetting) -> None:
+    rows = segmenting.measure(make_tiny("onnxruntime-cpu", "pytorch-eager", "tensorrt"))
+    default = row_of(rows, engine="onnxruntime-cpu", precision="fp32")
+    assert default["default"] and default["problem"] is None
+    assert default["miou"] == 100.0 and default["label_agreement"] == 1.0  # the truth is its own
+    eager, small = row_of(rows, engine="pytorch-eager"), row_of(rows, precision="int8")
+    assert eager["reference"] and eager["times_reference"] == 1.0
+    assert 0.99 < eager["label_agreement"] <= 1.0 and 0.9 < small["label_agreement"] < 1.0
+    for row in (default, eager, small):
+        latency = row["latency_ms"]
+        assert 0 < latency["min"] <= latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
+        assert latency["count"] == 4 and len(latency["repeats"]) == 2
+        assert row["images_per_second"] > 0 and row["startup_seconds"] > 0
+        assert row["peak_mib"]["host"] > 50 and row["model_bytes"] > 1_000_000
+        assert [point["batch"] for point in row["batches"]] == [1, 2]
+        assert [point["long_side"] for point in row["sizes"]] == [96, 128]
+        assert row["sizes"][0]["pixels"] < row["sizes"][1]["pixels"]
+        assert row["cores"][0]["images_per_second"] > 0
+        assert len(row["end_to_end"]["images_per_second"]) == 2
+    assert default["end_to_end"]["by"] == "multisa segment" and eager["end_to_end"]["by"] == "loop"
+    expected = eager["latency_ms"]["p50"] / default["latency_ms"]["p50"]
+    assert default["times_reference"] == pytest.approx(expected, rel=0.01)
+    assert 0 < default["limit"]["share"] < 1 and small["limit"] is None
+    absent = row_of(rows, engine="tensorrt")
+    assert "no NVIDIA driver" in absent["problem"] or absent["problem"] is None
+
+
+def test_labelling(make_tiny: MakeSetting) -> None:
+    rows = labelling.measure(make_tiny("onnxruntime-cpu", "pytorch-eager"))
+    ours = row_of(rows, recipe="multisa label")
+    sparse, dense = (row_of(rows, recipe=labelling.RECIPES[walk]) for walk in ("sparse", "dense"))
+    assert all(row["problem"] is None for row in rows)
+    assert ours["default"] and ours["label_agreement"] == 1.0
+    # The same recipe by another way: all that differs is rounding.
+    assert sparse["label_agreement"] > 0.995 and sparse["miou"] == pytest.approx(ours["miou"], abs=1)
+    assert sparse["reference"] and sparse["default_times_as_fast"] == pytest.approx(
+        ours["times_reference"], rel=0.01
+    )
+    assert (
+        dense["photographs"] == 1 and dense["mean_pixels"] <= 64 * 64 and dense["default_times_as_fast"] > 0
+    )
+    for row in (ours, sparse, dense):
+        assert {"cam", "affinity", "walk", "crf"} <= set(row["stages_ms"])
+        assert row["images_per_second"] > 0 and row["peak_mib"]["host"] > 50
+
+
+def test_a_data_set_of_other_classes_is_refused(voc_folder: Path, tmp_path: Path) -> None:
+    words = ["bench", "--data", str(voc_folder), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(root, words)
+    assert result.exit_code == 2
+    assert "expected those of the bundle" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("make_tiny")
+def test_the_command_writes_the_report_and_compares(demo_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["bench", "--data", str(demo_data), "-o", str(out), "--quick", "--stages", "segment"]
+    words += ["--engines", "onnxruntime-cpu"]
+    result = CliRunner().invoke(root, words)
+    assert result.exit_code == 0, result.stderr
+    bench = json.loads((out / "bench.json").read_text())
+    validate_bench(bench)
+    assert set(bench) == {"schema_version", "environment", "segment"}
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bench.csv",
+        "bench.html",
+        "bench.json",
+        "bench.md",
+    ]
+    faster = json.loads((out / "bench.json").read_text())
+    for row in faster["segment"]:
+        row["images_per_second"] *= 10
+        row["end_to_end"]["images_per_second"] = [
+            10 * rate for rate in row["end_to_end"]["images_per_second"]
+        ]
+    (tmp_path / "old.json").write_text(json.dumps(faster))
+    worse = CliRunner().invoke(root, [*words, "--compare", str(tmp_path / "old.json")])
+    assert worse.exit_code == 3, worse.stderr
+    assert "worse than before" in worse.stderr
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 7}', "[" * 100_000])
+def test_what_is_no_bench_is_refused_before_anything_is_measured(
+    text: str, demo_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "old.json").write_text(text)
+    words = ["bench", "--data", str(demo_data), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(root, [*words, "--compare", str(tmp_path / "old.json")])
+    assert result.exit_code == 2, result.stderr
+    assert "old.json" in result.stderr and not (tmp_path / "out").exists()
