@@ -49,9 +49,8 @@ def segmenting_conditions(results: dict[str, Any]) -> list[str]:
         f"{scaling[-1]['cores']} cores segment {faster:.2f} times as many as {scaling[0]['cores']}.",
     ]
     if limit and limit["share"]:
-        pieces.append(
-            f"The floor, {limit['text']}, is {limit['floor_ms']:.0f} ms: {limit['share']:.0%} of what is taken."
-        )
+        floor = f"The floor, {limit['text']}, is {limit['floor_ms']:.0f} ms:"
+        pieces.append(f"{floor} {limit['share']:.0%} of what is taken.")
     return [*pieces, "[benchmarks/results/segmenting.json](benchmarks/results/segmenting.json)"]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from multisa.benchmarks.suite.setting import QUICK, Setting
+from multisa.benchmarks.suite.setting import Setting
 from multisa.runtime.progress import Progress, say
 
 Row = dict[str, Any]
@@ -15,7 +15,7 @@ def measure(setting: Setting) -> list[Row]:
 
     A subject whose packages are not there is a row with the reason as "problem".
     """
-    quick = setting.effort is QUICK
+    quick = setting.effort.quick_kernels
     rows: list[Row] = []
     subjects: dict[str, Callable[[bool], Iterator[Row]]] = {"random walk": _walk, "dense CRF": _crf}
     with Progress(len(subjects), "kernels", "subject") as bar:

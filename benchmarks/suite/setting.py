@@ -22,11 +22,12 @@ class Effort:
     sides: tuple[int, ...]  # long sides in pixels
     repeats: int  # of each point of a curve
     labelled: int  # photographs through the recipes of labelling
+    quick_kernels: bool  # whether the kernels are compared with fewer repeats, without the dense matrix
     dense_side: int  # pixels: of the one photograph whose matrix is squared; it takes their sixth power
 
 
-FULL = Effort(24, 7, 10_000, 128, 5, (1, 2, 4, 8), (256, 512, 768, 1024), 5, 96, 512)
-QUICK = Effort(8, 3, 48, 32, 3, (1, 4), (256, 512), 3, 12, 256)
+FULL = Effort(24, 7, 10_000, 128, 5, (1, 2, 4, 8), (256, 512, 768, 1024), 5, 96, False, 512)
+QUICK = Effort(8, 3, 48, 32, 3, (1, 4), (256, 512), 3, 12, True, 256)
 
 
 @dataclass(frozen=True)

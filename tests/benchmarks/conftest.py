@@ -9,7 +9,7 @@ from multisa.runtime.bulk.run import annotate_images
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 
-TINY = Effort(2, 2, 4, 2, 2, (1, 2), (96, 128), 2, 2, 64)
+TINY = Effort(2, 2, 4, 2, 2, (1, 2), (96, 128), 2, 2, True, 64)
 
 
 @pytest.fixture(scope="session")
