@@ -32,6 +32,7 @@ from multisa.export.cost import Cost, costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.export.unfold import cam_from_bundle
+from multisa.kernels.native import native
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.engines.contract import CAM, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
@@ -126,7 +127,16 @@ def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, 
         "onnxruntime-folded": sessions["onnxruntime-folded"].run(None, feeds["onnxruntime-folded"])[0],
     }
     graph = times["onnxruntime-folded"].median
+    # Of the pyramid of a photograph and its mirror image.
+    operations = 2 * costs_of_parts(network, folded, (SIZE, SIZE))["folded head"].multiply_adds
+    floor = operations / (threads * native.peak_multiply_adds(0.5))
     return {
+        "limit": {
+            "multiply_adds": operations,
+            "floor_ms": round(1000 * floor, 3),
+            "share": round(floor / graph, 3),
+            "text": "multiply-adds over the measured float32 peak of one thread, times the threads",
+        },
         "size": SIZE,
         "times": {name: value.to_json() for name, value in times.items()},
         "ratio": round(times["eager"].median / graph, 2),

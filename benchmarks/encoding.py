@@ -19,7 +19,12 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as coco
 
-from multisa.benchmarks.harness import environment, interleave, save_results
+from multisa.benchmarks.harness import (
+    copied_bytes_per_second,
+    environment,
+    interleave,
+    save_results,
+)
 from multisa.kernels import encode_rle
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.decoding import decode_image
@@ -94,6 +99,7 @@ def compare_masks(masks: list[UInt8], repeats: int) -> dict[str, Any]:
     )
     for name, written in files.items():
         png[name]["bytes_each"] = round(sum(map(len, written)) / len(written))
+    mean_bytes = sum(mask.size for mask in masks) / len(masks)
     rle = compare(
         {
             "ours": lambda: [encode_rle(mask) for mask in masks],
@@ -107,7 +113,17 @@ def compare_masks(masks: list[UInt8], repeats: int) -> dict[str, Any]:
         "classes_each": round(float(np.mean([len(np.unique(mask)) for mask in masks])), 1),
         "png": png,
         "rle": rle,
+        "limit": {
+            "png": floor(mean_bytes + png["ours"]["bytes_each"], mean_bytes, png["ours"]["ms_each"]),
+            "rle": floor(mean_bytes, mean_bytes, rle["ours"]["ms_each"]),
+        },
     }
+
+
+def floor(moved: float, held: float, ms: float) -> dict[str, float]:
+    """What reading each pixel and writing each byte once would take, and its share of what is taken."""
+    floor_ms = 1000 * moved / copied_bytes_per_second(int(held))
+    return {"floor_ms": round(floor_ms, 4), "share": round(floor_ms / ms, 3)}
 
 
 def compare_jpegs(files: list[bytes], long_side: int, repeats: int) -> dict[str, Any]:
@@ -185,10 +201,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with JPEGImages, SegmentationClass")
+    parser.add_argument("--quick", action="store_true", help="fewer masks and photographs, fewer repeats")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    drawn = sorted((options.data / "SegmentationClass").glob("*.png"))[::60]
-    photographs = sorted((options.data / "JPEGImages").glob("*.jpg"))[::100]
+    load, few = os.getloadavg()[0], 3 if options.quick else 1
+    drawn = sorted((options.data / "SegmentationClass").glob("*.png"))[:: 60 * few]
+    photographs = sorted((options.data / "JPEGImages").glob("*.jpg"))[:: 100 * few]
     long_side = load_bundle(default_bundle_path()).manifest.parameters.long_side
     masks = {}
     for name, size in SIZES.items():
@@ -196,18 +213,24 @@ def main() -> None:
             decode_mask(path.read_bytes()) for path in (drawn if size != SIZES["4000x3000"] else drawn[:3])
         ]
         sized = chosen if size is None else [resize_mask(mask, size) for mask in chosen]
-        masks[f"drawn, {name}"] = compare_masks(sized, 15 if size is None else 7)
+        masks[f"drawn, {name}"] = compare_masks(sized, (15 if size is None else 7) // few)
     segmented, agreement = segment(photographs, long_side)
-    masks["segmenter, own size"] = compare_masks(segmented, 15)
+    masks["segmenter, own size"] = compare_masks(segmented, 15 // few)
     jpegs = {}
     for name, size in JPEG_SIZES.items():
         some = photographs if size != JPEG_SIZES["4000x3000"] else photographs[:3]
         files = [path.read_bytes() if size is None else enlarged(read_image(path).rgb, size) for path in some]
-        jpegs[name] = compare_jpegs(files, long_side, 15 if size is None else 7)
+        jpegs[name] = compare_jpegs(files, long_side, (15 if size is None else 7) // few)
     results = {
         "environment": environment("pillow", "simplejpeg", "pycocotools"),
         "load_at_start": round(load, 2),
-        "parameters": {"threads": 1, "encoder": png_encoder(), "long_side": long_side, "quality": QUALITY},
+        "parameters": {
+            "quick": options.quick,
+            "threads": 1,
+            "encoder": png_encoder(),
+            "long_side": long_side,
+            "quality": QUALITY,
+        },
         "masks": masks,
         "jpegs": jpegs,
         "labels_alike_with_scaled_decoding": agreement,
