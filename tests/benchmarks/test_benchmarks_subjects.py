@@ -1,0 +1,75 @@
+"""The files of benchmarks/ as programs, and what they share."""
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from multisa.benchmarks import start_up
+from multisa.benchmarks.harness import Times, interleave
+from multisa.benchmarks.suite.contender import Contender
+from multisa.benchmarks.suite.limits import SegmentingFloor, peak_of_all_cores
+from multisa.kernels.native import native
+from multisa.runtime.bundle import default_bundle_path
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+PROGRAMS = sorted(path for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_subject_is_a_program(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if path.stem == "readme_results":
+        pytest.skip("takes no arguments but --check, which tests/test_readme.py runs")
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not stopped.value.code
+    assert "usage" in capsys.readouterr().out
+
+
+def test_the_subjects_are_all_there() -> None:
+    wanted = {"random_walk", "dense_crf", "cam_head", "labelling", "segmenting", "encoding", "start_up"}
+    assert wanted <= {path.stem for path in PROGRAMS}
+
+
+def test_cases_take_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+    cases = {"a": lambda: order.append("a"), "b": lambda: order.append("b"), "slow": lambda: time.sleep(0.01)}
+    times = interleave(cases, repeats=3, slow={"slow": 1})
+    assert order == ["a", "b", "a", "b", "a", "b", "a", "b"]
+    assert [len(times[name].seconds) for name in cases] == [3, 3, 1]
+    assert times["slow"].median >= 0.01
+    assert Times((1.0, 3.0, 2.0)).to_json() == {
+        "median_ms": 2000.0,
+        "min_ms": 1000.0,
+        "max_ms": 3000.0,
+        "repeats": 3,
+    }
+
+
+def test_the_peak_of_all_cores_is_at_least_one_cores() -> None:
+    assert peak_of_all_cores() > 0.5 * native.peak_multiply_adds(0.2)
+
+
+def test_a_floor_is_of_what_it_was_measured_for() -> None:
+    floor = SegmentingFloor(0.010)
+    limit = floor.limit(Contender("onnxruntime-cpu", "fp32", "cpu"), 0.040)
+    assert limit is not None and (limit["floor_ms"], limit["share"]) == (10.0, 0.25)
+    assert floor.limit(Contender("onnxruntime-cpu", "int8", "cpu"), 0.040) is None  # another peak
+    assert floor.limit(Contender("tensorrt", "fp32", "cuda"), 0.040) is None
+    unknown = SegmentingFloor(None, "torch is not installed").limit(
+        Contender("onnxruntime-cpu", "fp32", "cpu"), 0.040
+    )
+    assert unknown is not None and unknown["share"] is None and "torch is not installed" in unknown["text"]
+
+
+def test_starting_takes_longer_than_the_interpreter(tmp_path: Path) -> None:
+    measured = start_up.measure(1, default_bundle_path(), tmp_path, compiled=False)
+    ways = measured["ways"]
+    assert ways[start_up.OURS]["times_ours"] == 1.0
+    assert ways["PyTorch eager, one photograph"]["median_ms"] > ways[start_up.INTERPRETER]["median_ms"]
+    assert 0 < measured["limit"]["share"] < 1
