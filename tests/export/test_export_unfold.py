@@ -1,0 +1,353 @@
+"""Networks out of a bundle compute what its graphs compute, with the layers they were trained with."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from torch import nn
+
+from multisa.export.cost import cost_of
+from multisa.export.fold import FoldedMultiSACAM
+from multisa.export.graphs import AffinityPhotographs
+from multisa.export.to_onnx import onnx_from_module
+from multisa.export.unfold import (
+    affinity_from_bundle,
+    cam_from_bundle,
+    config_from_bundle,
+    segmenter_from_bundle,
+)
+from multisa.export.unfold_head import unfolded_head
+from multisa.runtime.bundle import Bundle, FileEntry, default_bundle_path, load_bundle
+from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.errors import BundleError, UsageError
+from multisa.runtime.files import sha256_of_bytes
+from multisa.runtime.images import read_image, resize_image, working_size
+from multisa.runtime.records import record_to_dict
+from multisa.training.affinity import build_affinity_net
+from multisa.training.backbones import Backbone
+from multisa.training.cams import build_cam_network
+from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig, TrainConfig
+from multisa.training.inference import as_batch
+from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
+from multisa.training.segmentation import build_segmenter
+from multisa.training.segmenter import SegmentPhotographs
+
+LONG_SIDE = 160  # of the photographs here; the networks take every size
+# Largest differences of float32 in another order of additions; labels: share of pixels that may differ.
+TOLERANCE = {"labels": 1e-4, "confidence": 1, "affinity": 2e-5, "cam": 1e-4, "scores": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Bundle:
+    return load_bundle(default_bundle_path())
+
+
+def module_of(bundle: Bundle, contract: GraphContract) -> nn.Module:
+    """The rebuilt network with the interface of the graph."""
+    parameters = bundle.manifest.parameters
+    if contract is SEGMENTER:
+        return SegmentPhotographs(segmenter_from_bundle(bundle))
+    if contract is AFFINITY:
+        return AffinityPhotographs(affinity_from_bundle(bundle), parameters.label.walk_radius)
+    return MultiScaleCAM(cam_from_bundle(bundle), scales=parameters.cam_scales)
+
+
+def assert_same_answers(bundle: Bundle, contract: GraphContract, images: list[np.ndarray]) -> None:
+    module = module_of(bundle, contract)
+    with OnnxRuntimeEngine(bundle.read_file(graph_file(contract))) as engine, torch.inference_mode():
+        for image in images:
+            expected, got = engine.run(image[None]), module(as_batch(image))
+            got = got if isinstance(got, tuple) else (got,)
+            for (name, wanted), answer in zip(expected.items(), got, strict=True):
+                difference = np.abs(wanted.astype(np.float64) - answer.numpy().astype(np.float64))
+                assert wanted.shape == answer.shape
+                apart = (difference > 0).mean() if name == "labels" else difference.max()
+                assert apart <= TOLERANCE[name], name
+
+
+@pytest.mark.parametrize("contract", [CAM, AFFINITY, SEGMENTER], ids=graph_file)
+def test_packaged_networks_answer_as_their_graphs(packaged: Bundle, contract: GraphContract) -> None:
+    images = []
+    for path in sorted(PHOTOGRAPHS.glob("*.jpg")):
+        rgb = read_image(path).rgb
+        images.append(resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], LONG_SIDE)))
+    assert len(images) == 3
+    assert_same_answers(packaged, contract, images)
+
+
+def layers_of(network: nn.Module) -> list[tuple[str, type, list[tuple[str, torch.Size]]]]:
+    return [
+        (name, type(module), [(key, tensor.shape) for key, tensor in module.state_dict().items()])
+        for name, module in network.named_modules()
+    ]
+
+
+def test_packaged_networks_have_the_layers_and_cost_of_trained_ones(packaged: Bundle) -> None:
+    config, n_classes = config_from_bundle(packaged), len(packaged.manifest.classes)
+    trained = (
+        build_cam_network(replace(config.cam, weights="none"), n_classes),
+        build_affinity_net(replace(config.affinity, weights="none")),
+        build_segmenter(replace(config.segmenter, weights="none"), n_classes),
+    )
+    rebuilt = (
+        cam_from_bundle(packaged),
+        affinity_from_bundle(packaged),
+        segmenter_from_bundle(packaged),
+    )
+    for ours, original in zip(rebuilt, trained, strict=True):
+        assert not any(module.training for module in ours.modules())
+        assert layers_of(ours) == layers_of(original)
+        convolution = ours.backbone.network.conv_stem
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+        if not isinstance(ours, type(trained[1])):
+            assert cost_of(ours, (96, 64)) == cost_of(original.eval(), (96, 64))
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in rebuilt[2].modules()) > 50
+
+
+# --- the head ---
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    taps=st.sampled_from([(), (4,), (2, 3, 4), (0, 1, 2, 3, 4)]),
+    betas=st.lists(st.sampled_from([0.0, -0.35, 0.002, 2.0]), min_size=5, max_size=5),
+    n_classes=st.sampled_from([1, 3, 30]),  # more than the finest tap has channels
+    seed=st.integers(0, 1000),
+)
+def test_folding_an_unfolded_head_gives_it_back(
+    taps: tuple[int, ...], betas: list[float], n_classes: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    backbone = Backbone("test_efficientnet", weights="none")
+    network = MultiSACAM(backbone, taps=taps, n_classes=n_classes)
+    network.level_gain.copy_(torch.rand(5) + 0.5)
+    for beta, value in zip(network.beta_parameters(), betas, strict=False):
+        beta.data.fill_(value)
+    torch.nn.init.normal_(network.classifier.weight)
+    folded = {
+        key: value for key, value in FoldedMultiSACAM(network).state_dict().items() if "backbone" not in key
+    }
+
+    again = MultiSACAM(backbone, taps=taps, n_classes=n_classes)
+    missing, unexpected = again.load_state_dict(unfolded_head(folded, len(taps)), strict=False)
+    assert not unexpected and all("backbone" in key or key == "level_gain" for key in missing)
+    refolded = FoldedMultiSACAM(again).state_dict()
+    for key, value in folded.items():
+        # Exact but for the value's factor, which is stored in float32.
+        tolerance = 1e-5 * float(value.abs().max()) if ".value." in key else 0
+        torch.testing.assert_close(refolded[key].double(), value.double(), rtol=0, atol=tolerance)
+
+
+def test_a_value_that_is_no_product_is_refused() -> None:
+    folded = {f"levels.0.{name}.weight": torch.randn(6, 4, 1, 1) for name in ("direct", "value")}
+    folded["levels.0.query.weight"] = torch.randn(4, 4, 1, 1)
+    with pytest.raises(ValueError, match=r"levels\.0: no projection"):
+        unfolded_head(folded, 1)
+
+
+# --- other backbones ---
+
+
+def shuffled(network: nn.Module) -> nn.Module:
+    """Every number drawn, those of batch norms included, so that folding changes all of them."""
+    torch.manual_seed(0)
+    for name, values in network.state_dict().items():
+        if name.endswith(("running_var", "level_gain")):
+            values.uniform_(0.5, 2)
+        elif values.dim() < 2 and values.is_floating_point():
+            values.copy_(torch.randn(values.shape) * 0.3 + (1 if name.endswith("weight") else 0))
+    return network.eval()
+
+
+def bundle_of(
+    packaged: Bundle, folder: Path, config: TrainConfig, files: dict[str, bytes], n_classes: int = 7
+) -> Bundle:
+    """A bundle of some graphs; the rest of its manifest is the packaged one's."""
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    manifest = packaged.manifest
+    return Bundle(
+        folder,
+        replace(
+            manifest,
+            classes=manifest.classes[:n_classes],
+            parameters=replace(manifest.parameters, cam_scales=config.cam.scales),
+            provenance={"config": record_to_dict(config)},
+            files={name: FileEntry(sha256_of_bytes(data), len(data)) for name, data in files.items()},
+        ),
+    )
+
+
+def exported(contract: GraphContract, module: nn.Module) -> dict[str, bytes]:
+    data = onnx_from_module(module.eval(), tuple(contract.outputs), {}, half_weights=True)
+    return {graph_file(contract): data}
+
+
+def photographs() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((96, 64), (65, 97))]
+
+
+def test_split_attention_goes_round(packaged: Bundle, tmp_path: Path) -> None:
+    # Convolutions with a bias before their norm, others without a norm, groups; a head without taps.
+    config = CamConfig(backbone="resnest14d", weights="none", taps=(), scales=(1.0,))
+    network = shuffled(build_cam_network(config, 4))
+    module = MultiScaleCAM(FoldedMultiSACAM(network), scales=config.scales)
+    bundle = bundle_of(packaged, tmp_path, TrainConfig(cam=config), exported(CAM, module), 4)
+    assert_same_answers(bundle, CAM, photographs())
+    assert cost_of(cam_from_bundle(bundle), (64, 64)) == cost_of(network, (64, 64))
+
+
+def test_a_network_as_it_was_made_goes_round(packaged: Bundle, tmp_path: Path) -> None:
+    # Biases of zero, which the exporter leaves out, and equal ones, which it stores once.
+    config = AffinityConfig(backbone="test_resnet", weights="none", head="features")
+    torch.manual_seed(0)
+    module = AffinityPhotographs(build_affinity_net(config), packaged.manifest.parameters.label.walk_radius)
+    bundle = bundle_of(packaged, tmp_path, TrainConfig(affinity=config), exported(AFFINITY, module))
+    assert_same_answers(bundle, AFFINITY, photographs())
+
+
+# --- what does not fit ---
+
+Graph = onnx.GraphProto
+CLASSIFIER, MIX = "network.classifier.weight", "network.decode.1.3.weight.half"
+
+
+def tensor_of(graph: Graph, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in graph.initializer if tensor.name == name)
+
+
+def store(graph: Graph, name: str, values: np.ndarray) -> None:
+    tensor_of(graph, name).CopyFrom(numpy_helper.from_array(values, name))
+
+
+def without_a_convolution(graph: Graph) -> None:
+    node = [node for node in graph.node if node.op_type == "Conv"][5]
+    node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
+
+
+def without_a_weight(graph: Graph) -> None:
+    graph.input.append(onnx.helper.make_tensor_value_info(CLASSIFIER, onnx.TensorProto.FLOAT, [7, 128, 1, 1]))
+    graph.initializer.remove(tensor_of(graph, CLASSIFIER))
+
+
+def with_another_weight(graph: Graph) -> None:
+    graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.float32), "network.extra.weight"))
+
+
+def with_another_convolution(graph: Graph) -> None:
+    last = [node for node in graph.node if node.op_type == "Conv"][-1]
+    graph.node.append(onnx.helper.make_node("Conv", list(last.input), ["again"]))
+
+
+def of_another_shape(graph: Graph) -> None:
+    store(graph, CLASSIFIER, np.zeros((8, 128, 1, 1), np.float32))
+
+
+def of_another_type(graph: Graph) -> None:
+    store(graph, CLASSIFIER, np.zeros((7, 128, 1, 1), np.float64))
+
+
+def too_short(graph: Graph) -> None:
+    tensor_of(graph, MIX).raw_data = tensor_of(graph, MIX).raw_data[:-2]
+
+
+def not_finite(graph: Graph) -> None:
+    store(graph, CLASSIFIER, np.full((7, 128, 1, 1), np.nan, np.float32))
+
+
+def exchanged(graph: Graph) -> None:
+    names = ("network.pyramid.2.0.weight", "network.pyramid.3.0.weight")
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[1] in names:
+            node.input[1] = names[1 - names.index(node.input[1])]
+
+
+def with_another_dilation(graph: Graph) -> None:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Conv" and attribute.name == "dilations" and attribute.ints[0] > 1:
+                attribute.ints[:] = [5, 5]
+
+
+def with_another_mean(graph: Graph) -> None:
+    store(graph, "network.backbone.mean", np.full((1, 3, 1, 1), 100, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_convolution, "got shape .* expected"),
+        (without_a_weight, f"{CLASSIFIER} is not stored"),
+        (with_another_weight, "weights that the network does not have: network.extra.weight"),
+        (with_another_convolution, "1 layers the network does not have, again the first"),
+        (of_another_shape, f"{CLASSIFIER}: got shape .8, 128, 1, 1., expected .7, 128, 1, 1."),
+        (of_another_type, f"{CLASSIFIER}: got ONNX data type 11, expected float32 or float16"),
+        (too_short, f"no ONNX graph|{MIX}: got 32766 bytes, expected 32768"),
+        (not_finite, f"{CLASSIFIER}: got numbers that are not finite"),
+        (exchanged, "network.pyramid.*found in the place of network.pyramid"),
+        (with_another_dilation, "dilations: got .5, 5., expected .* for network.pyramid.1.0"),
+        (with_another_mean, "backbone.mean: got .100.0"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_graph_of_another_network_is_refused(
+    packaged: Bundle, tmp_path: Path, change: Callable[[Graph], None], message: str
+) -> None:
+    name = graph_file(SEGMENTER)
+    model = onnx.load_from_string(packaged.read_file(name))
+    change(model.graph)
+    files = {name: model.SerializeToString()}
+    bundle = bundle_of(packaged, tmp_path, config_from_bundle(packaged), files)
+    with pytest.raises(BundleError, match=message):
+        segmenter_from_bundle(bundle)
+
+
+def test_what_is_no_graph_is_refused(packaged: Bundle, tmp_path: Path) -> None:
+    bundle = bundle_of(packaged, tmp_path, TrainConfig(), {graph_file(SEGMENTER): b"\x08\x08no"})
+    with pytest.raises(BundleError, match="is no ONNX graph"):
+        segmenter_from_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"decoder_channels": 64}, BundleError, "got shape .128, 320, 1, 1., expected .64, 320, 1, 1."),
+        ({"decoder_channels": 2**62}, BundleError, "configuration makes no network"),
+        ({"atrous_rates": [2**70]}, BundleError, "configuration makes no network"),
+        ({"atrous_rates": [1] * 5000}, BundleError, "5000 rates"),
+        ({"atrous_rates": [6, 12]}, BundleError, "cannot be rebuilt"),
+        ({"backbone": "resnet18"}, BundleError, "cannot be rebuilt"),
+        ({"backbone": "resnet18000"}, UsageError, "not a timm model"),
+        ({"backbone": 3}, BundleError, "provenance.config.segmenter.backbone: got int 3"),
+        ({"width": 3}, BundleError, "unknown key 'width'"),
+    ],
+)
+def test_another_configuration_is_refused(
+    packaged: Bundle, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    config: dict[str, Any] = record_to_dict(config_from_bundle(packaged))
+    config["segmenter"].update({"start_from_cam": False, **changes})
+    manifest = replace(packaged.manifest, provenance={"config": config})
+    with pytest.raises(error, match=message):
+        segmenter_from_bundle(replace(packaged, manifest=manifest))
+
+
+def test_a_bundle_without_its_training_is_refused(packaged: Bundle) -> None:
+    bundle = replace(packaged, manifest=replace(packaged.manifest, provenance={}))
+    for rebuild in (segmenter_from_bundle, affinity_from_bundle, cam_from_bundle):
+        with pytest.raises(BundleError, match=r"no provenance\.config in the manifest"):
+            rebuild(bundle)
+    parameters = replace(packaged.manifest.parameters, cam_scales=(2.0,))
+    with pytest.raises(BundleError, match=r"cam\.scales"):
+        cam_from_bundle(replace(packaged, manifest=replace(packaged.manifest, parameters=parameters)))
