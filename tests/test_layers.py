@@ -16,7 +16,7 @@ ONLY_INSIDE_FUNCTIONS = {
     *("fsspec", "pyarrow", "ray", "simplejpeg"),
     *("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
-HEAVY = NEVER_LIGHT | ONLY_INSIDE_FUNCTIONS | {"numpy", "scipy", "PIL", "tqdm"}  # to start with
+HEAVY = NEVER_LIGHT | ONLY_INSIDE_FUNCTIONS | {"numpy", "scipy", "matplotlib", "PIL", "tqdm"}  # to start with
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
