@@ -29,7 +29,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{use}_{name}" for name in photographs]
         (root / "ImageSets" / "Segmentation" / f"{use}.txt").write_text("\n".join(names) + "\n")
     out = root / "segmented"
-    annotate_images("segment", root / "JPEGImages", out)
+    annotate_images("segment", str(root / "JPEGImages"), out, bundle=load_bundle(default_bundle_path()))
     for mask in (out / "masks").glob("*.png"):
         shutil.copy(mask, root / "SegmentationClass" / mask.name)
     classes = load_bundle(default_bundle_path()).manifest.classes

@@ -36,7 +36,7 @@ from multisa.runtime.records import record_to_dict
 from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import Backbone
 from multisa.training.cams import build_cam_network
-from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig, TrainConfig
+from multisa.training.config import AffinityConfig, CamConfig, TrainConfig
 from multisa.training.inference import as_batch
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.segmentation import build_segmenter
