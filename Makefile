@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/voc-animals
 RUN ?= runs/voc-animals
+QUICK ?= --quick
 
 .PHONY: demo test check bench train clean
 
@@ -20,12 +21,14 @@ check: $(VENV)/dev  ## format, lint and types
 	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/multisa
 	MYPYPATH=build/typecheck $(BIN)/mypy -p multisa.kernels -p multisa.runtime -p multisa.training -p multisa.export -p multisa.benchmarks
 
-bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results
-	$(BIN)/python benchmarks/engine_against_eager.py --run $(RUN) --data $(DATA)
-	$(BIN)/python benchmarks/random_walk.py
-	$(BIN)/python benchmarks/dense_crf.py
-	$(BIN)/python benchmarks/encoding.py --data $(DATA)
-	$(BIN)/python benchmarks/cam_head.py --run $(RUN)
+bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; make bench QUICK= takes an hour
+	$(BIN)/python benchmarks/segmenting.py $(QUICK) --data $(DATA)
+	$(BIN)/python benchmarks/labelling.py $(QUICK) --data $(DATA)
+	$(BIN)/python benchmarks/random_walk.py $(QUICK)
+	$(BIN)/python benchmarks/dense_crf.py $(QUICK)
+	$(BIN)/python benchmarks/cam_head.py $(QUICK)
+	$(BIN)/python benchmarks/encoding.py $(QUICK) --data $(DATA)
+	$(BIN)/python benchmarks/start_up.py $(QUICK)
 	$(BIN)/python benchmarks/readme_results.py
 
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder

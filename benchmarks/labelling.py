@@ -23,7 +23,15 @@ from PIL import Image
 from multisa.benchmarks.suite.command import run_command
 from multisa.benchmarks.suite.contender import EAGER, Contender, auto_contender, contenders
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
-from multisa.benchmarks.suite.sample import Photograph, copy_images, count_confusion, settle, spread
+from multisa.benchmarks.suite.limits import labelling_floor
+from multisa.benchmarks.suite.sample import (
+    Photograph,
+    copy_images,
+    count_confusion,
+    read_working,
+    settle,
+    spread,
+)
 from multisa.benchmarks.suite.setting import Setting
 from multisa.benchmarks.suite.subject import subject_main
 from multisa.runtime.engines.contract import CAM
@@ -181,6 +189,9 @@ class Labelling:
         ran = [member for member in members if member.row["problem"] is None]
         ours = self._ours()
         baseline = next((member for member in ran if member.walk), ours)
+        images = [(read_working(p.image, self._long_side), p) for p in self._photographs]
+        shapes = [((image.shape[1], image.shape[2]), len(p.classes)) for image, p in images]
+        floor = labelling_floor(self._setting.bundle.path, shapes)
         for member in ran:
             assert ours is not None or member.walk
             count = len(self._photographs)
@@ -197,8 +208,13 @@ class Labelling:
                 "photographs": count,
                 "mean_pixels": _pixels(self._photographs),
                 "stages_ms": {k: round(1000 * s / count, 2) for k, s in member.stages.items()},
+                "limit": floor.limit(member.contender, 1 / statistics.median(member.rates)),
                 **self._compare_masks(member, ours),
             }
+
+    @property
+    def _long_side(self) -> int:
+        return self._setting.bundle.manifest.parameters.long_side
 
     def _ours(self) -> _Member | None:
         """The engine that "auto" takes, else the first of ours that ran."""

@@ -1,5 +1,6 @@
 """Floors: what the arithmetic alone would take at the rate that this machine reaches."""
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from typing import Any
 
 from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
+from multisa.kernels import stencil_offsets
 from multisa.kernels.native import native
+from multisa.kernels.random_walk import chebyshev_degree
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.cpus import usable_cpus
 
@@ -16,7 +19,7 @@ _SECONDS = 0.5  # of measuring the peak
 
 
 @dataclass(frozen=True)
-class SegmentingFloor:
+class Floor:
     """Multiply-adds of one photograph over what all cores can do in a second."""
 
     seconds: float | None  # None where nobody can count: torch is not there
@@ -31,7 +34,7 @@ class SegmentingFloor:
         return {
             "floor_ms": round(1000 * self.seconds, 3),
             "share": round(self.seconds / seconds, 3),
-            "text": "multiply-adds of the network over the measured float32 peak of all cores",
+            "text": "multiply-adds alone over the measured float32 peak of all cores",
         }
 
 
@@ -42,26 +45,52 @@ def peak_of_all_cores() -> float:
         return sum(pool.map(native.peak_multiply_adds, [_SECONDS] * cores))
 
 
-def segmenting_floor(bundle: Path, sizes: Sequence[tuple[int, int]]) -> SegmentingFloor:
+def segmenting_floor(bundle: Path, sizes: Sequence[tuple[int, int]]) -> Floor:
     """The mean floor over photographs of `sizes` (height, width)."""
+    return _floor(bundle, "segmenting", sizes)
+
+
+def labelling_floor(bundle: Path, photographs: Sequence[tuple[tuple[int, int], int]]) -> Floor:
+    """The mean floor over photographs (size, how many classes are labelled): networks and walk, no CRF."""
+    return _floor(bundle, "labelling", photographs)
+
+
+def _floor(bundle: Path, method: str, inputs: Sequence[object]) -> Floor:
     try:
         with Guest(_Counter, bundle) as guest:
-            counts = [guest.call("multiply_adds", size) for size in sizes]
+            counts = [guest.call(method, given) for given in inputs]
     except GuestFailedError as error:
-        return SegmentingFloor(None, str(error))
-    return SegmentingFloor(sum(counts) / len(counts) / peak_of_all_cores())
+        return Floor(None, str(error))
+    return Floor(sum(counts) / len(counts) / peak_of_all_cores())
 
 
 class _Counter:
-    """Counts a segmenter's multiply-adds, where torch is."""
+    """Counts the multiply-adds of one photograph, where torch is."""
 
     def __init__(self, bundle: Path) -> None:
-        from multisa.export.unfold import segmenter_from_bundle
+        from multisa.export.fold import FoldedMultiSACAM
+        from multisa.export.unfold import affinity_from_bundle, cam_from_bundle, segmenter_from_bundle
 
-        self._network = segmenter_from_bundle(load_bundle(bundle))
+        opened = load_bundle(bundle)
+        self._parameters = opened.manifest.parameters
+        self._segmenter = segmenter_from_bundle(opened)
+        self._cam, self._affinity = FoldedMultiSACAM(cam_from_bundle(opened)), affinity_from_bundle(opened)
 
-    def multiply_adds(self, size: tuple[int, int]) -> int:
-        """Of one photograph."""
+    def segmenting(self, size: tuple[int, int]) -> int:
+        """Of the segmenter on a photograph of `size` (height, width)."""
         from multisa.export.cost import cost_of
 
-        return cost_of(self._network, size).multiply_adds
+        return cost_of(self._segmenter, size).multiply_adds
+
+    def labelling(self, photograph: tuple[tuple[int, int], int]) -> int:
+        """Of cam at every scale with its mirror image, folded, of affinity, and of the walk."""
+        from multisa.export.cost import cost_of
+
+        (height, width), classes = photograph
+        scaled = [(math.ceil(height * s), math.ceil(width * s)) for s in self._parameters.cam_scales]
+        cam = sum(2 * cost_of(self._cam, size).multiply_adds for size in scaled)
+        affinity = cost_of(self._affinity.backbone, (height, width)).multiply_adds
+        label, stride = self._parameters.label, self._parameters.walk_stride
+        points = -(-height // stride) * -(-width // stride)
+        pairs = 2 * len(stencil_offsets(label.walk_radius)) + 1
+        return cam + affinity + chebyshev_degree(label.walk_steps) * points * classes * pairs

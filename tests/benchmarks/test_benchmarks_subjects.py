@@ -10,7 +10,7 @@ import pytest
 from multisa.benchmarks import start_up
 from multisa.benchmarks.harness import Times, interleave
 from multisa.benchmarks.suite.contender import Contender
-from multisa.benchmarks.suite.limits import SegmentingFloor, peak_of_all_cores
+from multisa.benchmarks.suite.limits import Floor, peak_of_all_cores
 from multisa.kernels.native import native
 from multisa.runtime.bundle import default_bundle_path
 
@@ -56,14 +56,12 @@ def test_the_peak_of_all_cores_is_at_least_one_cores() -> None:
 
 
 def test_a_floor_is_of_what_it_was_measured_for() -> None:
-    floor = SegmentingFloor(0.010)
+    floor = Floor(0.010)
     limit = floor.limit(Contender("onnxruntime-cpu", "fp32", "cpu"), 0.040)
     assert limit is not None and (limit["floor_ms"], limit["share"]) == (10.0, 0.25)
     assert floor.limit(Contender("onnxruntime-cpu", "int8", "cpu"), 0.040) is None  # another peak
     assert floor.limit(Contender("tensorrt", "fp32", "cuda"), 0.040) is None
-    unknown = SegmentingFloor(None, "torch is not installed").limit(
-        Contender("onnxruntime-cpu", "fp32", "cpu"), 0.040
-    )
+    unknown = Floor(None, "torch is not installed").limit(Contender("onnxruntime-cpu", "fp32", "cpu"), 0.040)
     assert unknown is not None and unknown["share"] is None and "torch is not installed" in unknown["text"]
 
 
