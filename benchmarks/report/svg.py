@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ _VARIABLES = {
     _CARD: "--card",
     **{colour: f"--c{index}" for index, colour in enumerate(_SERIES)},
 }
+_TICK, _ENTRY = 36, 46  # characters of a line beside a bar (of two), of an entry of a legend
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MOST_TICKS = 10  # that points of a curve have of their own
 _DASHES = ("-", "--", ":", "-.")
@@ -87,6 +89,11 @@ def _figure(chart: Chart) -> "Figure":
     return figure
 
 
+def _lines(text: str, width: int, most: int) -> str:
+    """`text` in at most so many lines: what is longer would leave the axes no room."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder=" …"))
+
+
 def _height(chart: Chart) -> float:
     """Inches: bars are of one thickness, lines have room for their legend."""
     if isinstance(chart, Bars):
@@ -104,8 +111,8 @@ def _finished(figure: "Figure", title: str) -> str:
     figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue()
     text = text[text.index("<svg") :]
-    # Nothing refers to the ids of groups, which every chart numbers from 1.
-    text = re.sub(r'<g id="[A-Za-z_]+\d*">', "<g>", text)
+    # Ids that every chart numbers from 1 and nothing refers to; the others are made with the salt.
+    text = re.sub(r'<(\w+) id="[A-Za-z0-9.]+_\d+"', r"<\1", text)
     text = re.sub(r'style="[^"]*"', lambda style: _with_variables(style[0]), text)
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None, "matplotlib writes a viewBox"
@@ -136,7 +143,7 @@ def _draw_front(figure: "Figure", axes: "Axes", chart: Front) -> None:
     axes.step([s.xs[0] for s in line], [s.ys[0] for s in line], where="post", color=_SOFT, linewidth=1.2)
     for series in chart.series:
         look = {**_look(series), "linestyle": "none", "markersize": 9}
-        axes.plot(series.xs, series.ys, label=series.name, **look)
+        axes.plot(series.xs, series.ys, label=_lines(series.name, _ENTRY, 1), **look)
         if series.strong:
             axes.plot(series.xs, series.ys, "o", markersize=17, markerfacecolor="none", markeredgecolor=_INK)
     _log_axis(axes, "x", [series.xs[0] for series in chart.series])
@@ -151,7 +158,7 @@ def _draw_front(figure: "Figure", axes: "Axes", chart: Front) -> None:
 
 def _draw_lines(figure: "Figure", axes: "Axes", chart: Lines) -> None:
     for series in chart.series:
-        axes.plot(series.xs, series.ys, label=series.name, markersize=5, **_look(series))
+        axes.plot(series.xs, series.ys, label=_lines(series.name, _ENTRY, 1), markersize=5, **_look(series))
         if chart.ideal and len(series.xs) > 1:
             ideal = [series.ys[0] * x / series.xs[0] for x in series.xs]
             axes.plot(series.xs, ideal, color=_colour(series.colour), linestyle=(0, (2, 4)), linewidth=1)
@@ -179,9 +186,9 @@ def _draw_bars(axes: "Axes", chart: Bars) -> None:
         _draw_bar(axes, place, bar, chart.mark if chart.log and chart.mark else 0.0)
     if chart.mark is not None:
         axes.axvline(chart.mark, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_yticks(places, [bar.label for bar in chart.bars])
+    axes.set_yticks(places, [_lines(bar.label, _TICK, 2) for bar in chart.bars])
     axes.invert_yaxis()
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=9)
     # Room for the text at the end of the longest bar.
     room = 1 + 0.011 * max(len(bar.text) for bar in chart.bars) / 0.5
     if chart.log:
@@ -213,13 +220,21 @@ def _draw_stacks(figure: "Figure", axes: "Axes", chart: Stacks) -> None:
     left = [0.0] * len(chart.labels)
     for part, name in enumerate(chart.parts):
         widths = [100 * shares[part] for shares in chart.shares]
-        axes.barh(places, widths, left=left, height=0.66, color=_colour(part), edgecolor=_CARD, label=name)
+        axes.barh(
+            places,
+            widths,
+            left=left,
+            height=0.66,
+            color=_colour(part),
+            edgecolor=_CARD,
+            label=_lines(name, _ENTRY // 2, 1),
+        )
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, text in zip(places, chart.texts, strict=True):
         axes.annotate(text, (100, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, chart.labels)
+    axes.set_yticks(places, [_lines(label, _TICK, 2) for label in chart.labels])
     axes.invert_yaxis()
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=9)
     axes.set_xlim(0, 118)
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_xlabel("% of the time")
