@@ -125,13 +125,9 @@ class StagePair:
         """What of the environment is not as it was, in words."""
         found = []
         for key in keys:
-            first, _, second = key.partition(".")
-            new, old = (
-                (environment.get(first) or {}).get(second) if second else environment.get(first) or None
-                for environment in self._environments
-            )
+            new, old = (_of_environment(environment, key) for environment in self._environments)
             if new != old:
-                values = "" if second else f" ({plain(str(old))} then, {plain(str(new))} now)"
+                values = "" if "." in key else f" ({old} then, {new} now)"  # digests say nothing to people
                 found.append(f"{_NAMES.get(key, key)} not as then{values}")
         return found
 
@@ -173,3 +169,14 @@ class StagePair:
 
     def _place(self, row: Row) -> tuple[str, str]:
         return (str(row["kernel"]), str(row.get("size"))) if self.stage == "kernels" else ("", "")
+
+
+def _of_environment(environment: Row, key: str) -> str:
+    """The value of "key" or "key.key" as text."""
+    first, _, second = key.partition(".")
+    found = (environment.get(first) or {}).get(second) if second else environment.get(first)
+    if key == "quick":
+        return "yes" if found else "no"
+    return (
+        plain(", ".join(map(str, found)) if isinstance(found, list | tuple) else str(found or "")) or "none"
+    )
