@@ -20,7 +20,7 @@ from multisa.benchmarks.report.cells import (
     value,
 )
 
-_SECONDS_APART = 20  # bars further apart than this factor are drawn on a logarithmic axis
+_FAR_APART = 20  # figures further apart than this factor are drawn on a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Lines:
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    log: bool = False
+    log_x: bool = False
+    log_y: bool = False
     ideal: bool = False
 
 
@@ -173,7 +174,12 @@ def _end_to_end(title: str, rows: list[Row], colours: _Colours) -> Bars | None:
         text = number(speed) + ("" if ratio is None else f"  ({times(ratio)})")
         bars.append(Bar(row_name("segment", row), speed, text, colours.of(row), bool(row.get("default"))))
     note = "From the photograph's file to the mask's; in brackets how many times as fast as the reference."
-    return Bars(f"{title} end to end", note, "images/s", tuple(bars)) if bars else None
+    log = _far_apart([bar.value for bar in bars])
+    return Bars(f"{title} end to end", note, "images/s", tuple(bars), log) if bars else None
+
+
+def _far_apart(values: list[float]) -> bool:
+    return bool(values) and max(values) > _FAR_APART * min(values)
 
 
 def _recipes(rows: list[Row]) -> Bars | None:
@@ -186,23 +192,22 @@ def _recipes(rows: list[Row]) -> Bars | None:
         ours = str(row["recipe"]).startswith(OURS)
         text = f"{number(1 / speed)} s" + ("" if ours or ratio is None else f"  ({times(ratio)})")
         bars.append(Bar(row_name("label", row), 1 / speed, text, int(not ours), bool(row.get("default"))))
-    values = [bar.value for bar in bars]
     return Bars(
         "Labelling end to end",
         "In brackets how many times as long as multisa label takes for the same photographs.",
         "seconds for one photograph",
         tuple(bars),
-        log=max(values) > _SECONDS_APART * min(values),
+        log=_far_apart([bar.value for bar in bars]),
     )
 
 
 def _lines(title: str, rows: list[Row], colours: _Colours) -> list[Lines]:
     """Over pixels, batch and cores, where at least one row has two points."""
     made = []
-    for curve, x, y, name, x_label, y_label, log in (
-        ("sizes", "pixels", "latency_ms", "size", "pixels of the photograph", "ms", True),
-        ("batches", "batch", "images_per_second", "batch", "photographs in a batch", "images/s", False),
-        ("cores", "cores", "images_per_second", "cores", "cores", "images/s", False),
+    for curve, x, y, name, x_label, y_label in (
+        ("sizes", "pixels", "latency_ms", "size", "pixels of the photograph", "ms"),
+        ("batches", "batch", "images_per_second", "batch", "photographs in a batch", "images/s"),
+        ("cores", "cores", "images_per_second", "cores", "cores", "images/s"),
     ):
         found = [(row, points(row, curve, x, y)) for row in rows]
         if not any(len(places) > 1 for _, places in found):
@@ -212,9 +217,12 @@ def _lines(title: str, rows: list[Row], colours: _Colours) -> list[Lines]:
             for row, places in found
             if places
         )
-        ideal = curve == "cores"
+        log_x, ideal = curve == "sizes", curve == "cores"
+        log_y = log_x or _far_apart([b for _, places in found for _, b in places])
         note = "Thin: as many times as fast as there are cores." if ideal else ""
-        made.append(Lines(f"{title}: scaling with {name}", note, x_label, y_label, series, log, ideal))
+        made.append(
+            Lines(f"{title}: scaling with {name}", note, x_label, y_label, series, log_x, log_y, ideal)
+        )
     return made
 
 

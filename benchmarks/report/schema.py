@@ -21,7 +21,8 @@ ROW_KEYS = {
 }
 LARGEST_FILE = 16 << 20  # bytes; a report of all engines has a few hundred thousand
 MOST_ROWS = 500  # of a stage
-MOST_POINTS = 2000  # of a curve, or repeats of a measurement
+MOST_POINTS = 64  # of a curve
+MOST_REPEATS = 2000  # of a measurement
 LONGEST_TEXT = 2000  # characters
 _LARGEST_NUMBER = 1e18
 _REMEDY = "give a bench.json that `multisa bench` wrote"
@@ -127,7 +128,7 @@ def _count(value: Any, where: str) -> None:
     _number()(value, where)
 
 
-def _listing(check: Check, most: int = MOST_POINTS) -> Check:
+def _listing(check: Check, most: int = MOST_REPEATS) -> Check:
     def check_all(value: Any, where: str) -> None:
         if not isinstance(value, list | tuple):
             raise _wrong(where, value, "a list")
@@ -190,7 +191,7 @@ _LATENCY = _record(
 
 
 def _curve(at: Mapping[str, Check], **values: Check) -> Check:
-    return _listing(_record({**at, **values}, required=tuple(at)))
+    return _listing(_record({**at, **values}, required=tuple(at)), MOST_POINTS)
 
 
 # What rows of segment and of label have in common.

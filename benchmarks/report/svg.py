@@ -28,7 +28,7 @@ _VARIABLES = {
     _CARD: "--card",
     **{colour: f"--c{index}" for index, colour in enumerate(_SERIES)},
 }
-_TICK, _ENTRY = 36, 46  # characters of a line beside a bar (of two), of an entry of a legend
+_TICK, _ENTRY = 42, 46  # characters of a line beside a bar (of two), of an entry of a legend
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MOST_TICKS = 10  # that points of a curve have of their own
 _DASHES = ("-", "--", ":", "-.")
@@ -62,9 +62,9 @@ def draw(charts: list[Chart]) -> list[str]:
             "matplotlib is not installed, which draws the plots", remedy="pip install matplotlib"
         ) from error
     drawn = []
-    for index, chart in enumerate(charts):
+    for chart in charts:
         # The salt names what the SVG refers to within itself; pages hold several, so each has its own.
-        settings = {**_SETTINGS, "svg.hashsalt": f"multisa bench {index}"}
+        settings = {**_SETTINGS, "svg.hashsalt": chart.title}
         with matplotlib.style.context(["default", settings]), warnings.catch_warnings():
             # Only sizes are taken from this font: the browser has others for the letters it lacks.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -163,8 +163,9 @@ def _draw_lines(figure: "Figure", axes: "Axes", chart: Lines) -> None:
             ideal = [series.ys[0] * x / series.xs[0] for x in series.xs]
             axes.plot(series.xs, ideal, color=_colour(series.colour), linestyle=(0, (2, 4)), linewidth=1)
     places = sorted({x for series in chart.series for x in series.xs})
-    if chart.log:
+    if chart.log_x:
         _log_axis(axes, "x", places)
+    if chart.log_y:
         _log_axis(axes, "y", [y for series in chart.series for y in series.ys])
     else:
         axes.set_ylim(bottom=0)
@@ -187,7 +188,7 @@ def _draw_bars(axes: "Axes", chart: Bars) -> None:
     if chart.mark is not None:
         axes.axvline(chart.mark, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(places, [_lines(bar.label, _TICK, 2) for bar in chart.bars])
-    axes.invert_yaxis()
+    axes.set_ylim(len(places) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, labelsize=9)
     # Room for the text at the end of the longest bar.
     room = 1 + 0.011 * max(len(bar.text) for bar in chart.bars) / 0.5
@@ -233,7 +234,7 @@ def _draw_stacks(figure: "Figure", axes: "Axes", chart: Stacks) -> None:
     for place, text in zip(places, chart.texts, strict=True):
         axes.annotate(text, (100, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(places, [_lines(label, _TICK, 2) for label in chart.labels])
-    axes.invert_yaxis()
+    axes.set_ylim(len(places) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.set_xlim(0, 118)
     axes.set_xticks([0, 25, 50, 75, 100])

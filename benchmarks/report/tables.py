@@ -188,11 +188,13 @@ def curve_tables(bench: Mapping[str, Any]) -> list[Table]:
             ("cores", "cores", "images_per_second", "images/s by cores"),
             ("sizes", "pixels", "latency_ms", "ms by pixels of the photograph"),
         ):
-            drawn = [row for row in rows if points(row, curve, x, y)]
-            at = sorted({place for row in drawn for place, _ in points(row, curve, x, y)})
+            found = [(row, dict(points(row, curve, x, y))) for row in rows]
+            lines = {id(row): line for row, line in found if line}
+            drawn = [row for row in rows if id(row) in lines]
+            at = sorted({place for line in lines.values() for place in line})
             columns = [
                 Column("engine" if stage == "segment" else "recipe", _named(stage), words=True),
-                *(Column(f"{place:,.0f}", _at(curve, x, y, place)) for place in at),
+                *(Column(f"{place:,.0f}", _at(lines, place)) for place in at),
             ]
             made += _made(stage, f"{_STAGE_TITLES[stage]}: {title}", "", drawn, columns)
     rows = [row for row in rows_of(bench, "label") if row.get("stages_ms")]
@@ -204,8 +206,9 @@ def curve_tables(bench: Mapping[str, Any]) -> list[Table]:
     return [*made, *_made("label", "Labelling: ms of each step for one photograph", "", rows, columns)]
 
 
-def _at(curve: str, x: str, y: str, place: float) -> Callable[[Row], str]:
-    return lambda row: number(dict(points(row, curve, x, y)).get(place))
+def _at(lines: Mapping[int, Mapping[float, float]], place: float) -> Callable[[Row], str]:
+    """The cell of one place on the curves, which are by the id of their row."""
+    return lambda row: number(lines[id(row)].get(place))
 
 
 def missing_tables(bench: Mapping[str, Any]) -> list[Table]:
