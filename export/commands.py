@@ -151,14 +151,14 @@ def convert(
     required=True,
     metavar="NAME",
     # The names of runtime/engines/choice.py, which help does not load.
-    help="What is compared: tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu.",
+    help="What is compared: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or openvino.",
 )
 @click.option(
     "--precision",
     default="fp32",
     show_default=True,
-    type=click.Choice(["fp32", "fp16", "int8"]),
-    help="Of its graphs.",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
+    help="Of its graphs; bf16, of which there are no files, on openvino.",
 )
 @_photographs_option
 @_masks_option

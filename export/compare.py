@@ -16,9 +16,9 @@ from multisa.export.photographs import Photograph, Photographs, add_pseudo_mask,
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.choice import (
     EngineRequest,
-    bundle_precisions,
     choose_engine,
     describe_choices,
+    engine_precisions,
 )
 from multisa.runtime.engines.contract import (
     AFFINITY,
@@ -91,7 +91,7 @@ def compare_engine(
     within the limits of the precision. Raises as `choose_engine` does, ParityError for outputs that are
     missing or of another shape.
     """
-    there = [c for c in CONTRACTS if request.precision in bundle_precisions(bundle, c)]
+    there = [c for c in CONTRACTS if request.precision in engine_precisions(bundle, c, request.engine)]
     alone = [c for c in there if c in _TOGETHER]
     if len(alone) == 1:
         say(f"{alone[0].name}: left out, cam and affinity are compared by the masks that both make")

@@ -26,6 +26,7 @@ PACKAGES = (
     "numpy",
     "pillow",
     "onnxruntime",
+    "openvino",
     "pycuda",
     "tensorrt",
     "tensorrt-rtx",

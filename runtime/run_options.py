@@ -44,7 +44,7 @@ def engine_options(command: Command) -> Command:
             default="auto",
             show_default=True,
             metavar="P",
-            help="Of the graphs: fp32, fp16 or int8, as the bundle has.",
+            help="Of the graphs: fp32, fp16 or int8, as the bundle has; bf16 on openvino.",
         ),
         click.option(
             "--engine",
@@ -52,8 +52,8 @@ def engine_options(command: Command) -> Command:
             show_default=True,
             metavar="NAME",
             # The names of runtime/engines/choice.py, which help does not load.
-            help="What runs the graphs: tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu; "
-            "auto takes the first that is there.",
+            help="What runs the graphs: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or "
+            "openvino; auto takes the first that is there.",
         ),
     ):
         command = decorate(command)

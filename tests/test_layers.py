@@ -12,7 +12,7 @@ ORDER = ("kernels", "runtime", "training", "export", "benchmarks")
 # What the light side must not name anywhere, and what it may import only inside functions.
 NEVER_LIGHT = {"torch", "torchvision", "timm", "onnx", "onnxscript", "safetensors"}
 ONLY_INSIDE_FUNCTIONS = {
-    *("onnxruntime", "pycuda", "pydensecrf"),
+    *("onnxruntime", "openvino", "pycuda", "pydensecrf"),
     *("fsspec", "pyarrow", "ray", "simplejpeg"),
     *("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"),
 }

@@ -23,7 +23,11 @@ Config = Mapping[str, Any]  # settings by their names, as JSON has them
 _FORMAT = 1  # of everything below OUT/.multisa
 _PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow", "simplejpeg")
 # Of engines that are more than ONNX Runtime.
-_ENGINE_PACKAGES = {"tensorrt": ("tensorrt", "pycuda"), "tensorrt-rtx": ("tensorrt-rtx", "pycuda")}
+_ENGINE_PACKAGES = {
+    "tensorrt": ("tensorrt", "pycuda"),
+    "tensorrt-rtx": ("tensorrt-rtx", "pycuda"),
+    "openvino": ("openvino",),
+}
 _SINK_PACKAGES = {"parquet": ("pyarrow",)}
 
 

@@ -31,7 +31,7 @@ from multisa.runtime.sources.contract import Source
 UInt8 = npt.NDArray[np.uint8]
 
 _OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait for the disk
-_ON_CPU = "onnxruntime-cpu"  # the engine whose work and ours are done by the same cores
+_ON_CPU = ("onnxruntime-cpu", "openvino")  # the engines whose work and ours are done by the same cores
 _PATIENCE = 0.2  # seconds between looks at whether a stage has raised
 
 
@@ -64,7 +64,7 @@ class Pipeline:
         self._under_way = 0
         # Where the engines are the processor's own, no other stage can do something meanwhile: an image stays
         # in its thread, which spares it the way through another queue.
-        self._refine_apart = any(choice.engine.name != _ON_CPU for choice in method.engines)
+        self._refine_apart = any(choice.engine.name not in _ON_CPU for choice in method.engines)
         names = ("read", "decode", "infer", "refine", "commit")
         self._stages = [
             Stage(name, sizes.threads_of(name), stopped=self._stopped, failed=self._stop, watcher=watcher)

@@ -4,9 +4,9 @@ choice = choose_engine(load_bundle(path), SEGMENTER)
 choice.engine.run(image), choice.reason
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from multisa.runtime.engines.contract import (
     how_to_convert,
 )
 from multisa.runtime.engines.gpus import probe_gpus
+from multisa.runtime.engines.openvino import GRAPHS as OPENVINO_GRAPHS
+from multisa.runtime.engines.openvino import OpenVinoEngine
 from multisa.runtime.engines.ort import OnnxRuntimeEngine, Provider
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 from multisa.runtime.progress import say
@@ -66,6 +68,8 @@ class EngineKind:
     open: Opener
     needs_gpu: bool
     runs_plans: bool = False  # which may be at fault where the graph is not
+    # Those it computes in, each with the precision of the file that the graph is read from.
+    precisions: Mapping[str, str] = field(default_factory=lambda: {p: p for p in PRECISIONS})
 
 
 def _open_onnxruntime(
@@ -78,6 +82,13 @@ def _open_onnxruntime(
 ) -> Engine:
     graph = bundle.read_file(graph_file(contract, precision))
     return OnnxRuntimeEngine(graph, threads=threads, contract=contract, provider=provider)
+
+
+def _open_openvino(
+    bundle: Bundle, contract: GraphContract, precision: str, request: EngineRequest, threads: int
+) -> Engine:
+    graph = bundle.read_file(graph_file(contract, OPENVINO_GRAPHS[precision]))
+    return OpenVinoEngine(graph, threads=threads, contract=contract, precision=precision)
 
 
 def _open_tensorrt(
@@ -109,7 +120,10 @@ ENGINES: dict[str, EngineKind] = {
     "tensorrt-rtx": EngineKind(partial(_open_tensorrt, "tensorrt-rtx"), needs_gpu=True, runs_plans=True),
     "onnxruntime-cuda": EngineKind(partial(_open_onnxruntime, "cuda"), needs_gpu=True),
     "onnxruntime-cpu": EngineKind(partial(_open_onnxruntime, "cpu"), needs_gpu=False),
+    # Last: in fp32, which is what "auto" runs on a CPU, ONNX Runtime is the faster one.
+    "openvino": EngineKind(_open_openvino, needs_gpu=False, precisions=OPENVINO_GRAPHS),
 }
+ALL_PRECISIONS = tuple(dict.fromkeys(p for kind in ENGINES.values() for p in kind.precisions))
 _WITHOUT_GPU = " or ".join(name for name, kind in ENGINES.items() if not kind.needs_gpu)
 
 
@@ -126,8 +140,9 @@ def choose_engine(
     """Open the engine asked for on the bundle's graph that keeps `contract`, or the first that is there.
 
     Precision "auto" is fp16 on a GPU where the bundle has it, else fp32. Raises UsageError for an engine that
-    does not exist or a precision the bundle lacks, EngineUnavailable where the engine cannot run here,
-    EngineError for a graph that cannot be loaded; "auto" passes over a plan that cannot be.
+    does not exist, or a precision that it does not compute in or the bundle lacks, EngineUnavailable where
+    the engine cannot run here, EngineError for a graph that cannot be loaded; "auto" passes over a plan that
+    cannot be.
     """
     request = request or EngineRequest()
     _check_request(bundle, contract, request)
@@ -187,22 +202,36 @@ def describe_choices(choices: Sequence[Choice]) -> list[str]:
 
 
 def bundle_precisions(bundle: Bundle, contract: GraphContract) -> tuple[str, ...]:
-    """Precisions of one graph that the bundle has, in the order of PRECISIONS."""
+    """Precisions of one graph that the bundle has a file in, in the order of PRECISIONS."""
     return tuple(p for p in PRECISIONS if graph_file(contract, p) in bundle.manifest.files)
+
+
+def engine_precisions(bundle: Bundle, contract: GraphContract, engine: str) -> tuple[str, ...]:
+    """Precisions that an engine computes one graph of the bundle in; for AUTO those of all ENGINES."""
+    has = bundle_precisions(bundle, contract)
+    kinds = [kind for name, kind in ENGINES.items() if engine in (AUTO, name)]
+    return tuple(dict.fromkeys(p for kind in kinds for p, of in kind.precisions.items() if of in has))
 
 
 def _check_request(bundle: Bundle, contract: GraphContract, request: EngineRequest) -> None:
     if request.engine != AUTO and request.engine not in ENGINES:
         raise UsageError(f"got the engine {request.engine!r}, expected {AUTO} or one of {', '.join(ENGINES)}")
-    if request.precision not in (AUTO, *PRECISIONS):
+    if request.precision not in (AUTO, *ALL_PRECISIONS):
         raise UsageError(
-            f"got the precision {request.precision!r}, expected {AUTO} or one of {', '.join(PRECISIONS)}"
+            f"got the precision {request.precision!r}, expected {AUTO} or one of {', '.join(ALL_PRECISIONS)}"
         )
-    there = bundle_precisions(bundle, contract)
-    if request.precision != AUTO and request.precision not in there:
+    if request.precision == AUTO:
+        return
+    able = [name for name, kind in ENGINES.items() if request.precision in kind.precisions]
+    if request.engine not in (AUTO, *able):
         raise UsageError(
-            f"{bundle.path}: has {contract.name} in {' and '.join(there)}, got --precision "
-            f"{request.precision}: {how_to_convert(bundle.path, contract, request.precision)}"
+            f"{request.engine} computes in {', '.join(ENGINES[request.engine].precisions)}, got --precision "
+            f"{request.precision}: choose one of those, or --engine {' or '.join(able)}"
+        )
+    if request.precision not in engine_precisions(bundle, contract, request.engine):
+        raise UsageError(
+            f"{bundle.path}: has {contract.name} in {' and '.join(bundle_precisions(bundle, contract))}, got "
+            f"--precision {request.precision}: {how_to_convert(bundle.path, contract, request.precision)}"
         )
 
 
@@ -210,7 +239,7 @@ def _precisions(
     bundle: Bundle, contract: GraphContract, request: EngineRequest, name: str
 ) -> tuple[str, ...]:
     if request.precision != AUTO:
-        return (request.precision,)
+        return tuple(p for p in engine_precisions(bundle, contract, name) if p == request.precision)
     if not ENGINES[name].needs_gpu:
         return ("fp32",)
     return tuple(p for p in _GPU_PRECISIONS if p in bundle_precisions(bundle, contract))

@@ -16,7 +16,8 @@ IMAGE = "image"  # name of the one input of every graph
 
 UInt8 = npt.NDArray[np.uint8]
 
-# Of a graph's arithmetic. The graphs of a bundle are fp32; others lie beside them, made by `multisa convert`.
+# Of a graph's file. The graphs of a bundle are fp32; others lie beside them, made by `multisa convert`.
+# What an engine computes in may be another, which has no file: EngineKind of choice.py has those.
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -131,3 +132,23 @@ def check_image(image: UInt8, graph: str) -> None:
     """Raise EngineError unless `image` is what every graph takes, uint8 [N, H, W, 3] and not empty."""
     if image.dtype != np.uint8 or image.ndim != 4 or image.shape[3] != 3 or image.size == 0:
         raise EngineError(f"{graph}: got {image.dtype} {list(image.shape)}, expected uint8 [N, H, W, 3]")
+
+
+def kept_contract(
+    inputs: Mapping[str, str], outputs: Mapping[str, str], contract: GraphContract | None, graph: str
+) -> GraphContract:
+    """The contract that a graph of these tensors keeps: `contract`, or without it the first of CONTRACTS.
+
+    Tensors are "float32 of rank 4", by name. Raises EngineError, beginning with `graph`, where none is kept.
+    """
+    if inputs != {IMAGE: "uint8 of rank 4"}:
+        raise EngineError(f"{graph}: got the inputs {inputs}, expected {IMAGE}: uint8 of rank 4")
+    candidates = (contract,) if contract else CONTRACTS
+    for candidate in candidates:
+        if outputs == {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in candidate.outputs.items()}:
+            return candidate
+    wanted = " or ".join(
+        f"{c.name} ({', '.join(f'{n}: {t.dtype} [{t.axes}]' for n, t in c.outputs.items())})"
+        for c in candidates
+    )
+    raise EngineError(f"{graph}: got the outputs {outputs}, expected {wanted}")

@@ -3,13 +3,21 @@
 import contextlib
 import importlib.util
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.engines.contract import CONTRACTS, IMAGE, ClosedAtExit, GraphContract, UInt8, check_image
+from multisa.runtime.engines.contract import (
+    IMAGE,
+    ClosedAtExit,
+    GraphContract,
+    UInt8,
+    check_image,
+    kept_contract,
+)
 from multisa.runtime.engines.onnx_file import check_onnx
 from multisa.runtime.errors import EngineError, EngineUnavailable
 
@@ -80,7 +88,9 @@ class OnnxRuntimeEngine(ClosedAtExit):
         if running != expected:
             cause = f"got the provider {running}, expected {expected}"
             raise _no_cuda(f"{cause} ({said})" if said else cause)
-        self.contract = _kept_contract(session, contract, label)
+        self.contract = kept_contract(
+            _signatures(session.get_inputs()), _signatures(session.get_outputs()), contract, label
+        )
         self._session: Any = session
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
@@ -135,21 +145,8 @@ def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, ValueError, OSError)
 
 
-def _kept_contract(session: Any, contract: GraphContract | None, label: str) -> GraphContract:
-    inputs = {tensor.name: _signature(tensor) for tensor in session.get_inputs()}
-    if inputs != {IMAGE: "uint8 of rank 4"}:
-        raise EngineError(f"{label}: got the inputs {inputs}, expected {IMAGE}: uint8 of rank 4")
-    outputs = {tensor.name: _signature(tensor) for tensor in session.get_outputs()}
-    candidates = (contract,) if contract else CONTRACTS
-    for candidate in candidates:
-        expected = {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in candidate.outputs.items()}
-        if outputs == expected:
-            return candidate
-    wanted = " or ".join(
-        f"{c.name} ({', '.join(f'{n}: {t.dtype} [{t.axes}]' for n, t in c.outputs.items())})"
-        for c in candidates
-    )
-    raise EngineError(f"{label}: got the outputs {outputs}, expected {wanted}")
+def _signatures(tensors: Iterable[Any]) -> dict[str, str]:
+    return {tensor.name: _signature(tensor) for tensor in tensors}
 
 
 def _signature(tensor: Any) -> str:

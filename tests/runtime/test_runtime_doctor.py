@@ -41,8 +41,9 @@ def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPa
     assert has.startswith("tiny, all files verified; cam (fp32), affinity (fp32), segmenter (fp32); ")
     assert "plans: none" in has
     assert [engine.name for engine in diagnosis.engines] == list(ENGINES)
-    usable = Finding("onnxruntime-cpu", True, "ran cam fp32, affinity fp32, segmenter fp32")
-    assert [engine for engine in diagnosis.engines if engine.ok] == [usable]
+    ran = "ran cam fp32, affinity fp32, segmenter fp32"
+    usable = [Finding(name, True, ran) for name in ("onnxruntime-cpu", "openvino")]
+    assert [engine for engine in diagnosis.engines if engine.ok] == usable
     assert "no NVIDIA driver here" in found(diagnosis, "tensorrt").text
     line = "cam, affinity, segmenter: on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
     assert diagnosis.auto == [line]
@@ -172,13 +173,14 @@ def test_command(bundle: Bundle, no_gpu: None) -> None:
     assert "\n  onnxruntime-cpu   usable: ran cam fp32" in result.stdout
     result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path), "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["engines"][-1]["name"] == "onnxruntime-cpu"
+    assert [engine["name"] for engine in json.loads(result.stdout)["engines"]] == list(ENGINES)
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["page", "json"])
 def test_exit_codes(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch, form: list[str]) -> None:
     result = CliRunner().invoke(root, ["doctor", "--bundle", "absent", *form])
     assert result.exit_code == 1 and "there is no bundle to run" in result.stdout
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for package in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, package, None)
     result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path), *form])
     assert result.exit_code == 5 and "onnxruntime is not installed" in " ".join(result.stdout.split())

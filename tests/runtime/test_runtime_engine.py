@@ -150,8 +150,9 @@ class TestEveryEngine:
     ) -> None:
         if case.startswith("tensorrt"):
             pytest.skip("TensorRT's own tests take its packages away")
-        monkeypatch.setitem(sys.modules, "onnxruntime", None)
-        with pytest.raises(EngineUnavailable, match="pip install onnxruntime") as caught:
+        package = "openvino" if case == "openvino" else "onnxruntime"
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(EngineUnavailable, match=f"pip install {package}") as caught:
             open_engine(bundle, CAM, engine=case.partition(", ")[0])
         assert caught.value.exit_code == 5
 

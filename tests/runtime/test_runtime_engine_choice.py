@@ -139,7 +139,7 @@ def test_asked_for_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> Non
     assert caught.value.exit_code == 5
     assert str(caught.value) == (
         f"{name} cannot run cam here: no NVIDIA driver here: "
-        "choose onnxruntime-cpu, or a machine with an NVIDIA GPU and its driver"
+        "choose onnxruntime-cpu or openvino, or a machine with an NVIDIA GPU and its driver"
     )
 
 
@@ -160,7 +160,8 @@ def test_what_is_asked_for_is_taken(bundle_of_precisions: Bundle, cuda_on_cpu: N
 
 
 def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for package in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(EngineUnavailable, match=r"^no engine can run cam here: no NVIDIA .*pip install onnx"):
         open_engine(bundle, CAM)
 
@@ -169,7 +170,12 @@ def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mon
     ("request_", "problem"),
     [
         (EngineRequest("opencv"), "got the engine 'opencv', expected auto or one of tensorrt, tensorrt-rtx"),
-        (EngineRequest(precision="bf16"), "got the precision 'bf16', expected auto or one of fp32, fp16"),
+        (EngineRequest(precision="fp8"), "got the precision 'fp8', expected auto or one of fp32, fp16"),
+        (
+            EngineRequest("onnxruntime-cpu", "bf16"),
+            "^onnxruntime-cpu computes in fp32, fp16, int8, got --precision bf16: .* or --engine openvino$",
+        ),
+        (EngineRequest("openvino", "fp16"), "^openvino computes in fp32, bf16, int8, got --precision fp16: "),
         (
             EngineRequest(precision="fp16"),
             "has segmenter in fp32 and int8, got --precision fp16: make a bundle that has it: multisa",

@@ -1,0 +1,268 @@
+"""OpenVINO: fp32 as ONNX Runtime answers, bf16 near it, the same bytes for any workers; what it refuses.
+
+What holds for every engine is in test_runtime_engine.py.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bulk_runs import public_bytes, records, run_label, run_segment
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+
+from multisa.export.parity import Compared, measure_parity
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.cli import root
+from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.engines import openvino as engine_module
+from multisa.runtime.engines.choice import EngineRequest, choose_engine, engine_precisions, open_engine
+from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract
+from multisa.runtime.engines.openvino import GRAPHS, OpenVinoEngine
+from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.images import read_image, resize_image
+
+if importlib.util.find_spec("openvino") is None:
+    pytest.skip("OpenVINO is not installed", allow_module_level=True)
+openvino = engine_module.import_openvino()
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (1, 41, 67, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Bundle:
+    return load_bundle(default_bundle_path())
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[np.ndarray]:
+    paths = sorted(PHOTOGRAPHS.glob("*.jpg"))
+    assert len(paths) == 3
+    return [resize_image(read_image(path).rgb, (97, 145))[np.newaxis] for path in paths]
+
+
+@pytest.fixture
+def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies fp32 and int8 alone."""
+    monkeypatch.setattr(openvino, "Core", lambda: Plain())
+
+
+class Plain:
+    """Stands for OpenVINO's Core on such a processor."""
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return ["FP32", "INT8"]
+
+
+@pytest.fixture
+def multiplies_bf16() -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not multiply bf16")
+
+
+def pairs(
+    packaged: Bundle, contract: GraphContract, precision: str, images: list[np.ndarray]
+) -> Iterator[Compared]:
+    with (
+        open_engine(packaged, contract, engine="onnxruntime-cpu") as reference,
+        open_engine(packaged, contract, engine="openvino", precision=precision) as engine,
+    ):
+        for image in images:
+            yield Compared(reference.run(image), engine.run(image))
+
+
+def is_far(got: np.ndarray, expected: np.ndarray) -> bool:
+    """Further than sums in another order bring it."""
+    if got.dtype == np.uint8:
+        return bool((got != expected).mean() > 1e-3)
+    return bool(np.abs(got - expected).max() > 2e-4)
+
+
+@pytest.mark.parametrize("contract", [AFFINITY, SEGMENTER], ids=lambda contract: contract.name)
+def test_fp32_is_fp32(packaged: Bundle, photographs: list[np.ndarray], contract: GraphContract) -> None:
+    """Left to itself, OpenVINO would take bf16 where it can."""
+    for expected, got, _ in pairs(packaged, contract, "fp32", photographs):
+        assert not any(is_far(got[name], expected[name]) for name in contract.outputs)
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
+def test_bf16_is_within_its_limits_and_is_bf16(
+    packaged: Bundle, photographs: list[np.ndarray], contract: GraphContract, multiplies_bf16: None
+) -> None:
+    compared = list(pairs(packaged, contract, "bf16", photographs))
+    report = measure_parity(compared, "bf16")
+    assert report.problems() == [] and report.differences.keys() == contract.outputs.keys()
+    for name in contract.outputs:
+        assert name == "labels" or any(is_far(got[name], expected[name]) for expected, got, _ in compared)
+
+
+def test_which_precisions_it_computes_in(bundle_of_precisions: Bundle) -> None:
+    assert tuple(GRAPHS) == ("fp32", "bf16", "int8")
+    assert engine_precisions(bundle_of_precisions, CAM, "openvino") == ("fp32", "bf16")
+    assert engine_precisions(bundle_of_precisions, SEGMENTER, "openvino") == ("fp32", "bf16", "int8")
+    assert engine_precisions(bundle_of_precisions, CAM, "onnxruntime-cpu") == ("fp32", "fp16")
+    assert engine_precisions(bundle_of_precisions, CAM, "opencv") == ()
+    with pytest.raises(EngineError, match="got the precision 'fp16', expected one of fp32, bf16, int8"):
+        OpenVinoEngine(b"", precision="fp16")
+
+
+def test_bf16_is_where_openvino_is(bundle: Bundle, no_gpu: None, multiplies_bf16: None) -> None:
+    """Nothing else computes it, so "auto" need not be told."""
+    choice = choose_engine(bundle, CAM, EngineRequest(precision="bf16"))
+    with choice.engine as engine:
+        assert (engine.name, choice.precision) == ("openvino", "bf16")
+    with choose_engine(bundle, CAM).engine as engine:
+        assert engine.name == "onnxruntime-cpu"
+
+
+def test_a_processor_without_bf16(bundle: Bundle, without_bf16: None) -> None:
+    problem = r"does not multiply bf16, it has FP32, INT8: choose the precision fp32 or int8$"
+    with pytest.raises(EngineUnavailable, match=problem) as caught:
+        open_engine(bundle, CAM, engine="openvino", precision="bf16")
+    assert caught.value.exit_code == 5
+
+
+def test_the_package_is_not_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineUnavailable, match="openvino is not installed: pip install openvino") as caught:
+        open_engine(bundle, CAM, engine="openvino")
+    assert caught.value.exit_code == 5
+
+
+def test_the_package_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Plain:
+        raise RuntimeError('Exception from src/core.cpp:1:\nDevice with "CPU" name is not registered\n')
+
+    monkeypatch.setattr(openvino, "Core", fail)
+    with pytest.raises(EngineUnavailable, match='has no CPU here: Device with "CPU" name is not registered:'):
+        open_engine(bundle, CAM, engine="openvino")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_side_by_side_give_the_same_bytes(
+    packaged: Bundle, photographs: list[np.ndarray], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many at once as there are streams, fewer and more; on one and on three processors."""
+    answers = []
+    for cpus in (1, 3):
+        monkeypatch.setattr(engine_module, "usable_cpus", lambda cpus=cpus: cpus)
+        with open_engine(packaged, AFFINITY, threads=threads, engine="openvino") as engine:
+            for callers in (1, 5):
+                with ThreadPoolExecutor(callers) as pool:
+                    found = list(pool.map(engine.run, photographs * 2))
+                answers.append([answer["affinity"].tobytes() for answer in found])
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][:3] == answers[0][3:] and len(set(answers[0])) == 3
+
+
+def test_settings() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "usable_cpus", lambda: 8)
+        values = [engine_module._settings(threads, "fp32") for threads in (1, 3, 16)]
+    found = [(v["NUM_STREAMS"], v["INFERENCE_NUM_THREADS"]) for v in values]
+    assert found == [(8, 8), (2, 6), (1, 16)]
+
+
+def test_a_path_and_errors_of_graphs(graphs: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "cam.onnx").write_bytes(graphs["cam.onnx"])
+    with OpenVinoEngine(tmp_path / "cam.onnx") as one, OpenVinoEngine(graphs["cam.onnx"]) as two:
+        assert one.contract == two.contract == CAM
+        np.testing.assert_array_equal(one.run(IMAGE)["cam"], two.run(IMAGE)["cam"])
+    with pytest.raises(EngineError, match=r"gone\.onnx: cannot be loaded: .*No such file"):
+        OpenVinoEngine(tmp_path / "gone.onnx")
+    with pytest.raises(EngineError, match="graph: cannot be loaded: no ONNX file"):
+        OpenVinoEngine(b"<net/>")
+    with pytest.raises(EngineError, match=r"segmenter: got the outputs .*expected segmenter"):
+        OpenVinoEngine(graphs["cam.onnx"], contract=SEGMENTER)
+
+
+def segmenter_of(nodes: list[onnx.NodeProto], shape: list[int]) -> bytes:
+    """A graph of the segmenter's tensors that makes something else of them."""
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])
+    outputs = [
+        helper.make_tensor_value_info(n, TensorProto.UINT8, ["a", "b", "c"]) for n in ("labels", "confidence")
+    ]
+    nodes = [*nodes, helper.make_node("Identity", ["labels"], ["confidence"])]
+    constant = onnx.numpy_helper.from_array(np.array(shape), "shape")
+    graph = helper.make_graph(nodes, "odd", [image], outputs, [constant])
+    opset = [helper.make_opsetid("", 18)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString()
+
+
+def test_failures_of_a_graph_are_engine_errors() -> None:
+    """One line, without the places in OpenVINO's sources."""
+    unknown = segmenter_of([helper.make_node("NoSuchNode", ["image"], ["labels"])], [1])
+    with pytest.raises(EngineError, match=r"^graph: cannot be loaded: .+") as caught:
+        OpenVinoEngine(unknown)
+    assert "\n" not in str(caught.value) and "Exception from" not in str(caught.value)
+    odd = segmenter_of([helper.make_node("Reshape", ["image", "shape"], ["labels"])], [7, 7, 7])
+    with OpenVinoEngine(odd) as engine:
+        for _ in range(2):  # a request that has failed is not used again
+            with pytest.raises(EngineError, match=r"^segmenter: cannot be run: .+") as caught:
+                engine.run(IMAGE)
+            assert "\n" not in str(caught.value) and "Exception from" not in str(caught.value)
+        seven = np.arange(343, dtype=np.uint8)[: 7 * 7 * 3].reshape(1, 7, 7, 3)
+        with pytest.raises(EngineError, match="cannot be run"):
+            engine.run(seven)
+
+
+def test_runs_have_the_same_bytes_for_any_workers(
+    packaged: Bundle, tmp_path: Path, multiplies_bf16: None
+) -> None:
+    request = EngineRequest("openvino", "bf16")
+    results = []
+    for workers in (1, 4):
+        out = tmp_path / str(workers)
+        run_segment(PHOTOGRAPHS, out, packaged, request=request, workers=workers)
+        results.append(public_bytes(out))
+    assert results[0] == results[1]
+    assert sum(name.endswith(".png") for name in results[0]) == 3
+
+
+def test_label_runs(bundle: Bundle, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny graphs are exact in both, so the masks are the same bytes as ONNX Runtime's."""
+    masks: list[Any] = []
+    for name in ("openvino", "onnxruntime-cpu"):
+        run_label(photos, tmp_path / name, bundle, request=EngineRequest(name))
+        masks.append({k: v for k, v in public_bytes(tmp_path / name).items() if k.endswith(".png")})
+        assert f"cam, affinity: on {name}, fp32 (asked for)" in capsys.readouterr().err
+    assert masks[0] == masks[1] and len(masks[0]) == 5
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["segment", str(PHOTOGRAPHS), "-o", str(out), "--engine", "openvino"]
+    result = CliRunner().invoke(root, command)
+    assert result.exit_code == 0, result.output
+    assert len(records(out)) == 3 and len(list((out / "masks").rglob("*.png"))) == 3
+    again = CliRunner().invoke(root, [*command, "--engine", "onnxruntime-cpu"])
+    assert again.exit_code == 2 and "engine of segmenter: got onnxruntime-cpu, fp32" in again.output
+
+
+def test_nothing_is_said_or_left(graphs: dict[str, bytes], tmp_path: Path) -> None:
+    """In a process and a folder of its own: no line on stdout or stderr, no file in the folder or home."""
+    (tmp_path / "segmenter.onnx").write_bytes(graphs["segmenter.onnx"])
+    program = (
+        "import numpy as np, pathlib, sys\n"
+        "from multisa.runtime.engines.openvino import OpenVinoEngine\n"
+        "assert 'openvino' not in sys.modules\n"
+        "with OpenVinoEngine(pathlib.Path('segmenter.onnx')) as engine:\n"
+        "    engine.run(np.zeros((1, 40, 40, 3), np.uint8))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        cwd=tmp_path,
+        env={"HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"},
+        check=True,
+    )
+    assert result.stdout == result.stderr == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["segmenter.onnx"]
