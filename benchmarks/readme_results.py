@@ -13,6 +13,7 @@ from typing import Any
 
 from multisa.benchmarks import readme_bench
 from multisa.benchmarks.readme_runs import runs
+from multisa.training.reproduce.paper import MULTI_SA, TABLE2, TABLE3_MIOU
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,7 +23,7 @@ LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the engine
 MIOU_TOLERANCE = 0.1  # percent: the bundle's weights are rounded to half precision
 START, STOP = "<!-- results: written by benchmarks/readme_results.py -->", "<!-- end of results -->"
 # Table 2 of the paper (ResNeSt-101, 21 classes) and its val figure, by the start of our rows' names.
-PAPER = {"CAM": 50.64, "Multi-SA": 51.49, "+ random": 67.54, "+ dense": 68.07, "DeepLab": 69.7}
+PAPER = {**TABLE2, "DeepLab": TABLE3_MIOU[MULTI_SA]}
 
 
 def results_section(

@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": ("multisa.runtime.commands:doctor", "Tell what this machine can run, and what is amiss."),
     "demo": ("multisa.runtime.commands:demo", "Label and segment the photographs of the package."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
+    "reproduce": ("multisa.training.commands:reproduce", "Make the paper's tables and figures anew."),
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),
     "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
     "parity": ("multisa.export.commands:parity", "Compare an engine's answers with the fp32 graphs'."),

@@ -79,7 +79,10 @@ def test_packages_listed_are_the_packages_there() -> None:
     "command",
     [
         ["--help"],
-        *([name, "--help"] for name in ("train", "export", "convert", "parity", "build", "label", "doctor")),
+        *(
+            [name, "--help"]
+            for name in ("train", "reproduce", "export", "convert", "parity", "build", "label", "doctor")
+        ),
     ],
 )
 def test_help_loads_nothing_heavy(command: list[str]) -> None:

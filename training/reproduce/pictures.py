@@ -1,0 +1,138 @@
+"""Drawing: heat maps over photographs, masks in the palette's colours, sheets of captioned strips."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from multisa.runtime.images import resize_image
+from multisa.runtime.postprocess import resize_maps
+
+UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+
+# Pixels of a sheet.
+PANEL = (240, 240)  # width of every panel, and the most height
+CAPTION_HEIGHT, CAPTION_SIZE = 30, 15
+NAME_HEIGHT, NAME_SIZE = 22, 13
+LEGEND_HEIGHT, SWATCH = 26, 14
+GAP = 6  # between panels, and around the sheet
+
+HEAT = 0.5  # share of the heat map's colours over the photograph
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of a sheet."""
+
+    name: str  # the photograph, and what else the row is about
+    panels: tuple[UInt8, ...]  # RGB [H, W, 3], one for each column
+
+
+@dataclass(frozen=True)
+class Legend:
+    """A colour and what it stands for."""
+
+    name: str
+    colour: tuple[int, int, int]
+
+
+def heat_map(rgb: UInt8, scores: Float32) -> UInt8:
+    """Lay class activations float32 [h, w] in [0, 1] over a photograph uint8 [H, W, 3], blue to red."""
+    full = resize_maps(scores[None], (rgb.shape[0], rgb.shape[1]))[0].clip(0, 1)
+    # The "jet" of the literature's figures: three tents over 0..1, a quarter apart.
+    colours = [1.5 - np.abs(4 * full - centre) for centre in (3, 2, 1)]
+    heat = 255 * np.stack(colours, axis=-1).clip(0, 1)
+    return np.asarray((1 - HEAT) * rgb + HEAT * heat + 0.5, dtype=np.uint8)
+
+
+def coloured(mask: UInt8, palette: UInt8) -> UInt8:
+    """Class ids uint8 [H, W] in the colours uint8 [256, 3]: RGB [H, W, 3]."""
+    return palette[mask]
+
+
+def sheet_size(columns: int, strips: Sequence[Strip], legend: Sequence[Legend] = ()) -> tuple[int, int]:
+    """Width and height of the sheet in pixels."""
+    width = columns * (PANEL[0] + GAP) + GAP
+    height = CAPTION_HEIGHT + sum(NAME_HEIGHT + _height(strip) + GAP for strip in strips)
+    return width, height + LEGEND_HEIGHT * len(_legend_lines(legend, width)) + GAP
+
+
+def draw_sheet(captions: Sequence[str], strips: Sequence[Strip], legend: Sequence[Legend] = ()) -> bytes:
+    """PNG: a caption over each column, each strip below its name, the colours' names at the foot."""
+    size = sheet_size(len(captions), strips, legend)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = _font(CAPTION_SIZE)
+    for column, caption in enumerate(captions):
+        middle = (_left(column) + PANEL[0] / 2, CAPTION_HEIGHT / 2)
+        draw.text(middle, _shortened(caption, font, PANEL[0]), fill="black", font=font, anchor="mm")
+    top = CAPTION_HEIGHT
+    for strip in strips:
+        name = _shortened(strip.name, _font(NAME_SIZE), size[0] - 2 * GAP)
+        draw.text((GAP, top + NAME_HEIGHT / 2), name, fill="black", font=_font(NAME_SIZE), anchor="lm")
+        top += NAME_HEIGHT
+        for column, panel in enumerate(strip.panels):
+            picture = Image.fromarray(resize_image(panel, _fitted(panel)))
+            left = _left(column) + (PANEL[0] - picture.width) // 2
+            sheet.paste(picture, (left, top + (_height(strip) - picture.height) // 2))
+        top += _height(strip) + GAP
+    for line in _legend_lines(legend, size[0]):
+        for left, entry in line:
+            box = (left, top + 6, left + SWATCH, top + 6 + SWATCH)
+            draw.rectangle(box, fill=entry.colour, outline="black")
+            draw.text(
+                (left + SWATCH + 6, top + 6 + SWATCH / 2),
+                entry.name,
+                fill="black",
+                font=_font(NAME_SIZE),
+                anchor="lm",
+            )
+        top += LEGEND_HEIGHT
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _left(column: int) -> int:
+    return GAP + column * (PANEL[0] + GAP)
+
+
+def _fitted(panel: UInt8) -> tuple[int, int]:
+    """Height and width of a panel on the sheet: as wide as its column, unless it would be too high."""
+    height, width = panel.shape[:2]
+    scale = min(PANEL[0] / width, PANEL[1] / height)
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+def _height(strip: Strip) -> int:
+    return max(_fitted(panel)[0] for panel in strip.panels)
+
+
+def _legend_lines(legend: Sequence[Legend], width: int) -> list[list[tuple[int, Legend]]]:
+    """Entries with their left edges, broken into lines that fit."""
+    lines: list[list[tuple[int, Legend]]] = []
+    left = width
+    for entry in legend:
+        taken = SWATCH + 6 + int(_font(NAME_SIZE).getlength(entry.name)) + 18
+        if not lines or left + taken > width:
+            lines.append([])
+            left = GAP
+        lines[-1].append((left, entry))
+        left += taken
+    return lines
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
