@@ -238,10 +238,8 @@ def test_affinity_labels_are_unsure_between_the_two_thresholds() -> None:
 
 
 @pytest.fixture(scope="module")
-def run_folder(voc_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("run")
-    run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), root)
-    return root
+def run_folder(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("stages") / "run"))
 
 
 def test_pipeline_measures_every_stage(run_folder: Path, voc_folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Drawing: heat maps over photographs, masks in the palette's colours, sheets of captioned strips."""
 
 import io
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from multisa.runtime.postprocess import resize_maps
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pixels of a sheet.
 PANEL = (240, 240)  # width of every panel, and the most height
@@ -116,7 +119,8 @@ def _legend_lines(legend: Sequence[Legend], width: int) -> list[list[tuple[int, 
     """Entries with their left edges, broken into lines that fit."""
     lines: list[list[tuple[int, Legend]]] = []
     left = width
-    for entry in legend:
+    for given in legend:
+        entry = replace(given, name=_shortened(given.name, _font(NAME_SIZE), PANEL[0]))
         taken = SWATCH + 6 + int(_font(NAME_SIZE).getlength(entry.name)) + 18
         if not lines or left + taken > width:
             lines.append([])
@@ -126,13 +130,15 @@ def _legend_lines(legend: Sequence[Legend], width: int) -> list[list[tuple[int, 
     return lines
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _shortened(text: str, font: Font, width: int) -> str:
+    """The text on one line, or as much of its start as fits the width with three dots."""
+    text = " ".join(text[:width].split())  # a name from a file may have any length, and line breaks
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
+    fitting = bisect_right(range(len(text)), width, key=lambda n: int(font.getlength(f"{text[:n]}...")))
+    return f"{text[: max(fitting - 1, 0)]}..."
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+@cache
+def _font(size: int) -> Font:
     return ImageFont.load_default(size=size)

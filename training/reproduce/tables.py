@@ -132,9 +132,10 @@ def _table3(config: TrainConfig, dataset: DataSet, root: Path) -> Made:
     val = next(row for row in run.rows if row.measured_on == "val")
     notes = [
         *protocol(config, dataset, "val", paper.TABLE3_BACKBONE),
-        "IoU of each class on val, of the segmenter that learnt from the pseudo-masks; the last epoch's. With "
-        "fewer classes than the paper's there is less to take one for.",
+        "IoU of each class on val, of the segmenter that learnt from the pseudo-masks; the last epoch's.",
     ]
+    if len(run.classes) < paper.CLASSES:
+        notes.append("Among fewer classes there are fewer that one can be taken for.")
     if run.label.class_gain:
         notes.append("The pseudo-masks have a gain for each class, a step of ours that the paper has not.")
     rivals = tuple(method for method in paper.TABLE3 if method != paper.MULTI_SA)
