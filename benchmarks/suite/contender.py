@@ -6,7 +6,7 @@ from pathlib import Path
 
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.runtime.bundle import Bundle, load_bundle
-from multisa.runtime.engines.choice import ENGINES, EngineRequest, bundle_precisions, choose_engine
+from multisa.runtime.engines.choice import ENGINES, EngineRequest, choose_engine, engine_precisions
 from multisa.runtime.engines.contract import CONTRACTS, GraphContract
 from multisa.runtime.errors import UsageError
 
@@ -56,7 +56,7 @@ def contenders(
 
 def _all(bundle: Bundle, contract: GraphContract, *, gpu: bool) -> Iterator[Contender]:
     for name, kind in ENGINES.items():
-        precisions = bundle_precisions(bundle, contract)
+        precisions = engine_precisions(bundle, contract, name)
         if kind.needs_gpu and not gpu:
             precisions = precisions[:1]  # a line that says why is enough
         for precision in precisions:
