@@ -36,7 +36,7 @@ from multisa.runtime.records import record_to_dict
 from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import Backbone
 from multisa.training.cams import build_cam_network
-from multisa.training.config import AffinityConfig, CamConfig, TrainConfig
+from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.inference import as_batch
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.segmentation import build_segmenter
@@ -64,9 +64,10 @@ def module_of(bundle: Bundle, contract: GraphContract) -> nn.Module:
 
 def assert_same_answers(bundle: Bundle, contract: GraphContract, images: list[np.ndarray]) -> None:
     module = module_of(bundle, contract)
-    with OnnxRuntimeEngine(bundle.read_file(graph_file(contract))) as engine, torch.inference_mode():
+    with OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), threads=1) as engine:
         for image in images:
-            expected, got = engine.run(image[None]), module(as_batch(image))
+            with torch.inference_mode():
+                expected, got = engine.run(image[None]), module(as_batch(image))
             got = got if isinstance(got, tuple) else (got,)
             for (name, wanted), answer in zip(expected.items(), got, strict=True):
                 difference = np.abs(wanted.astype(np.float64) - answer.numpy().astype(np.float64))
@@ -159,9 +160,14 @@ def test_a_value_that_is_no_product_is_refused() -> None:
 
 
 def shuffled(network: nn.Module) -> nn.Module:
-    """Every number drawn, those of batch norms included, so that folding changes all of them."""
-    torch.manual_seed(0)
+    """Numbers drawn, those of batch norms included, so that folding changes them.
+
+    But for the second layer: as it was made, its biases are zero, which the exporter leaves out, or equal,
+    which it stores once.
+    """
     for name, values in network.state_dict().items():
+        if "layer2" in name:
+            continue
         if name.endswith(("running_var", "level_gain")):
             values.uniform_(0.5, 2)
         elif values.dim() < 2 and values.is_floating_point():
@@ -201,20 +207,12 @@ def photographs() -> list[np.ndarray]:
 def test_split_attention_goes_round(packaged: Bundle, tmp_path: Path) -> None:
     # Convolutions with a bias before their norm, others without a norm, groups; a head without taps.
     config = CamConfig(backbone="resnest14d", weights="none", taps=(), scales=(1.0,))
+    torch.manual_seed(0)
     network = shuffled(build_cam_network(config, 4))
     module = MultiScaleCAM(FoldedMultiSACAM(network), scales=config.scales)
     bundle = bundle_of(packaged, tmp_path, TrainConfig(cam=config), exported(CAM, module), 4)
     assert_same_answers(bundle, CAM, photographs())
     assert cost_of(cam_from_bundle(bundle), (64, 64)) == cost_of(network, (64, 64))
-
-
-def test_a_network_as_it_was_made_goes_round(packaged: Bundle, tmp_path: Path) -> None:
-    # Biases of zero, which the exporter leaves out, and equal ones, which it stores once.
-    config = AffinityConfig(backbone="test_resnet", weights="none", head="features")
-    torch.manual_seed(0)
-    module = AffinityPhotographs(build_affinity_net(config), packaged.manifest.parameters.label.walk_radius)
-    bundle = bundle_of(packaged, tmp_path, TrainConfig(affinity=config), exported(AFFINITY, module))
-    assert_same_answers(bundle, AFFINITY, photographs())
 
 
 # --- what does not fit ---
