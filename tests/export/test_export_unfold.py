@@ -1,17 +1,14 @@
 """Networks out of a bundle compute what its graphs compute, with the layers they were trained with."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from made_bundles import bundle_of
 from torch import nn
 
 from multisa.export.cost import cost_of
@@ -25,14 +22,11 @@ from multisa.export.unfold import (
     segmenter_from_bundle,
 )
 from multisa.export.unfold_head import unfolded_head
-from multisa.runtime.bundle import Bundle, FileEntry, default_bundle_path, load_bundle
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.errors import BundleError, UsageError
-from multisa.runtime.files import sha256_of_bytes
 from multisa.runtime.images import read_image, resize_image, working_size
-from multisa.runtime.records import record_to_dict
 from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import Backbone
 from multisa.training.cams import build_cam_network
@@ -64,7 +58,7 @@ def module_of(bundle: Bundle, contract: GraphContract) -> nn.Module:
 
 def assert_same_answers(bundle: Bundle, contract: GraphContract, images: list[np.ndarray]) -> None:
     module = module_of(bundle, contract)
-    with OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), threads=1) as engine:
+    with OnnxRuntimeEngine(bundle.read_file(graph_file(contract))) as engine:
         for image in images:
             with torch.inference_mode():
                 expected, got = engine.run(image[None]), module(as_batch(image))
@@ -175,25 +169,6 @@ def shuffled(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def bundle_of(
-    packaged: Bundle, folder: Path, config: TrainConfig, files: dict[str, bytes], n_classes: int = 7
-) -> Bundle:
-    """A bundle of some graphs; the rest of its manifest is the packaged one's."""
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    manifest = packaged.manifest
-    return Bundle(
-        folder,
-        replace(
-            manifest,
-            classes=manifest.classes[:n_classes],
-            parameters=replace(manifest.parameters, cam_scales=config.cam.scales),
-            provenance={"config": record_to_dict(config)},
-            files={name: FileEntry(sha256_of_bytes(data), len(data)) for name, data in files.items()},
-        ),
-    )
-
-
 def exported(contract: GraphContract, module: nn.Module) -> dict[str, bytes]:
     data = onnx_from_module(module.eval(), tuple(contract.outputs), {}, half_weights=True)
     return {graph_file(contract): data}
@@ -213,139 +188,3 @@ def test_split_attention_goes_round(packaged: Bundle, tmp_path: Path) -> None:
     bundle = bundle_of(packaged, tmp_path, TrainConfig(cam=config), exported(CAM, module), 4)
     assert_same_answers(bundle, CAM, photographs())
     assert cost_of(cam_from_bundle(bundle), (64, 64)) == cost_of(network, (64, 64))
-
-
-# --- what does not fit ---
-
-Graph = onnx.GraphProto
-CLASSIFIER, MIX = "network.classifier.weight", "network.decode.1.3.weight.half"
-
-
-def tensor_of(graph: Graph, name: str) -> onnx.TensorProto:
-    return next(tensor for tensor in graph.initializer if tensor.name == name)
-
-
-def store(graph: Graph, name: str, values: np.ndarray) -> None:
-    tensor_of(graph, name).CopyFrom(numpy_helper.from_array(values, name))
-
-
-def without_a_convolution(graph: Graph) -> None:
-    node = [node for node in graph.node if node.op_type == "Conv"][5]
-    node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
-
-
-def without_a_weight(graph: Graph) -> None:
-    graph.input.append(onnx.helper.make_tensor_value_info(CLASSIFIER, onnx.TensorProto.FLOAT, [7, 128, 1, 1]))
-    graph.initializer.remove(tensor_of(graph, CLASSIFIER))
-
-
-def with_another_weight(graph: Graph) -> None:
-    graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.float32), "network.extra.weight"))
-
-
-def with_another_convolution(graph: Graph) -> None:
-    last = [node for node in graph.node if node.op_type == "Conv"][-1]
-    graph.node.append(onnx.helper.make_node("Conv", list(last.input), ["again"]))
-
-
-def of_another_shape(graph: Graph) -> None:
-    store(graph, CLASSIFIER, np.zeros((8, 128, 1, 1), np.float32))
-
-
-def of_another_type(graph: Graph) -> None:
-    store(graph, CLASSIFIER, np.zeros((7, 128, 1, 1), np.float64))
-
-
-def too_short(graph: Graph) -> None:
-    tensor_of(graph, MIX).raw_data = tensor_of(graph, MIX).raw_data[:-2]
-
-
-def not_finite(graph: Graph) -> None:
-    store(graph, CLASSIFIER, np.full((7, 128, 1, 1), np.nan, np.float32))
-
-
-def exchanged(graph: Graph) -> None:
-    names = ("network.pyramid.2.0.weight", "network.pyramid.3.0.weight")
-    for node in graph.node:
-        if node.op_type == "Conv" and node.input[1] in names:
-            node.input[1] = names[1 - names.index(node.input[1])]
-
-
-def with_another_dilation(graph: Graph) -> None:
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Conv" and attribute.name == "dilations" and attribute.ints[0] > 1:
-                attribute.ints[:] = [5, 5]
-
-
-def with_another_mean(graph: Graph) -> None:
-    store(graph, "network.backbone.mean", np.full((1, 3, 1, 1), 100, np.float32))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (without_a_convolution, "got shape .* expected"),
-        (without_a_weight, f"{CLASSIFIER} is not stored"),
-        (with_another_weight, "weights that the network does not have: network.extra.weight"),
-        (with_another_convolution, "1 layers the network does not have, again the first"),
-        (of_another_shape, f"{CLASSIFIER}: got shape .8, 128, 1, 1., expected .7, 128, 1, 1."),
-        (of_another_type, f"{CLASSIFIER}: got ONNX data type 11, expected float32 or float16"),
-        (too_short, f"no ONNX graph|{MIX}: got 32766 bytes, expected 32768"),
-        (not_finite, f"{CLASSIFIER}: got numbers that are not finite"),
-        (exchanged, "network.pyramid.*found in the place of network.pyramid"),
-        (with_another_dilation, "dilations: got .5, 5., expected .* for network.pyramid.1.0"),
-        (with_another_mean, "backbone.mean: got .100.0"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_a_graph_of_another_network_is_refused(
-    packaged: Bundle, tmp_path: Path, change: Callable[[Graph], None], message: str
-) -> None:
-    name = graph_file(SEGMENTER)
-    model = onnx.load_from_string(packaged.read_file(name))
-    change(model.graph)
-    files = {name: model.SerializeToString()}
-    bundle = bundle_of(packaged, tmp_path, config_from_bundle(packaged), files)
-    with pytest.raises(BundleError, match=message):
-        segmenter_from_bundle(bundle)
-
-
-def test_what_is_no_graph_is_refused(packaged: Bundle, tmp_path: Path) -> None:
-    bundle = bundle_of(packaged, tmp_path, TrainConfig(), {graph_file(SEGMENTER): b"\x08\x08no"})
-    with pytest.raises(BundleError, match="is no ONNX graph"):
-        segmenter_from_bundle(bundle)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"decoder_channels": 64}, BundleError, "got shape .128, 320, 1, 1., expected .64, 320, 1, 1."),
-        ({"decoder_channels": 2**62}, BundleError, "configuration makes no network"),
-        ({"atrous_rates": [2**70]}, BundleError, "configuration makes no network"),
-        ({"atrous_rates": [1] * 5000}, BundleError, "5000 rates"),
-        ({"atrous_rates": [6, 12]}, BundleError, "cannot be rebuilt"),
-        ({"backbone": "resnet18"}, BundleError, "cannot be rebuilt"),
-        ({"backbone": "resnet18000"}, UsageError, "not a timm model"),
-        ({"backbone": 3}, BundleError, "provenance.config.segmenter.backbone: got int 3"),
-        ({"width": 3}, BundleError, "unknown key 'width'"),
-    ],
-)
-def test_another_configuration_is_refused(
-    packaged: Bundle, changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    config: dict[str, Any] = record_to_dict(config_from_bundle(packaged))
-    config["segmenter"].update({"start_from_cam": False, **changes})
-    manifest = replace(packaged.manifest, provenance={"config": config})
-    with pytest.raises(error, match=message):
-        segmenter_from_bundle(replace(packaged, manifest=manifest))
-
-
-def test_a_bundle_without_its_training_is_refused(packaged: Bundle) -> None:
-    bundle = replace(packaged, manifest=replace(packaged.manifest, provenance={}))
-    for rebuild in (segmenter_from_bundle, affinity_from_bundle, cam_from_bundle):
-        with pytest.raises(BundleError, match=r"no provenance\.config in the manifest"):
-            rebuild(bundle)
-    parameters = replace(packaged.manifest.parameters, cam_scales=(2.0,))
-    with pytest.raises(BundleError, match=r"cam\.scales"):
-        cam_from_bundle(replace(packaged, manifest=replace(packaged.manifest, parameters=parameters)))
