@@ -158,7 +158,7 @@ def convert(
     default="fp32",
     show_default=True,
     type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
-    help="Of its graphs; bf16, of which there are no files, on openvino.",
+    help="Of its graphs; bf16, of which there is no file, for the segmenter on openvino.",
 )
 @_photographs_option
 @_masks_option

@@ -44,7 +44,7 @@ def engine_options(command: Command) -> Command:
             default="auto",
             show_default=True,
             metavar="P",
-            help="Of the graphs: fp32, fp16 or int8, as the bundle has; bf16 on openvino.",
+            help="Of the graphs: fp32, fp16 or int8, as the bundle has; bf16 for segment on openvino.",
         ),
         click.option(
             "--engine",

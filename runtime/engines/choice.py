@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multisa.runtime.bundle import Bundle
+from multisa.runtime.engines import openvino
 from multisa.runtime.engines.contract import (
+    CONTRACTS,
     PRECISIONS,
     DetailedEngine,
     Engine,
@@ -21,8 +23,6 @@ from multisa.runtime.engines.contract import (
     how_to_convert,
 )
 from multisa.runtime.engines.gpus import probe_gpus
-from multisa.runtime.engines.openvino import GRAPHS as OPENVINO_GRAPHS
-from multisa.runtime.engines.openvino import OpenVinoEngine
 from multisa.runtime.engines.ort import OnnxRuntimeEngine, Provider
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 from multisa.runtime.progress import say
@@ -70,6 +70,7 @@ class EngineKind:
     runs_plans: bool = False  # which may be at fault where the graph is not
     # Those it computes in, each with the precision of the file that the graph is read from.
     precisions: Mapping[str, str] = field(default_factory=lambda: {p: p for p in PRECISIONS})
+    only: Mapping[str, Sequence[GraphContract]] = field(default_factory=dict)  # of a precision: its graphs
 
 
 def _open_onnxruntime(
@@ -87,8 +88,8 @@ def _open_onnxruntime(
 def _open_openvino(
     bundle: Bundle, contract: GraphContract, precision: str, request: EngineRequest, threads: int
 ) -> Engine:
-    graph = bundle.read_file(graph_file(contract, OPENVINO_GRAPHS[precision]))
-    return OpenVinoEngine(graph, threads=threads, contract=contract, precision=precision)
+    graph = bundle.read_file(graph_file(contract, openvino.GRAPHS[precision]))
+    return openvino.OpenVinoEngine(graph, threads=threads, contract=contract, precision=precision)
 
 
 def _open_tensorrt(
@@ -121,7 +122,7 @@ ENGINES: dict[str, EngineKind] = {
     "onnxruntime-cuda": EngineKind(partial(_open_onnxruntime, "cuda"), needs_gpu=True),
     "onnxruntime-cpu": EngineKind(partial(_open_onnxruntime, "cpu"), needs_gpu=False),
     # Last: in fp32, which is what "auto" runs on a CPU, ONNX Runtime is the faster one.
-    "openvino": EngineKind(_open_openvino, needs_gpu=False, precisions=OPENVINO_GRAPHS),
+    "openvino": EngineKind(_open_openvino, needs_gpu=False, precisions=openvino.GRAPHS, only=openvino.ONLY),
 }
 ALL_PRECISIONS = tuple(dict.fromkeys(p for kind in ENGINES.values() for p in kind.precisions))
 _WITHOUT_GPU = " or ".join(name for name, kind in ENGINES.items() if not kind.needs_gpu)
@@ -210,7 +211,14 @@ def engine_precisions(bundle: Bundle, contract: GraphContract, engine: str) -> t
     """Precisions that an engine computes one graph of the bundle in; for AUTO those of all ENGINES."""
     has = bundle_precisions(bundle, contract)
     kinds = [kind for name, kind in ENGINES.items() if engine in (AUTO, name)]
-    return tuple(dict.fromkeys(p for kind in kinds for p, of in kind.precisions.items() if of in has))
+    return tuple(
+        dict.fromkeys(
+            precision
+            for kind in kinds
+            for precision, of_file in kind.precisions.items()
+            if of_file in has and contract in kind.only.get(precision, CONTRACTS)
+        )
+    )
 
 
 def _check_request(bundle: Bundle, contract: GraphContract, request: EngineRequest) -> None:

@@ -54,8 +54,8 @@ def graph_file(contract: GraphContract, precision: str = "fp32") -> str:
 
 def how_to_convert(bundle: Path, contract: GraphContract, precision: str) -> str:
     """What to do about a bundle without a graph in a precision."""
-    if precision == "int8" and contract != SEGMENTER:
-        return "only the segmenter is made in int8, expected fp32 or fp16"
+    if precision in ("int8", "bf16") and contract != SEGMENTER:
+        return f"only the segmenter is made in {precision}, expected fp32 or fp16"
     return (
         f"make a bundle that has it: multisa convert {bundle} --precision {precision} --photographs DIR "
         "-o NEW_BUNDLE"
