@@ -28,6 +28,7 @@ from multisa.training.reproduce.pictures import (
     Strip,
     coloured,
     draw_sheet,
+    fitted,
     heat_map,
     sheet_size,
 )
@@ -94,8 +95,8 @@ def test_heat_goes_from_blue_to_red_over_the_photograph() -> None:
 
 def test_panels_lie_in_their_columns() -> None:
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    wide = tuple(np.full((50, 100, 3), colour, np.uint8) for colour in colours)
-    tall = tuple(np.full((300, 60, 3), colour, np.uint8) for colour in colours)
+    wide = tuple(fitted(np.full((50, 100, 3), colour, np.uint8)) for colour in colours)
+    tall = tuple(fitted(np.full((300, 60, 3), colour, np.uint8)) for colour in colours)
     strips = [Strip("wide", wide), Strip("tall" * 500, tall)]
     legend = [Legend(f"class number {i}", colours[i % 3]) for i in range(40)]
     sheet = np.array(Image.open(io.BytesIO(draw_sheet(("a", "b", "c"), strips, legend))))
@@ -145,8 +146,8 @@ def test_figure5_shows_the_masks_of_the_run(voc_folder: Path, run_folder: Path) 
     for item, strip in zip(dataset.train, drawn.strips, strict=False):
         assert item.mask is not None
         made = read_mask(run.folder(run_folder, "pseudo-masks") / f"{item.id}.png")
-        assert np.array_equal(strip.panels[4], dataset.mask_palette[made])
-        assert np.array_equal(strip.panels[5], dataset.mask_palette[read_mask(item.mask)])
+        assert np.array_equal(strip.panels[4], fitted(dataset.mask_palette[made]))
+        assert np.array_equal(strip.panels[5], fitted(dataset.mask_palette[read_mask(item.mask)]))
         unlike += int((strip.panels[3] != strip.panels[4]).any())
     assert unlike, "the dense CRF changed nothing anywhere"
     assert drawn.shown >= {1, 2}
@@ -158,7 +159,7 @@ def test_figure6_shows_what_the_run_measured(voc_folder: Path, run_folder: Path)
     assert drawn.captions == ("photograph", "DeepLabV3+", "ground truth")
     for item, strip in zip(dataset.val, drawn.strips, strict=True):
         made = read_mask(run.folder(run_folder, "val") / f"{item.id}.png")
-        assert np.array_equal(strip.panels[1], dataset.mask_palette[made])
+        assert np.array_equal(strip.panels[1], fitted(dataset.mask_palette[made]))
 
 
 def test_figures_are_written_with_what_they_are_of(
@@ -193,11 +194,14 @@ def test_photographs_are_chosen_along_the_list(voc_folder: Path, tmp_path: Path)
         "photo_02",
         "photo_04",
     ]
-    assert len(choose_photographs("figure6", dataset, 64, None)) == 4
+    assert len(choose_photographs("figure6", dataset, 32, None)) == 4
+    classless = replace(dataset, train=tuple(replace(item, classes=()) for item in dataset.train))
+    with pytest.raises(UsageError, match="expected one with"):
+        reproduce_paper("figure4", load_config(str(TINY)), classless, tmp_path / "run")
     ids = tmp_path / "ids.txt"
     for text, message in (
         ("photo_08", "'photo_08' is none of the 6 photographs of the train list"),
-        ("", "got 0 photographs, expected 1..64"),
+        ("", "got 0 photographs, expected 1..32"),
     ):
         ids.write_text(text)
         with pytest.raises(UsageError, match=message):

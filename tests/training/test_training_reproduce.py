@@ -199,7 +199,7 @@ def test_the_command_prints_ours_beside_the_papers(voc_folder: Path, run_folder:
     [
         (["table1", "--photographs", "3"], "expected a figure"),
         (["figure6", "--photographs", "3", "--list", "ids.txt"], "got both"),
-        (["figure6", "--photographs", "0"], "got 0 photographs, expected 1..64"),
+        (["figure6", "--photographs", "0"], "got 0 photographs, expected 1..32"),
         (["figure5", "--list", "nowhere.txt"], "nowhere.txt: not found"),
         (["figure7"], "'figure7' is not one of 'table1', 'table2'"),
     ],

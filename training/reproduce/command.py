@@ -49,8 +49,7 @@ def _say_what_differs(config: TrainConfig, root: Path) -> None:
     kept, asked = (_flat(record_to_dict(c)) for c in (load_run(root).config, config))
     differing = [f"{key} {asked[key]} (there: {kept[key]})" for key in asked if asked[key] != kept[key]]
     if differing:
-        say(f"{root / RUN_RECORD} is of other settings, and stages they matter to are made anew: ")
-        say("  " + ", ".join(differing))
+        say(f"{root / RUN_RECORD}: other settings, what depends on them is made anew: {', '.join(differing)}")
 
 
 def _flat(values: dict[str, object], before: str = "") -> dict[str, object]:

@@ -24,7 +24,7 @@ from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.pipeline import run_pipeline
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.levels import OneLevel, shares_at_peak
-from multisa.training.reproduce.pictures import Legend, Strip, coloured, draw_sheet, heat_map
+from multisa.training.reproduce.pictures import Legend, Strip, coloured, draw_sheet, fitted, heat_map
 from multisa.training.reproduce.report import FOLDER, provenance
 from multisa.training.segmentation import load_segmenter
 from multisa.training.segmenter import SegmentPhotographs
@@ -34,7 +34,7 @@ from multisa.training.workspace import Workspace
 UInt8 = npt.NDArray[np.uint8]
 
 PHOTOGRAPHS = 4  # of a figure, where nothing else is said
-MAX_PHOTOGRAPHS = 64  # a sheet is in memory as a whole
+MAX_PHOTOGRAPHS = 32  # a sheet is in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ def reproduce_figure(
     items = choose_photographs(name, dataset, count, chosen)
     if name == "figure4" and not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
+    if name == "figure4" and not any(item.classes for item in items):
+        raise UsageError(
+            "figure4: got photographs without a class, expected one with: choose others (--list)"
+        )
     check_run(config, dataset)
     drawn = FIGURES[name](config, dataset, root, items)
     legend = [_legend(i, dataset) for i in sorted(drawn.shown)]
@@ -127,7 +131,7 @@ def _figure4(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[
             shares.append(shares_at_peak(parts, batch, item.classes).cpu())
         for class_id in item.classes:
             panels = (rgb, *(heat_map(rgb, cam[class_id - 1]) for cam in maps))
-            strips.append(Strip(f"{item.id}: {dataset.class_names[class_id]}", panels))
+            strips.append(_strip(f"{item.id}: {dataset.class_names[class_id]}", panels))
     medians = ", ".join(f"{share:.0%}" for share in torch.cat(shares).quantile(0.5, dim=0).tolist())
     return Drawn(
         "Figure 4: class activation maps at the levels of Multi-SA",
@@ -162,7 +166,7 @@ def _figure5(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[
         shown |= _ids(masks)
         heat = [heat_map(rgb, _strongest(maps)) for maps in (cams, walked)]
         panels = (rgb, *heat, *(coloured(mask, palette) for mask in masks))
-        strips.append(Strip(_named(item, dataset), panels))
+        strips.append(_strip(_named(item, dataset), panels))
     truth = ("ground truth",) if all(truths) else ()
     gains = ", a gain for each class" if label.class_gain else ""
     return Drawn(
@@ -194,7 +198,7 @@ def _figure6(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[
         masks = [labels[0].cpu().numpy(), *(_truth(item, rgb) if all(truths) else [])]
         shown |= _ids(masks)
         panels = (rgb, *(coloured(mask, dataset.mask_palette) for mask in masks))
-        strips.append(Strip(_named(item, dataset), panels))
+        strips.append(_strip(_named(item, dataset), panels))
     which = "val" if dataset.val else "the photographs trained on"
     return Drawn(
         f"Figure 6: segmentations of {which}",
@@ -211,6 +215,10 @@ FIGURES: Mapping[str, Callable[[TrainConfig, DataSet, Path, Sequence[Item]], Dra
     "figure5": _figure5,
     "figure6": _figure6,
 }
+
+
+def _strip(name: str, panels: Sequence[UInt8]) -> Strip:
+    return Strip(name, tuple(fitted(panel) for panel in panels))
 
 
 def _level_captions(network: MultiSACAM) -> list[str]:

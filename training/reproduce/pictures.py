@@ -32,7 +32,7 @@ class Strip:
     """One row of a sheet."""
 
     name: str  # the photograph, and what else the row is about
-    panels: tuple[UInt8, ...]  # RGB [H, W, 3], one for each column
+    panels: tuple[UInt8, ...]  # RGB [H, W, 3] as `fitted` leaves them, one for each column
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ def coloured(mask: UInt8, palette: UInt8) -> UInt8:
     return palette[mask]
 
 
+def fitted(panel: UInt8) -> UInt8:
+    """RGB [H, W, 3] as wide as a column of the sheet, or narrower where it would be too high."""
+    height, width = panel.shape[:2]
+    scale = min(PANEL[0] / width, PANEL[1] / height)
+    return resize_image(panel, (max(round(height * scale), 1), max(round(width * scale), 1)))
+
+
 def sheet_size(columns: int, strips: Sequence[Strip], legend: Sequence[Legend] = ()) -> tuple[int, int]:
     """Width and height of the sheet in pixels."""
     width = columns * (PANEL[0] + GAP) + GAP
@@ -79,7 +86,7 @@ def draw_sheet(captions: Sequence[str], strips: Sequence[Strip], legend: Sequenc
         draw.text((GAP, top + NAME_HEIGHT / 2), name, fill="black", font=_font(NAME_SIZE), anchor="lm")
         top += NAME_HEIGHT
         for column, panel in enumerate(strip.panels):
-            picture = Image.fromarray(resize_image(panel, _fitted(panel)))
+            picture = Image.fromarray(panel)
             left = _left(column) + (PANEL[0] - picture.width) // 2
             sheet.paste(picture, (left, top + (_height(strip) - picture.height) // 2))
         top += _height(strip) + GAP
@@ -104,15 +111,8 @@ def _left(column: int) -> int:
     return GAP + column * (PANEL[0] + GAP)
 
 
-def _fitted(panel: UInt8) -> tuple[int, int]:
-    """Height and width of a panel on the sheet: as wide as its column, unless it would be too high."""
-    height, width = panel.shape[:2]
-    scale = min(PANEL[0] / width, PANEL[1] / height)
-    return max(round(height * scale), 1), max(round(width * scale), 1)
-
-
 def _height(strip: Strip) -> int:
-    return max(_fitted(panel)[0] for panel in strip.panels)
+    return int(max(panel.shape[0] for panel in strip.panels))
 
 
 def _legend_lines(legend: Sequence[Legend], width: int) -> list[list[tuple[int, Legend]]]:
