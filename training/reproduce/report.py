@@ -75,9 +75,10 @@ def protocol(config: TrainConfig, dataset: DataSet, measured: str, paper_backbon
         f"{paper.TRAINED_ON:,} photographs trained on, {paper_items:,} of {measured} measured on.",
     ]
     if differing:
+        listed = " and ".join(filter(None, (", ".join(differing[:-1]), differing[-1])))
         notes.append(
             "The paper's figures stand beside for their order, not for comparison: its "
-            f"{' and '.join(differing)} {'is another' if differing == ['backbone'] else 'are others'}."
+            f"{listed} {'is another' if differing == ['backbone'] else 'are others'}."
         )
     return tuple(notes)
 
