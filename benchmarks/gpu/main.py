@@ -1,0 +1,159 @@
+"""The command line of benchmarks/gpu.sh: options, the steps, the results folder."""
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from multisa.benchmarks.gpu.look import find_nvcc
+from multisa.benchmarks.gpu.runner import FAILURE, LOGS, STEPS_FILE, Command, LeftOut, Runner, Step
+from multisa.benchmarks.gpu.steps import ENTERPRISE, ROOT, Settings, make_steps, sources_stamp
+from multisa.benchmarks.gpu.summary import pack, write_summary
+
+_DESCRIPTION = "Install, build plans, test the CUDA kernels, compare each engine and measure, on a GPU."
+_EPILOG = "Exit codes: 0 ok, 3 a gate failed, 5 no GPU, driver or engine that can be used, 1 anything else."
+_USAGE = 2  # what argparse ends with; here 1, as everything else
+
+
+def read_options(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="gpu.sh", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--data", type=Path, metavar="VOC_LAYOUT", help="for the suite, and to compare on")
+    parser.add_argument("--bundle", type=Path, help="the bundle to measure (default: that of the package)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu-results"), metavar="DIR", help="of the results"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, photographs and repeats")
+    parser.add_argument("--skip-tests", action="store_true", help="leave out tests/gpu")
+    parser.add_argument("--tensorrt", action="store_true", help="also TensorRT itself (tensorrt-cu13)")
+    parser.add_argument("--fresh", action="store_true", help="do again what is done in DIR")
+    parser.add_argument("--plan", action="store_true", help="print the steps and do nothing")
+    return parser.parse_args(arguments)
+
+
+def settings_from_options(options: argparse.Namespace) -> Settings:
+    """The paths absolute; TensorRT also where the Python that starts this has it."""
+    return Settings(
+        output=options.output.absolute(),
+        data=options.data.absolute() if options.data else None,
+        bundle=options.bundle.absolute() if options.bundle else None,
+        is_quick=options.quick,
+        skips_tests=options.skip_tests,
+        wants_tensorrt=options.tensorrt or _has_tensorrt(),
+    )
+
+
+def _has_tensorrt() -> bool:
+    """Whether TensorRT can be imported here; asked of another process, as a broken one can end it."""
+    command = [sys.executable, "-c", f"import {ENTERPRISE}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def variables(environment: Path) -> Mapping[str, str]:
+    """The variables of the steps: the environment's programs first, and the CUDA compiler on PATH."""
+    nvcc = find_nvcc(environment)
+    folders = [str(environment / "bin"), *([str(nvcc.parent)] if nvcc else []), os.environ.get("PATH", "")]
+    unwanted = (
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "VIRTUAL_ENV",
+    )  # would lead to other packages than the environment's
+    return {name: value for name, value in os.environ.items() if name not in unwanted} | {
+        "PATH": os.pathsep.join(folders)
+    }
+
+
+def print_plan(steps: list[Step]) -> None:
+    """Each step with its commands, as far as they are known before the driver was asked."""
+    for place, step in enumerate(steps, 1):
+        commands = step.commands()
+        print(f"{place:2} {step.name}: {step.what}")
+        if isinstance(commands, LeftOut):
+            print(f"     left out: {commands.reason}")
+            continue
+        for command in commands:
+            print(f"     {_shown(command)}")
+
+
+def _shown(command: Command) -> str:
+    words = " ".join(f"'{word}'" if " " in word else word for word in command.arguments)
+    return f"{words} > {command.output}" if command.output else words
+
+
+def begin(settings: Settings, *, is_fresh: bool) -> None:
+    """Make the folders; `is_fresh` forgets what an earlier run has left in the folder of the results."""
+    if is_fresh and (settings.output / STEPS_FILE).is_file():
+        for name in (LOGS, "work"):
+            shutil.rmtree(settings.output / name, ignore_errors=True)
+        for file in settings.output.glob("*.json"):
+            file.unlink()
+    settings.output.mkdir(parents=True, exist_ok=True)
+    settings.environment.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def alone(environment: Path) -> Iterator[bool]:
+    """Whether no other run uses the environment; until the end of the block none begins to."""
+    with (environment / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _on_signal(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the steps and write the results; returns the exit code."""
+    try:
+        options = read_options(arguments)
+    except SystemExit as stop:
+        return FAILURE if stop.code == _USAGE else 0
+    settings = settings_from_options(options)
+    for path in (settings.data, settings.bundle):
+        if path and not path.is_dir():
+            print(f"error: {path}: not found, expected a folder", file=sys.stderr)
+            return FAILURE
+    if options.plan:
+        print_plan(make_steps(settings))
+        return 0
+    begin(settings, is_fresh=options.fresh)
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, _on_signal)
+    with alone(settings.environment) as is_alone:
+        if not is_alone:
+            print(f"error: {settings.environment}: another run uses it: wait for its end", file=sys.stderr)
+            return FAILURE
+        return run(settings)
+
+
+def run(settings: Settings) -> int:
+    """Run all steps; the summary and the archive are written however far they came."""
+    runner = Runner(settings.output, lambda: variables(settings.environment), stamp=sources_stamp(ROOT))
+    code = 128 + signal.SIGINT
+    try:
+        code = runner.run(make_steps(settings))
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on", file=sys.stderr)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+        print("\nstopped: the same command goes on", file=sys.stderr)
+    summary = write_summary(settings.output, runner.rows, code)
+    print(f"{summary}\n{pack(settings.output)}")
+    if runner.rows and runner.rows[-1].reason and code and code < 128:
+        # What ended the run, or else the first that went wrong.
+        worst = runner.rows[-1] if len(runner.rows) < len(make_steps(settings)) else None
+        if worst:
+            print(f"error: {worst.name}: {worst.reason}", file=sys.stderr)
+    return code
