@@ -28,12 +28,17 @@ def count(report: Path) -> dict[str, int]:
     return counts
 
 
-def main(arguments: list[str]) -> int:
-    """Run, count, write; 3 where a test failed or none passed, 1 where pytest did not get through."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `main`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("tests", nargs="+")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run, count, write; 3 where a test failed or none passed, 1 where pytest did not get through."""
+    options = make_parser().parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]

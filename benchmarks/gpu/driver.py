@@ -67,11 +67,16 @@ def _torch() -> dict[str, Any]:
     return {"version": torch.__version__, "cuda": torch.version.cuda, "available": torch.cuda.is_available()}
 
 
-def main(arguments: list[str]) -> int:
-    """Ask, print, write; 5 where there is no GPU to use."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `main`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Ask, print, write; 5 where there is no GPU to use."""
+    options = make_parser().parse_args(arguments)
     try:
         found = examine()
     except EngineUnavailable as error:

@@ -37,15 +37,20 @@ def make_bundle(bundle: Bundle, output: Path, photographs: Path, count: int, rep
         raise refused
 
 
-def main(arguments: list[str]) -> int:
-    """Make it; 3 where the fp16 graphs are refused."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `main`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, default=default_bundle_path())
     parser.add_argument("--photographs", type=Path, required=True)
     parser.add_argument("--count", type=int, default=32, help="photographs to compare the graphs on")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Make it; 3 where the fp16 graphs are refused."""
+    options = make_parser().parse_args(arguments)
     try:
         bundle = load_bundle(options.bundle)
         make_bundle(bundle, options.output, options.photographs, options.count, options.report)

@@ -44,6 +44,7 @@ SETTINGS, CRF = WalkSettings(), CrfParameters()
 WALK_TOLERANCE, CRF_AGREEMENT = 2e-4, 0.9999
 WALKS = ((1, 4, 64), (16, 4, 64), (1, 4, 128), (16, 21, 128))  # images, channels, side
 CRFS = ((3, 375, 500), (21, 375, 500))  # labels, height, width
+SLOW = ("cpu, one thread", "pydensecrf")  # of which three repeats are enough
 DENSE_SIDE = 64  # up to which the dense matrix is squared
 
 
@@ -74,12 +75,12 @@ def walk_row(device: Device, images: int, channels: int, side: int, repeats: int
     ways: dict[str, Callable[[], object]] = {
         "resident": resident,
         "host": lambda: calls.random_walk_on_device(scores, affinity, SETTINGS, None, device),
-        "cpu, one thread": lambda: random_walk(scores, affinity),
+        SLOW[0]: lambda: random_walk(scores, affinity),
     }
     dense = dense_squaring(one, scores) if side <= DENSE_SIDE else None
     if dense:
         ways["dense squaring, PyTorch on the GPU"] = dense
-    times = interleave(ways, repeats=repeats, slow={"cpu, one thread": min(repeats, 3)})
+    times = interleave(ways, repeats=repeats, slow={SLOW[0]: min(repeats, 3)})
     resident()
     walked = out.numpy()
     expected = random_walk_reference(scores, affinity)
@@ -135,16 +136,13 @@ def crf_row(device: Device, labels: int, height: int, width: int, repeats: int) 
         kept[:] = [calls.dense_crf_on_device(*there, CRF, device)]
         wait(device, kept[0])
 
-    times = interleave(
-        {
-            "resident": resident,
-            "host": lambda: calls.dense_crf_on_device(image, probabilities, CRF, device),
-            "cpu, one thread": lambda: dense_crf(image, probabilities),
-            "pydensecrf": lambda: dense_crf(image, probabilities, backend="pydensecrf"),
-        },
-        repeats=repeats,
-        slow={"cpu, one thread": min(repeats, 3), "pydensecrf": min(repeats, 3)},
-    )
+    ways: dict[str, Callable[[], object]] = {
+        "resident": resident,
+        "host": lambda: calls.dense_crf_on_device(image, probabilities, CRF, device),
+        SLOW[0]: lambda: dense_crf(image, probabilities),
+        SLOW[1]: lambda: dense_crf(image, probabilities, backend="pydensecrf"),
+    }
+    times = interleave(ways, repeats=repeats, slow=dict.fromkeys(SLOW, min(repeats, 3)))
     made, expected = kept[0].numpy(), dense_crf(image, probabilities)
     return {
         "kernel": "dense_crf",
@@ -215,14 +213,19 @@ def measure(device: Device, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str]) -> int:
-    """Measure, write; 3 where a kernel is further from its reference than it may be, 5 without a GPU."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `main`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="the smaller sizes, fewer repeats")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, write; 3 where a kernel is further from its reference than it may be, 5 without a GPU."""
+    options = make_parser().parse_args(arguments)
     try:
         device = calls.default_device()
     except DeviceUnavailableError as error:

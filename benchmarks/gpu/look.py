@@ -103,12 +103,17 @@ def _said(command: list[str]) -> str:
         return f"cannot be started: {error.strerror}"
 
 
-def main(arguments: list[str]) -> int:
-    """Look, print, write; 1 where something is missing."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `main`."""
     parser = argparse.ArgumentParser(prog="look", description=__doc__)
     parser.add_argument("--environment", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Look, print, write; 1 where something is missing."""
+    options = make_parser().parse_args(arguments)
     found = look(options.environment, options.output.parent)
     write_json_atomically(options.output, found)
     for name, value in found.items():

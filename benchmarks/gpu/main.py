@@ -16,6 +16,7 @@ from multisa.benchmarks.gpu.look import find_nvcc
 from multisa.benchmarks.gpu.runner import FAILURE, LOGS, STEPS_FILE, Command, LeftOut, Runner, Step
 from multisa.benchmarks.gpu.steps import ENTERPRISE, ROOT, Settings, make_steps, sources_stamp
 from multisa.benchmarks.gpu.summary import pack, write_summary
+from multisa.runtime.errors import EngineUnavailable
 
 _DESCRIPTION = "Install, build plans, test the CUDA kernels, compare each engine and measure, on a GPU."
 _EPILOG = "Exit codes: 0 ok, 3 a gate failed, 5 no GPU, driver or engine that can be used, 1 anything else."
@@ -151,9 +152,8 @@ def run(settings: Settings) -> int:
         print("\nstopped: the same command goes on", file=sys.stderr)
     summary = write_summary(settings.output, runner.rows, code)
     print(f"{summary}\n{pack(settings.output)}")
-    if runner.rows and runner.rows[-1].reason and code and code < 128:
-        # What ended the run, or else the first that went wrong.
-        worst = runner.rows[-1] if len(runner.rows) < len(make_steps(settings)) else None
-        if worst:
-            print(f"error: {worst.name}: {worst.reason}", file=sys.stderr)
+    if runner.ended_by:
+        print(f"error: {runner.ended_by.name}: {runner.ended_by.reason}", file=sys.stderr)
+    elif code == EngineUnavailable.exit_code:
+        print("error: no engine has run on this GPU: see the steps of parity above", file=sys.stderr)
     return code

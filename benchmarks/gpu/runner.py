@@ -84,6 +84,7 @@ class Runner:
         self._output, self._environment, self._stamp = output, environment, stamp
         self._before = {row.name: row for row in read_rows(output)}
         self.rows: list[Row] = []
+        self.ended_by: Row | None = None  # the needed step that was not done
 
     def run(self, steps: Sequence[Step]) -> int:
         """Run them, and return the exit code; a needed step that is not done is the last."""
@@ -94,6 +95,7 @@ class Runner:
             self._save(len(steps))
             print(_line(row, is_new), flush=True)
             if step.is_needed and row.outcome != DONE:
+                self.ended_by = row
                 return row.exit_code if row.outcome == ABSENT else FAILURE
         return exit_code(self.rows, [step.name for step in steps if step.engine])
 

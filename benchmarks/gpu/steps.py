@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def _engines(settings: Settings) -> Iterator[Step]:
             yield Step(
                 f"plans-{library}-{precision}",
                 f"build the plans of {library} in {precision}",
-                lambda library=library, precision=precision: _build(settings, library, precision),
+                partial(_build, settings, library, precision),
                 depends_on=depends_on,
             )
     for engine in (CUDA_PROVIDER, *LIBRARIES):
@@ -203,7 +204,7 @@ def _engines(settings: Settings) -> Iterator[Step]:
             yield Step(
                 f"parity-{engine}-{precision}",
                 f"{engine} in {precision} against fp32 on the CPU",
-                lambda engine=engine, precision=precision: _parity(settings, engine, precision),
+                partial(_parity, settings, engine, precision),
                 engine=engine,
                 depends_on=depends_on,
             )

@@ -1,0 +1,261 @@
+"""The steps of benchmarks/gpu.sh: each command can be parsed, and what each part of them does."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from multisa.benchmarks.gpu import driver, graphs, kernels, look, main
+from multisa.benchmarks.gpu.runner import Command, LeftOut, Row, Step
+from multisa.benchmarks.gpu.steps import ROOT, Machine, Settings, make_steps, read_machine
+from multisa.benchmarks.gpu.summary import write_summary
+from multisa.runtime.bundle import default_bundle_path, load_bundle
+from multisa.runtime.cli import COMMANDS, root
+from multisa.runtime.engines.gpus import Gpu, GpuProbe
+from multisa.runtime.errors import EngineUnavailable, ParityError
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+STEPS_BEFORE_DRIVER = ("look", "environment", "kernels", "driver")
+
+
+def settings(tmp_path: Path, **options: Any) -> Settings:
+    return Settings(tmp_path / "out put", tmp_path / "venv", **options)
+
+
+def write_driver(settings: Settings, **problems: str) -> None:
+    settings.output.mkdir(parents=True)
+    libraries = {name.replace("_", "-"): {"version": "1", "problem": why} for name, why in problems.items()}
+    found = {"target": "sm89", "libraries": libraries}
+    (settings.output / "driver.json").write_text(json.dumps(found))
+
+
+def test_every_command_can_be_parsed(tmp_path: Path) -> None:
+    asked = settings(tmp_path, data=tmp_path, bundle=tmp_path, is_quick=True, wants_tensorrt=True)
+    write_driver(asked, tensorrt_rtx="", tensorrt="")
+    parsed = []
+    for each in make_steps(asked):
+        commands = each.commands()
+        assert not isinstance(commands, LeftOut), each.name
+        for command in commands:
+            program, *words = command.arguments
+            if program == asked.multisa:
+                if words[0] == "bench" and "bench" not in COMMANDS:  # where the suite is not in yet
+                    continue
+                made = root.get_command(click.Context(root), words[0])
+                assert made is not None, words
+                made.make_context(words[0], words[1:])
+                parsed.append(words[0])
+            elif words[:1] == ["-m"] and words[1].startswith("multisa.benchmarks."):
+                importlib.import_module(words[1]).make_parser().parse_args(words[2:])
+                parsed.append(words[1].rpartition(".")[2])
+    assert {"doctor", "build", "parity", "driver", "checks", "kernels", "graphs"} <= set(parsed)
+
+
+def test_only_what_is_before_the_driver_is_needed(tmp_path: Path) -> None:
+    steps = make_steps(settings(tmp_path))
+    assert tuple(each.name for each in steps if each.is_needed) == STEPS_BEFORE_DRIVER
+    assert tuple(each.name for each in steps[:4]) == STEPS_BEFORE_DRIVER
+    assert len({each.name for each in steps}) == len(steps)
+
+
+def test_what_is_not_for_this_machine_is_left_out(tmp_path: Path) -> None:
+    asked = settings(tmp_path, skips_tests=True)
+    write_driver(asked, tensorrt_rtx="", tensorrt="is not installed")
+    asked.made_bundle.mkdir(parents=True)
+    (asked.made_bundle / "bundle.json").write_text('{"files": {"segmenter.onnx": {}}}')
+    commands = {each.name: each.commands() for each in make_steps(asked)}
+    reasons = {name: each.reason for name, each in commands.items() if isinstance(each, LeftOut)}
+    assert reasons["tests"] == "--skip-tests"
+    assert "--data" in reasons["bench"]
+    assert reasons["plans-tensorrt-fp32"] == reasons["parity-tensorrt-fp32"] == "is not installed"
+    assert "refused" in reasons["plans-tensorrt-rtx-fp16"]
+    for name in ("plans-tensorrt-rtx-fp32", "parity-tensorrt-rtx-fp32", "doctor", "kernel-times"):
+        assert name not in reasons
+    assert read_machine(asked.output) == Machine("sm89", {"tensorrt-rtx": "", "tensorrt": "is not installed"})
+
+
+def test_the_plan_is_printed_and_nothing_is_done(tmp_path: Path) -> None:
+    command = ["bash", str(SCRIPT), "--plan", "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert " 4 driver: " in result.stdout and "parity-tensorrt-rtx-fp16" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["main", "look"])
+def test_it_starts_without_any_package(module: str) -> None:
+    start = ROOT / "benchmarks" / "gpu" / "start.py"
+    command = [sys.executable, "-S", "-P", str(start), module, "--help"]  # -S: no installed package is found
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout
+
+
+@pytest.mark.parametrize("words", [["--wrong"], ["--data", "/not/there"], ["--bundle", "/not/there"]])
+def test_what_cannot_be_is_exit_code_1(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(words) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_run_without_a_driver_ends_with_5_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = settings(tmp_path)
+    main.begin(asked, is_fresh=False)
+    words = ("-m", "multisa.benchmarks.gpu.driver", "--output", str(asked.output / "driver.json"))
+    commands = {"kernels": ("true",), "driver": (sys.executable, *words), "doctor": ("false",)}
+    steps = [Step(n, "", lambda c=c: [Command(c)], is_needed=n != "doctor") for n, c in commands.items()]
+    monkeypatch.setattr(main, "make_steps", lambda _: steps)
+    monkeypatch.setattr(main, "variables", lambda _: os.environ | {"LD_LIBRARY_PATH": str(tmp_path)})
+    (tmp_path / "libcuda.so.1").write_text("not a library")  # also where a driver is
+    assert main.run(asked) == 5
+    told = capsys.readouterr().err
+    assert "error: driver: no NVIDIA driver here" in told and "same command again" in told
+    assert "Exit code 5" in (asked.output / "summary.md").read_text()
+    with tarfile.open(f"{asked.output}.tar.gz") as archive:
+        assert {"out put/steps.json", "out put/logs/driver.log", "out put/summary.md"} <= set(
+            archive.getnames()
+        )
+
+
+def test_fresh_forgets_and_touches_nothing_else(tmp_path: Path) -> None:
+    asked = settings(tmp_path)
+    asked.made_bundle.mkdir(parents=True)
+    (asked.output / "notes.json").write_text("{}")
+    main.begin(asked, is_fresh=True)  # no folder of results: nothing in it is ours
+    assert (asked.output / "notes.json").exists() and asked.made_bundle.exists()
+    (asked.output / "steps.json").write_text("{}")
+    (asked.output / "photo.jpg").touch()
+    main.begin(asked, is_fresh=True)
+    assert [path.name for path in asked.output.iterdir()] == ["photo.jpg"]
+
+
+def test_one_run_at_a_time_uses_the_environment(tmp_path: Path) -> None:
+    with main.alone(tmp_path) as first, main.alone(tmp_path) as second:
+        assert first and not second
+    with main.alone(tmp_path) as again:
+        assert again
+
+
+def test_variables_lead_to_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+    (tmp_path / "toolkit" / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    found = main.variables(tmp_path / "venv")
+    assert "PYTHONPATH" not in found
+    assert found["PATH"].split(":")[:2] == [str(tmp_path / "venv" / "bin"), str(tmp_path / "toolkit" / "bin")]
+
+
+def test_look_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "look.json"
+    words = ["--environment", str(tmp_path / "venv"), "--output", str(output)]
+    monkeypatch.setattr(look.shutil, "disk_usage", lambda _: Disk(free=1 << 40))
+    monkeypatch.setattr(look.shutil, "which", lambda _: None)
+    assert look.main(words) == 1
+    assert any("g++" in problem for problem in json.loads(output.read_text())["problems"])
+    monkeypatch.setattr(look.shutil, "disk_usage", lambda _: Disk(free=1 << 20))
+    assert sum("free disk" in problem for problem in look.look(tmp_path / "venv", tmp_path)["problems"]) == 2
+
+
+class Disk:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+class FakeGpu:
+    """Stands for PycudaDevice where there is none."""
+
+    name, compute_capability = "Test GPU", (9, 0)
+
+
+def test_driver_writes_what_later_steps_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    monkeypatch.setattr(driver, "probe_gpus", lambda: GpuProbe("13.0", (Gpu("Test GPU", "sm90"),)))
+    monkeypatch.setattr(driver, "PycudaDevice", FakeGpu)
+    assert driver.main(["--output", str(tmp_path / "driver.json")]) == 0
+    machine = read_machine(tmp_path)
+    assert machine.target == "sm90"
+    assert "sm90" in machine.problems["tensorrt-rtx"]  # for which it builds nothing
+    assert "pip install tensorrt-cu13" in machine.problems["tensorrt"]
+
+
+def test_driver_without_a_gpu_is_exit_code_5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "probe_gpus", lambda: GpuProbe(problem="no NVIDIA GPU here"))
+    assert driver.main(["--output", str(tmp_path / "driver.json")]) == EngineUnavailable.exit_code
+    assert "no NVIDIA GPU here: install NVIDIA's driver" in capsys.readouterr().out
+    assert not (tmp_path / "driver.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("def test_a(): pass\n", 0),
+        ("def test_a(): pass\ndef test_b(): assert False\n", 3),
+        ("import pytest\ndef test_a(): pytest.skip('no GPU')\n", 3),
+        ("def test_a(:\n", 1),
+    ],
+    ids=["passes", "fails", "all skipped", "cannot be read"],
+)
+def test_checks_count_what_has_passed(tmp_path: Path, text: str, code: int) -> None:
+    (tmp_path / "test_it.py").write_text(text)
+    words = ["-m", "multisa.benchmarks.gpu.checks", "--output", "counts.json", "test_it.py"]
+    result = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert result.returncode == code, result.stdout
+    assert (tmp_path / "counts.json").exists() == (code != 1)
+
+
+def test_a_refused_conversion_leaves_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ParityError("fp16: labels differ")
+
+    monkeypatch.setattr(graphs, "convert_bundle", refuse)
+    words = ["--photographs", str(ROOT / "runtime" / "demo_photos"), "--report", str(tmp_path / "fp16.json")]
+    assert graphs.main([*words, "--output", str(tmp_path / "bundle")]) == 3
+    assert (
+        load_bundle(tmp_path / "bundle").manifest.files == load_bundle(default_bundle_path()).manifest.files
+    )
+
+
+@pytest.fixture(scope="module")
+def device() -> Any:
+    sys.path.insert(0, str(ROOT / "tests" / "cuda_on_cpu"))
+    from cpu_device import CpuDevice, build
+
+    yield CpuDevice(build())
+    sys.path.remove(str(ROOT / "tests" / "cuda_on_cpu"))
+
+
+def test_kernels_are_timed_and_held_against_their_references(device: Any) -> None:
+    walk = kernels.walk_row(device, 2, 3, 16, 1)
+    crf = kernels.crf_row(device, 3, 24, 32, 1)
+    assert kernels.problems([walk, crf]) == []
+    assert walk["max_error"] > 0 and walk["ways"]["resident"]["times_ours"] == 1
+    assert {"resident", "host", "cpu, one thread"} <= set(walk["ways"]) & set(crf["ways"])
+    for row in ({**walk, "max_error": float("nan")}, {**crf, "label_agreement": 0.9}):
+        (problem,) = kernels.problems([row])
+        assert row["kernel"] in problem
+
+
+def test_the_summary_is_of_what_is_there(tmp_path: Path) -> None:
+    ran = [Row("one", "", "gate failed", "a | b", 3, 2.5)]
+    (tmp_path / "parity-x-fp32.json").write_text('{"x fp32": {"passed": false, "problems": ["too far"]}}')
+    (tmp_path / "bench").mkdir()
+    rows = [{"engine": "pytorch-eager", "precision": "fp32", "images_per_second": 7.5}]
+    (tmp_path / "bench" / "bench.json").write_text(json.dumps({"segment": rows}))
+    text = write_summary(tmp_path, ran, 3).read_text()
+    assert "Exit code 3: a gate failed." in text
+    assert "| one | 2.5 | gate failed | a / b |" in text
+    assert "| x fp32 | failed | too far |" in text
+    assert "| pytorch-eager | fp32 | 7.5 |" in text
