@@ -21,6 +21,7 @@ from multisa.runtime.files import write_json_atomically
 INSTALLED_BYTES = 15 << 30
 RESULT_BYTES = 2 << 30  # plans
 TOOLKIT = Path("/usr/local/cuda/bin")  # where NVIDIA's packages put it, not always on PATH
+WHEELS = "lib/python*/site-packages/nvidia"  # of an environment: what NVIDIA's wheels bring
 _RELEASE = re.compile(r'^PRETTY_NAME="?(.*?)"?$', re.MULTILINE)
 _VERSION = re.compile(r"\bV(\d+\.\d+\.\d+)")
 
@@ -31,7 +32,7 @@ def find_nvcc(environment: Path) -> Path | None:
     on_path = shutil.which("nvcc")
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
     candidates += [Path(on_path)] if on_path else []
-    candidates += [TOOLKIT / "nvcc", environment / "bin" / "nvcc"]
+    candidates += [TOOLKIT / "nvcc", *sorted(environment.glob(f"{WHEELS}/cu*/bin/nvcc"))]
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -201,10 +201,13 @@ def run_command(command: Command, log: TextIO, environment: Mapping[str, str]) -
             log.write(f"error: {command.arguments[0]}: cannot be started: {error.strerror}\n")
             return 127
         try:
-            return process.wait()
+            code = process.wait()
         except BaseException:
             _end(process)
             raise
+    if code < 0:
+        log.write(f"error: ended by {signal.Signals(-code).name}\n")
+    return code
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

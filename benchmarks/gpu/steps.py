@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER_FILE = "driver.json"
 CUDA_PROVIDER, RTX, ENTERPRISE = "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"
 LIBRARIES, PRECISIONS = (RTX, ENTERPRISE), ("fp32", "fp16")
-COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl")  # NVIDIA's wheels of a toolkit
+# NVIDIA's wheels of a toolkit: what it takes to compile the kernels and pycuda.
+COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-profiler-api")
 FEW, MANY = 16, 128  # photographs to compare on
 
 
@@ -124,8 +125,8 @@ def _install(settings: Settings) -> list[Command]:
     extras = "bench,gpu,rtx" if is_x86 else "bench,gpu"
     commands = [(sys.executable, "-m", "venv", str(settings.environment)), (*install, *held, "torch")]
     nvcc = find_nvcc(settings.environment)
-    if not nvcc or nvcc == settings.environment / "bin" / "nvcc":
-        commands += [(*install, *COMPILER), _started(settings.python, "toolkit").arguments]
+    if not nvcc or nvcc.is_relative_to(settings.environment):
+        commands.append((*install, *COMPILER))
     commands += [
         # It has no wheel. Linked against a stand-in for the driver, it loads the real one when it is used.
         (str(ROOT / "tests" / "cuda_on_cpu" / "install_pycuda.sh"), settings.python),

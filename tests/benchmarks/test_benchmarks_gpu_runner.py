@@ -157,6 +157,12 @@ def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "cannot be started: No such file" in ran.rows[0].reason
 
 
+def test_a_command_that_crashes_is_told(tmp_path: Path) -> None:
+    ran = runner(tmp_path)
+    assert ran.run([step("one", "echo before; kill -SEGV $$")]) == 1
+    assert ran.rows[0].reason == "ended by SIGSEGV"
+
+
 def test_a_reason_is_one_bounded_printable_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"x" * 100_000 + b"\nerror: \x1b[31mred \xff" + b"y" * 1000 + b"\n\n")

@@ -154,6 +154,21 @@ def test_variables_lead_to_the_environment_alone(tmp_path: Path, monkeypatch: py
     assert found["PATH"].split(":")[:2] == [str(tmp_path / "venv" / "bin"), str(tmp_path / "toolkit" / "bin")]
 
 
+def test_a_compiler_of_wheels_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no other compiler: a second run gives the same commands, else the step would be done again."""
+    monkeypatch.setattr(look, "TOOLKIT", tmp_path / "absent")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    asked = settings(tmp_path)
+    before = make_steps(asked)[1].commands()
+    assert "nvidia-cuda-nvcc" in str(before)
+    made = asked.environment / "lib" / "python3.11" / "site-packages" / "nvidia" / "cu13" / "bin"
+    made.mkdir(parents=True)
+    (made / "nvcc").touch()
+    assert make_steps(asked)[1].commands() == before
+    assert main.variables(asked.environment)["PATH"].split(":")[1] == str(made)
+
+
 def test_look_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "look.json"
     words = ["--environment", str(tmp_path / "venv"), "--output", str(output)]
