@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.palette import IGNORE_INDEX
 from multisa.runtime.progress import Progress, say
 from multisa.runtime.records import record_to_dict
+from multisa.runtime.versions import installed_versions
 from multisa.training.affinity import load_affinity_net
 from multisa.training.affinity_net import head_stride
 from multisa.training.cams import CHECKPOINT, load_cam_network
@@ -179,9 +179,7 @@ def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
             "data_digest": run.data_digest,
             "training_seconds": run.seconds,
             "python": platform.python_version(),
-            "versions": {
-                name: metadata.version(name) for name in ("multisa", "torch", "timm", "onnx", "onnxruntime")
-            },
+            "versions": installed_versions(("multisa", "torch", "timm", "onnx", "onnxruntime")),
         },
         files={},
     )

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.manifest import Manifest
 from multisa.runtime.progress import Progress, counted, say
+from multisa.runtime.versions import installed_versions
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -206,7 +206,7 @@ def _manifest(
                 }
                 for name, graph in graphs.items()
             },
-            "versions": {name: metadata.version(name) for name in ("multisa", "onnx", "onnxruntime")},
+            "versions": installed_versions(("multisa", "onnx", "onnxruntime")),
         }
     if "int8" in lowered:
         provenance[INT8_FOR] = "tensorrt" if settings.symmetric else "cpu"

@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -24,6 +24,8 @@ CUDA_PROVIDER, RTX, ENTERPRISE = "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"
 LIBRARIES, PRECISIONS = (RTX, ENTERPRISE), ("fp32", "fp16")
 # NVIDIA's wheels of a toolkit: what it takes to compile the kernels and pycuda.
 COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-profiler-api")
+_NEEDED_FILE = {"fp32": "segmenter.onnx", "fp16": "segmenter.fp16.onnx"}  # without it, none in that precision
+_NO_BUNDLE = "no bundle was made: see the step graphs"
 FEW, MANY = 16, 128  # photographs to compare on
 
 
@@ -235,6 +237,8 @@ def _parity(settings: Settings, engine: str, precision: str) -> Commands:
 def _bench(settings: Settings) -> Commands:
     if not settings.data:
         return LeftOut("no --data: the suite measures on a data set in VOC layout")
+    if not _bundle_files(settings, read_machine(settings.output)):
+        return LeftOut(_NO_BUNDLE)
     asked = ("--bundle", str(settings.made_bundle), "--data", str(settings.data))
     told = ("--output", str(settings.output / "bench"), *_quick(settings))
     return [Command((settings.multisa, "bench", *asked, *told))]
@@ -248,11 +252,21 @@ def _why_not(settings: Settings, machine: Machine, engine: str, precision: str) 
         return "not asked for (--tensorrt)"
     if problem := machine.problems.get(engine):
         return problem
+    files = _bundle_files(settings, machine)
+    if not files:
+        return _NO_BUNDLE
+    return "" if _NEEDED_FILE[precision] in files else f"no {precision} graphs: see the step graphs"
+
+
+def _bundle_files(settings: Settings, machine: Machine) -> Collection[str]:
+    """Names in the bundle that was made; before the driver was asked, those that it will have."""
     manifest = settings.made_bundle / "bundle.json"
-    if precision == "fp16" and manifest.is_file():
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        return "" if "segmenter.fp16.onnx" in files else "the fp16 graphs were refused: see the step graphs"
-    return ""
+    if not machine.problems:
+        return _NEEDED_FILE.values()
+    if not manifest.is_file():
+        return ()
+    files: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    return files
 
 
 def _quick(settings: Settings) -> tuple[str, ...]:

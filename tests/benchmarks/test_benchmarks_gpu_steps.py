@@ -36,9 +36,20 @@ def write_driver(settings: Settings, **problems: str) -> None:
     (settings.output / "driver.json").write_text(json.dumps(found))
 
 
+def write_bundle(settings: Settings, *files: str) -> None:
+    settings.made_bundle.mkdir(parents=True)
+    (settings.made_bundle / "bundle.json").write_text(json.dumps({"files": dict.fromkeys(files)}))
+
+
+def left_out(settings: Settings) -> dict[str, str]:
+    commands = {each.name: each.commands() for each in make_steps(settings)}
+    return {name: each.reason for name, each in commands.items() if isinstance(each, LeftOut)}
+
+
 def test_every_command_can_be_parsed(tmp_path: Path) -> None:
     asked = settings(tmp_path, data=tmp_path, bundle=tmp_path, is_quick=True, wants_tensorrt=True)
     write_driver(asked, tensorrt_rtx="", tensorrt="")
+    write_bundle(asked, "segmenter.onnx", "segmenter.fp16.onnx")
     parsed = []
     for each in make_steps(asked):
         commands = each.commands()
@@ -68,14 +79,16 @@ def test_only_what_is_before_the_driver_is_needed(tmp_path: Path) -> None:
 def test_what_is_not_for_this_machine_is_left_out(tmp_path: Path) -> None:
     asked = settings(tmp_path, skips_tests=True)
     write_driver(asked, tensorrt_rtx="", tensorrt="is not installed")
-    asked.made_bundle.mkdir(parents=True)
-    (asked.made_bundle / "bundle.json").write_text('{"files": {"segmenter.onnx": {}}}')
-    commands = {each.name: each.commands() for each in make_steps(asked)}
-    reasons = {name: each.reason for name, each in commands.items() if isinstance(each, LeftOut)}
+    reasons = left_out(asked)
+    assert all(
+        "no bundle" in reasons[name] for name in ("plans-tensorrt-rtx-fp32", "parity-tensorrt-rtx-fp16")
+    )
+    write_bundle(asked, "segmenter.onnx")
+    reasons = left_out(asked)
     assert reasons["tests"] == "--skip-tests"
     assert "--data" in reasons["bench"]
     assert reasons["plans-tensorrt-fp32"] == reasons["parity-tensorrt-fp32"] == "is not installed"
-    assert "refused" in reasons["plans-tensorrt-rtx-fp16"]
+    assert "no fp16" in reasons["plans-tensorrt-rtx-fp16"]
     for name in ("plans-tensorrt-rtx-fp32", "parity-tensorrt-rtx-fp32", "doctor", "kernel-times"):
         assert name not in reasons
     assert read_machine(asked.output) == Machine("sm89", {"tensorrt-rtx": "", "tensorrt": "is not installed"})
