@@ -37,7 +37,7 @@ train: $(VENV)/dev  ## train, measure and export the bundle of the package: make
 	cp $(RUN)/run.json benchmarks/results/voc-animals.json
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) $(VENV)-importers build demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache kernels/*.so kernels/cuda/kernels.fatbin kernels/cuda/kernels.json
+	rm -rf $(VENV) $(VENV)-importers $(VENV)-gpu build demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache kernels/*.so kernels/cuda/kernels.fatbin kernels/cuda/kernels.json
 
 # The CPU kernels are compiled on the way (g++ or clang). The CUDA kernels, minutes of nvcc, are not: nothing
 # here runs on a GPU, and the tests compile them for themselves.
