@@ -1,7 +1,7 @@
 """The steps of benchmarks/gpu.sh, from the first look to the suite.
 
-Up to "driver" nothing asks the driver, and each step is needed by those after it. After it, a step that fails
-is recorded and the others go on.
+Up to "driver" nothing asks the driver, and what all others need ends the run where it fails. After it, a step
+that fails is recorded and the others go on.
 """
 
 import json
@@ -25,6 +25,7 @@ LIBRARIES, PRECISIONS = (RTX, ENTERPRISE), ("fp32", "fp16")
 # NVIDIA's wheels of a toolkit: what it takes to compile the kernels and pycuda.
 COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-profiler-api")
 _NEEDED_FILE = {"fp32": "segmenter.onnx", "fp16": "segmenter.fp16.onnx"}  # without it, none in that precision
+_NOT_ASKED_FOR = "not asked for (--tensorrt)"
 _NO_BUNDLE = "no bundle was made: see the step graphs"
 FEW, MANY = 16, 128  # photographs to compare on
 
@@ -110,6 +111,7 @@ def _steps_before_driver(settings: Settings) -> Iterator[Step]:
         is_needed=True,
         leaves=(settings.environment / "ready",),
     )
+    yield Step("tensorrt", "install TensorRT itself", lambda: _install_tensorrt(settings))
     yield Step(
         "kernels",
         "compile the CUDA kernels",
@@ -141,13 +143,18 @@ def _install(settings: Settings) -> list[Command]:
             (settings.python, "-m", "pip", "uninstall", "--quiet", "--yes", "onnxruntime", "onnxruntime-gpu"),
             (*install, "onnxruntime-gpu[cuda,cudnn]"),
         ]
-    if settings.wants_tensorrt:
-        commands.append((*install, "tensorrt-cu13"))
     commands += [
         (settings.python, "-m", "pip", "list"),
         ("touch", str(settings.environment / "ready")),
     ]
     return [Command(command) for command in commands]
+
+
+def _install_tensorrt(settings: Settings) -> Commands:
+    """A step that nothing else needs: its wheels may be out of reach where all others are not."""
+    if not settings.wants_tensorrt:
+        return LeftOut(_NOT_ASKED_FOR)
+    return [Command((settings.python, "-m", "pip", "install", "--quiet", "tensorrt-cu13"))]
 
 
 def _driver(settings: Settings) -> Step:
@@ -249,7 +256,7 @@ def _why_not(settings: Settings, machine: Machine, engine: str, precision: str) 
     if engine == CUDA_PROVIDER and platform.machine() != "x86_64":
         return f"onnxruntime-gpu has no wheel for {platform.machine()}"
     if engine == ENTERPRISE and not settings.wants_tensorrt and not machine.problems:
-        return "not asked for (--tensorrt)"
+        return _NOT_ASKED_FOR
     if problem := machine.problems.get(engine):
         return problem
     files = _bundle_files(settings, machine)
