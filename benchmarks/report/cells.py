@@ -54,7 +54,7 @@ def row_name(stage: str, row: Row) -> str:
     if stage == "segment":
         return engine_name(row)
     if stage == "kernels":
-        return plain(f"{row['kernel']}: {row['way']}")
+        return plain(f"{row['kernel']}: {row['way']}" if row["way"] else row["kernel"])
     # A recipe of others says itself what it runs on; ours runs on any engine.
     recipe = str(row["recipe"])
     return plain(f"{recipe}, {engine_name(row)}" if recipe.startswith(OURS) and row.get("engine") else recipe)

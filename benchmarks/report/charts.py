@@ -188,13 +188,15 @@ def _recipes(rows: list[Row]) -> Bars | None:
         return None
     bars = []
     for row, speed in found:
-        ratio = value(row, "times_reference")
+        ratio = value(row, "default_times_as_fast")
         ours = str(row["recipe"]).startswith(OURS)
-        text = f"{number(1 / speed)} s" + ("" if ours or ratio is None else f"  ({times(ratio)})")
+        text = f"{number(1 / speed)} s" + (
+            "" if row.get("default") or ratio is None else f"  ({times(ratio)})"
+        )
         bars.append(Bar(row_name("label", row), 1 / speed, text, int(not ours), bool(row.get("default"))))
     return Bars(
         "Labelling end to end",
-        "In brackets how many times as long as multisa label takes for the same photographs.",
+        "In brackets how many times as long as the default takes for the same photographs.",
         "seconds for one photograph",
         tuple(bars),
         log=_far_apart([bar.value for bar in bars]),

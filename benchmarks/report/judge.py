@@ -1,7 +1,7 @@
 """When a figure is worse than it was: beyond noise, and not because the machine was slower."""
 
 from multisa.benchmarks.report.changes import BETTER, SAME, WORSE
-from multisa.benchmarks.report.figures import MEMORY, MIOU, RATIO, SPEEDS, START, TIME, Figure
+from multisa.benchmarks.report.figures import MEMORY, MIOU, RATIOS, SPEEDS, START, TIME, Figure
 
 START_UP = 0.5  # it is measured once: only one that takes more than 1.5 times as long is worse
 MEMORY_FACTOR, MEMORY_MIB = 1.2, 16.0
@@ -15,7 +15,7 @@ def noise_of(old: Figure, new: Figure, tolerance: float) -> float | None:
     if old.kind == START:
         return START_UP
     # Each median may be off by the spread of its repeats, in opposite directions.
-    return max(tolerance, old.spread + new.spread) if old.kind in (*SPEEDS, RATIO) else None
+    return max(tolerance, old.spread + new.spread) if old.kind in (*SPEEDS, *RATIOS) else None
 
 
 def judge(kind: str, old: float, new: float, noise: float | None, drift: float) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from multisa.benchmarks.report.changes import BETTER, SAME, WORSE, Change
 from multisa.benchmarks.report.figures import (
     ACCURACIES,
     RATIO,
+    RATIOS,
     TIME,
     Figure,
     common,
@@ -110,11 +111,11 @@ class StagePair:
             if values is None:
                 continue
             noise = noise_of(figure, now[label], self.tolerance)
-            drift = 1.0 if figure.kind == RATIO else self._drift(new)
+            drift = 1.0 if figure.kind in RATIOS else self._drift(new)
             outcome, verdict = judge(figure.kind, *values, noise, drift)
             if (
                 noise is not None
-                and figure.kind != RATIO
+                and figure.kind not in RATIOS
                 and not is_ours(self.stage, new)
                 and outcome != SAME
             ):
@@ -137,13 +138,13 @@ class StagePair:
     def _comparable(self, figure: Figure, row: Row) -> bool:
         if figure.kind in ACCURACIES:
             return not self._accuracy
-        if figure.kind != RATIO:
+        if figure.kind not in RATIOS:
             return not self._machine
-        # On one machine the times say it already. Of segmenting a row is held to the reference; of labelling
-        # and kernels the rows of others tell how many times as long as ours they take.
-        if not self._machine or not self._one_reference:
-            return False
-        return self.stage != "segment" or (is_ours(self.stage, row) and not row.get("reference"))
+        # On one machine the times say it already; the reference's ratio to itself says nothing.
+        to_reference = figure.kind == RATIO
+        return bool(self._machine) and not (
+            to_reference and (row.get("reference") or not self._one_reference)
+        )
 
     def _found_yardsticks(self) -> dict[tuple[str, str], list[tuple[str, float]]]:
         """(name, how many times as long as then) of what is not ours and ran in both, by kernel and size."""

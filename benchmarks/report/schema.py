@@ -194,45 +194,37 @@ def _curve(at: Mapping[str, Check], **values: Check) -> Check:
     return _listing(_record({**at, **values}, required=tuple(at)), MOST_POINTS)
 
 
-# What rows of segment and of label have in common.
-_RUN: dict[str, Check] = {
-    **dict.fromkeys(("device", "problem"), _text),
+def _name(value: Any, where: str) -> None:
+    """A text, or a count: threads are 1, 2 or "all"."""
+    (_text if isinstance(value, str) else _count)(value, where)
+
+
+# All keys of all stages: a stage that has another's key is read alike.
+_ROW: dict[str, Check] = {
+    **dict.fromkeys(("engine", "precision", "device", "problem"), _text),
+    **dict.fromkeys(("recipe", "kernel", "way", "size"), _text),
+    "threads": _name,
     **dict.fromkeys(("default", "reference"), _flag),
-    **dict.fromkeys(("images_per_second", "startup_seconds", "times_reference"), _POSITIVE),
+    **dict.fromkeys(("images_per_second", "startup_seconds"), _POSITIVE),
+    **dict.fromkeys(("times_reference", "default_times_as_fast", "times_ours"), _POSITIVE),
+    **dict.fromkeys(("median_ms", "min_ms", "max_ms", "mean_pixels"), _POSITIVE),
+    **dict.fromkeys(("photographs", "repeats"), _count),
+    **dict.fromkeys(("model_bytes", "max_error"), _ANY),
     "end_to_end": _END_TO_END,
     "latency_ms": _LATENCY,
     "batches": _curve({"batch": _POSITIVE}, images_per_second=_POSITIVE),
     "sizes": _curve({"pixels": _POSITIVE}, long_side=_POSITIVE, latency_ms=_POSITIVE),
     "cores": _curve({"cores": _POSITIVE}, images_per_second=_POSITIVE),
+    "stages_ms": _table(_ANY),
     "peak_mib": _record({"host": _ANY, "device": _ANY}),
-    "model_bytes": _ANY,
     "miou": _number(0, 100),
     "label_agreement": _SHARE,
     "limit": _LIMIT,
 }
 _ROWS: dict[str, Check] = {
-    "segment": _record({**_RUN, "engine": _text, "precision": _text}, required=("engine", "precision")),
-    "label": _record(
-        {
-            **_RUN,
-            **dict.fromkeys(("recipe", "engine", "precision"), _text),
-            "stages_ms": _table(_ANY),
-            "photographs": _count,
-            "mean_pixels": _POSITIVE,
-        },
-        required=("recipe",),
-    ),
-    "kernels": _record(
-        {
-            **dict.fromkeys(("kernel", "way", "size", "problem"), _text),
-            "threads": _count,
-            "repeats": _count,
-            **dict.fromkeys(("median_ms", "min_ms", "max_ms", "times_ours"), _POSITIVE),
-            "max_error": _ANY,
-            "limit": _LIMIT,
-        },
-        required=("kernel", "way"),
-    ),
+    "segment": _record(_ROW, required=("engine", "precision")),
+    "label": _record(_ROW, required=("recipe",)),
+    "kernels": _record(_ROW, required=("kernel", "way")),
 }
 _ENVIRONMENT = _record(
     {

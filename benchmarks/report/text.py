@@ -123,6 +123,7 @@ _SINGLE = (
     *((f"latency_ms.{key}", "ms") for key in ("p50", "p90", "p99", "min", "max", "mean")),
     ("latency_ms.count", "1"),
     ("times_reference", "1"),
+    ("default_times_as_fast", "1"),
     ("peak_mib.host", "MiB"),
     ("peak_mib.device", "MiB"),
     ("model_bytes", "B"),

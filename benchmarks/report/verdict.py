@@ -144,7 +144,7 @@ def _labelling(bench: Mapping[str, Any]) -> list[str]:
     others = [
         f"{number(ratio)} times as fast as {plain(str(row['recipe']))}"
         for row in rows
-        if row not in ours and (ratio := value(row, "times_reference")) is not None
+        if row not in ours and (ratio := value(row, "default_times_as_fast")) is not None
     ]
     named = f": {'; '.join(others)}, on the same photographs" if others else ""
     return [f"{plain(str(default['recipe']))} ({engine_name(default)}) does {number(speed)} images/s{named}."]

@@ -86,7 +86,7 @@ def test_a_report_is_no_worse_than_itself(made_up: Bench) -> None:
         (setter("segment", EAGER + 1, "latency_ms", "p50", to=200.0), None),
         (setter("kernels", 4, "median_ms", to=900.0), None),
         # On one machine times are compared, and ratios say the same again.
-        (setter("label", 1, "times_reference", to=3.0), None),
+        (setter("label", 1, "default_times_as_fast", to=3.0), None),
     ],
 )
 def test_what_is_worse(
@@ -175,19 +175,21 @@ def test_another_machine_is_held_to_ratios(made_up: Bench, key: str, value: obje
         f"segment, label, kernels: {words}. Times, start-up and memory are not"
     )
     kinds = {change.figure for change in comparison.changes} - {"mIoU", "labels alike"}
-    assert kinds == {"times reference", "end to end, times reference", "times ours"}
+    assert kinds == {"times reference", "end to end, times reference", "ours times as fast"}
 
     def ratios(bench: Bench) -> None:
         change(bench)
         bench["segment"][OPENVINO]["times_reference"] = 1.0
         bench["segment"][EAGER + 1]["times_reference"] = 0.5  # not ours
-        bench["label"][2]["times_reference"] = 80.0
+        bench["label"][0]["times_reference"] = 5.0
+        bench["label"][2]["default_times_as_fast"] = 80.0
         bench["kernels"][1]["times_ours"] = 13_000.0
 
     assert found(compared(made_up, ratios)) == [
         ("segment", "times reference", "slower"),
         ("label", "times reference", "slower"),
-        ("kernels", "times ours", "slower"),
+        ("label", "ours times as fast", "slower"),
+        ("kernels", "ours times as fast", "slower"),
     ]
 
 
