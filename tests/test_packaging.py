@@ -21,7 +21,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     # A copy: building leaves files behind, and those of earlier builds would get into the wheel.
     source = folder / "source"
-    for room in ("kernels", "runtime", "training", "export"):
+    for room in ("kernels", "runtime", "training", "export", "benchmarks"):
         shutil.copytree(
             ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", "*.so", "kernels.fatbin")
         )
@@ -51,6 +51,7 @@ def test_wheel_carries_presets_photographs_and_types(wheel: zipfile.ZipFile) -> 
         "training/presets": "*.toml",
         "runtime/demo_photos": "*.*",
         "runtime/report": "page.*",
+        "benchmarks/report": "page.[hc]*",
         "kernels": "py.typed",
     }.items():
         for path in (ROOT / folder).glob(patterns):
@@ -75,7 +76,7 @@ def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path) -> No
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so"))
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path / file)
-    for room in ("runtime", "training", "export"):
+    for room in ("runtime", "training", "export", "benchmarks"):
         (tmp_path / room).mkdir()
     environment = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler", "MULTISA_CUDA": "0"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
