@@ -49,8 +49,8 @@ def bench(
       multisa bench --data VOC2012 -o bench-out
       multisa bench --data VOC2012 -o bench-new --stages segment --compare bench-out/bench.json
     """
-    from multisa.benchmarks.report import summary_lines, write_report
-    from multisa.benchmarks.suite.compare import check_against, read_bench
+    from multisa.benchmarks.report import read_bench, summary_lines, write_report
+    from multisa.benchmarks.suite.compare import check_against
     from multisa.benchmarks.suite.run import BenchRequest, run_suite
     from multisa.runtime.bundle import default_bundle_path
 
