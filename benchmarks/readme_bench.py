@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from multisa.benchmarks import start_up as start
+
 Row = dict[str, Any]
 
 
@@ -96,6 +98,18 @@ def labelling_conditions(results: dict[str, Any]) -> list[str]:
             "many times over, for that ratio; its cost grows with the third power of the pixels."
         )
     return [*pieces, "[benchmarks/results/labelling.json](benchmarks/results/labelling.json)"]
+
+
+def start_up(results: dict[str, Any]) -> list[str]:
+    """How long a first mask takes, as pieces of a paragraph."""
+    ways, limit = results["ways"], results["limit"]
+    ours, eager = (ways[name] for name in (start.OURS, start.EAGER_START))
+    return [
+        "From a command to its first mask, with a new process:",
+        f"{ours['median_ms'] / 1000:.2f} s, PyTorch eager {eager['median_ms'] / 1000:.2f} s",
+        f"({eager['times_ours']:.1f} times), {limit['text']} alone {limit['floor_ms'] / 1000:.2f} s.",
+        "[benchmarks/results/start_up.json](benchmarks/results/start_up.json)",
+    ]
 
 
 def _ran(rows: Sequence[Row]) -> list[Row]:

@@ -21,6 +21,7 @@ from multisa.runtime.bundle import default_bundle_path
 
 PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_photos"
 INTERPRETER, OURS = "Python and NumPy", "multisa segment, one photograph"
+EAGER_START = "PyTorch eager, one photograph"
 # The same contender as in the suite, opened and run on one photograph.
 _SEGMENT = (
     "import sys\n"
@@ -47,7 +48,7 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         "multisa inspect": ["-m", "multisa.runtime.cli", "inspect", str(bundle)],
         OURS: ["-m", "multisa.runtime.cli", *command],
         "the engine alone, one photograph": program(REFERENCE),
-        "PyTorch eager, one photograph": program(Contender(EAGER, "fp32", "cpu")),
+        EAGER_START: program(Contender(EAGER, "fp32", "cpu")),
     }
     if compiled:
         ways["torch.compile, one photograph"] = program(Contender(COMPILED, "fp32", "cpu"))

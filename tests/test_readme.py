@@ -1,13 +1,13 @@
 """What the README says is true: results, commands, files."""
 
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from multisa.benchmarks import readme_results
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli import COMMANDS
 from multisa.training.calibration import BACKGROUND_SAMPLE
@@ -24,30 +24,28 @@ def test_results_are_those_of_the_results_files() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_results_are_of_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is started
-    script = runpy.run_path(str(ROOT / "benchmarks" / "readme_results.py"))
-    assert script["BACKGROUND_SAMPLE"] == BACKGROUND_SAMPLE
+def test_results_are_of_one_training() -> None:
+    assert readme_results.BACKGROUND_SAMPLE == BACKGROUND_SAMPLE
     run = {
-        "stages": [{"name": "segmenter", "digest": "d"}],
         "rows": [{"measured_on": "train", "miou": 1.0}, {"measured_on": "val", "miou": 58.43}],
+        "photographs": {"val": 223},
     }
-    engine = {
-        "segmenter_stage": "d",
-        "segmenter_sha256": "s",
-        "miou": {"pytorch-eager": 58.434},
-        "label_agreement": 0.9995,
-    }
-    bundle = {"files": {"segmenter.onnx": {"sha256": "s"}}}
-    assert script["disagreements"](run, engine, bundle) == []
-    for change, problem in (
-        ({"segmenter_stage": "e"}, "a segmenter of another run"),
-        ({"segmenter_sha256": "t"}, "another bundle"),
-        ({"miou": {"pytorch-eager": 58.45}}, "mIoU 58.45, the run's val row 58.43"),
-        ({"label_agreement": 0.99}, "99.0000% of labels agree"),
-    ):
-        (found,) = script["disagreements"](run, {**engine, **change}, bundle)
-        assert problem in found
+    eager = {"engine": "pytorch-eager", "default": False, "photographs": 223}
+    rows = [{"engine": "onnxruntime-cpu", "default": True}, eager | {"miou": 58.5, "label_agreement": 0.9995}]
+    measured = {"environment": {"bundle": {"sha256": "s"}}, "segment": rows}
+
+    def problems(sha256: str = "s", **eager_change: float) -> list[str]:
+        changed = {**measured, "segment": [rows[0], {**rows[1], **eager_change}]}
+        return readme_results.disagreements(run, changed, measured, sha256)
+
+    assert problems() == []
+    assert problems("t") == [
+        f"{name} was measured with another bundle" for name in ("segmenting", "labelling")
+    ]
+    assert problems(miou=58.6) == ["PyTorch eager has mIoU 58.6, the run's val row 58.43"]
+    assert problems(miou=40.0, photographs=48) == []  # of fewer photographs it says nothing
+    (found,) = problems(label_agreement=0.99)
+    assert "99.0000% of labels agree" in found
 
 
 def test_what_is_said_of_the_packaged_bundle() -> None:
