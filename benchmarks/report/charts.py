@@ -16,6 +16,7 @@ from multisa.benchmarks.report.cells import (
     row_name,
     rows_of,
     share,
+    short,
     times,
     value,
 )
@@ -183,24 +184,23 @@ def _far_apart(values: list[float]) -> bool:
 
 
 def _recipes(rows: list[Row]) -> Bars | None:
-    found = [(row, speed) for row in rows if (speed := end_to_end(row)) is not None]
-    if not found:
-        return None
+    """The recipes against the default: their own rates are of photographs of different sizes."""
     bars = []
-    for row, speed in found:
+    for row in rows:
         ratio = value(row, "default_times_as_fast")
+        if ratio is None:
+            continue
         ours = str(row["recipe"]).startswith(OURS)
-        text = f"{number(1 / speed)} s" + (
-            "" if row.get("default") or ratio is None else f"  ({times(ratio)})"
-        )
-        bars.append(Bar(row_name("label", row), 1 / speed, text, int(not ours), bool(row.get("default"))))
-    return Bars(
-        "Labelling end to end",
-        "In brackets how many times as long as the default takes for the same photographs.",
-        "seconds for one photograph",
-        tuple(bars),
-        log=_far_apart([bar.value for bar in bars]),
-    )
+        text = f"{times(ratio)}{_of_pixels(row)}"
+        bars.append(Bar(row_name("label", row), ratio, text, int(not ours), bool(row.get("default"))))
+    note = "How many times as long as the default takes for the same photographs, and how large these are."
+    log = _far_apart([bar.value for bar in bars])
+    return Bars("Labelling end to end", note, "times the default", tuple(bars), log) if bars else None
+
+
+def _of_pixels(row: Row) -> str:
+    pixels = value(row, "mean_pixels")
+    return "" if pixels is None else f", {short(pixels)} pixels"
 
 
 def _lines(title: str, rows: list[Row], colours: _Colours) -> list[Lines]:
@@ -236,14 +236,14 @@ def _stages(rows: list[Row]) -> Stacks | None:
     sums = [sum(stages.get(name) or 0 for name in names) for _, stages in found]
     return Stacks(
         "Where the time of labelling goes",
-        "Shares of the time that all steps of one photograph take; their sum stands at the end.",
+        "Shares of the time that all steps of one photograph take; at the end their sum and its size.",
         tuple(row_name("label", row) for row, _ in found),
         tuple(plain(name) for name in names),
         tuple(
             tuple((stages.get(name) or 0) / total for name in names)
             for (_, stages), total in zip(found, sums, strict=True)
         ),
-        tuple(f"{number(total)} ms" for total in sums),
+        tuple(f"{number(total)} ms{_of_pixels(row)}" for (row, _), total in zip(found, sums, strict=True)),
     )
 
 

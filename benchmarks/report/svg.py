@@ -236,7 +236,7 @@ def _draw_stacks(figure: "Figure", axes: "Axes", chart: Stacks) -> None:
     axes.set_yticks(places, [_lines(label, _TICK, 2) for label in chart.labels])
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, labelsize=9)
-    axes.set_xlim(0, 118)
+    axes.set_xlim(0, 142)
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_xlabel("% of the time")
     figure.legend(loc="outside upper center", ncols=min(len(chart.parts), 6))

@@ -149,7 +149,7 @@ _LABEL = (
     Column("images/s", lambda row: number(end_to_end(row)), brief=True),
     Column("× default", _ratio("default_times_as_fast"), brief=True),
     Column("photographs", lambda row: count(value(row, "photographs"))),
-    Column("pixels each", lambda row: count(value(row, "mean_pixels"))),
+    Column("pixels each", lambda row: count(value(row, "mean_pixels")), brief=True),
     Column("p50 ms", _figure("latency_ms", "p50")),
     *_SHARED,
     *_FLOOR,
@@ -173,7 +173,8 @@ _SEGMENT_NOTE = (
 )
 _LABEL_NOTE = (
     "× default: how many times as long as the default takes for the same photographs. Recipes that take long "
-    "are measured on fewer of them, which are then those of the comparison. Labels alike: with the default's."
+    "are measured on fewer and smaller ones, which are then those of the comparison: their images/s stand "
+    "beside no other's. Labels alike: with the default's."
 )
 _KERNEL_NOTE = "× ours: how many times as long as the kernel of multisa takes, measured in turn."
 

@@ -6,6 +6,7 @@ from typing import Any
 from multisa.benchmarks.report.cells import (
     OURS,
     Row,
+    count,
     end_to_end,
     engine_name,
     number,
@@ -142,9 +143,15 @@ def _labelling(bench: Mapping[str, Any]) -> list[str]:
     if default is None or speed is None:
         return []
     others = [
-        f"{number(ratio)} times as fast as {plain(str(row['recipe']))}"
+        f"{number(ratio)} times as fast as {plain(str(row['recipe']))}{_of_others(row, default)}"
         for row in rows
         if row not in ours and (ratio := value(row, "default_times_as_fast")) is not None
     ]
     named = f": {'; '.join(others)}, on the same photographs" if others else ""
     return [f"{plain(str(default['recipe']))} ({engine_name(default)}) does {number(speed)} images/s{named}."]
+
+
+def _of_others(row: Row, default: Row) -> str:
+    """Which photographs the two were compared on, where they are not those of the default's own rate."""
+    pixels = value(row, "mean_pixels")
+    return "" if pixels in (None, value(default, "mean_pixels")) else f" (of {count(pixels)} pixels each)"

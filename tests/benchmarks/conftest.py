@@ -191,7 +191,11 @@ def made_up() -> dict[str, Any]:
                 **against(1.0, 6.6),
             ),
             _recipe(
-                "PyTorch eager, dense walk, pydensecrf", "pytorch-eager", 21.0, default_times_as_fast=117.0
+                "PyTorch eager, dense walk, pydensecrf",
+                "pytorch-eager",
+                21.0,
+                default_times_as_fast=117.0,
+                mean_pixels=4096,
             ),
         ],
         "kernels": [

@@ -99,7 +99,10 @@ def test_the_verdict_is_made_of_the_figures(made_up: Bench, tmp_path: Path) -> N
         "segments 31.2 images/s end to end, 2.60 times PyTorch eager fp32, at mIoU 61.23 against 61.22."
     )
     assert second == "Faster end to end than the default: ONNX Runtime, CPU int8 (1.23 times, at mIoU 60.88)."
-    assert "6.60 times as fast as PyTorch eager, sparse walk, pydensecrf; 117 times" in third
+    assert (
+        "6.60 times as fast as PyTorch eager, sparse walk, pydensecrf; 117 times" in third
+        and "dense walk, pydensecrf (of 4,096 pixels each)" in third
+    )
     for text in written(made_up, tmp_path).values():
         assert "pydensecrf" in text
     html = (tmp_path / "bench.html").read_text(encoding="utf-8")
