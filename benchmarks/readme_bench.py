@@ -88,8 +88,8 @@ def labelling_conditions(results: dict[str, Any]) -> list[str]:
     dense = [row for row in _ran(results["label"]) if "dense" in row["recipe"]]
     pieces = [
         "Labelling photographs of the train list by their image-level labels, mIoU at their own size, by",
-        "turns. The recipe is the literature's in PyTorch eager: networks not folded, each scale and mirror",
-        "image by itself, the random walk on a sparse matrix (SciPy) or by squaring the dense one (denormal",
+        "turns. The recipe is the literature's in PyTorch eager: networks not folded, each scale with its",
+        "mirror image, the random walk on a sparse matrix (SciPy) or by squaring the dense one (denormal",
         "numbers flushed, which their code does not do), pydensecrf.",
     ]
     if dense:

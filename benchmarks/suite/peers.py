@@ -1,7 +1,7 @@
 """Labelling as the literature's code does it: PyTorch eager, one photograph after the other, pydensecrf.
 
-Inside its own process. The networks are the bundle's, not folded; every scale and its mirror image pass the
-network by itself. psa and irn square the dense matrix of transitions; "sparse" multiplies 256 times by the
+Inside its own process. The networks are the bundle's, not folded; each scale passes the network with its
+mirror image. psa and irn square the dense matrix of transitions; "sparse" multiplies 256 times by the
 sparse one instead, which is the same walk.
 """
 

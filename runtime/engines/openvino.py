@@ -6,6 +6,7 @@
 import contextlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ INSTALL = "pip install openvino, which runs graphs on CPUs"
 _DEVICE = "CPU"
 _TELEMETRY = "openvino_telemetry"
 _DTYPES = {"u8": "uint8", "f32": "float32"}
+# The first calls into the binding come one after the other. Two at once hang: one holds the guard of a C++
+# static while it waits for the interpreter's lock, the other holds the lock while it waits for the guard.
+_FIRST_CALL = threading.Lock()
 _ERRORS = (RuntimeError, ValueError, OSError)  # what OpenVINO raises, of whatever is wrong
 
 
@@ -52,6 +56,7 @@ class OpenVinoEngine(ClosedAtExit):
     """
 
     name = "openvino"
+    _binding_is_ready = False  # of the process, like what it tells of
 
     def __init__(
         self,
@@ -88,6 +93,14 @@ class OpenVinoEngine(ClosedAtExit):
         if compiled is None:
             raise EngineError(f"{self.contract.name}: the engine is closed, expected an open one")
         check_image(image, self.contract.name)
+        if not self._binding_is_ready:
+            with _FIRST_CALL:
+                outputs = self._infer(compiled, idle, image)
+            OpenVinoEngine._binding_is_ready = True
+            return outputs
+        return self._infer(compiled, idle, image)
+
+    def _infer(self, compiled: Any, idle: list[Any], image: UInt8) -> dict[str, npt.NDArray[Any]]:
         try:
             try:
                 request = idle.pop()

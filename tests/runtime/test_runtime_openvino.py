@@ -277,3 +277,25 @@ def test_nothing_is_said_or_left(graphs: dict[str, bytes], tmp_path: Path) -> No
     )
     assert result.stdout == result.stderr == b""
     assert [path.name for path in tmp_path.iterdir()] == ["segmenter.onnx"]
+
+
+def test_first_calls_from_several_threads_at_once_do_not_hang() -> None:
+    # Statics of the binding are made by the first call of a process. Without the lock one of four hung.
+    program = (
+        "import sys, threading\n"
+        "import numpy as np\n"
+        "from multisa.runtime.bundle import default_bundle_path\n"
+        "from multisa.runtime.engines.openvino import OpenVinoEngine\n"
+        "sys.setswitchinterval(1e-5)\n"
+        "engine = OpenVinoEngine(default_bundle_path() / 'segmenter.onnx', threads=1)\n"
+        "barrier, done = threading.Barrier(4), []\n"
+        "def call():\n"
+        "    barrier.wait()\n"
+        "    done.append(engine.run(np.zeros((1, 32, 32, 3), np.uint8)))\n"
+        "threads = [threading.Thread(target=call) for _ in range(4)]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+        "assert len(done) == 4\n"
+    )
+    for _ in range(6):
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
