@@ -57,8 +57,7 @@ def bench(
     old = read_bench(compare) if compare else None  # said now, not after the run
     wanted, only = ([name for name in given.split(",") if name] for given in (stages, engines))
     asked = BenchRequest(bundle or default_bundle_path(), data, output, wanted, only, plans, quick)
-    result = run_suite(asked)
-    files = write_report(result, output)
-    click.echo("\n".join([*summary_lines(result), *(f"{path}" for path in files)]))
+    result = run_suite(asked, report=lambda bench: write_report(bench, output))
+    click.echo("\n".join([*summary_lines(result), f"open {output / 'bench.html'} in a browser"]))
     if old is not None:
         click.echo(check_against(result, old))

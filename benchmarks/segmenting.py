@@ -15,13 +15,21 @@ from typing import Any
 import numpy as np
 
 from multisa.benchmarks.suite.command import run_command
-from multisa.benchmarks.suite.contender import REFERENCE, Contender, auto_contender, baseline_of, contenders
+from multisa.benchmarks.suite.contender import (
+    COMPILED,
+    REFERENCE,
+    Contender,
+    auto_contender,
+    baseline_of,
+    contenders,
+)
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.benchmarks.suite.limits import segmenting_floor
 from multisa.benchmarks.suite.sample import copy_images, of_one_size, read_working, settle, spread
 from multisa.benchmarks.suite.segment_contender import SegmentContender
 from multisa.benchmarks.suite.setting import Setting
 from multisa.benchmarks.suite.subject import subject_main
+from multisa.benchmarks.suite.turns import ratio_of_turns
 from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.engines.contract import SEGMENTER
 from multisa.runtime.engines.gpus import probe_gpus
@@ -38,7 +46,8 @@ class _Member:
     guest: Guest
     row: Row
     rounds: list[list[float]] = field(default_factory=list)  # seconds of single photographs
-    rates: list[float] = field(default_factory=list)  # images a second from file to file
+    rates: list[float] = field(default_factory=list)  # images a second from file to file, of each turn
+    loops: list[float] = field(default_factory=list)  # ... in a plain loop
 
     @property
     def seconds(self) -> list[float]:
@@ -62,6 +71,7 @@ def measure(setting: Setting) -> list[Row]:
             }
             rows.append(row)
             try:
+                _start(setting, contender).close()  # so that its files are in memory, as the next one's are
                 guest = stack.enter_context(_start(setting, contender))
             except GuestFailedError as error:
                 row["problem"] = str(error)
@@ -74,8 +84,10 @@ def measure(setting: Setting) -> list[Row]:
 
 
 def _start(setting: Setting, contender: Contender, cpus: int | None = None) -> Guest:
-    first = setting.val[0].image
-    return Guest(SegmentContender, setting.bundle.path, contender, setting.plans, first, cpus=cpus)
+    if not contender.is_ours and setting.pytorch_problem:
+        raise GuestFailedError(setting.pytorch_problem)
+    opened = (setting.bundle.path, contender, setting.plans, setting.val[0].image, setting.states)
+    return Guest(SegmentContender, *opened, cpus=cpus)
 
 
 class Segmenting:
@@ -86,31 +98,34 @@ class Segmenting:
         self._files = [p.image for p in spread(setting.val, self._effort.latency_photographs)]
 
     def measure(self) -> None:
-        """Fill the rows. One that fails on the way has its reason as "problem", and takes no further turn."""
-        steps = (
-            *[self._latency] * self._effort.rounds,
-            self._memory,
-            self._masks,
-            self._sizes,
-            self._batches,
-            *[self._end_to_end] * self._effort.turns,
-            self._cores,  # last: afterwards they run on one thread each
-        )
+        """Fill the rows.
+
+        Who cannot do what every row has takes no further turn, and has the reason as "problem"; who fails
+        later, with a batch that is too large perhaps, has it among its "notes".
+        """
+        needed = (*[self._latency] * self._effort.rounds, self._memory, self._masks)
+        needed += (*[self._end_to_end] * self._effort.turns,)
+        curves = (self._sizes, self._batches, self._cores)  # last: afterwards they run on one thread each
+        steps = (*needed, *curves)
         with Progress((len(steps) + 1) * len(self._members), "segmenting", "step") as bar:
             self._all(bar, self._warm_up)
             for step in steps:
-                self._all(bar, step)
+                self._all(bar, step, may_fail=step in curves)
         self._summarise()
 
-    def _all(self, bar: Progress, step: Callable[[_Member], object]) -> None:
+    def _all(self, bar: Progress, step: Callable[[_Member], object], *, may_fail: bool = False) -> None:
         for member in self._members:
             if member.row["problem"] is None:
                 settle()
                 try:
                     step(member)
                 except GuestFailedError as error:
-                    member.row["problem"] = str(error)
-                    say(f"{member.contender.title}: left out from here on: {error}")
+                    name = step.__name__.strip("_").replace("_", " ")
+                    say(f"{member.contender.title}: {name}: {error}")
+                    if may_fail:
+                        member.row.setdefault("notes", []).append(f"{name}: {error}")
+                    else:
+                        member.row["problem"] = str(error)
             bar.advance()
 
     def _warm_up(self, member: _Member) -> None:
@@ -129,7 +144,8 @@ class Segmenting:
         kept = self._setting.scratch / "reference-labels"
         is_reference = member.contender == REFERENCE  # which comes first
         kept.mkdir(parents=True, exist_ok=True)
-        agreeing = is_reference or any(m.contender == REFERENCE for m in self._members)
+        first = self._members[0]
+        agreeing = first.contender == REFERENCE and first.row["problem"] is None
         member.row |= member.guest.call("masks", photographs, kept if agreeing else None, is_reference)
         member.row["photographs"] = len(photographs)
 
@@ -153,8 +169,10 @@ class Segmenting:
     def _end_to_end(self, member: _Member) -> None:
         photographs = spread(self._setting.val, self._effort.end_to_end)
         out, contender = self._setting.scratch / "segmented", member.contender
+        loop = member.guest.call("loop", [p.image for p in photographs], out / "loop")
+        member.loops.append(loop)
         if not contender.is_ours:
-            member.rates.append(member.guest.call("loop", [p.image for p in photographs], out / "loop"))
+            member.rates.append(loop)
             return
         source = copy_images(photographs, self._setting.scratch / "photographs")
         words = ["--bundle", str(self._setting.bundle.path), "--engine", contender.engine]
@@ -166,8 +184,9 @@ class Segmenting:
     def _cores(self, member: _Member) -> None:
         cores, repeats = usable_cpus(), self._effort.repeats
         rows = [{"cores": cores, "images_per_second": member.guest.call("images_per_second", repeats)}]
-        fewer = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores]
-        for count in fewer if member.contender.device == "cpu" else ():
+        # What torch compiles, it would compile anew for each, for minutes.
+        alone = member.contender.device != "cpu" or member.contender.engine == COMPILED
+        for count in () if alone else [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores]:
             with _start(self._setting, member.contender, cpus=count) as guest:
                 guest.call(
                     "load", [p.image for p in spread(self._setting.val, self._effort.latency_photographs)]
@@ -184,15 +203,19 @@ class Segmenting:
             theirs = next(other for other in ran if other.contender == baseline)
             seconds, rates = member.seconds, member.rates
             member.row |= {
-                "reference": member is theirs,
+                "baseline": member is theirs,
                 "latency_ms": latency_figures(member.rounds),
-                "times_reference": round(statistics.median(theirs.seconds) / statistics.median(seconds), 3),
+                "times_baseline": round(statistics.median(theirs.seconds) / statistics.median(seconds), 3),
                 "images_per_second": round(statistics.median(rates), 2),
                 "end_to_end": {
                     "by": "multisa segment" if member.contender.is_ours else "loop",
                     "photographs": min(self._effort.end_to_end, len(self._setting.val)),
                     "images_per_second": [round(rate, 2) for rate in rates],
-                    "times_reference": round(statistics.median(rates) / statistics.median(theirs.rates), 3),
+                    "times_baseline": ratio_of_turns(rates, theirs.rates),
+                },
+                "loop": {
+                    "images_per_second": [round(rate, 2) for rate in member.loops],
+                    "times_baseline": ratio_of_turns(member.loops, theirs.loops),
                 },
                 "limit": floor.limit(member.contender, statistics.mean(seconds)),
             }
@@ -203,13 +226,16 @@ class Segmenting:
 
 
 def latency_figures(rounds: list[list[float]]) -> dict[str, Any]:
-    """Milliseconds: percentiles over all photographs and rounds, and the median of each round."""
+    """Milliseconds: percentiles over all photographs and rounds, and the median of each round.
+
+    Of fewer than a hundred, one in a hundred is not to be had.
+    """
     every = np.array([seconds for one in rounds for seconds in one])
     p50, p90, p99 = np.percentile(every, (50, 90, 99))
     return {
         "p50": _ms(p50),
         "p90": _ms(p90),
-        "p99": _ms(p99),
+        "p99": _ms(p99) if len(every) >= 100 else None,
         "min": _ms(every.min()),
         "max": _ms(every.max()),
         "mean": _ms(every.mean()),

@@ -9,6 +9,7 @@ from typing import Any
 
 from multisa.benchmarks.suite.guest import GuestFailedError
 
+_LIMIT = 1800.0  # seconds
 # Not by getrusage: a process inherits the largest memory of the one that has started it.
 _PROGRAM = """
 import sys
@@ -31,9 +32,11 @@ def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[
     """
     shutil.rmtree(out, ignore_errors=True)
     words = [command, str(source), "-o", str(out), "--report", "0", *arguments]
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, *words], capture_output=True, text=True, check=False
-    )
+    program = [sys.executable, "-c", _PROGRAM]
+    try:
+        done = subprocess.run([*program, *words], capture_output=True, text=True, check=False, timeout=_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise GuestFailedError(f"multisa {command}: not done within {_LIMIT:.0f} s, and ended") from None
     said = done.stderr.splitlines()
     if done.returncode != 0:
         last = next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "")

@@ -21,6 +21,7 @@ from typing import Any, Self
 from multisa.runtime.errors import MultisaError
 
 _PATIENCE = 10.0  # seconds for a process to end by itself
+_LIMIT = 1800.0  # seconds for one answer: whole lists of photographs, a matrix that is squared
 
 
 class GuestFailedError(MultisaError):
@@ -91,6 +92,9 @@ class Guest:
 
     def _answer(self) -> Any:
         try:
+            if not self._pipe.poll(_LIMIT):
+                self._process.kill()
+                raise GuestFailedError(f"did not answer within {_LIMIT:.0f} s and was ended")
             done, value = self._pipe.recv()
         except (EOFError, OSError):
             raise self._lost() from None

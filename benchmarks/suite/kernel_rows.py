@@ -36,12 +36,7 @@ def _walk(quick: bool) -> Iterator[Row]:
     for compared in random_walk.comparisons(quick=quick):
         size = f"{compared['size']}x{compared['size']}, {compared['channels']} channels"
         floor = compared["floor"]
-        limit = {
-            "floor_ms": floor["floor_ms"],
-            "share": floor["share_of_peak"],
-            "text": "multiply-adds over the measured float32 peak of one thread",
-        }
-        yield from _ways("random walk", size, compared["ways"], limit)
+        yield from _ways("random walk", size, compared["ways"], floor["binding"])
 
 
 def _crf(quick: bool) -> Iterator[Row]:

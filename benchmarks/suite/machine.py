@@ -2,6 +2,9 @@
 
 import os
 import platform
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from multisa.benchmarks.harness import peaks, processor
@@ -30,6 +33,7 @@ def describe_run(setting: Setting, quick: bool, load_at_start: float) -> dict[st
         "gpus": [gpu.name for gpu in probe_gpus().gpus],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
+        "commit": _commit(),
         "versions": installed_versions(PACKAGES),
         "load_at_start": round(load_at_start, 2),
         "quick": quick,
@@ -44,6 +48,19 @@ def describe_run(setting: Setting, quick: bool, load_at_start: float) -> dict[st
         },
         "peaks": peaks(),
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that is run, with a plus where files differ; None for a package that was installed."""
+    folder = Path(__file__).resolve().parents[2]
+    git = shutil.which("git")
+    if git is None or not (folder / ".git").exists():
+        return None
+    try:
+        asked = [git, "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _memory_gib() -> float | None:

@@ -18,16 +18,14 @@ import torch
 from PIL import Image
 
 from multisa.benchmarks.random_walk import dense_squaring, sparse_steps
+from multisa.benchmarks.suite.eager_state import fed_plainly, load_affinity, load_cam
 from multisa.benchmarks.suite.sample import Photograph
-from multisa.export.unfold import affinity_from_bundle, cam_from_bundle
 from multisa.kernels import dense_crf
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.cpus import usable_cpus
-from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.images import read_image, resize_image, working_size
 from multisa.runtime.palette import voc_palette
 from multisa.runtime.postprocess import background_and_foreground, resize_maps
-from multisa.training.inference import as_batch
 from multisa.training.multi_sa import MultiScaleCAM
 
 UInt8 = npt.NDArray[np.uint8]
@@ -37,8 +35,9 @@ Float32 = npt.NDArray[np.float32]
 class PeersLabelling:
     """The recipe, its networks loaded."""
 
-    def __init__(self, bundle: Path, walk: str, device: str) -> None:
-        """walk: "sparse" or "dense"; device: of the networks and of the dense walk, "cpu" or "cuda"."""
+    def __init__(self, bundle: Path, walk: str, device: str, states: Path) -> None:
+        """walk: "sparse" or "dense"; device: of the networks and of the dense walk, "cpu" or "cuda"; states:
+        where `States` wrote."""
         # Squares of small weights are denormal numbers, which this processor multiplies by microcode: their
         # code does not ask for it, but it would be no fair race. Before the threads start: they inherit it.
         torch.set_flush_denormal(True)
@@ -46,9 +45,9 @@ class PeersLabelling:
         opened = load_bundle(bundle)
         self._manifest, self._walk = opened.manifest, walk
         self._device = torch.device(device)
-        cam = cam_from_bundle(opened)
+        cam = load_cam(opened, states)
         self._maps = MultiScaleCAM(cam, scales=self._manifest.parameters.cam_scales).to(self._device)
-        self._affinity = affinity_from_bundle(opened).to(self._device)
+        self._affinity = load_affinity(opened, states).to(self._device)
         self._seconds: dict[str, float] = {}
 
     def label(self, photographs: Sequence[Photograph], out: Path) -> dict[str, float]:
@@ -66,13 +65,13 @@ class PeersLabelling:
                 sized.putpalette(voc_palette().tobytes())
                 buffer = io.BytesIO()
                 sized.save(buffer, "PNG")
-                write_bytes_atomically(out / f"{photograph.id}.png", buffer.getvalue())
+                (out / f"{photograph.id}.png").write_bytes(buffer.getvalue())
         return self._seconds
 
     def _mask(self, image: UInt8, classes: Sequence[str]) -> UInt8:
         parameters = self._manifest.parameters.label
         ids = [self._manifest.classes.index(name) for name in classes]
-        batch = as_batch(image).to(self._device)
+        batch = fed_plainly(image[np.newaxis]).to(self._device)
         with torch.inference_mode():
             with self._stage("cam"):
                 maps = self._maps(batch)[0][0].cpu().numpy()[[i - 1 for i in ids]]

@@ -1,9 +1,12 @@
 """The whole suite: the stages one after the other, what each found written at once."""
 
 import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +14,11 @@ from typing import Any
 
 from multisa.benchmarks import labelling, segmenting
 from multisa.benchmarks.suite import kernel_rows
+from multisa.benchmarks.suite.contender import contenders
 from multisa.benchmarks.suite.machine import describe_run
 from multisa.benchmarks.suite.setting import Setting, make_setting
-from multisa.runtime.errors import UsageError
+from multisa.runtime.engines.contract import SEGMENTER
+from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.files import write_json_atomically
 
 SCHEMA_VERSION = 1
@@ -38,13 +43,35 @@ class BenchRequest:
     quick: bool = False
 
 
-def run_suite(request: BenchRequest) -> dict[str, Any]:
-    """Measure the stages asked for; OUT/bench.json after each. Raises UsageError for what does not exist."""
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the processes and remove the scratch folder, as Ctrl-C does; in the main thread."""
+
+    def stop(number: int, _: object) -> None:
+        raise Interrupted("ended by SIGTERM; the stages that were done are in the report", signal=number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_suite(
+    request: BenchRequest, report: Callable[[dict[str, Any]], object] = lambda bench: None
+) -> dict[str, Any]:
+    """Measure the stages asked for; after each, OUT/bench.json is written and `report` called.
+
+    Raises UsageError for a stage, an engine or a data set that does not exist or fit.
+    """
     unknown = [name for name in request.stages if name not in STAGES]
     if unknown or not request.stages:
         raise UsageError(f"got the stages {list(request.stages)}, expected some of {', '.join(STAGES)}")
     start, started, load = time.monotonic(), datetime.now(UTC), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="multisa-bench-") as scratch:
+    with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="multisa-bench-") as scratch:
         setting = make_setting(
             request.bundle,
             request.data,
@@ -53,6 +80,7 @@ def run_suite(request: BenchRequest) -> dict[str, Any]:
             plans=request.plans,
             quick=request.quick,
         )
+        contenders(setting.bundle, SEGMENTER, setting.engines, gpu=False)  # whether they exist
         request.out.mkdir(parents=True, exist_ok=True)
         bench: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -65,4 +93,5 @@ def run_suite(request: BenchRequest) -> dict[str, Any]:
             bench[name] = STAGES[name](setting)
             bench["environment"]["seconds"] = round(time.monotonic() - start, 1)
             write_json_atomically(request.out / BENCH_FILE, bench)
+            report(bench)
     return bench

@@ -69,6 +69,6 @@ def copy_images(photographs: Sequence[Photograph], folder: Path) -> Path:
     return folder
 
 
-def settle(seconds: float = 0.05) -> None:
+def settle(seconds: float = 0.3) -> None:
     """Wait until the threads of whoever was measured last have gone to sleep: pools spin for a while."""
     time.sleep(seconds)

@@ -19,7 +19,6 @@ from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.engines.choice import EngineRequest, choose_engine
 from multisa.runtime.engines.contract import SEGMENTER, graph_file
-from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.images import read_image, resize_image, working_size
 from multisa.runtime.metrics import mean_iou
 from multisa.runtime.palette import voc_palette
@@ -39,7 +38,7 @@ class Runner(Protocol):
         """Let images run on one thread each from now on; False where that is not possible."""
 
     def device_mib(self) -> float | None:
-        """The GPU's memory that was held at once, in MiB; None without one."""
+        """MiB of the GPU that the process holds now; None without one."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -81,11 +80,16 @@ class EngineRunner:
 class SegmentContender:
     """A contender that is open, and the photographs that it is measured on."""
 
-    def __init__(self, bundle: Path, contender: Contender, plans: Path | None, first: Path) -> None:
-        """Open it and segment the photograph `first`: what starting it takes."""
+    def __init__(
+        self, bundle: Path, contender: Contender, plans: Path | None, first: Path, states: Path
+    ) -> None:
+        """Open it and segment the photograph `first`: what starting it takes.
+
+        states: where `eager_state.States` wrote PyTorch's networks.
+        """
         self._bundle, self._cores = load_bundle(bundle), usable_cpus()
         self._long_side = self._bundle.manifest.parameters.long_side
-        self._runner = _open(self._bundle, contender, self._cores, plans)
+        self._runner = _open(self._bundle, contender, self._cores, plans, states)
         self._loaded: list[UInt8] = []
         self._runner.labels(read_working(first, self._long_side))
 
@@ -114,7 +118,7 @@ class SegmentContender:
         return self._runner.model_bytes
 
     def device_mib(self) -> float | None:
-        """The GPU's memory that was held at once."""
+        """MiB of the GPU that the process holds now."""
         return self._runner.device_mib()
 
     def masks(
@@ -150,7 +154,7 @@ class SegmentContender:
             mask.putpalette(voc_palette().tobytes())
             buffer = io.BytesIO()
             mask.save(buffer, "PNG")
-            write_bytes_atomically(out / f"{path.stem}.png", buffer.getvalue())
+            (out / f"{path.stem}.png").write_bytes(buffer.getvalue())
         return len(photographs) / (time.perf_counter() - start)
 
     def images_per_second(self, repeats: int) -> float:
@@ -171,12 +175,12 @@ class SegmentContender:
         return len(self._loaded) / float(np.median([_seconds(work) for _ in range(repeats)]))
 
 
-def _open(bundle: Bundle, contender: Contender, threads: int, plans: Path | None) -> Runner:
+def _open(bundle: Bundle, contender: Contender, threads: int, plans: Path | None, states: Path) -> Runner:
     if contender.is_ours:
         return EngineRunner(bundle, contender, threads, plans)
     from multisa.benchmarks.suite.eager import EagerSegmenter
 
-    return EagerSegmenter(bundle, contender, threads)
+    return EagerSegmenter(bundle, contender, threads, states)
 
 
 def _seconds(work: Callable[[], object]) -> float:

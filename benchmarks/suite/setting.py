@@ -1,8 +1,10 @@
 """What a run of the suite is about, and how long it may take."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.benchmarks.suite.sample import Photograph
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import UsageError
@@ -26,8 +28,32 @@ class Effort:
     dense_side: int  # pixels: of the one photograph whose matrix is squared; it takes their sixth power
 
 
-FULL = Effort(24, 7, 10_000, 128, 5, (1, 2, 4, 8), (256, 512, 768, 1024), 5, 96, False, 512)
-QUICK = Effort(8, 3, 48, 32, 3, (1, 4), (256, 512), 3, 12, True, 256)
+FULL = Effort(
+    latency_photographs=24,
+    rounds=5,
+    masks=10_000,
+    end_to_end=96,
+    turns=3,
+    batches=(1, 2, 4, 8),
+    sides=(256, 512, 768, 1024),
+    repeats=5,
+    labelled=48,
+    quick_kernels=False,
+    dense_side=512,
+)
+QUICK = Effort(
+    latency_photographs=8,
+    rounds=3,
+    masks=32,
+    end_to_end=24,
+    turns=3,
+    batches=(1, 4),
+    sides=(256, 512),
+    repeats=3,
+    labelled=9,
+    quick_kernels=True,
+    dense_side=192,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,20 @@ class Setting:
     scratch: Path  # a folder for what is thrown away
 
     @property
+    def states(self) -> Path:
+        """Where PyTorch's networks are kept."""
+        return self.scratch / "states"
+
+    @cached_property
+    def pytorch_problem(self) -> str:
+        """Why PyTorch cannot take part; else nothing, and its networks are in `states`."""
+        try:
+            with Guest(write_states, self.bundle.path, self.states):
+                return ""
+        except GuestFailedError as error:
+            return str(error)
+
+    @property
     def val(self) -> list[Photograph]:
         """Photographs with truth that nothing was learnt from."""
         return [_photograph(self.dataset, item) for item in self.dataset.val if item.mask]
@@ -51,6 +91,13 @@ class Setting:
         """Photographs with image-level labels and truth."""
         items = [item for item in self.dataset.train if item.mask and item.classes]
         return [_photograph(self.dataset, item) for item in items]
+
+
+def write_states(bundle: Path, folder: Path) -> object:
+    """What a guest runs where torch is."""
+    from multisa.benchmarks.suite.eager_state import States
+
+    return States(bundle, folder)
 
 
 def make_setting(
@@ -63,9 +110,13 @@ def make_setting(
             f"{data}: got the classes {', '.join(dataset.class_names)}; expected those of the bundle "
             f"{opened.path}, {', '.join(opened.manifest.classes)}: name another --bundle or --data"
         )
-    if not any(item.mask for item in dataset.val) or not any(item.mask for item in dataset.train):
-        raise UsageError(f"{data}: got no masks of train and val photographs, expected some to measure on")
-    return Setting(opened, dataset, engines, plans, QUICK if quick else FULL, scratch)
+    setting = Setting(opened, dataset, engines, plans, QUICK if quick else FULL, scratch)
+    if not setting.val or not setting.train:
+        raise UsageError(
+            f"{data}: got {len(setting.val)} val photographs with masks and {len(setting.train)} train "
+            "photographs with masks and labels, expected some of both: they are what is measured on"
+        )
+    return setting
 
 
 def _photograph(dataset: DataSet, item: Item) -> Photograph:

@@ -12,7 +12,19 @@ from multisa.runtime.bulk.run import annotate_images
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 
-TINY = Effort(2, 2, 4, 2, 2, (1, 2), (96, 128), 2, 2, True, 64)
+TINY = Effort(
+    latency_photographs=2,
+    rounds=2,
+    masks=4,
+    end_to_end=2,
+    turns=2,
+    batches=(1, 2),
+    sides=(96, 128),
+    repeats=2,
+    labelled=2,
+    quick_kernels=True,
+    dense_side=64,
+)
 
 
 @pytest.fixture(scope="session")
