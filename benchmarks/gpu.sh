@@ -4,12 +4,17 @@
 # --plan prints the steps, --help the other options. Needs Python 3.11 or newer with venv, and g++; PYTHON says
 # which Python. Everything is installed into .venv-gpu. The same command goes on where it stopped.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-for python in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -n "${PYTHON:-}" ]; then
+    pythons=("$PYTHON") # no other than the one that is asked for
+else
+    pythons=(python3 python3.14 python3.13 python3.12 python3.11)
+fi
+for python in "${pythons[@]}"; do
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
         # -P: the folder of the script is not a place to import from.
         exec "$python" -P "$root/benchmarks/gpu/start.py" main "$@"
     fi
 done
-echo "error: no Python 3.11 or newer here, expected python3 or what PYTHON names: install one" >&2
+echo "error: got no Python 3.11 or newer, looked for ${pythons[*]}: install one, or name it: PYTHON=/its/path" >&2
 exit 1

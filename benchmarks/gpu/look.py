@@ -63,12 +63,15 @@ def look(environment: Path, results: Path) -> dict[str, Any]:
         problems.append(f"no {header}: apt-get install python3-dev, or your system's package of it")
     if importlib.util.find_spec("ensurepip") is None:
         problems.append("this Python has no ensurepip: apt-get install python3-venv")
-    # What is installed already takes nothing more.
-    needed = {environment: 0 if (environment / "ready").exists() else INSTALLED_BYTES, results: RESULT_BYTES}
+    # What is installed already, or in part, takes nothing more.
+    left = 0 if (environment / "ready").exists() else max(INSTALLED_BYTES - _size(environment), 0)
+    needed = {environment: left, results: RESULT_BYTES}
     for path, size in needed.items():
         free = found["disk_free_bytes"][str(path)]
         if free < size:
-            problems.append(f"{path}: got {free / 1e9:.1f} GB of free disk, expected {size / 1e9:.1f} GB")
+            problems.append(
+                f"{path}: got {free / 1e9:.1f} GB of free disk, expected {size / 1e9:.1f} GB: make room"
+            )
     return found
 
 
@@ -77,6 +80,12 @@ def driver_files() -> list[str]:
     places = [*Path("/dev").glob("nvidia*"), Path("/dev/dxg"), Path("/proc/driver/nvidia/version")]
     program = shutil.which("nvidia-smi")
     return sorted(str(path) for path in places if path.exists()) + ([program] if program else [])
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 where it is not there."""
+    files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sum(path.lstat().st_size for path in files)
 
 
 def _there(path: Path) -> Path:

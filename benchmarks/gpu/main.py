@@ -14,27 +14,50 @@ from types import FrameType
 
 from multisa.benchmarks.gpu.look import find_nvcc
 from multisa.benchmarks.gpu.runner import FAILURE, LOGS, STEPS_FILE, Command, LeftOut, Runner, Step
-from multisa.benchmarks.gpu.steps import ENTERPRISE, ROOT, Settings, make_steps, sources_stamp
-from multisa.benchmarks.gpu.summary import pack, write_summary
+from multisa.benchmarks.gpu.settings import ROOT, Settings, sources_stamp
+from multisa.benchmarks.gpu.steps import BENCH, ENTERPRISE, MANIFEST, make_steps
+from multisa.benchmarks.gpu.summary import NOT_PACKED, SUMMARY, Results, archive_path, pack, write_summary
 from multisa.runtime.errors import EngineUnavailable
 
 _DESCRIPTION = "Install, build plans, test the CUDA kernels, compare each engine and measure, on a GPU."
-_EPILOG = "Exit codes: 0 ok, 3 a gate failed, 5 no GPU, driver or engine that can be used, 1 anything else."
+_EPILOG = (
+    "Exit codes: 0 ok, 3 a gate failed, 5 no GPU, driver or engine that can be used, 130 and 143 stopped, "
+    "1 anything else. The same command goes on where it stopped."
+)
+_VOC = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt")
 _USAGE = 2  # what argparse ends with; here 1, as everything else
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="gpu.sh", description=_DESCRIPTION, epilog=_EPILOG)
-    parser.add_argument("--data", type=Path, metavar="VOC_LAYOUT", help="for the suite, and to compare on")
-    parser.add_argument("--bundle", type=Path, help="the bundle to measure (default: that of the package)")
+    parser = argparse.ArgumentParser(
+        prog="gpu.sh",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,  # a slip is not another option
+    )
     parser.add_argument(
-        "--output", type=Path, default=Path("gpu-results"), metavar="DIR", help="of the results"
+        "--data",
+        type=Path,
+        metavar="VOC_LAYOUT",
+        help="for the suite, and to compare on: photographs, lists and masks, of the bundle's classes",
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        help="what is measured: a folder with bundle.json (default: that of the package)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("gpu-results"),
+        metavar="DIR",
+        help="folder of the results (default: gpu-results here); DIR.tar.gz is written beside it",
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes, photographs and repeats")
     parser.add_argument("--skip-tests", action="store_true", help="leave out tests/gpu")
     parser.add_argument("--tensorrt", action="store_true", help="also TensorRT itself (tensorrt-cu13)")
-    parser.add_argument("--fresh", action="store_true", help="do again what is done in DIR")
+    parser.add_argument("--fresh", action="store_true", help="forget what is in DIR and begin anew")
     parser.add_argument("--plan", action="store_true", help="print the steps and do nothing")
     return parser.parse_args(arguments)
 
@@ -42,9 +65,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
 def settings_from_options(options: argparse.Namespace) -> Settings:
     """The paths absolute; TensorRT also where the Python that starts this has it."""
     return Settings(
-        output=options.output.absolute(),
-        data=options.data.absolute() if options.data else None,
-        bundle=options.bundle.absolute() if options.bundle else None,
+        output=options.output.resolve(),  # so that it has a name, "." too
+        data=options.data.resolve() if options.data else None,
+        bundle=options.bundle.resolve() if options.bundle else None,
         is_quick=options.quick,
         skips_tests=options.skip_tests,
         wants_tensorrt=options.tensorrt or _has_tensorrt(),
@@ -88,15 +111,37 @@ def _shown(command: Command) -> str:
     return f"{words} > {command.output}" if command.output else words
 
 
-def begin(settings: Settings, *, is_fresh: bool) -> None:
-    """Make the folders; `is_fresh` forgets what an earlier run has left in the folder of the results."""
-    if is_fresh and (settings.output / STEPS_FILE).is_file():
-        for name in (LOGS, "work"):
-            shutil.rmtree(settings.output / name, ignore_errors=True)
-        for file in settings.output.glob("*.json"):
-            file.unlink()
+def problem_of(settings: Settings) -> str:
+    """What is wrong with the paths that were given, before anything is installed; nothing if they will do."""
+    for path, inside, remedy in (
+        (settings.data, _VOC, "name a data set in VOC layout, or leave --data out"),
+        (settings.bundle, (MANIFEST,), "name a bundle that multisa made, or leave --bundle out"),
+    ):
+        missing = [name for name in inside if path and not (path / name).exists()]
+        if missing:
+            got = f"got a folder without {', '.join(missing)}" if path and path.is_dir() else "got no folder"
+            return f"{path}: {got}, expected one with {', '.join(inside)}: {remedy}"
+    output = settings.output
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not output.name or not there.is_dir():
+        got = f"the file {there}" if output.name else "the root of all files"
+        return f"{output}: got {got}, expected a folder that is there or can be made: name another --output"
+    return ""
+
+
+def begin(settings: Settings) -> None:
+    """Make the folders."""
     settings.output.mkdir(parents=True, exist_ok=True)
     settings.environment.mkdir(parents=True, exist_ok=True)
+
+
+def forget(output: Path) -> None:
+    """Remove what an earlier run has left in the folder of the results, and its archive."""
+    if (output / STEPS_FILE).is_file():
+        for name in (LOGS, *NOT_PACKED, BENCH):
+            shutil.rmtree(output / name, ignore_errors=True)
+        for file in (*output.glob("*.json"), output / SUMMARY, archive_path(output)):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -122,36 +167,43 @@ def main(arguments: list[str]) -> int:
     except SystemExit as stop:
         return FAILURE if stop.code == _USAGE else 0
     settings = settings_from_options(options)
-    for path in (settings.data, settings.bundle):
-        if path and not path.is_dir():
-            print(f"error: {path}: not found, expected a folder", file=sys.stderr)
-            return FAILURE
+    if problem := problem_of(settings):
+        print(f"error: {problem}", file=sys.stderr)
+        return FAILURE
     if options.plan:
         print_plan(make_steps(settings))
         return 0
-    begin(settings, is_fresh=options.fresh)
+    try:
+        begin(settings)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}, expected a folder to write to", file=sys.stderr)
+        return FAILURE
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, _on_signal)
     with alone(settings.environment) as is_alone:
         if not is_alone:
             print(f"error: {settings.environment}: another run uses it: wait for its end", file=sys.stderr)
             return FAILURE
+        if options.fresh:
+            forget(settings.output)
         return run(settings)
 
 
 def run(settings: Settings) -> int:
     """Run all steps; the summary and the archive are written however far they came."""
     runner = Runner(settings.output, lambda: variables(settings.environment), stamp=sources_stamp(ROOT))
+    steps = make_steps(settings)
     code = 128 + signal.SIGINT
     try:
-        code = runner.run(make_steps(settings))
+        code = runner.run(steps)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on", file=sys.stderr)
     except SystemExit as stop:
         code = int(stop.code or 0)
         print("\nstopped: the same command goes on", file=sys.stderr)
-    summary = write_summary(settings.output, runner.rows, code)
-    print(f"{summary}\n{pack(settings.output)}")
+    results = Results(settings.output, runner.outdated(steps))
+    summary = write_summary(results, runner.rows, code)
+    print(f"{summary}\n{pack(results)}")
     if runner.ended_by:
         print(f"error: {runner.ended_by.name}: {runner.ended_by.reason}", file=sys.stderr)
     elif code == EngineUnavailable.exit_code:

@@ -9,6 +9,7 @@ Exit codes, of a step's commands and of a run: 0 done, 3 a gate failed, 5 what i
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -58,8 +59,9 @@ class Step:
     is_needed: bool = False  # nothing after it makes sense without it
     is_always_run: bool = False  # cheap, and what it says may change
     leaves: tuple[Path, ...] = ()  # without these it is not done, whatever the record says
+    writes: tuple[Path, ...] = ()  # files and folders: removed before it runs, so that what is there is new
     engine: str = ""  # which it shows to be right on the GPU
-    depends_on: Path | None = None  # a file: done with another one of it is not done
+    depends_on: tuple[Path, ...] = ()  # files: done with others of them is not done
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,29 @@ class Runner:
         """`environment` gives the variables of the commands; `stamp` tells the state of the sources."""
         self._output, self._environment, self._stamp = output, environment, stamp
         self._before = {row.name: row for row in read_rows(output)}
+        self._planned = 0
         self.rows: list[Row] = []
         self.ended_by: Row | None = None  # the needed step that was not done
 
     def run(self, steps: Sequence[Step]) -> int:
         """Run them, and return the exit code; a needed step that is not done is the last."""
+        self._planned = len(steps)
         for place, step in enumerate(steps, 1):
             print(f"[{place:2}/{len(steps)}] {step.name:30} ", end="", flush=True)
             row, is_new = self._run_step(step)
             self.rows.append(row)
-            self._save(len(steps))
+            self._save()
             print(_line(row, is_new), flush=True)
             if step.is_needed and row.outcome != DONE:
                 self.ended_by = row
                 return row.exit_code if row.outcome == ABSENT else FAILURE
         return exit_code(self.rows, [step.name for step in steps if step.engine])
+
+    def outdated(self, steps: Sequence[Step]) -> frozenset[Path]:
+        """What steps write that this run did not come to, or left out: it is of an earlier run, if any."""
+        shown = {row.name for row in self.rows if row.outcome != LEFT_OUT}
+        hidden = [step for step in steps if step.name not in shown]
+        return frozenset(path for step in hidden for path in (self._log(step), *step.writes))
 
     def _run_step(self, step: Step) -> tuple[Row, bool]:
         """The row of a step, and whether it was run now."""
@@ -109,15 +119,16 @@ class Runner:
         is_done = before and (before.outcome, before.digest) == (DONE, digest)
         if before and is_done and not step.is_always_run and all(path.exists() for path in step.leaves):
             return before, False
-        log = self._output / LOGS / f"{step.name}.log"
+        log = self._log(step)
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        code = 0
+        if before:  # where this is cut off, what it leaves is not taken for what was recorded
+            del self._before[step.name]
+            self._save()
         with log.open("w", encoding="utf-8") as text:
+            code = _remove(step.writes, text)
             for command in commands:
-                code = run_command(command, text, self._environment())
-                if code:
-                    break
+                code = code or run_command(command, text, self._environment())
         missing = [str(path) for path in step.leaves if not path.exists()]
         if missing and not code:
             code = FAILURE
@@ -136,20 +147,22 @@ class Runner:
         )
         return row, True
 
+    def _log(self, step: Step) -> Path:
+        return self._output / LOGS / f"{step.name}.log"
+
     def _digest(self, step: Step, commands: Sequence[Command]) -> str:
         told = [self._stamp, *(f"{command.arguments} {command.output}" for command in commands)]
-        if step.depends_on and step.depends_on.is_file():
-            told.append(step.depends_on.read_text(encoding="utf-8"))
+        told += [path.read_text(encoding="utf-8") for path in step.depends_on if path.is_file()]
         return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
-    def _save(self, count: int) -> None:
+    def _save(self) -> None:
         """Write all that is known: the rows of now, then those of before that have not been reached."""
         reached = {row.name for row in self.rows}
         rows = [*self.rows, *(row for name, row in self._before.items() if name not in reached)]
         value = {
             "format": _FORMAT,
             "sources": self._stamp,
-            "steps_planned": count,
+            "steps_planned": self._planned,
             "steps_reached": len(self.rows),
             "steps": [asdict(row) for row in rows],
         }
@@ -177,6 +190,20 @@ def exit_code(rows: Sequence[Row], engines: Sequence[str]) -> int:
         return FAILURE
     if engines and not any(outcomes.get(name) == DONE for name in engines):
         return EngineUnavailable.exit_code
+    return 0
+
+
+def _remove(paths: Sequence[Path], log: TextIO) -> int:
+    """Remove files and folders, of a link the link alone; the exit code, 1 where one cannot be removed."""
+    for path in paths:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            log.write(f"error: {error.filename or path}: cannot be removed: {error.strerror}; remove it\n")
+            return FAILURE
     return 0
 
 

@@ -6,20 +6,18 @@ that fails is recorded and the others go on.
 
 import json
 import platform
-import subprocess
 import sys
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from multisa.benchmarks.gpu.look import find_nvcc
 from multisa.benchmarks.gpu.runner import Command, Commands, LeftOut, Step
+from multisa.benchmarks.gpu.settings import DRIVER_FILE, ROOT, Machine, Settings, read_machine
 
-ROOT = Path(__file__).resolve().parents[2]
-DRIVER_FILE = "driver.json"
+BENCH = "bench"  # folder of the suite's report
+MANIFEST, PLANS = "bundle.json", "engines"  # in a bundle
 CUDA_PROVIDER, RTX, ENTERPRISE = "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"
 LIBRARIES, PRECISIONS = (RTX, ENTERPRISE), ("fp32", "fp16")
 # NVIDIA's wheels of a toolkit: what it takes to compile the kernels and pycuda.
@@ -27,62 +25,6 @@ COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvid
 _NEEDED_FILE = {"fp32": "segmenter.onnx", "fp16": "segmenter.fp16.onnx"}  # without it, none in that precision
 _NOT_ASKED_FOR = "not asked for (--tensorrt)"
 _NO_BUNDLE = "no bundle was made: see the step graphs"
-FEW, MANY = 16, 128  # photographs to compare on
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for; paths absolute."""
-
-    output: Path
-    environment: Path = ROOT / ".venv-gpu"
-    data: Path | None = None
-    bundle: Path | None = None
-    is_quick: bool = False
-    skips_tests: bool = False
-    wants_tensorrt: bool = False
-
-    @property
-    def python(self) -> str:
-        """Python of the environment."""
-        return str(self.environment / "bin" / "python")
-
-    @property
-    def multisa(self) -> str:
-        """The command of the environment."""
-        return str(self.environment / "bin" / "multisa")
-
-    @property
-    def made_bundle(self) -> Path:
-        """The copy of the bundle that plans are built into."""
-        return self.output / "work" / "bundle"
-
-    @property
-    def photographs(self) -> Path:
-        """What engines are compared on: the data set, else the photographs of the package."""
-        return self.data or ROOT / "runtime" / "demo_photos"
-
-    @property
-    def count(self) -> str:
-        """How many of them at most."""
-        return str(FEW if self.is_quick else MANY)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the step "driver" has written; placeholders before."""
-
-    target: str = "SM_OF_THE_GPU"
-    problems: dict[str, str] = field(default_factory=dict)  # of each TensorRT, empty where it can be used
-
-
-def read_machine(output: Path) -> Machine:
-    """Read DIR/driver.json; the placeholders where it is not there."""
-    path = output / DRIVER_FILE
-    if not path.is_file():
-        return Machine()
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Machine(found["target"], {name: each["problem"] for name, each in found["libraries"].items()})
 
 
 def make_steps(settings: Settings) -> list[Step]:
@@ -103,13 +45,21 @@ def _started(python: str, name: str, *arguments: str | Path) -> Command:
 def _steps_before_driver(settings: Settings) -> Iterator[Step]:
     where = "--environment", settings.environment, "--output", settings.output / "look.json"
     look = [_started(sys.executable, "look", *where)]
-    yield Step("look", "system, compilers, disk, driver files", lambda: look, True, is_always_run=True)
+    yield Step(
+        "look",
+        "system, compilers, disk, driver files",
+        lambda: look,
+        is_needed=True,
+        is_always_run=True,
+        writes=(settings.output / "look.json",),
+    )
     yield Step(
         "environment",
         "install into .venv-gpu",
         lambda: _install(settings),
         is_needed=True,
         leaves=(settings.environment / "ready",),
+        writes=(settings.environment / "ready",),
     )
     yield Step("tensorrt", "install TensorRT itself", lambda: _install_tensorrt(settings))
     yield Step(
@@ -166,77 +116,108 @@ def _driver(settings: Settings) -> Step:
         is_needed=True,
         is_always_run=True,
         leaves=(settings.output / DRIVER_FILE,),
+        writes=(settings.output / DRIVER_FILE,),
     )
 
 
+def _recorded(settings: Settings, name: str, what: str, file: str, commands: Callable[[], Commands]) -> Step:
+    """A step after the driver's whose result is DIR/FILE."""
+    result = (settings.output / file,)
+    depends_on = (settings.output / DRIVER_FILE,)
+    return Step(name, what, commands, leaves=result, writes=result, depends_on=depends_on)
+
+
 def _checks(settings: Settings) -> Iterator[Step]:
-    output, depends_on = settings.output, settings.output / DRIVER_FILE
+    output = settings.output
     # pytest takes its settings and its root from the checkout that is the working folder.
     tests = [_module(settings, "benchmarks.gpu.checks", "--output", output / "tests-gpu.json", "tests/gpu")]
     timing = _module(
         settings, "benchmarks.gpu.kernels", "--output", output / "kernels.json", *_quick(settings)
     )
-    half = ("--output", settings.made_bundle, "--report", output / "fp16.json", "--count", settings.count)
-    source = ("--bundle", settings.bundle) if settings.bundle else ()
-    graphs = _module(settings, "benchmarks.gpu.graphs", *source, "--photographs", settings.photographs, *half)
     doctor = Command((settings.multisa, "doctor", "--json"), output=output / "doctor.json")
     skipped = LeftOut("--skip-tests")
-    yield Step("doctor", "each engine, tried", lambda: [doctor], depends_on=depends_on)
-    yield Step(
+    yield _recorded(settings, "doctor", "each engine, tried", "doctor.json", lambda: [doctor])
+    yield _recorded(
+        settings,
         "tests",
         "tests/gpu: kernels and engines against their references",
+        "tests-gpu.json",
         lambda: skipped if settings.skips_tests else tests,
-        depends_on=depends_on,
     )
-    yield Step("kernel-times", "kernels at sizes of use", lambda: [timing], depends_on=depends_on)
-    yield Step(
+    yield _recorded(settings, "kernel-times", "kernels at sizes of use", "kernels.json", lambda: [timing])
+    yield _graphs(settings)
+
+
+def _graphs(settings: Settings) -> Step:
+    """The plans go with the bundle that they are in: nothing after it is of a bundle that was before."""
+    report = settings.output / "fp16.json"
+    half = ("--output", settings.made_bundle, "--report", report, "--count", settings.count)
+    source = ("--bundle", settings.bundle) if settings.bundle else ()
+    command = _module(
+        settings, "benchmarks.gpu.graphs", *source, "--photographs", settings.photographs, *half
+    )
+    given = (settings.bundle / MANIFEST,) if settings.bundle else ()
+    return Step(
         "graphs",
         "a copy of the bundle with fp16 graphs",
-        lambda: [graphs],
-        leaves=(settings.made_bundle / "bundle.json",),
-        depends_on=depends_on,
+        lambda: [command],
+        leaves=(settings.made_bundle / MANIFEST,),
+        writes=(settings.made_bundle, report),
+        depends_on=(settings.output / DRIVER_FILE, *given),
     )
 
 
 def _engines(settings: Settings) -> Iterator[Step]:
-    """Plans, then parity of each engine and precision, then the suite."""
-    depends_on = settings.output / DRIVER_FILE
+    """Plans, then parity of each engine and precision, then the suite: of the bundle that was made."""
+    depends_on = (settings.output / DRIVER_FILE, settings.made_bundle / MANIFEST)
     for library in LIBRARIES:
         for precision in PRECISIONS:
+            report = settings.output / f"plans-{library}-{precision}.json"
             yield Step(
                 f"plans-{library}-{precision}",
                 f"build the plans of {library} in {precision}",
-                partial(_build, settings, library, precision),
+                partial(_build, settings, library, precision, report),
+                leaves=(report, settings.made_bundle / PLANS),
+                writes=(report,),
                 depends_on=depends_on,
             )
     for engine in (CUDA_PROVIDER, *LIBRARIES):
         for precision in PRECISIONS:
+            report = settings.output / f"parity-{engine}-{precision}.json"
             yield Step(
                 f"parity-{engine}-{precision}",
                 f"{engine} in {precision} against fp32 on the CPU",
-                partial(_parity, settings, engine, precision),
+                partial(_parity, settings, engine, precision, report),
+                leaves=(report,),
+                writes=(report,),
                 engine=engine,
                 depends_on=depends_on,
             )
-    yield Step("bench", "the suite", lambda: _bench(settings), depends_on=depends_on)
+    folder = settings.output / BENCH
+    yield Step(
+        "bench",
+        "the suite",
+        lambda: _bench(settings),
+        leaves=(folder / "bench.json",),
+        writes=(folder,),
+        depends_on=depends_on,
+    )
 
 
-def _build(settings: Settings, library: str, precision: str) -> Commands:
+def _build(settings: Settings, library: str, precision: str, report: Path) -> Commands:
     machine = read_machine(settings.output)
     reason = _why_not(settings, machine, library, precision)
     if reason:
         return LeftOut(reason)
     asked = ("--target", machine.target, "--precision", precision, "--library", library)
-    report = settings.output / f"plans-{library}-{precision}.json"
     return [Command((settings.multisa, "build", str(settings.made_bundle), *asked, "--json", str(report)))]
 
 
-def _parity(settings: Settings, engine: str, precision: str) -> Commands:
+def _parity(settings: Settings, engine: str, precision: str, report: Path) -> Commands:
     reason = _why_not(settings, read_machine(settings.output), engine, precision)
     if reason:
         return LeftOut(reason)
     asked = ("--engine", engine, "--precision", precision, "--photographs", str(settings.photographs))
-    report = settings.output / f"parity-{engine}-{precision}.json"
     told = ("--count", settings.count, "--report", str(report))
     return [Command((settings.multisa, "parity", str(settings.made_bundle), *asked, *told))]
 
@@ -247,7 +228,7 @@ def _bench(settings: Settings) -> Commands:
     if not _bundle_files(settings, read_machine(settings.output)):
         return LeftOut(_NO_BUNDLE)
     asked = ("--bundle", str(settings.made_bundle), "--data", str(settings.data))
-    told = ("--output", str(settings.output / "bench"), *_quick(settings))
+    told = ("--output", str(settings.output / BENCH), *_quick(settings))
     return [Command((settings.multisa, "bench", *asked, *told))]
 
 
@@ -267,7 +248,7 @@ def _why_not(settings: Settings, machine: Machine, engine: str, precision: str) 
 
 def _bundle_files(settings: Settings, machine: Machine) -> Collection[str]:
     """Names in the bundle that was made; before the driver was asked, those that it will have."""
-    manifest = settings.made_bundle / "bundle.json"
+    manifest = settings.made_bundle / MANIFEST
     if not machine.problems:
         return _NEEDED_FILE.values()
     if not manifest.is_file():
@@ -278,16 +259,3 @@ def _bundle_files(settings: Settings, machine: Machine) -> Collection[str]:
 
 def _quick(settings: Settings) -> tuple[str, ...]:
     return ("--quick",) if settings.is_quick else ()
-
-
-def sources_stamp(root: Path) -> str:
-    """The state of the checkout: its commit, and a digest of what differs from it; nothing without git."""
-    try:
-        told = [
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=True).stdout
-            for words in (("rev-parse", "HEAD"), ("diff", "HEAD"))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    commit, changes = told[0].decode().strip(), told[1]
-    return f"{commit} with changes {sha256(changes).hexdigest()[:12]}" if changes else commit

@@ -4,9 +4,10 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from multisa.benchmarks.gpu.runner import Row
+from multisa.benchmarks.gpu.runner import DONE, Row
 from multisa.runtime.files import write_bytes_atomically
 
 SUMMARY = "summary.md"
@@ -14,38 +15,60 @@ NOT_PACKED = ("work",)  # bundle and plans: hundreds of megabytes that the same 
 _WORDS = {0: "all passed", 3: "a gate failed", 5: "no GPU, driver or engine that can be used"}
 
 
-def write_summary(output: Path, rows: Sequence[Row], code: int) -> Path:
+class Results:
+    """Files of the steps in the folder of the results, without those that an earlier run has left."""
+
+    def __init__(self, output: Path, outdated: frozenset[Path] = frozenset()) -> None:
+        """`outdated`: files and folders that are neither shown nor packed."""
+        self.output, self._outdated = output, outdated
+
+    def has(self, path: Path) -> bool:
+        """Whether a path in the folder is of this run."""
+        return self._outdated.isdisjoint((path, *path.parents))
+
+    def read(self, *names: str) -> Any:
+        """What a step has written, an empty value where it has not."""
+        path = self.output.joinpath(*names)
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if self.has(path) else {}
+        except (OSError, ValueError):
+            return {}
+
+
+def write_summary(results: Results, rows: Sequence[Row], code: int) -> Path:
     """Write it from the rows and the steps' own files, as far as they are there; returns its path."""
     lines = ["# multisa on a GPU", "", f"Exit code {code}: {_WORDS.get(code, 'not all was done')}.", ""]
-    lines += [*_machine(output), *_table(("step", "seconds", "outcome", "why"), _steps(rows))]
-    lines += [*_kernels(output), *_parity(output), *_bench(output)]
-    path = output / SUMMARY
+    lines += [*_machine(results), *_table(("step", "seconds", "outcome", "why"), _steps(rows))]
+    lines += [*_kernels(results), *_parity(results), *_bench(results, rows)]
+    path = results.output / SUMMARY
     write_bytes_atomically(path, "\n".join([*lines, ""]).encode())
     return path
 
 
-def pack(output: Path) -> Path:
+def archive_path(output: Path) -> Path:
+    """DIR.tar.gz, beside DIR."""
+    return output.with_name(f"{output.name}.tar.gz")
+
+
+def pack(results: Results) -> Path:
     """Write DIR.tar.gz beside DIR; a reader sees the old archive or the new one. Returns its path."""
-    target = output.with_name(f"{output.name}.tar.gz")
-    written = output.with_name(f".{output.name}.tar.gz.tmp")
+    output = results.output
+    target = archive_path(output)
+    written = output.with_name(f".{target.name}.tmp")
+    hidden = [output / name for name in NOT_PACKED]
+
+    def chosen(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        path = output.parent / member.name
+        return member if path not in hidden and results.has(path) else None
+
     with tarfile.open(written, "w:gz") as archive:
-        for path in sorted(output.iterdir()):
-            if path.name not in NOT_PACKED:
-                archive.add(path, f"{output.name}/{path.name}")
+        archive.add(output, output.name, filter=chosen)
     written.replace(target)
     return target
 
 
-def _read(path: Path) -> Any:
-    """What a step has written, an empty value where it has not."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _machine(output: Path) -> Iterator[str]:
-    seen, driver = _read(output / "look.json"), _read(output / "driver.json")
+def _machine(results: Results) -> Iterator[str]:
+    seen, driver = results.read("look.json"), results.read("driver.json")
     if seen:
         nvcc = seen["nvcc"] or "from wheels"
         yield f"- {seen['system']}, {seen['machine']}, {seen['cores']} cores, nvcc {nvcc}"
@@ -63,8 +86,8 @@ def _steps(rows: Sequence[Row]) -> Iterator[Sequence[object]]:
         yield row.name, f"{row.seconds:.1f}", row.outcome, row.reason
 
 
-def _kernels(output: Path) -> Iterator[str]:
-    found = _read(output / "kernels.json")
+def _kernels(results: Results) -> Iterator[str]:
+    found = results.read("kernels.json")
     rows = [
         (row["kernel"], shape, way, times["median_ms"], times["times_ours"], f"{row['max_error']:.1e}")
         for row in found.get("rows", ())
@@ -78,12 +101,12 @@ def _kernels(output: Path) -> Iterator[str]:
         yield from _table(("kernel", "shape", "way", "ms", "times the resident call", "error"), rows)
 
 
-def _parity(output: Path) -> Iterator[str]:
+def _parity(results: Results) -> Iterator[str]:
     """Each report of `multisa parity`: {title: {"passed": ..., "problems": [...], ...}}."""
     rows = [
         (title, "passed" if figures.get("passed") else "failed", "; ".join(figures.get("problems", ())))
-        for path in sorted(output.glob("parity-*.json"))
-        for title, figures in _read(path).items()
+        for path in sorted(results.output.glob("parity-*.json"))
+        for title, figures in results.read(path.name).items()
         if isinstance(figures, dict)
     ]
     if rows:
@@ -91,22 +114,24 @@ def _parity(output: Path) -> Iterator[str]:
         yield from _table(("engine", "gate", "problems"), rows)
 
 
-def _bench(output: Path) -> Iterator[str]:
-    found = _read(output / "bench" / "bench.json")
-    rows = [
-        (
-            row.get("engine"),
-            row.get("precision"),
-            row.get("images_per_second"),
-            (row.get("latency_ms") or {}).get("p50"),
-            row.get("miou"),
-            row.get("label_agreement"),
-        )
-        for row in found.get("segment") or ()
-    ]
-    if rows:
-        names = ("engine", "precision", "images a second", "p50 ms", "mIoU", "labels alike")
-        yield from ("", "## The suite: segment", "", *_table(names, rows))
+def _bench(results: Results, rows: Sequence[Row]) -> Iterator[str]:
+    """A row for each contender, with the reason where it could not run; the whole is in DIR/bench."""
+    found = results.read("bench", "bench.json").get("segment") or ()
+    if found:
+        is_whole = any(row.name == "bench" and row.outcome == DONE for row in rows)
+        yield from ("", f"## The suite: segment{'' if is_whole else ' (it did not get to its end)'}", "")
+        names = ("engine", "precision", "device", "images a second", "in one loop", "p50 ms", "mIoU")
+        yield from _table((*names, "labels alike", "problem"), map(_contender, found))
+
+
+def _contender(row: dict[str, Any]) -> Sequence[object]:
+    rates = (row.get("loop") or {}).get("images_per_second")
+    return (
+        *(row.get(name) for name in ("engine", "precision", "device", "images_per_second")),
+        round(median(rates), 2) if rates else None,
+        (row.get("latency_ms") or {}).get("p50"),
+        *(row.get(name) for name in ("miou", "label_agreement", "problem")),
+    )
 
 
 def _table(

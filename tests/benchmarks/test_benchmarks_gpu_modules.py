@@ -11,8 +11,8 @@ import pytest
 
 from multisa.benchmarks.gpu import driver, graphs, kernels, look
 from multisa.benchmarks.gpu.runner import Row
-from multisa.benchmarks.gpu.steps import ROOT, read_machine
-from multisa.benchmarks.gpu.summary import write_summary
+from multisa.benchmarks.gpu.settings import ROOT, read_machine
+from multisa.benchmarks.gpu.summary import Results, write_summary
 from multisa.export import convert
 from multisa.runtime import versions
 from multisa.runtime.bundle import default_bundle_path, load_bundle
@@ -29,6 +29,18 @@ def test_look_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert any("g++" in problem for problem in json.loads(output.read_text())["problems"])
     monkeypatch.setattr(look.shutil, "disk_usage", lambda _: Disk(free=1 << 20))
     assert sum("free disk" in problem for problem in look.look(tmp_path / "venv", tmp_path)["problems"]) == 2
+
+
+def test_an_environment_that_was_cut_off_needs_only_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look.shutil, "disk_usage", lambda _: Disk(free=look.RESULT_BYTES))
+    environment = tmp_path / "venv"
+    assert any("free disk" in problem for problem in look.look(environment, tmp_path)["problems"])
+    (environment / "lib").mkdir(parents=True)
+    with (environment / "lib" / "large").open("wb") as file:
+        file.truncate(look.INSTALLED_BYTES - look.RESULT_BYTES)  # takes no room
+    assert not any("free disk" in problem for problem in look.look(environment, tmp_path)["problems"])
 
 
 class Disk:
@@ -132,10 +144,22 @@ def test_the_summary_is_of_what_is_there(tmp_path: Path) -> None:
     ran = [Row("one", "", "gate failed", "a | b", 3, 2.5)]
     (tmp_path / "parity-x-fp32.json").write_text('{"x fp32": {"passed": false, "problems": ["too far"]}}')
     (tmp_path / "bench").mkdir()
-    rows = [{"engine": "pytorch-eager", "precision": "fp32", "images_per_second": 7.5}]
+    rows = [
+        {"engine": "pytorch-eager", "precision": "fp32", "device": "cuda", "images_per_second": 7.5},
+        {
+            "engine": "x",
+            "precision": "fp32",
+            "loop": {"images_per_second": [1, 4, 3]},
+            "problem": "is not here",
+        },
+    ]
     (tmp_path / "bench" / "bench.json").write_text(json.dumps({"segment": rows}))
-    text = write_summary(tmp_path, ran, 3).read_text()
+    text = write_summary(Results(tmp_path), ran, 3).read_text()
     assert "Exit code 3: a gate failed." in text
     assert "| one | 2.5 | gate failed | a / b |" in text
     assert "| x fp32 | failed | too far |" in text
-    assert "| pytorch-eager | fp32 | 7.5 |" in text
+    assert "segment (it did not get to its end)" in text
+    assert "| pytorch-eager | fp32 | cuda | 7.5 |" in text
+    assert "| x | fp32 |  |  | 3 |  |  |  | is not here |" in text
+    ended = write_summary(Results(tmp_path), [*ran, Row("bench", "", "done")], 3).read_text()
+    assert "## The suite: segment\n" in ended

@@ -89,7 +89,7 @@ def test_what_has_changed_is_done_again(tmp_path: Path, change: str) -> None:
     count, left, depends_on = tmp_path / "count", tmp_path / "left", tmp_path / "driver.json"
     depends_on.write_text("{}")
     text = f"echo x >> '{count}'; touch '{left}'"
-    options = {"leaves": (left,), "depends_on": depends_on, "is_always_run": change == "always"}
+    options = {"leaves": (left,), "depends_on": (depends_on,), "is_always_run": change == "always"}
     assert runner(tmp_path).run([step("one", text, **options)]) == 0
     if change == "file left":
         left.unlink()
@@ -149,6 +149,45 @@ def test_a_step_that_leaves_nothing_has_failed(tmp_path: Path) -> None:
     ran = runner(tmp_path)
     assert ran.run([step("one", "true", leaves=(tmp_path / "made",))]) == 1
     assert str(tmp_path / "made") in ran.rows[0].reason
+
+
+def test_what_a_step_writes_is_removed_before_it_runs(tmp_path: Path) -> None:
+    """Of a link the link alone: what it leads to is not the step's."""
+    folder, file, link, mine = (tmp_path / name for name in ("folder", "file", "link", "mine"))
+    for path in (folder, mine):
+        path.mkdir()
+        (path / "old").touch()
+    file.touch()
+    link.symlink_to(mine)
+    text = f"! test -e '{folder}' && ! test -e '{file}' && ! test -L '{link}'"
+    assert runner(tmp_path).run([step("one", text, writes=(folder, file, link, tmp_path / "absent"))]) == 0
+    assert (mine / "old").exists()
+
+
+def test_what_cannot_be_removed_is_told_and_the_step_not_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ran = runner(tmp_path)
+    assert ran.run([step("one", f"touch '{tmp_path}/begun'", writes=(tmp_path / "file" / "inside",))]) == 1
+    assert "inside: cannot be removed: Not a directory" in ran.rows[0].reason
+    assert not (tmp_path / "begun").exists()
+
+
+def test_a_step_that_was_cut_off_is_not_taken_for_what_it_did_before(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    whole = step("one", f"echo whole > '{made}'", writes=(made,), leaves=(made,))
+    assert runner(tmp_path).run([whole]) == 0
+
+    class Cut(RuntimeError):
+        pass
+
+    def cut() -> dict[str, str]:
+        made.write_text("half")
+        raise Cut
+
+    with pytest.raises(Cut):
+        Runner(tmp_path, cut, stamp="other sources").run([whole])
+    assert runner(tmp_path).run([whole]) == 0
+    assert made.read_text() == "whole\n"
 
 
 def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from multisa.benchmarks.gpu import look, main
 from multisa.benchmarks.gpu.runner import Command, LeftOut, Step
-from multisa.benchmarks.gpu.steps import ROOT, Machine, Settings, make_steps, read_machine
+from multisa.benchmarks.gpu.settings import ROOT, Machine, Settings, read_machine
+from multisa.benchmarks.gpu.steps import make_steps
 from multisa.runtime.cli import COMMANDS, root
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -108,17 +109,42 @@ def test_it_starts_without_any_package(module: str) -> None:
     assert "usage" in result.stdout
 
 
-@pytest.mark.parametrize("words", [["--wrong"], ["--data", "/not/there"], ["--bundle", "/not/there"]])
-def test_what_cannot_be_is_exit_code_1(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(words) == 1
-    assert "error: " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--wrong"], "unrecognized arguments: --wrong"),
+        (["--fres"], "unrecognized arguments: --fres"),
+        (["--data", "/not/there"], "/not/there: got no folder, expected one with JPEGImages"),
+        (["--data", str(ROOT)], "got a folder without JPEGImages, SegmentationClass"),
+        (["--bundle", "/not/there"], "/not/there: got no folder, expected one with bundle.json"),
+        (["--bundle", str(ROOT)], "got a folder without bundle.json"),
+        (["--output", __file__], f"got the file {__file__}"),
+        (["--output", f"{__file__}/results"], f"got the file {__file__}"),
+        (["--output", "/"], "got the root of all files"),
+    ],
+)
+def test_what_cannot_be_is_exit_code_1(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*words, "--plan"]) == 1
+    out, error = capsys.readouterr()
+    assert "error: " in error and told in error
+    assert not out
+
+
+def test_another_python_than_the_one_asked_for_is_not_taken() -> None:
+    environment = os.environ | {"PYTHON": "/not/there/python"}
+    command = ["bash", str(SCRIPT), "--plan"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 1
+    assert "looked for /not/there/python: " in result.stderr
 
 
 def test_a_run_without_a_driver_ends_with_5_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = settings(tmp_path)
-    main.begin(asked, is_fresh=False)
+    main.begin(asked)
     words = ("-m", "multisa.benchmarks.gpu.driver", "--output", str(asked.output / "driver.json"))
     commands = {"kernels": ("true",), "driver": (sys.executable, *words), "doctor": ("false",)}
     steps = [Step(n, "", lambda c=c: [Command(c)], is_needed=n != "doctor") for n, c in commands.items()]
@@ -139,12 +165,16 @@ def test_fresh_forgets_and_touches_nothing_else(tmp_path: Path) -> None:
     asked = settings(tmp_path)
     asked.made_bundle.mkdir(parents=True)
     (asked.output / "notes.json").write_text("{}")
-    main.begin(asked, is_fresh=True)  # no folder of results: nothing in it is ours
+    main.forget(asked.output)  # no folder of results: nothing in it is ours
     assert (asked.output / "notes.json").exists() and asked.made_bundle.exists()
     (asked.output / "steps.json").write_text("{}")
     (asked.output / "photo.jpg").touch()
-    main.begin(asked, is_fresh=True)
+    (asked.output / "bench").mkdir()
+    for old in ("bench/bench.json", "summary.md", "../out put.tar.gz"):
+        (asked.output / old).write_text("of an earlier run")
+    main.forget(asked.output)
     assert [path.name for path in asked.output.iterdir()] == ["photo.jpg"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out put"]
 
 
 def test_one_run_at_a_time_uses_the_environment(tmp_path: Path) -> None:
@@ -177,3 +207,71 @@ def test_a_compiler_of_wheels_is_found_and_kept(tmp_path: Path, monkeypatch: pyt
     (made / "nvcc").touch()
     assert make_steps(asked)[1].commands() == before
     assert main.variables(asked.environment)["PATH"].split(":")[1] == str(made)
+
+
+def test_each_result_is_removed_before_its_step_and_belongs_to_it_alone(tmp_path: Path) -> None:
+    asked = settings(tmp_path, data=tmp_path, bundle=tmp_path, is_quick=True, wants_tensorrt=True)
+    write_driver(asked, tensorrt_rtx="", tensorrt="")
+    write_bundle(asked, "segmenter.onnx", "segmenter.fp16.onnx")
+    steps = make_steps(asked)
+    owned = [path for each in steps for path in each.writes]
+    assert len(owned) == len(set(owned))
+    for each in steps:
+        commands = each.commands()
+        assert not isinstance(commands, LeftOut)
+        # What a command is told to write below the folder of the results is what is removed before.
+        told = {Path(word) for command in commands for word in command.arguments}
+        told |= {command.output for command in commands if command.output}
+        results = {path for path in told if path.is_relative_to(asked.output) and path != asked.made_bundle}
+        assert results <= set(each.writes), each.name
+        if each.name not in ("look", "environment", "tensorrt", "kernels"):
+            assert results, each.name
+    assert asked.made_bundle in next(each for each in steps if each.name == "graphs").writes
+
+
+def test_what_was_of_another_bundle_is_done_again(tmp_path: Path) -> None:
+    asked = settings(tmp_path, data=tmp_path, bundle=tmp_path / "given")
+    made, given = asked.made_bundle / "bundle.json", tmp_path / "given" / "bundle.json"
+    for each in make_steps(asked):
+        if each.name.startswith(("plans", "parity", "bench")):
+            assert made in each.depends_on, each.name
+        if each.name == "graphs":
+            assert given in each.depends_on
+        if each.name.startswith("plans"):
+            assert asked.made_bundle / "engines" in each.leaves
+
+
+def test_figures_of_an_earlier_run_are_neither_shown_nor_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fails has written nothing, and one that is left out or not reached has nothing to show."""
+    asked = settings(tmp_path)
+    main.begin(asked)
+    written = {name: asked.output / f"parity-{name}.json" for name in ("fails", "left-out", "unreached")}
+    texts = {
+        name: f"""echo '{{"{name}": {{"passed": true}}}}' > '{path}'""" for name, path in written.items()
+    }
+
+    def step(name: str, command: str, **options: Any) -> Step:
+        commands = [Command(("sh", "-c", command))]
+        return Step(name, "", lambda: commands if command else LeftOut("not now"), **options)
+
+    def run(*steps: Step) -> str:
+        monkeypatch.setattr(main, "make_steps", lambda _: list(steps))
+        main.run(asked)
+        return (asked.output / "summary.md").read_text()
+
+    all_well = run(*(step(name, text, writes=(written[name],)) for name, text in texts.items()))
+    assert all(f"| {name} | passed |" in all_well for name in written)
+    told = run(
+        step("fails", "exit 1", writes=(written["fails"],)),
+        step("left-out", "", writes=(written["left-out"],)),
+        step("ends", "exit 1", is_needed=True),
+        step("unreached", texts["unreached"], writes=(written["unreached"],)),
+    )
+    assert "passed" not in told
+    assert not written["fails"].exists() and written["left-out"].exists()
+    with tarfile.open(f"{asked.output}.tar.gz") as archive:
+        names = {Path(name).name for name in archive.getnames()}
+    assert {"steps.json", "summary.md", "fails.log", "ends.log"} <= names
+    assert names.isdisjoint({path.name for path in written.values()} | {"left-out.log", "unreached.log"})
