@@ -8,12 +8,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from multisa.benchmarks.gpu.look import find_nvcc
-from multisa.benchmarks.gpu.runner import FAILURE, LOGS, STEPS_FILE, Command, LeftOut, Runner, Step
+from multisa.benchmarks.gpu.runner import (
+    ABSENT,
+    FAILURE,
+    LOGS,
+    STEPS_FILE,
+    Command,
+    LeftOut,
+    Row,
+    Runner,
+    Step,
+)
 from multisa.benchmarks.gpu.settings import ROOT, Settings, sources_stamp
 from multisa.benchmarks.gpu.steps import BENCH, ENTERPRISE, MANIFEST, make_steps
 from multisa.benchmarks.gpu.summary import NOT_PACKED, SUMMARY, Results, archive_path, pack, write_summary
@@ -25,6 +35,7 @@ _EPILOG = (
     "1 anything else. The same command goes on where it stopped."
 )
 _VOC = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt")
+_ELSEWHERE = "name another --output"
 _USAGE = 2  # what argparse ends with; here 1, as everything else
 
 
@@ -125,7 +136,7 @@ def problem_of(settings: Settings) -> str:
     there = next(path for path in (output, *output.parents) if path.exists())
     if not output.name or not there.is_dir():
         got = f"the file {there}" if output.name else "the root of all files"
-        return f"{output}: got {got}, expected a folder that is there or can be made: name another --output"
+        return f"{output}: got {got}, expected a folder that is there or can be made: {_ELSEWHERE}"
     return ""
 
 
@@ -156,6 +167,12 @@ def alone(environment: Path) -> Iterator[bool]:
             yield True
 
 
+def _told(settings: Settings, row: Row) -> str:
+    """Why a run ended, and what to do; where something is not here, the reason says it itself."""
+    again = f": see {settings.output / row.log}, mend it, and give the same command again"
+    return f"{row.name}: {row.reason}{'' if row.outcome == ABSENT else again}"
+
+
 def _on_signal(number: int, _: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
@@ -171,12 +188,19 @@ def main(arguments: list[str]) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return FAILURE
     if options.plan:
-        print_plan(make_steps(settings))
+        with suppress(BrokenPipeError):  # a reader, such as head, may have had enough
+            print_plan(make_steps(settings))
+            sys.stdout.flush()
+            return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     try:
         begin(settings)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}, expected a folder to write to", file=sys.stderr)
+        print(
+            f"error: {error.filename}: {error.strerror}, expected to write there: {_ELSEWHERE}",
+            file=sys.stderr,
+        )
         return FAILURE
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, _on_signal)
@@ -205,7 +229,7 @@ def run(settings: Settings) -> int:
     summary = write_summary(results, runner.rows, code)
     print(f"{summary}\n{pack(results)}")
     if runner.ended_by:
-        print(f"error: {runner.ended_by.name}: {runner.ended_by.reason}", file=sys.stderr)
+        print(f"error: {_told(settings, runner.ended_by)}", file=sys.stderr)
     elif code == EngineUnavailable.exit_code:
         print("error: no engine has run on this GPU: see the steps of parity above", file=sys.stderr)
     return code

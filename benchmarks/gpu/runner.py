@@ -256,7 +256,7 @@ def last_line(log: Path) -> str:
         file.seek(max(log.stat().st_size - _TAIL_BYTES, 0))
         lines = file.read().decode(errors="replace").splitlines()
     said = [line.strip() for line in lines if line.strip()]
-    text = said[-1].removeprefix("error: ") if said else "nothing was said"
+    text = said[-1].removeprefix("error: ").removeprefix("ERROR: ") if said else "nothing was said"
     return "".join(c if c.isprintable() else " " for c in text)[:_REASON_CHARACTERS]
 
 

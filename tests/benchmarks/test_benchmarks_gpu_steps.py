@@ -100,6 +100,12 @@ def test_the_plan_is_printed_and_nothing_is_done(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reader_of_the_plan_may_stop_early(tmp_path: Path) -> None:
+    asked = f"bash '{SCRIPT}' --plan --output '{tmp_path}/out' | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("module", ["main", "look"])
 def test_it_starts_without_any_package(module: str) -> None:
     start = ROOT / "benchmarks" / "gpu" / "start.py"
@@ -161,6 +167,20 @@ def test_a_run_without_a_driver_ends_with_5_and_says_why(
         )
 
 
+def test_a_run_that_cannot_go_on_names_the_log_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = settings(tmp_path)
+    main.begin(asked)
+    command = Command(("sh", "-c", "echo 'ERROR: no wheel'; exit 1"))
+    steps = [Step("environment", "", lambda: [command], is_needed=True)]
+    monkeypatch.setattr(main, "make_steps", lambda _: steps)
+    assert main.run(asked) == 1
+    log = asked.output / "logs" / "environment.log"
+    told = f"error: environment: no wheel: see {log}, mend it, and give the same command again\n"
+    assert capsys.readouterr().err == told
+
+
 def test_fresh_forgets_and_touches_nothing_else(tmp_path: Path) -> None:
     asked = settings(tmp_path)
     asked.made_bundle.mkdir(parents=True)
@@ -182,6 +202,21 @@ def test_one_run_at_a_time_uses_the_environment(tmp_path: Path) -> None:
         assert first and not second
     with main.alone(tmp_path) as again:
         assert again
+
+
+def test_fresh_forgets_nothing_of_a_run_in_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = settings(tmp_path)
+    main.begin(asked)
+    (asked.output / "steps.json").write_text("{}")
+    monkeypatch.setattr(main, "settings_from_options", lambda _: asked)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    with main.alone(asked.environment):
+        assert main.main(["--fresh"]) == 1
+    assert "another run uses it" in capsys.readouterr().err
+    assert (asked.output / "steps.json").exists()
 
 
 def test_variables_lead_to_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
