@@ -57,7 +57,7 @@ def test_segmenting(make_tiny: MakeSetting) -> None:
     assert default["miou"] == 100.0 and default["label_agreement"] == 1.0  # the truth is its own
     eager, small = row_of(rows, engine="pytorch-eager"), row_of(rows, precision="int8")
     assert eager["baseline"] and eager["times_baseline"] == 1.0
-    assert 0.99 < eager["label_agreement"] <= 1.0 and 0.9 < small["label_agreement"] < 1.0
+    assert 0.99 < eager["label_agreement"] <= 1.0 and 0.9 < small["label_agreement"] <= 1.0
     for row in (default, eager, small):
         latency = row["latency_ms"]
         assert 0 < latency["min"] <= latency["p50"] <= latency["p90"] <= latency["max"]
@@ -76,7 +76,7 @@ def test_segmenting(make_tiny: MakeSetting) -> None:
     assert default["times_baseline"] == pytest.approx(expected, rel=0.01)
     assert 0 < default["limit"]["share"] < 1 and small["limit"] is None
     absent = row_of(rows, engine="tensorrt")
-    assert "no NVIDIA driver" in absent["problem"] or absent["problem"] is None
+    assert absent["problem"] is None or "no NVIDIA driver" in absent["problem"]
 
 
 def test_labelling(make_tiny: MakeSetting) -> None:
@@ -173,9 +173,9 @@ def test_sigterm_ends_a_run_and_leaves_nothing(demo_data: Path, tmp_path: Path) 
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("multisa-bench-*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("multisa-bench-*/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(1)
+    assert list(tmp_path.glob("multisa-bench-*/*")), "nothing was begun"
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, said
