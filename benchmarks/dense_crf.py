@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from multisa.benchmarks.harness import environment, interleave, peaks, save_results
+from multisa.benchmarks.harness import environment, interleave, peaks, results_folder, save_results
 from multisa.benchmarks.scenes import class_probabilities, photograph_bytes
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
-from multisa.kernels.dense_crf import _spatial_lattice
+from multisa.kernels.dense_crf import forget_lattices
 
 PSA = CrfParameters()
 SETTINGS = {
@@ -35,7 +35,7 @@ def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[s
 
     def alone() -> object:
         # Without the spatial lattice of an earlier call on this size: pydensecrf makes its own each time.
-        _spatial_lattice.cache_clear()
+        forget_lattices()
         return dense_crf(image, probabilities, **numbers)
 
     times = interleave(
@@ -108,17 +108,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    quick = parser.parse_args().quick
+    results_folder(parser)
+    options = parser.parse_args()
+    quick, described = options.quick, environment("pydensecrf2", quick=options.quick)
     machine = peaks()
     results = {
-        "environment": environment("pydensecrf2"),
+        "environment": described,
         "peaks": machine,
         "image": [HEIGHT, WIDTH],
         "settings": {name: asdict(parameters) for name, parameters in SETTINGS.items()},
         "comparisons": comparisons(quick=quick, machine=machine),
         "scaling": scaling(_repeats(quick)),
     }
-    save_results("dense_crf", results)
+    save_results("dense_crf", results, options.results)
 
 
 if __name__ == "__main__":

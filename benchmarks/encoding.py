@@ -9,7 +9,6 @@ ids, runs and pixels. Writes benchmarks/results/encoding.json.
 
 import argparse
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from multisa.benchmarks.harness import (
     copied_bytes_per_second,
     environment,
     interleave,
+    results_folder,
     save_results,
 )
 from multisa.kernels import encode_rle
@@ -202,8 +202,10 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with JPEGImages, SegmentationClass")
     parser.add_argument("--quick", action="store_true", help="fewer masks and photographs, fewer repeats")
+    results_folder(parser)
     options = parser.parse_args()
-    load, few = os.getloadavg()[0], 3 if options.quick else 1
+    described = environment("pillow", "simplejpeg", "pycocotools", quick=options.quick)
+    few = 3 if options.quick else 1
     drawn = sorted((options.data / "SegmentationClass").glob("*.png"))[:: 60 * few]
     photographs = sorted((options.data / "JPEGImages").glob("*.jpg"))[:: 100 * few]
     long_side = load_bundle(default_bundle_path()).manifest.parameters.long_side
@@ -222,10 +224,8 @@ def main() -> None:
         files = [path.read_bytes() if size is None else enlarged(read_image(path).rgb, size) for path in some]
         jpegs[name] = compare_jpegs(files, long_side, (15 if size is None else 7) // few)
     results = {
-        "environment": environment("pillow", "simplejpeg", "pycocotools"),
-        "load_at_start": round(load, 2),
+        "environment": described,
         "parameters": {
-            "quick": options.quick,
             "threads": 1,
             "encoder": png_encoder(),
             "long_side": long_side,
@@ -235,7 +235,7 @@ def main() -> None:
         "jpegs": jpegs,
         "labels_alike_with_scaled_decoding": agreement,
     }
-    save_results("encoding", results)
+    save_results("encoding", results, options.results)
 
 
 if __name__ == "__main__":

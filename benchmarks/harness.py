@@ -7,21 +7,25 @@ A machine that is shared slows down and speeds up; cases that run in turn are sl
 holds where their times do not.
 """
 
+import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from multisa.kernels.native import native
+from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.files import write_json_atomically
+from multisa.runtime.versions import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -70,26 +74,36 @@ def interleave(
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 
-def save_results(subject: str, results: dict[str, Any]) -> None:
-    """Write results/SUBJECT.json and print it."""
-    write_json_atomically(RESULTS / f"{subject}.json", results)
+def results_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--results`."""
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="folder to write to: benchmarks/results"
+    )
+
+
+def save_results(subject: str, results: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Write SUBJECT.json in `folder` and print it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(folder / f"{subject}.json", results)
     print(json.dumps(results, indent=2))
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """Describe the machine and the versions that took part."""
-    versions = {}
-    for package in ("multisa", "numpy", *packages):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+def environment(*packages: str, quick: bool = False) -> dict[str, Any]:
+    """Describe the machine, its load by now, and the versions that take part: ask before measuring.
+
+    quick: is it a run with fewer repeats, or parts?
+    """
     return {
         "processor": processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cpus(),
+        "memory_gib": _memory_gib(),
         "instruction_set": native.instruction_set(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": installed_versions(("multisa", "numpy", *packages)),
+        "commit": _commit(),
+        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "quick": quick,
     }
 
 
@@ -126,3 +140,22 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30), 1)
+
+
+def _commit() -> str | None:
+    """Of the checkout that is run, with a plus where files differ; None for a package that was installed."""
+    folder = Path(__file__).resolve().parents[1]
+    git = shutil.which("git")
+    if git is None or not (folder / ".git").exists():
+        return None
+    try:
+        asked = [git, "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -117,7 +117,7 @@ class StagesAlone:
 
 
 def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One command: efficiency, memory, and the naive loop on some of the images."""
+    """One command: its rate, its stages alone, memory."""
     bundle, work = load_bundle(options.bundle), options.work
     dataset = read_dataset(options.data)
     items = dataset.val if command == "segment" else dataset.train
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "multisa-pipeline")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    results = {"environment": environment("onnxruntime", "torch", "pydensecrf2")}
+    results = {"environment": environment("onnxruntime")}
     for command in ("segment", "label"):
         results[command] = measure(command, options)
     save_results("pipeline", results)

@@ -2,10 +2,13 @@
 
     python benchmarks/start_up.py
 
-The floor is what the interpreter takes to start and to import NumPy. Writes benchmarks/results/start_up.json.
+The floor is what the interpreter takes to start and to import NumPy. torch.compile starts with an empty cache
+each time. Writes benchmarks/results/start_up.json.
 """
 
 import argparse
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -15,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import environment, interleave, save_results
+from multisa.benchmarks.harness import environment, interleave, results_folder, save_results
 from multisa.benchmarks.suite.contender import COMPILED, EAGER, REFERENCE, Contender
 from multisa.runtime.bundle import default_bundle_path
 
 PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_photos"
 INTERPRETER, OURS = "Python and NumPy", "multisa segment, one photograph"
 EAGER_START = "PyTorch eager, one photograph"
+ON_CPUS = {"onnxruntime-cpu": "onnxruntime", "openvino": "openvino"}  # engines and their packages
 # The same contender as in the suite, opened and run on one photograph.
 _SEGMENT = (
     "import sys\n"
@@ -42,18 +46,20 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
 
     out = scratch / "out"
     command = ["segment", str(photograph), "-o", str(out), "--bundle", str(bundle), "--report", "0"]
+    engines = [name for name, package in ON_CPUS.items() if importlib.util.find_spec(package)]
     ways = {
         INTERPRETER: ["-c", "import numpy"],
         "multisa --help": ["-m", "multisa.runtime.cli", "--help"],
         "multisa inspect": ["-m", "multisa.runtime.cli", "inspect", str(bundle)],
         OURS: ["-m", "multisa.runtime.cli", *command],
+        **{on_engine(name): ["-m", "multisa.runtime.cli", *command, "--engine", name] for name in engines},
         "the engine alone, one photograph": program(REFERENCE),
         EAGER_START: program(Contender(EAGER, "fp32", "cpu")),
     }
     if compiled:
         ways["torch.compile, one photograph"] = program(Contender(COMPILED, "fp32", "cpu"))
     cases: dict[str, Callable[[], object]] = {
-        name: partial(_start, words, out) for name, words in ways.items()
+        name: partial(_start, words, out, scratch / "compiled") for name, words in ways.items()
     }
     slow = {name: 2 for name in cases if name.startswith("torch.compile")}
     times = interleave(cases, repeats=repeats, slow=slow)
@@ -67,9 +73,16 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
     return {"ways": rows, "limit": limit}
 
 
-def _start(words: Sequence[str], out: Path) -> None:
-    shutil.rmtree(out, ignore_errors=True)
-    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+def on_engine(name: str) -> str:
+    """The way to start that asks for this engine instead of leaving it to `multisa segment`."""
+    return f"multisa segment --engine {name}, one photograph"
+
+
+def _start(words: Sequence[str], out: Path, compiled: Path) -> None:
+    for folder in (out, compiled):
+        shutil.rmtree(folder, ignore_errors=True)
+    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    subprocess.run([sys.executable, *words], check=True, capture_output=True, env=variables)
 
 
 def main() -> None:
@@ -79,11 +92,13 @@ def main() -> None:
     )
     parser.add_argument("--bundle", type=Path, default=default_bundle_path())
     parser.add_argument("--quick", action="store_true", help="fewer repeats, without torch.compile")
+    results_folder(parser)
     options = parser.parse_args()
+    described = environment("onnxruntime", "openvino", "torch", quick=options.quick)
     repeats = 3 if options.quick else 9
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(repeats, options.bundle, Path(scratch), compiled=not options.quick)
-    save_results("start_up", {"environment": environment("onnxruntime", "torch"), **measured})
+    save_results("start_up", {"environment": described, **measured}, options.results)
 
 
 if __name__ == "__main__":

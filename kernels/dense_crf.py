@@ -200,6 +200,11 @@ def _infer_with_pydensecrf(image: UInt8, probabilities: Float32, parameters: Crf
     return belief.reshape(probabilities.shape)
 
 
+def forget_lattices() -> None:
+    """Give back the lattices that are kept for the next images of the same sizes."""
+    _spatial_lattice.cache_clear()
+
+
 @functools.lru_cache(maxsize=4)
 def _spatial_lattice(height: int, width: int, sxy: float) -> "Lattice":
     """Build the spatial kernel's lattice, which depends on the image's size alone: corpora repeat a few."""

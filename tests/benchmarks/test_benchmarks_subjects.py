@@ -1,5 +1,7 @@
 """The files of benchmarks/ as programs, and what they share."""
 
+import argparse
+import json
 import runpy
 import sys
 import time
@@ -7,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from multisa.benchmarks import start_up
-from multisa.benchmarks.harness import Times, interleave
+from multisa.benchmarks import cam_head, start_up
+from multisa.benchmarks.harness import Times, interleave, results_folder, save_results
 from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.limits import Floor, peak_of_all_cores
 from multisa.kernels.native import native
@@ -49,6 +51,25 @@ def test_cases_take_turns_and_the_first_round_does_not_count() -> None:
         "max_ms": 3000.0,
         "repeats": 3,
     }
+
+
+def test_results_go_where_they_are_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    results_folder(parser)
+    assert parser.parse_args([]).results.resolve() == (FOLDER / "results").resolve()
+    save_results("made_up", {"a": 1}, parser.parse_args(["--results", f"{tmp_path}/new"]).results)
+    assert json.loads((tmp_path / "new" / "made_up.json").read_text()) == {"a": 1}
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_the_share_that_grows_with_classes_is_above_the_scatter() -> None:
+    every, one = Times((1.0, 1.2, 2.0, 1.1)), Times((0.9, 1.0, 1.7, 1.0))
+    found = cam_head.growth(every, one)
+    assert found["share_of_time_that_grows_with_classes"] == 0.125
+    assert found["quartiles_of_that_share"][0] > 0
+    lost = cam_head.growth(one, every)
+    assert lost["share_of_time_that_grows_with_classes"] is None
+    assert lost["quartiles_of_that_share"][0] < 0
 
 
 def test_the_peak_of_all_cores_is_at_least_one_cores() -> None:
