@@ -74,7 +74,14 @@ class RunRecord:
 
 
 def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord:
-    """Run every stage that is not made already and write `root/run.json`.
+    """Run every stage that is not made already (`make_run`) and write `root/run.json`."""
+    record = make_run(config, dataset, root)
+    write_json_atomically(root / RUN_RECORD, record_to_dict(record))
+    return record
+
+
+def make_run(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord:
+    """Run every stage that is not made already.
 
     Without masks in the data set nothing is measured, and the plain CAM (which is only measured) is left out.
     """
@@ -94,7 +101,7 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         [segmenter],
         lambda folder: evaluate_segmenter(config, dataset, segmenter, folder),
     )
-    record = RunRecord(
+    return RunRecord(
         config=config,
         classes=dataset.class_names,
         palette=dataset.palette,
@@ -109,8 +116,6 @@ def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord
         torch=torch.__version__,
         threads=torch.get_num_threads(),
     )
-    write_json_atomically(root / RUN_RECORD, record_to_dict(record))
-    return record
 
 
 def load_run(root: Path) -> RunRecord:

@@ -115,6 +115,8 @@ def test_table1_trains_what_is_missing_and_goes_on_where_it_was(
     rows = record["rows"]
     assert isinstance(rows, list) and rows[2]["difference"] == round(rows[2]["ours"] - 47.01, 2)
     assert rows[0]["iou"].keys() == {"background", "square", "disc"}
+    notes = record["notes"]
+    assert isinstance(notes, list) and any("seed 0" in note for note in notes)
 
 
 def test_taps_are_counted_from_the_deepest() -> None:
@@ -134,6 +136,17 @@ def test_tables_of_a_finished_run_make_no_stage(voc_folder: Path, run_folder: Pa
     assert f"| + dense CRF | {run.label.background:.2f} | {run.rows[3].miou:.2f} | 68.07 |" in "".join(
         markdown
     )
+
+
+def test_other_settings_leave_the_record_of_the_run(voc_folder: Path, run_folder: Path) -> None:
+    dataset, kept = read_dataset(voc_folder), (run_folder / "run.json").read_bytes()
+    reproduce_table("table3", load_config(str(TINY), ["name=other"]), dataset, run_folder)
+    assert (run_folder / "run.json").read_bytes() == kept
+    beside = run_folder / "reproduce"
+    assert load_run(beside).config.name == "other"
+    (beside / "run.json").unlink()
+    reproduce_table("table3", load_config(str(TINY)), dataset, run_folder)
+    assert not (beside / "run.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ from multisa.training.device import torch_device
 from multisa.training.inference import as_batch, load_maps, read_working_image
 from multisa.training.labelling import label_photographs
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.pipeline import run_pipeline
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.levels import OneLevel, shares_at_peak
 from multisa.training.reproduce.pictures import Legend, Strip, coloured, draw_sheet, fitted, heat_map
 from multisa.training.reproduce.report import FOLDER, provenance
+from multisa.training.reproduce.whole import whole_run
 from multisa.training.segmentation import load_segmenter
 from multisa.training.segmenter import SegmentPhotographs
 from multisa.training.stages import BASELINE, CAM, cam_network
@@ -184,7 +184,7 @@ def _figure5(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[
 
 def _figure6(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[Item]) -> Drawn:
     """Fig. 6: the photograph, the segmenter's answer, truth."""
-    run = run_pipeline(config, dataset, root)
+    run = whole_run(config, dataset, root)
     checkpoint = run.folder(root, "segmenter") / CHECKPOINT
     device = torch_device(config)
     network = load_segmenter(config.segmenter, len(dataset.class_names), checkpoint)
