@@ -2,38 +2,42 @@
 
 from typing import Any
 
+from multisa.benchmarks.readme_sources import Files, source
 
-def head(results: dict[str, Any]) -> list[str]:
+
+def head(files: Files) -> list[str]:
     """What folding and blocks of queries are worth, as pieces of a paragraph."""
 
+    parts: dict[str, Any] = files["cam_head"]
+    heads, costs, whole, memory = (parts[name]["networks"] for name in ("head", "cost", "whole", "memory"))
+
     def fraction(network: str, scale: float) -> float:
-        row = next(row for row in results["cost"][network] if row["scale"] == scale)
+        row = next(row for row in costs[network] if row["scale"] == scale)
         return float(row["folded_over_unfolded"])
 
-    lite, resnet = (results["head"][network]["ratio"] for network in ("lite0", "resnet50"))
-    whole = results["whole"]
-    before, after = (row["peak_mib"] for row in results["memory"]["packaged"])
+    lite, resnet = (heads[network]["ratio"] for network in ("lite0", "resnet50"))
+    before, after = (row["peak_mib"] for row in memory["packaged"])
     largest = [
-        name
-        for name, rows in results["cost"].items()
-        if any(r["head_is_largest"] for r in rows if r["scale"] == 2)
+        name for name, rows in costs.items() if any(r["head_is_largest"] for r in rows if r["scale"] == 2)
     ]
     return [
         f"Folding leaves {fraction('resnet50', 1.0):.2f} (ResNet-50) and {fraction('resnest101', 1.0):.2f}",
         "(ResNeSt-101) of the CAM network's multiply-adds at 512 pixels. The exported head is",
         f"{lite:.1f} (lite0) and {resnet:.1f} times (ResNet-50) as fast as in PyTorch eager, the whole graph",
-        f"with {len(results['scales'])} scales and their mirror images",
+        f"with {len(parts['scales'])} scales and their mirror images",
         f"{whole['lite0']['ratio']:.1f} times at {whole['lite0']['size']} and",
         f"{whole['resnet50']['ratio']:.1f} times at {whole['resnet50']['size']}",
         "pixels. Blocks of queries take the peak memory of the packaged cam.onnx at 1000 x 1000 pixels from",
         f"{before:,} to {after:,} MiB.",
         *([f"Attention stays the largest term at twice that size for {', '.join(largest)}."] * bool(largest)),
-        "[benchmarks/results/cam_head.json](benchmarks/results/cam_head.json)",
+        source(files, "cam_head"),
     ]
 
 
-def precisions(results: dict[str, Any]) -> list[str]:
+def precisions(files: Files) -> list[str]:
     """How the graphs of lower precision answer, as pieces of a paragraph."""
+
+    results = files["precisions"]
 
     def miou(title: str) -> str:
         labels = results[title]["figures"]["labels"]
@@ -48,11 +52,11 @@ def precisions(results: dict[str, Any]) -> list[str]:
         f"mIoU {miou('fp16')}; pseudo-masks {masks['agreement']:.3%} alike. int8 segmenter:",
         f"{whole['agreement']:.2%} alike, {whole['firm_agreement']:.2%} away from ties, mIoU {miou('int8')},",
         f"{one:.2f} times as fast as fp32 on one thread and {two:.2f} times on two.",
-        "[benchmarks/results/precisions.json](benchmarks/results/precisions.json)",
+        source(files, "precisions"),
     ]
 
 
-def plans(results: dict[str, Any]) -> str:
+def plans(files: Files) -> str:
     """A table of what was built, and where no plan came out."""
     lines = [
         "Plans that TensorRT-RTX built on this machine, for GPUs that are not here; none of them was run:",
@@ -60,7 +64,7 @@ def plans(results: dict[str, Any]) -> str:
         "| network | graph | targets | MB | seconds for one | largest error of the graph against eager |",
         "|---|---|---|---|---|---|",
     ]
-    for name, entry in results["bundles"].items():
+    for name, entry in files["plans"]["bundles"].items():
         for graph in dict.fromkeys(plan["graph"] for plan in entry["plans"]):
             built = [p for p in entry["plans"] if p["graph"] == graph and "failure" not in p]
             sizes, seconds = ([p[key] for p in built] for key in ("megabytes", "build_seconds"))
@@ -74,7 +78,7 @@ def plans(results: dict[str, Any]) -> str:
                 f"{max(errors.values()):.0e}" if errors else "in its parity.json",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "[benchmarks/results/plans.json](benchmarks/results/plans.json)"])
+    return "\n".join([*lines, "", source(files, "plans")])
 
 
 def _range(values: list[float]) -> str:

@@ -11,13 +11,18 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks import readme_bench, readme_graphs
+from multisa.benchmarks import readme_bench, readme_graphs, readme_kernels
 from multisa.benchmarks.readme_runs import runs
+from multisa.benchmarks.readme_sources import Files
 from multisa.training.reproduce.paper import MULTI_SA, TABLE2, TABLE3_MIOU
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BUNDLE = ROOT / "runtime" / "bundles" / "voc-animals" / "bundle.json"
+SUBJECTS = (
+    *("voc-animals", "segmenting", "labelling", "start_up", "pipeline", "kills", "journal", "doubt"),
+    *("random_walk", "dense_crf", "encoding", "cam_head", "precisions", "plans"),
+)
 BACKGROUND_SAMPLE = 128  # as in training/calibration.py, which is not imported: it needs torch
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the engine
 MIOU_TOLERANCE = 0.1  # percent: the bundle's weights are rounded to half precision
@@ -26,18 +31,9 @@ START, STOP = "<!-- results: written by benchmarks/readme_results.py -->", "<!--
 PAPER = {**TABLE2, "DeepLab": TABLE3_MIOU[MULTI_SA]}
 
 
-def results_section(
-    run: dict[str, Any],
-    bench: list[dict[str, Any]],
-    kernels: list[dict[str, Any]],
-    of_runs: list[dict[str, Any]],
-    graphs: list[dict[str, Any]],
-) -> str:
-    """Markdown of all results files.
-
-    bench: segmenting, labelling, start-up; kernels: the walk, the CRF, the codecs; of_runs: as
-    `readme_runs.runs` takes them; graphs: CAM head, precisions, plans.
-    """
+def results_section(files: Files) -> str:
+    """Markdown of the results files, by name."""
+    run = files["voc-animals"]
     classes = run["classes"]
     lines = [
         f"| stage | list | mIoU | paper | {' | '.join(classes)} |",
@@ -48,20 +44,18 @@ def results_section(
         ious = " | ".join("-" if value is None else f"{value:.1f}" for value in row["iou"])
         cells = [row["stage"], row["measured_on"], f"**{row['miou']:.2f}**", paper, ious]
         lines.append(f"| {' | '.join(cells)} |")
-    head, precisions, plans = graphs
-    walk, crf, codecs = kernels
     passages = (
         _conditions(run),
-        readme_bench.segmenting(bench[0]),
-        _paragraph(*readme_bench.segmenting_conditions(bench[0])),
-        readme_bench.labelling(bench[1]),
-        _paragraph(*readme_bench.labelling_conditions(bench[1]), *readme_bench.start_up(bench[2])),
-        _paragraph(*runs(*of_runs)),
-        _kernels(walk, crf),
-        _codecs(codecs),
-        _paragraph(*readme_graphs.head(head)),
-        _paragraph(*readme_graphs.precisions(precisions)),
-        readme_graphs.plans(plans),
+        readme_bench.segmenting(files),
+        _paragraph(*readme_bench.segmenting_conditions(files)),
+        readme_bench.labelling(files),
+        _paragraph(*readme_bench.labelling_conditions(files), *readme_bench.start_up(files)),
+        _paragraph(*runs(files)),
+        _paragraph(*readme_kernels.walk(files), *readme_kernels.crf(files)),
+        _paragraph(*readme_kernels.codecs(files)),
+        _paragraph(*readme_graphs.head(files)),
+        _paragraph(*readme_graphs.precisions(files)),
+        readme_graphs.plans(files),
     )
     return "\n\n".join(["\n".join(lines), *passages])
 
@@ -103,93 +97,40 @@ def _gains(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _kernels(walk: dict[str, Any], crf: dict[str, Any]) -> str:
-    grid = walk["comparisons"][0]
-    ways = grid["ways"]
-    ours, dense, scipy = ways["multisa"], ways["dense squaring"], ways["scipy, Chebyshev"]
-    flushed = ways["dense squaring, denormals flushed"]
-    rows = crf["comparisons"]
-    named = ", ".join(
-        f"{row['speedup']:.1f} times ({row['labels']} labels"
-        + (f", {row['present']} of them present)" if row["present"] != row["labels"] else ")")
-        for row in rows
-        if row["parameters"] == "psa"
-    )
-    first = rows[0]["ways"]
-    agreement = min(row["argmax_agreement"] for row in rows)
-    machine = walk["environment"]
-    crf_ours, crf_theirs = (first[name]["median_ms"] for name in ("multisa", "pydensecrf"))
-    return _paragraph(
-        f"Kernels, one thread of an {machine['processor']} with {machine['instruction_set'].upper()},",
-        f"medians in turn. A random walk of 256 steps over {grid['size']} x {grid['size']} pixels and",
-        f"{grid['channels']} channels takes {ours['median_ms']:.1f} ms; the literature's squaring of the",
-        f"dense matrix, on all cores, {dense['median_ms'] / 1000:.0f} s ({dense['times_ours']:,.0f} times as",
-        f"long; {flushed['times_ours']:,.0f} times with denormal numbers flushed); the same series on SciPy",
-        f"{scipy['median_ms']:.0f} ms. The largest error against float64 is",
-        f"{ours['max_error']:.0e}; {grid['floor']['share_of_peak']:.0%} of the peak rate is used.",
-        "[benchmarks/results/random_walk.json](benchmarks/results/random_walk.json)",
-        f"A dense CRF of {crf['image'][1]} x {crf['image'][0]} pixels and 3 labels takes {crf_ours:.0f} ms,",
-        f"pydensecrf {crf_theirs:.0f} ms. Ours is {named} as fast,",
-        f"with the same label at {agreement:.4%} of the pixels.",
-        "[benchmarks/results/dense_crf.json](benchmarks/results/dense_crf.json)",
-    )
-
-
-def _codecs(results: dict[str, Any]) -> str:
-    own, large = results["masks"]["segmenter, own size"], results["masks"]["drawn, 1024x1024"]
-    png, runs, photograph = large["png"], large["rle"], results["jpegs"]["4000x3000"]
-    decoding, ready = photograph["decoding"], photograph["decoding_and_resizing"]
-    alike = results["labels_alike_with_scaled_decoding"]
-    smaller, larger = (
-        one["png"]["ours"]["bytes_each"] / one["png"]["Pillow"]["bytes_each"] for one in (large, own)
-    )
-    return _paragraph(
-        "Codecs, one thread: a mask of 1024x1024 pixels is a palette PNG after",
-        f"{png['ours']['ms_each']:.2f} ms,",
-        f"{png['Pillow']['times_ours']:.1f} times as fast as Pillow's default and with",
-        f"{smaller:.2f} of its bytes",
-        f"({own['png']['Pillow']['times_ours']:.1f} times and",
-        f"{larger:.2f} for masks of the segmenter",
-        "at the photographs' own size), and COCO's run lengths of all classes after",
-        f"{runs['ours']['ms_each']:.2f} ms, {runs['pycocotools']['times_ours']:.1f} times as fast as",
-        f"pycocotools for {large['classes_each']} classes. A JPEG of 12 megapixels is decoded",
-        f"{decoding['Pillow']['times_ours']:.1f} times as fast as by Pillow to the same pixels, and at the",
-        f"size that the networks see {ready['Pillow']['times_ours']:.1f} times as fast, where it is decoded",
-        "smaller:",
-        f"{alike['mean']:.2%} of the labels stay alike ({alike['photographs']} photographs, enlarged",
-        f"{alike['enlarged']} times). [benchmarks/results/encoding.json](benchmarks/results/encoding.json)",
-    )
-
-
 def _paragraph(*pieces: str) -> str:
     return textwrap.fill(" ".join(pieces), 108, break_long_words=False, break_on_hyphens=False)
 
 
-def disagreements(
-    run: dict[str, Any], segmenting: dict[str, Any], labelling: dict[str, Any], manifest_sha256: str
-) -> list[str]:
+def disagreements(files: Files, manifest_sha256: str) -> list[str]:
     """What shows that the files are not of one training: the run, the suite's results, the bundle."""
+    run, suite = files["voc-animals"], [(name, files[name]) for name in ("segmenting", "labelling")]
+    problems = [
+        f"{name} was measured with another bundle"
+        for name, of in suite
+        if of["environment"]["bundle"]["sha256"] != manifest_sha256
+    ]
+    problems += [
+        f"{name} has no row of the default engine that ran"
+        for name, rows in (("segmenting", suite[0][1]["segment"]), ("labelling", suite[1][1]["label"]))
+        if not any(row.get("default") and row["problem"] is None for row in rows)
+    ]
+    rows = files["segmenting"]["segment"]
+    eager = next((row for row in rows if row["engine"] == "pytorch-eager"), None)
+    if eager is None:
+        return [*problems, "segmenting has no row of pytorch-eager"]
+    if eager["problem"] is not None:
+        return [*problems, f"pytorch-eager did not run: {eager['problem']}"]
     val = next(row["miou"] for row in run["rows"] if row["measured_on"] == "val")
-    default = next(row for row in segmenting["segment"] if row["default"])
-    eager = next((row for row in segmenting["segment"] if row["engine"] == "pytorch-eager"), default)
-    agreement, whole = eager["label_agreement"], eager["photographs"] == run["photographs"]["val"]
-    measured = {
-        name: of["environment"]["bundle"]["sha256"]
-        for name, of in (("segmenting", segmenting), ("labelling", labelling))
-    }
-    checks = (
-        *(
-            (sha256 == manifest_sha256, f"{name} was measured with another bundle")
-            for name, sha256 in measured.items()
-        ),
-        # Fewer photographs than the run measured have another mIoU.
-        (
-            not whole or abs(eager["miou"] - val) <= MIOU_TOLERANCE,
-            f"PyTorch eager has mIoU {eager['miou']}, the run's val row {val}",
-        ),
-        (agreement >= LEAST_AGREEMENT, f"{agreement:.4%} of labels agree, expected {LEAST_AGREEMENT:.1%}"),
-    )
-    return [problem for holds, problem in checks if not holds]
+    missing = [key for key in ("miou", "label_agreement", "photographs") if eager.get(key) is None]
+    if missing:
+        return [*problems, f"pytorch-eager has no {', '.join(missing)}"]
+    # Fewer photographs than the run measured have another mIoU.
+    if eager["photographs"] == run["photographs"]["val"] and abs(eager["miou"] - val) > MIOU_TOLERANCE:
+        problems.append(f"PyTorch eager has mIoU {eager['miou']}, the run's val row {val}")
+    if eager["label_agreement"] < LEAST_AGREEMENT:
+        agreement = f"{eager['label_agreement']:.4%}"
+        problems.append(f"{agreement} of labels agree, expected {LEAST_AGREEMENT:.1%}")
+    return problems
 
 
 def updated(readme: str, section: str) -> str:
@@ -203,23 +144,16 @@ def main() -> int:
     """Rewrite or check README.md."""
     path = ROOT / "README.md"
     readme = path.read_text(encoding="utf-8")
-    run, segmenting, labelling, starts = (
-        json.loads((RESULTS / f"{subject}.json").read_text(encoding="utf-8"))
-        for subject in ("voc-animals", "segmenting", "labelling", "start_up")
-    )
-    problems = disagreements(run, segmenting, labelling, hashlib.sha256(BUNDLE.read_bytes()).hexdigest())
+    missing = [name for name in SUBJECTS if not (RESULTS / f"{name}.json").is_file()]
+    if missing:
+        print(f"benchmarks/results: {', '.join(missing)} missing; run make bench")
+        return 1
+    files = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in SUBJECTS}
+    problems = disagreements(files, hashlib.sha256(BUNDLE.read_bytes()).hexdigest())
     if problems:
         print(f"the results files disagree, run make train and make bench: {'; '.join(problems)}")
         return 1
-    kernels, of_runs, graphs = (
-        [json.loads((RESULTS / f"{subject}.json").read_text(encoding="utf-8")) for subject in subjects]
-        for subjects in (
-            ("random_walk", "dense_crf", "encoding"),
-            ("pipeline", "kills", "journal", "doubt"),
-            ("cam_head", "precisions", "plans"),
-        )
-    )
-    fresh = updated(readme, results_section(run, [segmenting, labelling, starts], kernels, of_runs, graphs))
+    fresh = updated(readme, results_section(files))
     if "--check" in sys.argv[1:]:
         if fresh != readme:
             print("README.md disagrees with benchmarks/results; run python benchmarks/readme_results.py")

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from multisa.benchmarks.readme_sources import Files, source
 
-def runs(
-    pipeline: dict[str, Any], kills: dict[str, Any], journal: dict[str, Any], doubt: dict[str, Any]
-) -> list[str]:
+
+def runs(files: Files) -> list[str]:
     """Pieces of the paragraph."""
+    pipeline, kills, journal, doubt = (files[name] for name in ("pipeline", "kills", "journal", "doubt"))
     segment, label = pipeline["segment"], pipeline["label"]
     by_doubt, by_confidence = (
         doubt["methods"]["segment"][name]["spearman_with_1_minus_iou"]
@@ -16,18 +17,18 @@ def runs(
         f"Runs on {pipeline['environment']['cores']} cores:",
         _one("segment", segment),
         _one("label", label),
-        "[benchmarks/results/pipeline.json](benchmarks/results/pipeline.json)",
+        source(files, "pipeline"),
         f"Of {kills['points']} runs killed with SIGKILL at random moments and resumed, {kills['identical']}",
         f"are byte for byte the unbroken run, {kills['recomputed']} committed shards were done again.",
-        "[benchmarks/results/kills.json](benchmarks/results/kills.json)",
+        source(files, "kills"),
         f"The journal of {journal['images']:,} images is read in",
         f"{_milliseconds(journal, '256')} ms a million (shards of 256), or",
         f"{_milliseconds(journal, '1')} ms with a shard for each image; freezing their list takes",
         f"{journal['inventory']['seconds_to_freeze_a_million']:.1f} s a million.",
-        "[benchmarks/results/journal.json](benchmarks/results/journal.json)",
+        source(files, "journal"),
         f"Doubt ranks `segment`'s masks of {doubt['photographs']} val photographs, on which its formula was",
         f"chosen, by IoU with a correlation of {by_doubt:.2f}, confidence alone with {by_confidence:.2f}.",
-        "[benchmarks/results/doubt.json](benchmarks/results/doubt.json)",
+        source(files, "doubt"),
     ]
 
 
