@@ -193,10 +193,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--quick", action="store_true", help="the heads, fewer repeats; other results are kept")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="the heads, fewer repeats; other results are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    part.add_argument("--only", choices=list(PARTS), help="measure one part, keep the other results")
+    which.add_argument("--only", choices=list(PARTS), help="measure one part, keep the other results")
     results_folder(parser)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
