@@ -194,7 +194,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="the heads, fewer repeats; other results are kept")
+    which.add_argument(
+        "--quick", action="store_true", help="the heads, fewer repeats; other results are kept"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     which.add_argument("--only", choices=list(PARTS), help="measure one part, keep the other results")
     results_folder(parser)
