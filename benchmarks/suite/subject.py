@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import save_results
+from multisa.benchmarks.harness import results_folder, save_results
 from multisa.benchmarks.suite.machine import describe_run
 from multisa.benchmarks.suite.setting import Setting, make_setting
 from multisa.runtime.bundle import default_bundle_path
@@ -25,6 +25,7 @@ def subject_main(
     parser.add_argument("--plans", type=Path, help="folder of TensorRT plans besides the bundle's own")
     parser.add_argument("--engines", default="", help="names separated by commas; all of them else")
     parser.add_argument("--quick", action="store_true", help="fewer photographs, fewer repeats")
+    results_folder(parser)
     options = parser.parse_args()
     engines = tuple(name for name in options.engines.split(",") if name)
     load = os.getloadavg()[0]
@@ -38,4 +39,5 @@ def subject_main(
             quick=options.quick,
         )
         rows = measure(setting)
-        save_results(subject, {"environment": describe_run(setting, options.quick, load), stage: rows})
+        described = {"environment": describe_run(setting, options.quick, load), stage: rows}
+        save_results(subject, described, options.results)
