@@ -1,7 +1,7 @@
 """Reading a report that was checked: values that may be missing, names of rows, figures as text."""
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -20,6 +20,13 @@ _TITLES = {
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT-RTX",
 }
+
+
+def baseline_of(rows: Sequence[Row], row: Row) -> Row | None:
+    """The row whose speed that of `row` is compared with: of its device, where there is one."""
+    baselines = [one for one in rows if one.get("baseline") and not one.get("problem")]
+    same = [one for one in baselines if one.get("device") == row.get("device")]
+    return next(iter([*same, *baselines]), None)
 
 
 def rows_of(bench: Mapping[str, Any], stage: str) -> list[Row]:
@@ -69,11 +76,37 @@ def full_name(stage: str, row: Row) -> str:
     return plain(f"{row_name(stage, row)} {row.get('size') or ''}{several}")
 
 
+def is_ours(stage: str, row: Row) -> bool:
+    """Whether the row runs our code: the others are what ours is measured against."""
+    if stage == "segment":
+        return not str(row["engine"]).startswith("pytorch")
+    return str(row["recipe" if stage == "label" else "way"]).startswith(OURS)
+
+
 def end_to_end(row: Row) -> float | None:
     """Images a second from decoding to the written file: the row's figure, else the median of its repeats."""
-    repeats = (row.get("end_to_end") or {}).get("images_per_second")
     own = value(row, "images_per_second")
-    return own if own is not None or not repeats else float(median(repeats))
+    return rate(row, "end_to_end") if own is None else own
+
+
+def rate(row: Row, key: str) -> float | None:
+    """Images a second, the median of the repeats: "end_to_end", or all in the same plain "loop"."""
+    repeats = (row.get(key) or {}).get("images_per_second")
+    return float(median(repeats)) if repeats else None
+
+
+def cut_text(text: str, limit: int) -> str:
+    """`text` with at most `limit` characters: its start and its end, which of a traceback says most.
+
+    What cannot be written as UTF-8 becomes a question mark.
+    """
+    text = text.encode("utf-8", "replace").decode()
+    if len(text) <= limit:
+        return text
+    left_out = " [...] "
+    start = max(limit - len(left_out), 0) // 2
+    end = max(limit - len(left_out) - start, 0)
+    return (text[:start] + left_out + text[len(text) - end :])[:limit]
 
 
 def plain(text: str) -> str:

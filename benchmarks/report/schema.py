@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from multisa.benchmarks.report.cells import cut_text
 from multisa.runtime.errors import UsageError
 
 SCHEMA_VERSION = 1
@@ -76,6 +77,25 @@ def validate_bench(data: object) -> None:
                     f"{stage}[{index}]: got the same {', '.join(ROW_KEYS[stage])} as {stage}[{first}], "
                     f"expected each row once: {_REMEDY}"
                 )
+
+
+def cut_texts(bench: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of our own, what its rows say of failures no longer than a report may hold: nobody knows how
+    much others' code says. For reports of others `validate_bench` alone is right.
+    """
+    return {
+        **bench,
+        **{stage: [_cut(row) for row in bench.get(stage) or ()] for stage in STAGES if stage in bench},
+    }
+
+
+def _cut(row: Mapping[str, Any]) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    if isinstance(row.get("problem"), str):
+        said["problem"] = cut_text(row["problem"], LONGEST_TEXT)
+    if row.get("notes"):
+        said["notes"] = [cut_text(note, LONGEST_TEXT) for note in row["notes"]]
+    return {**row, **said}
 
 
 def row_key(stage: str, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -173,12 +193,13 @@ _POSITIVE = _number(1e-12)
 _ANY = _number()
 _SHARE = _number(0, 1)
 _LIMIT = _record({"floor_ms": _ANY, "share": _ANY, "text": _text})
-_END_TO_END = _record(
+_RATES = _record(
     {
         "by": _text,
         "photographs": _count,
+        "turns": _count,  # where each repeat is of other photographs
         "images_per_second": _listing(_POSITIVE),
-        "times_reference": _POSITIVE,
+        "times_baseline": _POSITIVE,
     }
 )
 _LATENCY = _record(
@@ -204,13 +225,15 @@ _ROW: dict[str, Check] = {
     **dict.fromkeys(("engine", "precision", "device", "problem"), _text),
     **dict.fromkeys(("recipe", "kernel", "way", "size"), _text),
     "threads": _name,
-    **dict.fromkeys(("default", "reference"), _flag),
+    **dict.fromkeys(("default", "baseline"), _flag),
     **dict.fromkeys(("images_per_second", "startup_seconds"), _POSITIVE),
-    **dict.fromkeys(("times_reference", "default_times_as_fast", "times_ours"), _POSITIVE),
+    **dict.fromkeys(("times_baseline", "default_times_as_fast", "times_ours"), _POSITIVE),
     **dict.fromkeys(("median_ms", "min_ms", "max_ms", "mean_pixels"), _POSITIVE),
     **dict.fromkeys(("photographs", "repeats"), _count),
     **dict.fromkeys(("model_bytes", "max_error"), _ANY),
-    "end_to_end": _END_TO_END,
+    "end_to_end": _RATES,
+    "loop": _RATES,
+    "notes": _listing(_text, MOST_POINTS),
     "latency_ms": _LATENCY,
     "batches": _curve({"batch": _POSITIVE}, images_per_second=_POSITIVE),
     "sizes": _curve({"pixels": _POSITIVE}, long_side=_POSITIVE, latency_ms=_POSITIVE),
@@ -228,7 +251,7 @@ _ROWS: dict[str, Check] = {
 }
 _ENVIRONMENT = _record(
     {
-        **dict.fromkeys(("processor", "instruction_set", "system", "python", "started"), _text),
+        **dict.fromkeys(("processor", "instruction_set", "system", "python", "started", "commit"), _text),
         "cores": _POSITIVE,
         **dict.fromkeys(("memory_gib", "load_at_start", "seconds"), _ANY),
         "gpus": _listing(_text, 100),

@@ -84,6 +84,8 @@ def tidy_csv(bench: Mapping[str, Any]) -> str:
                 continue
             for metric, at, figure, unit in _figures(row):
                 writer.writerow([*names, metric, _cell(at), repr(figure), unit])
+            for index, note in enumerate(row.get("notes") or ()):
+                writer.writerow([*names, "note", str(index + 1), _cell(note), ""])
     return out.getvalue()
 
 
@@ -98,6 +100,7 @@ def _figures(row: Row) -> Iterator[tuple[str, str, float, str]]:
             yield metric, "", inside[last], unit
     for name, curve, unit in (
         ("end_to_end.images_per_second", (row.get("end_to_end") or {}).get("images_per_second"), "1/s"),
+        ("loop.images_per_second", (row.get("loop") or {}).get("images_per_second"), "1/s"),
         ("latency_ms.p50", (row.get("latency_ms") or {}).get("repeats"), "ms"),
     ):
         for index, figure in enumerate(curve or ()):
@@ -118,11 +121,12 @@ _CURVES = (
 )
 _SINGLE = (
     ("images_per_second", "1/s"),
-    ("end_to_end.times_reference", "1"),
+    ("end_to_end.times_baseline", "1"),
     ("end_to_end.photographs", "1"),
+    ("loop.times_baseline", "1"),
     *((f"latency_ms.{key}", "ms") for key in ("p50", "p90", "p99", "min", "max", "mean")),
     ("latency_ms.count", "1"),
-    ("times_reference", "1"),
+    ("times_baseline", "1"),
     ("default_times_as_fast", "1"),
     ("peak_mib.host", "MiB"),
     ("peak_mib.device", "MiB"),

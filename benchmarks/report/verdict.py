@@ -1,21 +1,25 @@
 """The report in sentences, each made of its figures: how fast, against what, at which mIoU."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from multisa.benchmarks.report.cells import (
-    OURS,
     Row,
+    baseline_of,
     count,
     end_to_end,
     engine_name,
+    is_ours,
     number,
     plain,
+    rate,
     rows_of,
     value,
 )
 
 _SAME = 0.03  # of images a second: less apart is as fast
+_EQUAL = 0.1  # points of mIoU: less apart is as accurate
+_GRAPH = "onnxruntime-cpu"  # what runs the bundle's fp32 graph as it is
 
 
 def verdict(bench: Mapping[str, Any]) -> list[str]:
@@ -57,6 +61,7 @@ def environment_facts(bench: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         "digest of the data": _short(data.get("digest")),
         "measured peaks": ", ".join(_peaks(environment)),
+        "commit": _short(environment.get("commit")),
         "started": str(environment.get("started") or ""),
         "took": ""
         if seconds is None
@@ -83,61 +88,97 @@ def _segmenting(bench: Mapping[str, Any]) -> list[str]:
     default = next((row for row in rows if row.get("default")), None)
     if default is None:
         return []
-    reference = next((row for row in rows if row.get("reference") and row is not default), None)
-    speed, ratio = end_to_end(default), value(default, "end_to_end", "times_reference")
-    latency = value(default, "latency_ms", "p50")
-    text = f"On this machine ({machine(bench)}) the default ({engine_name(default)}) segments "
-    if speed is not None:
-        text += f"{number(speed)} images/s end to end"
-    elif latency is not None:
-        text += f"one photograph in {number(latency)} ms"
-        ratio = value(default, "times_reference")
-    else:
+    baseline = baseline_of(rows, default)
+    parts = _figures(default, None if baseline is default else baseline)
+    if not parts:
         return []
-    if reference is not None and ratio is not None:
-        text += f", {number(ratio)} times {engine_name(reference)}"
-    text += _at_miou(default, reference)
-    return [f"{text}.", *_choices(rows, default)]
+    head = f"On this machine ({machine(bench)}) the default is {_named(default)}: "
+    return [f"{head}{'; '.join(parts)}.", *_choices(rows, default)]
 
 
-def _at_miou(default: Row, reference: Row | None) -> str:
-    other = None if reference is None else value(reference, "miou")
-    own = _miou(default)
-    return own if not own or other is None else f"{own} against {other:.2f}"
+def _figures(row: Row, baseline: Row | None) -> list[str]:
+    """How fast the command, the engine alone and one photograph are, beside the baseline; the mIoU."""
+    parts = []
+    speed, loop = end_to_end(row), rate(row, "loop")
+    beside: Row = baseline or {}
+    ratio, alone = (value(row, key, "times_baseline") if beside else None for key in ("end_to_end", "loop"))
+    if speed is not None:
+        against = f", {number(ratio)} times {engine_name(beside)} in a plain loop" if ratio else ""
+        parts.append(f"it segments {number(speed)} images/s from file to file{against} (opening not counted)")
+    if loop is not None:
+        against = f", {number(alone)} times" if alone else ""
+        parts.append(f"the engine alone, in the same loop, does {number(loop)} images/s{against}")
+    own, other = (value(one, "latency_ms", "p50") for one in (row, beside))
+    if own is not None:
+        parts.append(f"one photograph takes {number(own)} ms{_against(other, number)}")
+    own, other = (value(one, "miou") for one in (row, beside))
+    if own is not None:
+        parts.append(f"its mIoU is {own:.2f}{_against(other, '{:.2f}'.format)}")
+    return parts
 
 
-def _miou(row: Row) -> str:
-    found = value(row, "miou")
-    return "" if found is None else f", at mIoU {found:.2f}"
+def _against(figure: float | None, shown: Callable[[float], str]) -> str:
+    return "" if figure is None else f" against {shown(figure)}"
+
+
+def _named(row: Row) -> str:
+    return f"{engine_name(row)}, on the {'GPU' if row.get('device') == 'cuda' else 'CPU'}"
 
 
 def _choices(rows: list[Row], default: Row) -> list[str]:
-    """Whether another engine on the default's device would have been the faster choice."""
-    own = end_to_end(default)
-    others = [
-        (speed, row)
-        for row in rows
-        if row is not default
-        and row.get("device") == default.get("device")
-        and (speed := end_to_end(row)) is not None
-    ]
-    if own is None or not others:
+    """Which engine is the fastest at no loss of mIoU, whether "auto" takes it, and what a loss would buy."""
+    found = [(speed, row) for row in rows if (speed := end_to_end(row)) is not None]
+    least = _least_miou(rows)
+    accurate = [(speed, row) for speed, row in found if least is None or (value(row, "miou") or 0) >= least]
+    if len(found) < 2 or not accurate:
         return []
-    faster = sorted(
-        ((speed, engine_name(row), _miou(row)) for speed, row in others if speed > own * (1 + _SAME)),
-        reverse=True,
+    speed, fastest = max(accurate, key=lambda one: one[0])
+    condition = (
+        "among all, mIoU not being known,"
+        if least is None
+        else f"at equal mIoU (not more than {_EQUAL} below the bundle's fp32 graph)"
     )
-    if not faster:
-        return [
-            f"None of the {len(others)} others measured there is more than {_SAME:.0%} faster end to end."
-        ]
-    named = ", ".join(f"{name} ({number(speed / own)} times{miou})" for speed, name, miou in faster)
-    return [f"Faster end to end than the default: {named}."]
+    text = f"The fastest from file to file {condition} is {_named(fastest)}, with {number(speed)} images/s"
+    quicker = sorted(((one, row) for one, row in found if one > speed), key=lambda one: -one[0])
+    named = "; ".join(f"{_named(row)} ({number(one)} images/s, {_loss(row, least)})" for one, row in quicker)
+    return [
+        f"{text}: {_beside(speed, fastest, default, least)}.",
+        *([f"Faster at a lower mIoU: {named}."] if named else []),
+    ]
+
+
+def _least_miou(rows: list[Row]) -> float | None:
+    """The lowest mIoU that is as good as the bundle's fp32 graph's; None where that was not measured."""
+    graphs = [row for row in rows if is_ours("segment", row) and row.get("precision") == "fp32"]
+    known = [row for row in graphs if value(row, "miou") is not None]
+    if not known:
+        return None
+    graph = next((row for row in known if row["engine"] == _GRAPH), known[0])
+    return (value(graph, "miou") or 0.0) - _EQUAL - 1e-9
+
+
+def _loss(row: Row, least: float | None) -> str:
+    miou = value(row, "miou")
+    return "mIoU not measured" if miou is None or least is None else f"mIoU {least + _EQUAL - miou:.2f} lower"
+
+
+def _beside(speed: float, fastest: Row, default: Row, least: float | None) -> str:
+    """What the default is, beside the fastest of those that are as accurate."""
+    if fastest is default:
+        return "the default"
+    own, miou = end_to_end(default), value(default, "miou")
+    if own is None:
+        return "not the default"
+    if least is not None and miou is not None and miou < least:
+        return f"not the default, whose mIoU is {least + _EQUAL - miou:.2f} lower"
+    if speed <= own * (1 + _SAME):
+        return f"not the default, which is within {_SAME:.0%} of it"
+    return f"not the default, and {number(speed / own)} times as fast"
 
 
 def _labelling(bench: Mapping[str, Any]) -> list[str]:
     rows = rows_of(bench, "label")
-    ours = [row for row in rows if str(row["recipe"]).startswith(OURS)]
+    ours = [row for row in rows if is_ours("label", row)]
     default = next((row for row in ours if row.get("default")), ours[0] if ours else None)
     speed = None if default is None else end_to_end(default)
     if default is None or speed is None:
@@ -148,7 +189,10 @@ def _labelling(bench: Mapping[str, Any]) -> list[str]:
         if row not in ours and (ratio := value(row, "default_times_as_fast")) is not None
     ]
     named = f": {'; '.join(others)}, on the same photographs" if others else ""
-    return [f"{plain(str(default['recipe']))} ({engine_name(default)}) does {number(speed)} images/s{named}."]
+    return [
+        f"{plain(str(default['recipe']))} ({engine_name(default)}) does {number(speed)} images/s "
+        f"from file to file{named}."
+    ]
 
 
 def _of_others(row: Row, default: Row) -> str:

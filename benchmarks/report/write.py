@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from multisa.benchmarks.report.page import page
-from multisa.benchmarks.report.schema import validate_bench
+from multisa.benchmarks.report.schema import cut_texts, validate_bench
 from multisa.benchmarks.report.text import markdown, tidy_csv
 from multisa.runtime.files import write_bytes_atomically
 
@@ -15,6 +15,7 @@ def write_report(bench: Mapping[str, Any], folder: Path) -> list[Path]:
 
     The same dictionary gives the same bytes. Raises UsageError for what is not of the schema (schema.py).
     """
+    bench = cut_texts(bench)
     validate_bench(bench)
     contents = {"bench.csv": tidy_csv(bench), "bench.md": markdown(bench), "bench.html": page(bench)}
     for name, text in contents.items():
