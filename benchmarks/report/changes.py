@@ -22,10 +22,13 @@ class Change:
     outcome: str  # WORSE, BETTER or SAME
     verdict: str
     noise: float | None = None  # the share by which a time must be longer to count
+    by_turns: float | None = None  # now over then: the median over turns, where these are compared
 
     @property
     def ratio(self) -> float | None:
         """Now over then."""
+        if self.by_turns is not None:
+            return self.by_turns
         return self.new / self.old if self.new is not None and self.old else None
 
     def __str__(self) -> str:
@@ -34,8 +37,10 @@ class Change:
         if self.old is None or self.new is None:
             return f"{what}: {self.verdict}"
         unit = f" {self.unit}".rstrip()
+        turns = "" if self.by_turns is None else f" ({times(self.by_turns)} turn by turn)"
         return (
-            f"{what}: {self._shown(self.old)}{unit} then, {self._shown(self.new)}{unit} now: {self.verdict}"
+            f"{what}: {self._shown(self.old)}{unit} then, {self._shown(self.new)}{unit} now{turns}: "
+            f"{self.verdict}"
         )
 
     def cells(self) -> tuple[str, ...]:

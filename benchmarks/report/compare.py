@@ -9,7 +9,7 @@ from typing import Any
 
 from multisa.benchmarks.report.changes import Change, Comparison
 from multisa.benchmarks.report.pair import StagePair
-from multisa.benchmarks.report.schema import STAGES, validate_bench
+from multisa.benchmarks.report.schema import STAGES, cut_texts, validate_bench
 from multisa.runtime.errors import UsageError
 
 _LARGEST_TOLERANCE = 10.0
@@ -20,14 +20,16 @@ def compare_benches(new: Mapping[str, Any], old: Mapping[str, Any], *, tolerance
 
     tolerance: the share by which a time may be longer, unless its repeats scatter by more. Times count only
     where they are longer also against PyTorch eager and the recipes and kernels of others, measured beside
-    them; on another machine these ratios alone are compared. Memory, start-up, mIoU and agreement of labels
-    have limits of their own (judge.py). A row that ran then and has a problem now is a regression; rows of
-    others' code are none for being slower.
+    them; on another machine these ratios alone are compared. Memory, start-up, mIoU, agreement of labels and
+    the model's size have limits of their own (judge.py). A row that ran then and has a problem now is a
+    regression; rows of others' code are none for being slower, or for not running. What of failures is too
+    long for a report is cut in the new one.
 
     Raises UsageError for what is no report, and for a tolerance outside 0 to 10.
     """
     if not 0 <= tolerance <= _LARGEST_TOLERANCE:
         raise UsageError(f"tolerance: got {tolerance}, expected a share from 0 to 10, such as 0.1")
+    new = cut_texts(new) if isinstance(new, dict) else new
     validate_bench(new)
     validate_bench(old)
     changes: list[Change] = []

@@ -1,24 +1,14 @@
 """One stage of two reports: which rows are the same, and which of their figures can be compared."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from statistics import median
 from typing import Any
 
-from multisa.benchmarks.report.cells import Row, full_name, number, plain
+from multisa.benchmarks.report.cells import OURS, Row, baseline_of, full_name, is_ours, plain, rows_of, value
 from multisa.benchmarks.report.changes import BETTER, SAME, WORSE, Change
-from multisa.benchmarks.report.figures import (
-    ACCURACIES,
-    RATIO,
-    RATIOS,
-    TIME,
-    Figure,
-    common,
-    figures,
-    is_ours,
-)
+from multisa.benchmarks.report.figures import ACCURACIES, RATIO, RATIOS, SIZE, SPEEDS, Figure, common, figures
 from multisa.benchmarks.report.judge import judge, noise_of
 from multisa.benchmarks.report.schema import row_key
+from multisa.benchmarks.report.yardsticks import Yardsticks
 
 # Keys of the environment by which times, and by which accuracies, are not comparable.
 _MACHINE = ("processor", "cores", "instruction_set", "quick")
@@ -28,7 +18,31 @@ _NAMES = {
     "bundle.sha256": "the bundle",
     "instruction_set": "instruction set",
 }
-_YARDSTICK_FIGURES = ("latency p50", "end to end", "median")
+
+
+class Beside:
+    """Which row of a report each row's ratios are to."""
+
+    def __init__(self, stage: str, bench: Mapping[str, Any]) -> None:
+        self._stage = stage
+        rows = rows_of(bench, stage)
+        ours = [row for row in rows if is_ours(stage, row)]
+        if stage == "kernels":
+            firsts = [row for row in ours if row["way"] == OURS]
+        else:
+            firsts = ([row for row in ours if row.get("default")] or ours)[:1]
+        self._ours = {self._place(row): row for row in firsts}
+        devices = {row.get("device"): row for row in rows}
+        self._baselines = {device: baseline_of(rows, row) for device, row in devices.items()}
+
+    def of(self, row: Row) -> Row | None:
+        """The baseline of one of ours; what of ours another's row is compared with."""
+        if is_ours(self._stage, row):
+            return self._baselines.get(row.get("device"))
+        return self._ours.get(self._place(row))
+
+    def _place(self, row: Row) -> tuple[str, ...]:
+        return (str(row["kernel"]), str(row.get("size"))) if self._stage == "kernels" else ()
 
 
 class StagePair:
@@ -43,15 +57,11 @@ class StagePair:
         self._machine = self._differing(*_MACHINE, *data)
         self._accuracy = self._differing("quick", *data)
         self._gpus = self._differing("gpus")
-        reference = [
-            next((key for key, row in rows.items() if row.get("reference")), None)
-            for rows in (self._new, self._old)
-        ]
-        self._one_reference = reference[0] == reference[1]
-        self._yardsticks = self._found_yardsticks()
+        self._beside = Beside(stage, new), Beside(stage, old)
+        self._yardsticks = Yardsticks(stage, self._new, self._old, self._environments)
 
     def notes(self) -> Iterator[str]:
-        """What was not compared and why, and whether the machine was as it was."""
+        """What was not compared and why, whether the machine was as it was, and what is not a figure."""
         if self._machine:
             yield (
                 f"{'; '.join(self._machine)}. Times, start-up and memory are not compared, only ratios to "
@@ -59,16 +69,26 @@ class StagePair:
             )
             if self._accuracy and self.stage != "kernels":
                 yield "mIoU and agreement of labels are not compared either."
-            if not self._one_reference:
-                yield "the reference is not as then: ratios to it are not compared."
-            return
-        for found in self._yardsticks.values():
-            for name, factor in found:
-                if abs(factor - 1) > self.tolerance:
-                    yield (
-                        f"{name} takes {number(factor)} times as long as then, and is not ours: the machine "
-                        "was not as it was."
-                    )
+            both = (row for key, row in self._old.items() if key in self._new and is_ours(self.stage, row))
+            if not all(map(self._one_beside, both)):
+                yield "the baseline is not as then: ratios to it are not compared."
+        if not self._machine or not self._yardsticks.are_alike:
+            yield from self._yardsticks.notes(self.tolerance)
+        then, now = (
+            next((row for row in rows.values() if row.get("default")), None)
+            for rows in (self._old, self._new)
+        )
+        if then and now and row_key(self.stage, then) != row_key(self.stage, now):
+            yield f"the default is {full_name(self.stage, now)}; then it was {full_name(self.stage, then)}."
+        for key, old in self._old.items():
+            new = self._new.get(key, {})
+            if (
+                new.get("problem")
+                and not old.get("problem")
+                and not (is_ours(self.stage, old) or self._other_gpus(old))
+            ):
+                name = full_name(self.stage, old)
+                yield f"{name} ran then, and is not ours: now {plain(str(new['problem']))}"
 
     def changes(self) -> Iterator[Change]:
         """Every figure that can be compared, row by row of the old report."""
@@ -78,6 +98,8 @@ class StagePair:
                 continue
             name = full_name(self.stage, new)
             runs, ran = not new.get("problem"), not old.get("problem")
+            if runs != ran and not is_ours(self.stage, new):
+                continue  # told in the notes
             if ran and not runs:
                 reason = f"ran then, and now: {plain(str(new['problem']))}"
                 yield Change(self.stage, name, "runs", "", None, None, WORSE, reason)
@@ -103,24 +125,27 @@ class StagePair:
                             yield f"{name}, {figure}: only in the {which} report"
 
     def _row(self, name: str, old: Row, new: Row) -> Iterator[Change]:
-        then, now = figures(self.stage, old), figures(self.stage, new)
+        now, then = (
+            figures(self.stage, row, beside.of(row))
+            for row, beside in zip((new, old), self._beside, strict=True)
+        )
         for label, figure in then.items():
-            if label not in now or not self._comparable(figure, new):
+            if label not in now or not self._comparable(figure, old, new):
                 continue
-            values = common(figure, now[label])
-            if values is None:
+            pair = common(figure, now[label])
+            if pair is None:
                 continue
-            noise = noise_of(figure, now[label], self.tolerance)
-            drift = 1.0 if figure.kind in RATIOS else self._drift(new)
-            outcome, verdict = judge(figure.kind, *values, noise, drift)
-            if (
-                noise is not None
-                and figure.kind not in RATIOS
-                and not is_ours(self.stage, new)
-                and outcome != SAME
-            ):
+            noise = noise_of(figure.kind, pair.scatter, self.tolerance)
+            drift = 1.0 if figure.kind in RATIOS else self._yardsticks.drift(new)
+            judged = pair.new if pair.ratio is None else pair.old * pair.ratio
+            outcome, verdict = judge(figure.kind, pair.old, judged, noise, drift)
+            nobodys = figure.kind not in (*RATIOS, *ACCURACIES) and not is_ours(self.stage, new)
+            if nobodys and outcome != SAME:
                 outcome, verdict = SAME, f"{verdict}, not ours"
-            yield Change(self.stage, name, label, figure.unit, *values, outcome, verdict, noise)
+            values = (pair.old, pair.new)
+            yield Change(
+                self.stage, name, label, figure.unit, *values, outcome, verdict, noise, by_turns=pair.ratio
+            )
 
     def _differing(self, *keys: str) -> list[str]:
         """What of the environment is not as it was, in words."""
@@ -135,41 +160,24 @@ class StagePair:
     def _other_gpus(self, row: Row) -> bool:
         return bool(self._gpus) and row.get("device") == "cuda"
 
-    def _comparable(self, figure: Figure, row: Row) -> bool:
+    def _comparable(self, figure: Figure, old: Row, new: Row) -> bool:
         if figure.kind in ACCURACIES:
             return not self._accuracy
+        if figure.kind == SIZE:
+            return not self._differing("bundle.name")  # exported anew, it is still that model
+        if figure.kind in (*SPEEDS, *RATIOS) and value(old, "mean_pixels") != value(new, "mean_pixels"):
+            return False  # a full run has other photographs than a quick one
         if figure.kind not in RATIOS:
             return not self._machine
-        # On one machine the times say it already; the reference's ratio to itself says nothing.
-        to_reference = figure.kind == RATIO
-        return bool(self._machine) and not (
-            to_reference and (row.get("reference") or not self._one_reference)
-        )
+        # On one machine the times say it already; the baseline's ratio to itself says nothing.
+        if not self._machine or not self._yardsticks.are_alike:
+            return False
+        return self._one_beside(new) and not (figure.kind == RATIO and new.get("baseline"))
 
-    def _found_yardsticks(self) -> dict[tuple[str, str], list[tuple[str, float]]]:
-        """(name, how many times as long as then) of what is not ours and ran in both, by kernel and size."""
-        found = defaultdict(list)
-        for key, old in self._old.items():
-            new = self._new.get(key)
-            if new is None or is_ours(self.stage, new) or old.get("problem") or new.get("problem"):
-                continue
-            if self.stage == "segment" and not (old.get("reference") and new.get("reference")):
-                continue
-            then, now = figures(self.stage, old), figures(self.stage, new)
-            label = next((one for one in _YARDSTICK_FIGURES if one in then and one in now), None)
-            if label is not None:
-                factor = now[label].value / then[label].value
-                time = factor if then[label].kind == TIME else 1 / factor
-                found[self._place(new)].append((full_name(self.stage, new), time))
-        return dict(found)
-
-    def _drift(self, row: Row) -> float:
-        """How many times as long the machine takes for what has not changed; 1 where nothing tells."""
-        found = self._yardsticks.get(self._place(row))
-        return median(factor for _, factor in found) if found else 1.0
-
-    def _place(self, row: Row) -> tuple[str, str]:
-        return (str(row["kernel"]), str(row.get("size"))) if self.stage == "kernels" else ("", "")
+    def _one_beside(self, row: Row) -> bool:
+        """Whether the row's ratios are to the same other row in both reports."""
+        new, old = (beside.of(row) for beside in self._beside)
+        return (new and row_key(self.stage, new)) == (old and row_key(self.stage, old))
 
 
 def _of_environment(environment: Row, key: str) -> str:
