@@ -170,7 +170,7 @@ _KERNELS = (
     *_FLOOR,
 )
 _SEGMENT_NOTE = (
-    "images/s is from the photograph's file to the mask's, opening not counted: ours by `multisa segment`, "
+    "images/s is from the photograph's file to the mask's, opening not counted: ours by the command, "
     "PyTorch in a plain loop; then all in the same plain loop. × baseline: how many times as fast as the "
     "baseline of the same device; p50, of the latency of one photograph. Labels alike: the share of pixels "
     "with the label of the bundle's fp32 graphs on ONNX Runtime."
