@@ -22,8 +22,8 @@ def compare_benches(new: Mapping[str, Any], old: Mapping[str, Any], *, tolerance
     where they are longer also against PyTorch eager and the recipes and kernels of others, measured beside
     them; on another machine these ratios alone are compared. Memory, start-up, mIoU, agreement of labels and
     the model's size have limits of their own (judge.py). A row that ran then and has a problem now is a
-    regression; rows of others' code are none for being slower, or for not running. What of failures is too
-    long for a report is cut in the new one.
+    regression; rows of others' code are none for being slower, or for not running. What failures
+    say is cut in the new one, where it is too long for a report.
 
     Raises UsageError for what is no report, and for a tolerance outside 0 to 10.
     """

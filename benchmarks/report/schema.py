@@ -80,22 +80,22 @@ def validate_bench(data: object) -> None:
 
 
 def cut_texts(bench: Mapping[str, Any]) -> dict[str, Any]:
-    """A report of our own, what its rows say of failures no longer than a report may hold: nobody knows how
-    much others' code says. For reports of others `validate_bench` alone is right.
+    """A report of our own, with what its rows say of failures cut to LONGEST_TEXT: nobody knows how much
+    others' code says. Of reports of others nothing is cut: `validate_bench` refuses them.
     """
-    return {
-        **bench,
-        **{stage: [_cut(row) for row in bench.get(stage) or ()] for stage in STAGES if stage in bench},
-    }
+    stages = {stage: bench[stage] for stage in STAGES if isinstance(bench.get(stage), list)}
+    return {**bench, **{stage: [_cut(row) for row in rows] for stage, rows in stages.items()}}
 
 
-def _cut(row: Mapping[str, Any]) -> dict[str, Any]:
-    said: dict[str, Any] = {}
-    if isinstance(row.get("problem"), str):
-        said["problem"] = cut_text(row["problem"], LONGEST_TEXT)
-    if row.get("notes"):
-        said["notes"] = [cut_text(note, LONGEST_TEXT) for note in row["notes"]]
-    return {**row, **said}
+def _cut(row: Any) -> Any:
+    said = {key: row[key] for key in ("problem", "notes") if row.get(key)} if isinstance(row, Mapping) else {}
+    return {**row, **{key: _cut_value(value) for key, value in said.items()}} if said else row
+
+
+def _cut_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_cut_value(item) if isinstance(item, str) else item for item in value]
+    return cut_text(value, LONGEST_TEXT) if isinstance(value, str) else value
 
 
 def row_key(stage: str, row: Mapping[str, Any]) -> tuple[str, ...]:

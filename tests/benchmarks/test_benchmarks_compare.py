@@ -169,7 +169,8 @@ def test_tolerances_that_are_no_shares(made_up: Bench, tolerance: float) -> None
 
 
 def test_both_reports_are_checked(made_up: Bench) -> None:
-    for pair in ((made_up, {"schema_version": 1}), ({}, made_up)):
+    broken = {**made_up, "segment": [1, {"notes": [2]}], "label": {}}
+    for pair in ((made_up, {"schema_version": 1}), ({}, made_up), (broken, made_up), ([], made_up)):
         with pytest.raises(UsageError, match="expected"):
             compare_benches(*pair)
 
