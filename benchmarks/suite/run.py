@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multisa.benchmarks import labelling, segmenting
+from multisa.benchmarks.report import cut_texts
 from multisa.benchmarks.suite import kernel_rows
 from multisa.benchmarks.suite.contender import contenders
 from multisa.benchmarks.suite.machine import describe_run
@@ -92,6 +93,6 @@ def run_suite(
         for name in (name for name in STAGES if name in request.stages):
             bench[name] = STAGES[name](setting)
             bench["environment"]["seconds"] = round(time.monotonic() - start, 1)
-            write_json_atomically(request.out / BENCH_FILE, bench)
+            write_json_atomically(request.out / BENCH_FILE, cut_texts(bench))
             report(bench)
     return bench
