@@ -60,10 +60,17 @@ def all_tables(bench: Mapping[str, Any]) -> list[Table]:
 def stage_tables(bench: Mapping[str, Any]) -> list[Table]:
     """One table for each stage that ran."""
     return [
-        *_made("segment", "Segmenting", _SEGMENT_NOTE, rows_of(bench, "segment"), _SEGMENT),
-        *_made("label", "Labelling", _LABEL_NOTE, rows_of(bench, "label"), _LABEL),
-        *_made("kernels", "Kernels", _KERNEL_NOTE, rows_of(bench, "kernels"), _KERNELS),
+        *_stage("segment", "Segmenting", _SEGMENT_NOTE, rows_of(bench, "segment"), _SEGMENT),
+        *_stage("label", "Labelling", _LABEL_NOTE, rows_of(bench, "label"), _LABEL),
+        *_stage("kernels", "Kernels", _KERNEL_NOTE, rows_of(bench, "kernels"), _KERNELS),
     ]
+
+
+def _stage(stage: str, title: str, note: str, rows: Sequence[Row], columns: Sequence[Column]) -> list[Table]:
+    """The table; below its note, what the floors are."""
+    floors = dict.fromkeys(text for row in rows if (text := _floor_text(row)))
+    said = f" Floor: {'; '.join(floors)}." if floors else ""
+    return _made(stage, title, note + said, rows, columns)
 
 
 def _made(stage: str, title: str, note: str, rows: Sequence[Row], columns: Sequence[Column]) -> list[Table]:
@@ -112,7 +119,7 @@ def _agreement(row: Row) -> str:
 
 
 def _floor_text(row: Row) -> str:
-    return plain(str((row.get("limit") or {}).get("text") or "")) or NOTHING
+    return plain(str((row.get("limit") or {}).get("text") or ""))
 
 
 def _range(row: Row) -> str:
@@ -130,7 +137,6 @@ _SHARED = (
 _FLOOR = (
     Column("floor ms", _figure("limit", "floor_ms")),
     Column("of the floor", lambda row: share(value(row, "limit", "share")), brief=True),
-    Column("what the floor is", _floor_text, words=True),
 )
 _SEGMENT = (
     Column("engine", _named("segment"), brief=True, words=True),
