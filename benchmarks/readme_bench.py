@@ -94,7 +94,7 @@ def labelling(files: Files) -> str:
 
 def labelling_conditions(files: Files) -> list[str]:
     """What the table is of, as pieces of a paragraph."""
-    dense = [row for row in _ran(files["labelling"]["label"]) if "dense" in row["recipe"]]
+    dense = [row for row in _ran(files["labelling"]["label"]) if "dense walk" in row["recipe"]]
     pieces = [
         "Labelling photographs of the train list by their image-level labels, mIoU at their own size, by",
         "turns. The recipe is the literature's in PyTorch eager: networks not folded, each scale with its",
