@@ -207,12 +207,14 @@ class Labelling:
     def _summarise(self, members: Sequence[_Member]) -> None:
         ran = [member for member in members if member.row["problem"] is None]
         ours = self._ours()
-        baseline = next((member for member in ran if member.walk), ours)
+        recipes = [member for member in ran if member.walk]
+        device = ours.contender.device if ours else ""
+        alike = [member for member in recipes if member.contender.device == device]
+        baseline = next(iter([*alike, *recipes]), ours)
         images = [(read_working(p.image, self._long_side), p) for p in self._photographs]
         shapes = [((image.shape[1], image.shape[2]), len(p.classes)) for image, p in images]
         floor = labelling_floor(self._setting.bundle.path, shapes)
         for member in ran:
-            assert ours is not None or member.walk
             count = len(self._photographs)
             member.row |= {
                 "baseline": member is baseline,

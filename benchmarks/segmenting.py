@@ -86,6 +86,10 @@ def measure(setting: Setting) -> list[Row]:
 def _start(setting: Setting, contender: Contender, cpus: int | None = None) -> Guest:
     if not contender.is_ours and setting.pytorch_problem:
         raise GuestFailedError(setting.pytorch_problem)
+    if contender.engine == COMPILED and setting.effort.is_quick and COMPILED not in setting.engines:
+        raise GuestFailedError(
+            f"compiles for minutes: left out of a quick run unless --engines names {COMPILED}"
+        )
     opened = (setting.bundle.path, contender, setting.plans, setting.val[0].image, setting.states)
     return Guest(SegmentContender, *opened, cpus=cpus)
 

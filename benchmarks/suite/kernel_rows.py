@@ -15,7 +15,7 @@ def measure(setting: Setting) -> list[Row]:
 
     A subject whose packages are not there is a row with the reason as "problem".
     """
-    quick = setting.effort.quick_kernels
+    quick = setting.effort.is_quick
     rows: list[Row] = []
     subjects: dict[str, Callable[[bool], Iterator[Row]]] = {"random walk": _walk, "dense CRF": _crf}
     with Progress(len(subjects), "kernels", "subject") as bar:

@@ -24,7 +24,7 @@ class Effort:
     sides: tuple[int, ...]  # long sides in pixels
     repeats: int  # of each point of a curve
     labelled: int  # photographs through the recipes of labelling
-    quick_kernels: bool  # whether the kernels are compared with fewer repeats, without the dense matrix
+    is_quick: bool  # kernels: fewer repeats, no dense matrix; torch.compile only where --engines names it
     dense_side: int  # pixels: of the one photograph whose matrix is squared; it takes their sixth power
 
 
@@ -38,7 +38,7 @@ FULL = Effort(
     sides=(256, 512, 768, 1024),
     repeats=5,
     labelled=48,
-    quick_kernels=False,
+    is_quick=False,
     dense_side=512,
 )
 QUICK = Effort(
@@ -51,7 +51,7 @@ QUICK = Effort(
     sides=(256, 512),
     repeats=3,
     labelled=9,
-    quick_kernels=True,
+    is_quick=True,
     dense_side=192,
 )
 

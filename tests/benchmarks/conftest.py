@@ -27,7 +27,7 @@ TINY = Effort(
     sides=(96, 128),
     repeats=2,
     labelled=2,
-    quick_kernels=True,
+    is_quick=True,
     dense_side=64,
 )
 
