@@ -238,7 +238,7 @@ def main() -> None:
         entry["plans"].append(row)
         say(json.dumps(row))
         write_json_atomically(path, results)  # a run that is cut keeps what it has
-    save_results("plans", results)
+    save_results("plans", results, RESULTS)
     raise SystemExit(exit_code(entry["plans"]))
 
 

@@ -1,6 +1,5 @@
 """benchmarks/plans.py: what is passed through, and which failures end the run."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -9,25 +8,18 @@ from types import ModuleType
 
 import pytest
 
+from multisa.benchmarks import plans
 from multisa.export.half import half_candidates, half_graph, model_bytes, plain_graph
 from multisa.export.tensorrt.build import BuildOptions, BuildReport
 from multisa.runtime.bundle import default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.engines.tensorrt_library import Library, import_library
 from multisa.runtime.errors import EngineUnavailable
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
-    specification = importlib.util.spec_from_file_location("plans_benchmark", FOLDER / "plans.py")
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys.modules.pop("harness"), "RESULTS", tmp_path)
-    return module
+    monkeypatch.setattr(plans, "RESULTS", tmp_path)
+    return plans
 
 
 def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, work: Path, *options: str) -> int:
