@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from multisa.benchmarks.report import compare_benches
-from multisa.runtime.errors import MultisaError
+from multisa.runtime.errors import MultisaError, UsageError
 
 
 class RegressionError(MultisaError):
@@ -17,6 +17,8 @@ def check_against(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
     """The comparison as text. Raises RegressionError, the text its message, where something got worse."""
     comparison = compare_benches(new, old)
     text = str(comparison.text())
+    if not comparison.changes:
+        raise UsageError(f"nothing was compared, expected a report with some of the same stages:\n{text}")
     if comparison.regressions:
         raise RegressionError(f"worse than before:\n{text}")
     return text

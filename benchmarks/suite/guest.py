@@ -139,7 +139,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, MultisaError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed"
+        return f'{error.name} is not installed: pip install ".[bench]"'
     print("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")

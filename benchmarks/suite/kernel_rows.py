@@ -22,8 +22,9 @@ def measure(setting: Setting) -> list[Row]:
         for name, subject in subjects.items():
             try:
                 rows += list(subject(quick))
-            except ModuleNotFoundError as error:
-                problem = f'{error.name} is not installed: pip install ".[bench]"'
+            except ImportError as error:  # of SciPy, or what the CRF says of pydensecrf
+                missing = f"{error.name} is not installed" if error.name else str(error)
+                problem = f'{missing}: pip install ".[bench]"'
                 rows.append({"kernel": name, "way": "", "problem": problem})
                 say(f"{name}: left out: {problem}")
             bar.advance()
