@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from multisa.benchmarks.suite.command import run_command
+from multisa.benchmarks.suite.command import run_on_photographs
 from multisa.benchmarks.suite.contender import EAGER, Contender, auto_contender, contenders
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.benchmarks.suite.limits import labelling_floor
 from multisa.benchmarks.suite.sample import (
     Photograph,
-    copy_images,
     count_confusion,
     read_working,
     settle,
@@ -82,15 +81,8 @@ def measure(setting: Setting) -> list[Row]:
 
 
 def _member(contender: Contender, walk: str, is_default: bool) -> _Member:
-    row: Row = {
-        "engine": contender.engine,
-        "precision": contender.precision,
-        "device": contender.device,
-        "recipe": RECIPES.get(walk, OURS),
-        "default": is_default,
-        "problem": None,
-    }
-    return _Member(contender, walk, row)
+    recipe = RECIPES.get(walk, OURS)
+    return _Member(contender, walk, contender.row(is_default=is_default) | {"recipe": recipe})
 
 
 def _recipe(setting: Setting, contender: Contender, walk: str, stack: ExitStack) -> _Member:
@@ -99,8 +91,7 @@ def _recipe(setting: Setting, contender: Contender, walk: str, stack: ExitStack)
         if setting.pytorch_problem:
             raise GuestFailedError(setting.pytorch_problem)
         opened = (setting.bundle.path, walk, contender.device, setting.states)
-        Guest(_open_recipe, *opened).close()  # so that its files are in memory, as the next one's are
-        member.guest = stack.enter_context(Guest(_open_recipe, *opened))
+        member.guest = stack.enter_context(Guest.started_twice(_open_recipe, *opened))
         member.row["startup_seconds"] = round(member.guest.start_seconds, 3)
     except GuestFailedError as error:
         member.row["problem"] = str(error)
@@ -163,13 +154,10 @@ class Labelling:
             stages: dict[str, float] = member.guest.call("label", photographs, out / "masks")
             member.row["peak_mib"] = {"host": member.guest.peak_mib, "device": None}
             return len(photographs) / sum(stages.values()), stages
-        source = copy_images(photographs, self._setting.scratch / "photographs")
         labels = self._setting.scratch / "labels.csv"
         _write_labels(labels, photographs)
-        words = ["--bundle", str(self._setting.bundle.path), "--labels", str(labels)]
-        words += ["--engine", member.contender.engine, "--precision", member.contender.precision]
-        words += ["--plans", str(self._setting.plans)] if self._setting.plans else []
-        record = run_command("label", source, out, *words)
+        given = ("--labels", str(labels))
+        record = run_on_photographs("label", self._setting, member.contender, photographs, out, *given)
         known = member.row.get("peak_mib", {}).get("host") or 0
         member.row["peak_mib"] = {"host": max(known, record["peak_mib"] or 0) or None, "device": None}
         return record["images_per_second"], record["stage_seconds"]
@@ -190,7 +178,7 @@ class Labelling:
             if ours is not None:
                 faster.append(self._rate(ours, many, self._masks_of(member) / "ours")[0])
         rate = statistics.median(rates)
-        row = member.row | {
+        member.row |= {
             "images_per_second": round(rate, 5),
             "end_to_end": {
                 "by": "loop",
@@ -202,7 +190,6 @@ class Labelling:
             "mean_pixels": _pixels([photograph]),
             "stages_ms": {name: round(1000 * seconds, 1) for name, seconds in stages.items()},
         }
-        member.row |= row
 
     def _summarise(self, members: Sequence[_Member]) -> None:
         ran = [member for member in members if member.row["problem"] is None]
@@ -213,7 +200,7 @@ class Labelling:
         baseline = next(iter([*alike, *recipes]), ours)
         images = [(read_working(p.image, self._long_side), p) for p in self._photographs]
         shapes = [((image.shape[1], image.shape[2]), len(p.classes)) for image, p in images]
-        floor = labelling_floor(self._setting.bundle.path, shapes)
+        floor = labelling_floor(self._setting, shapes)
         for member in ran:
             count = len(self._photographs)
             member.row |= {

@@ -10,11 +10,13 @@ import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from multisa.benchmarks.suite.command import run_command
+from multisa.benchmarks.suite.command import run_on_photographs
 from multisa.benchmarks.suite.contender import (
     COMPILED,
     REFERENCE,
@@ -25,7 +27,7 @@ from multisa.benchmarks.suite.contender import (
 )
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.benchmarks.suite.limits import segmenting_floor
-from multisa.benchmarks.suite.sample import copy_images, of_one_size, read_working, settle, spread
+from multisa.benchmarks.suite.sample import of_one_size, read_working, settle, spread
 from multisa.benchmarks.suite.segment_contender import SegmentContender
 from multisa.benchmarks.suite.setting import Setting
 from multisa.benchmarks.suite.subject import subject_main
@@ -62,17 +64,10 @@ def measure(setting: Setting) -> list[Row]:
     with ExitStack() as stack:
         members = []
         for contender in listed:
-            row: Row = {
-                "engine": contender.engine,
-                "precision": contender.precision,
-                "device": contender.device,
-                "default": contender == default,
-                "problem": None,
-            }
+            row = contender.row(is_default=contender == default)
             rows.append(row)
             try:
-                _start(setting, contender).close()  # so that its files are in memory, as the next one's are
-                guest = stack.enter_context(_start(setting, contender))
+                guest = stack.enter_context(Guest.started_twice(*_opened(setting, contender)))
             except GuestFailedError as error:
                 row["problem"] = str(error)
                 say(f"{contender.title}: left out: {error}")
@@ -83,15 +78,16 @@ def measure(setting: Setting) -> list[Row]:
     return rows
 
 
-def _start(setting: Setting, contender: Contender, cpus: int | None = None) -> Guest:
+def _opened(setting: Setting, contender: Contender) -> tuple[Any, ...]:
+    """What a guest is started with. Raises GuestFailedError for a contender that is left out."""
     if not contender.is_ours and setting.pytorch_problem:
         raise GuestFailedError(setting.pytorch_problem)
     if contender.engine == COMPILED and setting.effort.is_quick and COMPILED not in setting.engines:
         raise GuestFailedError(
             f"compiles for minutes: left out of a quick run unless --engines names {COMPILED}"
         )
-    opened = (setting.bundle.path, contender, setting.plans, setting.val[0].image, setting.states)
-    return Guest(SegmentContender, *opened, cpus=cpus)
+    first = setting.val[0].image
+    return SegmentContender, setting.bundle.path, contender, setting.plans, first, setting.states
 
 
 class Segmenting:
@@ -162,10 +158,9 @@ class Segmenting:
         member.row["sizes"] = rows
 
     def _batches(self, member: _Member) -> None:
-        same = of_one_size(spread(self._setting.val, 4 * max(self._effort.batches)), self._long_side)
         rows = []
         for batch in self._effort.batches:
-            files = (same * batch)[:batch]
+            files = (self._of_one_size * batch)[:batch]
             seconds = statistics.median(member.guest.call("batch", files, self._effort.repeats))
             rows.append({"batch": batch, "images_per_second": round(batch / seconds, 2)})
         member.row["batches"] = rows
@@ -178,11 +173,7 @@ class Segmenting:
         if not contender.is_ours:
             member.rates.append(loop)
             return
-        source = copy_images(photographs, self._setting.scratch / "photographs")
-        words = ["--bundle", str(self._setting.bundle.path), "--engine", contender.engine]
-        words += ["--precision", contender.precision]
-        words += ["--plans", str(self._setting.plans)] if self._setting.plans else []
-        record = run_command("segment", source, out / "command", *words)
+        record = run_on_photographs("segment", self._setting, contender, photographs, out / "command")
         member.rates.append(record["images_per_second"])
 
     def _cores(self, member: _Member) -> None:
@@ -191,17 +182,15 @@ class Segmenting:
         # What torch compiles, it would compile anew for each, for minutes.
         alone = member.contender.device != "cpu" or member.contender.engine == COMPILED
         for count in () if alone else [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores]:
-            with _start(self._setting, member.contender, cpus=count) as guest:
-                guest.call(
-                    "load", [p.image for p in spread(self._setting.val, self._effort.latency_photographs)]
-                )
+            with Guest(*_opened(self._setting, member.contender), cpus=count) as guest:
+                guest.call("load", self._files)
                 rows.append({"cores": count, "images_per_second": guest.call("images_per_second", repeats)})
         member.row["cores"] = sorted(rows, key=lambda row: int(row["cores"]))
 
     def _summarise(self) -> None:
         ran = [member for member in self._members if member.row["problem"] is None]
         sizes = [read_working(path, self._long_side).shape[1:3] for path in self._files]
-        floor = segmenting_floor(self._setting.bundle.path, sizes)
+        floor = segmenting_floor(self._setting, sizes)
         for member in ran:
             baseline = baseline_of(member.contender, [other.contender for other in ran])
             theirs = next(other for other in ran if other.contender == baseline)
@@ -223,6 +212,10 @@ class Segmenting:
                 },
                 "limit": floor.limit(member.contender, statistics.mean(seconds)),
             }
+
+    @cached_property
+    def _of_one_size(self) -> list[Path]:
+        return of_one_size(spread(self._setting.val, 4 * max(self._effort.batches)), self._long_side)
 
     @property
     def _long_side(self) -> int:

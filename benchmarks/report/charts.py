@@ -21,6 +21,7 @@ from multisa.benchmarks.report.cells import (
     times,
     value,
 )
+from multisa.benchmarks.report.schema import STAGES
 
 _FAR_APART = 20  # figures further apart than this factor are drawn on a logarithmic axis
 
@@ -293,6 +294,6 @@ def _floors(stage: str, rows: list[Row], colours: _Colours) -> Bars | None:
         )
         for row, part in found
     )
-    title = {"segment": "Segmenting", "label": "Labelling", "kernels": "Kernels"}[stage]
     note = "The floor is what the machine's measured peak would need for the same work; 100 % is the floor."
-    return Bars(f"{title}: share of the floor", note, "% of the floor", bars, mark=100.0) if bars else None
+    title = f"{STAGES[stage]}: share of the floor"
+    return Bars(title, note, "% of the floor", bars, mark=100.0) if bars else None

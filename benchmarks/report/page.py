@@ -15,7 +15,6 @@ from multisa.benchmarks.report.verdict import environment_facts, machine, verdic
 from multisa.runtime.errors import EngineUnavailable
 
 _ASSETS = Path(__file__).parent
-_TITLES = {"segment": "Segmenting", "label": "Labelling", "kernels": "Kernels"}
 _HOW = (
     "The ways of one comparison take turns, so that a machine which slows down slows all of them; figures "
     "are medians. Each has worked before, which does not count; kernels that take seconds have no such "
@@ -45,7 +44,7 @@ def page(bench: Mapping[str, Any]) -> str:
         wide, narrow = ([table for table in some if table.stage == stage] for some in tables)
         figures = [_figure(chart, svg) for of, chart, svg in charts if of == stage]
         if wide:
-            parts += [f'<h2 id="{stage}">{_TITLES[stage]}</h2>', *map(_table, wide)]
+            parts += [f'<h2 id="{stage}">{STAGES[stage]}</h2>', *map(_table, wide)]
             parts += [_side_by_side(figures), _side_by_side([_table(table) for table in narrow])]
     parts += [
         '<h2 id="how">How it was measured</h2>',
@@ -116,7 +115,7 @@ def _table(table: Table) -> str:
     )
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     # The first table of a stage has its heading above it already.
-    title = "" if table.title == _TITLES[table.stage] else f"<h3>{escape(table.title)}</h3>"
+    title = "" if table.title == STAGES[table.stage] else f"<h3>{escape(table.title)}</h3>"
     return _section(
         f"{title}{note}<div class=scroll><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>"

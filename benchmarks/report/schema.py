@@ -13,7 +13,7 @@ from multisa.benchmarks.report.cells import cut_text
 from multisa.runtime.errors import UsageError
 
 SCHEMA_VERSION = 1
-STAGES = ("segment", "label", "kernels")
+STAGES = {"segment": "Segmenting", "label": "Labelling", "kernels": "Kernels"}  # and their titles
 # What makes a row the one it is, in the order of its name.
 ROW_KEYS = {
     "segment": ("engine", "precision", "device"),

@@ -60,17 +60,17 @@ def all_tables(bench: Mapping[str, Any]) -> list[Table]:
 def stage_tables(bench: Mapping[str, Any]) -> list[Table]:
     """One table for each stage that ran."""
     return [
-        *_stage("segment", "Segmenting", _SEGMENT_NOTE, rows_of(bench, "segment"), _SEGMENT),
-        *_stage("label", "Labelling", _LABEL_NOTE, rows_of(bench, "label"), _LABEL),
-        *_stage("kernels", "Kernels", _KERNEL_NOTE, rows_of(bench, "kernels"), _KERNELS),
+        *_stage("segment", _SEGMENT_NOTE, rows_of(bench, "segment"), _SEGMENT),
+        *_stage("label", _LABEL_NOTE, rows_of(bench, "label"), _LABEL),
+        *_stage("kernels", _KERNEL_NOTE, rows_of(bench, "kernels"), _KERNELS),
     ]
 
 
-def _stage(stage: str, title: str, note: str, rows: Sequence[Row], columns: Sequence[Column]) -> list[Table]:
+def _stage(stage: str, note: str, rows: Sequence[Row], columns: Sequence[Column]) -> list[Table]:
     """The table; below its note, what the floors are."""
     floors = dict.fromkeys(text for row in rows if (text := _floor_text(row)))
     said = f" Floor: {'; '.join(floors)}." if floors else ""
-    return _made(stage, title, note + said, rows, columns)
+    return _made(stage, STAGES[stage], note + said, rows, columns)
 
 
 def _made(stage: str, title: str, note: str, rows: Sequence[Row], columns: Sequence[Column]) -> list[Table]:
@@ -207,7 +207,7 @@ def curve_tables(bench: Mapping[str, Any]) -> list[Table]:
                 Column("engine" if stage == "segment" else "recipe", _named(stage), words=True),
                 *(Column(f"{place:,.0f}", _at(lines, place)) for place in at),
             ]
-            made += _made(stage, f"{_STAGE_TITLES[stage]}: {title}", "", drawn, columns)
+            made += _made(stage, f"{STAGES[stage]}: {title}", "", drawn, columns)
     rows = [row for row in rows_of(bench, "label") if row.get("stages_ms")]
     names = list(dict.fromkeys(name for row in rows for name in row["stages_ms"]))
     columns = [
@@ -234,11 +234,8 @@ def missing_tables(bench: Mapping[str, Any]) -> list[Table]:
         ]
         if stage != "label":  # elsewhere the name has the precision, or there is none
             del columns[1]
-        made += _made(stage, f"{_STAGE_TITLES[stage]}: not measured", "", rows, columns)
+        made += _made(stage, f"{STAGES[stage]}: not measured", "", rows, columns)
     return made
-
-
-_STAGE_TITLES = {"segment": "Segmenting", "label": "Labelling", "kernels": "Kernels"}
 
 
 def describe_missing(bench: Mapping[str, Any]) -> list[str]:

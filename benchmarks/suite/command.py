@@ -4,10 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.guest import GuestFailedError
+from multisa.benchmarks.suite.sample import Photograph, copy_images
+from multisa.benchmarks.suite.setting import Setting
 
 _LIMIT = 1800.0  # seconds
 # Not by getrusage: a process inherits the largest memory of the one that has started it.
@@ -22,6 +26,22 @@ finally:
     if status.exists():
         print("peak", status.read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr)
 """
+
+
+def run_on_photographs(
+    command: str,
+    setting: Setting,
+    contender: Contender,
+    photographs: Sequence[Photograph],
+    out: Path,
+    *arguments: str,
+) -> dict[str, Any]:
+    """Run a command on these photographs as this contender; see `run_command`."""
+    source = copy_images(photographs, setting.scratch / "photographs")
+    words = ["--bundle", str(setting.bundle.path), "--engine", contender.engine]
+    words += ["--precision", contender.precision]
+    words += ["--plans", str(setting.plans)] if setting.plans else []
+    return run_command(command, source, out, *words, *arguments)
 
 
 def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[str, Any]:

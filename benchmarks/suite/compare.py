@@ -16,7 +16,7 @@ class RegressionError(MultisaError):
 def check_against(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
     """The comparison as text. Raises RegressionError, the text its message, where something got worse."""
     comparison = compare_benches(new, old)
-    text = str(comparison.text())
+    text = comparison.text()
     if not comparison.changes:
         raise UsageError(f"nothing was compared, expected a report with some of the same stages:\n{text}")
     if comparison.regressions:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.runtime.bundle import Bundle, load_bundle
@@ -32,6 +33,16 @@ class Contender:
     def is_ours(self) -> bool:
         """Does an engine of the runtime run it?"""
         return self.engine in ENGINES
+
+    def row(self, *, is_default: bool) -> dict[str, Any]:
+        """What its row of the report begins with."""
+        return {
+            "engine": self.engine,
+            "precision": self.precision,
+            "device": self.device,
+            "default": is_default,
+            "problem": None,
+        }
 
 
 REFERENCE = Contender(CPU_ENGINE, "fp32", "cpu")  # whose labels the others' are compared with

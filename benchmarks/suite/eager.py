@@ -37,9 +37,9 @@ class EagerSegmenter:
             half = torch.bfloat16 if contender.device == "cpu" else torch.float16
             self._context = lambda: torch.autocast(contender.device, dtype=half)
         self._network: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = network
-        if contender.engine == COMPILED:
+        self._is_compiled = contender.engine == COMPILED
+        if self._is_compiled:
             self._network = torch.compile(network)
-        self.is_compiled = contender.engine == COMPILED
 
     def labels(self, images: UInt8) -> UInt8:
         """Segment uint8 [N, H, W, 3]; the labels uint8 [N, H, W], back on the CPU."""
@@ -50,7 +50,7 @@ class EagerSegmenter:
 
     def side_by_side(self) -> bool:
         """Let images run on one thread each from now on; False where that is not possible."""
-        if self._device.type == "cuda" or self.is_compiled:
+        if self._device.type == "cuda" or self._is_compiled:
             return False
         torch.set_num_threads(1)
         return True
@@ -58,6 +58,3 @@ class EagerSegmenter:
     def device_mib(self) -> float | None:
         """MiB of the GPU that the process holds now."""
         return gpu_mib_of_this_process() if self._device.type == "cuda" else None
-
-    def close(self) -> None:
-        """Nothing is held that the process does not give back."""

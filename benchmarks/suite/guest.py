@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from multisa.runtime.errors import MultisaError
 
+INSTALL = 'pip install ".[bench]"'  # what contenders and recipes need
 _PATIENCE = 10.0  # seconds for a process to end by itself
 _LIMIT = 1800.0  # seconds for one answer: whole lists of photographs, a matrix that is squared
 
@@ -49,6 +50,12 @@ class Guest:
             self.close()
             raise
         self.start_seconds = time.perf_counter() - start
+
+    @classmethod
+    def started_twice(cls, make: Callable[..., object], *arguments: object) -> Self:
+        """The second of two: the first has brought the files into memory, as everyone's then are."""
+        cls(make, *arguments).close()
+        return cls(make, *arguments)
 
     def call(self, name: str, *arguments: object) -> Any:
         """Run a method there and wait for what it returns. Raises GuestFailedError where it fails."""
@@ -139,7 +146,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, MultisaError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        return f'{error.name} is not installed: pip install ".[bench]"'
+        return f"{error.name} is not installed: {INSTALL}"
     print("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")

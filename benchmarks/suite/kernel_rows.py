@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from multisa.benchmarks.suite.guest import INSTALL
 from multisa.benchmarks.suite.setting import Setting
 from multisa.runtime.progress import Progress, say
 
@@ -24,7 +25,7 @@ def measure(setting: Setting) -> list[Row]:
                 rows += list(subject(quick))
             except ImportError as error:  # of SciPy, or what the CRF says of pydensecrf
                 missing = f"{error.name} is not installed" if error.name else str(error)
-                problem = f'{missing}: pip install ".[bench]"'
+                problem = f"{missing}: {INSTALL}"
                 rows.append({"kernel": name, "way": "", "problem": problem})
                 say(f"{name}: left out: {problem}")
             bar.advance()

@@ -9,6 +9,7 @@ from typing import Any
 
 from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
+from multisa.benchmarks.suite.setting import Setting
 from multisa.kernels import stencil_offsets
 from multisa.kernels.native import native
 from multisa.kernels.random_walk import chebyshev_degree
@@ -45,19 +46,21 @@ def peak_of_all_cores() -> float:
         return sum(pool.map(native.peak_multiply_adds, [_SECONDS] * cores))
 
 
-def segmenting_floor(bundle: Path, sizes: Sequence[tuple[int, int]]) -> Floor:
+def segmenting_floor(setting: Setting, sizes: Sequence[tuple[int, int]]) -> Floor:
     """The mean floor over photographs of `sizes` (height, width)."""
-    return _floor(bundle, "segmenting", sizes)
+    return _floor(setting, "segmenting", sizes)
 
 
-def labelling_floor(bundle: Path, photographs: Sequence[tuple[tuple[int, int], int]]) -> Floor:
+def labelling_floor(setting: Setting, photographs: Sequence[tuple[tuple[int, int], int]]) -> Floor:
     """The mean floor over photographs (size, how many classes are labelled): networks and walk, no CRF."""
-    return _floor(bundle, "labelling", photographs)
+    return _floor(setting, "labelling", photographs)
 
 
-def _floor(bundle: Path, method: str, inputs: Sequence[object]) -> Floor:
+def _floor(setting: Setting, method: str, inputs: Sequence[object]) -> Floor:
+    if setting.pytorch_problem:
+        return Floor(None, setting.pytorch_problem)
     try:
-        with Guest(_Counter, bundle) as guest:
+        with Guest(_Counter, setting.bundle.path, setting.states) as guest:
             counts = [guest.call(method, given) for given in inputs]
     except GuestFailedError as error:
         return Floor(None, str(error))
@@ -67,14 +70,15 @@ def _floor(bundle: Path, method: str, inputs: Sequence[object]) -> Floor:
 class _Counter:
     """Counts the multiply-adds of one photograph, where torch is."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, states: Path) -> None:
+        from multisa.benchmarks.suite.eager_state import load_affinity, load_cam, load_segmenter
         from multisa.export.fold import FoldedMultiSACAM
-        from multisa.export.unfold import affinity_from_bundle, cam_from_bundle, segmenter_from_bundle
 
         opened = load_bundle(bundle)
         self._parameters = opened.manifest.parameters
-        self._segmenter = segmenter_from_bundle(opened)
-        self._cam, self._affinity = FoldedMultiSACAM(cam_from_bundle(opened)), affinity_from_bundle(opened)
+        self._segmenter = load_segmenter(opened, states)
+        self._cam = FoldedMultiSACAM(load_cam(opened, states))
+        self._affinity = load_affinity(opened, states)
 
     def segmenting(self, size: tuple[int, int]) -> int:
         """Of the segmenter on a photograph of `size` (height, width)."""

@@ -14,12 +14,11 @@ PACKAGES = (
 )
 
 
-def describe_run(setting: Setting, quick: bool, load_at_start: float) -> dict[str, Any]:
-    """Everything that figures depend on, as JSON values."""
+def describe_run(setting: Setting) -> dict[str, Any]:
+    """Everything that figures depend on, as JSON values; ask before measuring, for the load."""
     dataset = setting.dataset
     return {
-        **environment(*PACKAGES, quick=quick),
-        "load_at_start": round(load_at_start, 2),
+        **environment(*PACKAGES, quick=setting.effort.is_quick),
         "gpus": [gpu.name for gpu in probe_gpus().gpus],
         "bundle": {
             "name": setting.bundle.manifest.name,

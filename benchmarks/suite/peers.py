@@ -5,7 +5,6 @@ mirror image. psa and irn square the dense matrix of transitions; "sparse" multi
 sparse one instead, which is the same walk.
 """
 
-import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +14,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from multisa.benchmarks.random_walk import dense_squaring, sparse_steps
 from multisa.benchmarks.suite.eager_state import fed_plainly, load_affinity, load_cam
+from multisa.benchmarks.suite.plain import read_plainly, write_plainly
 from multisa.benchmarks.suite.sample import Photograph
 from multisa.kernels import dense_crf
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.cpus import usable_cpus
-from multisa.runtime.images import read_image, resize_image, working_size
-from multisa.runtime.palette import voc_palette
 from multisa.runtime.postprocess import background_and_foreground, resize_maps
 from multisa.training.multi_sa import MultiScaleCAM
 
@@ -56,16 +53,10 @@ class PeersLabelling:
         self._seconds = {}
         for photograph in photographs:
             with self._stage("decode"):
-                rgb = read_image(photograph.image).rgb
-                long_side = self._manifest.parameters.long_side
-                image = resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side))
+                image, size = read_plainly(photograph.image, self._manifest.parameters.long_side)
             mask = self._mask(image, photograph.classes)
             with self._stage("encode"):
-                sized = Image.fromarray(mask).resize((rgb.shape[1], rgb.shape[0]), Image.Resampling.NEAREST)
-                sized.putpalette(voc_palette().tobytes())
-                buffer = io.BytesIO()
-                sized.save(buffer, "PNG")
-                (out / f"{photograph.id}.png").write_bytes(buffer.getvalue())
+                write_plainly(mask, size, out / f"{photograph.id}.png")
         return self._seconds
 
     def _mask(self, image: UInt8, classes: Sequence[str]) -> UInt8:

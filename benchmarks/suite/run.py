@@ -1,6 +1,5 @@
 """The whole suite: the stages one after the other, what each found written at once."""
 
-import os
 import signal
 import tempfile
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 from multisa.benchmarks import labelling, segmenting
 from multisa.benchmarks.report import cut_texts
+from multisa.benchmarks.report.schema import SCHEMA_VERSION
 from multisa.benchmarks.suite import kernel_rows
 from multisa.benchmarks.suite.contender import contenders
 from multisa.benchmarks.suite.machine import describe_run
@@ -22,9 +22,8 @@ from multisa.runtime.engines.contract import SEGMENTER
 from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.files import write_json_atomically
 
-SCHEMA_VERSION = 1
 BENCH_FILE = "bench.json"
-STAGES: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
+MEASURES: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
     "segment": segmenting.measure,
     "label": labelling.measure,
     "kernels": kernel_rows.measure,
@@ -38,7 +37,7 @@ class BenchRequest:
     bundle: Path
     data: Path
     out: Path
-    stages: Sequence[str] = tuple(STAGES)
+    stages: Sequence[str] = tuple(MEASURES)
     engines: Sequence[str] = ()  # all
     plans: Path | None = None
     quick: bool = False
@@ -68,10 +67,10 @@ def run_suite(
 
     Raises UsageError for a stage, an engine or a data set that does not exist or fit.
     """
-    unknown = [name for name in request.stages if name not in STAGES]
+    unknown = [name for name in request.stages if name not in MEASURES]
     if unknown or not request.stages:
-        raise UsageError(f"got the stages {list(request.stages)}, expected some of {', '.join(STAGES)}")
-    start, started, load = time.monotonic(), datetime.now(UTC), os.getloadavg()[0]
+        raise UsageError(f"got the stages {list(request.stages)}, expected some of {', '.join(MEASURES)}")
+    start, started = time.monotonic(), datetime.now(UTC)
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="multisa-bench-") as scratch:
         setting = make_setting(
             request.bundle,
@@ -86,12 +85,12 @@ def run_suite(
         bench: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "environment": {
-                **describe_run(setting, request.quick, load),
+                **describe_run(setting),
                 "started": started.isoformat(timespec="seconds").replace("+00:00", "Z"),
             },
         }
-        for name in (name for name in STAGES if name in request.stages):
-            bench[name] = STAGES[name](setting)
+        for name in (name for name in MEASURES if name in request.stages):
+            bench[name] = MEASURES[name](setting)
             bench["environment"]["seconds"] = round(time.monotonic() - start, 1)
             write_json_atomically(request.out / BENCH_FILE, cut_texts(bench))
             report(bench)

@@ -1,6 +1,5 @@
 """One way to segment, inside its own process: what `segmenting.py` calls there."""
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +9,16 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.gpu_memory import gpu_mib_of_this_process
+from multisa.benchmarks.suite.plain import read_plainly, write_plainly
 from multisa.benchmarks.suite.sample import Photograph, count_confusion, read_working, scaled_to
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.engines.choice import EngineRequest, choose_engine
 from multisa.runtime.engines.contract import SEGMENTER, graph_file
-from multisa.runtime.images import read_image, resize_image, working_size
 from multisa.runtime.metrics import mean_iou
-from multisa.runtime.palette import voc_palette
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -39,9 +36,6 @@ class Runner(Protocol):
 
     def device_mib(self) -> float | None:
         """MiB of the GPU that the process holds now; None without one."""
-
-    def close(self) -> None:
-        """Give everything back."""
 
 
 class EngineRunner:
@@ -71,10 +65,6 @@ class EngineRunner:
     def device_mib(self) -> float | None:
         """See `Runner`."""
         return gpu_mib_of_this_process() if self._on_gpu else None
-
-    def close(self) -> None:
-        """See `Runner`."""
-        self._engine.close()
 
 
 class SegmentContender:
@@ -147,14 +137,8 @@ class SegmentContender:
         out.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         for path in photographs:
-            rgb = read_image(path).rgb
-            image = resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], self._long_side))
-            labels = Image.fromarray(self._runner.labels(image[np.newaxis])[0])
-            mask = labels.resize((rgb.shape[1], rgb.shape[0]), Image.Resampling.NEAREST)
-            mask.putpalette(voc_palette().tobytes())
-            buffer = io.BytesIO()
-            mask.save(buffer, "PNG")
-            (out / f"{path.stem}.png").write_bytes(buffer.getvalue())
+            image, size = read_plainly(path, self._long_side)
+            write_plainly(self._runner.labels(image[np.newaxis])[0], size, out / f"{path.stem}.png")
         return len(photographs) / (time.perf_counter() - start)
 
     def images_per_second(self, repeats: int) -> float:

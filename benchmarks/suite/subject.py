@@ -1,7 +1,6 @@
 """A stage of the suite as a program of its own: `python benchmarks/segmenting.py --data VOC_LAYOUT`."""
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,6 @@ def subject_main(
     results_folder(parser)
     options = parser.parse_args()
     engines = tuple(name for name in options.engines.split(",") if name)
-    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         setting = make_setting(
             options.bundle,
@@ -38,6 +36,5 @@ def subject_main(
             plans=options.plans,
             quick=options.quick,
         )
-        rows = measure(setting)
-        described = {"environment": describe_run(setting, options.quick, load), stage: rows}
-        save_results(subject, described, options.results)
+        described = describe_run(setting)
+        save_results(subject, {"environment": described, stage: measure(setting)}, options.results)
