@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.to_onnx import OPSET, onnx_from_module
+from multisa.runtime.backends.base import CAM
 from multisa.runtime.bundle import default_bundle_path
-from multisa.runtime.engines.contract import CAM
 from multisa.training.cams import build_cam_network
 from multisa.training.config import load_config
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 
 SCALES = load_config("paper-resnet50").cam.scales
 N_CLASSES = 20  # of VOC, where the weights are random
-PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_photos"
+PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_images"
 
 
 class Head(nn.Module):

@@ -39,9 +39,9 @@ from multisa.export.cost import Cost, costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.unfold import cam_from_bundle
 from multisa.kernels.native import native
+from multisa.runtime.backends.base import CAM, graph_file
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.engines.contract import CAM, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 
 HEAD_REPEATS, QUICK_REPEATS, REPEATS = 31, 7, 5

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from multisa.runtime.run_options import PATH, bundle_option, plans_option
+from multisa.runtime.cli.options import PATH, bundle_option, plans_option
 
 
 @click.command()

@@ -19,13 +19,13 @@ import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from multisa.benchmarks.harness import environment, save_results
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER
+from multisa.runtime.backends.registry import open_engine
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.doubt import disagreement_of_no_class, disagreement_of_segmenter, doubt
-from multisa.runtime.engines.choice import open_engine
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER
-from multisa.runtime.images import read_image, read_mask, resize_image, resize_mask, working_size
-from multisa.runtime.metrics import confusion_matrix, mean_iou, pixel_accuracy
-from multisa.runtime.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.evaluation import confusion_matrix, mean_iou, pixel_accuracy
+from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
+from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.predict.uncertainty import disagreement_of_no_class, disagreement_of_segmenter, doubt
 from multisa.runtime.progress import Progress
 
 UInt8 = npt.NDArray[np.uint8]

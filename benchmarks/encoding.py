@@ -26,13 +26,18 @@ from multisa.benchmarks.harness import (
     save_results,
 )
 from multisa.kernels import encode_rle
+from multisa.runtime.backends.base import SEGMENTER
+from multisa.runtime.backends.registry import chosen_engines
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.decoding import decode_image
-from multisa.runtime.engines.choice import chosen_engines
-from multisa.runtime.engines.contract import SEGMENTER
-from multisa.runtime.images import decode_mask, read_image, resize_image, resize_mask, working_size
-from multisa.runtime.palette import voc_palette
-from multisa.runtime.png import encode_palette_png, png_encoder
+from multisa.runtime.imaging.decode import (
+    decode_image,
+    decode_mask,
+    read_image,
+    resize_image,
+    resize_mask,
+    working_size,
+)
+from multisa.runtime.imaging.png import encode_palette_png, png_encoder, voc_palette
 
 UInt8 = npt.NDArray[np.uint8]
 PALETTE = voc_palette()

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 
 from multisa.kernels.native import native
-from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.versions import installed_versions
+from multisa.runtime.system import installed_versions, usable_cpus
 
 RESULTS = Path(__file__).parent / "results"
 

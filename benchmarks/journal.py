@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from multisa.benchmarks.harness import environment, interleave, save_results
-from multisa.runtime.bulk.inventory import Inventory, freeze
-from multisa.runtime.bulk.journal import Journal, ShardResult
-from multisa.runtime.bulk.options import SHARD_SIZE
-from multisa.runtime.sources.contract import SourceItem
+from multisa.runtime.jobs.journal import Journal, ShardResult
+from multisa.runtime.jobs.snapshot import Inventory, freeze
+from multisa.runtime.jobs.spec import SHARD_SIZE
+from multisa.runtime.sources.base import SourceItem
 
 DIGEST = "0123456789abcdef" * 4
 LAST_SHARD = 100  # how often one shard is looked up

@@ -27,13 +27,13 @@ from typing import Any
 from PIL import Image
 
 from multisa.benchmarks.harness import environment, save_results
-from multisa.runtime import commands
-from multisa.runtime.bulk.finish import FINISHED
-from multisa.runtime.bulk.folder import CONFIG, INVENTORY, JOURNAL, LOCK
-from multisa.runtime.bulk.shards import FILES, listed_files, part_path
 from multisa.runtime.bundle import default_bundle_path
+from multisa.runtime.cli.main import commands
+from multisa.runtime.jobs.finalize import FINISHED
+from multisa.runtime.jobs.output import CONFIG, INVENTORY, JOURNAL, LOCK
+from multisa.runtime.jobs.shards import FILES, listed_files, part_path
 
-PHOTOGRAPHS = Path(commands.__file__).parent / "demo_photos"
+PHOTOGRAPHS = Path(commands.__file__).parent / "demo_images"
 IMAGES, SHARD_SIZE = 120, 7
 SINKS = ("masks", "tar", "coco")
 MOMENTS = ("any", "freezing", "shards", "finishing")
@@ -84,7 +84,13 @@ class KilledRuns:
         make_photographs(work / "photographs")
         options = ("--shard-size", SHARD_SIZE, "--sink", ",".join(SINKS), "--workers", 2, "--batch", 3)
         place = (command, work / "photographs", "--bundle", bundle, "--max-failures", "10%", "--report", 0)
-        self._command = [sys.executable, "-m", "multisa.runtime.cli", *map(str, (*place, *options)), "-o"]
+        self._command = [
+            sys.executable,
+            "-m",
+            "multisa.runtime.cli.main",
+            *map(str, (*place, *options)),
+            "-o",
+        ]
         unbroken = work / "unbroken"
         with self._process(unbroken) as process:
             self._wait(process, (unbroken / LOCK).exists)

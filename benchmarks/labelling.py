@@ -34,11 +34,11 @@ from multisa.benchmarks.suite.sample import (
 from multisa.benchmarks.suite.setting import Setting
 from multisa.benchmarks.suite.subject import subject_main
 from multisa.benchmarks.suite.turns import ratio_of_turns
-from multisa.runtime.engines.contract import CAM
-from multisa.runtime.engines.gpus import probe_gpus
+from multisa.runtime.backends.base import CAM
+from multisa.runtime.backends.gpus import probe_gpus
+from multisa.runtime.evaluation import mean_iou
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.images import read_image, read_mask, resize_image, working_size
-from multisa.runtime.metrics import mean_iou
+from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, working_size
 from multisa.runtime.progress import Progress, say
 
 Row = dict[str, Any]

@@ -25,18 +25,17 @@ from PIL import Image
 
 from multisa.benchmarks.harness import environment, save_results
 from multisa.benchmarks.suite.command import run_command
-from multisa.runtime.bulk.decode import WorkingImage, decode_working_image
-from multisa.runtime.bulk.encode import Encoder
-from multisa.runtime.bulk.inventory import Work
-from multisa.runtime.bulk.job import Job, make_job
-from multisa.runtime.bulk.method import Annotation, Labels, Method, StageClock
-from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.imaging.decode import WorkingImage, decode_working_image
+from multisa.runtime.jobs.encoder import Encoder
+from multisa.runtime.jobs.snapshot import Work
+from multisa.runtime.jobs.spec import Job, RunOptions, make_job
+from multisa.runtime.predict.prediction import Annotation, Labels, Method, StageClock
 from multisa.runtime.progress import Progress
-from multisa.runtime.sinks.choice import open_sinks
-from multisa.runtime.sinks.contract import SinkContext
-from multisa.runtime.sources.contract import SourceItem
+from multisa.runtime.sources.base import SourceItem
+from multisa.runtime.writers.base import SinkContext
+from multisa.runtime.writers.registry import open_sinks
 from multisa.training.data import read_dataset
 
 UInt8 = npt.NDArray[np.uint8]

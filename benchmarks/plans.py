@@ -30,15 +30,15 @@ from multisa.export.graphs import AffinityPhotographs
 from multisa.export.tensorrt.build import BuildOptions, build_plans
 from multisa.export.tensorrt.builder import TURING_PRODUCT
 from multisa.export.to_onnx import onnx_from_module
+from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, PRECISIONS, SEGMENTER
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.registry import bundle_precisions
+from multisa.runtime.backends.tensorrt_runtime import TENSORRT, TENSORRT_RTX
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.engines.choice import bundle_precisions
-from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, PRECISIONS, SEGMENTER
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.engines.tensorrt_library import TENSORRT, TENSORRT_RTX
 from multisa.runtime.errors import EngineError
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.images import read_image, resize_image, working_size
-from multisa.runtime.palette import voc_palette
+from multisa.runtime.imaging.decode import read_image, resize_image, working_size
+from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import say
 from multisa.training.affinity import build_affinity_net
 from multisa.training.affinity_net import head_stride
@@ -54,7 +54,7 @@ TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
 KNOWN = ((CAM.name, "sm75", TURING_PRODUCT),)
 CLASSES = 21
 PARITY_SIDE = 256  # pixels: the eager network of a preset takes seconds for each photograph
-PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_photos"
+PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_images"
 PACKAGED = "packaged"
 
 

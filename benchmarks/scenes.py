@@ -12,7 +12,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 def photograph_bytes(height: int, width: int) -> UInt8:
     """A photograph, uint8 [height, width, 3]."""
-    with files("multisa.runtime.demo_photos").joinpath("astronaut.jpg").open("rb") as file:
+    with files("multisa.runtime.demo_images").joinpath("astronaut.jpg").open("rb") as file:
         image = Image.open(file).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     return np.array(image)
 

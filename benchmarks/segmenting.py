@@ -32,10 +32,10 @@ from multisa.benchmarks.suite.segment_contender import SegmentContender
 from multisa.benchmarks.suite.setting import Setting
 from multisa.benchmarks.suite.subject import subject_main
 from multisa.benchmarks.suite.turns import ratio_of_turns
-from multisa.runtime.cpus import usable_cpus
-from multisa.runtime.engines.contract import SEGMENTER
-from multisa.runtime.engines.gpus import probe_gpus
+from multisa.runtime.backends.base import SEGMENTER
+from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.progress import Progress, say
+from multisa.runtime.system import usable_cpus
 
 Row = dict[str, Any]
 

@@ -24,7 +24,7 @@ from multisa.benchmarks.suite.guest import Guest
 from multisa.benchmarks.suite.setting import write_states
 from multisa.runtime.bundle import default_bundle_path
 
-PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_photos"
+PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_images"
 INTERPRETER, OURS = "Python and NumPy", "multisa segment, one photograph"
 EAGER_START = "PyTorch eager, one photograph"
 ON_CPUS = {"onnxruntime-cpu": "onnxruntime", "openvino": "openvino"}  # engines and their packages
@@ -53,10 +53,13 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
     engines = [name for name, package in ON_CPUS.items() if importlib.util.find_spec(package)]
     ways = {
         INTERPRETER: ["-c", "import numpy"],
-        "multisa --help": ["-m", "multisa.runtime.cli", "--help"],
-        "multisa inspect": ["-m", "multisa.runtime.cli", "inspect", str(bundle)],
-        OURS: ["-m", "multisa.runtime.cli", *command],
-        **{on_engine(name): ["-m", "multisa.runtime.cli", *command, "--engine", name] for name in engines},
+        "multisa --help": ["-m", "multisa.runtime.cli.main", "--help"],
+        "multisa inspect": ["-m", "multisa.runtime.cli.main", "inspect", str(bundle)],
+        OURS: ["-m", "multisa.runtime.cli.main", *command],
+        **{
+            on_engine(name): ["-m", "multisa.runtime.cli.main", *command, "--engine", name]
+            for name in engines
+        },
         "the engine alone, one photograph": program(REFERENCE),
         EAGER_START: program(Contender(EAGER, "fp32", "cpu")),
     }

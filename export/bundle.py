@@ -16,15 +16,15 @@ from multisa.export.parity import Compared, Outputs, ParityReport, measure_parit
 from multisa.export.photographs import add_pseudo_mask, truth_of
 from multisa.export.report import REPORT_NAME, check_destinations, report_to_bytes
 from multisa.export.to_onnx import onnx_from_module
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import Progress, say
 from multisa.runtime.records import record_to_dict
-from multisa.runtime.versions import installed_versions
+from multisa.runtime.system import installed_versions
 from multisa.training.affinity import load_affinity_net
 from multisa.training.affinity_net import head_stride
 from multisa.training.cams import CHECKPOINT, load_cam_network

@@ -192,8 +192,8 @@ def parity(
     from multisa.export.compare import compare_engine, describe_figures
     from multisa.export.photographs import read_photographs
     from multisa.export.report import check_report, report_to_bytes
+    from multisa.runtime.backends.registry import EngineRequest
     from multisa.runtime.bundle import load_bundle
-    from multisa.runtime.engines.choice import EngineRequest
     from multisa.runtime.files import write_bytes_atomically
 
     check_report(report, bundle)

@@ -13,14 +13,7 @@ import numpy.typing as npt
 
 from multisa.export.parity import Compared, Outputs, ParityReport
 from multisa.export.photographs import Photograph, Photographs, add_pseudo_mask, truth_of, working_image
-from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import (
-    EngineRequest,
-    choose_engine,
-    describe_choices,
-    engine_precisions,
-)
-from multisa.runtime.engines.contract import (
+from multisa.runtime.backends.base import (
     AFFINITY,
     CAM,
     CONTRACTS,
@@ -29,8 +22,15 @@ from multisa.runtime.engines.contract import (
     GraphContract,
     graph_file,
 )
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.manifest import Manifest
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.registry import (
+    EngineRequest,
+    choose_engine,
+    describe_choices,
+    engine_precisions,
+)
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.progress import Progress, counted, say
 
 UInt8 = npt.NDArray[np.uint8]

@@ -18,14 +18,14 @@ from multisa.export.compare import Variant, compare_variants, on_cpu
 from multisa.export.lower import Lowered, half_of, int8_of
 from multisa.export.photographs import Photograph, Photographs, spread, working_image
 from multisa.export.report import INT8_FOR, REPORT_NAME, check_destinations, report_of_bundle, report_to_bytes
+from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import Bundle, write_bundle
-from multisa.runtime.engines.contract import CONTRACTS, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.manifest import Manifest
 from multisa.runtime.progress import Progress, counted, say
-from multisa.runtime.versions import installed_versions
+from multisa.runtime.system import installed_versions
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -18,7 +18,7 @@ from multisa.export.stored_layers import (
     StoredGraph,
     StoredLayer,
 )
-from multisa.runtime.images import MINIMUM_SIDE
+from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.training.backbones import FixedSameConv2d
 
 # What batch_norm.py and to_onnx.py append to the name of a weight.

@@ -21,8 +21,8 @@ from multisa.export.half import (
 from multisa.export.parity import Compared, ParityReport, measure_parity
 from multisa.export.quantise import Calibrated, calibrated_graph, quantised_graph
 from multisa.export.sensitivity import Choice, choose_kept
-from multisa.runtime.engines.contract import IMAGE, GraphContract
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.backends.base import IMAGE, GraphContract
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import ParityError, UsageError
-from multisa.runtime.metrics import confusion_matrix, mean_iou
-from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.evaluation import confusion_matrix, mean_iou
+from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import counted
 
 Array = npt.NDArray[np.generic]

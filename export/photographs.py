@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.export.parity import Outputs
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import UsageError
-from multisa.runtime.images import read_image, read_mask, resize_image, resize_mask, working_size
-from multisa.runtime.palette import IGNORE_INDEX
-from multisa.runtime.postprocess import LabelParameters, pseudo_mask, walk_scores
+from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.training.data import Item, read_dataset
 
 UInt8 = npt.NDArray[np.uint8]

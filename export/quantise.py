@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 
 from multisa.export.half import model_bytes, plain_graph
-from multisa.runtime.engines.contract import IMAGE
+from multisa.runtime.backends.base import IMAGE
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -18,9 +18,9 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
+from multisa.runtime.backends.base import GraphContract, graph_file
+from multisa.runtime.backends.onnx_checks import check_onnx
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.contract import GraphContract, graph_file
-from multisa.runtime.engines.onnx_file import check_onnx
 from multisa.runtime.errors import BundleError, EngineError
 
 Float32 = npt.NDArray[np.float32]

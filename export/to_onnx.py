@@ -15,9 +15,9 @@ from torch import nn
 
 from multisa.export.attention import attention_translation, expand_attention
 from multisa.export.batch_norm import fold_batch_norms
-from multisa.runtime.engines.contract import IMAGE
+from multisa.runtime.backends.base import IMAGE
 from multisa.runtime.errors import ParityError
-from multisa.runtime.images import MINIMUM_SIDE
+from multisa.runtime.imaging.decode import MINIMUM_SIDE
 
 # 18: the newest opset whose Resize every execution provider of ONNX Runtime has.
 OPSET = 18

@@ -22,8 +22,8 @@ from multisa.export.graphs import AffinityPhotographs
 from multisa.export.layer_match import layers_run, state_of_graph
 from multisa.export.stored_layers import PREFIX, StoredGraph, read_graph
 from multisa.export.unfold_head import unfolded_head
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.errors import BundleError
 from multisa.runtime.records import record_from_dict
 from multisa.training.affinity import build_affinity_net

@@ -6,7 +6,7 @@ For example:
     mask, confidence = argmax_labels(probabilities, (0, 3, 5))                    # uint8 [H, W] each
 
 Device arrays stay on their device. On the CPU these are plain NumPy and the reference of the CUDA kernels;
-`multisa.runtime.postprocess` resizes with Pillow, whose BILINEAR filter this is.
+`multisa.runtime.predict.postprocess` resizes with Pillow, whose BILINEAR filter this is.
 """
 
 import math

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.images import EXTENSIONS
+from multisa.runtime.imaging.decode import EXTENSIONS
 
 _ENDING = ".png"  # of the masks that are named after an image
 

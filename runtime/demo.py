@@ -7,20 +7,19 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from multisa.runtime.bulk.failures import check_failures
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.run import annotate_images
-from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.image_labels import read_image_labels
-from multisa.runtime.images import read_image, read_mask
-from multisa.runtime.manifest import Manifest
+from multisa.runtime.imaging.decode import read_image, read_mask
+from multisa.runtime.jobs.monitor import check_failures
+from multisa.runtime.jobs.record import RunSummary
+from multisa.runtime.jobs.run import annotate_images
+from multisa.runtime.jobs.spec import RunOptions
 from multisa.runtime.progress import say
-from multisa.runtime.report.cards import Card, Picture
-from multisa.runtime.report.page import Page, write_page
+from multisa.runtime.report.page import Card, Page, Picture, write_page
 from multisa.runtime.report.pictures import (
     OVERLAY,
     PHOTO,
@@ -30,7 +29,7 @@ from multisa.runtime.report.pictures import (
     write_photograph,
 )
 
-PHOTOGRAPHS = Path(__file__).parent / "demo_photos"
+PHOTOGRAPHS = Path(__file__).parent / "demo_images"
 RUNS = ("label", "segment")
 CAPTIONS = {PHOTO: "photograph", "label": "multisa label", "segment": "multisa segment"}
 COLUMN_WIDTH = 360  # pixels of the contact sheet, as the following

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.errors import BundleError, EngineUnavailable, MultisaError
-from multisa.runtime.versions import installed_versions
+from multisa.runtime.system import installed_versions, usable_cpus
 
 if TYPE_CHECKING:
     from multisa.runtime.bundle import Bundle
@@ -180,7 +179,7 @@ def _cuda_kernels() -> Finding:
 
 def _gpu() -> Finding:
     try:
-        from multisa.runtime.engines.gpus import probe_gpus
+        from multisa.runtime.backends.gpus import probe_gpus
     except _BROKEN as error:
         return Finding("GPU", False, _line(error))
     probe = probe_gpus()
@@ -192,9 +191,9 @@ def _gpu() -> Finding:
 
 def _bundle(path: Path | None, folder: Path | None = None) -> tuple[Finding, "Bundle | None"]:
     try:
+        from multisa.runtime.backends.base import CONTRACTS
+        from multisa.runtime.backends.registry import bundle_precisions
         from multisa.runtime.bundle import ENGINES_FOLDER, default_bundle_path, load_bundle
-        from multisa.runtime.engines.choice import bundle_precisions
-        from multisa.runtime.engines.contract import CONTRACTS
 
         bundle = load_bundle(path or default_bundle_path())
         plans = _plans(bundle.path / ENGINES_FOLDER)
@@ -209,7 +208,7 @@ def _bundle(path: Path | None, folder: Path | None = None) -> tuple[Finding, "Bu
 
 def _plans(folder: Path) -> str:
     """The TensorRT plans that a cache tells of; whether their bytes are whole is known when one is opened."""
-    from multisa.runtime.engines.plans import PlanCache
+    from multisa.runtime.backends.engine_cache import PlanCache
 
     try:
         plans, damaged = PlanCache(folder).list_plans()
@@ -229,8 +228,8 @@ def _engines(bundle: "Bundle", plans: Path | None) -> Iterator[Finding]:
     """Open each engine on all graphs, and run them on an image of the bundle's largest size."""
     import numpy as np
 
-    from multisa.runtime.engines.choice import ENGINES, EngineRequest, choose_engine
-    from multisa.runtime.engines.contract import CONTRACTS
+    from multisa.runtime.backends.base import CONTRACTS
+    from multisa.runtime.backends.registry import ENGINES, EngineRequest, choose_engine
 
     side = bundle.manifest.parameters.long_side
     image = np.zeros((1, side, side, 3), np.uint8)
@@ -250,8 +249,8 @@ def _engines(bundle: "Bundle", plans: Path | None) -> Iterator[Finding]:
 
 
 def _auto(bundle: "Bundle", plans: Path | None) -> list[str]:
-    from multisa.runtime.engines.choice import EngineRequest, choose_engine, describe_choices
-    from multisa.runtime.engines.contract import CONTRACTS
+    from multisa.runtime.backends.base import CONTRACTS
+    from multisa.runtime.backends.registry import EngineRequest, choose_engine, describe_choices
 
     choices = []
     request = EngineRequest(plans=plans, may_heal=False)

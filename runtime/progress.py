@@ -2,13 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
 
+NAMED = 3  # how many examples a message gives
 LINE_INTERVAL = 10.0  # seconds between lines when stderr is not a terminal
 
 # Who is told instead of stderr, the last first: a log of JSON lines on stderr has no other lines between.
@@ -36,6 +37,13 @@ def redirect_said(listener: Callable[[str], None]) -> Iterator[None]:
 def counted(number: int, noun: str) -> str:
     """A number and what it counts: "1 image", "2 images"; `noun` is one that takes an s."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def name_some(names: Sequence[str], count: int | None = None) -> str:
+    """The first few names, and how many more there are of `count` (or of `names`, when they are all)."""
+    count = len(names) if count is None else count
+    more = f" and {count - NAMED} more" if count > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 class Progress:

@@ -88,7 +88,7 @@ def test_packages_listed_are_the_packages_there() -> None:
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     program = (
         "import sys\n"
-        "from multisa.runtime.cli import main\n"
+        "from multisa.runtime.cli.main import main\n"
         f"sys.argv = ['multisa', *{command!r}]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         f"heavy = {HEAVY!r} & set(sys.modules)\n"

@@ -49,7 +49,7 @@ def test_wheel_carries_presets_photographs_and_types(wheel: zipfile.ZipFile) -> 
     names = set(wheel.namelist())
     for folder, patterns in {
         "training/presets": "*.toml",
-        "runtime/demo_photos": "*.*",
+        "runtime/demo_images": "*.*",
         "runtime/report": "page.*",
         "benchmarks/report": "page.[hc]*",
         "kernels": "py.typed",

@@ -9,7 +9,7 @@ import pytest
 
 from multisa.benchmarks import readme_results
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.cli import COMMANDS
+from multisa.runtime.cli.main import COMMANDS
 from multisa.training.calibration import BACKGROUND_SAMPLE
 from multisa.training.checks import check_networks
 from multisa.training.config import load_config

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from multisa.kernels import DenseCRF
-from multisa.runtime.images import resize_mask, write_mask
-from multisa.runtime.palette import IGNORE_INDEX
-from multisa.runtime.postprocess import resize_maps, walk_scores
+from multisa.runtime.imaging.decode import resize_mask, write_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import resize_maps, walk_scores
 from multisa.training.affinity_net import AffinityNet, pair_targets
 from multisa.training.augment import AugmentedPhotographs
 from multisa.training.backbones import Backbone

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multisa.runtime.images import read_mask
-from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.training.config import Schedule, TrainConfig
 from multisa.training.data import Item
 from multisa.training.inference import read_working_image

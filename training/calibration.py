@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.evaluation import confusion_matrix, mean_iou
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.images import read_mask, resize_mask
-from multisa.runtime.metrics import confusion_matrix, mean_iou
-from multisa.runtime.postprocess import LabelParameters, pseudo_masks
+from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.predict.postprocess import pseudo_masks
 from multisa.training.config import TrainConfig
 from multisa.training.data import DataSet, Item
 from multisa.training.inference import for_each_item, load_maps, read_working_image

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from multisa.runtime.images import read_mask
+from multisa.runtime.imaging.decode import read_mask
 from multisa.training.augment import AugmentedPhotographs
 from multisa.training.backbones import Backbone
 from multisa.training.checkpoint import load_checkpoint

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from multisa.runtime.errors import DatasetError, ImageError, UsageError
-from multisa.runtime.images import read_mask
-from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import say
 from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import check_weights

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multisa.kernels import CrfParameters
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
-from multisa.runtime.images import MINIMUM_SIDE
-from multisa.runtime.postprocess import MAX_WALK_RADIUS, LabelParameters
+from multisa.runtime.imaging.decode import MINIMUM_SIDE
+from multisa.runtime.predict.postprocess import MAX_WALK_RADIUS
 from multisa.runtime.records import record_from_dict
 
 MAX_SEED = 2**32 - 1

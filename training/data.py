@@ -13,7 +13,7 @@ from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import DatasetError
 from multisa.runtime.files import sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
-from multisa.runtime.palette import voc_palette
+from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import say
 
 VOC_CLASSES = (

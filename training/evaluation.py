@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.images import read_mask, resize_mask
-from multisa.runtime.metrics import confusion_matrix, iou_per_class, mean_iou
-from multisa.runtime.palette import IGNORE_INDEX
-from multisa.runtime.postprocess import resize_maps
+from multisa.runtime.evaluation import confusion_matrix, iou_per_class, mean_iou
+from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import resize_maps
 from multisa.training.data import Item
 
 BINS = 100  # background scores 0.01, 0.02, .. 0.99 are compared

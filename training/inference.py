@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.images import read_image, resize_image, working_size
+from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.runtime.progress import Progress
 from multisa.training.data import Item
 

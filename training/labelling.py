@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from multisa.runtime.postprocess import LabelParameters
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.records import record_to_dict
 from multisa.training.affinity import make_affinity_labels, train_affinity, walk_cams
 from multisa.training.config import TrainConfig

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from multisa.runtime.palette import IGNORE_INDEX
+from multisa.runtime.imaging.png import IGNORE_INDEX
 
 
 def multilabel_soft_margin(activations: Tensor, labels: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.postprocess import LabelParameters
 from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.checks import check_run
 from multisa.training.config import TrainConfig

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import DatasetError
-from multisa.runtime.images import write_mask
-from multisa.runtime.postprocess import LabelParameters, pseudo_mask
+from multisa.runtime.imaging.decode import write_mask
+from multisa.runtime.predict.postprocess import pseudo_mask
 from multisa.training.augment import AugmentedPhotographs
 from multisa.training.backbones import Backbone
 from multisa.training.cams import CHECKPOINT, load_cam_network

@@ -5,7 +5,7 @@ A stage made by one command is found by the others, because it is asked for here
 
 from dataclasses import replace
 
-from multisa.runtime.postprocess import LabelParameters
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.records import record_to_dict
 from multisa.training.calibration import calibrate
 from multisa.training.cams import compute_cams, measure_maps, train_cam

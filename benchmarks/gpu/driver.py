@@ -11,8 +11,8 @@ from typing import Any
 
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError
 from multisa.kernels.cuda.pycuda_device import PycudaDevice
-from multisa.runtime.engines.gpus import probe_gpus
-from multisa.runtime.engines.tensorrt_library import LIBRARIES, import_library
+from multisa.runtime.backends.gpus import probe_gpus
+from multisa.runtime.backends.tensorrt_runtime import LIBRARIES, import_library
 from multisa.runtime.errors import EngineUnavailable, MultisaError
 from multisa.runtime.files import write_json_atomically
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from multisa.export.convert import Settings, convert_bundle
 from multisa.export.photographs import read_photographs
+from multisa.runtime.backends.base import CONTRACTS
+from multisa.runtime.backends.registry import bundle_precisions
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.cpus import usable_cpus
-from multisa.runtime.engines.choice import bundle_precisions
-from multisa.runtime.engines.contract import CONTRACTS
 from multisa.runtime.errors import MultisaError, ParityError
+from multisa.runtime.system import usable_cpus
 
 HALF = "fp16"
 

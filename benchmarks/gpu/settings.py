@@ -42,7 +42,7 @@ class Settings:
     @property
     def photographs(self) -> Path:
         """What engines are compared on: the data set, else the photographs of the package."""
-        return self.data or ROOT / "runtime" / "demo_photos"
+        return self.data or ROOT / "runtime" / "demo_images"
 
     @property
     def count(self) -> str:

@@ -18,7 +18,7 @@ _LIMIT = 1800.0  # seconds
 _PROGRAM = """
 import sys
 from pathlib import Path
-from multisa.runtime.cli import main
+from multisa.runtime.cli.main import main
 try:
     main()
 finally:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
+from multisa.runtime.backends.base import CONTRACTS, GraphContract
+from multisa.runtime.backends.registry import ENGINES, EngineRequest, choose_engine, engine_precisions
 from multisa.runtime.bundle import Bundle, load_bundle
-from multisa.runtime.engines.choice import ENGINES, EngineRequest, choose_engine, engine_precisions
-from multisa.runtime.engines.contract import CONTRACTS, GraphContract
 from multisa.runtime.errors import UsageError
 
 EAGER, CHANNELS_LAST, COMPILED = "pytorch-eager", "pytorch-channels-last-autocast", "pytorch-compile"

@@ -14,7 +14,7 @@ from multisa.kernels import stencil_offsets
 from multisa.kernels.native import native
 from multisa.kernels.random_walk import chebyshev_degree
 from multisa.runtime.bundle import load_bundle
-from multisa.runtime.cpus import usable_cpus
+from multisa.runtime.system import usable_cpus
 
 _SECONDS = 0.5  # of measuring the peak
 

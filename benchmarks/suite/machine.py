@@ -4,9 +4,9 @@ from typing import Any
 
 from multisa.benchmarks.harness import environment, peaks
 from multisa.benchmarks.suite.setting import Setting
-from multisa.runtime.engines.gpus import probe_gpus
+from multisa.runtime.backends.gpus import probe_gpus
+from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file
-from multisa.runtime.manifest import MANIFEST_NAME
 
 PACKAGES = (
     *("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"),

@@ -21,8 +21,8 @@ from multisa.benchmarks.suite.plain import read_plainly, write_plainly
 from multisa.benchmarks.suite.sample import Photograph
 from multisa.kernels import dense_crf
 from multisa.runtime.bundle import load_bundle
-from multisa.runtime.cpus import usable_cpus
-from multisa.runtime.postprocess import background_and_foreground, resize_maps
+from multisa.runtime.predict.postprocess import background_and_foreground, resize_maps
+from multisa.runtime.system import usable_cpus
 from multisa.training.multi_sa import MultiScaleCAM
 
 UInt8 = npt.NDArray[np.uint8]

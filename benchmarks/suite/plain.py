@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from multisa.runtime.images import read_image, resize_image, working_size
-from multisa.runtime.palette import voc_palette
+from multisa.runtime.imaging.decode import read_image, resize_image, working_size
+from multisa.runtime.imaging.png import voc_palette
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -18,7 +18,7 @@ from multisa.benchmarks.suite import kernel_rows
 from multisa.benchmarks.suite.contender import contenders
 from multisa.benchmarks.suite.machine import describe_run
 from multisa.benchmarks.suite.setting import Setting, make_setting
-from multisa.runtime.engines.contract import SEGMENTER
+from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.files import write_json_atomically
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.images import read_image, read_mask, resize_image, resize_mask, working_size
-from multisa.runtime.metrics import confusion_matrix
+from multisa.runtime.evaluation import confusion_matrix
+from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -14,11 +14,11 @@ from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.gpu_memory import gpu_mib_of_this_process
 from multisa.benchmarks.suite.plain import read_plainly, write_plainly
 from multisa.benchmarks.suite.sample import Photograph, count_confusion, read_working, scaled_to
+from multisa.runtime.backends.base import SEGMENTER, graph_file
+from multisa.runtime.backends.registry import EngineRequest, choose_engine
 from multisa.runtime.bundle import Bundle, load_bundle
-from multisa.runtime.cpus import usable_cpus
-from multisa.runtime.engines.choice import EngineRequest, choose_engine
-from multisa.runtime.engines.contract import SEGMENTER, graph_file
-from multisa.runtime.metrics import mean_iou
+from multisa.runtime.evaluation import mean_iou
+from multisa.runtime.system import usable_cpus
 
 UInt8 = npt.NDArray[np.uint8]
 

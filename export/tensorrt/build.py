@@ -10,17 +10,17 @@ from typing import Any
 from multisa.export.report import INT8_FOR
 from multisa.export.tensorrt.builder import build_plan, check_targets
 from multisa.export.tensorrt.profiles import parse_profiles
-from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
-from multisa.runtime.engines.contract import (
+from multisa.runtime.backends.base import (
     CONTRACTS,
     PRECISIONS,
     GraphContract,
     graph_file,
     how_to_convert,
 )
-from multisa.runtime.engines.gpus import Gpu, probe_gpus
-from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, this_platform
-from multisa.runtime.engines.tensorrt_library import TENSORRT_RTX, Library, import_library
+from multisa.runtime.backends.engine_cache import FLAGS, PlanCache, PlanKey, Profile, this_platform
+from multisa.runtime.backends.gpus import Gpu, probe_gpus
+from multisa.runtime.backends.tensorrt_runtime import TENSORRT_RTX, Library, import_library
+from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 from multisa.runtime.files import sha256_of_bytes
 from multisa.runtime.progress import Progress, counted, say

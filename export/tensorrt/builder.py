@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from multisa.runtime.engines.contract import IMAGE, GraphContract
-from multisa.runtime.engines.onnx_file import check_onnx
-from multisa.runtime.engines.plans import FLAGS, Profile
-from multisa.runtime.engines.tensorrt_library import DTYPES, Library, LibraryLog, library_log
+from multisa.runtime.backends.base import IMAGE, GraphContract
+from multisa.runtime.backends.engine_cache import FLAGS, Profile
+from multisa.runtime.backends.onnx_checks import check_onnx
+from multisa.runtime.backends.tensorrt_runtime import DTYPES, Library, LibraryLog, library_log
 from multisa.runtime.errors import EngineError, UsageError
 
 if TYPE_CHECKING:  # names what is what: a test holds every call below to TensorRT's type stubs

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from multisa.runtime.engines.plans import Profile, Shape
+from multisa.runtime.backends.engine_cache import Profile, Shape
 from multisa.runtime.errors import UsageError
-from multisa.runtime.images import MINIMUM_SIDE
+from multisa.runtime.imaging.decode import MINIMUM_SIDE
 
 _FORM = "NxHxW:NxHxW:NxHxW, as in 1x64x64:1x384x512:8x512x512"
 _GRID = 32  # sides of default buckets are multiples of it, as the strides of every backbone are

@@ -6,17 +6,234 @@ Styles and script stand in the page, with a policy that lets no other script run
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.manifest import Manifest
 from multisa.runtime.progress import counted
-from multisa.runtime.report.cards import Card, card_facts, render_card, render_chip, shown_shares
+from multisa.runtime.report.summary import (
+    BINS,
+    Gathered,
+    ReasonGroup,
+    RunFigures,
+    busy_shares,
+    describe_duration,
+    describe_limit,
+)
+
+Colours = Mapping[str, Sequence[int]]
+
+SMALLEST_SHARE = 0.0005  # of a photograph's pixels that the page names a class with: less would be 0.0 %
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a card."""
+
+    caption: str
+    kind: str  # "photo" or "overlay": what the view of the page shows or hides
+    path: str  # below the page's folder, "/" between its parts
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image on the page."""
+
+    record: Mapping[str, Any]  # its line of labels.jsonl
+    pictures: tuple[Picture, ...]
+    mask: str  # path of the mask below the page's folder; empty where there is none to link to
+    sample: bool = False  # stands for the images that are not doubtful
+
+
+def shown_shares(record: Mapping[str, Any], background: str) -> dict[str, float]:
+    """The classes that the page names of an image, and their shares of its pixels, the largest first."""
+    shares = record["pixel_shares"].items()
+    named = [(n, share) for n, share in shares if n != background and share >= SMALLEST_SHARE]
+    return dict(sorted(named, key=lambda item: (-item[1], item[0])))
+
+
+def render_card(card: Card, colours: Colours, background: str) -> str:
+    """One <article>. colours: of every class of the bundle; background: the name of class 0."""
+    record = card.record
+    image = escape(str(record["image"]))
+    shares = shown_shares(record, background)
+    bar = "".join(f'<i style="width:{share:.2%};{_paint(colours, n)}"></i>' for n, share in shares.items())
+    chips = "".join(render_chip(n, colours, f"{share:.1%}") for n, share in shares.items())
+    missing = "".join(render_chip(str(n), colours) for n in record.get("missing", ()))
+    lost = f'<p class="chips missing"><span>given, not found</span>{missing}</p>' if missing else ""
+    ratio = f"{int(record['width'])}/{int(record['height'])}"
+    pictures = "".join(_picture(picture, image) for picture in card.pictures)
+    return (
+        f'<article id="card-{int(record["index"])}" tabindex="0" aria-label="{image}">'
+        f'<div class="panels" style="--ratio:{ratio}">{pictures}</div><div class="bar">{bar}</div>'
+        f'<h3 title="{image}">{image}</h3>{_marks(card)}'
+        f'<p class="chips">{chips or "<span>background only</span>"}</p>{lost}'
+        f'<p class="facts">{_facts(card)}</p></article>'
+    )
+
+
+def render_chip(name: str, colours: Colours, amount: str = "") -> str:
+    """The name of a class beside its colour, and an amount."""
+    number = f" <b>{amount}</b>" if amount else ""
+    return f'<span class="chip"><i style="{_paint(colours, name)}"></i>{escape(name)}{number}</span>'
+
+
+def card_facts(card: Card, background: str) -> dict[str, Any]:
+    """What the filters of the page need of a card, for JSON."""
+    record = card.record
+    return {
+        "index": int(record["index"]),
+        "id": str(record["image"]),
+        "doubt": float(record["doubt"]),
+        "confidence": float(record["confidence"]),
+        "classes": [*shown_shares(record, background)],
+        "missing": [str(name) for name in record.get("missing", ())],
+    }
+
+
+def _picture(picture: Picture, image: str) -> str:
+    link, caption = escape(quote(picture.path, errors="replace")), escape(picture.caption)
+    return (
+        f'<a class="{escape(picture.kind)}" href="{link}" tabindex="-1">'
+        f'<img loading="lazy" src="{link}" alt="{caption}: {image}"><span>{caption}</span></a>'
+    )
+
+
+def _marks(card: Card) -> str:
+    record = card.record
+    doubt = float(record["doubt"])
+    sample = ' <em title="one of an even spread over the other images">sample</em>' if card.sample else ""
+    return (
+        f'<p class="marks"><i class="gauge" style="--doubt:{doubt:.1%}"></i>'
+        f"<span>doubt <b>{doubt:.2f}</b></span><span>confidence <b>{record['confidence']:.1%}</b></span>"
+        f"<span>disagreement <b>{record['disagreement']:.1%}</b></span>{sample}</p>"
+    )
+
+
+def _facts(card: Card) -> str:
+    record = card.record
+    facts = [f"{int(record['width'])} × {int(record['height'])}"]
+    if record.get("labels_from"):
+        facts.append(f"labels from {escape(str(record['labels_from']))}")
+    if not any(picture.kind == "photo" for picture in card.pictures):
+        facts.append("the photograph cannot be read any more")
+    if card.mask:
+        facts.append(f'<a href="{escape(quote(card.mask, errors="replace"))}" tabindex="-1">mask</a>')
+    return " · ".join(facts)
+
+
+def _paint(colours: Colours, name: str) -> str:
+    red, green, blue = colours.get(name, (128, 128, 128))
+    return f"background:rgb({int(red)} {int(green)} {int(blue)})"
+
+
+def render_totals(figures: RunFigures, found: Gathered) -> str:
+    """The numbers of the run, large."""
+    of = ", last sitting" if figures.kept else ""  # what was kept was done in another time
+    numbers = {
+        "images": f"{found.images:,}",
+        "failed": f"{figures.failed:,}",
+        "passed over": f"{figures.passed_over:,}",
+        f"images/s{of}": f"{figures.images_per_second:.2f}",
+        f"duration{of}": describe_duration(figures.seconds),
+        "mean doubt": f"{found.doubt:.2f}",
+        "mean confidence": f"{found.confidence:.1%}",
+    }
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers.items())
+    return f'<dl class="totals">{tiles}</dl>'
+
+
+def render_balance(found: Gathered, colours: Colours) -> str:
+    """Images and pixels of each class as bars, the class of most images first."""
+    most = max(found.images_of_class.values(), default=0)
+    widest = max((found.pixel_shares[name] for name in found.images_of_class), default=0.0)
+    rows = "".join(
+        f'<tr><th scope="row">{render_chip(name, colours)}</th>'
+        f"{_bar(count, most, f'{count:,}')}"
+        f"{_bar(found.pixel_shares[name], widest, f'{found.pixel_shares[name]:.2%}')}"
+        f'<td class="number">{found.missing_of_class[name] or ""}</td></tr>'
+        for name, count in sorted(found.images_of_class.items(), key=lambda item: (-item[1], item[0]))
+    )
+    head = "".join(
+        f'<th scope="col">{name}</th>' for name in ("class", "images with it", "of all pixels", "not found")
+    )
+    return _section("Class balance", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
+
+
+def render_stages(figures: RunFigures) -> str:
+    """The share of its workers' time that each stage was busy; which stage is the limit."""
+    workers = {stage.name: stage.workers for stage in figures.stages}
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="number">{workers[name]}</td>'
+        f"{_bar(share, 1.0, f'{share:.0%}')}</tr>"
+        for name, share in busy_shares(figures).items()
+    )
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("stage", "workers", "busy"))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    limit = escape(describe_limit(figures))
+    return _section("Stages", f"<p>{limit[:1].upper()}{limit[1:]}.</p>{table}")
+
+
+def render_doubt(found: Gathered) -> str:
+    """The histogram of doubt over all images."""
+    most = max(found.doubts, default=0)
+    columns = "".join(
+        f'<li title="doubt {i / BINS:.2f} to {(i + 1) / BINS:.2f}: {counted(n, "image")}">'
+        f'<i style="height:{n / most if most else 0:.2%}"{" class=some" if n else ""}></i></li>'
+        for i, n in enumerate(found.doubts)
+    )
+    scale = "<p class=scale><span>0</span><span>0.5</span><span>1</span></p>"
+    label = f'aria-label="images by doubt, {BINS} bins from 0 to 1, at most {most} in one"'
+    return _section("Doubt", f'<ol class="histogram" {label}>{columns}</ol>{scale}')
+
+
+def render_failures(groups: Mapping[str, ReasonGroup]) -> str:
+    """The reasons, and the first images of each."""
+    items = "".join(
+        f"<details><summary>{escape(reason)} <b>{counted(group.count, 'image')}</b></summary><ul>"
+        + "".join(f"<li>{escape(image)}</li>" for image in group.ids)
+        + (f"<li>and {group.count - len(group.ids):,} more</li>" if group.count > len(group.ids) else "")
+        + "</ul></details>"
+        for reason, group in groups.items()
+    )
+    return _section("Failures", items) if items else ""
+
+
+def render_engines(run: Mapping[str, Any]) -> str:
+    """Bundle, engines and why they are these, versions."""
+    bundle = run.get("bundle", {})
+    facts = [("bundle", f"{bundle.get('name', '')}, sha256 {str(bundle.get('sha256', ''))[:16]}")]
+    for graph, choice in run.get("engines", {}).items():
+        text = ", ".join(str(choice[key]) for key in ("engine", "precision", "reason") if choice.get(key))
+        facts.append((str(graph), text))
+    versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
+    facts += [("versions", versions)] if versions else []
+    facts += [("started", str(run["started"]))] if run.get("started") else []
+    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts)
+    return _section("Bundle and engines", f'<dl class="engines">{rows}</dl>')
+
+
+def join_sections(sections: Sequence[str]) -> str:
+    """The sections beside each other; those without content are left out."""
+    return f'<div class="sections">{"".join(section for section in sections if section)}</div>'
+
+
+def _bar(value: float, most: float, text: str) -> str:
+    width = value / most if most else 0.0
+    return f'<td class="amount"><i style="width:{min(width, 1):.2%}"></i><b>{text}</b></td>'
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>"
+
 
 _ASSETS = Path(__file__).parent
 # What would end a script element or, in older parsers, a line of script.

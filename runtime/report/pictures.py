@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.images import resize_image, resize_mask, working_size
-from multisa.runtime.manifest import Manifest
+from multisa.runtime.imaging.decode import resize_image, resize_mask, working_size
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -7,10 +7,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.manifest import Manifest
-from multisa.runtime.report.cards import Card, Picture
-from multisa.runtime.report.gather import Gathered, gather
-from multisa.runtime.report.page import Page, write_page
+from multisa.runtime.bundle.manifest import Manifest
+from multisa.runtime.report.page import (
+    Card,
+    Page,
+    Picture,
+    join_sections,
+    render_balance,
+    render_doubt,
+    render_engines,
+    render_failures,
+    render_stages,
+    render_totals,
+    write_page,
+)
 from multisa.runtime.report.pictures import (
     OVERLAY,
     PAGE,
@@ -20,17 +30,7 @@ from multisa.runtime.report.pictures import (
     write_overlay,
     write_photograph,
 )
-from multisa.runtime.report.reasons import group_failures
-from multisa.runtime.report.sections import (
-    join_sections,
-    render_balance,
-    render_doubt,
-    render_engines,
-    render_failures,
-    render_stages,
-    render_totals,
-)
-from multisa.runtime.report.summary import figures_from_run
+from multisa.runtime.report.summary import Gathered, figures_from_run, gather, group_failures
 
 UInt8 = npt.NDArray[np.uint8]
 Record = Mapping[str, Any]

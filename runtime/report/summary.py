@@ -3,12 +3,71 @@
 print(describe_run(RunFigures("label", done=980, failed=20, seconds=312.5, stages=stages)))
 """
 
+import heapq
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from multisa.runtime.progress import counted
+
+MOST_GROUPS = 100  # kept apart; what comes later under another reason is OTHER
+OTHER = "other reasons"
+
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_LONGEST = 300  # characters of a reason
+
+
+@dataclass
+class ReasonGroup:
+    """How many images failed for one reason, and the first of them."""
+
+    count: int = 0
+    ids: list[str] = field(default_factory=list)
+
+
+def general_reason(reason: str, image: str = "") -> str:
+    """A reason without what belongs to one image: its id, what is quoted, every number.
+
+    >>> general_reason("a/b.jpg: 9000x9000 = 81000000 pixels, expected at most 50000000", "a/b.jpg")
+    '…x… = … pixels, expected at most …'
+    """
+    text = reason[:_LONGEST]
+    if image and text.startswith(f"{image}: "):
+        text = text[len(image) + 2 :]  # the ids are listed beside the reason
+    return _NUMBER.sub("…", _QUOTED.sub("…", _without(text, image)))
+
+
+def group_failures(failures: Iterable[Mapping[str, Any]], ids: int) -> dict[str, ReasonGroup]:
+    """Group the lines of failed.jsonl by reason in one pass, the most frequent first.
+
+    ids: how many of each group are named. Memory is bounded by MOST_GROUPS * ids.
+    """
+    groups: dict[str, ReasonGroup] = {}
+    for failure in failures:
+        image = str(failure["image"])
+        reason = general_reason(str(failure["reason"]), image)
+        if reason not in groups and len(groups) >= MOST_GROUPS:
+            reason = OTHER
+        group = groups.setdefault(reason, ReasonGroup())
+        group.count += 1
+        if len(group.ids) < ids:
+            group.ids.append(image)
+    return dict(sorted(groups.items(), key=lambda item: (-item[1].count, item[0])))
+
+
+def _without(text: str, image: str) -> str:
+    """`text` without `image`, where that is no part of a longer word: ids may be single letters."""
+    pieces, end = [], 0
+    while image and (start := text.find(image, end)) >= 0:
+        stop = start + len(image)
+        inside = text[max(start - 1, 0) : start].isalnum() or text[stop : stop + 1].isalnum()
+        pieces += [text[end:start], image if inside else "…"]
+        end = stop
+    return "".join([*pieces, text[end:]])
+
 
 LIMIT_SHARE = 0.85  # busy for so much of the time, a stage (or all cores) holds up the rest
 _REASONS = 5  # named in the text; failed.jsonl has them all
@@ -123,3 +182,103 @@ def _done(figures: RunFigures) -> str:
     if figures.passed_over:
         parts.append(f"{figures.passed_over} passed over")
     return ", ".join(parts)
+
+
+BINS = 20  # of the histogram of doubt, each 1 / BINS wide
+SAMPLE_PART = 10  # one in so many pictured images is a sample of the others
+
+Record = Mapping[str, Any]
+
+
+@dataclass
+class Gathered:
+    """What one pass over a run's records finds; classes in the order of the bundle."""
+
+    images: int = 0
+    images_of_class: dict[str, int] = field(default_factory=dict)
+    pixel_shares: dict[str, float] = field(default_factory=dict)  # of all pixels; the background, too
+    missing_of_class: dict[str, int] = field(default_factory=dict)  # labelled with it, not found
+    doubts: list[int] = field(default_factory=lambda: [0] * BINS)
+    doubt: float = 0.0  # mean
+    confidence: float = 0.0  # mean
+    pictured: list[Record] = field(default_factory=list)  # the most doubtful first
+    samples: frozenset[int] = frozenset()  # indices of those pictured that only stand for the others
+
+
+class MostDoubtful:
+    """Keeps the most doubtful records and an even spread of all, in one pass and in memory O(most).
+
+    Ties go to the lower index, so the choice is the same in every run over the same images.
+    """
+
+    def __init__(self, most: int) -> None:
+        if most < 0:
+            raise ValueError(f"most: got {most}, expected 0 or more")
+        self._most = most
+        self._heap: list[tuple[float, int, int, Record]] = []  # the least doubtful on top
+        self._spread: list[Record] = []
+        self._stride = 1
+        self._seen = 0
+
+    def add(self, record: Record) -> None:
+        """See the next record."""
+        if not self._most:
+            return
+        # The third keeps records from being compared.
+        item = (float(record["doubt"]), -int(record["index"]), -self._seen, record)
+        if len(self._heap) < self._most:
+            heapq.heappush(self._heap, item)
+        elif item > self._heap[0]:
+            heapq.heapreplace(self._heap, item)
+        if self._seen % self._stride == 0:
+            self._spread.append(record)
+            if len(self._spread) > 2 * self._most:  # so at least `most` are always left
+                self._spread = self._spread[::2]
+                self._stride *= 2
+        self._seen += 1
+
+    def chosen(self) -> tuple[list[Record], frozenset[int]]:
+        """The records to picture, the most doubtful first, and the indices of the samples among them."""
+        ranked = [item[-1] for item in sorted(self._heap, reverse=True)]
+        samples = self._most // SAMPLE_PART if self._seen > self._most else 0
+        doubtful = ranked[: len(ranked) - samples]
+        taken = {record["index"] for record in doubtful}
+        others = [record for record in self._spread if record["index"] not in taken]
+        spread = [others[(2 * i + 1) * len(others) // (2 * samples)] for i in range(samples)]
+        both = sorted([*doubtful, *spread], key=lambda record: (-float(record["doubt"]), record["index"]))
+        return both, frozenset(int(record["index"]) for record in spread)
+
+
+def gather(records: Iterable[Record], classes: tuple[str, ...], pictured: int) -> Gathered:
+    """Count and choose in one pass over the records of a run.
+
+    classes: the bundle's, background first; a class beyond them is not counted. pictured: how many images
+    the page pictures at most.
+    """
+    found = Gathered(
+        images_of_class=dict.fromkeys(classes[1:], 0),
+        pixel_shares=dict.fromkeys(classes, 0.0),
+        missing_of_class=dict.fromkeys(classes[1:], 0),
+    )
+    chosen = MostDoubtful(pictured)
+    pixels = doubt = confidence = 0.0
+    for record in records:
+        size = int(record["width"]) * int(record["height"])
+        pixels += size
+        for name, share in record["pixel_shares"].items():
+            if name in found.pixel_shares:
+                found.pixel_shares[name] += share * size
+            if name in found.images_of_class and share > 0:
+                found.images_of_class[name] += 1
+        for name in record.get("missing", ()):
+            if name in found.missing_of_class:
+                found.missing_of_class[name] += 1
+        found.doubts[min(math.floor(float(record["doubt"]) * BINS), BINS - 1)] += 1
+        doubt += float(record["doubt"])
+        confidence += float(record["confidence"])
+        found.images += 1
+        chosen.add(record)
+    found.pixel_shares = {name: n / max(pixels, 1) for name, n in found.pixel_shares.items()}
+    found.doubt, found.confidence = doubt / max(found.images, 1), confidence / max(found.images, 1)
+    found.pictured, found.samples = chosen.chosen()
+    return found

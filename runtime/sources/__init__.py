@@ -1,1 +1,1 @@
-"""Where the images of a run come from: folders, lists, manifests, archives, here or behind a URL."""
+"""Sources: where the images of a run come from."""

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
 from multisa.runtime.sources.names import LONGEST_PATH, is_image, printable
 from multisa.runtime.sources.storage import Entry, Store, Wanted, join, why
 

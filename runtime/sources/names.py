@@ -5,7 +5,7 @@ import re
 from array import array
 from pathlib import PurePosixPath
 
-from multisa.runtime.images import EXTENSIONS
+from multisa.runtime.imaging.decode import EXTENSIONS
 
 LONGEST_NAME = 255  # bytes, of one file or folder on every usual file system
 LONGEST_PATH = 2000  # bytes; half of what Linux takes, OUT needs some, too

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
 
 from multisa.runtime.errors import ImageError
-from multisa.runtime.sources.contract import MAX_FILE_BYTES
+from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import bad_name
 
 Wanted = Callable[[str], bool]  # whether files of this name are looked at

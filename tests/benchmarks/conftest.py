@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from multisa.benchmarks.suite.setting import Effort, Setting, make_setting
-from multisa.runtime.bulk.run import annotate_images
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.jobs.run import annotate_images
 
 sys.path.insert(0, str(Path(__file__).parent))  # for made_up.py
 

@@ -14,9 +14,9 @@ from multisa.benchmarks.gpu.runner import Row
 from multisa.benchmarks.gpu.settings import ROOT, read_machine
 from multisa.benchmarks.gpu.summary import Results, write_summary
 from multisa.export import convert
-from multisa.runtime import versions
+from multisa.runtime import system as versions
+from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.errors import EngineUnavailable, ParityError
 
 
@@ -99,7 +99,7 @@ def test_a_refused_conversion_leaves_a_copy(tmp_path: Path, monkeypatch: pytest.
         raise ParityError("fp16: labels differ")
 
     monkeypatch.setattr(graphs, "convert_bundle", refuse)
-    words = ["--photographs", str(ROOT / "runtime" / "demo_photos"), "--report", str(tmp_path / "fp16.json")]
+    words = ["--photographs", str(ROOT / "runtime" / "demo_images"), "--report", str(tmp_path / "fp16.json")]
     assert graphs.main([*words, "--output", str(tmp_path / "bundle")]) == 3
     assert (
         load_bundle(tmp_path / "bundle").manifest.files == load_bundle(default_bundle_path()).manifest.files

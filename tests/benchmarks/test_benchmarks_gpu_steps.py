@@ -16,7 +16,7 @@ from multisa.benchmarks.gpu import look, main
 from multisa.benchmarks.gpu.runner import Command, LeftOut, Step
 from multisa.benchmarks.gpu.settings import ROOT, Machine, Settings, read_machine
 from multisa.benchmarks.gpu.steps import make_steps
-from multisa.runtime.cli import COMMANDS, root
+from multisa.runtime.cli.main import COMMANDS, root
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 STEPS_BEFORE_DRIVER = ("look", "environment", "kernels", "driver")

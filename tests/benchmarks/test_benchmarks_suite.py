@@ -18,10 +18,10 @@ from multisa.benchmarks import labelling, segmenting
 from multisa.benchmarks.report import validate_bench
 from multisa.benchmarks.suite.contender import PYTORCH, Contender, baseline_of, contenders
 from multisa.benchmarks.suite.setting import Setting
+from multisa.runtime.backends.base import CAM, SEGMENTER
+from multisa.runtime.backends.registry import ENGINES
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.cli import root
-from multisa.runtime.engines.choice import ENGINES
-from multisa.runtime.engines.contract import CAM, SEGMENTER
+from multisa.runtime.cli.main import root
 from multisa.runtime.errors import UsageError
 
 MakeSetting = Callable[..., Setting]
@@ -167,7 +167,7 @@ def test_without_torch_the_engines_are_measured(
 def test_sigterm_ends_a_run_and_leaves_nothing(demo_data: Path, tmp_path: Path) -> None:
     words = ["bench", "--data", str(demo_data), "-o", str(tmp_path / "out"), "--quick", "--stages", "segment"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "multisa.runtime.cli", *words, "--engines", "onnxruntime-cpu"],
+        [sys.executable, "-m", "multisa.runtime.cli.main", *words, "--engines", "onnxruntime-cpu"],
         env=os.environ | {"TMPDIR": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,

@@ -6,17 +6,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from multisa.runtime.bulk.crew import Crew
-from multisa.runtime.bulk.inventory import Shard
-from multisa.runtime.bulk.job import Job
-from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.request import make_job
-from multisa.runtime.bulk.run import OpenCrew, run
-from multisa.runtime.bulk.summary import RunSummary
-from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.jobs.executor import Crew
+from multisa.runtime.jobs.journal import ShardResult
+from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.record import RunSummary
+from multisa.runtime.jobs.run import OpenCrew, run
+from multisa.runtime.jobs.snapshot import Shard
+from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 
 SHARD = 5
 IMAGES = 150

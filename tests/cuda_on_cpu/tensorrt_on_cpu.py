@@ -27,21 +27,22 @@ from multisa.kernels import random_walk
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
-from multisa.runtime import label
-from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.request import make_job
-from multisa.runtime.bulk.run import run as run_job
+from multisa.runtime.backends import tensorrt_context as tensorrt_lane
+from multisa.runtime.backends import tensorrt_engine
+from multisa.runtime.backends import tensorrt_runtime as tensorrt_library
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.engine_cache import FLAGS, PlanCache, PlanKey, Profile, this_platform
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.registry import EngineRequest, choose_engine
+from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt_engine import TensorRTEngine
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.device_label import DeviceChain
-from multisa.runtime.engines import tensorrt_engine, tensorrt_lane, tensorrt_library
-from multisa.runtime.engines.choice import EngineRequest, choose_engine
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, this_platform
-from multisa.runtime.engines.tensorrt import open_tensorrt
-from multisa.runtime.engines.tensorrt_engine import TensorRTEngine
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.gpu.pipeline import DeviceChain
+from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.run import run as run_job
+from multisa.runtime.jobs.spec import RunOptions, make_job
+from multisa.runtime.predict import pseudo_labeler as label
 
 PROFILES = [((1, 32, 32), (1, 64, 64), (2, 96, 96)), ((1, 32, 32), (1, 96, 128), (4, 160, 160))]
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
@@ -102,7 +103,7 @@ def store(bundle: Bundle, tmp_path: Path) -> Store:
 
 def photograph(height: int, width: int, batch: int = 1) -> np.ndarray:
     """Pieces of a photograph, uint8 [batch, height, width, 3]."""
-    with Image.open(default_bundle_path().parents[1] / "demo_photos" / "chelsea.jpg") as image:
+    with Image.open(default_bundle_path().parents[1] / "demo_images" / "chelsea.jpg") as image:
         pixels = np.asarray(image.convert("RGB"))
     return np.stack([pixels[9 * i : 9 * i + height, 7 * i : 7 * i + width] for i in range(batch)])
 

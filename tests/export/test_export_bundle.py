@@ -21,10 +21,10 @@ from multisa.export.parity import LIMITS
 from multisa.export.report import REPORT_NAME
 from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.kernels import stencil_offsets
+from multisa.runtime.backends.base import AFFINITY, CAM
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import Bundle, load_bundle
-from multisa.runtime.cli import root as root_command
-from multisa.runtime.engines.contract import AFFINITY, CAM
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import BundleError, ParityError, UsageError
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone

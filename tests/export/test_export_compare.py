@@ -14,9 +14,9 @@ from onnx import numpy_helper
 from multisa.export.half import half_candidates, half_graph, model_bytes, plain_graph
 from multisa.export.parity import LIMITS
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.cli import root as root_command
+from multisa.runtime.cli.main import root as root_command
 
-PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_photos"
+PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_images"
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_ground_truth_counts_where_it_is_given(small: Bundle, tmp_path: Path) ->
 def test_what_cannot_be_compared(
     small: Bundle, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, said: str
 ) -> None:
-    from multisa.runtime.engines import choice
-    from multisa.runtime.engines.gpus import GpuProbe
+    from multisa.runtime.backends import registry as choice
+    from multisa.runtime.backends.gpus import GpuProbe
 
     monkeypatch.setattr(choice, "probe_gpus", lambda: GpuProbe("", (), "no NVIDIA driver here"))
     result = parity(small, *(option.format(bundle=small.path) for option in options))
@@ -121,7 +121,7 @@ def test_cam_is_compared_with_affinity_or_left_out(small: Bundle, tmp_path: Path
 def test_neither_pytorch_nor_onnx_is_needed(small: Bundle) -> None:
     program = (
         "import sys; sys.modules.update(torch=None, onnx=None)\n"
-        "from multisa.runtime.cli import main\n"
+        "from multisa.runtime.cli.main import main\n"
         f"main(['parity', {str(small.path)!r}, '--engine', 'onnxruntime-cpu',\n"
         f"      '--photographs', {str(PHOTOGRAPHS)!r}])"
     )

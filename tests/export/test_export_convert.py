@@ -19,10 +19,10 @@ from multisa.export import convert as convert_module
 from multisa.export.lower import Lowered
 from multisa.export.parity import LIMITS
 from multisa.export.photographs import read_photographs
+from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.cli import root as root_command
-from multisa.runtime.engines.contract import CONTRACTS, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
+from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_bytes
 

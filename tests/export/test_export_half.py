@@ -19,11 +19,11 @@ from multisa.export.half import (
 )
 from multisa.export.lower import half_of, largest_values
 from multisa.export.parity import Compared, measure_parity
+from multisa.runtime.backends.base import SEGMENTER, GraphContract, TensorContract
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.engines.contract import SEGMENTER, GraphContract, TensorContract
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.images import read_image
+from multisa.runtime.imaging.decode import read_image
 
 Arrays = dict[str, np.ndarray]
 CHANNELS = 4

@@ -6,7 +6,7 @@ import pytest
 from multisa.export.parity import Compared, Outputs, measure_parity
 from multisa.export.photographs import add_pseudo_mask
 from multisa.kernels import stencil_offsets
-from multisa.runtime.postprocess import LabelParameters
+from multisa.runtime.bundle import LabelParameters
 
 LABEL = LabelParameters(walk_steps=0, use_crf=False)
 IMAGE = np.zeros((64, 64, 3), np.uint8)

@@ -11,8 +11,8 @@ import pytest
 from multisa.benchmarks import plans
 from multisa.export.half import half_candidates, half_graph, model_bytes, plain_graph
 from multisa.export.tensorrt.build import BuildOptions, BuildReport
+from multisa.runtime.backends.tensorrt_runtime import Library, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.engines.tensorrt_library import Library, import_library
 from multisa.runtime.errors import EngineUnavailable
 
 

@@ -31,17 +31,17 @@ from multisa.export.tensorrt import builder
 from multisa.export.tensorrt.build import BuildOptions, build_plans, parse_targets
 from multisa.export.tensorrt.builder import build_plan
 from multisa.export.tensorrt.profiles import default_profiles, parse_profiles
+from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.engine_cache import Profile
+from multisa.runtime.backends.gpus import Gpu, GpuProbe
+from multisa.runtime.backends.tensorrt_runtime import Library, import_library, library_log
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.cli import root
-from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.engines.gpus import Gpu, GpuProbe
-from multisa.runtime.engines.plans import Profile
-from multisa.runtime.engines.tensorrt_library import Library, import_library, library_log
+from multisa.runtime.cli.main import root
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
-from multisa.runtime.images import read_image, resize_image
+from multisa.runtime.imaging.decode import read_image, resize_image
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
-PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_photos"
+PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_images"
 ONE = (Profile((1, 64, 64), (1, 96, 128), (2, 128, 128)),)
 UNREACHABLE = Library("tensorrt-rtx", None, "0")  # whoever calls it fails otherwise than expected
 
@@ -358,7 +358,7 @@ def test_an_interrupted_build_ends_with_the_plan_under_way(
     command = [
         sys.executable,
         "-m",
-        "multisa.runtime.cli",
+        "multisa.runtime.cli.main",
         "build",
         str(packaged.path),
         "--cache",

@@ -22,11 +22,11 @@ from multisa.export.unfold import (
     segmenter_from_bundle,
 )
 from multisa.export.unfold_head import unfolded_head
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.images import read_image, resize_image, working_size
+from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import Backbone
 from multisa.training.cams import build_cam_network

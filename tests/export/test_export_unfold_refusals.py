@@ -17,8 +17,8 @@ from multisa.export.unfold import (
     config_from_bundle,
     segmenter_from_bundle,
 )
+from multisa.runtime.backends.base import SEGMENTER, graph_file
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.engines.contract import SEGMENTER, graph_file
 from multisa.runtime.errors import BundleError, UsageError
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig

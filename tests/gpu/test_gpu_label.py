@@ -10,14 +10,14 @@ from PIL import Image
 
 from multisa.kernels.cuda.device import Device
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
+from multisa.runtime.backends.base import AFFINITY, CAM, graph_file
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt_runtime import default_gpu, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.device_label import DeviceChain, DeviceLabels
-from multisa.runtime.engines.contract import AFFINITY, CAM, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.engines.tensorrt import open_tensorrt
-from multisa.runtime.engines.tensorrt_library import default_gpu, import_library
 from multisa.runtime.errors import EngineUnavailable, MultisaError
-from multisa.runtime.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.gpu.pipeline import DeviceChain, DeviceLabels
+from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 
 PHOTOS = {"astronaut": ("person",), "chelsea": ("cat",), "coffee": ("person", "dog")}
 LIBRARY = "tensorrt"
@@ -75,7 +75,7 @@ def test_masks_of_photographs(plans: Path, device: PycudaDevice) -> None:
         DeviceChain(cam, affinity, bundle.manifest, device) as chain,
     ):
         for name, classes in list(PHOTOS.items()) * 2:
-            with Image.open(default_bundle_path().parents[1] / "demo_photos" / f"{name}.jpg") as image:
+            with Image.open(default_bundle_path().parents[1] / "demo_images" / f"{name}.jpg") as image:
                 rgb = np.asarray(image.convert("RGB").resize((320, 240)))
             ids = tuple(bundle.manifest.classes.index(label) for label in classes)
             maps = cam_here.run(rgb[None])["cam"][0][[index - 1 for index in ids]]

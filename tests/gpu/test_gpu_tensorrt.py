@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from multisa.kernels import random_walk
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt_runtime import LIBRARIES, default_gpu, import_library
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.engines.tensorrt import open_tensorrt
-from multisa.runtime.engines.tensorrt_library import LIBRARIES, default_gpu, import_library
 from multisa.runtime.errors import EngineUnavailable, MultisaError
 
 SIZES = ((1, 160, 224), (2, 97, 131), (1, 160, 224), (1, 160, 224), (1, 320, 320), (1, 160, 224))
@@ -49,7 +49,7 @@ def built(
 
 
 def photograph(batch: int, height: int, width: int) -> np.ndarray:
-    with Image.open(default_bundle_path().parents[1] / "demo_photos" / "chelsea.jpg") as image:
+    with Image.open(default_bundle_path().parents[1] / "demo_images" / "chelsea.jpg") as image:
         resized = image.convert("RGB").resize((width, height + batch - 1))
     pixels = np.asarray(resized)
     return np.stack([pixels[i : i + height] for i in range(batch)])

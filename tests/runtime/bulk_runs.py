@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.job import Job
-from multisa.runtime.bulk.journal import Journal, ShardResult
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.request import make_job
-from multisa.runtime.bulk.run import run
-from multisa.runtime.bulk.summary import RunSummary
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
+from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.journal import Journal, ShardResult
+from multisa.runtime.jobs.record import RunSummary
+from multisa.runtime.jobs.run import run
+from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 
 
 def run_label(source: Path, out: Path, bundle: Bundle, **options: Any) -> RunSummary:

@@ -18,12 +18,11 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from multisa.kernels import CrfParameters
-from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
-from multisa.runtime.engines import choice
-from multisa.runtime.engines.gpus import Gpu, GpuProbe
-from multisa.runtime.postprocess import LabelParameters
-from multisa.runtime.sinks.choice import open_sinks
-from multisa.runtime.sinks.contract import LabelledImage, SinkContext, SoftMaps
+from multisa.runtime.backends import registry as choice
+from multisa.runtime.backends.gpus import Gpu, GpuProbe
+from multisa.runtime.bundle import Bundle, BundleParameters, LabelParameters, Manifest, write_bundle
+from multisa.runtime.writers.base import LabelledImage, SinkContext, SoftMaps
+from multisa.runtime.writers.registry import open_sinks
 
 TESTS = Path(__file__).resolve().parents[1]
 # For the engines that run on a device which is the CPU; for runs on several processes; for bulk_runs.py.

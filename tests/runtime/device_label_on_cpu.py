@@ -22,19 +22,24 @@ from multisa.kernels import CrfParameters, DenseCRF
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
-from multisa.runtime import device_label
+from multisa.runtime.backends.base import AFFINITY, CAM, graph_file
+from multisa.runtime.backends.engine_cache import FLAGS, PlanCache, PlanKey, Profile, this_platform
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.tensorrt import open_tensorrt
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.device_label import DeviceChain, DeviceLabels, open_device_chain
-from multisa.runtime.engines.contract import AFFINITY, CAM, graph_file
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
-from multisa.runtime.engines.plans import FLAGS, PlanCache, PlanKey, Profile, this_platform
-from multisa.runtime.engines.tensorrt import open_tensorrt
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import EngineError, ImageError
-from multisa.runtime.manifest import Manifest
-from multisa.runtime.postprocess import background_and_foreground, pseudo_mask, resize_maps, walk_scores
+from multisa.runtime.gpu import pipeline as device_label
+from multisa.runtime.gpu.pipeline import DeviceChain, DeviceLabels, open_device_chain
+from multisa.runtime.predict.postprocess import (
+    background_and_foreground,
+    pseudo_mask,
+    resize_maps,
+    walk_scores,
+)
 
 assert libraries  # the fixture that installs both libraries, used by every test here
-PHOTOS = default_bundle_path().parents[1] / "demo_photos"
+PHOTOS = default_bundle_path().parents[1] / "demo_images"
 CRF = CrfParameters(iterations=2)
 STATUS = 8  # bytes of error words that come back with a mask
 

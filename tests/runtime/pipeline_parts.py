@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from multisa.runtime.bulk.encode import Encoder
-from multisa.runtime.bulk.inventory import Shard, Work
-from multisa.runtime.bulk.method import Annotation, Labels, StageClock
-from multisa.runtime.bulk.pipeline import Pipeline
-from multisa.runtime.bulk.stages import Failure, Sizes
-from multisa.runtime.bulk.under_way import DoneShard
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import EngineError, ImageError
-from multisa.runtime.manifest import Manifest
-from multisa.runtime.sinks.choice import open_sinks
-from multisa.runtime.sinks.contract import SinkContext
-from multisa.runtime.sources.contract import SourceItem
+from multisa.runtime.jobs.encoder import Encoder
+from multisa.runtime.jobs.pipeline import DoneShard, Pipeline
+from multisa.runtime.jobs.snapshot import Shard, Work
+from multisa.runtime.jobs.stages import Failure, Sizes
+from multisa.runtime.predict.prediction import Annotation, Labels, StageClock
+from multisa.runtime.sources.base import SourceItem
+from multisa.runtime.writers.base import SinkContext
+from multisa.runtime.writers.registry import open_sinks
 
 SHAPES = ((80, 80), (64, 80), (80, 64), (70, 70))  # none of them is resized
 SOON = 20.0  # seconds; what hangs would take for ever

@@ -11,15 +11,14 @@ import pytest
 from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 from PIL import Image
 
-from multisa.runtime.bulk.failures import check_failures, failure_limit
-from multisa.runtime.bulk.job import make_job
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.stages import Width
-from multisa.runtime.bulk.summary import RunSummary, describe_summary
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
-from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
-from multisa.runtime.images import read_mask
+from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.jobs.monitor import check_failures, failure_limit
+from multisa.runtime.jobs.record import RunSummary, describe_summary
+from multisa.runtime.jobs.spec import RunOptions, make_job
+from multisa.runtime.jobs.stages import Width
 
 Run = Callable[..., RunSummary]
 CLASSES = ("background", "red thing", "green")

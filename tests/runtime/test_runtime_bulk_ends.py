@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from bulk_runs import cut_at, public_bytes, records, run_segment
 
-from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.folder import JOURNAL, LOCK
-from multisa.runtime.bulk.inventory import Shard
-from multisa.runtime.bulk.journal import Journal, ShardResult
-from multisa.runtime.bulk.stop import stop_on_signals
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.journal import Journal, ShardResult
+from multisa.runtime.jobs.monitor import stop_on_signals
+from multisa.runtime.jobs.output import JOURNAL, LOCK
+from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.progress import redirect_said
 
 
@@ -96,7 +96,7 @@ def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log() -> None:
 def test_a_third_signal_ends_what_hangs() -> None:
     program = """if True:
     import os, signal, time
-    from multisa.runtime.bulk.stop import stop_on_signals
+    from multisa.runtime.jobs.monitor import stop_on_signals
     with stop_on_signals():
         try:
             os.kill(os.getpid(), signal.SIGINT)

@@ -21,7 +21,7 @@ def test_every_damaged_file_is_labelled_or_listed(bundle: Bundle, tmp_path: Path
         data = damaged(files[number % len(files)], random.Random(number))
         (folder / f"{number:04d}.jpg").write_bytes(data)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "multisa.runtime.cli", "segment", str(folder), "-o", str(out)]
+    command = [sys.executable, "-m", "multisa.runtime.cli.main", "segment", str(folder), "-o", str(out)]
     command += ["--bundle", str(bundle.path), "--max-pixels", "1000000", "--sink", "masks,coco"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert finished.returncode == 4, finished.stderr

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multisa.runtime.bulk.inventory import Inventory, freeze
 from multisa.runtime.errors import MultisaError, UsageError
-from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.jobs.snapshot import Inventory, freeze
+from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
 
 # Few letters, so that names meet; what a mask is called is among them.
 _PART = st.sampled_from(["a", "A", "b", "a.png", "a.jpg", "a.jpg.png", "A.PNG", "a.jpg~1", "a.jpg~1.png"])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from multisa.runtime.bulk.journal import Journal, ShardResult
 from multisa.runtime.errors import MultisaError
+from multisa.runtime.jobs.journal import Journal, ShardResult
 
 
 def result(shard: int, images: int = 5, failed: int = 1) -> ShardResult:
@@ -73,7 +73,7 @@ def test_garbage_in_the_middle_is_told_and_left(tmp_path: Path, garbage: bytes) 
 def test_lines_across_the_blocks_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "j"
     for block in (1, 7, 19, 20, 40, 1000):
-        monkeypatch.setattr("multisa.runtime.bulk.journal._LINES_AT_ONCE", block)
+        monkeypatch.setattr("multisa.runtime.jobs.journal._LINES_AT_ONCE", block)
         path.write_bytes(lines(*range(40)) + b"torn")
         with Journal(path) as journal:
             assert journal.shards == 40 and journal.images == 200 and journal.torn

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from pipeline_parts import SHAPES, Method, Photographs, Watcher, contents, do, pipeline_of, shard_of
 
-from multisa.runtime.bulk.inventory import Shard
-from multisa.runtime.bulk.limits import MAX_REFUSED, ByteBudget
-from multisa.runtime.bulk.method import Annotation
-from multisa.runtime.bulk.stages import Sizes
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import EngineError, EngineUnavailable
-from multisa.runtime.manifest import Manifest
+from multisa.runtime.jobs.snapshot import Shard
+from multisa.runtime.jobs.stages import MAX_REFUSED, ByteBudget, Sizes
+from multisa.runtime.predict.prediction import Annotation
 
 
 class Breaks(Method):
@@ -93,9 +92,9 @@ def test_memory_that_is_short_fails_the_image(
 
     calls = iter(range(100))
     if stage == "decode":
-        fail_at("multisa.runtime.bulk.pipeline", "decode_working_image", lambda _: next(calls) == 2)
+        fail_at("multisa.runtime.jobs.pipeline", "decode_working_image", lambda _: next(calls) == 2)
     if stage == "encode":
-        fail_at("multisa.runtime.bulk.encode", "doubt", lambda *_: next(calls) == 2)
+        fail_at("multisa.runtime.jobs.worker", "doubt", lambda *_: next(calls) == 2)
     source = Photographs(frozenset({2}) if stage == "read" else frozenset(), error=short)  # type: ignore[arg-type]
     method = Hungry(frozenset({2}) if stage == "infer" else frozenset(), infer_error=short)
     with pipeline_of(tmp_path, manifest, source, method, sizes=Sizes(1, 1)) as pipeline:
@@ -109,7 +108,7 @@ def test_memory_that_is_short_fails_the_image(
 def test_the_bytes_that_wait_to_be_decoded_are_bounded(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from multisa.runtime.bulk import pipeline as pipeline_module
+    from multisa.runtime.jobs import pipeline as pipeline_module
 
     size, most, held = 1000, 0, 0
     lock, decode = threading.Lock(), pipeline_module.decode_working_image

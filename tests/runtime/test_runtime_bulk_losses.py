@@ -10,21 +10,20 @@ from pathlib import Path
 import pytest
 from crew_runs import SHARD, journalled, results, segment, write_corpus
 
-from multisa.runtime.bulk.crew import LocalCrew, Outcome
-from multisa.runtime.bulk.hand import Fault, Order, Ready
-from multisa.runtime.bulk.hands import Answer, Hands, Lost, Member
-from multisa.runtime.bulk.inventory import Shard, Work
-from multisa.runtime.bulk.journal import ShardResult
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.processes import ProcessCrew
-from multisa.runtime.bulk.request import make_job
-from multisa.runtime.bulk.shards import ShardFolder
-from multisa.runtime.bulk.stages import Sizes
-from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import EngineUnavailable, MultisaError
-from multisa.runtime.sources.contract import SourceItem
+from multisa.runtime.jobs.executor import LocalCrew, Outcome
+from multisa.runtime.jobs.executors.processes import ProcessCrew
+from multisa.runtime.jobs.executors.remote import Answer, Hands, Lost, Member
+from multisa.runtime.jobs.executors.worker import Fault, Order, Ready
+from multisa.runtime.jobs.journal import ShardResult
+from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.shards import ShardFolder
+from multisa.runtime.jobs.snapshot import Shard, Work
+from multisa.runtime.jobs.spec import RunOptions, make_job
+from multisa.runtime.jobs.stages import Sizes
+from multisa.runtime.sources.base import SourceItem
 
 Doing = Callable[[Member, Order], Outcome | Fault | Lost]
 READY = Ready({}, {}, "", (), Sizes(1, 1), "host", 2)

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 from bulk_runs import records, run_label, run_segment
 
-from multisa.runtime.bulk.job import make_job
-from multisa.runtime.bulk.options import REMOTE_READERS, RunOptions
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import TooManyFailures, UsageError
-from multisa.runtime.telemetry.log import JsonLog
+from multisa.runtime.jobs.spec import REMOTE_READERS, RunOptions, make_job
+from multisa.runtime.jobs.telemetry import JsonLog
 
 
 def test_results_are_not_written_to_a_url(photos: Path, bundle: Bundle) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from bulk_runs import public_bytes, run_segment
 
-from multisa.runtime.bulk import run as run_module
-from multisa.runtime.bulk.folder import RUN
 from multisa.runtime.bundle import Bundle
+from multisa.runtime.jobs import run as run_module
+from multisa.runtime.jobs.output import RUN
 
 
 def pictures(out: Path) -> list[str]:

@@ -20,12 +20,12 @@ from pipeline_parts import (
     shard_of,
 )
 
-from multisa.runtime.bulk.method import Annotation
-from multisa.runtime.bulk.stages import Failure, Sizes
-from multisa.runtime.bulk.under_way import DoneShard
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import MultisaError
-from multisa.runtime.manifest import Manifest
-from multisa.runtime.sources.contract import SourceItem
+from multisa.runtime.jobs.pipeline import DoneShard
+from multisa.runtime.jobs.stages import Failure, Sizes
+from multisa.runtime.predict.prediction import Annotation
+from multisa.runtime.sources.base import SourceItem
 
 
 def test_the_same_for_any_widths(tmp_path: Path, manifest: Manifest) -> None:

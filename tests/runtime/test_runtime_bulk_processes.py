@@ -25,20 +25,19 @@ from crew_runs import (
     write_corpus,
 )
 
-from multisa.runtime.bulk import processes
-from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.hand import Fault, Hand, Order, Ready
-from multisa.runtime.bulk.hands import Answer, Hands, Member
-from multisa.runtime.bulk.inventory import Shard
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.processes import ProcessCrew
-from multisa.runtime.bulk.request import make_job
-from multisa.runtime.bulk.stages import Sizes
-from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.backends.gpus import Gpu, GpuProbe
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
-from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.errors import BundleError, EngineUnavailable, MultisaError, UsageError
+from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.executors import processes
+from multisa.runtime.jobs.executors.processes import ProcessCrew
+from multisa.runtime.jobs.executors.remote import Answer, Hands, Member
+from multisa.runtime.jobs.executors.worker import Fault, Hand, Order, Ready
+from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.snapshot import Shard
+from multisa.runtime.jobs.spec import RunOptions, make_job
+from multisa.runtime.jobs.stages import Sizes
 
 TWO = partial(ProcessCrew, processes=2)
 
@@ -185,7 +184,7 @@ def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) 
     command = [
         sys.executable,
         "-m",
-        "multisa.runtime.cli",
+        "multisa.runtime.cli.main",
         "segment",
         corpus,
         "-o",

@@ -23,16 +23,15 @@ from crew_runs import (
     write_corpus,
 )
 
-from multisa.runtime.bulk import on_ray
-from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.hand import Fault
-from multisa.runtime.bulk.on_ray import RayCrew
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.request import make_job
-from multisa.runtime.bulk.watch import Watch
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
 from multisa.runtime.errors import EngineUnavailable, MultisaError, UsageError
+from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.executors import ray as on_ray
+from multisa.runtime.jobs.executors.ray import RayCrew
+from multisa.runtime.jobs.executors.worker import Fault
+from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.spec import RunOptions, make_job
 
 pytest.importorskip("ray", reason="needs the extra ray")
 

@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 from bulk_runs import run_segment
 
-from multisa.runtime.bulk.crew import LocalCrew
-from multisa.runtime.bulk.folder import RUN
-from multisa.runtime.bulk.job import Job, make_job
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.bulk.record import without_secrets
-from multisa.runtime.bulk.run import run
+from multisa.runtime.backends.registry import EngineRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.engines.choice import EngineRequest
-from multisa.runtime.sources.choice import open_source
+from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.output import RUN
+from multisa.runtime.jobs.record import without_secrets
+from multisa.runtime.jobs.run import run
+from multisa.runtime.jobs.spec import Job, RunOptions, make_job
+from multisa.runtime.sources.registry import open_source
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from bulk_runs import cut_at, public_bytes, reasons, records, run_label, run_segment
 
-from multisa.runtime.bulk.folder import INVENTORY, JOURNAL
-from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
+from multisa.runtime.jobs.output import INVENTORY, JOURNAL
+from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.sources.folders import FolderSource
 
 Run = Callable[..., RunSummary]
@@ -224,7 +224,7 @@ def test_signals(
         os.link(many / f"{i % 10 + 10}.png", many / f"{i}.png")
     (many / "14.png").unlink()
     out, size = tmp_path / "out", 3 if len(signals) == 1 else 75  # the shards in hand are to take a while
-    command = [sys.executable, "-m", "multisa.runtime.cli", "segment", str(many), "-o", str(out)]
+    command = [sys.executable, "-m", "multisa.runtime.cli.main", "segment", str(many), "-o", str(out)]
     command += ["--bundle", str(bundle.path), "--shard-size", str(size), "--report", "0", "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         end = time.monotonic() + SOON

@@ -18,16 +18,16 @@ import pytest
 from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 
 from multisa.kernels.native import native
-from multisa.runtime.bulk import config
-from multisa.runtime.bulk import folder as folder_module
-from multisa.runtime.bulk.folder import CONFIG, JOURNAL, LOCK
-from multisa.runtime.bulk.shards import PARTS
+from multisa.runtime.backends.base import Engine
+from multisa.runtime.backends.gpus import Gpu, GpuProbe
+from multisa.runtime.backends.registry import Choice
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
-from multisa.runtime.engines.choice import Choice
-from multisa.runtime.engines.contract import Engine
-from multisa.runtime.engines.gpus import Gpu, GpuProbe
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
+from multisa.runtime.jobs import fingerprint as config
+from multisa.runtime.jobs import output as folder_module
+from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK
+from multisa.runtime.jobs.shards import PARTS
 
 SINKS = ("masks", "tar", "coco", "datumaro")
 
@@ -231,7 +231,7 @@ def test_verify_mends_what_was_altered(photos: Path, bundle: Bundle, tmp_path: P
 
 def test_another_run_in_the_same_folder_is_refused(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    hold = "import sys; from pathlib import Path; from multisa.runtime.bulk.folder import run_lock\n"
+    hold = "import sys; from pathlib import Path; from multisa.runtime.jobs.output import run_lock\n"
     hold += "with run_lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()\n"
     command = [sys.executable, "-c", hold, str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

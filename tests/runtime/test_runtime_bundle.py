@@ -12,6 +12,7 @@ import pytest
 from multisa.kernels import CrfParameters
 from multisa.runtime.bundle import (
     Bundle,
+    LabelParameters,
     Manifest,
     default_bundle_path,
     describe,
@@ -20,7 +21,6 @@ from multisa.runtime.bundle import (
 )
 from multisa.runtime.errors import BundleError
 from multisa.runtime.files import sha256_of_bytes
-from multisa.runtime.postprocess import LabelParameters
 
 
 def test_round_trip(bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest) -> None:

@@ -13,14 +13,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from multisa.runtime import bundle as bundle_module
-from multisa.runtime import commands
-from multisa.runtime.bulk import run as run_module
-from multisa.runtime.bulk.options import RunOptions
+from multisa.runtime.backends.base import PRECISIONS
+from multisa.runtime.backends.registry import ENGINES
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.cli import COMMANDS, root
-from multisa.runtime.engines.choice import ENGINES
-from multisa.runtime.engines.contract import PRECISIONS
+from multisa.runtime.bundle import storage as bundle_module
+from multisa.runtime.cli.main import COMMANDS, commands, root
+from multisa.runtime.jobs import run as run_module
+from multisa.runtime.jobs.spec import RunOptions
 
 INSTALL_EXPORT = 'is not installed: pip install ".[export]" in a clone of the project'
 
@@ -188,7 +187,7 @@ def test_demo_stops_at_a_failure_before_it_draws(
 
 
 def test_demo_photographs_have_sources() -> None:
-    folder = Path(commands.__file__).parent / "demo_photos"
+    folder = Path(commands.__file__).parent / "demo_images"
     sources = (folder / "SOURCES.md").read_text()
     assert all(path.name in sources for path in folder.glob("*.jpg"))
 
@@ -247,7 +246,7 @@ def test_help_lists_every_command() -> None:
 
 
 def test_process_exit_codes_and_streams(bundle: Bundle, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "multisa.runtime.cli", "segment", "absent", "-o", "out"]
+    command = [sys.executable, "-m", "multisa.runtime.cli.main", "segment", "absent", "-o", "out"]
     command += ["--bundle", str(bundle.path)]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 2
@@ -258,7 +257,7 @@ def test_process_exit_codes_and_streams(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_running_loads_no_torch(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     code = (
-        "import sys; from multisa.runtime.cli import root\n"
+        "import sys; from multisa.runtime.cli.main import root\n"
         "root(sys.argv[1:], standalone_mode=False)\n"
         "print('heavy:', sorted({'torch', 'onnx', 'pydensecrf'} & set(sys.modules)))\n"
     )

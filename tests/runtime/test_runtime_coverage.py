@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multisa.runtime.engines.coverage import uncovered_shape
-from multisa.runtime.engines.plans import Profile
+from multisa.runtime.backends.engine_cache import Profile, uncovered_shape
 
 SMALLEST, LONG_SIDE = 64, 68
 SIDES = range(SMALLEST, LONG_SIDE + 1)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from multisa.runtime import cpus
-from multisa.runtime.bulk.options import RunOptions
-from multisa.runtime.cpus import usable_cpus
+from multisa.runtime import system as cpus
 from multisa.runtime.doctor import examine
+from multisa.runtime.jobs.spec import RunOptions
+from multisa.runtime.system import usable_cpus
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageFile
 
-from multisa.runtime import decoding
-from multisa.runtime.decoding import SCALED_SIDES, decode_image
 from multisa.runtime.errors import ImageError
-from multisa.runtime.images import resize_image, working_size
+from multisa.runtime.imaging import decode as decoding
+from multisa.runtime.imaging.decode import SCALED_SIDES, decode_image, resize_image, working_size
 
-DEMO = sorted((Path(__file__).resolve().parents[2] / "runtime" / "demo_photos").glob("*.jpg"))
+DEMO = sorted((Path(__file__).resolve().parents[2] / "runtime" / "demo_images").glob("*.jpg"))
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared/data/voc-animals/JPEGImages"
 
 

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 import multisa.kernels.native as native_module
 from multisa.kernels.cuda import build
 from multisa.runtime import doctor, versions
+from multisa.runtime.backends import gpus
+from multisa.runtime.backends.engine_cache import PlanCache, PlanKey, Profile, this_platform
+from multisa.runtime.backends.registry import ENGINES
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
-from multisa.runtime.cli import root
+from multisa.runtime.cli.main import root
 from multisa.runtime.doctor import Diagnosis, Finding, describe_diagnosis, examine
-from multisa.runtime.engines import gpus
-from multisa.runtime.engines.choice import ENGINES
-from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile, this_platform
 
 
 def found(diagnosis: Diagnosis, name: str) -> Finding:
@@ -108,8 +108,8 @@ def test_a_damaged_bundle(bundle: Bundle) -> None:
         ("onnxruntime", ("onnxruntime", "onnxruntime-cpu")),
         ("multisa.kernels.native", ("CPU kernels",)),
         ("multisa.kernels.cuda.build", ("CUDA kernels",)),
-        ("multisa.runtime.engines.gpus", ("GPU",)),
-        ("multisa.runtime.bundle", ("bundle",)),
+        ("multisa.runtime.backends.gpus", ("GPU",)),
+        ("multisa.runtime.bundle.storage", ("bundle",)),
     ],
 )
 def test_a_module_that_cannot_be_imported(

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from multisa.kernels import CrfParameters
-from multisa.runtime.doubt import (
+from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.predict.postprocess import pseudo_mask
+from multisa.runtime.predict.uncertainty import (
     disagreement_of_label,
     disagreement_of_no_class,
     disagreement_of_segmenter,
     doubt,
 )
-from multisa.runtime.postprocess import LabelParameters, pseudo_mask
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, Engine, GraphContract
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.registry import ENGINES, open_engine
 from multisa.runtime.bundle import Bundle, Manifest, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.engines.choice import ENGINES, open_engine
-from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, Engine, GraphContract
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import EngineError, EngineUnavailable
-from multisa.runtime.images import read_image, resize_image
+from multisa.runtime.imaging.decode import read_image, resize_image
 
 Open = Callable[..., Engine]
 Answer = dict[str, np.ndarray]

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from bulk_runs import public_bytes, run_label, run_segment
 
-from multisa.runtime import commands
-from multisa.runtime.bundle import Bundle, Manifest, write_bundle
-from multisa.runtime.engines import choice
-from multisa.runtime.engines.choice import (
+from multisa.runtime.backends import registry as choice
+from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, ClosedAtExit, GraphContract
+from multisa.runtime.backends.registry import (
     ENGINES,
     Choice,
     EngineRequest,
@@ -23,10 +22,11 @@ from multisa.runtime.engines.choice import (
     describe_choices,
     open_engine,
 )
-from multisa.runtime.engines.contract import AFFINITY, CAM, CONTRACTS, SEGMENTER, ClosedAtExit, GraphContract
+from multisa.runtime.bundle import Bundle, Manifest, write_bundle
+from multisa.runtime.cli.main import commands
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
 
-PHOTOGRAPHS = Path(commands.__file__).parent / "demo_photos"
+PHOTOGRAPHS = Path(commands.__file__).parent / "demo_images"
 
 
 class Plan(ClosedAtExit):
@@ -44,7 +44,7 @@ class Plan(ClosedAtExit):
 
 
 class Plans:
-    """Stands for the module multisa.runtime.engines.tensorrt and the plans it would find."""
+    """Stands for the module multisa.runtime.backends.tensorrt and the plans it would find."""
 
     def __init__(self, there: set[tuple[str, str, str]]) -> None:
         self.there = there
@@ -67,7 +67,7 @@ class Plans:
 @pytest.fixture
 def plans(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Plans:
     found = Plans(set())
-    module = ModuleType("multisa.runtime.engines.tensorrt")
+    module = ModuleType("multisa.runtime.backends.tensorrt")
     module.open_tensorrt = found.open_tensorrt  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return found

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.evaluate import evaluate_masks, read_class_names, read_mask_names
-from multisa.runtime.images import write_mask
-from multisa.runtime.metrics import confusion_matrix, mean_iou, pixel_accuracy
-from multisa.runtime.palette import voc_palette
+from multisa.runtime.evaluation import (
+    confusion_matrix,
+    evaluate_masks,
+    mean_iou,
+    pixel_accuracy,
+    read_class_names,
+    read_mask_names,
+)
+from multisa.runtime.imaging.decode import write_mask
+from multisa.runtime.imaging.png import voc_palette
 
 CLASSES = ("background", "cat", "dog", "unseen")
 TRUTH = np.array([[0, 0, 1, 1], [0, 255, 1, 2]], np.uint8)

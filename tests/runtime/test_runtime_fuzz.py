@@ -18,7 +18,7 @@ import pytest
 
 FILES, WORKERS = 1000, 2
 SECONDS = 20  # for one file of a few kilobytes, on a machine under load
-PHOTOGRAPH = Path(__file__).resolve().parents[2] / "runtime" / "demo_photos" / "astronaut.jpg"
+PHOTOGRAPH = Path(__file__).resolve().parents[2] / "runtime" / "demo_images" / "astronaut.jpg"
 KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("JPEG", {}),
     ("JPEG", {"progressive": True}),
@@ -78,8 +78,8 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 def decode_all(numbers: range) -> None:
     """Decode the damaged files of these numbers; prints how many were decoded and refused."""
-    from multisa.runtime.decoding import decode_image
     from multisa.runtime.errors import ImageError
+    from multisa.runtime.imaging.decode import decode_image
 
     files = sources()
     warnings.simplefilter("error")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from multisa.runtime.engines import gpus
-from multisa.runtime.engines.gpus import Gpu, GpuProbe, probe_gpus
+from multisa.runtime.backends import gpus
+from multisa.runtime.backends.gpus import Gpu, GpuProbe, probe_gpus
 
 DRIVER = r"""
 #include <cstdio>

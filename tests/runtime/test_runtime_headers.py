@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multisa.runtime import decoding
-from multisa.runtime.decoding import decode_image
 from multisa.runtime.errors import ImageError
-from multisa.runtime.headers import MOST_FRAMES, check_metadata, count_frames
+from multisa.runtime.imaging import decode as decoding
+from multisa.runtime.imaging.decode import decode_image
+from multisa.runtime.imaging.guards import MOST_FRAMES, check_metadata, count_frames
 
 IMAGE = Image.fromarray(np.arange(64 * 48 * 3, dtype=np.uint8).reshape(48, 64, 3))
 
@@ -164,6 +164,6 @@ def test_a_film_behind_a_photograph_is_let_pass(progressive: bool) -> None:
 
 
 def test_demo_photographs_pass() -> None:
-    folder = Path(__file__).resolve().parents[2] / "runtime" / "demo_photos"
+    folder = Path(__file__).resolve().parents[2] / "runtime" / "demo_images"
     for path in folder.glob("*.jpg"):
         check_metadata(path.read_bytes())

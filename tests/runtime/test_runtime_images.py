@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from multisa.runtime.errors import ImageError
-from multisa.runtime.images import (
+from multisa.runtime.imaging.decode import (
     MINIMUM_SIDE,
     read_image,
     read_mask,
@@ -18,7 +18,7 @@ from multisa.runtime.images import (
     working_size,
     write_mask,
 )
-from multisa.runtime.palette import voc_palette
+from multisa.runtime.imaging.png import voc_palette
 
 GREY = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
 RGB = np.dstack([GREY, 255 - GREY, GREY // 2])
@@ -177,9 +177,9 @@ def test_files_are_refused_by_their_size_before_they_are_read(
 ) -> None:
     Image.fromarray(RGB).save(tmp_path / "a.png")
     size = (tmp_path / "a.png").stat().st_size
-    monkeypatch.setattr("multisa.runtime.images.MAX_FILE_BYTES", size)
+    monkeypatch.setattr("multisa.runtime.imaging.decode.MAX_FILE_BYTES", size)
     assert read_image(tmp_path / "a.png").size == (6, 8)
-    monkeypatch.setattr("multisa.runtime.images.MAX_FILE_BYTES", size - 1)
+    monkeypatch.setattr("multisa.runtime.imaging.decode.MAX_FILE_BYTES", size - 1)
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("it is read"))
     with pytest.raises(ImageError, match=f"a.png: {size} bytes, expected at most {size - 1}"):
         read_image(tmp_path / "a.png")

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, onnx_ml_pb2
 
+from multisa.runtime.backends import onnx_checks as onnx_file
+from multisa.runtime.backends.onnx_checks import check_onnx
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.engines import onnx_file
-from multisa.runtime.engines.onnx_file import check_onnx
-from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.errors import EngineError
 
 

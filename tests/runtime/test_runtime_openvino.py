@@ -19,15 +19,15 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from multisa.export.parity import Compared, measure_parity
+from multisa.runtime.backends import openvino as engine_module
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract
+from multisa.runtime.backends.openvino import GRAPHS, OpenVinoEngine
+from multisa.runtime.backends.registry import EngineRequest, choose_engine, engine_precisions, open_engine
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.cli import root
+from multisa.runtime.cli.main import root
 from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.engines import openvino as engine_module
-from multisa.runtime.engines.choice import EngineRequest, choose_engine, engine_precisions, open_engine
-from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract
-from multisa.runtime.engines.openvino import GRAPHS, OpenVinoEngine
 from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
-from multisa.runtime.images import read_image, resize_image
+from multisa.runtime.imaging.decode import read_image, resize_image
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("OpenVINO is not installed", allow_module_level=True)
@@ -263,7 +263,7 @@ def test_nothing_is_said_or_left(graphs: dict[str, bytes], tmp_path: Path) -> No
     (tmp_path / "segmenter.onnx").write_bytes(graphs["segmenter.onnx"])
     program = (
         "import numpy as np, pathlib, sys\n"
-        "from multisa.runtime.engines.openvino import OpenVinoEngine\n"
+        "from multisa.runtime.backends.openvino import OpenVinoEngine\n"
         "assert 'openvino' not in sys.modules\n"
         "with OpenVinoEngine(pathlib.Path('segmenter.onnx')) as engine:\n"
         "    engine.run(np.zeros((1, 40, 40, 3), np.uint8))\n"
@@ -285,7 +285,7 @@ def test_first_calls_from_several_threads_at_once_do_not_hang() -> None:
         "import sys, threading\n"
         "import numpy as np\n"
         "from multisa.runtime.bundle import default_bundle_path\n"
-        "from multisa.runtime.engines.openvino import OpenVinoEngine\n"
+        "from multisa.runtime.backends.openvino import OpenVinoEngine\n"
         "sys.setswitchinterval(1e-5)\n"
         "engine = OpenVinoEngine(default_bundle_path() / 'segmenter.onnx', threads=1)\n"
         "barrier, done = threading.Barrier(4), []\n"

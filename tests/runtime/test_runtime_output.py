@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from bulk_runs import run_label, run_segment
 
-from multisa.runtime.bulk.folder import check_places
-from multisa.runtime.bulk.summary import RunSummary
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, UsageError
+from multisa.runtime.jobs.output import check_places
+from multisa.runtime.jobs.record import RunSummary
 
 Run = Callable[..., RunSummary]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from bulk_runs import run_label, run_segment
 
-from multisa.runtime import commands
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.images import read_mask
+from multisa.runtime.cli.main import commands
+from multisa.runtime.imaging.decode import read_mask
 
-PHOTOGRAPHS = Path(commands.__file__).parent / "demo_photos"
+PHOTOGRAPHS = Path(commands.__file__).parent / "demo_images"
 
 
 def test_the_cat_is_found(tmp_path: Path) -> None:

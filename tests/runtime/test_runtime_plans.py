@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from multisa.runtime.engines.plans import (
+from multisa.runtime.backends.engine_cache import (
     FLAGS,
     QUARANTINE,
     PlanCache,
@@ -255,7 +255,7 @@ def test_a_profile_says_what_it_covers() -> None:
 BUILD = """
 import sys, time
 from pathlib import Path
-from multisa.runtime.engines.plans import PlanCache, PlanKey, Profile
+from multisa.runtime.backends.engine_cache import PlanCache, PlanKey, Profile
 work, name = Path(sys.argv[1]), sys.argv[2]
 key = PlanKey("cam", "fp32", "ab" * 32, "tensorrt-rtx", "1.7.1.116", "sm89", "",
               (Profile((1, 64, 64), (1, 320, 320), (8, 320, 320)),), ("TF32=0",), "linux-x86_64")

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multisa.runtime.images import decode_mask
-from multisa.runtime.palette import voc_palette
-from multisa.runtime.png import encode_palette_png, png_encoder
+from multisa.runtime.imaging.decode import decode_mask
+from multisa.runtime.imaging.png import encode_palette_png, png_encoder, voc_palette
 
 MASK = np.random.default_rng(0).integers(0, 21, (37, 53), dtype=np.uint8)
 

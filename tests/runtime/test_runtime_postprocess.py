@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from multisa.kernels import CrfParameters, stencil_offsets
-from multisa.runtime.postprocess import LabelParameters, pseudo_mask, pseudo_masks, walk_scores
+from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.predict.postprocess import pseudo_mask, pseudo_masks, walk_scores
 
 PARAMETERS = LabelParameters(walk_steps=16, crf=CrfParameters(iterations=3))
 

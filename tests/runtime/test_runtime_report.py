@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
-from multisa.runtime.manifest import Manifest
-from multisa.runtime.report.cards import shown_shares
-from multisa.runtime.report.gather import gather
-from multisa.runtime.report.page import json_for_script
+from multisa.runtime.report.page import json_for_script, shown_shares
 from multisa.runtime.report.pictures import overlay
 from multisa.runtime.report.report import write_report
+from multisa.runtime.report.summary import gather
 
 HOSTILE = "\"><script>alert(1)</script>&'</script><!--.jpg"
 CLASSES = ("background", "red thing", "green")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multisa.runtime.manifest import Manifest
+from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.report.report import write_report
 
 BROWSER = next(

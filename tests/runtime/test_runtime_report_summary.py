@@ -2,8 +2,9 @@
 
 import pytest
 
-from multisa.runtime.report.reasons import MOST_GROUPS, OTHER, general_reason, group_failures
 from multisa.runtime.report.summary import (
+    MOST_GROUPS,
+    OTHER,
     RunFigures,
     StageTime,
     busy_shares,
@@ -11,6 +12,8 @@ from multisa.runtime.report.summary import (
     describe_limit,
     describe_run,
     figures_from_run,
+    general_reason,
+    group_failures,
 )
 
 

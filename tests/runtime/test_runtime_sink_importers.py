@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from multisa.runtime.sinks.contract import LabelledImage
-from multisa.runtime.sinks.names import file_name
+from multisa.runtime.writers.base import LabelledImage, file_name
 
 NAMES = ("plain", "deep/a.b", "deep/a", "deep%2Fa", "a.jpg", "# ü 日本", "y" * 180 + "/" + "z" * 180)
 LABELS = ["background", "red thing", "green", "ignore"]

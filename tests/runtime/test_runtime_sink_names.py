@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multisa.runtime.sinks.names import file_name, label_name, line_name, plain_name, tar_key
+from multisa.runtime.writers.base import file_name, label_name, line_name, plain_name, tar_key
 
 ESCAPES = (tar_key, line_name, label_name, file_name)
 NAMES = st.text(

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_reference
 
-from multisa.runtime.sinks.brush import encode_brush
-from multisa.runtime.sinks.parts import ordered_rows, part_of
-from multisa.runtime.sinks.runs import FlatRuns, coco_masks, row_runs
+from multisa.runtime.writers.base import ordered_rows, part_of
+from multisa.runtime.writers.encoding import FlatRuns, coco_masks, row_runs
+from multisa.runtime.writers.label_studio import encode_brush
 
 
 @st.composite

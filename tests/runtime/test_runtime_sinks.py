@@ -17,14 +17,12 @@ from pycocotools.coco import COCO
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
-from multisa.runtime.images import read_mask
-from multisa.runtime.sinks.choice import SINKS, open_sinks
-from multisa.runtime.sinks.coco import CocoSink
-from multisa.runtime.sinks.colours import distinct_colours, ignore_name
-from multisa.runtime.sinks.contract import LabelledImage, SinkContext, SoftMaps
-from multisa.runtime.sinks.label_studio import LabelStudioSink
-from multisa.runtime.sinks.parts import part_of
-from multisa.runtime.sinks.pngs import grey_png
+from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.writers.base import LabelledImage, SinkContext, SoftMaps, part_of
+from multisa.runtime.writers.coco import CocoSink
+from multisa.runtime.writers.encoding import distinct_colours, grey_png, ignore_name
+from multisa.runtime.writers.label_studio import LabelStudioSink
+from multisa.runtime.writers.registry import SINKS, open_sinks
 
 NAMES = ("plain", "deep/a.b", "deep/a", "deep%2Fa", "a.jpg", "#ü 日本", "__MACOSX__/x")
 
@@ -245,7 +243,7 @@ def test_label_studio_finds_the_images(
 def test_an_image_too_large_for_label_studio_is_refused(
     labelled: Make, sink_context: SinkContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multisa.runtime.sinks.brush._MAX_PIXELS", 11)
+    monkeypatch.setattr("multisa.runtime.writers.label_studio._MAX_PIXELS", 11)
     with pytest.raises(ImageError, match="got 12 pixels, the format takes at most 11"):
         LabelStudioSink(sink_context).encode(labelled("a", np.ones((3, 4), np.uint8)))
 

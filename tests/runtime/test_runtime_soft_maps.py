@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
-from multisa.runtime.images import read_mask, resize_mask
-from multisa.runtime.palette import voc_palette
-from multisa.runtime.postprocess import LabelParameters, background_and_foreground, pseudo_mask
-from multisa.runtime.sinks import soft_maps
-from multisa.runtime.sinks.archives import tar_bytes, zip_bytes
-from multisa.runtime.sinks.contract import LabelledImage, SinkContext, SoftMaps
-from multisa.runtime.sinks.soft import SoftSink
-from multisa.runtime.sinks.soft_maps import mask_from_soft_maps, read_soft_maps, write_masks_from_soft_maps
+from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.png import voc_palette
+from multisa.runtime.predict.postprocess import background_and_foreground, pseudo_mask
+from multisa.runtime.writers import probabilities as soft_maps
+from multisa.runtime.writers.base import LabelledImage, SinkContext, SoftMaps
+from multisa.runtime.writers.encoding import tar_bytes, zip_bytes
+from multisa.runtime.writers.probabilities import (
+    SoftSink,
+    mask_from_soft_maps,
+    read_soft_maps,
+    write_masks_from_soft_maps,
+)
 
 BACKGROUND = 0.3
 SIZE = (57, 83)  # of the photograph; the networks saw it smaller

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.sources.choice import open_source
-from multisa.runtime.sources.contract import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
 from multisa.runtime.sources.names import Seen, safe_id, unique_id, unsafe_path
+from multisa.runtime.sources.registry import open_source
 
 PHOTOS = {name: f"bytes of {name}".encode() for name in ("a.jpg", "a/b.jpg", "a/c/d.PNG", "b.webp", "z.jpeg")}
 CLASSES = ("cat", "dog", "dining table")

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.sources.choice import open_source
-from multisa.runtime.sources.contract import PassedOver, SourceItem
+from multisa.runtime.sources.base import PassedOver, SourceItem
 from multisa.runtime.sources.names import unsafe_path
+from multisa.runtime.sources.registry import open_source
 
 GOOD = b"good bytes " * 60
 

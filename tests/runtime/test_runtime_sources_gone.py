@@ -13,8 +13,8 @@ import pytest
 
 from multisa.runtime.errors import ImageError
 from multisa.runtime.sources import storage
-from multisa.runtime.sources.choice import open_source
-from multisa.runtime.sources.contract import Source, SourceItem
+from multisa.runtime.sources.base import Source, SourceItem
+from multisa.runtime.sources.registry import open_source
 from multisa.runtime.sources.remote import RemoteStore
 from multisa.runtime.sources.storage import LocalStore
 

@@ -21,9 +21,9 @@ from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
-from multisa.runtime.sources.choice import open_source
-from multisa.runtime.sources.contract import PassedOver, SourceItem
-from multisa.runtime.sources.requests import s3_folder
+from multisa.runtime.sources.base import PassedOver, SourceItem
+from multisa.runtime.sources.registry import open_source
+from multisa.runtime.sources.remote import s3_folder
 
 FILES = {"a.jpg": b"a" * 100, "a/b.jpg": b"b" * 200, "a/c.jpg": b"c", "é z.png": b"z", "notes.md": b""}
 IMAGES = {name: data for name, data in FILES.items() if name != "notes.md"}

@@ -8,8 +8,8 @@ import pytest
 from made_archives import tar_of
 
 from multisa.runtime.errors import ImageError
-from multisa.runtime.sources.choice import open_source
-from multisa.runtime.sources.contract import SourceItem
+from multisa.runtime.sources.base import SourceItem
+from multisa.runtime.sources.registry import open_source
 
 
 class Web(http.server.BaseHTTPRequestHandler):

@@ -12,12 +12,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from multisa.runtime.errors import UsageError
+from multisa.runtime.jobs import telemetry as log_module
+from multisa.runtime.jobs import telemetry as telemetry_module
+from multisa.runtime.jobs.telemetry import JsonLog, Metric, MetricsServer, Telemetry, render_metrics
 from multisa.runtime.progress import Progress, say
-from multisa.runtime.telemetry import log as log_module
-from multisa.runtime.telemetry import telemetry as telemetry_module
-from multisa.runtime.telemetry.log import JsonLog
-from multisa.runtime.telemetry.metrics import Metric, MetricsServer, render_metrics
-from multisa.runtime.telemetry.telemetry import Telemetry
 
 
 def events(path: Path) -> list[dict]:

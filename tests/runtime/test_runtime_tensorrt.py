@@ -17,25 +17,25 @@ import pytest
 from cpu_device import build
 from fake_driver import cuda_headers, make_fake_driver
 
-from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.engines import tensorrt_library
-from multisa.runtime.engines.contract import CAM
-from multisa.runtime.engines.tensorrt import open_tensorrt
-from multisa.runtime.engines.tensorrt_library import (
+from multisa.runtime.backends import tensorrt_runtime as tensorrt_library
+from multisa.runtime.backends.base import CAM
+from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt_runtime import (
     TENSORRT,
     TENSORRT_RTX,
     Library,
     LibraryLog,
     import_library,
 )
+from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.errors import EngineUnavailable
 
 ON_CPU = Path(fake_tensorrt.__file__).parent
 OPEN = """
 import sys
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.engines.contract import CAM
-from multisa.runtime.engines.tensorrt import open_tensorrt
+from multisa.runtime.backends.base import CAM
+from multisa.runtime.backends.tensorrt import open_tensorrt
 from multisa.runtime.errors import EngineUnavailable
 try:
     open_tensorrt(load_bundle(default_bundle_path()), CAM)

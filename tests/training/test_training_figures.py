@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.images import read_mask
-from multisa.runtime.palette import voc_palette
+from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.imaging.png import voc_palette
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
 from multisa.training.data import DataSet, read_dataset

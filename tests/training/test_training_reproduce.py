@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from multisa.runtime.cli import root as root_command
+from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.training import stages
 from multisa.training.commands import WHAT

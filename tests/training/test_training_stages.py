@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from multisa.runtime.cli import root as root_command
+from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, MultisaError, UsageError
-from multisa.runtime.images import read_mask
-from multisa.runtime.metrics import confusion_matrix, mean_iou
+from multisa.runtime.evaluation import confusion_matrix, mean_iou
+from multisa.runtime.imaging.decode import read_mask
 from multisa.training.affinity import affinity_labels
 from multisa.training.augment import AugmentedPhotographs, random_crop
 from multisa.training.calibration import MapsWithTruth, choose_class_gains

@@ -10,9 +10,9 @@ import torch
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text, write_bytes_atomically, write_json_atomically
-from multisa.runtime.images import read_mask, resize_mask
-from multisa.runtime.palette import IGNORE_INDEX
-from multisa.runtime.postprocess import pseudo_mask
+from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import pseudo_mask
 from multisa.training.cams import CHECKPOINT, load_cam_network
 from multisa.training.checks import check_run
 from multisa.training.config import TrainConfig

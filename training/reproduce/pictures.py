@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from multisa.runtime.images import resize_image
-from multisa.runtime.postprocess import resize_maps
+from multisa.runtime.imaging.decode import resize_image
+from multisa.runtime.predict.postprocess import resize_maps
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]

@@ -1,0 +1,79 @@
+"""Which NVIDIA GPUs are here, asked of the driver alone: no context is made and no library of CUDA is loaded.
+
+python -c "from multisa.runtime.backends.gpus import probe_gpus; print(probe_gpus())"
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from multisa.kernels.cuda.driver import LIBRARY
+
+# CUdevice_attribute
+_MAJOR, _MINOR = 75, 76
+_NAME_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device, in the driver's order."""
+
+    name: str
+    target: str  # its architecture as plans name it: "sm89"
+
+
+@dataclass(frozen=True)
+class GpuProbe:
+    """What the driver says; without a usable GPU, `problem` is the reason and the rest is empty."""
+
+    driver: str = ""  # newest CUDA version that the driver runs: "13.2"
+    gpus: tuple[Gpu, ...] = ()
+    problem: str = ""
+
+
+class _RefusedError(Exception):
+    """The driver refused a call; the message is what it says."""
+
+
+def probe_gpus() -> GpuProbe:
+    """Ask the driver for its version and its GPUs. Takes no arguments and raises nothing."""
+    try:
+        library = ctypes.CDLL(LIBRARY)
+        call = _caller(library)
+        call("cuInit", 0)
+        version, count = ctypes.c_int(), ctypes.c_int()
+        call("cuDriverGetVersion", ctypes.byref(version))
+        call("cuDeviceGetCount", ctypes.byref(count))
+        gpus = tuple(_gpu(call, ordinal) for ordinal in range(count.value))
+    except OSError:
+        return GpuProbe(problem=f"no NVIDIA driver here: {LIBRARY} cannot be loaded")
+    except (AttributeError, _RefusedError) as error:
+        return GpuProbe(problem=f"no usable NVIDIA GPU here: {error}; check the driver by running nvidia-smi")
+    # As CUDA counts: 13020 is 13.2.
+    driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return GpuProbe(driver, gpus, "" if gpus else "no NVIDIA GPU here: the driver knows of none")
+
+
+_Call = Callable[..., None]
+
+
+def _caller(library: ctypes.CDLL) -> _Call:
+    def call(name: str, *arguments: object) -> None:
+        status = getattr(library, name)(*arguments)
+        if status:
+            text = ctypes.c_char_p()
+            library.cuGetErrorString(status, ctypes.byref(text))
+            said = text.value.decode(errors="replace") if text.value else "unknown error"
+            raise _RefusedError(f"{name}: {said} (CUDA error {status})")
+
+    return call
+
+
+def _gpu(call: _Call, ordinal: int) -> Gpu:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    call("cuDeviceGet", ctypes.byref(device), ordinal)
+    call("cuDeviceGetName", name, _NAME_BYTES, device)
+    call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
+    call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
+    return Gpu(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}")

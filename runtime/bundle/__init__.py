@@ -1,0 +1,33 @@
+"""The bundle: one folder with three ONNX graphs and bundle.json, which holds every number of the runtime."""
+
+from multisa.runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    BundleParameters,
+    FileEntry,
+    LabelParameters,
+    Manifest,
+)
+from multisa.runtime.bundle.storage import (
+    ENGINES_FOLDER,
+    Bundle,
+    check_replaceable,
+    default_bundle_path,
+    describe,
+    load_bundle,
+    write_bundle,
+)
+
+__all__ = [
+    "ENGINES_FOLDER",
+    "MANIFEST_NAME",
+    "Bundle",
+    "BundleParameters",
+    "FileEntry",
+    "LabelParameters",
+    "Manifest",
+    "check_replaceable",
+    "default_bundle_path",
+    "describe",
+    "load_bundle",
+    "write_bundle",
+]

@@ -1,1 +1,0 @@
-"""Bundles carried by the package, one folder each."""

@@ -1,1 +1,0 @@
-"""Photographs that may be shipped, for `multisa demo`."""

@@ -1,1 +1,0 @@
-"""Engines: what runs the graphs of a bundle, behind one protocol."""

@@ -1,0 +1,59 @@
+"""The PASCAL VOC colour map, used for every mask that is written."""
+
+import struct
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.kernels import deflate_mask
+
+IGNORE_INDEX = 255
+
+
+def voc_palette() -> npt.NDArray[np.uint8]:
+    """Return the VOC devkit's colours, uint8 [256, 3]: the bits of the index spread over R, G and B."""
+    index = np.arange(256, dtype=np.uint8)
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> channel) & 1) << (7 - bit)
+        index = (index >> 3).astype(np.uint8)
+    return colours
+
+
+UInt8 = npt.NDArray[np.uint8]
+
+# One byte for each pixel: of the depths below 8 that PNG has, some readers stretch the ids or refuse them,
+# and the runs that are compressed are as many.
+_BIT_DEPTH, _PALETTE_COLOURS = 8, 3
+_ENCODER = "multisa 1"  # counted up whenever the same mask gives other bytes
+
+
+def encode_palette_png(mask: UInt8, palette: UInt8) -> bytes:
+    """Encode class ids as a palette PNG (PNG 3rd edition: IHDR, PLTE, IDAT, IEND), the same bytes everywhere.
+
+    mask: uint8 [H, W], H, W >= 1. palette: uint8 [n, 3] RGB, n > every id, n <= 256. Raises TypeError for
+    other dtypes, ValueError for other shapes or an id without a colour.
+    """
+    if palette.dtype != np.uint8:
+        raise TypeError(f"palette: got {palette.dtype}, expected uint8")
+    if palette.ndim != 2 or palette.shape[1] != 3 or not 1 <= len(palette) <= 256:
+        raise ValueError(f"palette: got shape {list(palette.shape)}, expected [1..256, 3]")
+    data = deflate_mask(mask)
+    if len(palette) < 256 and int(mask.max()) >= len(palette):
+        raise ValueError(f"mask holds id {int(mask.max())}, the palette has {len(palette)} colours")
+    height, width = mask.shape
+    head = struct.pack(">IIBBBBB", width, height, _BIT_DEPTH, _PALETTE_COLOURS, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"PLTE", palette.tobytes()), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, content) for kind, content in chunks)
+
+
+def png_encoder() -> str:
+    """Name the encoder and its version; two runs of the same name write the same bytes for the same mask."""
+    return _ENCODER
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(content, zlib.crc32(kind))
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)

@@ -1,0 +1,106 @@
+"""One run: begin or go on, do the shards that are not committed, finish.
+
+    OUT/masks/NAME.png ...        results, by sink        OUT/report.html       a page to look at
+    OUT/labels.jsonl              a line an image         OUT/.multisa/         inventory, journal, times
+    OUT/failed.jsonl              what could not be done
+
+Every byte outside OUT/.multisa and the page is decided by the images, the bundle and the options, whatever
+number of workers, kills and sittings it took.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.bundle import Bundle, load_bundle
+from multisa.runtime.bundle.manifest import MANIFEST_NAME
+from multisa.runtime.files import sha256_of_file
+from multisa.runtime.image_labels import read_image_labels
+from multisa.runtime.jobs.begin import begin
+from multisa.runtime.jobs.executor import Crew, LocalCrew
+from multisa.runtime.jobs.finalize import is_page_written, note_page, remove_page, write_page
+from multisa.runtime.jobs.fingerprint import run_config
+from multisa.runtime.jobs.journal import Journal
+from multisa.runtime.jobs.monitor import Watch, stop_on_signals
+from multisa.runtime.jobs.output import INVENTORY, JOURNAL, check_places, output_errors, run_lock
+from multisa.runtime.jobs.record import RunSummary, read_record, run_record, write_record
+from multisa.runtime.jobs.session import Sitting
+from multisa.runtime.jobs.snapshot import Inventory
+from multisa.runtime.jobs.spec import Job, RunOptions, make_job
+from multisa.runtime.jobs.telemetry import Telemetry
+from multisa.runtime.writers.registry import sink_folder
+
+OpenCrew = Callable[[Job, Watch], Crew]
+
+
+def run(
+    job: Job,
+    options: RunOptions,
+    open_crew: OpenCrew,
+    *,
+    labels: Path | None = None,
+    telemetry: Telemetry | None = None,
+) -> RunSummary:
+    """Do a job, or what is left of it, and return what was done.
+
+    labels: a file of image-level labels. telemetry: is told what happens, and closed. Raises UsageError for
+    what cannot be used or does not fit the run in OUT, Interrupted after a signal, TooManyFailures as soon as
+    more images fail than the options allow, MultisaError where OUT cannot be written; the same command goes
+    on after each of them.
+    """
+    bundle = load_bundle(job.bundle)
+    rows = read_image_labels(labels, bundle.manifest.foreground) if labels else None
+    check_places(job.source, job.out, map(sink_folder, job.sinks))
+    with ExitStack() as stack:
+        watch = stack.enter_context(Watch(job.command, telemetry))
+        opened = stack.enter_context(ExitStack())
+        crew = opened.enter_context(open_crew(job, watch))
+        bundle_sha256 = sha256_of_file(bundle.path / MANIFEST_NAME)
+        config = run_config(
+            job,
+            crew.identity(),
+            bundle_sha256=bundle_sha256,
+            labels_sha256=sha256_of_file(labels) if labels else None,
+            shard_size=options.shard_size,
+        )
+        stack.enter_context(output_errors(job.out))
+        stack.enter_context(run_lock(job.out))
+        stop = stack.enter_context(stop_on_signals())
+        if options.overwrite:
+            remove_page(job.out)
+        begin(job, options, config, rows, bundle.manifest.foreground)
+        inventory = stack.enter_context(Inventory(job.out / INVENTORY))
+        journal = stack.enter_context(Journal(job.out / JOURNAL))
+        # The first to be closed, whatever happens: who lets go of the journal and the lock writes no more.
+        stack.enter_context(opened.pop_all())
+        classes = bundle.manifest.foreground
+        sitting = Sitting(job, options, inventory, journal, stop, watch, classes)
+        sitting.do(crew)
+        news = sitting.finish(job.open_sinks(bundle))
+        summary = sitting.summary(crew)
+        record = {} if news else read_record(job)
+        if not record:
+            record = run_record(job, bundle, summary, inventory, crew, sitting.started)
+            write_record(job, record)
+            sitting.note_finished()
+        if options.pictured and not is_page_written(job.out, options.pictured):
+            write_page(job, bundle.manifest, inventory, options.shard_size, record, options.pictured)
+            note_page(job.out, options.pictured)
+        return summary
+
+
+def annotate_images(
+    command: str,
+    source: str | Path,
+    out: Path,
+    *,
+    bundle: Bundle,
+    labels: Path | None = None,
+    options: RunOptions | None = None,
+    engine: EngineRequest | None = None,
+) -> RunSummary:
+    """Run "label" or "segment" over a source in this process: `run` for programs. Raises as `run` does."""
+    options = options or RunOptions()
+    job = make_job(command, str(source), out, bundle.path, engine or EngineRequest(), options)
+    return run(job, options, LocalCrew, labels=labels)

@@ -1,0 +1,119 @@
+"""All that does shards in one process: the source, the engines, the sinks and the pipeline between them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from multisa.runtime.backends.registry import Choice
+from multisa.runtime.bundle import load_bundle
+from multisa.runtime.jobs.encoder import Encoder, json_line
+from multisa.runtime.jobs.fingerprint import identity
+from multisa.runtime.jobs.journal import ShardResult
+from multisa.runtime.jobs.pipeline import DoneShard, Pipeline
+from multisa.runtime.jobs.shards import ShardFolder
+from multisa.runtime.jobs.snapshot import Shard
+from multisa.runtime.jobs.spec import Job
+from multisa.runtime.jobs.stages import Failure, Watcher
+from multisa.runtime.predict.prediction import StageClock
+from multisa.runtime.writers.base import Sink
+
+RECORDS, FAILURES = "records", "failures"  # parts of a shard
+
+
+class Worker:
+    """Does shards of a job; a context manager."""
+
+    def __init__(self, job: Job, watcher: Watcher) -> None:
+        """Open everything. Raises what opening the bundle, its engines, the source and the sinks raises."""
+        self.job = job
+        self.clock = StageClock(watcher.stage_busy)
+        with ExitStack() as stack:
+            bundle = load_bundle(job.bundle)
+            self.source = stack.enter_context(job.open_source())
+            method = stack.enter_context(job.open_method(bundle))
+            self.engines: Sequence[Choice] = method.engines
+            self._device = method.device
+            self.sinks: Sequence[Sink] = job.open_sinks(bundle)
+            self._pipeline = stack.enter_context(
+                Pipeline(
+                    method,
+                    self.source,
+                    Encoder(job.out, bundle.manifest, self.sinks),
+                    sizes=job.sizes,
+                    clock=self.clock,
+                    watcher=watcher,
+                    max_pixels=job.max_pixels,
+                    long_side=bundle.manifest.parameters.long_side,
+                )
+            )
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
+
+    def start(
+        self, shard: Shard, committed: Callable[[ShardResult], None], *, guard: str = ""
+    ) -> Future[None]:
+        """Do a shard and write it; returns once all its images are under way.
+
+        `committed` is called, in the thread that writes, when all files have their names. guard: see
+        ShardFolder.
+        """
+
+        def commit(done: DoneShard) -> None:
+            committed(self._write(done, guard))
+
+        return self._pipeline.submit(shard, commit)
+
+    def do_one_by_one(
+        self,
+        shard: Shard,
+        committed: Callable[[ShardResult], None],
+        *,
+        failures: Sequence[Failure],
+        begin: Callable[[int], object],
+        guard: str = "",
+    ) -> None:
+        """Do a shard of which an image may end this process: `begin` is told which one is in hand, or -1.
+
+        failures: of images that are not tried. An engine gets the images one by one, whatever the batch is.
+        """
+        left_out = {failure.index for failure in failures}
+        parts: list[DoneShard] = []
+        for work in shard.works:
+            if work.index not in left_out:
+                begin(work.index)
+                self.wait(self._pipeline.submit(Shard(shard.number, (work,)), parts.append))
+        begin(-1)
+        images = [image for part in parts for image in part.images]
+        failed = [*failures, *(failure for part in parts for failure in part.failures)]
+        failed.sort(key=lambda failure: failure.index)
+        committed(self._write(DoneShard(shard, images, failed), guard))
+
+    def identity(self) -> Mapping[str, Any]:
+        """Engines and versions, as the settings of a run hold them."""
+        return {**identity(self.engines), "masks are made on": self._device}
+
+    def wait(self, future: "Future[None]") -> None:
+        """Wait for a shard. Raises what has kept it from being done."""
+        self._pipeline.wait(future)
+
+    def _write(self, done: DoneShard, guard: str) -> ShardResult:
+        number = done.shard.number
+        failures = (
+            {"index": f.index, "image": f.image, "kind": f.kind, "reason": f.reason} for f in done.failures
+        )
+        with ShardFolder(self.job.out, number, guard) as files:
+            for position, sink in enumerate(self.sinks):
+                sink.write_shard(files, number, [image.payloads[position] for image in done.images])
+            files.write_part(RECORDS, b"".join(image.record for image in done.images))
+            files.write_part(FAILURES, b"".join(map(json_line, failures)))
+            size, digest = files.commit()
+        return ShardResult(number, len(done.images), len(done.failures), size, digest)

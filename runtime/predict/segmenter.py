@@ -1,0 +1,81 @@
+"""The trained segmenter as a method of a run: `multisa segment IMAGES -o OUT`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.kernels import joint_histogram
+from multisa.runtime.backends.base import SEGMENTER
+from multisa.runtime.backends.registry import Choice, EngineRequest, chosen_engines
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.errors import EngineError, UsageError
+from multisa.runtime.predict.prediction import DECIMALS, Annotation, Labels, StageClock
+from multisa.runtime.predict.uncertainty import disagreement_of_histograms
+
+UInt8 = npt.NDArray[np.uint8]
+LabelsAndConfidence = tuple[UInt8, UInt8]
+
+
+class Segmenting:
+    """Labels and confidence from the graph; what is left to do is to check and to count."""
+
+    command, device = "segment", "cpu"
+
+    def __init__(self, classes: Sequence[str], engines: Sequence[Choice]) -> None:
+        self._classes, self.engines = tuple(classes), engines
+
+    def infer(
+        self, images: UInt8, given: Sequence[Labels | None], clock: StageClock
+    ) -> Sequence[LabelsAndConfidence]:
+        """Run the segmenter on uint8 [N, h, w, 3]; labels and confidence uint8 [h, w] of each image."""
+        with clock.stage("segmenter"):
+            outputs = self.engines[0].engine.run(images)
+        labels, confidence = outputs["labels"], outputs["confidence"]
+        if labels.shape != images.shape[:3]:
+            raise EngineError(
+                f"segmenter: got labels {labels.shape}, expected the images' size {images.shape[:3]}"
+            )
+        if confidence.shape != labels.shape:
+            raise EngineError(
+                f"segmenter: got confidence {confidence.shape}, expected {labels.shape} as the labels"
+            )
+        return list(zip(labels, confidence, strict=True))
+
+    def refine(self, inferred: LabelsAndConfidence, image: UInt8, clock: StageClock) -> Annotation:
+        """The annotation of one image. Raises EngineError for a class that the bundle has not."""
+        mask, confidence = inferred
+        histograms = joint_histogram(mask, confidence)
+        counts = histograms.sum(axis=1)
+        present = np.flatnonzero(counts).tolist()
+        if present[-1] >= len(self._classes):
+            raise EngineError(f"segmenter: got class {present[-1]}, expected 0..{len(self._classes) - 1}")
+        histograms = histograms[: len(self._classes)]
+        sums = histograms @ np.arange(256)
+        means = {self._classes[i]: float(sums[i] / counts[i]) / 255 for i in present}
+        return Annotation(
+            mask=mask,
+            confidence=confidence,
+            classes=tuple(self._classes[i] for i in present if i > 0),
+            disagreement=disagreement_of_histograms(histograms),
+            # Of each class in the mask, the background too: mean confidence over its pixels.
+            details={"scores": {name: round(mean, DECIMALS) for name, mean in means.items()}},
+        )
+
+
+@contextmanager
+def open_segmenting(
+    bundle: Bundle, request: EngineRequest | None = None, *, soft: bool = False
+) -> Iterator[Segmenting]:
+    """Open the segmenter's engine, chosen and said; close it at the end.
+
+    Raises UsageError where soft maps are asked for, which the graph does not give; EngineUnavailable and
+    EngineError for an engine that is not there or cannot run the graph.
+    """
+    if soft:
+        raise UsageError(
+            "segment has no soft maps: argmax and confidence are in the graph; leave out --sink soft"
+        )
+    with chosen_engines(bundle, (SEGMENTER,), request) as chosen:
+        yield Segmenting(bundle.manifest.classes, chosen)

@@ -1,1 +1,0 @@
-"""What a run writes: one module for each format that other tools read."""

@@ -1,0 +1,1 @@
+"""Writers: the formats in which a run stores its results."""

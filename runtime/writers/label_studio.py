@@ -1,0 +1,159 @@
+"""`label-studio`: OUT/label-studio/000012.json, tasks with predictions; one brush for each class of an image.
+
+OUT/label-studio/labeling_config.xml is the interface the predictions are for. An image is referred to by its
+id with a prefix before it: where Label Studio finds the photographs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.errors import ImageError
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.writers.base import (
+    FormatSink,
+    LabelledImage,
+    RunFolder,
+    ShardFiles,
+    SinkContext,
+    json_bytes,
+    shard_path,
+)
+from multisa.runtime.writers.encoding import FlatRuns, row_runs
+
+_FOLDER = "label-studio"
+_WEB = ("http://", "https://", "/")  # prefixes of what a browser fetches: the id has to be escaped
+
+
+class LabelStudioSink(FormatSink):
+    """One list of tasks for each shard."""
+
+    def __init__(self, context: SinkContext, image_prefix: str = "") -> None:
+        super().__init__(context)
+        self._prefix = image_prefix
+        self._version = f"{context.manifest.name}-{context.bundle_sha256[:12]}"
+
+    def encode(self, image: LabelledImage) -> bytes:
+        """The task as JSON."""
+        try:
+            results = [
+                self._result(image, runs)
+                for runs in row_runs(image.mask)
+                if runs.class_id not in (0, IGNORE_INDEX)
+            ]
+        except ValueError as error:
+            raise ImageError(f"label-studio cannot hold it: {error}") from error
+        prediction = {
+            "model_version": self._version,
+            "score": image.record["confidence"],
+            "result": results,
+        }
+        reference = self._prefix + (quote(image.id) if self._prefix.startswith(_WEB) else image.id)
+        return json_bytes(
+            {"data": {"image": reference}, "meta": {"id": image.id}, "predictions": [prediction]}
+        )
+
+    def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[bytes]) -> None:
+        """Write the tasks of the shard; none where no image of it could be done."""
+        if payloads:
+            tasks = b"[\n" + b",\n".join(payloads) + b"\n]\n"
+            files.write(shard_path(_FOLDER, shard, "json"), tasks)
+
+    def finish(self, folder: RunFolder, shards: int) -> None:
+        """Write the labelling interface."""
+        manifest = self.context.manifest
+        colours = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in manifest.palette[1:])
+        labels = (
+            f'    <Label value={quoteattr(name)} background="{colour}"/>\n'
+            for name, colour in zip(manifest.foreground, colours, strict=True)
+        )
+        brush = f'  <BrushLabels name="tag" toName="image">\n{"".join(labels)}  </BrushLabels>\n'
+        text = f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{brush}</View>\n'
+        folder.write(f"{_FOLDER}/labeling_config.xml", [text.encode()])
+
+    def _result(self, image: LabelledImage, runs: FlatRuns) -> dict[str, Any]:
+        height, width = image.mask.shape
+        code = encode_brush(runs, height * width)
+        return {
+            "id": f"class-{runs.class_id}",
+            "type": "brushlabels",
+            "from_name": "tag",
+            "to_name": "image",
+            "original_width": width,
+            "original_height": height,
+            "image_rotation": 0,
+            "value": {
+                "format": "rle",
+                "rle": list(code),
+                "brushlabels": [self.context.manifest.classes[runs.class_id]],
+            },
+        }
+
+
+Int64 = npt.NDArray[np.int64]
+
+_CHANNELS = 4  # a brush mask is RGBA with four equal channels
+_ON = 255
+_VALUE_BITS = 8
+_LENGTH_BITS = np.array([3, 4, 8, 16])  # the four widths a run's length may have
+_FLAG_BITS = 3  # "a run follows", and which of the widths
+_MAX_PIECE = 2**16
+_WORD = 32  # no code is longer
+_MAX_PIXELS = (2**32 - 1) // _CHANNELS  # the header counts values in 32 bits
+
+
+def encode_brush(runs: FlatRuns, pixels: int) -> bytes:
+    """Encode the mask of one class of an image of `pixels` pixels: 255 where the class is, 0 elsewhere.
+
+    Raises ValueError for more pixels than the header of the format can count.
+    """
+    if pixels > _MAX_PIXELS:
+        raise ValueError(f"got {pixels} pixels, the format takes at most {_MAX_PIXELS}")
+    lengths, values = _pieces(runs, pixels)
+    # 1..8, ..16, ..256, longer: the index of the width.
+    width = np.searchsorted(2 ** _LENGTH_BITS[:3], lengths)
+    width[lengths < 0], lengths = 3, np.abs(lengths)
+    bits = _LENGTH_BITS[width]
+    codes = (4 + width) << (bits + _VALUE_BITS) | (lengths - 1) << _VALUE_BITS | values
+    return _pack(np.concatenate((_header(pixels), codes)), np.concatenate(([32, 21], _FLAG_BITS + bits + 8)))
+
+
+def _pieces(runs: FlatRuns, pixels: int) -> tuple[Int64, Int64]:
+    """Lengths and values of runs cut to what a length can hold; what is left of a cut run is negative.
+
+    Such a remainder is written in the widest form, however short, as by Label Studio's encoder.
+    """
+    bounds = np.empty(2 * len(runs.starts) + 2, np.int64)
+    bounds[0], bounds[1:-1:2], bounds[2:-1:2], bounds[-1] = 0, runs.starts, runs.ends, pixels
+    lengths = np.diff(bounds) * _CHANNELS
+    values = np.zeros_like(lengths)
+    values[1::2] = _ON
+    lengths, values = lengths[lengths > 0], values[lengths > 0]
+    full = (lengths - 1) // _MAX_PIECE
+    last = np.cumsum(full + 1) - 1
+    pieces = np.full(int(last[-1]) + 1, _MAX_PIECE)
+    rest = lengths - full * _MAX_PIECE
+    pieces[last] = np.where(full > 0, -rest, rest)
+    return pieces, np.repeat(values, full + 1)
+
+
+def _header(pixels: int) -> Int64:
+    widths = 0
+    for bits in _LENGTH_BITS.tolist():
+        widths = widths << 4 | (bits - 1)
+    return np.array([pixels * _CHANNELS, (_VALUE_BITS - 1) << 16 | widths])
+
+
+def _pack(codes: Int64, bits: Int64) -> bytes:
+    """Write each of `codes` (at most 32 bits) with its number of `bits`, highest first, without gaps.
+
+    Padded as Label Studio does: a whole byte more where none would be needed.
+    """
+    high_first = (codes << (_WORD - bits)).astype(">u4").view(np.uint8)
+    there = np.arange(_WORD) < bits[:, None]
+    stream = np.unpackbits(high_first)[there.ravel()]
+    return np.packbits(np.append(stream, np.zeros(8 - len(stream) % 8, np.uint8))).tobytes()

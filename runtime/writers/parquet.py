@@ -1,0 +1,84 @@
+"""`parquet`: OUT/parquet/000012.parquet, a row of statistics for each image; the masks are files beside it.
+
+Columns are named as in labels.jsonl. `pixel_shares` is a struct with a field for every class, 0 where it is
+absent; what only one command writes is JSON in `details`. Written by pyarrow, one file for each shard.
+"""
+
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.writers.base import (
+    FormatSink,
+    LabelledImage,
+    ShardFiles,
+    SinkContext,
+    json_bytes,
+    shard_path,
+)
+
+# Arrow types of the columns that every command's record has.
+_COLUMNS = {
+    "index": "int64",
+    "image": "string",
+    "name": "string",
+    "mask": "string",
+    "width": "int32",
+    "height": "int32",
+    "orientation": "int8",
+    "confidence": "float64",
+    "doubt": "float64",
+    "disagreement": "float64",
+}
+_LISTS = ("classes", "notes")
+_COMPRESSION = "zstd"
+
+
+class ParquetSink(FormatSink):
+    """One table for each shard."""
+
+    def __init__(self, context: SinkContext) -> None:
+        """Raise EngineUnavailable without pyarrow."""
+        super().__init__(context)
+        if importlib.util.find_spec("pyarrow") is None:
+            raise EngineUnavailable(
+                "pyarrow, which writes Parquet, is not installed", remedy='pip install "multisa[parquet]"'
+            )
+
+    def encode(self, image: LabelledImage) -> Mapping[str, Any]:
+        """The row."""
+        record = image.record
+        shares = record["pixel_shares"]
+        known = {*_COLUMNS, *_LISTS, "pixel_shares"}
+        row: dict[str, Any] = {name: record.get(name) for name in _COLUMNS}
+        row |= {"index": image.index, "image": image.id, "name": image.name}
+        row |= {name: list(record.get(name, ())) for name in _LISTS}
+        row["pixel_shares"] = {name: shares.get(name, 0.0) for name in self.context.manifest.classes}
+        row["details"] = json_bytes({k: v for k, v in record.items() if k not in known}).decode()
+        return row
+
+    def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[Mapping[str, Any]]) -> None:
+        """Write the table of the shard; none where no image of it could be done."""
+        if not payloads:
+            return
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.Table.from_pylist(list(payloads), schema=self._schema())
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(table, buffer, compression=_COMPRESSION)
+        files.write(shard_path("parquet", shard, "parquet"), buffer.getvalue())
+
+    def _schema(self) -> Any:
+        import pyarrow
+
+        fields = [pyarrow.field(name, kind) for name, kind in _COLUMNS.items()]
+        fields += [pyarrow.field(name, pyarrow.list_(pyarrow.string())) for name in _LISTS]
+        shares = [pyarrow.field(name, pyarrow.float64()) for name in self.context.manifest.classes]
+        fields += [
+            pyarrow.field("pixel_shares", pyarrow.struct(shares)),
+            pyarrow.field("details", pyarrow.string()),
+        ]
+        return pyarrow.schema(fields)

@@ -1,0 +1,267 @@
+"""`soft`: OUT/soft/000012.tar, the class probabilities of each image, so that thresholds can be tried without
+computing anything again: KEY.npz, four arrays (see `soft_maps`), and KEY.json, the image's record.
+"""
+
+import io
+import json
+import math
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.runtime.errors import UsageError
+from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask, write_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.writers.base import (
+    FormatSink,
+    LabelledImage,
+    ShardFiles,
+    SoftMaps,
+    json_bytes,
+    plain_name,
+    shard_path,
+    tar_key,
+)
+from multisa.runtime.writers.encoding import tar_bytes, zip_bytes
+
+_LEVEL = 1  # of deflate: a higher one takes several times as long for few bytes less
+
+_Members = tuple[tuple[str, bytes], ...]
+
+
+class SoftSink(FormatSink):
+    """One tar of arrays for each shard."""
+
+    needs_soft_maps = True
+
+    def encode(self, image: LabelledImage) -> _Members:
+        """The two members of an image."""
+        soft = image.soft
+        assert soft is not None, "the run makes soft maps for a sink that needs them"
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "class_ids": np.array(soft.class_ids, np.uint8),
+            "confidence": image.confidence,
+            "probabilities": soft.probabilities.astype(np.float16, copy=False),
+            "size": np.array(image.mask.shape, np.int32),
+        }
+        key = tar_key(image.name)
+        npz = zip_bytes(((f"{name}.npy", _npy(array)) for name, array in arrays.items()), level=_LEVEL)
+        return (f"{key}.npz", npz), (f"{key}.json", json_bytes(image.record))
+
+    def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Members]) -> None:
+        """Write the tar of the shard; none where no image of it could be done."""
+        if payloads:
+            files.write(shard_path("soft", shard, "tar"), tar_bytes(m for pair in payloads for m in pair))
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    # Fixed byte order and version: the bytes are the same on every machine.
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    np.lib.format.write_array(buffer, np.ascontiguousarray(little), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+UInt8 = npt.NDArray[np.uint8]
+
+MAX_ARRAY_BYTES = 512 * 2**20  # of one image's probabilities: 255 classes at 1,024 x 1,024 pixels
+MAX_RECORD_BYTES = 2**20
+_HEADER_BYTES = 256  # before the values of an array; more than any of ours has
+# Of each array: its type, how many dimensions.
+_ARRAYS = {
+    "class_ids": ("|u1", 1),
+    "confidence": ("|u1", 2),
+    "probabilities": ("<f2", 3),
+    "size": ("<i4", 1),
+}
+# What tarfile and zipfile raise for broken files (RuntimeError: encrypted, or packed in an unknown way).
+_BROKEN = (
+    *(OSError, EOFError, RuntimeError, ValueError),
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error),
+)
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<type>[^']{3})', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>[0-9, ]{1,64})\), \} *\n",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SoftImage:
+    """The soft maps of one image."""
+
+    name: str  # of its results: masks/NAME.png
+    record: Mapping[str, Any]  # its line of labels.jsonl
+    size: tuple[int, int]  # height and width of the mask
+    soft: SoftMaps
+    confidence: UInt8  # [h, w] of the class that was chosen, 0..255 for 0..1
+
+
+def read_soft_maps(path: Path) -> Iterator[SoftImage]:
+    """Read a tar of soft maps, one image at a time.
+
+    Raises UsageError when it is not there or holds something else than `multisa` writes: another member, a
+    name that leaves the folder of results, arrays of other types and shapes or above MAX_ARRAY_BYTES.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            yield from _images(archive)
+    except _BROKEN as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{path}: {reason}: expected a tar of soft maps as `--sink soft` writes them"
+        ) from error
+
+
+def mask_from_soft_maps(
+    image: SoftImage, *, background_weight: float = 1.0, minimum_confidence: float = 0.0
+) -> UInt8:
+    """Choose each pixel's class anew, uint8 [H, W] of the image's own size.
+
+    The background's probability is multiplied by `background_weight` before the highest is taken. Without a
+    CRF that is the mask of the background score times as high; behind one, a shift of what the CRF believes.
+    At 1 the mask is the one of the run but where two probabilities round to the same half-precision number.
+    Pixels whose class has a lower share than `minimum_confidence` become 255, "ignore". Raises UsageError for
+    a weight or a confidence that is none.
+    """
+    _check_thresholds(background_weight, minimum_confidence)
+    ids = np.array(image.soft.class_ids, np.uint8)
+    scores = image.soft.probabilities.astype(np.float32)
+    scores[ids == 0] *= np.float32(background_weight)
+    mask = ids[scores.argmax(axis=0)]
+    if minimum_confidence:
+        unsure = scores.max(axis=0) < minimum_confidence * scores.sum(axis=0)
+        mask[unsure] = IGNORE_INDEX
+    return resize_mask(mask, image.size)
+
+
+def write_masks_from_soft_maps(
+    paths: Iterable[Path],
+    out: Path,
+    palette: UInt8,
+    *,
+    background_weight: float = 1.0,
+    minimum_confidence: float = 0.0,
+) -> int:
+    """Write `mask_from_soft_maps` of every image in the tars `paths` to OUT/NAME.png; return how many.
+
+    palette: uint8 [256, 3], of the bundle (`Manifest.mask_palette`).
+    """
+    _check_thresholds(background_weight, minimum_confidence)
+    count = 0
+    for path in paths:
+        for image in read_soft_maps(path):
+            mask = mask_from_soft_maps(
+                image, background_weight=background_weight, minimum_confidence=minimum_confidence
+            )
+            write_mask(out / f"{image.name}.png", mask, palette)
+            count += 1
+    return count
+
+
+def _check_thresholds(background_weight: float, minimum_confidence: float) -> None:
+    """Raise UsageError for what `mask_from_soft_maps` cannot use."""
+    if not 0 < background_weight < float("inf"):
+        raise UsageError(
+            f"got {background_weight} as the background's weight, expected a finite number above 0"
+        )
+    if not 0 <= minimum_confidence < 1:
+        raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
+
+
+def _images(archive: tarfile.TarFile) -> Iterator[SoftImage]:
+    key, arrays = "", None
+    for member in archive:
+        archive.members = []  # type: ignore[attr-defined]  # it would keep every member seen
+        stem, _, ending = member.name.rpartition(".")
+        file = archive.extractfile(member) if member.isreg() else None
+        if file is not None and ending == "npz" and arrays is None:
+            key, arrays = stem, _arrays(file, member.size)
+        elif file is not None and ending == "json" and arrays is not None and stem == key:
+            yield _image(key, arrays, _record(file))
+            arrays = None
+        else:
+            raise ValueError(f"got the member {member.name!r}, expected KEY.npz and then KEY.json")
+    if arrays is not None:
+        raise ValueError(f"got {key!r} without its record")
+    _check_end(archive)
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Refuse what is cut or damaged: to tarfile a header it cannot read is the end."""
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    rest = file.read(tarfile.RECORDSIZE + 1)
+    if not tarfile.BLOCKSIZE <= len(rest) <= tarfile.RECORDSIZE or any(rest):
+        raise ValueError(f"damaged or cut at byte {archive.offset}")
+
+
+def _image(key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str, Any]) -> SoftImage:
+    probabilities, ids, confidence = (arrays[n] for n in ("probabilities", "class_ids", "confidence"))
+    count, *grid = probabilities.shape
+    size = arrays["size"].tolist()
+    if ids.shape != (count,) or confidence.shape != tuple(grid) or not probabilities.size or len(size) != 2:
+        shapes = {name: array.shape for name, array in arrays.items()}
+        raise ValueError(f"{key!r}: got arrays of shapes {shapes}, which do not belong together")
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{key!r}: got a size of {size}, expected 1 to {MAX_PIXELS} pixels")
+    soft = SoftMaps(tuple(ids.tolist()), probabilities)
+    return SoftImage(_safe_name(key), record, (size[0], size[1]), soft, confidence)
+
+
+def _arrays(file: IO[bytes], size: int) -> dict[str, npt.NDArray[Any]]:
+    if size > MAX_ARRAY_BYTES:
+        raise ValueError(f"got arrays of {size} bytes, expected at most {MAX_ARRAY_BYTES}")
+    with zipfile.ZipFile(io.BytesIO(file.read())) as archive:
+        names = archive.namelist()
+        if sorted(names) != [f"{name}.npy" for name in _ARRAYS]:
+            raise ValueError(f"got {names[:8]}, expected the arrays {', '.join(_ARRAYS)}")
+        return {name: _array(archive, name) for name in _ARRAYS}
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    kind, dimensions = _ARRAYS[name]
+    # A zip may say less than it holds: what counts is what comes out.
+    with archive.open(f"{name}.npy") as member:
+        data = member.read(MAX_ARRAY_BYTES + _HEADER_BYTES + 1)
+    # NumPy's own reader evaluates the header as Python; ours is always written in one way.
+    header = _HEADER.match(data)
+    if not header or header["type"].decode() != kind:
+        raise ValueError(f"{name}: got another header than of an array of {kind}")
+    shape = tuple(map(int, header["shape"].replace(b",", b" ").split()))
+    values = memoryview(data)[header.end() :]
+    if len(shape) != dimensions or math.prod(shape) * np.dtype(kind).itemsize != len(values):
+        raise ValueError(
+            f"{name}: got {len(values)} bytes of shape {shape}, expected {dimensions} dimensions"
+        )
+    array: npt.NDArray[Any] = np.frombuffer(values, kind).reshape(shape)
+    return array
+
+
+def _record(file: IO[bytes]) -> Mapping[str, Any]:
+    data = file.read(MAX_RECORD_BYTES + 1)
+    if len(data) > MAX_RECORD_BYTES:
+        raise ValueError(f"got a record of more than {MAX_RECORD_BYTES} bytes")
+    try:
+        record = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("got a record that is nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError("got a record that is no object")
+    return record
+
+
+def _safe_name(key: str) -> str:
+    name = plain_name(key)
+    if not name or name.startswith("/") or "\0" in name or {"..", "."} & set(PurePosixPath(name).parts):
+        raise ValueError(f"got the name {name!r}, expected a path below the folder of results")
+    return name
