@@ -40,7 +40,7 @@ from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.unfold import cam_from_bundle
 from multisa.kernels.native import native
 from multisa.runtime.backends.base import CAM, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 
@@ -121,14 +121,14 @@ def compare_graphs(
     """Times of the whole CAM graph, four scales and mirror images, for one photograph."""
     image = photograph(size)
     eager = MultiScaleCAM(network, scales=SCALES).eval()
-    with OnnxRuntimeEngine(graph, threads=threads, contract=CAM) as engine:
+    with OnnxRuntimeBackend(graph, threads=threads, contract=CAM) as backend:
         times = interleave(
-            {"eager": lambda: eager(image), "onnxruntime-folded": lambda: engine.run(image.numpy())},
+            {"eager": lambda: eager(image), "onnxruntime-folded": lambda: backend.run(image.numpy())},
             repeats=repeats,
         )
         errors = [
             float(np.abs(answer - expected.numpy()).max())
-            for answer, expected in zip(engine.run(image.numpy()).values(), eager(image), strict=True)
+            for answer, expected in zip(backend.run(image.numpy()).values(), eager(image), strict=True)
         ]
     return {
         "size": size,
@@ -169,9 +169,9 @@ def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[
 
 def measure_memory(path: str, side: int, threads: int) -> dict[str, float]:
     """Run the graph once, in a process of its own."""
-    with OnnxRuntimeEngine(Path(path), threads=threads, contract=CAM) as engine:
+    with OnnxRuntimeBackend(Path(path), threads=threads, contract=CAM) as backend:
         loaded = _peak_kib()
-        engine.run(photograph(side).numpy())
+        backend.run(photograph(side).numpy())
     return {"loaded_mib": round(loaded / 1024), "peak_mib": round(_peak_kib() / 1024)}
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from multisa.runtime.cli.options import PATH, bundle_option, plans_option
+from multisa.runtime.cli.options import PATH, bundle_option, engine_cache_option
 
 
 @click.command()
 @click.option("--data", type=PATH, required=True, metavar="DATA", help="Data set in VOC layout, with masks.")
 @click.option("-o", "--output", type=PATH, required=True, metavar="DIR", help="Folder for the report.")
 @bundle_option
-@plans_option
+@engine_cache_option
 @click.option(
     "--stages",
     default="segment,label,kernels",

@@ -27,7 +27,7 @@ from multisa.benchmarks.harness import (
 )
 from multisa.kernels import encode_rle
 from multisa.runtime.backends.base import SEGMENTER
-from multisa.runtime.backends.registry import chosen_engines
+from multisa.runtime.backends.registry import selected_backends
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.imaging.decode import (
     decode_image,
@@ -171,8 +171,8 @@ def segment(photographs: list[Path], long_side: int) -> tuple[list[UInt8], dict[
     """The segmenter's masks at the photographs' own size, and how labels change with scaled decoding."""
     bundle = load_bundle(default_bundle_path())
     masks, alike = [], []
-    with chosen_engines(bundle, (SEGMENTER,), None) as chosen:
-        run = chosen[0].engine.run
+    with selected_backends(bundle, (SEGMENTER,), None) as chosen:
+        run = chosen[0].backend.run
         for path in photographs:
             rgb = read_image(path).rgb
             size = working_size(rgb.shape[0], rgb.shape[1], long_side)

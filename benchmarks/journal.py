@@ -13,7 +13,7 @@ from pathlib import Path
 
 from multisa.benchmarks.harness import environment, interleave, save_results
 from multisa.runtime.jobs.journal import Journal, ShardResult
-from multisa.runtime.jobs.snapshot import Inventory, freeze
+from multisa.runtime.jobs.snapshot import Snapshot, freeze
 from multisa.runtime.jobs.spec import SHARD_SIZE
 from multisa.runtime.sources.base import SourceItem
 
@@ -55,7 +55,7 @@ def main() -> None:
         start = time.perf_counter()
         freeze(Path(work, "inventory.sqlite"), items(images), lambda item: None)
         frozen = time.perf_counter() - start
-        with Inventory(Path(work, "inventory.sqlite")) as inventory:
+        with Snapshot(Path(work, "inventory.sqlite")) as inventory:
             start = time.perf_counter()
             for i in range(LAST_SHARD):
                 inventory.shard(images // SHARD_SIZE - 1 - i, SHARD_SIZE)

@@ -30,7 +30,7 @@ from multisa.benchmarks.harness import environment, save_results
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.cli.main import commands
 from multisa.runtime.jobs.finalize import FINISHED
-from multisa.runtime.jobs.output import CONFIG, INVENTORY, JOURNAL, LOCK
+from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK, SNAPSHOT
 from multisa.runtime.jobs.shards import FILES, listed_files, part_path
 
 PHOTOGRAPHS = Path(commands.__file__).parent / "demo_images"
@@ -82,7 +82,7 @@ class KilledRuns:
         self._random = random.Random(seed)
         self._work, self._names = work, iter(range(10**6))
         make_photographs(work / "photographs")
-        options = ("--shard-size", SHARD_SIZE, "--sink", ",".join(SINKS), "--workers", 2, "--batch", 3)
+        options = ("--shard-size", SHARD_SIZE, "--writer", ",".join(SINKS), "--workers", 2, "--batch", 3)
         place = (command, work / "photographs", "--bundle", bundle, "--max-failures", "10%", "--report", 0)
         self._command = [
             sys.executable,
@@ -127,7 +127,7 @@ class KilledRuns:
 
         begins: dict[str, Callable[[], bool]] = {
             "any": (out / LOCK).exists,
-            "freezing": lambda: any((out / f"{INVENTORY}{end}").exists() for end in ("", ".tmp")),
+            "freezing": lambda: any((out / f"{SNAPSHOT}{end}").exists() for end in ("", ".tmp")),
             "shards": lambda: committed_shards(out) >= 1,
             "finishing": lambda: committed_shards(out) >= shards,
         }
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": options.command,
         "images": IMAGES,
         "shard_size": SHARD_SIZE,
-        "sinks": SINKS,
+        "writers": SINKS,
         "seed": options.seed,
         "unbroken_seconds": round(runs.seconds, 3),
         "files": len(runs.expected),

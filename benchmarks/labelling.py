@@ -39,7 +39,7 @@ from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, working_size
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, log
 
 Row = dict[str, Any]
 OURS = "multisa label"
@@ -62,7 +62,7 @@ class _Member:
 
     @property
     def folder(self) -> str:
-        return f"{self.contender.engine}-{self.contender.precision}-{self.contender.device}-{self.walk}"
+        return f"{self.contender.backend}-{self.contender.precision}-{self.contender.device}-{self.walk}"
 
 
 def measure(setting: Setting) -> list[Row]:
@@ -74,9 +74,9 @@ def measure(setting: Setting) -> list[Row]:
         for contender in contenders(setting.bundle, CAM, setting.engines, gpu=gpu):
             if contender.is_ours:
                 members.append(_member(contender, "", contender == default))
-            elif contender.engine == EAGER:
+            elif contender.backend == EAGER:
                 members += [_recipe(setting, contender, walk, stack) for walk in RECIPES]
-        Labelling(setting, members).measure()
+        PseudoLabeler(setting, members).measure()
     return [member.row for member in members]
 
 
@@ -95,7 +95,7 @@ def _recipe(setting: Setting, contender: Contender, walk: str, stack: ExitStack)
         member.row["startup_seconds"] = round(member.guest.start_seconds, 3)
     except GuestFailedError as error:
         member.row["problem"] = str(error)
-        say(f"{member.row['recipe']}: left out: {error}")
+        log.info(f"{member.row['recipe']}: left out: {error}")
     return member
 
 
@@ -105,7 +105,7 @@ def _open_recipe(bundle: Path, walk: str, device: str, states: Path) -> object:
     return PeersLabelling(bundle, walk, device, states)
 
 
-class Labelling:
+class PseudoLabeler:
     """The steps of the measurement; in each of them the ways take turns."""
 
     def __init__(self, setting: Setting, members: list[_Member]) -> None:
@@ -133,7 +133,9 @@ class Labelling:
                     step(member)
                 except GuestFailedError as error:
                     member.row["problem"] = str(error)
-                    say(f"{member.row['recipe']} on {member.contender.title}: left out from here on: {error}")
+                    log.info(
+                        f"{member.row['recipe']} on {member.contender.title}: left out from here on: {error}"
+                    )
             bar.advance()
 
     def _warm_up(self, member: _Member) -> None:

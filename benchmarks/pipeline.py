@@ -25,17 +25,17 @@ from PIL import Image
 
 from multisa.benchmarks.harness import environment, save_results
 from multisa.benchmarks.suite.command import run_command
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.imaging.decode import WorkingImage, decode_working_image
 from multisa.runtime.jobs.encoder import Encoder
 from multisa.runtime.jobs.snapshot import Work
 from multisa.runtime.jobs.spec import Job, RunOptions, make_job
-from multisa.runtime.predict.prediction import Annotation, Labels, Method, StageClock
+from multisa.runtime.predict.prediction import Labels, Prediction, Predictor, StageTimer
 from multisa.runtime.progress import Progress
 from multisa.runtime.sources.base import SourceItem
-from multisa.runtime.writers.base import SinkContext
-from multisa.runtime.writers.registry import open_sinks
+from multisa.runtime.writers.base import WriterContext
+from multisa.runtime.writers.registry import open_writers
 from multisa.training.data import read_dataset
 
 UInt8 = npt.NDArray[np.uint8]
@@ -70,13 +70,13 @@ class StagesAlone:
     """The stages of the pipeline, one after the other over the same images, each in as many threads."""
 
     def __init__(
-        self, job: Job, bundle: Bundle, method: Method, files: Sequence[Path], labels: Given
+        self, job: Job, bundle: Bundle, method: Predictor, files: Sequence[Path], labels: Given
     ) -> None:
         self._method, self._long_side = method, bundle.manifest.parameters.long_side
-        context = SinkContext(job.out, job.command, bundle.manifest, "")
-        self._encoder = Encoder(job.out, bundle.manifest, open_sinks(job.sinks, context))
+        context = WriterContext(job.out, job.command, bundle.manifest, "")
+        self._encoder = Encoder(job.out, bundle.manifest, open_writers(job.sinks, context))
         self._max_pixels, self._threads = job.max_pixels, job.sizes.workers
-        self._files, self._labels, self._clock = files, labels, StageClock()
+        self._files, self._labels, self._clock = files, labels, StageTimer()
         self._images: list[WorkingImage] = []
 
     def images_per_second(self) -> dict[str, float]:
@@ -107,11 +107,11 @@ class StagesAlone:
         image, labels = image_and_labels
         return self._method.infer(image.rgb[np.newaxis], [labels], self._clock)[0]
 
-    def _refine(self, image_and_result: tuple[WorkingImage, object]) -> Annotation:
+    def _refine(self, image_and_result: tuple[WorkingImage, object]) -> Prediction:
         image, result = image_and_result
         return self._method.refine(result, image.rgb, self._clock)
 
-    def _encode(self, parts: tuple[Work, WorkingImage, Annotation]) -> object:
+    def _encode(self, parts: tuple[Work, WorkingImage, Prediction]) -> object:
         return self._encoder.encode(*parts)
 
 
@@ -139,11 +139,11 @@ def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
     files = [everything[i] for i in chosen]
     given: Given = [labels[i] if command == "label" else None for i in chosen]
     settings = RunOptions()
-    job = make_job(command, str(corpus), work / "out", options.bundle, EngineRequest(), settings)
+    job = make_job(command, str(corpus), work / "out", options.bundle, BackendRequest(), settings)
     alone: dict[str, list[float]] = {}
 
     def all_stages() -> None:
-        with job.open_method(bundle) as method:
+        with job.open_predictor(bundle) as method:
             for name, rate in StagesAlone(job, bundle, method, files, given).images_per_second().items():
                 alone.setdefault(name, []).append(rate)
 

@@ -31,15 +31,15 @@ from multisa.export.tensorrt.build import BuildOptions, build_plans
 from multisa.export.tensorrt.builder import TURING_PRODUCT
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, PRECISIONS, SEGMENTER
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import bundle_precisions
 from multisa.runtime.backends.tensorrt_runtime import TENSORRT, TENSORRT_RTX
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.errors import EngineError
+from multisa.runtime.errors import BackendError
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.runtime.imaging.png import voc_palette
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 from multisa.training.affinity import build_affinity_net
 from multisa.training.affinity_net import head_stride
 from multisa.training.cams import build_cam_network
@@ -103,7 +103,7 @@ def settle(network: nn.Module) -> None:
 def parity(graph: Graph, data: bytes) -> dict[str, float]:
     """The largest errors of ONNX Runtime against eager PyTorch, not folded, by output."""
     errors: dict[str, float] = {}
-    with OnnxRuntimeEngine(data, threads=torch.get_num_threads(), contract=graph.contract) as engine:
+    with OnnxRuntimeBackend(data, threads=torch.get_num_threads(), contract=graph.contract) as engine:
         for image in photographs():
             with torch.inference_mode():
                 made = graph.reference(as_batch(image))
@@ -136,7 +136,7 @@ def random_bundle(preset: str, folder: Path) -> Bundle:
             "export_seconds": round(seconds, 1),
             "onnxruntime_against_eager": parity(graph, data),
         }
-        say(f"{config.name} {graph.file}: {figures[graph.contract.name]}")
+        log.info(f"{config.name} {graph.file}: {figures[graph.contract.name]}")
     names = ("background", *(f"class {index}" for index in range(1, CLASSES)))
     manifest = load_bundle(default_bundle_path()).manifest
     manifest = replace(
@@ -194,7 +194,7 @@ def is_known(graph: str, target: str, failure: str) -> bool:
 def exit_code(rows: Sequence[dict[str, Any]]) -> int:
     """0 where every row is a plan or a failure that is known."""
     failed = any("failure" in row and not row["known"] for row in rows)
-    return EngineError.exit_code if failed else 0
+    return BackendError.exit_code if failed else 0
 
 
 def main() -> None:
@@ -236,7 +236,7 @@ def main() -> None:
     )
     for row in plan_rows(bundle, asked):
         entry["plans"].append(row)
-        say(json.dumps(row))
+        log.info(json.dumps(row))
         write_json_atomically(path, results)  # a run that is cut keeps what it has
     save_results("plans", results, RESULTS)
     raise SystemExit(exit_code(entry["plans"]))

@@ -117,7 +117,7 @@ def start_up(files: Files) -> list[str]:
     return [
         "From a command to its first mask, with a new process:",
         f"{ours['median_ms'] / 1000:.2f} s,",
-        *([f"with `--engine openvino` {openvino['median_ms'] / 1000:.2f} s,"] if openvino else []),
+        *([f"with `--backend openvino` {openvino['median_ms'] / 1000:.2f} s,"] if openvino else []),
         f"PyTorch eager {eager['median_ms'] / 1000:.2f} s",
         f"({eager['times_ours']:.1f} times), {limit['text']} alone {limit['floor_ms'] / 1000:.2f} s.",
         source(files, "start_up"),

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BUNDLE = ROOT / "runtime" / "bundles" / "voc-animals" / "bundle.json"
 SUBJECTS = (
-    *("voc-animals", "segmenting", "labelling", "start_up", "pipeline", "kills", "journal", "doubt"),
+    *("voc-animals", "segmenting", "labelling", "start_up", "pipeline", "kills", "journal", "uncertainty"),
     *("random_walk", "dense_crf", "encoding", "cam_head", "precisions", "plans"),
 )
 BACKGROUND_SAMPLE = 128  # as in training/calibration.py, which is not imported: it needs torch

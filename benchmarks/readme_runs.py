@@ -7,11 +7,13 @@ from multisa.benchmarks.readme_sources import Files, source
 
 def runs(files: Files) -> list[str]:
     """Pieces of the paragraph."""
-    pipeline, kills, journal, doubt = (files[name] for name in ("pipeline", "kills", "journal", "doubt"))
+    pipeline, kills, journal, uncertainty = (
+        files[name] for name in ("pipeline", "kills", "journal", "uncertainty")
+    )
     segment, label = pipeline["segment"], pipeline["label"]
-    by_doubt, by_confidence = (
-        doubt["methods"]["segment"][name]["spearman_with_1_minus_iou"]
-        for name in ("by_doubt", "by_1_minus_confidence")
+    by_uncertainty, by_confidence = (
+        uncertainty["methods"]["segment"][name]["spearman_with_1_minus_iou"]
+        for name in ("by_uncertainty", "by_1_minus_confidence")
     )
     return [
         f"Runs on {pipeline['environment']['cores']} cores:",
@@ -26,9 +28,9 @@ def runs(files: Files) -> list[str]:
         f"{_milliseconds(journal, '1')} ms with a shard for each image; freezing their list takes",
         f"{journal['inventory']['seconds_to_freeze_a_million']:.1f} s a million.",
         source(files, "journal"),
-        f"Doubt ranks `segment`'s masks of {doubt['photographs']} val photographs, on which its formula was",
-        f"chosen, by IoU with a correlation of {by_doubt:.2f}, confidence alone with {by_confidence:.2f}.",
-        source(files, "doubt"),
+        f"Uncertainty ranks `segment`'s masks of {uncertainty['photographs']} val photographs, on which its formula was",
+        f"chosen, by IoU with a correlation of {by_uncertainty:.2f}, confidence alone with {by_confidence:.2f}.",
+        source(files, "uncertainty"),
     ]
 
 

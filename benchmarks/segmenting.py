@@ -34,7 +34,7 @@ from multisa.benchmarks.suite.subject import subject_main
 from multisa.benchmarks.suite.turns import ratio_of_turns
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, log
 from multisa.runtime.system import usable_cpus
 
 Row = dict[str, Any]
@@ -70,11 +70,11 @@ def measure(setting: Setting) -> list[Row]:
                 guest = stack.enter_context(Guest.started_twice(*_opened(setting, contender)))
             except GuestFailedError as error:
                 row["problem"] = str(error)
-                say(f"{contender.title}: left out: {error}")
+                log.info(f"{contender.title}: left out: {error}")
                 continue
             row["startup_seconds"] = round(guest.start_seconds, 3)
             members.append(_Member(contender, guest, row))
-        Segmenting(setting, members).measure()
+        Segmenter(setting, members).measure()
     return rows
 
 
@@ -82,7 +82,7 @@ def _opened(setting: Setting, contender: Contender) -> tuple[Any, ...]:
     """What a guest is started with. Raises GuestFailedError for a contender that is left out."""
     if not contender.is_ours and setting.pytorch_problem:
         raise GuestFailedError(setting.pytorch_problem)
-    if contender.engine == COMPILED and setting.effort.is_quick and COMPILED not in setting.engines:
+    if contender.backend == COMPILED and setting.effort.is_quick and COMPILED not in setting.engines:
         raise GuestFailedError(
             f"compiles for minutes: left out of a quick run unless --engines names {COMPILED}"
         )
@@ -90,7 +90,7 @@ def _opened(setting: Setting, contender: Contender) -> tuple[Any, ...]:
     return SegmentContender, setting.bundle.path, contender, setting.plans, first, setting.states
 
 
-class Segmenting:
+class Segmenter:
     """The steps of the measurement; in each of them the contenders take turns."""
 
     def __init__(self, setting: Setting, members: list[_Member]) -> None:
@@ -121,7 +121,7 @@ class Segmenting:
                     step(member)
                 except GuestFailedError as error:
                     name = step.__name__.strip("_").replace("_", " ")
-                    say(f"{member.contender.title}: {name}: {error}")
+                    log.info(f"{member.contender.title}: {name}: {error}")
                     if may_fail:
                         member.row.setdefault("notes", []).append(f"{name}: {error}")
                     else:
@@ -180,7 +180,7 @@ class Segmenting:
         cores, repeats = usable_cpus(), self._effort.repeats
         rows = [{"cores": cores, "images_per_second": member.guest.call("images_per_second", repeats)}]
         # What torch compiles, it would compile anew for each, for minutes.
-        alone = member.contender.device != "cpu" or member.contender.engine == COMPILED
+        alone = member.contender.device != "cpu" or member.contender.backend == COMPILED
         for count in () if alone else [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores]:
             with Guest(*_opened(self._setting, member.contender), cpus=count) as guest:
                 guest.call("load", self._files)

@@ -45,7 +45,7 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         pass
 
     def program(contender: Contender) -> list[str]:
-        words = [contender.engine, contender.precision, contender.device]
+        words = [contender.backend, contender.precision, contender.device]
         return ["-c", _SEGMENT, str(bundle), str(photograph), str(states), *words]
 
     out = scratch / "out"
@@ -57,7 +57,7 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         "multisa inspect": ["-m", "multisa.runtime.cli.main", "inspect", str(bundle)],
         OURS: ["-m", "multisa.runtime.cli.main", *command],
         **{
-            on_engine(name): ["-m", "multisa.runtime.cli.main", *command, "--engine", name]
+            on_engine(name): ["-m", "multisa.runtime.cli.main", *command, "--backend", name]
             for name in engines
         },
         "the engine alone, one photograph": program(REFERENCE),
@@ -82,7 +82,7 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
 
 def on_engine(name: str) -> str:
     """The way to start that asks for this engine instead of leaving it to `multisa segment`."""
-    return f"multisa segment --engine {name}, one photograph"
+    return f"multisa segment --backend {name}, one photograph"
 
 
 def _start(words: Sequence[str], out: Path, compiled: Path) -> None:

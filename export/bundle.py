@@ -17,12 +17,12 @@ from multisa.export.photographs import add_pseudo_mask, truth_of
 from multisa.export.report import REPORT_NAME, check_destinations, report_to_bytes
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, log
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import installed_versions
 from multisa.training.affinity import load_affinity_net
@@ -98,7 +98,7 @@ def export_bundle(
     if report:
         write_bytes_atomically(report, files[REPORT_NAME])
     parity.require("the exported graphs answer differently from the networks")
-    say(f"parity on {parity.photographs} photographs: every figure within its limit")
+    log.info(f"parity on {parity.photographs} photographs: every figure within its limit")
     return write_bundle(output, _manifest(run, parity), files)
 
 
@@ -108,7 +108,7 @@ def compare_with_networks(
     """Compare the graphs with the networks on photographs, the pseudo-masks made from both included."""
     threads = torch.get_num_threads()
     engines = {
-        graph.file: OnnxRuntimeEngine(files[graph.file], threads=threads, contract=graph.contract)
+        graph.file: OnnxRuntimeBackend(files[graph.file], threads=threads, contract=graph.contract)
         for graph in graphs
     }
 

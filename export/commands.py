@@ -147,7 +147,7 @@ def convert(
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--engine",
+    "--backend",
     required=True,
     metavar="NAME",
     # The names of runtime/engines/choice.py, which help does not load.
@@ -164,7 +164,7 @@ def convert(
 @_masks_option
 @_count_option
 @click.option(
-    "--plans",
+    "--engine-cache",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Look for TensorRT plans here, too: the --cache of `multisa build`.",
 )
@@ -172,7 +172,7 @@ def convert(
 @click.option("--report", type=click.Path(path_type=Path), help="Write the report here, even if it fails.")
 def parity(
     bundle: Path,
-    engine: str,
+    backend: str,
     precision: str,
     photographs: Path,
     masks: Path | None,
@@ -187,19 +187,19 @@ def parity(
 
     \b
     Example:
-      multisa parity bundles/voc-all --engine tensorrt-rtx --precision fp16 --photographs VOC2012
+      multisa parity bundles/voc-all --backend tensorrt-rtx --precision fp16 --photographs VOC2012
     """
     from multisa.export.compare import compare_engine, describe_figures
     from multisa.export.photographs import read_photographs
     from multisa.export.report import check_report, report_to_bytes
-    from multisa.runtime.backends.registry import EngineRequest
+    from multisa.runtime.backends.registry import BackendRequest
     from multisa.runtime.bundle import load_bundle
     from multisa.runtime.files import write_bytes_atomically
 
     check_report(report, bundle)
     loaded = load_bundle(bundle)
     chosen = read_photographs(photographs, loaded.manifest.classes, count=count, masks=masks, calibrate=False)
-    title, found = compare_engine(loaded, EngineRequest(engine, precision, plans), chosen, threads=threads)
+    title, found = compare_engine(loaded, BackendRequest(backend, precision, plans), chosen, threads=threads)
     if report:
         write_bytes_atomically(report, report_to_bytes({title: found.full_json()}))
     click.echo(f"{title}\n{describe_figures(found)}")

@@ -1,6 +1,6 @@
 """Graphs and engines against the bundle's fp32 graphs on ONNX Runtime's CPU; no PyTorch, no onnx.
 
-`multisa parity BUNDLE --engine tensorrt-rtx --precision fp16 --photographs FOLDER`
+`multisa parity BUNDLE --backend tensorrt-rtx --precision fp16 --photographs FOLDER`
 """
 
 import math
@@ -18,20 +18,20 @@ from multisa.runtime.backends.base import (
     CAM,
     CONTRACTS,
     SEGMENTER,
-    Engine,
+    Backend,
     GraphContract,
     graph_file,
 )
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import (
-    EngineRequest,
-    choose_engine,
-    describe_choices,
-    engine_precisions,
+    BackendRequest,
+    backend_precisions,
+    describe_selection,
+    select_backend,
 )
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.progress import Progress, counted, say
+from multisa.runtime.progress import Progress, log, pluralize
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -45,12 +45,12 @@ class Variant:
     title: str
     precision: str
     contracts: tuple[GraphContract, ...]  # of the graphs there are
-    open: Callable[[GraphContract], Engine]
+    open: Callable[[GraphContract], Backend]
 
 
-def on_cpu(graphs: Mapping[str, bytes], threads: int) -> Callable[[GraphContract], Engine]:
+def on_cpu(graphs: Mapping[str, bytes], threads: int) -> Callable[[GraphContract], Backend]:
     """Open graphs, by the name of their contract, on ONNX Runtime's CPU."""
-    return lambda contract: OnnxRuntimeEngine(graphs[contract.name], threads=threads, contract=contract)
+    return lambda contract: OnnxRuntimeBackend(graphs[contract.name], threads=threads, contract=contract)
 
 
 def compare_variants(
@@ -83,28 +83,28 @@ def compare_variants(
 
 
 def compare_engine(
-    bundle: Bundle, request: EngineRequest, photographs: Photographs, *, threads: int
+    bundle: Bundle, request: BackendRequest, photographs: Photographs, *, threads: int
 ) -> tuple[str, ParityReport]:
     """Compare the bundle's graphs in one precision, on one engine, with its fp32 graphs on the CPU.
 
     Returns what was compared, "fp16 on tensorrt-rtx", and the report, which says whether every figure is
-    within the limits of the precision. Raises as `choose_engine` does, ParityError for outputs that are
+    within the limits of the precision. Raises as `select_backend` does, ParityError for outputs that are
     missing or of another shape.
     """
-    there = [c for c in CONTRACTS if request.precision in engine_precisions(bundle, c, request.engine)]
+    there = [c for c in CONTRACTS if request.precision in backend_precisions(bundle, c, request.backend)]
     alone = [c for c in there if c in _TOGETHER]
     if len(alone) == 1:
-        say(f"{alone[0].name}: left out, cam and affinity are compared by the masks that both make")
+        log.info(f"{alone[0].name}: left out, cam and affinity are compared by the masks that both make")
         there.remove(alone[0])
     with ExitStack() as stack:
         choices = []
         for contract in there or CONTRACTS:  # without any, what is missing is said by the first
-            choices.append(choose_engine(bundle, contract, request, threads=threads))
-            stack.callback(choices[-1].engine.close)
-        for line in describe_choices(choices):
-            say(line)
-        opened = {choice.graph: choice.engine for choice in choices}
-        title = f"{request.precision} on {choices[0].engine.name}"
+            choices.append(select_backend(bundle, contract, request, threads=threads))
+            stack.callback(choices[-1].backend.close)
+        for line in describe_selection(choices):
+            log.info(line)
+        opened = {choice.graph: choice.backend for choice in choices}
+        title = f"{request.precision} on {choices[0].backend.name}"
         variant = Variant(title, request.precision, tuple(there), lambda contract: opened[contract.name])
         return title, compare_variants(bundle, [variant], photographs, threads=threads)[title]
 
@@ -119,19 +119,19 @@ def describe_figures(report: ParityReport) -> str:
 
     return "\n".join(
         f"{name:<12} {', '.join(text(*pair) for pair in difference.figures().items())} "
-        f"({counted(difference.photographs, 'photograph')})"
+        f"({pluralize(difference.photographs, 'photograph')})"
         for name, difference in report.differences.items()
     )
 
 
 def _opened(
-    stack: ExitStack, open_one: Callable[[GraphContract], Engine], contracts: Sequence[GraphContract]
-) -> list[Engine]:
+    stack: ExitStack, open_one: Callable[[GraphContract], Backend], contracts: Sequence[GraphContract]
+) -> list[Backend]:
     return [stack.enter_context(open_one(contract)) for contract in contracts]
 
 
-def _answers(engines: Sequence[Engine], image: UInt8) -> Outputs:
-    return {name: values for engine in engines for name, values in engine.run(image[None]).items()}
+def _answers(engines: Sequence[Backend], image: UInt8) -> Outputs:
+    return {name: values for backend in engines for name, values in backend.run(image[None]).items()}
 
 
 def _classes(manifest: Manifest, photograph: Photograph, reference: Outputs) -> tuple[int, ...]:

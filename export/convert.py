@@ -19,12 +19,12 @@ from multisa.export.lower import Lowered, half_of, int8_of
 from multisa.export.photographs import Photograph, Photographs, spread, working_image
 from multisa.export.report import INT8_FOR, REPORT_NAME, check_destinations, report_of_bundle, report_to_bytes
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, write_bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.progress import Progress, counted, say
+from multisa.runtime.progress import Progress, log, pluralize
 from multisa.runtime.system import installed_versions
 
 UInt8 = npt.NDArray[np.uint8]
@@ -99,10 +99,10 @@ def convert_bundle(bundle: Bundle, photographs: Photographs, output: Path, setti
         compared = max(report.photographs for report in reports.values())
         raise ParityError(
             f"the converted graphs are not shipped: {'; '.join(problems)}; compared on "
-            f"{counted(compared, 'photograph')}: give more of them, or keep the graphs all the same by --keep"
+            f"{pluralize(compared, 'photograph')}: give more of them, or keep the graphs all the same by --keep"
         )
     for line in problems:
-        say(f"kept all the same: {line}")
+        log.info(f"kept all the same: {line}")
     files = {name: bundle.read_file(name) for name in bundle.manifest.files}
     for precision, graphs in lowered.items():
         files |= {graph_file(_contract(name), precision): graph.data for name, graph in graphs.items()}
@@ -117,14 +117,14 @@ def compare_speed(
     rows = []
     for threads in TIMED_THREADS:
         engines = [
-            OnnxRuntimeEngine(data, threads=threads, contract=contract) for data in (reference, answer)
+            OnnxRuntimeBackend(data, threads=threads, contract=contract) for data in (reference, answer)
         ]
         taken: tuple[list[float], list[float]] = ([], [])
         for turn in range(REPEATS + 1):
             for image in images:
-                for engine, seconds in zip(engines, taken, strict=True):
+                for backend, seconds in zip(engines, taken, strict=True):
                     start = time.perf_counter()
-                    engine.run(image[None])
+                    backend.run(image[None])
                     if turn:  # the first is warm-up
                         seconds.append(time.perf_counter() - start)
         first, second = (1e3 * statistics.median(seconds) for seconds in taken)
@@ -161,7 +161,7 @@ def _lower(
                 )
             choice = made[contract.name].choice
             kept = len(choice.kept) + len(made[contract.name].too_large)
-            say(
+            log.info(
                 f"{graph_file(contract, precision)}: {kept} nodes "
                 f"kept in fp32 after {len(choice.trials)} trials, {choice.share:.0%} of the limits used"
             )

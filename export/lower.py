@@ -20,9 +20,9 @@ from multisa.export.half import (
 )
 from multisa.export.parity import Compared, ParityReport, measure_parity
 from multisa.export.quantise import Calibrated, calibrated_graph, quantised_graph
-from multisa.export.sensitivity import Choice, choose_kept
+from multisa.export.sensitivity import SelectedBackend, choose_kept
 from multisa.runtime.backends.base import IMAGE, GraphContract
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -36,7 +36,7 @@ class Lowered:
 
     data: bytes  # what ships
     measured: bytes  # what answers on a CPU as the graph does on an engine with that arithmetic
-    choice: Choice
+    choice: SelectedBackend
     too_large: dict[str, float]  # nodes kept in fp32 before any trial -> the largest value they touch
 
     def as_json(self) -> dict[str, object]:
@@ -97,13 +97,13 @@ def _share_of(
     precision: str,
     threads: int,
 ) -> Callable[[Sequence[str]], float]:
-    with OnnxRuntimeEngine(data, threads=threads, contract=contract) as engine:
-        expected = [engine.run(image[None]) for image in images]
+    with OnnxRuntimeBackend(data, threads=threads, contract=contract) as backend:
+        expected = [backend.run(image[None]) for image in images]
 
     def share(lowered: Sequence[str]) -> float:
-        with OnnxRuntimeEngine(made(lowered), threads=threads, contract=contract) as engine:
+        with OnnxRuntimeBackend(made(lowered), threads=threads, contract=contract) as backend:
             report: ParityReport = measure_parity(
-                (Compared(e, engine.run(i[None])) for e, i in zip(expected, images, strict=True)), precision
+                (Compared(e, backend.run(i[None])) for e, i in zip(expected, images, strict=True)), precision
             )
         return report.share()
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.progress import counted
+from multisa.runtime.progress import pluralize
 
 Array = npt.NDArray[np.generic]
 UInt8 = npt.NDArray[np.uint8]
@@ -174,7 +174,7 @@ class Difference:
         found = self.figures()
         words = {
             "count": lambda: (
-                f"no value was compared on {counted(self.photographs, 'photograph')}; give others: cam is "
+                f"no value was compared on {pluralize(self.photographs, 'photograph')}; give others: cam is "
                 "compared on the classes that are in them"
             ),
             "not_finite": lambda: f"{self.not_finite} values are not finite",

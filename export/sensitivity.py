@@ -23,7 +23,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectedBackend:
     """The nodes that keep their precision, with the share that lowering them alone takes, and all trials."""
 
     kept: dict[str, float]
@@ -67,7 +67,7 @@ def choose_kept(
     *,
     allowed: float = 0.5,
     max_runs: int = MAX_RUNS,
-) -> Choice:
+) -> SelectedBackend:
     """Choose what of `nodes`, in the order they run, keeps its precision.
 
     share_of: the share of the parity limits used when only the given nodes are lowered. The choice is done
@@ -78,7 +78,7 @@ def choose_kept(
     kept: dict[str, float] = {}
     share = search.measure(nodes)
     if share <= allowed:
-        return Choice({}, share, tuple(search.trials))
+        return SelectedBackend({}, share, tuple(search.trials))
     size = max(math.ceil(len(nodes) / GROUPS), 1)
     groups = [(search.measure(part), part) for part in _split(nodes, size)]
     while share > allowed and groups:
@@ -93,7 +93,7 @@ def choose_kept(
             kept.update(dict.fromkeys(part, single))
         del groups[: len(worst)]
         share = search.measure([name for name in nodes if name not in kept])
-    return Choice(kept, share, tuple(search.trials))
+    return SelectedBackend(kept, share, tuple(search.trials))
 
 
 def _split(nodes: Sequence[str], size: int) -> list[Sequence[str]]:

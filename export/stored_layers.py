@@ -21,7 +21,7 @@ from onnx import TensorProto
 from multisa.runtime.backends.base import GraphContract, graph_file
 from multisa.runtime.backends.onnx_checks import check_onnx
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import BundleError, EngineError
+from multisa.runtime.errors import BackendError, BundleError
 
 Float32 = npt.NDArray[np.float32]
 
@@ -113,7 +113,7 @@ def read_graph(bundle: Bundle, contract: GraphContract) -> StoredGraph:
         check_onnx(data, file)
         model = onnx.load_from_string(data)
         onnx.checker.check_model(model)
-    except (EngineError, DecodeError, onnx.checker.ValidationError) as error:
+    except (BackendError, DecodeError, onnx.checker.ValidationError) as error:
         raise BundleError(f"{path}: is no ONNX graph ({error}): get the bundle again") from error
     return _stored(model.graph, path)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
@@ -18,7 +18,7 @@ from multisa.runtime.jobs.monitor import check_failures
 from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.jobs.run import annotate_images
 from multisa.runtime.jobs.spec import RunOptions
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 from multisa.runtime.report.page import Card, Page, Picture, write_page
 from multisa.runtime.report.pictures import (
     OVERLAY,
@@ -38,19 +38,19 @@ CAPTION_SIZE = 18
 GAP = 4  # between rows and between columns
 
 
-def run_demo(out: Path, bundle: Bundle, request: EngineRequest | None = None) -> dict[str, RunSummary]:
+def run_demo(out: Path, bundle: Bundle, request: BackendRequest | None = None) -> dict[str, RunSummary]:
     """Write OUT/label, OUT/segment, OUT/index.html and the contact sheet OUT/demo.jpg.
 
     Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
     TooManyFailures, before it makes page and sheet, if any photograph failed.
     """
     # The other files of the folder are the package's own; the page is about both runs.
-    options = RunOptions(tell_other_files=False, overwrite=True, pictured=0)
+    options = RunOptions(tell_other_files=False, overwrite=True, report_images=0)
     labels: Path | None = PHOTOGRAPHS / "labels.csv"
     try:
         read_image_labels(PHOTOGRAPHS / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
-        say(f"{error}; the photographs are labelled from scores")
+        log.info(f"{error}; the photographs are labelled from scores")
         labels = None
     summaries = {
         run: annotate_images(
@@ -60,7 +60,7 @@ def run_demo(out: Path, bundle: Bundle, request: EngineRequest | None = None) ->
             bundle=bundle,
             labels=labels if run == "label" else None,
             options=options,
-            engine=request,
+            backend=request,
         )
         for run in RUNS
     }
@@ -77,7 +77,7 @@ def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) ->
     """Write OUT/index.html: the photographs with the masks of both runs; facts are those of `segment`."""
     clear_pictures(out)
     cards = []
-    for record in sorted(records, key=lambda record: (-record["doubt"], record["index"])):
+    for record in sorted(records, key=lambda record: (-record["uncertainty"], record["index"])):
         index = record["index"]
         rgb = read_image(PHOTOGRAPHS / record["image"]).rgb
         write_photograph(out, index, rgb)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multisa.runtime.errors import BundleError, EngineUnavailable, MultisaError
+from multisa.runtime.errors import BackendUnavailable, BundleError, MultisaError
 from multisa.runtime.system import installed_versions, usable_cpus
 
 if TYPE_CHECKING:
@@ -56,35 +56,35 @@ class Diagnosis:
 
     versions: dict[str, str]
     machine: list[Finding]  # processor, kernels, GPU, bundle
-    engines: list[Finding]
+    backends: list[Finding]
     auto: list[str]  # what "auto" would choose, a line each
 
     @property
     def exit_code(self) -> int:
-        """Of the command: that of BundleError, of EngineUnavailable where no engine is usable, else 0."""
+        """Of the command: that of BundleError, of BackendUnavailable where no engine is usable, else 0."""
         if any(item.name == _BUNDLE and not item.ok for item in self.machine):
             return BundleError.exit_code
-        return 0 if any(engine.ok for engine in self.engines) else EngineUnavailable.exit_code
+        return 0 if any(backend.ok for backend in self.backends) else BackendUnavailable.exit_code
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
 
 
-def examine(bundle_path: Path | None = None, plans: Path | None = None) -> Diagnosis:
+def examine(bundle_path: Path | None = None, engine_cache: Path | None = None) -> Diagnosis:
     """Look at this machine and try every engine on the bundle (the packaged one by default).
 
     `plans` is a folder of TensorRT plans besides the bundle's own. Nothing is changed, and nothing is raised
     about what is broken or absent.
     """
-    bundle_finding, bundle = _bundle(bundle_path, plans)
+    bundle_finding, bundle = _bundle(bundle_path, engine_cache)
     machine = [_processor(), _onnxruntime(), _kernels(), _cuda_kernels(), _gpu(), bundle_finding]
-    engines = list(_engines(bundle, plans)) if bundle else []
+    backends = list(_backends(bundle, engine_cache)) if bundle else []
     return Diagnosis(
         {"python": platform.python_version(), **installed_versions(PACKAGES)},
         machine,
-        engines,
-        _auto(bundle, plans) if bundle else ["nothing: there is no bundle to run"],
+        backends,
+        _auto(bundle, engine_cache) if bundle else ["nothing: there is no bundle to run"],
     )
 
 
@@ -96,14 +96,14 @@ def describe_diagnosis(diagnosis: Diagnosis, width: int = 100) -> str:
         *(line for item in diagnosis.machine for line in _entry(item.name, item.text, width)),
         "",
         "engines",
-        *(line for item in diagnosis.engines for line in _entry(f"  {item.name}", _state(item), width)),
+        *(line for item in diagnosis.backends for line in _entry(f"  {item.name}", _state(item), width)),
         *(line for choice in diagnosis.auto for line in _entry("  auto", choice, width)),
     ]
     return "\n".join(lines)
 
 
-def _state(engine: Finding) -> str:
-    return f"{'usable' if engine.ok else 'not usable'}: {engine.text}"
+def _state(backend: Finding) -> str:
+    return f"{'usable' if backend.ok else 'not usable'}: {backend.text}"
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
@@ -196,26 +196,26 @@ def _bundle(path: Path | None, folder: Path | None = None) -> tuple[Finding, "Bu
         from multisa.runtime.bundle import ENGINES_FOLDER, default_bundle_path, load_bundle
 
         bundle = load_bundle(path or default_bundle_path())
-        plans = _plans(bundle.path / ENGINES_FOLDER)
+        engine_cache = _plans(bundle.path / ENGINES_FOLDER)
         if folder is not None:
-            plans += f"; in {str(folder)!a}: {_plans(folder)}"
+            engine_cache += f"; in {str(folder)!a}: {_plans(folder)}"
     except (BundleError, *_BROKEN) as error:
         return Finding(_BUNDLE, False, _line(error)), None
     graphs = ", ".join(f"{c.name} ({' '.join(bundle_precisions(bundle, c))})" for c in CONTRACTS)
-    has = f"{bundle.manifest.name}, all files verified; {graphs}; plans: {plans}; {bundle.path}"
+    has = f"{bundle.manifest.name}, all files verified; {graphs}; plans: {engine_cache}; {bundle.path}"
     return Finding(_BUNDLE, True, has), bundle
 
 
 def _plans(folder: Path) -> str:
     """The TensorRT plans that a cache tells of; whether their bytes are whole is known when one is opened."""
-    from multisa.runtime.backends.engine_cache import PlanCache
+    from multisa.runtime.backends.engine_cache import EngineCache
 
     try:
-        plans, damaged = PlanCache(folder).list_plans()
+        engine_cache, damaged = EngineCache(folder).list_engines()
     except OSError as error:
         return f"unreadable ({error.strerror})"
     built: dict[str, list[str]] = {}
-    for key in (plan.key for plan in plans):
+    for key in (plan.key for plan in engine_cache):
         built.setdefault(f"{key.library} {key.target}", []).append(f"{key.graph} {key.precision}")
     listed = [f"{where} ({', '.join(sorted(whats))})" for where, whats in sorted(built.items())]
     if damaged:
@@ -224,22 +224,24 @@ def _plans(folder: Path) -> str:
     return ", ".join(ascii(text)[1:-1] for text in listed) or "none"
 
 
-def _engines(bundle: "Bundle", plans: Path | None) -> Iterator[Finding]:
+def _backends(bundle: "Bundle", engine_cache: Path | None) -> Iterator[Finding]:
     """Open each engine on all graphs, and run them on an image of the bundle's largest size."""
     import numpy as np
 
     from multisa.runtime.backends.base import CONTRACTS
-    from multisa.runtime.backends.registry import ENGINES, EngineRequest, choose_engine
+    from multisa.runtime.backends.registry import BACKENDS, BackendRequest, select_backend
 
     side = bundle.manifest.parameters.long_side
     image = np.zeros((1, side, side, 3), np.uint8)
-    for name in ENGINES:
+    for name in BACKENDS:
         ran = []
         try:
             for contract in CONTRACTS:
-                choice = choose_engine(bundle, contract, EngineRequest(name, plans=plans, may_heal=False))
-                with choice.engine as engine:
-                    engine.run(image)
+                choice = select_backend(
+                    bundle, contract, BackendRequest(name, engine_cache=engine_cache, may_repair=False)
+                )
+                with choice.backend as backend:
+                    backend.run(image)
                 ran.append(f"{contract.name} {choice.precision}")
         except (MultisaError, *_BROKEN) as error:
             done = f"; but ran {', '.join(ran)}" if ran else ""
@@ -248,20 +250,20 @@ def _engines(bundle: "Bundle", plans: Path | None) -> Iterator[Finding]:
             yield Finding(name, True, f"ran {', '.join(ran)}")
 
 
-def _auto(bundle: "Bundle", plans: Path | None) -> list[str]:
+def _auto(bundle: "Bundle", engine_cache: Path | None) -> list[str]:
     from multisa.runtime.backends.base import CONTRACTS
-    from multisa.runtime.backends.registry import EngineRequest, choose_engine, describe_choices
+    from multisa.runtime.backends.registry import BackendRequest, describe_selection, select_backend
 
     choices = []
-    request = EngineRequest(plans=plans, may_heal=False)
+    request = BackendRequest(engine_cache=engine_cache, may_repair=False)
     try:
         for contract in CONTRACTS:
-            choice = choose_engine(bundle, contract, request)
-            choice.engine.close()
+            choice = select_backend(bundle, contract, request)
+            choice.backend.close()
             choices.append(choice)
     except (MultisaError, *_BROKEN) as error:
-        return [*describe_choices(choices), _line(error)]
-    return describe_choices(choices)
+        return [*describe_selection(choices), _line(error)]
+    return describe_selection(choices)
 
 
 def _line(error: BaseException) -> str:

@@ -6,10 +6,10 @@ MultisaError (1)
     CheckpointError (1)       a trained network's file is missing or damaged
     ImageError (1)            one image cannot be read or processed
     BundleError (1)           a bundle is incomplete, of another version, or was altered
-    EngineError (1)           a graph was loaded but cannot be run
+    BackendError (1)           a graph was loaded but cannot be run
     ParityError (3)           an exported graph answers differently from the network it came from
     TooManyFailures (4)       finished, but more images failed than allowed
-    EngineUnavailable (5)     the engine or an optional package is not there
+    BackendUnavailable (5)     the engine or an optional package is not there
     Interrupted (130, 143)    a signal has stopped a run that can be gone on with
 """
 
@@ -42,7 +42,7 @@ class BundleError(MultisaError):
     """A bundle is incomplete, of another version, or was altered after it was made."""
 
 
-class EngineError(MultisaError):
+class BackendError(MultisaError):
     """A graph was loaded but cannot be run as asked."""
 
 
@@ -58,7 +58,7 @@ class TooManyFailures(MultisaError):
     exit_code = 4
 
 
-class EngineUnavailable(MultisaError):
+class BackendUnavailable(MultisaError):
     """The engine, driver or optional package asked for is not there: `cause`, and what to do about it."""
 
     exit_code = 5

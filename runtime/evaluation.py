@@ -16,7 +16,7 @@ from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.files import read_user_text
 from multisa.runtime.imaging.decode import MAX_PIXELS, read_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.progress import counted
+from multisa.runtime.progress import pluralize
 
 
 def confusion_matrix(
@@ -92,7 +92,7 @@ class Evaluation:
         rows += [("pixel accuracy", f"{pixel_accuracy(self.confusion):7.2%}")]
         lines = [f"{name:<{width}}  {value}" for name, value in [("class", "    IoU"), *rows]]
         left_out = f", {len(self.missing)} without a prediction left out" if self.missing else ""
-        return "\n".join([*lines, f"{counted(self.images, 'image')}{left_out}"])
+        return "\n".join([*lines, f"{pluralize(self.images, 'image')}{left_out}"])
 
 
 def evaluate_masks(
@@ -119,13 +119,13 @@ def evaluate_masks(
         raise UsageError(f"{truth}: no mask found, expected PNG files")
     untrue = sorted(set(wanted) - set(found))
     if untrue:
-        raise UsageError(f"{truth}: lacks {counted(len(untrue), 'mask')}, among them {untrue[0]}.png")
+        raise UsageError(f"{truth}: lacks {pluralize(len(untrue), 'mask')}, among them {untrue[0]}.png")
     missing = tuple(name for name in wanted if not (prediction / f"{name}.png").is_file())
     present = [name for name in wanted if name not in set(missing)]
     if missing and (not allow_missing or not present):
         hint = f"; did you mean {prediction / 'masks'}?" if (prediction / "masks").is_dir() else ""
         raise UsageError(
-            f"{prediction}: lacks {len(missing)} of {counted(len(wanted), 'prediction')}, among them "
+            f"{prediction}: lacks {len(missing)} of {pluralize(len(wanted), 'prediction')}, among them "
             f"{missing[0]}.png: add them or allow it (--allow-missing){hint}"
         )
     confusion = np.zeros((len(classes), len(classes)), np.int64)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multisa.runtime.errors import EngineUnavailable, MultisaError, UsageError
+from multisa.runtime.errors import BackendUnavailable, MultisaError, UsageError
 
 # What CIFS and some FUSE file systems answer who flushes a folder, and others who may not read it.
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
@@ -103,13 +103,13 @@ def lock_file(path: Path, say_waiting: Callable[[], None]) -> Iterator[None]:
 def lock_open_file(descriptor: int, path: Path, *, wait: bool = False) -> None:
     """Lock the file `path`, open as `descriptor`, until that is closed.
 
-    Raises BlockingIOError where another process has the lock, unless it is to `wait`; EngineUnavailable on
+    Raises BlockingIOError where another process has the lock, unless it is to `wait`; BackendUnavailable on
     systems without such locks, MultisaError on file systems without them.
     """
     try:
         import fcntl
     except ImportError as error:
-        raise EngineUnavailable("expected a system where files can be locked (Linux, macOS)") from error
+        raise BackendUnavailable("expected a system where files can be locked (Linux, macOS)") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

@@ -1,53 +1,75 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a line now and then in a log file."""
+"""Messages and progress on stderr.
 
+The library logs to the logger "multisa" and prints nothing by itself; the command line shows messages and
+progress with `console`. Progress is a bar with rate and time left on a terminal, and a line every ten seconds
+in a log file.
+"""
+
+import contextlib
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
-from tqdm import tqdm
+if TYPE_CHECKING:  # help of the command line does without
+    from tqdm import tqdm
 
-NAMED = 3  # how many examples a message gives
+log = logging.getLogger("multisa")
+
+EXAMPLES_SHOWN = 3  # names that a message lists before "and N more"
 LINE_INTERVAL = 10.0  # seconds between lines when stderr is not a terminal
 
-# Who is told instead of stderr, the last first: a log of JSON lines on stderr has no other lines between.
-_listeners: list[Callable[[str], None]] = []
 
+class ConsoleHandler(logging.Handler):
+    """Writes messages to the current sys.stderr without tearing a progress bar.
 
-def say(message: str) -> None:
-    """Print one line on stderr without tearing a bar that is being shown."""
-    if _listeners:
-        _listeners[-1](message)
-    else:
-        tqdm.write(message, file=sys.stderr)
+    A stderr that was closed loses the messages, never the run.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        from tqdm import tqdm
+
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 @contextmanager
-def redirect_said(listener: Callable[[str], None]) -> Iterator[None]:
-    """Inside, what is said goes to `listener` in place of stderr, and progress is not shown."""
-    _listeners.append(listener)
+def console(*, quiet: bool = False) -> Iterator[None]:
+    """Show messages and progress on stderr; with `quiet` only warnings and errors."""
+    handler = ConsoleHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
-def counted(number: int, noun: str) -> str:
+def shows_progress() -> bool:
+    """Whether `console` is active, and not quiet."""
+    return log.isEnabledFor(logging.INFO) and any(isinstance(h, ConsoleHandler) for h in log.handlers)
+
+
+def pluralize(number: int, noun: str) -> str:
     """A number and what it counts: "1 image", "2 images"; `noun` is one that takes an s."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def name_some(names: Sequence[str], count: int | None = None) -> str:
-    """The first few names, and how many more there are of `count` (or of `names`, when they are all)."""
+def format_examples(names: Sequence[str], count: int | None = None) -> str:
+    """The first EXAMPLES_SHOWN names, and how many more there are of `count` (`len(names)` by default)."""
     count = len(names) if count is None else count
-    more = f" and {count - NAMED} more" if count > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    more = f" and {count - EXAMPLES_SHOWN} more" if count > EXAMPLES_SHOWN else ""
+    return ", ".join(names[:EXAMPLES_SHOWN]) + more
 
 
 class Progress:
-    """Counts finished items; a context manager. `initial` of the total were done before and have no rate.
+    """Counts finished items; a context manager. The rate leaves out `initial` items, which were finished before.
 
     >>> with Progress(total=3, description="label", unit="image") as progress:
     ...     for _ in range(3):
@@ -58,16 +80,12 @@ class Progress:
         self._total = total
         self._description = description
         self._unit = unit
-        self._initial = self._done = initial
+        self._initial = initial
+        self._done = initial
         self._note = ""
         self._start = self._last_line = time.monotonic()
-        self._bar = (
-            tqdm(
-                total=total, initial=initial, desc=description, unit=unit, file=sys.stderr, dynamic_ncols=True
-            )
-            if sys.stderr.isatty() and not _listeners
-            else None
-        )
+        self._is_shown = shows_progress()
+        self._bar = self._open_bar() if self._is_shown and _is_terminal() else None
 
     def __enter__(self) -> Self:
         return self
@@ -79,16 +97,28 @@ class Progress:
             self._bar.close()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` items as done; `note` (a loss, a stage) is shown behind the rate."""
+        """Count `count` items as finished; `note` (a loss, a stage) is shown behind the rate."""
         self._done += count
         self._note = note or self._note
         if self._bar is not None:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif not _listeners and time.monotonic() - self._last_line >= LINE_INTERVAL:
+        elif self._is_shown and time.monotonic() - self._last_line >= LINE_INTERVAL:
             self._last_line = time.monotonic()
-            print(self._line(), file=sys.stderr, flush=True)
+            log.info(self._line())
+
+    def _open_bar(self) -> "tqdm[NoReturn]":
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self._total,
+            initial=self._initial,
+            desc=self._description,
+            unit=self._unit,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
 
     def _line(self) -> str:
         rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
@@ -97,3 +127,11 @@ class Progress:
             f"{self._description}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left:.0f} s left"
         )
         return f"{line}, {self._note}" if self._note else line
+
+
+def _is_terminal() -> bool:
+    """Whether stderr is a terminal; False where it was closed."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False

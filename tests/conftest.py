@@ -1,12 +1,15 @@
 """Shared by all tests: versions in the header, a small synthetic data set in VOC layout."""
 
 import json
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from multisa.runtime.progress import console
 
 CLASSES = ("background", "square", "disc")
 COLOURS = {1: (210, 40, 40), 2: (40, 60, 210)}
@@ -16,6 +19,13 @@ def pytest_report_header() -> str:
     names = ("numpy", "scipy", "onnxruntime", "torch", "timm", "onnx")
     installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
     return "versions: " + ", ".join(f"{n} {metadata.version(n)}" for n in names if n in installed)
+
+
+@pytest.fixture(autouse=True)
+def messages_on_stderr() -> Iterator[None]:
+    """Show messages as the command line does, so that tests can read them."""
+    with console():
+        yield
 
 
 def draw(class_ids: tuple[int, ...], seed: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -156,10 +156,10 @@ def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     same = []
     for dy, dx in stencil_offsets(radius):
         there = padded[:, dy : dy + height, margin + dx : margin + dx + width]
-        counted = (labels != 255) & (there != 255)
+        pluralize = (labels != 255) & (there != 255)
         same.append(
             torch.where(
-                counted, (labels == there).to(torch.int8), torch.full_like(labels, -1, dtype=torch.int8)
+                pluralize, (labels == there).to(torch.int8), torch.full_like(labels, -1, dtype=torch.int8)
             )
         )
     stacked = torch.stack(same, 1)

@@ -8,7 +8,7 @@ import torch
 from multisa.runtime.errors import DatasetError, ImageError, UsageError
 from multisa.runtime.imaging.decode import read_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import check_weights
 from multisa.training.cams import build_cam_network
@@ -70,7 +70,7 @@ def _check_label(config: TrainConfig, dataset: DataSet) -> None:
             "which chooses them: leave out one of the two"
         )
     if config.background_from != "config" and not dataset.train:
-        say(
+        log.info(
             f"background_from={config.background_from}: no mask of the train list to choose on, "
             f"label.background {config.label.background:g} is used as it is"
         )

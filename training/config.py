@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from multisa.kernels import CrfParameters
 from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.bundle.manifest import MAX_WALK_RADIUS
 from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
-from multisa.runtime.predict.postprocess import MAX_WALK_RADIUS
 from multisa.runtime.records import record_from_dict
 
 MAX_SEED = 2**32 - 1

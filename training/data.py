@@ -14,7 +14,7 @@ from multisa.runtime.errors import DatasetError
 from multisa.runtime.files import sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.imaging.png import voc_palette
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -131,7 +131,9 @@ def _check_lists(root: Path, weak: list[str], train: list[str], val: list[str]) 
 def _with_masks(name: str, items: list[Item]) -> tuple[Item, ...]:
     found = tuple(item for item in items if item.mask)
     if len(found) < len(items):
-        say(f"{name}: {len(items) - len(found)} of {len(items)} photographs have no mask and measure nothing")
+        log.info(
+            f"{name}: {len(items) - len(found)} of {len(items)} photographs have no mask and measure nothing"
+        )
     return found
 
 

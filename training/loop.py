@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from multisa.runtime.errors import MultisaError
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, log
 from multisa.training.checkpoint import load_checkpoint, save_checkpoint
 from multisa.training.config import Schedule
 
@@ -70,7 +70,9 @@ def train_network(
                 bar.advance(note=f"loss {value:.3f}")
         losses.append(total / steps_per_epoch)
         seconds = time.perf_counter() - started
-        say(f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s")
+        log.info(
+            f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s"
+        )
         save_checkpoint(options.checkpoint, model, optimiser, {"losses": losses})
     model.eval()
     return losses

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multisa.runtime.files import sha256_of_bytes, sha256_of_file, write_json_atomically
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 
 # Part of every digest: raise it when a stage's code comes to mean something else by the same inputs.
 FORMAT = 2
@@ -63,9 +63,9 @@ class Workspace:
             stage = Stage(name, folder, digest, results, seconds)
             made = {"digest": digest, "inputs": inputs, "seconds": seconds, "results": results}
             write_json_atomically(folder / MARKER, {**made, "files": _files(folder)})
-            say(f"{name}: done, {seconds:.0f} s")
+            log.info(f"{name}: done, {seconds:.0f} s")
         else:
-            say(f"{name}: made already from the same inputs")
+            log.info(f"{name}: made already from the same inputs")
         self.stages.append(stage)
         return stage
 
@@ -89,7 +89,9 @@ def _finished(name: str, folder: Path, digest: str) -> Stage | None:
     ]
     if kept["digest"] == digest and not wrong:
         return Stage(name, folder, digest, kept["results"], kept["seconds"])
-    say(f"{name}: made again, {f'{wrong[0]} is gone or altered' if wrong else 'it was of another digest'}")
+    log.info(
+        f"{name}: made again, {f'{wrong[0]} is gone or altered' if wrong else 'it was of another digest'}"
+    )
     marker.unlink()
     for file in wrong:
         (folder / file).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError
 from multisa.kernels.cuda.pycuda_device import PycudaDevice
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.backends.tensorrt_runtime import LIBRARIES, import_library
-from multisa.runtime.errors import EngineUnavailable, MultisaError
+from multisa.runtime.errors import BackendUnavailable, MultisaError
 from multisa.runtime.files import write_json_atomically
 
 _AGAIN = "then give the same command again, which goes on from here"
@@ -24,14 +24,14 @@ _NO_CAM = "sm75"  # for which TensorRT-RTX builds no cam: its attention needs fl
 
 
 def examine() -> dict[str, Any]:
-    """What the driver says of the first GPU. Raises EngineUnavailable with why there is none to use."""
+    """What the driver says of the first GPU. Raises BackendUnavailable with why there is none to use."""
     probe = probe_gpus()
     if probe.problem:
-        raise EngineUnavailable(probe.problem, remedy=_INSTALL)
+        raise BackendUnavailable(probe.problem, remedy=_INSTALL)
     try:
         device = PycudaDevice()
     except DeviceUnavailableError as error:
-        raise EngineUnavailable(f"{probe.gpus[0].name}: {error}", remedy=_AGAIN) from error
+        raise BackendUnavailable(f"{probe.gpus[0].name}: {error}", remedy=_AGAIN) from error
     target = "sm{}{}".format(*device.compute_capability)
     return {
         "gpu": device.name,
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
     try:
         found = examine()
-    except EngineUnavailable as error:
+    except BackendUnavailable as error:
         print(f"error: {error}")
         return error.exit_code
     write_json_atomically(options.output, found)

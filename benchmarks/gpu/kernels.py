@@ -34,7 +34,7 @@ from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError
 from multisa.kernels.cuda.walk import WalkSettings
 from multisa.kernels.random_walk import chebyshev_degree
 from multisa.kernels.stencil import pair_slices
-from multisa.runtime.errors import EngineUnavailable, ParityError
+from multisa.runtime.errors import BackendUnavailable, ParityError
 from multisa.runtime.files import write_json_atomically
 
 Float32 = npt.NDArray[np.float32]
@@ -230,7 +230,7 @@ def main(arguments: list[str]) -> int:
         device = calls.default_device()
     except DeviceUnavailableError as error:
         print(f"error: {error}")
-        return EngineUnavailable.exit_code
+        return BackendUnavailable.exit_code
     results = measure(device, quick=options.quick)
     write_json_atomically(options.output, results)
     for row in results["rows"]:

@@ -27,7 +27,7 @@ from multisa.benchmarks.gpu.runner import (
 from multisa.benchmarks.gpu.settings import ROOT, Settings, sources_stamp
 from multisa.benchmarks.gpu.steps import BENCH, ENTERPRISE, MANIFEST, make_steps
 from multisa.benchmarks.gpu.summary import NOT_PACKED, SUMMARY, Results, archive_path, pack, write_summary
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 
 _DESCRIPTION = "Install, build plans, test the CUDA kernels, compare each engine and measure, on a GPU."
 _EPILOG = (
@@ -230,6 +230,6 @@ def run(settings: Settings) -> int:
     print(f"{summary}\n{pack(results)}")
     if runner.ended_by:
         print(f"error: {_told(settings, runner.ended_by)}", file=sys.stderr)
-    elif code == EngineUnavailable.exit_code:
+    elif code == BackendUnavailable.exit_code:
         print("error: no engine has run on this GPU: see the steps of parity above", file=sys.stderr)
     return code

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from multisa.runtime.errors import EngineUnavailable, ParityError
+from multisa.runtime.errors import BackendUnavailable, ParityError
 from multisa.runtime.files import write_json_atomically
 
 DONE, GATE, ABSENT, FAILED, LEFT_OUT = "done", "gate failed", "not here", "failed", "left out"
-_OUTCOMES = {0: DONE, ParityError.exit_code: GATE, EngineUnavailable.exit_code: ABSENT}
+_OUTCOMES = {0: DONE, ParityError.exit_code: GATE, BackendUnavailable.exit_code: ABSENT}
 FAILURE = 1  # exit code
 STEPS_FILE, LOGS = "steps.json", "logs"
 _FORMAT = 1
@@ -189,7 +189,7 @@ def exit_code(rows: Sequence[Row], engines: Sequence[str]) -> int:
     if FAILED in outcomes.values():
         return FAILURE
     if engines and not any(outcomes.get(name) == DONE for name in engines):
-        return EngineUnavailable.exit_code
+        return BackendUnavailable.exit_code
     return 0
 
 

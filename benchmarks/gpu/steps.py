@@ -217,7 +217,7 @@ def _parity(settings: Settings, engine: str, precision: str, report: Path) -> Co
     reason = _why_not(settings, read_machine(settings.output), engine, precision)
     if reason:
         return LeftOut(reason)
-    asked = ("--engine", engine, "--precision", precision, "--photographs", str(settings.photographs))
+    asked = ("--backend", engine, "--precision", precision, "--photographs", str(settings.photographs))
     told = ("--count", settings.count, "--report", str(report))
     return [Command((settings.multisa, "parity", str(settings.made_bundle), *asked, *told))]
 

@@ -50,10 +50,10 @@ def points(row: Row, curve: str, x: str, y: str) -> list[tuple[float, float]]:
 
 def engine_name(row: Row) -> str:
     """Engine and precision: "ONNX Runtime, CPU fp32"."""
-    engine, precision = str(row.get("engine") or ""), str(row.get("precision") or "")
+    backend, precision = str(row.get("engine") or ""), str(row.get("precision") or "")
     device = str(row.get("device") or "cpu")
-    elsewhere = device != "cpu" and device not in engine and not engine.startswith("tensorrt")
-    return plain(f"{_TITLES.get(engine, engine)} {precision}{f', {device}' if elsewhere else ''}")
+    elsewhere = device != "cpu" and device not in backend and not backend.startswith("tensorrt")
+    return plain(f"{_TITLES.get(backend, backend)} {precision}{f', {device}' if elsewhere else ''}")
 
 
 def row_name(stage: str, row: Row) -> str:

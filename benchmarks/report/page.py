@@ -12,7 +12,7 @@ from multisa.benchmarks.report.schema import STAGES
 from multisa.benchmarks.report.svg import draw
 from multisa.benchmarks.report.tables import Table, curve_tables, missing_tables, stage_tables
 from multisa.benchmarks.report.verdict import environment_facts, machine, verdict
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 
 _ASSETS = Path(__file__).parent
 _HOW = (
@@ -64,7 +64,7 @@ def _drawn(bench: Mapping[str, Any]) -> tuple[list[tuple[str, Chart, str]], str]
     charts = all_charts(bench)
     try:
         drawn = draw([chart for _, chart in charts]) if charts else []
-    except EngineUnavailable as error:
+    except BackendUnavailable as error:
         return [], f"No plots: {error}"
     return [(stage, chart, svg) for (stage, chart), svg in zip(charts, drawn, strict=True)], ""
 

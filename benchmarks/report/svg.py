@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from multisa.benchmarks.report.cells import short
 from multisa.benchmarks.report.charts import Bar, Bars, Chart, Front, Lines, Series, Stacks
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,13 +52,13 @@ _SETTINGS: Mapping[str, Any] = {
 def draw(charts: list[Chart]) -> list[str]:
     """One <svg> element for each chart, to stand in a page that defines the variables of page.css.
 
-    Raises EngineUnavailable where matplotlib is not installed.
+    Raises BackendUnavailable where matplotlib is not installed.
     """
     try:
         import matplotlib
         import matplotlib.style
     except ImportError as error:
-        raise EngineUnavailable(
+        raise BackendUnavailable(
             "matplotlib is not installed, which draws the plots", remedy="pip install matplotlib"
         ) from error
     drawn = []

@@ -38,9 +38,9 @@ def run_on_photographs(
 ) -> dict[str, Any]:
     """Run a command on these photographs as this contender; see `run_command`."""
     source = copy_images(photographs, setting.scratch / "photographs")
-    words = ["--bundle", str(setting.bundle.path), "--engine", contender.engine]
+    words = ["--bundle", str(setting.bundle.path), "--backend", contender.backend]
     words += ["--precision", contender.precision]
-    words += ["--plans", str(setting.plans)] if setting.plans else []
+    words += ["--engine-cache", str(setting.plans)] if setting.plans else []
     return run_command(command, source, out, *words, *arguments)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.runtime.backends.base import CONTRACTS, GraphContract
-from multisa.runtime.backends.registry import ENGINES, EngineRequest, choose_engine, engine_precisions
+from multisa.runtime.backends.registry import BACKENDS, BackendRequest, backend_precisions, select_backend
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import UsageError
 
@@ -20,24 +20,24 @@ CPU_ENGINE = "onnxruntime-cpu"
 class Contender:
     """One way to run a graph: the engine or the way of PyTorch, its precision, and where it computes."""
 
-    engine: str
+    backend: str
     precision: str
     device: str  # "cpu" or "cuda"
 
     @property
     def title(self) -> str:
         """For people, and for folders."""
-        return f"{self.engine} {self.precision}" + (" on the GPU" if self.device == "cuda" else "")
+        return f"{self.backend} {self.precision}" + (" on the GPU" if self.device == "cuda" else "")
 
     @property
     def is_ours(self) -> bool:
         """Does an engine of the runtime run it?"""
-        return self.engine in ENGINES
+        return self.backend in BACKENDS
 
     def row(self, *, is_default: bool) -> dict[str, Any]:
         """What its row of the report begins with."""
         return {
-            "engine": self.engine,
+            "engine": self.backend,
             "precision": self.precision,
             "device": self.device,
             "default": is_default,
@@ -56,18 +56,18 @@ def contenders(
     Engines that need a GPU are listed without one, too: the report says why they are missing. PyTorch runs on
     the CPU, and on the GPU where there is one. Raises UsageError for an engine that does not exist.
     """
-    known = (*ENGINES, *PYTORCH)
+    known = (*BACKENDS, *PYTORCH)
     unknown = [name for name in engines if name not in known]
     if unknown:
         raise UsageError(f"got the engine {unknown[0]!r}, expected some of {', '.join(known)}")
     wanted = set(engines or known)
-    listed = [c for c in _all(bundle, contract, gpu=gpu) if c.engine in wanted]
+    listed = [c for c in _all(bundle, contract, gpu=gpu) if c.backend in wanted]
     return sorted(listed, key=lambda contender: contender != REFERENCE)
 
 
 def _all(bundle: Bundle, contract: GraphContract, *, gpu: bool) -> Iterator[Contender]:
-    for name, kind in ENGINES.items():
-        precisions = engine_precisions(bundle, contract, name)
+    for name, kind in BACKENDS.items():
+        precisions = backend_precisions(bundle, contract, name)
         if kind.needs_gpu and not gpu:
             precisions = precisions[:1]  # a line that says why is enough
         for precision in precisions:
@@ -91,10 +91,10 @@ def auto_contender(bundle: Path, graph: str, plans: Path | None) -> Contender | 
     """What "auto" chooses on this machine, asked in a process of its own; None where nothing runs."""
     try:
         with Guest(_Auto, bundle, graph, plans) as guest:
-            engine, precision = guest.call("chosen")
+            backend, precision = guest.call("chosen")
     except GuestFailedError:
         return None
-    return Contender(engine, precision, "cuda" if ENGINES[engine].needs_gpu else "cpu")
+    return Contender(backend, precision, "cuda" if BACKENDS[backend].needs_gpu else "cpu")
 
 
 class _Auto:
@@ -102,9 +102,9 @@ class _Auto:
 
     def __init__(self, bundle: Path, graph: str, plans: Path | None) -> None:
         contract = next(contract for contract in CONTRACTS if contract.name == graph)
-        choice = choose_engine(load_bundle(bundle), contract, EngineRequest(plans=plans))
-        self._chosen = (choice.engine.name, choice.precision)
-        choice.engine.close()
+        choice = select_backend(load_bundle(bundle), contract, BackendRequest(plans=plans))
+        self._chosen = (choice.backend.name, choice.precision)
+        choice.backend.close()
 
     def chosen(self) -> tuple[str, str]:
         """Engine and precision."""

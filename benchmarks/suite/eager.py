@@ -13,7 +13,7 @@ from multisa.benchmarks.suite.contender import CHANNELS_LAST, COMPILED, Contende
 from multisa.benchmarks.suite.eager_state import fed_plainly, load_segmenter
 from multisa.benchmarks.suite.gpu_memory import gpu_mib_of_this_process
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 from multisa.training.segmenter import SegmentPhotographs
 
 UInt8 = npt.NDArray[np.uint8]
@@ -23,21 +23,21 @@ class EagerSegmenter:
     """The network as it was trained: not folded, its batch normalisations computed."""
 
     def __init__(self, bundle: Bundle, contender: Contender, threads: int, states: Path) -> None:
-        """Load the network from `states`. Raises EngineUnavailable without a GPU that was asked for."""
+        """Load the network from `states`. Raises BackendUnavailable without a GPU that was asked for."""
         if contender.device == "cuda" and not torch.cuda.is_available():
-            raise EngineUnavailable(f"torch {torch.__version__} sees no GPU")
+            raise BackendUnavailable(f"torch {torch.__version__} sees no GPU")
         torch.set_num_threads(threads)
         self._device = torch.device(contender.device)
         network: nn.Module = SegmentPhotographs(load_segmenter(bundle, states)).eval().to(self._device)
         self.model_bytes = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-        self._channels_last = contender.engine == CHANNELS_LAST
+        self._channels_last = contender.backend == CHANNELS_LAST
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext
         if self._channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             half = torch.bfloat16 if contender.device == "cpu" else torch.float16
             self._context = lambda: torch.autocast(contender.device, dtype=half)
         self._network: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = network
-        self._is_compiled = contender.engine == COMPILED
+        self._is_compiled = contender.backend == COMPILED
         if self._is_compiled:
             self._network = torch.compile(network)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from multisa.benchmarks.suite.guest import INSTALL
 from multisa.benchmarks.suite.setting import Setting
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, log
 
 Row = dict[str, Any]
 OURS = "multisa"
@@ -27,7 +27,7 @@ def measure(setting: Setting) -> list[Row]:
                 missing = f"{error.name} is not installed" if error.name else str(error)
                 problem = f"{missing}: {INSTALL}"
                 rows.append({"kernel": name, "way": "", "problem": problem})
-                say(f"{name}: left out: {problem}")
+                log.info(f"{name}: left out: {problem}")
             bar.advance()
     return rows
 

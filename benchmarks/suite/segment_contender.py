@@ -15,7 +15,7 @@ from multisa.benchmarks.suite.gpu_memory import gpu_mib_of_this_process
 from multisa.benchmarks.suite.plain import read_plainly, write_plainly
 from multisa.benchmarks.suite.sample import Photograph, count_confusion, read_working, scaled_to
 from multisa.runtime.backends.base import SEGMENTER, graph_file
-from multisa.runtime.backends.registry import EngineRequest, choose_engine
+from multisa.runtime.backends.registry import BackendRequest, select_backend
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.evaluation import mean_iou
 from multisa.runtime.system import usable_cpus
@@ -43,9 +43,9 @@ class EngineRunner:
 
     def __init__(self, bundle: Bundle, contender: Contender, threads: int, plans: Path | None) -> None:
         self._bundle = bundle
-        self._request = EngineRequest(contender.engine, contender.precision, plans)
+        self._request = BackendRequest(contender.backend, contender.precision, plans)
         self._on_gpu = contender.device == "cuda"
-        self._engine = choose_engine(bundle, SEGMENTER, self._request, threads=threads).engine
+        self._engine = select_backend(bundle, SEGMENTER, self._request, threads=threads).backend
         files = bundle.manifest.files
         name = graph_file(SEGMENTER, contender.precision)
         self.model_bytes = files[name if name in files else graph_file(SEGMENTER)].bytes
@@ -59,7 +59,7 @@ class EngineRunner:
         if self._on_gpu:
             return False
         self._engine.close()
-        self._engine = choose_engine(self._bundle, SEGMENTER, self._request, threads=1).engine
+        self._engine = select_backend(self._bundle, SEGMENTER, self._request, threads=1).backend
         return True
 
     def device_mib(self) -> float | None:

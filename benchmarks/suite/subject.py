@@ -21,7 +21,7 @@ def subject_main(
     )
     parser.add_argument("--data", type=Path, required=True, help="data set in VOC layout, with masks")
     parser.add_argument("--bundle", type=Path, default=default_bundle_path())
-    parser.add_argument("--plans", type=Path, help="folder of TensorRT plans besides the bundle's own")
+    parser.add_argument("--engine-cache", type=Path, help="folder of TensorRT plans besides the bundle's own")
     parser.add_argument("--engines", default="", help="names separated by commas; all of them else")
     parser.add_argument("--quick", action="store_true", help="fewer photographs, fewer repeats")
     results_folder(parser)

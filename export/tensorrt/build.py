@@ -17,13 +17,13 @@ from multisa.runtime.backends.base import (
     graph_file,
     how_to_convert,
 )
-from multisa.runtime.backends.engine_cache import FLAGS, PlanCache, PlanKey, Profile, this_platform
+from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
 from multisa.runtime.backends.gpus import Gpu, probe_gpus
 from multisa.runtime.backends.tensorrt_runtime import TENSORRT_RTX, Library, import_library
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
-from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.files import sha256_of_bytes
-from multisa.runtime.progress import Progress, counted, say
+from multisa.runtime.progress import Progress, log, pluralize
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,17 @@ class BuildReport:
     failures: tuple[str, ...]
 
     def raise_failures(self) -> None:
-        """Raise EngineError with the reasons of all plans that could not be built."""
+        """Raise BackendError with the reasons of all plans that could not be built."""
         if self.failures:
-            number = counted(len(self.failures), "plan")
-            raise EngineError("\n".join((f"{number} could not be built", *self.failures)))
+            number = pluralize(len(self.failures), "plan")
+            raise BackendError("\n".join((f"{number} could not be built", *self.failures)))
 
 
 def build_plans(bundle: Bundle, options: BuildOptions) -> BuildReport:
     """Build every graph for every target, or find it in the cache; graphs are verified as they are read.
 
     A plan that cannot be built does not keep the others from it: its reason is in the report's failures.
-    Raises UsageError for arguments that cannot be, EngineUnavailable without library, driver or GPU.
+    Raises UsageError for arguments that cannot be, BackendUnavailable without library, driver or GPU.
     """
     targets = parse_targets(options.targets)
     graphs = _graphs(bundle, options)
@@ -86,7 +86,7 @@ def build_plans(bundle: Bundle, options: BuildOptions) -> BuildReport:
     library = import_library(options.library)
     check_targets(library, targets)
     gpu = None if library.is_rtx else _gpu_of(targets, library)
-    cache = PlanCache(options.cache or bundle.path / ENGINES_FOLDER)
+    cache = EngineCache(options.cache or bundle.path / ENGINES_FOLDER)
     rows: list[PlanRow] = []
     failures: list[str] = []
     with Progress(len(graphs) * len(targets), "build", "plan") as bar:
@@ -96,7 +96,7 @@ def build_plans(bundle: Bundle, options: BuildOptions) -> BuildReport:
                 key = _key(contract, options.precision, data, library, target, gpu, profiles)
                 try:
                     rows.append(_build(cache, key, data, contract, library))
-                except EngineError as error:
+                except BackendError as error:
                     failures.append(str(error))
                 bar.advance(note=f"{contract.name} {target}")
     return BuildReport(bundle.manifest.name, library, tuple(rows), tuple(failures))
@@ -172,7 +172,7 @@ def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[GraphContract, ...]:
         remedy = how_to_convert(bundle.path, lacking[0], options.precision)
         raise UsageError(f"{bundle.path}: no {missing} in it: {remedy}")
     if lacking:
-        say(f"{bundle.path}: left out, the bundle has no {missing}")
+        log.info(f"{bundle.path}: left out, the bundle has no {missing}")
     return tuple(there)
 
 
@@ -180,13 +180,13 @@ def _gpu_of(targets: tuple[str, ...], library: Library) -> Gpu:
     """The GPU of this machine, which TensorRT tunes on and builds for."""
     probe = probe_gpus()
     if probe.problem:
-        raise EngineUnavailable(
+        raise BackendUnavailable(
             f"{probe.problem}; build with {library.name} on the machine that runs the plan, or with "
             f"--library {TENSORRT_RTX}, which needs no GPU"
         )
     gpu = probe.gpus[0]  # the one that plans run on, too
     if targets != (gpu.target,):
-        raise EngineUnavailable(
+        raise BackendUnavailable(
             f"{library} builds for the GPU that is here, {gpu.name} ({gpu.target}); got the target "
             f"{', '.join(targets)}: build on a machine that has it, or with --library {TENSORRT_RTX}"
         )
@@ -201,8 +201,8 @@ def _key(
     target: str,
     gpu: Gpu | None,
     profiles: tuple[Profile, ...],
-) -> PlanKey:
-    return PlanKey(
+) -> EngineKey:
+    return EngineKey(
         graph=contract.name,
         precision=precision,
         onnx_sha256=sha256_of_bytes(data),
@@ -216,7 +216,9 @@ def _key(
     )
 
 
-def _build(cache: PlanCache, key: PlanKey, data: bytes, contract: GraphContract, library: Library) -> PlanRow:
+def _build(
+    cache: EngineCache, key: EngineKey, data: bytes, contract: GraphContract, library: Library
+) -> PlanRow:
     built = False
 
     def build() -> bytes:

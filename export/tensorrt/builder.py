@@ -7,7 +7,7 @@ from multisa.runtime.backends.base import IMAGE, GraphContract
 from multisa.runtime.backends.engine_cache import FLAGS, Profile
 from multisa.runtime.backends.onnx_checks import check_onnx
 from multisa.runtime.backends.tensorrt_runtime import DTYPES, Library, LibraryLog, library_log
-from multisa.runtime.errors import EngineError, UsageError
+from multisa.runtime.errors import BackendError, UsageError
 
 if TYPE_CHECKING:  # names what is what: a test holds every call below to TensorRT's type stubs
     import tensorrt as trt
@@ -45,7 +45,7 @@ def build_plan(
     """Build the ONNX file `graph` and return the plan, byte for byte as the library gives it.
 
     With TensorRT-RTX for all of `targets`, without a GPU; with TensorRT for the GPU that is there. Raises
-    EngineError with all that the parser or the builder has said, or for a graph that breaks the contract,
+    BackendError with all that the parser or the builder has said, or for a graph that breaks the contract,
     UsageError for a target that the library does not know.
     """
     label = f"{contract.name} ({', '.join(targets)})"
@@ -59,7 +59,7 @@ def build_plan(
     parser: trt.OnnxParser = module.OnnxParser(network, logger)
     # Bytes, not a path: there is nothing beside the graph to look for (check_onnx has seen to it).
     if not parser.parse(graph):
-        raise EngineError(f"{label}: {library} cannot read it:{_parser_errors(parser, module, log)}")
+        raise BackendError(f"{label}: {library} cannot read it:{_parser_errors(parser, module, log)}")
     _check_contract(network, contract, label)
     config: trt.IBuilderConfig = builder.create_builder_config()
     _set_flags(config, module)
@@ -69,7 +69,7 @@ def build_plan(
         _add_profile(builder, config, profile, log, label)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{label}: {library} builds no plan:{_build_errors(log)}")
+        raise BackendError(f"{label}: {library} builds no plan:{_build_errors(log)}")
     return bytes(plan)
 
 
@@ -89,18 +89,18 @@ def _set_flags(config: "trt.IBuilderConfig", module: Any) -> None:
 
 
 def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, label: str) -> None:
-    """Raise EngineError unless the graph takes and gives what its contract says."""
+    """Raise BackendError unless the graph takes and gives what its contract says."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     got = {tensor.name: f"{_dtype(tensor)} {list(tensor.shape)}" for tensor in inputs}
     if got != {IMAGE: "uint8 [-1, -1, -1, 3]"}:
-        raise EngineError(
+        raise BackendError(
             f"{label}: got the inputs {got}, expected {IMAGE}: uint8 [N, H, W, 3], all but 3 free"
         )
     got = {tensor.name: f"{_dtype(tensor)} of rank {len(tensor.shape)}" for tensor in outputs}
     expected = {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in contract.outputs.items()}
     if got != expected:
-        raise EngineError(f"{label}: got the outputs {got}, expected {expected}")
+        raise BackendError(f"{label}: got the outputs {got}, expected {expected}")
 
 
 def _dtype(tensor: "trt.ITensor") -> str:
@@ -113,7 +113,7 @@ def _set_targets(rtx_config: Any, library: Library, targets: Sequence[str]) -> N
     rtx_config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
         if not rtx_config.set_compute_capability(known[target], index):
-            raise EngineError(f"{library}: does not take the target {target} at place {index}")
+            raise BackendError(f"{library}: does not take the target {target} at place {index}")
 
 
 def _capabilities(library: Library) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _add_profile(
     except ValueError as error:
         problem = str(error)
     if problem or not optimisation or config.add_optimization_profile(optimisation) < 0:
-        raise EngineError(
+        raise BackendError(
             f"{label}: input {IMAGE}: profile {profile} is refused: {problem}{_lines(_errors(log))}"
         )
 

@@ -10,14 +10,14 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.errors import EngineError
+from multisa.runtime.errors import BackendError
 
 IMAGE = "image"  # name of the one input of every graph
 
 UInt8 = npt.NDArray[np.uint8]
 
 # Of a graph's file. The graphs of a bundle are fp32; others lie beside them, made by `multisa convert`.
-# What an engine computes in may be another, which has no file: EngineKind of choice.py has those.
+# What an engine computes in may be another, which has no file: BackendKind of choice.py has those.
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -62,7 +62,7 @@ def how_to_convert(bundle: Path, contract: GraphContract, precision: str) -> str
     )
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """Runs one graph; a context manager; `run` may be called from several threads at once."""
 
     @property
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """What runs the graph, for people and logs."""
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name. Raises EngineError."""
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name. Raises BackendError."""
 
     def close(self) -> None:
         """Give the graph's memory back."""
@@ -83,7 +83,7 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class DeviceEngine(Protocol):
+class DeviceBackend(Protocol):
     """An engine whose outputs can stay where `multisa.kernels` takes them from."""
 
     def run_on_device(self, image: UInt8) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class DeviceEngine(Protocol):
 
 
 @runtime_checkable
-class QueuedEngine(DeviceEngine, Protocol):
+class AsyncBackend(DeviceBackend, Protocol):
     """An engine that works on a stream of the caller's, from and into memory of the device."""
 
     def queue(
@@ -104,7 +104,7 @@ class QueuedEngine(DeviceEngine, Protocol):
 
 
 @runtime_checkable
-class DetailedEngine(Protocol):
+class DetailedBackend(Protocol):
     """An engine that has more to tell than its name."""
 
     @property
@@ -112,7 +112,7 @@ class DetailedEngine(Protocol):
         """What runs, for the record of a run."""
 
 
-class ClosedAtExit(ABC):
+class Closeable(ABC):
     """A context manager that closes itself: what every engine is."""
 
     @abstractmethod
@@ -129,20 +129,20 @@ class ClosedAtExit(ABC):
 
 
 def check_image(image: UInt8, graph: str) -> None:
-    """Raise EngineError unless `image` is what every graph takes, uint8 [N, H, W, 3] and not empty."""
+    """Raise BackendError unless `image` is what every graph takes, uint8 [N, H, W, 3] and not empty."""
     if image.dtype != np.uint8 or image.ndim != 4 or image.shape[3] != 3 or image.size == 0:
-        raise EngineError(f"{graph}: got {image.dtype} {list(image.shape)}, expected uint8 [N, H, W, 3]")
+        raise BackendError(f"{graph}: got {image.dtype} {list(image.shape)}, expected uint8 [N, H, W, 3]")
 
 
-def kept_contract(
+def match_contract(
     inputs: Mapping[str, str], outputs: Mapping[str, str], contract: GraphContract | None, graph: str
 ) -> GraphContract:
     """The contract that a graph of these tensors keeps: `contract`, or without it the first of CONTRACTS.
 
-    Tensors are "float32 of rank 4", by name. Raises EngineError, beginning with `graph`, where none is kept.
+    Tensors are "float32 of rank 4", by name. Raises BackendError, beginning with `graph`, where none is kept.
     """
     if inputs != {IMAGE: "uint8 of rank 4"}:
-        raise EngineError(f"{graph}: got the inputs {inputs}, expected {IMAGE}: uint8 of rank 4")
+        raise BackendError(f"{graph}: got the inputs {inputs}, expected {IMAGE}: uint8 of rank 4")
     candidates = (contract,) if contract else CONTRACTS
     for candidate in candidates:
         if outputs == {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in candidate.outputs.items()}:
@@ -151,4 +151,4 @@ def kept_contract(
         f"{c.name} ({', '.join(f'{n}: {t.dtype} [{t.axes}]' for n, t in c.outputs.items())})"
         for c in candidates
     )
-    raise EngineError(f"{graph}: got the outputs {outputs}, expected {wanted}")
+    raise BackendError(f"{graph}: got the outputs {outputs}, expected {wanted}")

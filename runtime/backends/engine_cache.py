@@ -1,6 +1,6 @@
 """The cache of TensorRT plans: a plan is found by what it was made of, and by nothing less.
 
-    stored = PlanCache(bundle.path / ENGINES_FOLDER).get_or_build(key, build)
+    stored = EngineCache(bundle.path / ENGINES_FOLDER).get_or_build(key, build)
 
     engines/<first 16 digits of the key's digest>/model.plan     what the library wrote, unchanged
                                                   plan.json      its key, size and SHA-256; written last
@@ -35,11 +35,11 @@ from multisa.runtime.files import (
     write_json_atomically,
 )
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 from multisa.runtime.records import record_from_dict, record_to_dict
 
 Shape = tuple[int, int, int]  # batch, height, width of `image`
-Bytes: TypeAlias = bytes  # StoredPlan has a field of that name
+Bytes: TypeAlias = bytes  # StoredEngine has a field of that name
 
 PLAN_NAME = "model.plan"
 RECORD_NAME = "plan.json"
@@ -81,7 +81,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class PlanKey:
+class EngineKey:
     """Everything that decides what a plan computes and where it runs."""
 
     graph: str  # name of the contract: "cam"
@@ -108,11 +108,11 @@ def this_platform() -> str:
 
 
 @dataclass(frozen=True)
-class StoredPlan:
+class StoredEngine:
     """A plan in the cache."""
 
     path: Path
-    key: PlanKey
+    key: EngineKey
     bytes: int
     sha256: str
     build_seconds: float
@@ -133,7 +133,7 @@ class _Record:
     """plan.json; every key must be there and no other may be."""
 
     schema_version: int
-    key: PlanKey
+    key: EngineKey
     bytes: int
     sha256: str
     build_seconds: float
@@ -143,52 +143,54 @@ class _DamagedError(Exception):
     """A stored plan that is not whole; the message is the reason."""
 
 
-class PlanCache:
+class EngineCache:
     """Plans in one folder, made when first asked for; safe to share between processes."""
 
     def __init__(self, folder: Path) -> None:
         """Use `folder`, which need not be there: a bundle's ENGINES_FOLDER, or one of the user's."""
         self.folder = folder
 
-    def get(self, key: PlanKey) -> StoredPlan | None:
+    def get(self, key: EngineKey) -> StoredEngine | None:
         """The plan of `key`, verified; a damaged one is put aside. Raises OSError where it cannot be read."""
         try:
             return self._load(key)
         except _DamagedError:
             # A folder that may only be read cannot be healed, and has no plan all the same.
             with suppress(OSError), self._lock(key):
-                return self._load_or_heal(key)
+                return self._load_or_repair(key)
             return None
 
-    def get_or_build(self, key: PlanKey, build: Callable[[], bytes]) -> StoredPlan:
+    def get_or_build(self, key: EngineKey, build: Callable[[], bytes]) -> StoredEngine:
         """The plan of `key`, made by `build` where there is none; one builder at a time, others wait for it.
 
-        What `build` raises is raised here, and nothing is stored. Raises EngineUnavailable where files cannot
+        What `build` raises is raised here, and nothing is stored. Raises BackendUnavailable where files cannot
         be locked, OSError where the folder cannot be written or the plan in it cannot be read.
         """
         stored = self.get(key)
         if stored is not None:
             return stored
         with self._lock(key):
-            stored = self._load_or_heal(key)
+            stored = self._load_or_repair(key)
             return stored if stored is not None else self._store(key, build)
 
-    def find(self, *, onnx_sha256: str, library: str, library_version: str, target: str) -> list[StoredPlan]:
+    def find(
+        self, *, onnx_sha256: str, library: str, library_version: str, target: str
+    ) -> list[StoredEngine]:
         """Plans of one graph for one library and target, in the order of their digests.
 
         They are of this platform and of FLAGS: others are another machine's, or another accuracy's. Their
-        bytes are verified by `StoredPlan.read`; records that cannot be read are left out.
+        bytes are verified by `StoredEngine.read`; records that cannot be read are left out.
         """
         wanted = (onnx_sha256, library, library_version, target, FLAGS, this_platform())
-        return [plan for plan in self.list_plans()[0] if _FACTS(plan.key) == wanted]
+        return [plan for plan in self.list_engines()[0] if _FACTS(plan.key) == wanted]
 
-    def list_plans(self) -> tuple[list[StoredPlan], dict[Path, str]]:
+    def list_engines(self) -> tuple[list[StoredEngine], dict[Path, str]]:
         """All plans in the order of their digests, and the folders of those that cannot be used, with why.
 
-        Their bytes are verified by `StoredPlan.read`, their records here. Raises OSError where the cache's
+        Their bytes are verified by `StoredEngine.read`, their records here. Raises OSError where the cache's
         folder cannot be read.
         """
-        plans: list[StoredPlan] = []
+        engine_cache: list[StoredEngine] = []
         damaged: dict[Path, str] = {}
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if not _FOLDER.fullmatch(folder.name):
@@ -199,23 +201,23 @@ class PlanCache:
                 damaged[folder] = str(problem)
                 continue
             if plan is not None:
-                plans.append(plan)
-        return plans, damaged
+                engine_cache.append(plan)
+        return engine_cache, damaged
 
-    def quarantine(self, plan: StoredPlan, reason: str) -> None:
+    def quarantine(self, plan: StoredEngine, reason: str) -> None:
         """Put a plan aside that the library refuses, so that the next build makes it anew.
 
         Nothing is done when another process has put a newer one in its place.
         """
         with self._lock(plan.key):
-            current = self._load_or_heal(plan.key)
+            current = self._load_or_repair(plan.key)
             if current is not None and current.sha256 == plan.sha256:
-                self._put_aside(plan.key, reason)
+                self._quarantine(plan.key, reason)
 
-    def _place(self, key: PlanKey) -> Path:
+    def _place(self, key: EngineKey) -> Path:
         return self.folder / key.digest[:_DIGITS]
 
-    def _load(self, key: PlanKey) -> StoredPlan | None:
+    def _load(self, key: EngineKey) -> StoredEngine | None:
         plan = _read_record(self._place(key))
         if plan is None:
             return None
@@ -226,15 +228,15 @@ class PlanCache:
             raise _DamagedError(f"{PLAN_NAME}: got sha256 {digest}, expected {plan.sha256}")
         return plan
 
-    def _load_or_heal(self, key: PlanKey) -> StoredPlan | None:
+    def _load_or_repair(self, key: EngineKey) -> StoredEngine | None:
         """With the lock held: the plan, or None once what is damaged is out of the way."""
         try:
             return self._load(key)
         except _DamagedError as damage:
-            self._put_aside(key, str(damage))
+            self._quarantine(key, str(damage))
             return None
 
-    def _store(self, key: PlanKey, build: Callable[[], bytes]) -> StoredPlan:
+    def _store(self, key: EngineKey, build: Callable[[], bytes]) -> StoredEngine:
         start = time.perf_counter()
         data = build()
         seconds = round(time.perf_counter() - start, 3)
@@ -249,9 +251,9 @@ class PlanCache:
         write_json_atomically(place / RECORD_NAME, record_to_dict(record))
         flush_folder(place)
         flush_folder(self.folder)
-        return StoredPlan(place / PLAN_NAME, key, record.bytes, record.sha256, seconds)
+        return StoredEngine(place / PLAN_NAME, key, record.bytes, record.sha256, seconds)
 
-    def _put_aside(self, key: PlanKey, reason: str) -> None:
+    def _quarantine(self, key: EngineKey, reason: str) -> None:
         place = self._place(key)
         aside = self.folder / QUARANTINE / place.name
         aside.parent.mkdir(exist_ok=True)
@@ -259,18 +261,18 @@ class PlanCache:
             shutil.rmtree(aside)
         place.replace(aside)
         write_bytes_atomically(aside / "reason.txt", f"{reason}\n".encode())
-        say(f"{place}: a plan that cannot be used was put aside: {reason}")
+        log.info(f"{place}: a plan that cannot be used was put aside: {reason}")
 
     @contextmanager
-    def _lock(self, key: PlanKey) -> Iterator[None]:
+    def _lock(self, key: EngineKey) -> Iterator[None]:
         """Hold the lock of a key; its file is beside the plan's folder, which may be moved away."""
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"waiting for another process that builds {key.graph} for {key.target}"
-        with lock_file(self._place(key).with_suffix(".lock"), lambda: say(waiting)):
+        with lock_file(self._place(key).with_suffix(".lock"), lambda: log.info(waiting)):
             yield
 
 
-def _read_record(folder: Path) -> StoredPlan | None:
+def _read_record(folder: Path) -> StoredEngine | None:
     """What plan.json says, checked without trust in it; None where there is none. Raises OSError."""
     path = folder / RECORD_NAME
     try:
@@ -298,7 +300,7 @@ def _read_record(folder: Path) -> StoredPlan | None:
     plan = folder / PLAN_NAME
     if plan.is_symlink() or not plan.is_file() or plan.stat().st_size != record.bytes:
         raise _DamagedError(f"{PLAN_NAME}: expected a file of {record.bytes} bytes")
-    return StoredPlan(plan, record.key, record.bytes, record.sha256, record.build_seconds)
+    return StoredEngine(plan, record.key, record.bytes, record.sha256, record.build_seconds)
 
 
 def uncovered_shape(profiles: Sequence[Profile], long_side: int) -> Shape | None:

@@ -8,7 +8,7 @@ the runtime needs no onnx (onnx.proto of ONNX 1.23, https://protobuf.dev/program
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from multisa.runtime.errors import EngineError
+from multisa.runtime.errors import BackendError
 
 OPSETS = range(9, 21)  # what TensorRT 10 documents; ONNX Runtime reads all of them
 _DEEPEST = 100  # levels of messages, as protobuf itself has it
@@ -54,7 +54,7 @@ class _Field(NamedTuple):
 
 
 def check_onnx(data: bytes, label: str) -> None:
-    """Raise EngineError, beginning with `label`, unless `data` is an ONNX file that needs nothing but itself.
+    """Raise BackendError, beginning with `label`, unless `data` is an ONNX file that needs nothing but itself.
 
     Of operators and shapes it says nothing: those are for the libraries to check.
     """
@@ -62,14 +62,14 @@ def check_onnx(data: bytes, label: str) -> None:
     try:
         _visit(memoryview(data), "ModelProto", label, opsets, depth=0)
     except ValueError as error:
-        raise EngineError(f"{label}: cannot be loaded: no ONNX file: {error}; export it again") from error
+        raise BackendError(f"{label}: cannot be loaded: no ONNX file: {error}; export it again") from error
     if not opsets:
-        raise EngineError(
+        raise BackendError(
             f"{label}: cannot be loaded: no ONNX file: it names no version of its operators; export it again"
         )
     for version in opsets:
         if version not in OPSETS:
-            raise EngineError(
+            raise BackendError(
                 f"{label}: got opset {version}, expected {OPSETS[0]} to {OPSETS[-1]}: "
                 "export the graph again with an opset of that range (`multisa export` writes 18)"
             )
@@ -105,7 +105,7 @@ def _check_tensor(message: memoryview, label: str) -> None:
                 location = entry.get(_VALUE, "")
     if is_external:
         # Whatever the path: a library would look for it where the program happens to run, unverified.
-        raise EngineError(
+        raise BackendError(
             f"{label}: the weights of {name!r} lie in another file, {location!r}; expected all of them in "
             "this one: export with external_data=False"
         )

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from multisa.runtime.backends.base import (
     IMAGE,
-    ClosedAtExit,
+    Closeable,
     GraphContract,
     UInt8,
     check_image,
-    kept_contract,
+    match_contract,
 )
 from multisa.runtime.backends.onnx_checks import check_onnx
-from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.errors import BackendError, BackendUnavailable
 
 Provider = Literal["cpu", "cuda"]
 
@@ -43,12 +43,12 @@ _ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 _OF_THE_GRAPH = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NotImplemented")
 
 
-class OnnxRuntimeEngine(ClosedAtExit):
+class OnnxRuntimeBackend(Closeable):
     """ONNX Runtime with one execution provider: "cpu", or "cuda" for the first NVIDIA GPU.
 
     `model` is a path or the bytes of a file that was verified; `threads` are those of the CPU. Without
-    `contract` the graph must keep any one of CONTRACTS. Raises EngineUnavailable without onnxruntime, or
-    where the provider asked for is not the one that runs; EngineError for a graph that cannot be loaded or
+    `contract` the graph must keep any one of CONTRACTS. Raises BackendUnavailable without onnxruntime, or
+    where the provider asked for is not the one that runs; BackendError for a graph that cannot be loaded or
     breaks the contract.
     """
 
@@ -61,7 +61,7 @@ class OnnxRuntimeEngine(ClosedAtExit):
         provider: Provider = "cpu",
     ) -> None:
         if provider not in _PROVIDERS:
-            raise EngineError(f"got the provider {provider!r}, expected {' or '.join(get_args(Provider))}")
+            raise BackendError(f"got the provider {provider!r}, expected {' or '.join(get_args(Provider))}")
         self.name = f"onnxruntime-{provider}"
         runtime = _import_onnxruntime()
         self._errors: tuple[type[Exception], ...] = _runtime_errors(runtime)
@@ -83,26 +83,26 @@ class OnnxRuntimeEngine(ClosedAtExit):
         except self._errors as error:
             if provider == "cuda" and type(error).__name__ not in (*_OF_THE_GRAPH, "OSError"):
                 raise _no_cuda(f"{label}: {_first_line(error)}") from error
-            raise EngineError(f"{label}: cannot be loaded: {_first_line(error)}") from error
+            raise BackendError(f"{label}: cannot be loaded: {_first_line(error)}") from error
         running, expected = session.get_providers()[0], _PROVIDERS[provider][0]
         if running != expected:
             cause = f"got the provider {running}, expected {expected}"
             raise _no_cuda(f"{cause} ({said})" if said else cause)
-        self.contract = kept_contract(
+        self.contract = match_contract(
             _signatures(session.get_inputs()), _signatures(session.get_outputs()), contract, label
         )
         self._session: Any = session
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises BackendError."""
         if self._session is None:
-            raise EngineError(f"{self.contract.name}: the engine is closed, expected an open one")
+            raise BackendError(f"{self.contract.name}: the engine is closed, expected an open one")
         check_image(image, self.contract.name)
         names = list(self.contract.outputs)
         try:
             outputs = self._session.run(names, {IMAGE: np.ascontiguousarray(image)})
         except self._errors as error:
-            raise EngineError(f"{self.contract.name}: cannot be run: {_first_line(error)}") from error
+            raise BackendError(f"{self.contract.name}: cannot be run: {_first_line(error)}") from error
         return dict(zip(names, outputs, strict=True))
 
     def close(self) -> None:
@@ -112,13 +112,13 @@ class OnnxRuntimeEngine(ClosedAtExit):
 
 def _import_onnxruntime() -> Any:
     if importlib.util.find_spec("onnxruntime") is None:
-        raise EngineUnavailable(
+        raise BackendUnavailable(
             "onnxruntime is not installed", remedy="pip install onnxruntime, which runs graphs"
         )
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineUnavailable(f"onnxruntime cannot be imported: {_first_line(error)}") from error
+        raise BackendUnavailable(f"onnxruntime cannot be imported: {_first_line(error)}") from error
     onnxruntime.disable_telemetry_events()
     return onnxruntime
 
@@ -134,8 +134,8 @@ def _prepare_cuda(runtime: Any) -> str:
     return next(iter(said.getvalue().splitlines()), "")
 
 
-def _no_cuda(cause: str) -> EngineUnavailable:
-    return EngineUnavailable(f"onnxruntime-cuda: {cause}", remedy=INSTALL_CUDA)
+def _no_cuda(cause: str) -> BackendUnavailable:
+    return BackendUnavailable(f"onnxruntime-cuda: {cause}", remedy=INSTALL_CUDA)
 
 
 def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:

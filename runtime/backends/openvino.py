@@ -1,6 +1,6 @@
 """Graphs on OpenVINO, on the CPU: fp32, int8, and the segmenter in bf16 where the processor multiplies that.
 
-`multisa segment photos -o out --engine openvino --precision bf16`
+`multisa segment photos -o out --backend openvino --precision bf16`
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from multisa.runtime.backends.base import (
     CONTRACTS,
     IMAGE,
     SEGMENTER,
-    ClosedAtExit,
+    Closeable,
     GraphContract,
     UInt8,
     check_image,
-    kept_contract,
+    match_contract,
 )
 from multisa.runtime.backends.onnx_checks import check_onnx
-from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.system import usable_cpus
 
 # Precision -> that of the graph's file. fp16 is not here: OpenVINO multiplies it more slowly than fp32.
@@ -45,13 +45,13 @@ _FIRST_CALL = threading.Lock()
 _ERRORS = (RuntimeError, ValueError, OSError)  # what OpenVINO raises, of whatever is wrong
 
 
-class OpenVinoEngine(ClosedAtExit):
+class OpenVinoBackend(Closeable):
     """OpenVINO on the CPU.
 
     `model` is a path or the bytes of an ONNX file that was verified, in the precision GRAPHS names. A call of
     `run` takes `threads` threads; as many calls as the processors have room for run side by side. Without
-    `contract` the graph must keep any one of CONTRACTS. Raises EngineUnavailable without openvino, or where
-    the processor does not multiply bf16 and that is asked for; EngineError for a graph that cannot be loaded
+    `contract` the graph must keep any one of CONTRACTS. Raises BackendUnavailable without openvino, or where
+    the processor does not multiply bf16 and that is asked for; BackendError for a graph that cannot be loaded
     or breaks the contract.
     """
 
@@ -67,36 +67,36 @@ class OpenVinoEngine(ClosedAtExit):
         precision: str = "fp32",
     ) -> None:
         if precision not in GRAPHS:
-            raise EngineError(f"got the precision {precision!r}, expected one of {', '.join(GRAPHS)}")
+            raise BackendError(f"got the precision {precision!r}, expected one of {', '.join(GRAPHS)}")
         core = _open_core(precision)
         label = model.name if isinstance(model, Path) else (contract.name if contract else "graph")
         try:
             data = model.read_bytes() if isinstance(model, Path) else model
             check_onnx(data, label)
             graph = core.read_model(data)
-            self.contract = kept_contract(
+            self.contract = match_contract(
                 _signatures(graph.inputs), _signatures(graph.outputs), contract, label
             )
             if self.contract not in ONLY.get(precision, CONTRACTS):
                 names = " or ".join(contract.name for contract in ONLY[precision])
-                raise EngineError(f"{label}: got the precision {precision}, expected it for {names} alone")
+                raise BackendError(f"{label}: got the precision {precision}, expected it for {names} alone")
             compiled = core.compile_model(graph, _DEVICE, _settings(threads, precision))
         except _ERRORS as error:
-            raise EngineError(f"{label}: cannot be loaded: {_cause(error)}") from error
+            raise BackendError(f"{label}: cannot be loaded: {_cause(error)}") from error
         self._compiled: Any = compiled
         # A request is for one call at a time; what it has learnt of a size is kept for the next call.
         self._idle: list[Any] = []
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises BackendError."""
         compiled, idle = self._compiled, self._idle
         if compiled is None:
-            raise EngineError(f"{self.contract.name}: the engine is closed, expected an open one")
+            raise BackendError(f"{self.contract.name}: the engine is closed, expected an open one")
         check_image(image, self.contract.name)
         if not self._binding_is_ready:
             with _FIRST_CALL:
                 outputs = self._infer(compiled, idle, image)
-            OpenVinoEngine._binding_is_ready = True
+            OpenVinoBackend._binding_is_ready = True
             return outputs
         return self._infer(compiled, idle, image)
 
@@ -110,7 +110,7 @@ class OpenVinoEngine(ClosedAtExit):
             # Shared with the request, whose next call writes there.
             outputs = {name: np.array(found[name]) for name in self.contract.outputs}
         except _ERRORS as error:
-            raise EngineError(f"{self.contract.name}: cannot be run: {_cause(error)}") from error
+            raise BackendError(f"{self.contract.name}: cannot be run: {_cause(error)}") from error
         idle.append(request)
         return outputs
 
@@ -120,14 +120,14 @@ class OpenVinoEngine(ClosedAtExit):
 
 
 def import_openvino() -> Any:
-    """The module openvino, imported without its telemetry. Raises EngineUnavailable."""
+    """The module openvino, imported without its telemetry. Raises BackendUnavailable."""
     if importlib.util.find_spec("openvino") is None:
-        raise EngineUnavailable("openvino is not installed", remedy=INSTALL)
+        raise BackendUnavailable("openvino is not installed", remedy=INSTALL)
     try:
         with _without_telemetry():
             import openvino
     except (ImportError, *_ERRORS) as error:
-        raise EngineUnavailable(f"openvino cannot be imported: {_cause(error)}", remedy=INSTALL) from error
+        raise BackendUnavailable(f"openvino cannot be imported: {_cause(error)}", remedy=INSTALL) from error
     return openvino
 
 
@@ -154,9 +154,9 @@ def _open_core(precision: str) -> Any:
         core = openvino.Core()
         can = core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
     except _ERRORS as error:
-        raise EngineUnavailable(f"openvino has no CPU here: {_cause(error)}", remedy=INSTALL) from error
+        raise BackendUnavailable(f"openvino has no CPU here: {_cause(error)}", remedy=INSTALL) from error
     if precision == "bf16" and "BF16" not in can:
-        raise EngineUnavailable(
+        raise BackendUnavailable(
             f"openvino: this processor does not multiply bf16, it has {', '.join(can)}",
             remedy="choose the precision fp32 or int8",
         )

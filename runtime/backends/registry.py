@@ -1,6 +1,6 @@
 """Which engine runs a graph of a bundle: the one asked for, or the first of ENGINES that is there.
 
-choice = choose_engine(load_bundle(path), SEGMENTER)
+choice = select_backend(load_bundle(path), SEGMENTER)
 choice.engine.run(image), choice.reason
 """
 
@@ -15,17 +15,17 @@ from multisa.runtime.backends import openvino
 from multisa.runtime.backends.base import (
     CONTRACTS,
     PRECISIONS,
-    DetailedEngine,
-    Engine,
+    Backend,
+    DetailedBackend,
     GraphContract,
     graph_file,
     how_to_convert,
 )
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine, Provider
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend, Provider
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
-from multisa.runtime.progress import say
+from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
+from multisa.runtime.progress import log
 
 AUTO = "auto"
 
@@ -34,40 +34,40 @@ _GPU_PRECISIONS = ("fp16", "fp32")
 
 
 @dataclass(frozen=True)
-class EngineRequest:
-    """What was asked for; AUTO leaves it to `choose_engine`."""
+class BackendRequest:
+    """What was asked for; AUTO leaves it to `select_backend`."""
 
-    engine: str = AUTO
+    backend: str = AUTO
     precision: str = AUTO
-    plans: Path | None = None  # where TensorRT's plans are looked for, besides the bundle's own
-    may_heal: bool = True  # whether damaged plans are put aside
+    engine_cache: Path | None = None  # where TensorRT's plans are looked for, besides the bundle's own
+    may_repair: bool = True  # whether damaged plans are put aside
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectedBackend:
     """An open engine for one graph, and why it is this one."""
 
     graph: str
-    engine: Engine
+    backend: Backend
     precision: str
     reason: str
 
     def to_json(self) -> dict[str, Any]:
         """For the record of a run."""
-        record = {"engine": self.engine.name, "precision": self.precision, "reason": self.reason}
-        return record | ({"detail": self.engine.detail} if isinstance(self.engine, DetailedEngine) else {})
+        record = {"engine": self.backend.name, "precision": self.precision, "reason": self.reason}
+        return record | ({"detail": self.backend.detail} if isinstance(self.backend, DetailedBackend) else {})
 
 
-Opener = Callable[[Bundle, GraphContract, str, EngineRequest, int], Engine]
+Opener = Callable[[Bundle, GraphContract, str, BackendRequest, int], Backend]
 
 
 @dataclass(frozen=True)
-class EngineKind:
+class BackendKind:
     """How an engine is opened for (bundle, contract, precision, request, CPU threads), and what it needs."""
 
     open: Opener
     needs_gpu: bool
-    runs_plans: bool = False  # which may be at fault where the graph is not
+    runs_engines: bool = False  # which may be at fault where the graph is not
     # Those it computes in, each with the precision of the file that the graph is read from.
     precisions: Mapping[str, str] = field(default_factory=lambda: {p: p for p in PRECISIONS})
     only: Mapping[str, Sequence[GraphContract]] = field(default_factory=dict)  # of a precision: its graphs
@@ -78,18 +78,18 @@ def _open_onnxruntime(
     bundle: Bundle,
     contract: GraphContract,
     precision: str,
-    request: EngineRequest,
+    request: BackendRequest,
     threads: int,
-) -> Engine:
+) -> Backend:
     graph = bundle.read_file(graph_file(contract, precision))
-    return OnnxRuntimeEngine(graph, threads=threads, contract=contract, provider=provider)
+    return OnnxRuntimeBackend(graph, threads=threads, contract=contract, provider=provider)
 
 
 def _open_openvino(
-    bundle: Bundle, contract: GraphContract, precision: str, request: EngineRequest, threads: int
-) -> Engine:
+    bundle: Bundle, contract: GraphContract, precision: str, request: BackendRequest, threads: int
+) -> Backend:
     graph = bundle.read_file(graph_file(contract, openvino.GRAPHS[precision]))
-    return openvino.OpenVinoEngine(graph, threads=threads, contract=contract, precision=precision)
+    return openvino.OpenVinoBackend(graph, threads=threads, contract=contract, precision=precision)
 
 
 def _open_tensorrt(
@@ -97,104 +97,104 @@ def _open_tensorrt(
     bundle: Bundle,
     contract: GraphContract,
     precision: str,
-    request: EngineRequest,
+    request: BackendRequest,
     threads: int,  # of the CPU, which a plan has no use for
-) -> Engine:
+) -> Backend:
     from multisa.runtime.backends.tensorrt import open_tensorrt
 
     # Left to itself a run must not fail on its third photograph; who asks for a plan knows its profiles.
-    long_side = bundle.manifest.parameters.long_side if request.engine == AUTO else None
+    long_side = bundle.manifest.parameters.long_side if request.backend == AUTO else None
     return open_tensorrt(
         bundle,
         contract,
         precision=precision,
         library=library,
-        cache=request.plans,
+        cache=request.engine_cache,
         long_side=long_side,
-        may_heal=request.may_heal,
+        may_repair=request.may_repair,
     )
 
 
 # In the order "auto" tries them.
-ENGINES: dict[str, EngineKind] = {
-    "tensorrt": EngineKind(partial(_open_tensorrt, "tensorrt"), needs_gpu=True, runs_plans=True),
-    "tensorrt-rtx": EngineKind(partial(_open_tensorrt, "tensorrt-rtx"), needs_gpu=True, runs_plans=True),
-    "onnxruntime-cuda": EngineKind(partial(_open_onnxruntime, "cuda"), needs_gpu=True),
-    "onnxruntime-cpu": EngineKind(partial(_open_onnxruntime, "cpu"), needs_gpu=False),
+BACKENDS: dict[str, BackendKind] = {
+    "tensorrt": BackendKind(partial(_open_tensorrt, "tensorrt"), needs_gpu=True, runs_engines=True),
+    "tensorrt-rtx": BackendKind(partial(_open_tensorrt, "tensorrt-rtx"), needs_gpu=True, runs_engines=True),
+    "onnxruntime-cuda": BackendKind(partial(_open_onnxruntime, "cuda"), needs_gpu=True),
+    "onnxruntime-cpu": BackendKind(partial(_open_onnxruntime, "cpu"), needs_gpu=False),
     # Last: in fp32, which is what "auto" runs on a CPU, ONNX Runtime is the faster one.
-    "openvino": EngineKind(_open_openvino, needs_gpu=False, precisions=openvino.GRAPHS, only=openvino.ONLY),
+    "openvino": BackendKind(_open_openvino, needs_gpu=False, precisions=openvino.GRAPHS, only=openvino.ONLY),
 }
-ALL_PRECISIONS = tuple(dict.fromkeys(p for kind in ENGINES.values() for p in kind.precisions))
-_WITHOUT_GPU = " or ".join(name for name, kind in ENGINES.items() if not kind.needs_gpu)
+ALL_PRECISIONS = tuple(dict.fromkeys(p for kind in BACKENDS.values() for p in kind.precisions))
+_WITHOUT_GPU = " or ".join(name for name, kind in BACKENDS.items() if not kind.needs_gpu)
 
 
-def open_engine(
-    bundle: Bundle, contract: GraphContract, *, threads: int = 1, engine: str = AUTO, precision: str = AUTO
-) -> Engine:
-    """Load the bundle's graph that keeps `contract`; `choose_engine` without the reason."""
-    return choose_engine(bundle, contract, EngineRequest(engine, precision), threads=threads).engine
+def open_backend(
+    bundle: Bundle, contract: GraphContract, *, threads: int = 1, backend: str = AUTO, precision: str = AUTO
+) -> Backend:
+    """Load the bundle's graph that keeps `contract`; `select_backend` without the reason."""
+    return select_backend(bundle, contract, BackendRequest(backend, precision), threads=threads).backend
 
 
-def choose_engine(
-    bundle: Bundle, contract: GraphContract, request: EngineRequest | None = None, *, threads: int = 1
-) -> Choice:
+def select_backend(
+    bundle: Bundle, contract: GraphContract, request: BackendRequest | None = None, *, threads: int = 1
+) -> SelectedBackend:
     """Open the engine asked for on the bundle's graph that keeps `contract`, or the first that is there.
 
     Precision "auto" is fp16 on a GPU where the bundle has it, else fp32. Raises UsageError for an engine that
-    does not exist, or a precision that it does not compute in or the bundle lacks, EngineUnavailable where
-    the engine cannot run here, EngineError for a graph that cannot be loaded; "auto" passes over a plan that
+    does not exist, or a precision that it does not compute in or the bundle lacks, BackendUnavailable where
+    the engine cannot run here, BackendError for a graph that cannot be loaded; "auto" passes over a plan that
     cannot be.
     """
-    request = request or EngineRequest()
+    request = request or BackendRequest()
     _check_request(bundle, contract, request)
-    names = tuple(ENGINES) if request.engine == AUTO else (request.engine,)
-    passed_over: list[EngineError | EngineUnavailable] = []
+    names = tuple(BACKENDS) if request.backend == AUTO else (request.backend,)
+    skipped: list[BackendError | BackendUnavailable] = []
     # The GPU first: without a driver some libraries cannot even be imported, or end the process.
-    without_gpu = probe_gpus().problem if ENGINES[names[0]].needs_gpu else ""
+    without_gpu = probe_gpus().problem if BACKENDS[names[0]].needs_gpu else ""
     if without_gpu:
-        passed_over.append(EngineUnavailable(without_gpu))
-        names = tuple(name for name in names if not ENGINES[name].needs_gpu)
+        skipped.append(BackendUnavailable(without_gpu))
+        names = tuple(name for name in names if not BACKENDS[name].needs_gpu)
     for name in names:
         for precision in _precisions(bundle, contract, request, name):
             try:
-                engine = ENGINES[name].open(bundle, contract, precision, request, threads)
-            except EngineUnavailable as error:
-                passed_over.append(error)
+                backend = BACKENDS[name].open(bundle, contract, precision, request, threads)
+            except BackendUnavailable as error:
+                skipped.append(error)
                 continue
-            except EngineError as error:
-                if request.engine != AUTO or not ENGINES[name].runs_plans:
+            except BackendError as error:
+                if request.backend != AUTO or not BACKENDS[name].runs_engines:
                     raise
-                passed_over.append(error)
+                skipped.append(error)
                 continue
-            return Choice(contract.name, engine, precision, _reason(request, passed_over))
-    causes = "; ".join(dict.fromkeys(map(str, passed_over)))
-    if request.engine == AUTO:
-        raise EngineUnavailable(f"no engine can run {contract.name} here: {causes}")
+            return SelectedBackend(contract.name, backend, precision, _reason(request, skipped))
+    causes = "; ".join(dict.fromkeys(map(str, skipped)))
+    if request.backend == AUTO:
+        raise BackendUnavailable(f"no engine can run {contract.name} here: {causes}")
     remedy = f": choose {_WITHOUT_GPU}, or a machine with an NVIDIA GPU and its driver" if without_gpu else ""
-    raise EngineUnavailable(f"{request.engine} cannot run {contract.name} here: {causes}{remedy}")
+    raise BackendUnavailable(f"{request.backend} cannot run {contract.name} here: {causes}{remedy}")
 
 
 @contextmanager
-def chosen_engines(
-    bundle: Bundle, contracts: Sequence[GraphContract], request: EngineRequest | None = None
-) -> Iterator[tuple[Choice, ...]]:
+def selected_backends(
+    bundle: Bundle, contracts: Sequence[GraphContract], request: BackendRequest | None = None
+) -> Iterator[tuple[SelectedBackend, ...]]:
     """Open an engine for each contract, say on stderr which and why, and close them at the end."""
     with ExitStack() as stack:
         choices = []
         for contract in contracts:
-            choice = choose_engine(bundle, contract, request)
-            stack.callback(choice.engine.close)
+            choice = select_backend(bundle, contract, request)
+            stack.callback(choice.backend.close)
             choices.append(choice)
-        for line in describe_choices(choices):
-            say(line)
+        for line in describe_selection(choices):
+            log.info(line)
         yield tuple(choices)
 
 
-def describe_choices(choices: Sequence[Choice]) -> list[str]:
+def describe_selection(choices: Sequence[SelectedBackend]) -> list[str]:
     """A line for people about each engine that was chosen, graphs of the same one together."""
     graphs: dict[tuple[str, str, str], list[str]] = {}
     for choice in choices:
-        same = (choice.engine.name, choice.precision, choice.reason)
+        same = (choice.backend.name, choice.precision, choice.reason)
         graphs.setdefault(same, []).append(choice.graph)
     return [
         f"{', '.join(of)}: on {name}, {precision} ({reason})"
@@ -207,10 +207,10 @@ def bundle_precisions(bundle: Bundle, contract: GraphContract) -> tuple[str, ...
     return tuple(p for p in PRECISIONS if graph_file(contract, p) in bundle.manifest.files)
 
 
-def engine_precisions(bundle: Bundle, contract: GraphContract, engine: str) -> tuple[str, ...]:
+def backend_precisions(bundle: Bundle, contract: GraphContract, backend: str) -> tuple[str, ...]:
     """Precisions that an engine computes one graph of the bundle in; for AUTO those of all ENGINES."""
     has = bundle_precisions(bundle, contract)
-    kinds = [kind for name, kind in ENGINES.items() if engine in (AUTO, name)]
+    kinds = [kind for name, kind in BACKENDS.items() if backend in (AUTO, name)]
     return tuple(
         dict.fromkeys(
             precision
@@ -221,22 +221,24 @@ def engine_precisions(bundle: Bundle, contract: GraphContract, engine: str) -> t
     )
 
 
-def _check_request(bundle: Bundle, contract: GraphContract, request: EngineRequest) -> None:
-    if request.engine != AUTO and request.engine not in ENGINES:
-        raise UsageError(f"got the engine {request.engine!r}, expected {AUTO} or one of {', '.join(ENGINES)}")
+def _check_request(bundle: Bundle, contract: GraphContract, request: BackendRequest) -> None:
+    if request.backend != AUTO and request.backend not in BACKENDS:
+        raise UsageError(
+            f"got the engine {request.backend!r}, expected {AUTO} or one of {', '.join(BACKENDS)}"
+        )
     if request.precision not in (AUTO, *ALL_PRECISIONS):
         raise UsageError(
             f"got the precision {request.precision!r}, expected {AUTO} or one of {', '.join(ALL_PRECISIONS)}"
         )
     if request.precision == AUTO:
         return
-    able = [name for name, kind in ENGINES.items() if request.precision in kind.precisions]
-    if request.engine not in (AUTO, *able):
+    able = [name for name, kind in BACKENDS.items() if request.precision in kind.precisions]
+    if request.backend not in (AUTO, *able):
         raise UsageError(
-            f"{request.engine} computes in {', '.join(ENGINES[request.engine].precisions)}, got --precision "
-            f"{request.precision}: choose one of those, or --engine {' or '.join(able)}"
+            f"{request.backend} computes in {', '.join(BACKENDS[request.backend].precisions)}, got --precision "
+            f"{request.precision}: choose one of those, or --backend {' or '.join(able)}"
         )
-    if request.precision not in engine_precisions(bundle, contract, request.engine):
+    if request.precision not in backend_precisions(bundle, contract, request.backend):
         raise UsageError(
             f"{bundle.path}: has {contract.name} in {' and '.join(bundle_precisions(bundle, contract))}, got "
             f"--precision {request.precision}: {how_to_convert(bundle.path, contract, request.precision)}"
@@ -244,19 +246,19 @@ def _check_request(bundle: Bundle, contract: GraphContract, request: EngineReque
 
 
 def _precisions(
-    bundle: Bundle, contract: GraphContract, request: EngineRequest, name: str
+    bundle: Bundle, contract: GraphContract, request: BackendRequest, name: str
 ) -> tuple[str, ...]:
     if request.precision != AUTO:
-        return tuple(p for p in engine_precisions(bundle, contract, name) if p == request.precision)
-    if not ENGINES[name].needs_gpu:
+        return tuple(p for p in backend_precisions(bundle, contract, name) if p == request.precision)
+    if not BACKENDS[name].needs_gpu:
         return ("fp32",)
     return tuple(p for p in _GPU_PRECISIONS if p in bundle_precisions(bundle, contract))
 
 
-def _reason(request: EngineRequest, passed_over: Sequence[EngineError | EngineUnavailable]) -> str:
+def _reason(request: BackendRequest, skipped: Sequence[BackendError | BackendUnavailable]) -> str:
     """Why it is this engine: the first clause of every cause; `multisa doctor` tells all, and what to do."""
-    if request.engine != AUTO:
+    if request.backend != AUTO:
         return "asked for"
-    causes = [error.cause if isinstance(error, EngineUnavailable) else str(error) for error in passed_over]
+    causes = [error.cause if isinstance(error, BackendUnavailable) else str(error) for error in skipped]
     clauses = dict.fromkeys(cause.partition("; ")[0].partition(", expected ")[0] for cause in causes)
     return f"auto: {'; '.join(clauses)}" if clauses else "auto"

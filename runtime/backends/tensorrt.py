@@ -4,7 +4,7 @@
         outputs = engine.run(image)                   # NumPy arrays
         there = engine.run_on_device(image)           # arrays of the device, for multisa.kernels
 
-This runs plans and makes none: a bundle without one for this GPU is EngineUnavailable.
+This runs plans and makes none: a bundle without one for this GPU is BackendUnavailable.
 """
 
 import logging
@@ -15,18 +15,18 @@ from pathlib import Path
 
 from multisa.kernels.cuda.pycuda_context import PrimaryContext
 from multisa.runtime.backends.base import PRECISIONS, GraphContract, graph_file
-from multisa.runtime.backends.engine_cache import PlanCache, StoredPlan, uncovered_shape
-from multisa.runtime.backends.tensorrt_engine import TensorRTEngine
+from multisa.runtime.backends.engine_cache import EngineCache, StoredEngine, uncovered_shape
+from multisa.runtime.backends.tensorrt_engine import TensorRTBackend
 from multisa.runtime.backends.tensorrt_runtime import (
     LIBRARIES,
-    StartedLibrary,
+    TensorRTRuntime,
     check_library_name,
     default_gpu,
     import_library,
     start_library,
 )
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
-from multisa.runtime.errors import BundleError, EngineError, EngineUnavailable, UsageError
+from multisa.runtime.errors import BackendError, BackendUnavailable, BundleError, UsageError
 
 # Where a library says that the bytes are not of its making: another format or version. The name of its own
 # call, deserializeCudaEngine, is in many other messages.
@@ -44,14 +44,14 @@ def open_tensorrt(
     library: str | None = None,
     cache: Path | None = None,
     long_side: int | None = None,
-    may_heal: bool = True,
-) -> TensorRTEngine:
+    may_repair: bool = True,
+) -> TensorRTBackend:
     """Load the plan of a bundle's graph for the first GPU.
 
     `library` is one of LIBRARIES, or None for the first that is here and has a plan; `cache` is a folder of
     plans besides the bundle's own. With `long_side` a plan is passed over unless it takes every photograph up
-    to there. Damaged plans are put aside if it `may_heal`. Raises UsageError for a precision the bundle does
-    not have or an unknown library, EngineUnavailable without driver, pycuda, library or plan, EngineError for
+    to there. Damaged plans are put aside if it `may_repair`. Raises UsageError for a precision the bundle does
+    not have or an unknown library, BackendUnavailable without driver, pycuda, library or plan, BackendError for
     a plan that breaks the contract or finds no memory.
     """
     digest = _digest_of_graph(bundle, contract, precision)
@@ -60,7 +60,7 @@ def open_tensorrt(
     gpu = default_gpu()  # before any library: TensorRT ends the process where there is no driver
     target = "sm{}{}".format(*gpu.compute_capability)
     own = bundle.path / ENGINES_FOLDER
-    caches = [PlanCache(folder) for folder in ((own,) if cache is None else (cache, own))]
+    caches = [EngineCache(folder) for folder in ((own,) if cache is None else (cache, own))]
     causes, remedies = [], []
     for name in LIBRARIES if library is None else (library,):
         build = _build_command(bundle, contract, precision, target, name, cache)
@@ -68,21 +68,21 @@ def open_tensorrt(
             there = import_library(name)
             wanted = {"onnx_sha256": digest, "library": name, "target": target}
             found = [
-                (plans, plan)
-                for plans in caches
-                for plan in plans.find(**wanted, library_version=there.version)
+                (engine_cache, plan)
+                for engine_cache in caches
+                for plan in engine_cache.find(**wanted, library_version=there.version)
             ]
             if not found:
-                raise EngineUnavailable(f"{there}: no plan for {target} ({gpu.name})", remedy=build)
-            opening = _Opening(contract, start_library(there, gpu), gpu, build, long_side, may_heal)
+                raise BackendUnavailable(f"{there}: no plan for {target} ({gpu.name})", remedy=build)
+            opening = _Opening(contract, start_library(there, gpu), gpu, build, long_side, may_repair)
             return opening.first(found)
         except OSError as error:
             causes.append(f"{error.filename}: cannot be read: {error.strerror}")
-        except EngineUnavailable as error:
+        except BackendUnavailable as error:
             causes.append(error.cause)
             remedies.append(str(error).removeprefix(error.cause).removeprefix(": "))
     remedy = "; or ".join(filter(None, dict.fromkeys(remedies)))
-    raise EngineUnavailable("; ".join(causes), remedy=remedy)
+    raise BackendUnavailable("; ".join(causes), remedy=remedy)
 
 
 class _RefusedError(Exception):
@@ -94,16 +94,16 @@ class _Opening:
     """Loads the best plan that can be loaded."""
 
     contract: GraphContract
-    started: StartedLibrary
+    started: TensorRTRuntime
     gpu: PrimaryContext
     remedy: str
     long_side: int | None
-    may_heal: bool
+    may_repair: bool
 
-    def first(self, found: Sequence[tuple[PlanCache, StoredPlan]]) -> TensorRTEngine:
-        """Load the best of `found`; raises EngineUnavailable with why each one cannot be."""
+    def first(self, found: Sequence[tuple[EngineCache, StoredEngine]]) -> TensorRTBackend:
+        """Load the best of `found`; raises BackendUnavailable with why each one cannot be."""
         causes = []
-        for plans, stored in sorted(found, key=lambda pair: self._rank(pair[1])):
+        for engine_cache, stored in sorted(found, key=lambda pair: self._rank(pair[1])):
             missing = uncovered_shape(stored.key.profiles, self.long_side) if self.long_side else None
             if missing is not None:
                 size = "x".join(map(str, missing))
@@ -112,18 +112,18 @@ class _Opening:
             try:
                 engine = self._load(stored)
             except (_RefusedError, BundleError) as error:
-                causes.append(f"{stored.path}: {error}{self._put_aside(plans, stored, str(error))}")
+                causes.append(f"{stored.path}: {error}{self._quarantine(engine_cache, stored, str(error))}")
                 continue
             except OSError as error:
                 causes.append(f"{stored.path}: cannot be read: {error.strerror}")
                 continue
             self._tell(stored)
             return engine
-        raise EngineUnavailable("; ".join(causes), remedy=self.remedy)
+        raise BackendUnavailable("; ".join(causes), remedy=self.remedy)
 
-    def _load(self, stored: StoredPlan) -> TensorRTEngine:
+    def _load(self, stored: StoredEngine) -> TensorRTBackend:
         try:
-            return TensorRTEngine(
+            return TensorRTBackend(
                 stored.read(),
                 self.contract,
                 started=self.started,
@@ -131,33 +131,35 @@ class _Opening:
                 remedy=self.remedy,
                 sha256=stored.sha256,
             )
-        except EngineUnavailable as error:
+        except BackendUnavailable as error:
             said = error.cause.lower()
             if "out of memory" in said:
-                raise EngineError(f"{self.contract.name}: {error}; free memory of {self.gpu.name}") from error
+                raise BackendError(
+                    f"{self.contract.name}: {error}; free memory of {self.gpu.name}"
+                ) from error
             if "driver version is insufficient" in said:
                 cause = f"{self.contract.name}: {error}"
-                raise EngineUnavailable(cause, remedy="update the NVIDIA driver") from error
+                raise BackendUnavailable(cause, remedy="update the NVIDIA driver") from error
             raise _RefusedError(str(error)) from error
 
-    def _put_aside(self, plans: PlanCache, stored: StoredPlan, reason: str) -> str:
+    def _quarantine(self, engine_cache: EngineCache, stored: StoredEngine, reason: str) -> str:
         """Where the bytes are at fault, and nothing else is; what could not be done."""
         is_damaged = "damaged" in reason or _NOT_ITS_PLAN.search(reason)
-        if not (is_damaged and self.may_heal):
+        if not (is_damaged and self.may_repair):
             return ""
         try:
-            plans.quarantine(stored, reason)
+            engine_cache.quarantine(stored, reason)
         except OSError as error:
             return f" (and cannot be put aside: {error.strerror})"
         return ""
 
-    def _rank(self, plan: StoredPlan) -> tuple[int, int, str]:
+    def _rank(self, plan: StoredEngine) -> tuple[int, int, str]:
         """Plans tuned on this very GPU first, then those for any, then those with most profiles."""
         places = (self.gpu.name, "")
         place = places.index(plan.key.gpu) if plan.key.gpu in places else len(places)
         return place, -len(plan.key.profiles), plan.key.digest
 
-    def _tell(self, stored: StoredPlan) -> None:
+    def _tell(self, stored: StoredEngine) -> None:
         name, gpu = self.contract.name, self.gpu.name
         if stored.key.gpu not in ("", gpu):
             _LOGGER.warning(

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PinnedBuffer, PrimaryContext, PycudaBuffer
 from multisa.runtime.backends.base import IMAGE, UInt8
-from multisa.runtime.backends.tensorrt_runtime import StartedLibrary
-from multisa.runtime.errors import EngineError
+from multisa.runtime.backends.tensorrt_runtime import TensorRTRuntime
+from multisa.runtime.errors import BackendError
 
 RECORDINGS_KEPT = 8  # of one profile; each holds a context of the library
 SHAPES_REMEMBERED = 64  # a shape is recorded when it comes again among so many calls
@@ -25,20 +25,20 @@ _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
 
 
 @dataclass
-class LoadedPlan:
+class LoadedEngine:
     """A plan that the library has taken, and where it runs."""
 
     graph: str
-    started: StartedLibrary
+    started: TensorRTRuntime
     gpu: PrimaryContext
     engine: Any  # ICudaEngine; None once closed
     outputs: Mapping[str, str]  # NumPy's name of the dtype by tensor
 
     def require(self, done: bool, call: str) -> None:
-        """Raise EngineError with the library's own words when a call of it has not returned True."""
+        """Raise BackendError with the library's own words when a call of it has not returned True."""
         if not done:
             name, said = self.started.library.name, self.started.log.take()
-            raise EngineError(f"{self.graph}: {name} refused {call}: {said}")
+            raise BackendError(f"{self.graph}: {name} refused {call}: {said}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class _CapturedGraph:
     """A CUDA graph of one call and the context it came from, which must not change after that."""
 
     call: _Call
@@ -70,7 +70,7 @@ class _Memory:
     host: PinnedBuffer
 
 
-class Lane:
+class ExecutionContext:
     """Calls on one profile take turns; calls on different profiles run beside each other.
 
     TensorRT asks for one context for each profile that is in use at the same time, and a context may serve
@@ -83,14 +83,14 @@ class Lane:
     records by itself.
     """
 
-    def __init__(self, plan: LoadedPlan, profile: int) -> None:
-        """Make the stream and the context. Raises EngineError, or one of `plan.gpu.errors`."""
+    def __init__(self, plan: LoadedEngine, profile: int) -> None:
+        """Make the stream and the context. Raises BackendError, or one of `plan.gpu.errors`."""
         self._plan, self._profile = plan, profile
         self._driver = plan.gpu.driver
         self._turn = threading.Lock()
         self._memory: dict[str, _Memory] = {}
         self._activations: PycudaBuffer | None = None
-        self._recordings: OrderedDict[Shape4, _Recording] = OrderedDict()
+        self._recordings: OrderedDict[Shape4, _CapturedGraph] = OrderedDict()
         self._recent: deque[Shape4] = deque(maxlen=SHAPES_REMEMBERED)
         self._records = not plan.started.library.is_rtx
         with plan.gpu.active():
@@ -175,7 +175,7 @@ class Lane:
 
     def _check_open(self) -> None:
         if self._context is None:
-            raise EngineError(f"{self._plan.graph}: the engine is closed, expected an open one")
+            raise BackendError(f"{self._plan.graph}: the engine is closed, expected an open one")
 
     def _new_context(self) -> Any:
         """Make a context on the lane's profile, with memory for that one and not for the largest."""
@@ -212,13 +212,13 @@ class Lane:
         plan.require(context.set_input_shape(IMAGE, image), f"set_input_shape({IMAGE}, {list(image)})")
         missing = context.infer_shapes()
         if missing:
-            raise EngineError(
+            raise BackendError(
                 f"{plan.graph}: the plan lacks {missing} to know its shapes, expected {IMAGE} alone"
             )
         outputs = {name: tuple(context.get_tensor_shape(name)) for name in plan.outputs}
         for name, shape in outputs.items():
             if min(shape) < 1:
-                raise EngineError(f"{plan.graph}: {name}: got the shape {list(shape)}, expected sizes")
+                raise BackendError(f"{plan.graph}: {name}: got the shape {list(shape)}, expected sizes")
         return _Call(image, outputs)
 
     def _prepare(self, context: Any, image: Shape4) -> _Call:
@@ -270,7 +270,7 @@ class Lane:
 
     def _record(self, image: Shape4) -> None:
         """Record the call of a shape; where that is not possible, calls go on without."""
-        failures: tuple[type[Exception], ...] = (EngineError, *self._plan.gpu.errors)
+        failures: tuple[type[Exception], ...] = (BackendError, *self._plan.gpu.errors)
         try:
             context = self._new_context()
             call = self._prepare(context, image)
@@ -281,7 +281,7 @@ class Lane:
             self._records = False
             _LOGGER.warning("%s: calls are not recorded as CUDA graphs: %s", self._plan.graph, error)
             return
-        self._recordings[image] = _Recording(call, context, executable)
+        self._recordings[image] = _CapturedGraph(call, context, executable)
         if len(self._recordings) > RECORDINGS_KEPT:
             self._driver.destroy_graph(self._recordings.popitem(last=False)[1].executable)
 

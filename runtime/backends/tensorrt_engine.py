@@ -9,15 +9,15 @@ import numpy.typing as npt
 
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PrimaryContext
-from multisa.runtime.backends.base import IMAGE, ClosedAtExit, GraphContract, UInt8, check_image
+from multisa.runtime.backends.base import IMAGE, Closeable, GraphContract, UInt8, check_image
 from multisa.runtime.backends.engine_cache import Profile
-from multisa.runtime.backends.tensorrt_context import Lane, LoadedPlan
-from multisa.runtime.backends.tensorrt_runtime import DTYPES, StartedLibrary
-from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.backends.tensorrt_context import ExecutionContext, LoadedEngine
+from multisa.runtime.backends.tensorrt_runtime import DTYPES, TensorRTRuntime
+from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
 
 
-class TensorRTEngine(ClosedAtExit):
+class TensorRTBackend(Closeable):
     """A plan on a GPU, through pycuda; each of its profiles is a `Lane`, made when it is first used."""
 
     def __init__(
@@ -25,15 +25,15 @@ class TensorRTEngine(ClosedAtExit):
         plan: bytes,
         contract: GraphContract,
         *,
-        started: StartedLibrary,
+        started: TensorRTRuntime,
         gpu: PrimaryContext,
         remedy: str,
         sha256: str,
     ) -> None:
         """Load the plan's bytes, which must be verified (their `sha256`): TensorRT runs the code in them.
 
-        `remedy` is the command that builds the plan. Raises EngineUnavailable when the library refuses it,
-        EngineError when it breaks the contract.
+        `remedy` is the command that builds the plan. Raises BackendUnavailable when the library refuses it,
+        BackendError when it breaks the contract.
         """
         library, log = started.library, started.log
         self.name, self.contract = library.name, contract
@@ -42,11 +42,11 @@ class TensorRTEngine(ClosedAtExit):
             log.clear()  # of other calls
             engine = started.runtime.deserialize_cuda_engine(plan)
             if engine is None:
-                raise EngineUnavailable(f"{library.name} cannot load the plan: {log.take()}")
+                raise BackendUnavailable(f"{library.name} cannot load the plan: {log.take()}")
             outputs = _kept_outputs(engine, contract, library.module)
             self._profiles = _profiles(engine, contract)
-        self._plan = LoadedPlan(contract.name, started, gpu, engine, outputs)
-        self._lanes: dict[int, Lane] = {}
+        self._plan = LoadedEngine(contract.name, started, gpu, engine, outputs)
+        self._lanes: dict[int, ExecutionContext] = {}
         self._opening = threading.Lock()
         self._finalizer = weakref.finalize(self, _close, self._plan, self._lanes)
 
@@ -66,7 +66,7 @@ class TensorRTEngine(ClosedAtExit):
         }
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises EngineError."""
+        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises BackendError."""
         check_image(image, self.contract.name)
         lane = self._lane_for(image.shape)
         try:
@@ -75,7 +75,7 @@ class TensorRTEngine(ClosedAtExit):
             raise self._failure(error) from error
 
     def run_on_device(self, image: UInt8) -> dict[str, DeviceArray]:
-        """Run on uint8 [N, H, W, 3] RGB without waiting; the outputs stay on the device. Raises EngineError.
+        """Run on uint8 [N, H, W, 3] RGB without waiting; the outputs stay on the device. Raises BackendError.
 
         They are ready in the order of the default stream, on which `multisa.kernels` works, and remain good
         after the engine was closed.
@@ -90,7 +90,7 @@ class TensorRTEngine(ClosedAtExit):
     def queue(
         self, image: int, shape: tuple[int, ...], stream: int, outputs: Mapping[str, DeviceArray]
     ) -> dict[str, DeviceArray]:
-        """Queue on `stream` the uint8 RGB image `shape` [N, H, W, 3] at a device address. Raises EngineError.
+        """Queue on `stream` the uint8 RGB image `shape` [N, H, W, 3] at a device address. Raises BackendError.
 
         Nothing waits. An array of `outputs` that has an output's shape and dtype is written; others are made.
         """
@@ -105,14 +105,14 @@ class TensorRTEngine(ClosedAtExit):
         with self._opening:  # a lane that is being made is closed, too
             self._finalizer()
 
-    def _lane_for(self, image: tuple[int, ...]) -> Lane:
+    def _lane_for(self, image: tuple[int, ...]) -> ExecutionContext:
         batch, height, width, _ = image
         fitting = [index for index, p in enumerate(self._profiles) if p.covers((batch, height, width))]
         if not fitting:
             listed = ", ".join(map(str, self._profiles))
             size = f"{batch}x{height}x{width}"
             bucket = f"1x{min(height, MINIMUM_SIDE)}x{min(width, MINIMUM_SIDE)}:{size}:{size}"
-            raise EngineError(
+            raise BackendError(
                 f"{self.contract.name}: got an image of {size} (batch x height x width), "
                 f"expected one of the plan's profiles (min:opt:max) {listed}; build one that fits: "
                 f"{self._remedy} --profile {bucket}"
@@ -121,20 +121,20 @@ class TensorRTEngine(ClosedAtExit):
         index = min(fitting, key=lambda index: _pixels(self._profiles[index].maximum))
         with self._opening:
             if not self._finalizer.alive:
-                raise EngineError(f"{self.contract.name}: the engine is closed, expected an open one")
+                raise BackendError(f"{self.contract.name}: the engine is closed, expected an open one")
             if index not in self._lanes:
                 try:
-                    self._lanes[index] = Lane(self._plan, index)
+                    self._lanes[index] = ExecutionContext(self._plan, index)
                 except self._plan.gpu.errors as error:
                     raise self._failure(error) from error
             return self._lanes[index]
 
-    def _failure(self, error: Exception) -> EngineError:
+    def _failure(self, error: Exception) -> BackendError:
         said = self._plan.started.log.take()
-        return EngineError(f"{self.contract.name}: cannot be run on {self._plan.gpu.name}: {error} ({said})")
+        return BackendError(f"{self.contract.name}: cannot be run on {self._plan.gpu.name}: {error} ({said})")
 
 
-def _close(plan: LoadedPlan, lanes: dict[int, Lane]) -> None:
+def _close(plan: LoadedEngine, lanes: dict[int, ExecutionContext]) -> None:
     """Close what an engine has opened; the library needs the context to be current for that."""
     with plan.gpu.active():
         for lane in lanes.values():
@@ -158,7 +158,7 @@ def _kept_outputs(engine: Any, contract: GraphContract, module: Any) -> dict[str
     expected = {IMAGE: "input uint8 of rank 4"}
     expected |= {n: f"output {t.dtype} of rank {len(t.axes)}" for n, t in contract.outputs.items()}
     if found != expected:
-        raise EngineError(f"{contract.name}: got a plan of {found}, expected {expected}")
+        raise BackendError(f"{contract.name}: got a plan of {found}, expected {expected}")
     return {name: dtypes[name] for name in contract.outputs}
 
 
@@ -170,7 +170,7 @@ def _profiles(engine: Any, contract: GraphContract) -> tuple[Profile, ...]:
             sizes = [(batch, height, width) for batch, height, width, channels in shapes if channels == 3]
             profiles.append(Profile(*sizes))
         except (TypeError, ValueError) as error:
-            raise EngineError(
+            raise BackendError(
                 f"{contract.name}: profile {index}: got {shapes}, expected three of [N, H, W, 3]"
             ) from error
     return tuple(profiles)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
-from multisa.runtime.errors import EngineUnavailable, UsageError
+from multisa.runtime.errors import BackendUnavailable, UsageError
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 LIBRARIES = (TENSORRT, TENSORRT_RTX)  # in the order they are tried
@@ -109,7 +109,7 @@ class LibraryLog:
 
 
 @dataclass(frozen=True)
-class StartedLibrary:
+class TensorRTRuntime:
     """A library that runs plans."""
 
     library: Library
@@ -126,24 +126,24 @@ def check_library_name(name: str) -> None:
 def import_library(name: str) -> Library:
     """Import a library by its name, one of LIBRARIES; this needs no driver.
 
-    Raises UsageError for another name, EngineUnavailable when it is not installed, cannot be loaded, or is
+    Raises UsageError for another name, BackendUnavailable when it is not installed, cannot be loaded, or is
     too old.
     """
     check_library_name(name)
     remedy = _INSTALL[name]
     found = [module for module in _MODULES[name] if _is_there(module)]
     if not found:
-        raise EngineUnavailable(f"{name} is not installed", remedy=remedy)
+        raise BackendUnavailable(f"{name} is not installed", remedy=remedy)
     try:
         module = importlib.import_module(found[0])
     except (ImportError, OSError) as error:
-        raise EngineUnavailable(
+        raise BackendUnavailable(
             f"{name} is installed and cannot be loaded ({error})", remedy=f"with its libraries: {remedy}"
         ) from error
     version = str(getattr(module, "__version__", "unknown"))
     major = version.split(".")[0]
     if not major.isdigit() or int(major) < _OLDEST[name]:
-        raise EngineUnavailable(
+        raise BackendUnavailable(
             f"{name}: got version {version}, expected {_OLDEST[name]} or newer", remedy=remedy
         )
     return Library(name, module, version)
@@ -151,19 +151,19 @@ def import_library(name: str) -> Library:
 
 @functools.lru_cache(maxsize=1)
 def default_gpu() -> PrimaryContext:
-    """The first GPU, opened once. Raises EngineUnavailable without pycuda, a driver or a GPU."""
+    """The first GPU, opened once. Raises BackendUnavailable without pycuda, a driver or a GPU."""
     try:
         return PrimaryContext()
     except DeviceUnavailableError as error:
         cause, _, remedy = str(error).partition("; ")
-        raise EngineUnavailable(f"TensorRT cannot run: {cause}", remedy=remedy) from error
+        raise BackendUnavailable(f"TensorRT cannot run: {cause}", remedy=remedy) from error
 
 
 @functools.lru_cache(maxsize=len(LIBRARIES))
-def start_library(library: Library, gpu: PrimaryContext) -> StartedLibrary:
+def start_library(library: Library, gpu: PrimaryContext) -> TensorRTRuntime:
     """Start a library once in this process; `gpu` shows that a driver is there.
 
-    Raises EngineUnavailable when it does not start.
+    Raises BackendUnavailable when it does not start.
     """
     logger, log = library_log(library.module)
     with gpu.active():
@@ -171,10 +171,10 @@ def start_library(library: Library, gpu: PrimaryContext) -> StartedLibrary:
             runtime = library.module.Runtime(logger)
         except (TypeError, RuntimeError) as error:  # how the bindings report a null pointer
             said = f"{error}; {log.take()}"
-            raise EngineUnavailable(
+            raise BackendUnavailable(
                 f"{library}: does not start on {gpu.name}: {said}", remedy="update the driver"
             ) from error
-    return StartedLibrary(library, runtime, log)
+    return TensorRTRuntime(library, runtime, log)
 
 
 @functools.cache

@@ -9,10 +9,10 @@ import click
 
 from multisa.runtime.cli.options import (
     PATH,
+    backend_options,
     bundle_option,
-    engine_options,
+    engine_cache_option,
     max_pixels_option,
-    plans_option,
     run_options,
 )
 
@@ -49,7 +49,7 @@ def segment(**arguments: Any) -> None:
     \b
     Example:
       multisa segment photos -o out
-      multisa segment s3://bucket/photos -o out --sink tar,coco
+      multisa segment s3://bucket/photos -o out --writer tar,coco
     """
     _run("segment", None, **arguments)
 
@@ -119,9 +119,9 @@ def inspect(bundle: Path | None) -> None:
 
 @click.command()
 @bundle_option
-@plans_option
+@engine_cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(bundle: Path | None, plans: Path | None, as_json: bool) -> None:
+def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> None:
     """Tell what this machine can run: versions, processor, kernels, GPUs, and each engine, tried.
 
     Exits with 1 where the bundle cannot be used, with 5 where no engine can, else with 0.
@@ -132,7 +132,7 @@ def doctor(bundle: Path | None, plans: Path | None, as_json: bool) -> None:
     """
     from multisa.runtime.doctor import describe_diagnosis, examine
 
-    diagnosis = examine(bundle, plans)
+    diagnosis = examine(bundle, engine_cache)
     width = max(80, min(120, shutil.get_terminal_size().columns))
     text = json.dumps(diagnosis.to_json(), indent=2) if as_json else describe_diagnosis(diagnosis, width)
     click.echo(text)
@@ -140,24 +140,24 @@ def doctor(bundle: Path | None, plans: Path | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("-o", "--out", type=PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
+@click.option("-o", "--output", type=PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
 @bundle_option
-@engine_options
-def demo(out: Path, bundle: Path | None, engine: str, precision: str, plans: Path | None) -> None:
+@backend_options
+def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine_cache: Path | None) -> None:
     """Label and segment the photographs that come with the package and make a page to look at.
 
     \b
     Example:
       multisa demo
     """
-    from multisa.runtime.backends.registry import EngineRequest
+    from multisa.runtime.backends.registry import BackendRequest
     from multisa.runtime.demo import run_demo
     from multisa.runtime.jobs.record import describe_summary
 
-    summaries = run_demo(out, _load_bundle(bundle), EngineRequest(engine, precision, plans))
+    summaries = run_demo(output, _load_bundle(bundle), BackendRequest(backend, precision, engine_cache))
     for name, summary in summaries.items():
-        click.echo(f"multisa {name}: {describe_summary(summary, pictured=0)}")
-    click.echo(f"open {out / 'index.html'} in a browser")
+        click.echo(f"multisa {name}: {describe_summary(summary, report_images=0)}")
+    click.echo(f"open {output / 'index.html'} in a browser")
 
 
 def _run(command: str, labels: Path | None, **arguments: Any) -> None:
@@ -170,9 +170,9 @@ def _run(command: str, labels: Path | None, **arguments: Any) -> None:
     failure_limit(allowed or "0", images=1)  # a misspelt limit is said now, not after the run
     request = RunRequest.from_arguments(command, _load_bundle(arguments.pop("bundle")).path, arguments)
     summary = run(
-        request.job, request.options, request.open_crew, labels=labels, telemetry=request.telemetry()
+        request.job, request.options, request.make_executor, labels=labels, telemetry=request.telemetry()
     )
-    click.echo(describe_summary(summary, pictured=request.options.pictured))
+    click.echo(describe_summary(summary, report_images=request.options.report_images))
     check_failures(summary.failures, summary.images, allowed, request.job.out)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from multisa.runtime.errors import EngineUnavailable, Interrupted, MultisaError
+from multisa.runtime.errors import BackendUnavailable, Interrupted, MultisaError
 
 COMMANDS = {
     "label": ("multisa.runtime.cli.commands:label", "Turn image-level labels into pixel masks."),
@@ -67,7 +67,9 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what it raises becomes one line on stderr and an exit code."""
-        with _errors_as_exit_codes(ctx, show_traceback=bool(ctx.params.get("traceback"))):
+        from multisa.runtime.progress import console
+
+        with _errors_as_exit_codes(ctx, show_traceback=bool(ctx.params.get("traceback"))), console():
             return super().invoke(ctx)
 
 
@@ -112,7 +114,7 @@ def _as_multisa_error(error: MultisaError | ModuleNotFoundError | OSError) -> Mu
         package = (error.name or "").partition(".")[0]
         if package not in _EXPORT_PACKAGES:
             raise error
-        return EngineUnavailable(f"{package} is not installed: {_INSTALL_EXPORT}")
+        return BackendUnavailable(f"{package} is not installed: {_INSTALL_EXPORT}")
     if error.errno is None or error.errno == errno.EPIPE:  # a closed pipe is click's to handle
         raise error
     place = f"{error.filename}: " if error.filename else ""

@@ -25,20 +25,20 @@ def max_pixels_option(what: str) -> Callable[[Command], Command]:
     )
 
 
-def plans_option(command: Command) -> Command:
+def engine_cache_option(command: Command) -> Command:
     """Where plans lie besides those of the bundle."""
     return click.option(
-        "--plans",
+        "--engine-cache",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         metavar="DIR",
         help="Look for TensorRT plans here, too, besides BUNDLE/engines: the --cache of `multisa build`.",
     )(command)
 
 
-def engine_options(command: Command) -> Command:
+def backend_options(command: Command) -> Command:
     """Which engine runs the graphs, and in which precision."""
     for decorate in (
-        plans_option,
+        engine_cache_option,
         click.option(
             "--precision",
             default="auto",
@@ -47,7 +47,7 @@ def engine_options(command: Command) -> Command:
             help="Of the graphs: fp32, fp16 or int8, as the bundle has; bf16 for segment on openvino.",
         ),
         click.option(
-            "--engine",
+            "--backend",
             default="auto",
             show_default=True,
             metavar="NAME",
@@ -63,15 +63,15 @@ def engine_options(command: Command) -> Command:
 # Images, results, and what makes them.
 _WHAT = (
     click.argument("images"),
-    click.option("-o", "--out", type=PATH, required=True, metavar="OUT", help="Folder for the results."),
+    click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="Folder for the results."),
     bundle_option,
-    engine_options,
+    backend_options,
 )
 # What is written, and how wide the stages are.
 _HOW = (
     click.option(
-        "--sink",
-        "sinks",
+        "--writer",
+        "writers",
         multiple=True,
         metavar="NAME",
         # The names of runtime/sinks/choice.py, which help does not load.
@@ -110,24 +110,25 @@ _SITTINGS = (
     ),
     click.option("--retry-failed", is_flag=True, help="Try the failed images of OUT again."),
     click.option("--overwrite", is_flag=True, help="Remove the run that OUT holds and begin anew."),
-    click.option("--frozen", is_flag=True, help="Go on without a look at whether IMAGES have changed."),
+    click.option(
+        "--skip-source-check", is_flag=True, help="Go on without a look at whether IMAGES have changed."
+    ),
     click.option("--verify", is_flag=True, help="Read what is committed, and do again what was altered."),
 )
 # How large an image may be, and how many are shown.
 _BOUNDS = (
     max_pixels_option("image"),
     click.option(
-        "--report",
-        "pictured",
+        "--report-images",
         type=click.IntRange(0),
         metavar="N",
-        help="Images on OUT/report.html, the most doubtful first; 200 by default, 0: no page.",
+        help="Images on OUT/report.html, the most uncertain first; 200 by default, 0: no page.",
     ),
 )
 # Who does the shards.
 _ELSEWHERE = (
     click.option(
-        "--processes",
+        "--num-processes",
         type=click.IntRange(1),
         metavar="N",
         help="Processes side by side; with several GPUs each takes the next one.",

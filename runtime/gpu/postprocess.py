@@ -1,7 +1,7 @@
 """From maps and affinities on a device to a mask there: what `postprocess.py` does, for one working size.
 
-shape = RefinerShape(cam=(24, 32), grid=(94, 125), image=(375, 500), labels=4)
-refiner = DeviceRefiner(device, shape, parameters)
+shape = PostprocessShape(cam=(24, 32), grid=(94, 125), image=(375, 500), labels=4)
+refiner = GpuPostprocessor(device, shape, parameters)
 refiner.queue(inputs, outputs, 3, stream)            # device addresses; nothing waits
 """
 
@@ -19,7 +19,7 @@ Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
-class RefinerShape:
+class PostprocessShape:
     """The sizes of one image's way; `labels` is for how many, background included, there is memory."""
 
     cam: Size
@@ -29,7 +29,7 @@ class RefinerShape:
 
 
 @dataclass(frozen=True)
-class RefinerInputs:
+class PostprocessInputs:
     """Device addresses of what belongs to one image."""
 
     image: int  # uint8 [H, W, 3] RGB
@@ -41,22 +41,22 @@ class RefinerInputs:
 
 
 @dataclass(frozen=True)
-class RefinerOutputs:
+class PostprocessOutputs:
     """Device addresses of what is made of it."""
 
     mask: int  # uint8 [H, W] class ids
     confidence: int  # uint8 [H, W]: 255 = certain
     errors: int  # uint32 [2]: error words of the walk (limits.bad_input) and of the CRF (crf.problems_of)
-    soft: int = 0  # float16 [1 + count, H, W]; 0: not wanted
+    probabilities: int = 0  # float16 [1 + count, H, W]; 0: not wanted
 
 
-class DeviceRefiner:
+class GpuPostprocessor:
     """Walk, resizing, dense CRF and argmax for one working size; all memory is made here or with a new count.
 
     Images of one object share its memory: queue them on one stream.
     """
 
-    def __init__(self, device: Device, shape: RefinerShape, parameters: LabelParameters) -> None:
+    def __init__(self, device: Device, shape: PostprocessShape, parameters: LabelParameters) -> None:
         """Allocate, upload the tables and build the spatial lattice, which waits for the device.
 
         Raises ValueError for sizes or parameters that a device cannot do.
@@ -82,7 +82,7 @@ class DeviceRefiner:
                 self._memory["present"], np.where(labels <= labels[:, None], labels, -1).astype(np.int32)
             )
 
-    def queue(self, inputs: RefinerInputs, outputs: RefinerOutputs, count: int, stream: int) -> None:
+    def queue(self, inputs: PostprocessInputs, outputs: PostprocessOutputs, count: int, stream: int) -> None:
         """Queue the way of one image with `count` classes, 1 up to the shape's labels - 1; nothing waits.
 
         Only a count that comes for the first time makes memory, for which the device may wait.
@@ -116,7 +116,7 @@ class DeviceRefiner:
             self._pixels,
             outputs.mask,
             outputs.confidence,
-            soft=outputs.soft,
+            soft=outputs.probabilities,
             stream=stream,
         )
         queue_take_errors(

@@ -17,13 +17,13 @@ from multisa.kernels.cuda.pycuda_context import PinnedBuffer, PrimaryContext, Py
 from multisa.kernels.stencil import stencil_offsets
 from multisa.runtime.backends.base import UInt8
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.errors import EngineError, ImageError
+from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.image_labels import Labels, labels_from_scores
 
 ERROR_BYTES = 8  # two words before each image's mask: what the walk and the CRF found wrong
 
 
-class PinnedTwin:
+class HostDeviceBuffer:
     """Memory on both sides that grows to what is asked for; growing must not meet work under way."""
 
     def __init__(self, gpu: PrimaryContext) -> None:
@@ -86,23 +86,23 @@ class OutputLayout:
         return ERROR_BYTES + 2 * self.pixels
 
     @property
-    def soft(self) -> int:
+    def probabilities(self) -> int:
         """Aligned, behind the rest."""
         return -(-self.bytes // ALIGNMENT) * ALIGNMENT
 
     @property
     def stride(self) -> int:
         """From one image of a batch to the next."""
-        size = self.soft + 2 * self.soft_labels * self.pixels
+        size = self.probabilities + 2 * self.soft_labels * self.pixels
         return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-class Slot:
+class StagingBuffer:
     """Memory and events of one batch under way."""
 
     def __init__(self, gpu: PrimaryContext) -> None:
         """Make the events; memory comes with the first batch."""
-        self.image, self.lists, self.scores, self.output = (PinnedTwin(gpu) for _ in range(4))
+        self.image, self.lists, self.scores, self.output = (HostDeviceBuffer(gpu) for _ in range(4))
         with gpu.active():
             self.scored, self.done = gpu.driver.create_event(), gpu.driver.create_event()
 
@@ -111,14 +111,16 @@ Float16 = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
-class DeviceLabels:
+class GpuLabels:
     """What comes back of one image."""
 
     mask: UInt8  # [h, w] class ids, 0 = background
     confidence: UInt8  # [h, w], 255 = certain
     classes: Labels
     scores: dict[str, float]  # of every class of the bundle but the background
-    soft: Float16 | None  # [1 + len(classes), h, w] probabilities, the background first; where asked for
+    probabilities: (
+        Float16 | None
+    )  # [1 + len(classes), h, w] probabilities, the background first; where asked for
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,14 @@ class ListAddresses:
 
 
 @dataclass
-class DeviceCall:
+class GpuRequest:
     """A batch in a slot."""
 
     manifest: Manifest
     shape: tuple[int, ...]  # [N, h, w, 3]
     given: Sequence[Labels | None]
-    slot: Slot
-    keeps_soft: bool
+    slot: StagingBuffer
+    keeps_probabilities: bool
     classes: list[Labels] = field(default_factory=list)  # of each image, once `choose` was called
     errors: dict[int, ImageError] = field(default_factory=dict)  # of images that could not be queued
 
@@ -150,7 +152,9 @@ class DeviceCall:
     @property
     def layout(self) -> OutputLayout:
         """Where one image's output lies."""
-        return OutputLayout(self.shape[1] * self.shape[2], len(self.manifest.classes) * self.keeps_soft)
+        return OutputLayout(
+            self.shape[1] * self.shape[2], len(self.manifest.classes) * self.keeps_probabilities
+        )
 
     @property
     def needs_affinity(self) -> bool:
@@ -158,11 +162,11 @@ class DeviceCall:
         return any(labels is None or labels for labels in self.given)
 
     def check_outputs(self, outputs: Mapping[str, Any]) -> None:
-        """Raise EngineError where what the networks give does not fit the bundle and the image."""
+        """Raise BackendError where what the networks give does not fit the bundle and the image."""
         foreground, label = len(self.manifest.foreground), self.manifest.parameters.label
         for name in ("cam", "scores"):
             if outputs[name].shape[:2] != (self.shape[0], foreground):
-                raise EngineError(
+                raise BackendError(
                     f"cam: {name}: got {list(outputs[name].shape)}, expected {foreground} classes of "
                     f"{self.shape[0]} images"
                 )
@@ -172,7 +176,7 @@ class DeviceCall:
         grid = tuple(-(-side // stride) for side in self.size)
         expected = (self.shape[0], len(stencil_offsets(label.walk_radius)), *grid)
         if outputs["affinity"].shape != expected:
-            raise EngineError(
+            raise BackendError(
                 f"affinity: got {list(outputs['affinity'].shape)}, expected {list(expected)} at radius "
                 f"{label.walk_radius} and stride {stride} of {self.size}"
             )
@@ -215,13 +219,13 @@ class DeviceCall:
         gains = start + 4 * (2 * count + 1) if self.manifest.parameters.label.class_gain else 0
         return ListAddresses(start, start + 4 * count, gains)
 
-    def result(self, index: int) -> DeviceLabels | ImageError:
+    def result(self, index: int) -> GpuLabels | ImageError:
         """Copy one image's result out of the pinned memory."""
         classes, scores, layout = self.classes[index], self.scores(index), self.layout
         if not classes:  # without a class there is nothing to spread
-            soft = np.ones((1, *self.size), np.float16) if self.keeps_soft else None
+            probabilities = np.ones((1, *self.size), np.float16) if self.keeps_probabilities else None
             certain = np.full(self.size, 255, np.uint8)
-            return DeviceLabels(np.zeros(self.size, np.uint8), certain, classes, scores, soft)
+            return GpuLabels(np.zeros(self.size, np.uint8), certain, classes, scores, probabilities)
         if index in self.errors:
             return self.errors[index]
         output, start = self.slot.output, index * layout.stride
@@ -231,10 +235,12 @@ class DeviceCall:
             return ImageError(f"post-processing: {said}")
         mask = output.host(start + layout.mask, self.size, np.uint8).copy()
         confidence = output.host(start + layout.confidence, self.size, np.uint8).copy()
-        soft = None
-        if self.keeps_soft:
-            soft = output.host(start + layout.soft, (1 + len(classes), *self.size), np.float16).copy()
-        return DeviceLabels(mask, confidence, classes, scores, soft)
+        probabilities = None
+        if self.keeps_probabilities:
+            probabilities = output.host(
+                start + layout.probabilities, (1 + len(classes), *self.size), np.float16
+            ).copy()
+        return GpuLabels(mask, confidence, classes, scores, probabilities)
 
     def _list_words(self) -> tuple[int, int]:
         """The most classes of an image, and the bytes of all lists."""

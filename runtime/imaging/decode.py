@@ -139,11 +139,11 @@ def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
 
 def _frame_notes(data: bytes, image: ImageFile.ImageFile) -> list[str]:
     # Pillow counts the frames of these formats by going through each of them.
-    counted = count_frames(data)
-    frames = int(getattr(image, "n_frames", 1)) if counted is None else counted
+    pluralize = count_frames(data)
+    frames = int(getattr(image, "n_frames", 1)) if pluralize is None else pluralize
     if frames <= 1:
         return []
-    return [f"first of {'at least ' if counted == MOST_FRAMES else ''}{frames} frames"]
+    return [f"first of {'at least ' if pluralize == MOST_FRAMES else ''}{frames} frames"]
 
 
 def _orientation(image: Image.Image) -> int:

@@ -13,10 +13,10 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.imaging.decode import WorkingImage, resize_mask
 from multisa.runtime.imaging.png import encode_palette_png
 from multisa.runtime.jobs.shards import check_path_length
-from multisa.runtime.jobs.snapshot import Work
-from multisa.runtime.predict.prediction import DECIMALS, Annotation
-from multisa.runtime.predict.uncertainty import doubt
-from multisa.runtime.writers.base import LabelledImage, Sink
+from multisa.runtime.jobs.snapshot import Sample
+from multisa.runtime.predict.prediction import DECIMALS, Prediction
+from multisa.runtime.predict.uncertainty import uncertainty
+from multisa.runtime.writers.base import LabelledImage, Writer
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +31,13 @@ class EncodedImage:
 class Encoder:
     """Encodes for the sinks of a run; `encode` may be called from several threads at once."""
 
-    def __init__(self, out: Path, manifest: Manifest, sinks: Sequence[Sink]) -> None:
-        self._out, self._manifest, self._sinks = out, manifest, tuple(sinks)
+    def __init__(self, out: Path, manifest: Manifest, writers: Sequence[Writer]) -> None:
+        self._out, self._manifest, self._writers = out, manifest, tuple(writers)
         self._palette = manifest.mask_palette()[: len(manifest.classes)]
 
-    def encode(self, work: Work, image: WorkingImage, annotation: Annotation) -> EncodedImage:
+    def encode(self, work: Sample, image: WorkingImage, annotation: Prediction) -> EncodedImage:
         """Raises ImageError when the results of the image cannot be written or a format cannot hold it."""
-        paths = [path for sink in self._sinks for path in sink.results(work.name)]
+        paths = [path for writer in self._writers for path in writer.results(work.name)]
         for path in paths:
             check_path_length(self._out, path)
         mask = resize_mask(annotation.mask, (image.height, image.width))
@@ -52,21 +52,21 @@ class Encoder:
             png=png,
             confidence=annotation.confidence,
             record=record,
-            soft=annotation.soft,
+            probabilities=annotation.probabilities,
         )
         return EncodedImage(
-            work.index, json_line(record), tuple(sink.encode(labelled) for sink in self._sinks)
+            work.index, json_line(record), tuple(writer.encode(labelled) for writer in self._writers)
         )
 
     def _record(
-        self, work: Work, image: WorkingImage, annotation: Annotation, counts: Sequence[int]
+        self, work: Sample, image: WorkingImage, annotation: Prediction, counts: Sequence[int]
     ) -> dict[str, Any]:
         classes, pixels = self._manifest.classes, image.height * image.width
         levels = histogram(annotation.confidence) @ np.arange(256)
         confidence = int(levels) / (255 * annotation.confidence.size)
         found = set(annotation.classes) - set(annotation.missing)
-        doubted = doubt(confidence, annotation.disagreement, annotation.classes, found)
-        masks = [path for sink in self._sinks for path in sink.results(work.name)]
+        uncertainty_score = uncertainty(confidence, annotation.disagreement, annotation.classes, found)
+        masks = [path for writer in self._writers for path in writer.results(work.name)]
         record = {
             "index": work.index,
             "image": work.item.id,
@@ -79,7 +79,7 @@ class Encoder:
             "pixel_shares": {classes[i]: round(n / pixels, DECIMALS) for i, n in enumerate(counts) if n},
             "confidence": round(confidence, DECIMALS),
             "disagreement": round(annotation.disagreement, DECIMALS),
-            "doubt": round(doubted, DECIMALS),
+            "uncertainty": round(uncertainty_score, DECIMALS),
             **annotation.details,
         }
         return {**record, "notes": image.notes} if image.notes else record

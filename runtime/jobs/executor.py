@@ -10,13 +10,13 @@ from typing import Any, Protocol, Self
 from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job
-from multisa.runtime.jobs.stages import Failure, Watcher, Width
+from multisa.runtime.jobs.stages import Concurrency, Failure, RunObserver
 from multisa.runtime.jobs.worker import Worker
 from multisa.runtime.system import usable_cpus
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ShardReport:
     """A shard that was done elsewhere, and what was seen of it there."""
 
     result: ShardResult
@@ -24,13 +24,13 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)  # of work by stage
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Does shards; a context manager."""
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the bytes and may differ between machines: engines and versions of packages."""
 
-    def engines(self) -> Mapping[str, Any]:
+    def backends(self) -> Mapping[str, Any]:
         """What runs each graph, for the record of a run."""
 
     def do(self, shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
@@ -39,7 +39,7 @@ class Crew(Protocol):
     def seconds(self) -> Mapping[str, float]:
         """Seconds of work by stage, so far."""
 
-    def width(self) -> Width:
+    def width(self) -> Concurrency:
         """Threads of the stages, and cores, of all who are there."""
 
     def __enter__(self) -> Self: ...
@@ -49,10 +49,10 @@ class Crew(Protocol):
     ) -> None: ...
 
 
-class LocalCrew:
+class LocalExecutor:
     """This process alone."""
 
-    def __init__(self, job: Job, watcher: Watcher) -> None:
+    def __init__(self, job: Job, watcher: RunObserver) -> None:
         self._worker = Worker(job, watcher)
 
     def __enter__(self) -> Self:
@@ -67,24 +67,24 @@ class LocalCrew:
         """See Crew."""
         return self._worker.identity()
 
-    def engines(self) -> Mapping[str, Any]:
+    def backends(self) -> Mapping[str, Any]:
         """See Crew."""
-        return {choice.graph: choice.to_json() for choice in self._worker.engines}
+        return {choice.graph: choice.to_json() for choice in self._worker.backends}
 
     def do(self, shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
         """Feed one shard after the other; they are finished, and written, meanwhile."""
-        under_way: deque[Future[None]] = deque()
+        in_flight: deque[Future[None]] = deque()
         for shard in shards:
-            under_way.append(self._worker.start(shard, committed))
-            while under_way and under_way[0].done():
-                under_way.popleft().result()
-        while under_way:
-            self._worker.wait(under_way.popleft())
+            in_flight.append(self._worker.start(shard, committed))
+            while in_flight and in_flight[0].done():
+                in_flight.popleft().result()
+        while in_flight:
+            self._worker.wait(in_flight.popleft())
 
     def seconds(self) -> Mapping[str, float]:
         """See Crew."""
-        return self._worker.clock.seconds()
+        return self._worker.timer.seconds()
 
-    def width(self) -> Width:
+    def width(self) -> Concurrency:
         """See Crew."""
-        return Width((self._worker.job.sizes,), usable_cpus())
+        return Concurrency((self._worker.job.sizes,), usable_cpus())

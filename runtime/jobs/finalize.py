@@ -17,20 +17,22 @@ from multisa.runtime.files import write_json_atomically
 from multisa.runtime.imaging.decode import decode_image, decode_mask, read_mask
 from multisa.runtime.jobs.output import REPORT_FOLDER, REPORT_PAGE
 from multisa.runtime.jobs.shards import PRIVATE, FinishedFolder
-from multisa.runtime.jobs.snapshot import Inventory
+from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import FAILURES, RECORDS
 from multisa.runtime.report.pictures import clear_pictures
 from multisa.runtime.report.report import write_report
 from multisa.runtime.report.summary import group_failures
 from multisa.runtime.sources.base import Source
-from multisa.runtime.writers.base import Sink, shard_path, tar_key
+from multisa.runtime.writers.base import Writer, shard_path, tar_key
 
 LABELS_FILE, FAILED_FILE = "labels.jsonl", "failed.jsonl"
 FINISHED = f"{PRIVATE}/finished.json"
 
 
-def finish_files(out: Path, sinks: Sequence[Sink], shards: Sequence[int], retries: Sequence[int]) -> None:
+def finalize_files(
+    out: Path, writers: Sequence[Writer], shards: Sequence[int], retries: Sequence[int]
+) -> None:
     """Write labels.jsonl, failed.jsonl (where there are any) and what the sinks have for the whole run.
 
     shards, retries: numbers of the committed shards, in order; what a retry says of an image holds.
@@ -40,24 +42,24 @@ def finish_files(out: Path, sinks: Sequence[Sink], shards: Sequence[int], retrie
     first.write(LABELS_FILE, _merged(first.parts(RECORDS), records, set()))
     _write_failures(first, failures, set(records))
     everything = FinishedFolder(out, (*shards, *retries))
-    for sink in sinks:
-        sink.finish(everything, len(shards) + len(retries))
+    for writer in writers:
+        writer.finalize(everything, len(shards) + len(retries))
     write_json_atomically(out / FINISHED, {"files": [*first.written, *everything.written]})
 
 
-def note_finished(out: Path, shards: int) -> None:
+def record_finalized(out: Path, shards: int) -> None:
     """Note that files and record are those of so many shards: only the page may be left to be written."""
     write_json_atomically(out / FINISHED, {**_finished(out), "shards": shards})
 
 
-def note_page(out: Path, pictured: int) -> None:
+def record_report(out: Path, report_images: int) -> None:
     """Note that the page is written, with so many pictures."""
-    write_json_atomically(out / FINISHED, {**_finished(out), "pictured": pictured})
+    write_json_atomically(out / FINISHED, {**_finished(out), "report_images": report_images})
 
 
-def is_page_written(out: Path, pictured: int) -> bool:
+def is_report_written(out: Path, report_images: int) -> bool:
     """Whether the page is that of the files that are there, with so many pictures."""
-    return _finished(out).get("pictured") == pictured and (out / REPORT_PAGE).is_file()
+    return _finished(out).get("report_images") == report_images and (out / REPORT_PAGE).is_file()
 
 
 def write_failures(out: Path, shards: Sequence[int], retries: Sequence[int]) -> None:
@@ -66,12 +68,12 @@ def write_failures(out: Path, shards: Sequence[int], retries: Sequence[int]) -> 
     _write_failures(FinishedFolder(out, shards), failures, set(records))
 
 
-def is_finished(out: Path, shards: int) -> bool:
+def is_finalized(out: Path, shards: int) -> bool:
     """Whether `note_finished` was told so many shards."""
     return _finished(out).get("shards") == shards
 
 
-def unfinish(out: Path) -> None:
+def reopen(out: Path) -> None:
     """Note that there is more to be done."""
     (out / FINISHED).unlink(missing_ok=True)
 
@@ -149,7 +151,7 @@ _LONG_SIDE = 640  # of the photographs that are read for the page
 
 
 def write_page(
-    job: Job, manifest: Manifest, inventory: Inventory, shard_size: int, run: Record, pictured: int
+    job: Job, manifest: Manifest, snapshot: Snapshot, shard_size: int, run: Record, report_images: int
 ) -> None:
     """Write the page and its pictures; an image that cannot be read any more has none.
 
@@ -157,7 +159,7 @@ def write_page(
     """
     with ExitStack() as stack:
         source = stack.enter_context(job.open_source())
-        pictures = _Pictures(job, inventory, shard_size, source)
+        pictures = _Pictures(job, snapshot, shard_size, source)
         write_report(
             job.out,
             records=_lines(job.out / LABELS_FILE),
@@ -166,7 +168,7 @@ def write_page(
             manifest=manifest,
             read_photograph=pictures.photograph,
             read_mask=pictures.mask,
-            pictured=pictured if {"masks", "tar"} & set(job.sinks) else 0,
+            report_images=report_images if {"masks", "tar"} & set(job.writers) else 0,
         )
 
 
@@ -182,12 +184,12 @@ def remove_page(out: Path) -> None:
 class _Pictures:
     """What the page shows of an image, by its record."""
 
-    def __init__(self, job: Job, inventory: Inventory, shard_size: int, source: Source) -> None:
-        self._job, self._inventory, self._shard_size, self._source = job, inventory, shard_size, source
+    def __init__(self, job: Job, snapshot: Snapshot, shard_size: int, source: Source) -> None:
+        self._job, self._snapshot, self._shard_size, self._source = job, snapshot, shard_size, source
 
     def photograph(self, record: Record) -> UInt8 | None:
         """uint8 [H, W, 3], upright, perhaps smaller than it is; None when it cannot be had any more."""
-        work = self._inventory.work(int(record["index"]))
+        work = self._snapshot.work(int(record["index"]))
         try:
             data = self._source.read(work.item)
             return decode_image(data, max_pixels=self._job.max_pixels, long_side=_LONG_SIDE).rgb
@@ -197,10 +199,10 @@ class _Pictures:
     def mask(self, record: Record) -> UInt8:
         """uint8 [H, W] of the photograph's own size."""
         index = int(record["index"])
-        name = self._inventory.work(index).name
-        if "masks" in self._job.sinks:
+        name = self._snapshot.work(index).name
+        if "masks" in self._job.writers:
             return read_mask(self._job.out / "masks" / f"{name}.png", max_pixels=self._job.max_pixels)
-        shard = self._inventory.shard_of(index, self._shard_size)
+        shard = self._snapshot.shard_of(index, self._shard_size)
         with tarfile.open(self._job.out / shard_path("shards", shard, "tar")) as members:
             member = members.extractfile(f"{tar_key(name)}.png")
             assert member is not None  # it is what this run has written

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from multisa.kernels.native import native
-from multisa.runtime.backends.base import DetailedEngine
+from multisa.runtime.backends.base import DetailedBackend
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.backends.registry import ENGINES, Choice
+from multisa.runtime.backends.registry import BACKENDS, SelectedBackend
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import flush_folder, write_json_atomically
 from multisa.runtime.imaging.png import png_encoder
@@ -40,19 +40,19 @@ def run_config(
         "command": job.command,
         "bundle": bundle_sha256,
         "labels": labels_sha256,
-        "sinks": list(job.sinks),
+        "writers": list(job.writers),
         "image prefix": job.image_prefix,
         "shard size": shard_size,
         "max pixels": job.max_pixels,
         # Which images an engine gets together may change the last bit of a sum.
         "batch": job.sizes.batch,
         "look-ahead": job.sizes.look_ahead if job.sizes.batch > 1 else None,
-        **_versions(package for sink in job.sinks for package in _SINK_PACKAGES.get(sink, ())),
+        **_versions(package for writer in job.writers for package in _SINK_PACKAGES.get(writer, ())),
         **identity,
     }
 
 
-def identity(engines: Iterable[Choice]) -> Config:
+def identity(backends: Iterable[SelectedBackend]) -> Config:
     """Engines, instructions and versions of a process that does shards."""
     values: dict[str, Any] = {
         "machine": platform.machine(),
@@ -62,13 +62,13 @@ def identity(engines: Iterable[Choice]) -> Config:
         "version of zlib": zlib.ZLIB_RUNTIME_VERSION,
     }
     names = []
-    for choice in engines:
-        engine = choice.engine
-        names.append(engine.name)
-        values[f"engine of {choice.graph}"] = f"{engine.name}, {choice.precision}"
-        if isinstance(engine, DetailedEngine):
-            values[f"plan of {choice.graph}"] = engine.detail.get("plan_sha256")
-    if any(name in ENGINES and ENGINES[name].needs_gpu for name in names):
+    for choice in backends:
+        backend = choice.backend
+        names.append(backend.name)
+        values[f"engine of {choice.graph}"] = f"{backend.name}, {choice.precision}"
+        if isinstance(backend, DetailedBackend):
+            values[f"plan of {choice.graph}"] = backend.detail.get("plan_sha256")
+    if any(name in BACKENDS and BACKENDS[name].needs_gpu for name in names):
         values["architecture of the GPU"] = ", ".join(gpu.target for gpu in probe_gpus().gpus[:1])
     packages = [*_PACKAGES, *(package for name in names for package in _ENGINE_PACKAGES.get(name, ()))]
     return values | _versions(packages)

@@ -12,10 +12,10 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from multisa.runtime.errors import Interrupted, TooManyFailures, UsageError
-from multisa.runtime.jobs.snapshot import Work
+from multisa.runtime.jobs.snapshot import Sample
 from multisa.runtime.jobs.stages import Failure
 from multisa.runtime.jobs.telemetry import Telemetry
-from multisa.runtime.progress import NAMED, Progress, counted, say
+from multisa.runtime.progress import EXAMPLES_SHOWN, Progress, log, pluralize
 
 
 def check_failures(failures: int, images: int, allowed: str | None, out: Path) -> None:
@@ -26,7 +26,7 @@ def check_failures(failures: int, images: int, allowed: str | None, out: Path) -
     if failures > failure_limit(allowed or "0", images):
         limit = f", allowed were {allowed}" if allowed else ""
         raise TooManyFailures(
-            f"{failures} of {counted(images, 'image')} failed{limit}: the reasons are in "
+            f"{failures} of {pluralize(images, 'image')} failed{limit}: the reasons are in "
             f"{out / 'failed.jsonl'}; --retry-failed tries them again"
         )
 
@@ -94,13 +94,13 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 def _say_all(messages: "queue.SimpleQueue[str | None]") -> None:
     while (message := messages.get()) is not None:
-        say(message)
+        log.info(message)
 
 
 _STATUS: dict[type[BaseException], str] = {Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
 
 
-class Watch:
+class RunMonitor:
     """Counts, shows (from `begin` on) and logs; a context manager, which closes the telemetry."""
 
     def __init__(self, command: str, telemetry: Telemetry | None = None) -> None:
@@ -132,7 +132,7 @@ class Watch:
         """Images that have failed in this sitting."""
         return sum(self.failure_kinds.values())
 
-    def image_done(self, work: Work) -> None:
+    def image_done(self, work: Sample) -> None:
         """Count one."""
         self._telemetry.image_done({})
         with self._lock:
@@ -152,8 +152,8 @@ class Watch:
         self._telemetry.image_failed(failure.image, failure.reason, failure.kind)
         with self._lock:
             self.failure_kinds[failure.kind] += 1
-            if self.failed <= NAMED:
-                say(f"{failure.image}: {failure.reason}")
+            if self.failed <= EXAMPLES_SHOWN:
+                log.info(f"{failure.image}: {failure.reason}")
             self._advance()
 
     def stage_busy(self, stage: str, seconds: float) -> None:

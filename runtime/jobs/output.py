@@ -20,7 +20,7 @@ from multisa.runtime.report.pictures import FOLDER, PAGE
 from multisa.runtime.sources.folders import Pattern
 from multisa.runtime.sources.remote import protocol_of
 
-INVENTORY = f"{PRIVATE}/inventory.sqlite"
+SNAPSHOT = f"{PRIVATE}/inventory.sqlite"
 CONFIG = f"{PRIVATE}/config.json"
 JOURNAL = f"{PRIVATE}/journal.jsonl"
 RUN = f"{PRIVATE}/run.json"
@@ -79,7 +79,7 @@ def output_errors(out: Path) -> Iterator[None]:
         remedy = _REMEDIES[error.errno]
         raise MultisaError(f"{place}: {error.strerror}: {remedy}, and the same command goes on") from error
     except sqlite3.OperationalError as error:  # says "database or disk is full", and the like
-        path = out / INVENTORY
+        path = out / SNAPSHOT
         raise MultisaError(
             f"{path}: {error}: see to room and permission, and the same command goes on"
         ) from error

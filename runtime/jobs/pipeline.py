@@ -11,17 +11,24 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.errors import EngineError, ImageError, MultisaError
+from multisa.runtime.errors import BackendError, ImageError, MultisaError
 from multisa.runtime.imaging.decode import WorkingImage, decode_working_image
 from multisa.runtime.jobs.encoder import EncodedImage, Encoder
-from multisa.runtime.jobs.snapshot import Shard, Work
-from multisa.runtime.jobs.stages import ByteBudget, EngineHealth, Failure, Sizes, Stage, Watcher
-from multisa.runtime.predict.prediction import Method, StageClock
+from multisa.runtime.jobs.snapshot import Sample, Shard
+from multisa.runtime.jobs.stages import (
+    ByteSemaphore,
+    CircuitBreaker,
+    Failure,
+    PipelineConfig,
+    RunObserver,
+    Stage,
+)
+from multisa.runtime.predict.prediction import Predictor, StageTimer
 from multisa.runtime.sources.base import Source
 
 
 @dataclass(frozen=True, eq=False)
-class DoneShard:
+class CompletedShard:
     """A shard whose images are all encoded, or failed, in their order."""
 
     shard: Shard
@@ -30,11 +37,11 @@ class DoneShard:
 
 
 @dataclass(eq=False)
-class OpenShard:
+class ShardState:
     """A shard under way; its lists have a place for each image."""
 
     shard: Shard
-    commit: Callable[[DoneShard], None]
+    commit: Callable[[CompletedShard], None]
     left: int
     images: list[EncodedImage | None]
     failures: list[Failure | None]
@@ -43,18 +50,18 @@ class OpenShard:
 
 
 @dataclass(frozen=True, eq=False)
-class Fed:
+class ImageTask:
     """An image under way."""
 
-    open: OpenShard
+    open: ShardState
     position: int
-    work: Work
+    work: Sample
     decoded: "Future[WorkingImage | StageFailed]" = field(default_factory=Future)  # where it is waited for
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
-    fed: Fed
+class DecodedTask:
+    fed: ImageTask
     image: WorkingImage
 
 
@@ -78,37 +85,37 @@ class Pipeline:
 
     def __init__(
         self,
-        method: Method,
+        method: Predictor,
         source: Source,
         encoder: Encoder,
         *,
-        sizes: Sizes,
-        clock: StageClock,
-        watcher: Watcher,
+        sizes: PipelineConfig,
+        timer: StageTimer,
+        watcher: RunObserver,
         max_pixels: int,
         long_side: int,
     ) -> None:
         self._method, self._source, self._encoder = method, source, encoder
-        self._sizes, self._clock, self._watcher = sizes, clock, watcher
+        self._sizes, self._timer, self._watcher = sizes, timer, watcher
         self._max_pixels, self._long_side = max_pixels, long_side
-        self._permits = threading.Semaphore(sizes.permits)
+        self._permits = threading.Semaphore(sizes.max_in_flight)
         self._open_shards = threading.Semaphore(_OPEN_SHARDS)
         self._feeding, self._counting = threading.Lock(), threading.Lock()
         self._error: BaseException | None = None
         self._stopped = threading.Event()
-        self._raw, self._health = ByteBudget(sizes.raw_bytes, self._stopped), EngineHealth()
-        self._in_order: queue.SimpleQueue[tuple[OpenShard, Fed | None] | None]
+        self._raw, self._health = ByteSemaphore(sizes.raw_bytes, self._stopped), CircuitBreaker()
+        self._in_order: queue.SimpleQueue[tuple[ShardState, ImageTask | None] | None]
         self._in_order = queue.SimpleQueue()
-        self._under_way = 0
+        self._in_flight = 0
         # Where the engines are the processor's own, no other stage can do something meanwhile: an image stays
         # in its thread, which spares it the way through another queue.
-        self._refine_apart = any(choice.engine.name not in _ON_CPU for choice in method.engines)
+        self._refine_apart = any(choice.backend.name not in _ON_CPU for choice in method.backends)
         names = ("read", "decode", "infer", "refine", "commit")
         self._stages = [
             Stage(name, sizes.threads_of(name), stopped=self._stopped, failed=self._stop, watcher=watcher)
             for name in names
         ]
-        self._readers, self._decoders, self._engines, self._refiners, self._committer = self._stages
+        self._readers, self._decoders, self._backends, self._refiners, self._committer = self._stages
         self._gatherer = threading.Thread(target=self._gather_or_note, name="gather", daemon=True)
         self._gatherer.start()
 
@@ -124,19 +131,19 @@ class Pipeline:
         for stage in self._stages:  # in this order none can start work in one that is closed
             stage.close()
 
-    def submit(self, shard: Shard, commit: Callable[[DoneShard], None]) -> Future[None]:
+    def submit(self, shard: Shard, commit: Callable[[CompletedShard], None]) -> Future[None]:
         """Feed the images of a shard as permits come back; `commit` is called in a thread of its own.
 
         The future is done when `commit` has returned.
         """
         self._take(self._open_shards)
         count = len(shard.works)
-        open_ = OpenShard(shard, commit, count, [None] * count, [None] * count)
+        open_ = ShardState(shard, commit, count, [None] * count, [None] * count)
         with self._feeding:
             for position, work in enumerate(shard.works):
                 self._take(self._permits)
                 self._count_under_way(1)
-                fed = Fed(open_, position, work)
+                fed = ImageTask(open_, position, work)
                 if self._sizes.batch > 1:
                     self._in_order.put((open_, fed))
                 self._readers.start(self._read, fed)
@@ -154,8 +161,8 @@ class Pipeline:
             except TimeoutError:
                 self._raise_error()
 
-    def _take(self, permits: threading.Semaphore) -> None:
-        while not permits.acquire(timeout=_PATIENCE):
+    def _take(self, max_in_flight: threading.Semaphore) -> None:
+        while not max_in_flight.acquire(timeout=_PATIENCE):
             self._raise_error()
         self._raise_error()
 
@@ -167,15 +174,15 @@ class Pipeline:
         self._error = self._error or error
         self._stopped.set()
 
-    def _read(self, fed: Fed) -> None:
+    def _read(self, fed: ImageTask) -> None:
         data, expected = b"", max(fed.work.item.size, 0)
         self._raw.take(expected)
         try:
-            with self._clock.stage("read"):
+            with self._timer.stage("read"):
                 data = self._source.read(fed.work.item)
         except ImageError as error:
             # A disk that is gone must not become a failure of each of a million images.
-            if not self._source.is_there(fed.work.item):
+            if not self._source.exists(fed.work.item):
                 raise MultisaError(
                     f"{self._source.description}: was there, and cannot be reached any more "
                     f"({fed.work.item.id}: {error}): bring it back, and the same command goes on"
@@ -192,9 +199,9 @@ class Pipeline:
         else:
             self._decode(fed, data)
 
-    def _decode(self, fed: Fed, data: bytes) -> None:
+    def _decode(self, fed: ImageTask, data: bytes) -> None:
         try:
-            with self._clock.stage("decode"):
+            with self._timer.stage("decode"):
                 image = decode_working_image(data, max_pixels=self._max_pixels, long_side=self._long_side)
         except (ImageError, MemoryError) as error:
             self._decoded(fed, StageFailed("decode", error))
@@ -203,14 +210,14 @@ class Pipeline:
             self._raw.change(-len(data))
         self._decoded(fed, image)
 
-    def _decoded(self, fed: Fed, image: WorkingImage | StageFailed) -> None:
+    def _decoded(self, fed: ImageTask, image: WorkingImage | StageFailed) -> None:
         """Hand an image on: to those that wait for others of its size, or to the engine alone."""
         if self._sizes.batch > 1:
             fed.decoded.set_result(image)
         elif isinstance(image, StageFailed):
             self._fail(fed, image.kind, image.error)
         else:
-            self._engines.start(self._infer, [Decoded(fed, image)])
+            self._backends.start(self._infer, [DecodedTask(fed, image)])
 
     def _gather_or_note(self) -> None:
         try:
@@ -220,28 +227,28 @@ class Pipeline:
 
     def _gather(self) -> None:
         """Put decoded images, in their order, into batches of one size."""
-        groups: dict[tuple[int, ...], list[Decoded]] = {}
+        groups: dict[tuple[int, ...], list[DecodedTask]] = {}
         while (entry := self._in_order.get()) is not None:
             fed = entry[1]
             if fed is None:  # the end of a shard
                 for group in groups.values():
-                    self._engines.start(self._infer, group)
+                    self._backends.start(self._infer, group)
                 groups = {}
                 continue
             image = self._result(fed.decoded)
             if isinstance(image, StageFailed):
                 self._fail(fed, image.kind, image.error)
             elif image is not None:
-                self._group(groups, Decoded(fed, image))
+                self._group(groups, DecodedTask(fed, image))
 
-    def _group(self, groups: dict[tuple[int, ...], list[Decoded]], ready: Decoded) -> None:
+    def _group(self, groups: dict[tuple[int, ...], list[DecodedTask]], ready: DecodedTask) -> None:
         group = groups.setdefault(ready.image.rgb.shape, [])
         group.append(ready)
         full = len(group) >= self._sizes.batch
         if full or sum(map(len, groups.values())) >= self._sizes.look_ahead:
             # Of the groups that wait, the one whose first image came first.
             shape = ready.image.rgb.shape if full else next(iter(groups))
-            self._engines.start(self._infer, groups.pop(shape))
+            self._backends.start(self._infer, groups.pop(shape))
 
     def _result(self, decoded: "Future[WorkingImage | StageFailed]") -> WorkingImage | StageFailed | None:
         while not self._stopped.is_set():
@@ -251,12 +258,12 @@ class Pipeline:
                 continue
         return None
 
-    def _infer(self, batch: list[Decoded]) -> None:
+    def _infer(self, batch: list[DecodedTask]) -> None:
         try:
             results = self._infer_all(batch)
         except (MultisaError, MemoryError) as error:
             if len(batch) == 1:
-                if isinstance(error, EngineError):
+                if isinstance(error, BackendError):
                     self._health.refuses(batch[0].fed.work.item.id, error)
                 self._fail(batch[0].fed, "infer", error)
             for ready in batch if len(batch) > 1 else ():  # one bad image must not fail its neighbours
@@ -264,28 +271,30 @@ class Pipeline:
             return
         for ready, result in zip(batch, results, strict=True):
             if self._refine_apart:
-                self._refiners.start(self._refine, ready, result)
+                self._refiners.start(self._postprocess, ready, result)
             else:
-                self._refine(ready, result)
+                self._postprocess(ready, result)
 
-    def _infer_all(self, batch: list[Decoded]) -> Sequence[Any]:
+    def _infer_all(self, batch: list[DecodedTask]) -> Sequence[Any]:
         images = np.stack([r.image.rgb for r in batch]) if len(batch) > 1 else batch[0].image.rgb[np.newaxis]
         given = [ready.fed.work.labels for ready in batch]
         try:
-            results = self._method.infer(images, given, self._clock)
-        except EngineError:
+            results = self._method.predict_batch(images, given, self._timer)
+        except BackendError:
             if len(batch) > 1:  # each is tried alone
                 raise
-            results = self._method.infer(images, given, self._clock)  # memory may be short for a moment
+            results = self._method.predict_batch(
+                images, given, self._timer
+            )  # memory may be short for a moment
         self._health.works()
         return results
 
-    def _refine(self, ready: Decoded, inferred: Any) -> None:
+    def _postprocess(self, ready: DecodedTask, inferred: Any) -> None:
         fed, stage = ready.fed, "refine"
         try:
-            annotation = self._method.refine(inferred, ready.image.rgb, self._clock)
+            annotation = self._method.postprocess(inferred, ready.image.rgb, self._timer)
             stage = "encode"
-            with self._clock.stage("encode"):
+            with self._timer.stage("encode"):
                 encoded = self._encoder.encode(fed.work, ready.image, annotation)
         except (MultisaError, MemoryError) as error:
             self._fail(fed, stage, error)
@@ -294,7 +303,7 @@ class Pipeline:
         self._watcher.image_done(fed.work)
         self._count_down(fed.open)
 
-    def _fail(self, fed: Fed, kind: str, error: MultisaError | MemoryError) -> None:
+    def _fail(self, fed: ImageTask, kind: str, error: MultisaError | MemoryError) -> None:
         short = isinstance(error, MemoryError)
         reason = f"not enough memory for it{f': {error}' if str(error) else ''}" if short else str(error)
         failure = Failure(fed.work.index, fed.work.item.id, kind, reason)
@@ -302,7 +311,7 @@ class Pipeline:
         self._watcher.image_failed(failure)
         self._count_down(fed.open)
 
-    def _count_down(self, open_: OpenShard) -> None:
+    def _count_down(self, open_: ShardState) -> None:
         self._permits.release()
         self._count_under_way(-1)
         with open_.lock:
@@ -313,17 +322,17 @@ class Pipeline:
 
     def _count_under_way(self, change: int) -> None:
         with self._counting:
-            self._under_way += change
-            count = self._under_way
+            self._in_flight += change
+            count = self._in_flight
         self._watcher.in_flight(count)
 
-    def _close_shard(self, open_: OpenShard) -> None:
+    def _close_shard(self, open_: ShardState) -> None:
         self._committer.start(self._commit, open_)
 
-    def _commit(self, open_: OpenShard) -> None:
+    def _commit(self, open_: ShardState) -> None:
         images = [image for image in open_.images if image is not None]
         failures = [failure for failure in open_.failures if failure is not None]
-        with self._clock.stage("commit"):
-            open_.commit(DoneShard(open_.shard, images, failures))
+        with self._timer.stage("commit"):
+            open_.commit(CompletedShard(open_.shard, images, failures))
         self._open_shards.release()
         open_.finished.set_result(None)

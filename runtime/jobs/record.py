@@ -10,15 +10,15 @@ from typing import Any
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file, write_json_atomically
-from multisa.runtime.jobs.executor import Crew
+from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.finalize import FAILED_FILE, LABELS_FILE
 from multisa.runtime.jobs.output import REPORT_PAGE, RUN
-from multisa.runtime.jobs.snapshot import Inventory
+from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
-from multisa.runtime.jobs.stages import Width
+from multisa.runtime.jobs.stages import Concurrency
 from multisa.runtime.predict.prediction import DECIMALS
 from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
-from multisa.runtime.writers.registry import sink_folder
+from multisa.runtime.writers.registry import writer_folder
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class RunSummary:
     seconds: float
     stage_seconds: Mapping[str, float]  # of this sitting, summed over the threads
     job: Job
-    width: Width  # of all who did shards
-    passed_over: int  # entries of the source that were passed over
+    width: Concurrency  # of all who did shards
+    skipped: int  # entries of the source that were passed over
     failure_kinds: Mapping[str, int]  # of this sitting
     reasons: Mapping[str, int]  # images by reason, of all that have failed
 
@@ -43,14 +43,14 @@ class RunSummary:
         return self.done_now / self.seconds if self.seconds else 0.0
 
 
-def describe_summary(summary: RunSummary, *, pictured: int) -> str:
+def describe_summary(summary: RunSummary, *, report_images: int) -> str:
     """The run in lines of text: what was done, which stage is the limit, what failed, where to look."""
     job, out = summary.job, summary.job.out
-    looks = [f"{out / sink_folder(sink)}" for sink in job.sinks] + [str(out / LABELS_FILE)]
+    looks = [f"{out / writer_folder(writer)}" for writer in job.writers] + [str(out / LABELS_FILE)]
     if summary.failures:
         looks.append(f"{out / FAILED_FILE}: the failures (--retry-failed tries them again)")
-    if pictured:
-        looks.append(f"{out / REPORT_PAGE}: the most doubtful first")
+    if report_images:
+        looks.append(f"{out / REPORT_PAGE}: the most uncertain first")
     stages = summary.stage_seconds.items()
     return describe_run(
         RunFigures(
@@ -60,7 +60,7 @@ def describe_summary(summary: RunSummary, *, pictured: int) -> str:
             seconds=summary.seconds,
             stages=tuple(StageTime(name, busy, summary.width.threads_of(name)) for name, busy in stages),
             kept=summary.done - summary.done_now,
-            passed_over=summary.passed_over,
+            skipped=summary.skipped,
             cores=summary.width.cores,
             reasons=summary.reasons,
             look_at=tuple(looks),
@@ -74,12 +74,12 @@ _PASSED_OVER = 1000  # entries of the source that the record names
 
 
 def run_record(
-    job: Job, bundle: Bundle, summary: RunSummary, inventory: Inventory, crew: Crew, started: str
+    job: Job, bundle: Bundle, summary: RunSummary, snapshot: Snapshot, executor: Executor, started: str
 ) -> dict[str, Any]:
     """The record of a run that has ended."""
-    identity = crew.identity()
+    identity = executor.identity()
     versions = {key.removeprefix("version of "): v for key, v in identity.items() if "version of" in key}
-    passed_over = inventory.entries_passed_over(_PASSED_OVER)
+    skipped = snapshot.skipped_entries(_PASSED_OVER)
     return {
         "command": job.command,
         "started": started,
@@ -88,8 +88,8 @@ def run_record(
         "kept": summary.done - summary.done_now,
         "failures": summary.failures,
         "failure_kinds": summary.failure_kinds,
-        "passed_over": inventory.passed_over,
-        "skipped": [f"{entry.id}: {entry.reason}" for entry in passed_over],
+        "skipped": snapshot.skipped,
+        "skipped_entries": [f"{entry.id}: {entry.reason}" for entry in skipped],
         "seconds": round(summary.seconds, 3),
         "images_per_second": round(summary.images_per_second, 3),
         "stage_seconds": {name: round(s, DECIMALS) for name, s in sorted(summary.stage_seconds.items())},
@@ -97,7 +97,7 @@ def run_record(
         "stage_workers": {name: summary.width.threads_of(name) for name in sorted(summary.stage_seconds)},
         "cores": summary.width.cores,
         "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
-        "engines": crew.engines(),
+        "engines": executor.backends(),
         "versions": {"python": platform.python_version(), **versions},
     }
 

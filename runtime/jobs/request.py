@@ -5,16 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.errors import UsageError
-from multisa.runtime.jobs.executor import Crew, LocalCrew
-from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.executor import Executor, LocalExecutor
+from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 from multisa.runtime.jobs.telemetry import LOCALHOST, Telemetry
 
 _OPTIONS = (
-    *("workers", "readers", "batch", "shard_size", "max_pixels", "max_failures", "pictured"),
-    *("retry_failed", "overwrite", "frozen", "verify"),
+    "workers",
+    "readers",
+    "batch",
+    "shard_size",
+    "max_pixels",
+    "max_failures",
+    "report_images",
+    "retry_failed",
+    "overwrite",
+    "skip_source_check",
+    "verify",
 )
 
 _TOLD = ("log_json", "metrics_port", "metrics_host")
@@ -26,7 +35,7 @@ class RunRequest:
 
     job: Job
     options: RunOptions
-    processes: int = 1
+    num_processes: int = 1
     ray: str | None = None
     log_json: str | None = None  # a file, or - for stderr
     metrics_port: int | None = None
@@ -36,37 +45,37 @@ class RunRequest:
     def from_arguments(cls, command: str, bundle: Path, arguments: Mapping[str, Any]) -> Self:
         """From the names and values of the command line's options; None where one was not given."""
         given = {name: arguments[name] for name in _OPTIONS if arguments[name] is not None}
-        if sinks := tuple(name for some in arguments["sinks"] for name in some.split(",") if name):
-            given["sinks"] = sinks
+        if writers := tuple(name for some in arguments["writers"] for name in some.split(",") if name):
+            given["writers"] = writers
         options = RunOptions(**given)
-        engine = EngineRequest(arguments["engine"], arguments["precision"], arguments["plans"])
-        if arguments["ray"] and arguments["processes"]:
-            raise UsageError("got both --ray and --processes, expected one of them")
+        backend = BackendRequest(arguments["backend"], arguments["precision"], arguments["engine_cache"])
+        if arguments["ray"] and arguments["num_processes"]:
+            raise UsageError("got both --ray and --num-processes, expected one of them")
         job = make_job(
             command,
             arguments["images"],
-            arguments["out"],
+            arguments["output"],
             bundle,
-            engine,
+            backend,
             options,
             storage_options=arguments["storage_options"],
             image_prefix=arguments["image_prefix"] or "",
         )
         told = {name: arguments[name] for name in _TOLD if arguments[name] is not None}
-        return cls(job, options, arguments["processes"] or 1, arguments["ray"], **told)
+        return cls(job, options, arguments["num_processes"] or 1, arguments["ray"], **told)
 
     def telemetry(self) -> Telemetry:
         """What is told of the run. Raises UsageError for a log or a port that cannot be had."""
         return Telemetry(self.log_json, self.metrics_port, self.metrics_host)
 
-    def open_crew(self, job: Job, watch: Watch) -> Crew:
+    def make_executor(self, job: Job, watch: RunMonitor) -> Executor:
         """This process, several, or a cluster."""
         if self.ray is not None:
-            from multisa.runtime.jobs.executors.ray import RayCrew
+            from multisa.runtime.jobs.executors.ray import RayExecutor
 
-            return RayCrew(job, watch, self.ray)
-        if self.processes > 1:
-            from multisa.runtime.jobs.executors.processes import ProcessCrew
+            return RayExecutor(job, watch, self.ray)
+        if self.num_processes > 1:
+            from multisa.runtime.jobs.executors.processes import ProcessExecutor
 
-            return ProcessCrew(job, watch, self.processes)
-        return LocalCrew(job, watch)
+            return ProcessExecutor(job, watch, self.num_processes)
+        return LocalExecutor(job, watch)

@@ -12,32 +12,32 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.jobs.begin import begin
-from multisa.runtime.jobs.executor import Crew, LocalCrew
-from multisa.runtime.jobs.finalize import is_page_written, note_page, remove_page, write_page
+from multisa.runtime.jobs.executor import Executor, LocalExecutor
+from multisa.runtime.jobs.finalize import is_report_written, record_report, remove_page, write_page
 from multisa.runtime.jobs.fingerprint import run_config
 from multisa.runtime.jobs.journal import Journal
-from multisa.runtime.jobs.monitor import Watch, stop_on_signals
-from multisa.runtime.jobs.output import INVENTORY, JOURNAL, check_places, output_errors, run_lock
+from multisa.runtime.jobs.monitor import RunMonitor, stop_on_signals
+from multisa.runtime.jobs.output import JOURNAL, SNAPSHOT, check_places, output_errors, run_lock
 from multisa.runtime.jobs.record import RunSummary, read_record, run_record, write_record
-from multisa.runtime.jobs.session import Sitting
-from multisa.runtime.jobs.snapshot import Inventory
+from multisa.runtime.jobs.session import RunSession
+from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 from multisa.runtime.jobs.telemetry import Telemetry
-from multisa.runtime.writers.registry import sink_folder
+from multisa.runtime.writers.registry import writer_folder
 
-OpenCrew = Callable[[Job, Watch], Crew]
+ExecutorFactory = Callable[[Job, RunMonitor], Executor]
 
 
 def run(
     job: Job,
     options: RunOptions,
-    open_crew: OpenCrew,
+    make_executor: ExecutorFactory,
     *,
     labels: Path | None = None,
     telemetry: Telemetry | None = None,
@@ -51,15 +51,15 @@ def run(
     """
     bundle = load_bundle(job.bundle)
     rows = read_image_labels(labels, bundle.manifest.foreground) if labels else None
-    check_places(job.source, job.out, map(sink_folder, job.sinks))
+    check_places(job.source, job.out, map(writer_folder, job.writers))
     with ExitStack() as stack:
-        watch = stack.enter_context(Watch(job.command, telemetry))
+        watch = stack.enter_context(RunMonitor(job.command, telemetry))
         opened = stack.enter_context(ExitStack())
-        crew = opened.enter_context(open_crew(job, watch))
+        executor = opened.enter_context(make_executor(job, watch))
         bundle_sha256 = sha256_of_file(bundle.path / MANIFEST_NAME)
         config = run_config(
             job,
-            crew.identity(),
+            executor.identity(),
             bundle_sha256=bundle_sha256,
             labels_sha256=sha256_of_file(labels) if labels else None,
             shard_size=options.shard_size,
@@ -70,23 +70,23 @@ def run(
         if options.overwrite:
             remove_page(job.out)
         begin(job, options, config, rows, bundle.manifest.foreground)
-        inventory = stack.enter_context(Inventory(job.out / INVENTORY))
+        snapshot = stack.enter_context(Snapshot(job.out / SNAPSHOT))
         journal = stack.enter_context(Journal(job.out / JOURNAL))
         # The first to be closed, whatever happens: who lets go of the journal and the lock writes no more.
         stack.enter_context(opened.pop_all())
         classes = bundle.manifest.foreground
-        sitting = Sitting(job, options, inventory, journal, stop, watch, classes)
-        sitting.do(crew)
-        news = sitting.finish(job.open_sinks(bundle))
-        summary = sitting.summary(crew)
+        sitting = RunSession(job, options, snapshot, journal, stop, watch, classes)
+        sitting.do(executor)
+        news = sitting.finalize(job.open_writers(bundle))
+        summary = sitting.summary(executor)
         record = {} if news else read_record(job)
         if not record:
-            record = run_record(job, bundle, summary, inventory, crew, sitting.started)
+            record = run_record(job, bundle, summary, snapshot, executor, sitting.started)
             write_record(job, record)
-            sitting.note_finished()
-        if options.pictured and not is_page_written(job.out, options.pictured):
-            write_page(job, bundle.manifest, inventory, options.shard_size, record, options.pictured)
-            note_page(job.out, options.pictured)
+            sitting.record_finalized()
+        if options.report_images and not is_report_written(job.out, options.report_images):
+            write_page(job, bundle.manifest, snapshot, options.shard_size, record, options.report_images)
+            record_report(job.out, options.report_images)
         return summary
 
 
@@ -98,9 +98,9 @@ def annotate_images(
     bundle: Bundle,
     labels: Path | None = None,
     options: RunOptions | None = None,
-    engine: EngineRequest | None = None,
+    backend: BackendRequest | None = None,
 ) -> RunSummary:
     """Run "label" or "segment" over a source in this process: `run` for programs. Raises as `run` does."""
     options = options or RunOptions()
-    job = make_job(command, str(source), out, bundle.path, engine or EngineRequest(), options)
-    return run(job, options, LocalCrew, labels=labels)
+    job = make_job(command, str(source), out, bundle.path, backend or BackendRequest(), options)
+    return run(job, options, LocalExecutor, labels=labels)

@@ -73,9 +73,9 @@ class ShardFolder:
         digest = hashlib.sha256(data).hexdigest()
         self._files[relative] = _File(relative, temporary, len(data), digest)
 
-    def write_part(self, sink: str, data: bytes) -> None:
+    def write_part(self, writer: str, data: bytes) -> None:
         """Keep what the end of the run needs of this shard."""
-        self.write(part_path(sink, self._shard), data)
+        self.write(part_path(writer, self._shard), data)
 
     def commit(self) -> tuple[int, str]:
         """Flush everything, rename it into place; returns the bytes and the SHA-256 of the part "files".
@@ -116,10 +116,10 @@ class FinishedFolder:
         self.out, self._shards = out, tuple(shards)
         self.written: list[str] = []
 
-    def parts(self, sink: str) -> Iterator[bytes]:
+    def parts(self, writer: str) -> Iterator[bytes]:
         """What `write_part` was given for `sink`, shard by shard."""
         for shard in self._shards:
-            yield (self.out / part_path(sink, shard)).read_bytes()
+            yield (self.out / part_path(writer, shard)).read_bytes()
 
     def write(self, relative: str, pieces: Iterable[bytes]) -> None:
         """Write a file below OUT piece by piece; it is flushed, and takes its name, at the end."""
@@ -170,9 +170,9 @@ def _checksum_line(file: _File) -> bytes:
     return f"{mark}{file.sha256}  {escaped}\n".encode(errors="surrogateescape")
 
 
-def part_path(sink: str, shard: int) -> str:
+def part_path(writer: str, shard: int) -> str:
     """Where a part of a shard is kept, below OUT."""
-    return f"{PARTS}/{sink}/{shard:06d}"
+    return f"{PARTS}/{writer}/{shard:06d}"
 
 
 def below(out: Path, relative: str) -> Path:

@@ -16,8 +16,8 @@ from typing import Self, TypeVar
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
 from multisa.runtime.image_labels import Labels
-from multisa.runtime.progress import NAMED
-from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.progress import EXAMPLES_SHOWN
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 
 MASK_ENDING = ".png"  # of the files that are named after an image
 
@@ -88,7 +88,7 @@ _NOW = (
 
 
 @contextmanager
-def beside_frozen(frozen: Path, listing: Iterable[Listed]) -> Iterator[sqlite3.Connection]:
+def compare_listings(frozen: Path, listing: Iterable[Listed]) -> Iterator[sqlite3.Connection]:
     """A database of a listing, `now`, beside the frozen one; on the disk, and gone when it is closed."""
     with closing(sqlite3.connect("")) as scratch:
         scratch.execute(_NOW)
@@ -125,8 +125,8 @@ def digest_of(items: Iterable[bytes]) -> str:
 def described(scratch: sqlite3.Connection, word: str, query: str) -> str:
     """How many ids a query of DIFFERENCES finds, and the first of them; "" for none."""
     count = scratch.execute(f"SELECT COUNT(*) FROM ({query})").fetchone()[0]
-    some = [row[0] for row in scratch.execute(f"{query} LIMIT {NAMED}")]
-    return f"{count} {word} ({', '.join(some)}{', ...' if count > NAMED else ''})" if count else ""
+    some = [row[0] for row in scratch.execute(f"{query} LIMIT {EXAMPLES_SHOWN}")]
+    return f"{count} {word} ({', '.join(some)}{', ...' if count > EXAMPLES_SHOWN else ''})" if count else ""
 
 
 def labels_text(labels: Sequence[str] | None) -> str | None:
@@ -145,7 +145,7 @@ Item = TypeVar("Item")
 _SCHEMA = """
 CREATE TABLE items (i INTEGER PRIMARY KEY, id TEXT NOT NULL, place TEXT NOT NULL, size INTEGER NOT NULL,
                     version TEXT NOT NULL, labels TEXT, name TEXT NOT NULL, listed TEXT);
-CREATE TABLE passed_over (id TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE TABLE skipped (id TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE TABLE retries (shard INTEGER NOT NULL, i INTEGER NOT NULL, PRIMARY KEY (shard, i)) WITHOUT ROWID;
 CREATE INDEX retries_of_image ON retries (i, shard);
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -156,7 +156,7 @@ _ROWS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
-class Work:
+class Sample:
     """One image to be done."""
 
     index: int  # position in the run
@@ -170,10 +170,10 @@ class Shard:
     """The unit of commit: images that are written, and counted as done, together."""
 
     number: int
-    works: tuple[Work, ...]
+    works: tuple[Sample, ...]
 
 
-class Inventory:
+class Snapshot:
     """An inventory that is there; a context manager. For one thread."""
 
     def __init__(self, path: Path) -> None:
@@ -231,7 +231,7 @@ class Inventory:
             self._rows.executemany("INSERT INTO retries VALUES (?, ?)", rows)
         return len(groups)
 
-    def work(self, index: int) -> Work:
+    def work(self, index: int) -> Sample:
         """One image."""
         return _work(self._rows.execute(f"SELECT {_WORK} FROM items WHERE i = ?", (index,)).fetchone())
 
@@ -241,14 +241,14 @@ class Inventory:
         return index // size if last is None else int(last)
 
     @property
-    def passed_over(self) -> int:
+    def skipped(self) -> int:
         """How many entries of the source were not taken."""
-        return int(self._rows.execute("SELECT COUNT(*) FROM passed_over").fetchone()[0])
+        return int(self._rows.execute("SELECT COUNT(*) FROM skipped").fetchone()[0])
 
-    def entries_passed_over(self, limit: int) -> list[PassedOver]:
+    def skipped_entries(self, limit: int) -> list[Skipped]:
         """The first of the entries that were not taken."""
-        rows = self._rows.execute("SELECT id, reason FROM passed_over LIMIT ?", (limit,))
-        return [PassedOver(*row) for row in rows]
+        rows = self._rows.execute("SELECT id, reason FROM skipped LIMIT ?", (limit,))
+        return [Skipped(*row) for row in rows]
 
     def difference(self, listing: Callable[[], Iterable[Listed]]) -> str:
         """What a source's listing has that this inventory has not, and the reverse, in words; "" if nothing.
@@ -257,7 +257,7 @@ class Inventory:
         """
         if listing_digest(listing()) == self._digest:
             return ""
-        with beside_frozen(self._path, listing()) as scratch:
+        with compare_listings(self._path, listing()) as scratch:
             said = [described(scratch, word, query) for word, query in DIFFERENCES.items()]
         return "; ".join(filter(None, said)) or ANOTHER_ORDER
 
@@ -268,7 +268,7 @@ class Inventory:
         """
         query = "SELECT id FROM items WHERE i = ?"
         mine = [self._rows.execute(query, (i,)).fetchone() for i in indices]
-        with beside_frozen(self._path, listing()) as scratch:
+        with compare_listings(self._path, listing()) as scratch:
             scratch.execute("CREATE TABLE mine (id TEXT PRIMARY KEY)")
             scratch.executemany("INSERT INTO mine VALUES (?)", mine)
             others = {
@@ -291,7 +291,7 @@ class Inventory:
         return ""
 
 
-def freeze(
+def take_snapshot(
     path: Path,
     listing: Iterable[Listed],
     labels_of: Callable[[SourceItem], Labels | None],
@@ -335,8 +335,8 @@ def _fill(
         for entry in some:
             if isinstance(entry, OtherFiles):
                 others += entry.count
-            elif isinstance(entry, PassedOver):
-                rows.execute("INSERT INTO passed_over VALUES (?, ?)", (entry.id, entry.reason))
+            elif isinstance(entry, Skipped):
+                rows.execute("INSERT INTO skipped VALUES (?, ?)", (entry.id, entry.reason))
             else:
                 listed = labels_text(entry.labels)
                 digest.update(digested(entry.id, entry.size, entry.version, listed))
@@ -367,10 +367,10 @@ def _with_parents(folder: str) -> Iterator[str]:
         folder = folder.rpartition("/")[0]
 
 
-def _work(row: tuple[int, str, str, int, str, str | None, str]) -> Work:
+def _work(row: tuple[int, str, str, int, str, str | None, str]) -> Sample:
     index, id_, place, size, version, labels, name = row
     given = None if labels is None else tuple(json.loads(labels))
-    return Work(index, SourceItem(id_, place, size, version), name, given)
+    return Sample(index, SourceItem(id_, place, size, version), name, given)
 
 
 def _in_groups(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:

@@ -5,22 +5,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.imaging.decode import MAX_PIXELS
-from multisa.runtime.jobs.stages import Sizes
-from multisa.runtime.predict.prediction import Method
-from multisa.runtime.predict.pseudo_labeler import open_labelling
-from multisa.runtime.predict.segmenter import open_segmenting
-from multisa.runtime.report.report import PICTURED
+from multisa.runtime.jobs.stages import PipelineConfig
+from multisa.runtime.predict.prediction import Predictor
+from multisa.runtime.predict.pseudo_labeler import open_pseudo_labeler
+from multisa.runtime.predict.segmenter import open_segmenter
+from multisa.runtime.report.report import REPORT_IMAGES
 from multisa.runtime.sources.base import Source
 from multisa.runtime.sources.registry import open_source
 from multisa.runtime.system import usable_cpus
-from multisa.runtime.writers.base import Sink, SinkContext
-from multisa.runtime.writers.registry import open_sinks
+from multisa.runtime.writers.base import Writer, WriterContext
+from multisa.runtime.writers.registry import open_writers
 
 MOST_IN_A_SHARD = 1_000_000
 SHARD_SIZE = 256  # images: seconds of work on a GPU, a minute or two on a laptop
@@ -36,13 +36,13 @@ class RunOptions:
     batch: int = 1
     shard_size: int = SHARD_SIZE
     max_pixels: int = MAX_PIXELS
-    sinks: tuple[str, ...] = ("masks",)
+    writers: tuple[str, ...] = ("masks",)
     max_failures: str | None = None  # "3" or "2%"; None: none, judged at the end
     retry_failed: bool = False
     overwrite: bool = False  # remove the results of the run that is there
-    frozen: bool = False  # go on without a look at the source's listing
+    skip_source_check: bool = False  # resume without listing the source again
     verify: bool = False  # read every committed file again, and do again what was altered
-    pictured: int = PICTURED
+    report_images: int = REPORT_IMAGES
     tell_other_files: bool = True  # say how many files of the source are no images
 
     def __post_init__(self) -> None:
@@ -54,15 +54,15 @@ class RunOptions:
         if self.shard_size > MOST_IN_A_SHARD:
             raise UsageError(f"shard_size: got {self.shard_size}, expected at most {MOST_IN_A_SHARD}")
 
-    def sizes(self, *, remote: bool) -> Sizes:
+    def sizes(self, *, remote: bool) -> PipelineConfig:
         """Threads of the stages."""
         readers = self.readers or (REMOTE_READERS if remote else self.workers)
-        return Sizes(readers=readers, workers=self.workers, batch=self.batch, decode_apart=remote)
+        return PipelineConfig(readers=readers, workers=self.workers, batch=self.batch, decode_apart=remote)
 
 
 _LISTS = (".txt", ".csv", ".jsonl", ".parquet")
 _LOOKED_AT = 1 << 16  # bytes of a list
-METHODS = {"label": open_labelling, "segment": open_segmenting}
+METHODS = {"label": open_pseudo_labeler, "segment": open_segmenter}
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Job:
     source: str  # as `open_source` takes it
     out: Path
     bundle: Path
-    request: EngineRequest
-    sinks: tuple[str, ...]
+    request: BackendRequest
+    writers: tuple[str, ...]
     max_pixels: int
-    sizes: Sizes
+    sizes: PipelineConfig
     storage_options: str | None = None  # JSON, for sources behind a URL
     image_prefix: str = ""  # where Label Studio finds the images
 
@@ -84,17 +84,17 @@ class Job:
         """Open the source; `classes` are needed for its listing alone, to read labels in it."""
         return open_source(self.source, classes=classes, storage_options=self.storage_options)
 
-    def open_sinks(self, bundle: Bundle) -> Sequence[Sink]:
+    def open_writers(self, bundle: Bundle) -> Sequence[Writer]:
         """Make the sinks, which write below `out`."""
         digest = sha256_of_file(bundle.path / MANIFEST_NAME)
-        context = SinkContext(self.out, self.command, bundle.manifest, digest)
-        return open_sinks(self.sinks, context, image_prefix=self.image_prefix)
+        context = WriterContext(self.out, self.command, bundle.manifest, digest)
+        return open_writers(self.writers, context, image_prefix=self.image_prefix)
 
     @contextmanager
-    def open_method(self, bundle: Bundle) -> Iterator[Method]:
+    def open_predictor(self, bundle: Bundle) -> Iterator[Predictor]:
         """Open the engines, and close them at the end."""
-        soft = any(sink.needs_soft_maps for sink in self.open_sinks(bundle))
-        with METHODS[self.command](bundle, self.request, soft=soft) as method:
+        probabilities = any(writer.needs_probabilities for writer in self.open_writers(bundle))
+        with METHODS[self.command](bundle, self.request, probabilities=probabilities) as method:
             yield method
 
 
@@ -103,7 +103,7 @@ def make_job(
     source: str,
     out: Path,
     bundle: Path,
-    engine: EngineRequest,
+    backend: BackendRequest,
     options: RunOptions,
     *,
     storage_options: str | None = None,
@@ -115,8 +115,8 @@ def make_job(
         source=source,
         out=out,
         bundle=bundle,
-        request=engine,
-        sinks=options.sinks,
+        request=backend,
+        writers=options.writers,
         max_pixels=options.max_pixels,
         sizes=options.sizes(remote=_names_urls(source)),
         storage_options=storage_options,

@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from multisa.runtime.errors import EngineError, EngineUnavailable
-from multisa.runtime.jobs.snapshot import Work
+from multisa.runtime.errors import BackendError, BackendUnavailable
+from multisa.runtime.jobs.snapshot import Sample
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Failure:
     reason: str
 
 
-class Watcher(Protocol):
+class RunObserver(Protocol):
     """Is told what happens, from any thread."""
 
-    def image_done(self, work: Work) -> None: ...
+    def image_done(self, work: Sample) -> None: ...
 
     def image_failed(self, failure: Failure) -> None: ...
 
@@ -35,7 +35,7 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PipelineConfig:
     """How wide each stage is; nothing here but `batch` can change a byte."""
 
     readers: int
@@ -51,17 +51,17 @@ class Sizes:
         return {"read": self.readers, "decode": decoders, "commit": 1}.get(stage, self.workers)
 
     @property
-    def permits(self) -> int:
+    def max_in_flight(self) -> int:
         """Images under way at once."""
         waiting = self.look_ahead if self.batch > 1 else 0
         return waiting + self.readers + 6 * self.workers * self.batch
 
 
 @dataclass(frozen=True)
-class Width:
+class Concurrency:
     """How wide the stages of all who do shards are together, and the cores of their machines."""
 
-    members: tuple[Sizes, ...]
+    members: tuple[PipelineConfig, ...]
     cores: int
 
     def threads_of(self, stage: str) -> int:
@@ -84,7 +84,7 @@ class Stage:
         *,
         stopped: threading.Event,
         failed: Callable[[BaseException], None],
-        watcher: Watcher,
+        watcher: RunObserver,
     ) -> None:
         """Drop what is queued once `stopped` is set; tell `failed` what the work has raised."""
         self._name, self._stopped, self._failed, self._watcher = name, stopped, failed, watcher
@@ -123,7 +123,7 @@ MAX_REFUSED = 8
 _PATIENCE = 0.2  # seconds between looks at whether the run was stopped
 
 
-class ByteBudget:
+class ByteSemaphore:
     """Bounds the bytes of files that were read and are not decoded yet; for several threads.
 
     Whoever decodes needs nothing of it, so what is held is always given back.
@@ -148,7 +148,7 @@ class ByteBudget:
             self._changed.notify_all()
 
 
-class EngineHealth:
+class CircuitBreaker:
     """Tells images that an engine cannot take from an engine that cannot be used any more."""
 
     def __init__(self) -> None:
@@ -160,8 +160,8 @@ class EngineHealth:
         with self._lock:
             self._refused = 0
 
-    def refuses(self, image: str, error: EngineError) -> None:
-        """Note that an image was refused twice. Raises EngineUnavailable where that is not due to images.
+    def refuses(self, image: str, error: BackendError) -> None:
+        """Note that an image was refused twice. Raises BackendUnavailable where that is not due to images.
 
         A device that is lost refuses all that is left, which must not become a failure of each image.
         """
@@ -169,7 +169,7 @@ class EngineHealth:
             self._refused += 1
             broken = self._refused >= MAX_REFUSED
         if broken:
-            raise EngineUnavailable(
+            raise BackendUnavailable(
                 f"{error} ({image}, and the {MAX_REFUSED - 1} images tried before it)",
-                remedy="see to the device and its memory, or take another --engine: the same command goes on",
+                remedy="see to the device and its memory, or take another --backend: the same command goes on",
             ) from error

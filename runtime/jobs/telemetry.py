@@ -4,6 +4,7 @@ Every line has time (UTC, ISO 8601), level and event; the other keys are the eve
 """
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.progress import redirect_said, say
+from multisa.runtime.progress import log
 
 STDERR = "-"
 
@@ -40,7 +41,8 @@ class JsonLog:
         self._target = target
         self._lock = threading.Lock()
         self._broken = False
-        self._redirection = redirect_said(lambda message: self.event("said", message=message))
+        self._messages = _EventHandler(self)
+        self._shown: list[logging.Handler] = []
         try:
             self._descriptor = sys.stderr.fileno() if self.on_stderr else _open_for_lines(Path(target))
         except OSError as error:
@@ -51,14 +53,15 @@ class JsonLog:
 
     def __enter__(self) -> Self:
         if self.on_stderr:
-            self._redirection.__enter__()
+            self._shown = log.handlers[:]
+            log.handlers[:] = [self._messages]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.on_stderr:
-            self._redirection.__exit__(kind, error, traceback)
+            log.handlers[:] = self._shown
             return
         with self._lock:
             self._broken = True
@@ -81,7 +84,19 @@ class JsonLog:
                 self._broken = True
                 problem = error.strerror
         if not self.on_stderr:
-            say(f"{self._target}: the log ends here: {problem}")
+            log.info(f"{self._target}: the log ends here: {problem}")
+
+
+class _EventHandler(logging.Handler):
+    """Turns messages for people into events, so that every line on stderr is JSON."""
+
+    def __init__(self, events: JsonLog) -> None:
+        super().__init__()
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the message as one event."""
+        self._events.event("message", message=record.getMessage())
 
 
 def _open_for_lines(path: Path) -> int:

@@ -6,18 +6,18 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from multisa.runtime.backends.registry import Choice
+from multisa.runtime.backends.registry import SelectedBackend
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.jobs.encoder import Encoder, json_line
 from multisa.runtime.jobs.fingerprint import identity
 from multisa.runtime.jobs.journal import ShardResult
-from multisa.runtime.jobs.pipeline import DoneShard, Pipeline
+from multisa.runtime.jobs.pipeline import CompletedShard, Pipeline
 from multisa.runtime.jobs.shards import ShardFolder
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job
-from multisa.runtime.jobs.stages import Failure, Watcher
-from multisa.runtime.predict.prediction import StageClock
-from multisa.runtime.writers.base import Sink
+from multisa.runtime.jobs.stages import Failure, RunObserver
+from multisa.runtime.predict.prediction import StageTimer
+from multisa.runtime.writers.base import Writer
 
 RECORDS, FAILURES = "records", "failures"  # parts of a shard
 
@@ -25,24 +25,24 @@ RECORDS, FAILURES = "records", "failures"  # parts of a shard
 class Worker:
     """Does shards of a job; a context manager."""
 
-    def __init__(self, job: Job, watcher: Watcher) -> None:
+    def __init__(self, job: Job, watcher: RunObserver) -> None:
         """Open everything. Raises what opening the bundle, its engines, the source and the sinks raises."""
         self.job = job
-        self.clock = StageClock(watcher.stage_busy)
+        self.timer = StageTimer(watcher.stage_busy)
         with ExitStack() as stack:
             bundle = load_bundle(job.bundle)
             self.source = stack.enter_context(job.open_source())
-            method = stack.enter_context(job.open_method(bundle))
-            self.engines: Sequence[Choice] = method.engines
+            method = stack.enter_context(job.open_predictor(bundle))
+            self.backends: Sequence[SelectedBackend] = method.backends
             self._device = method.device
-            self.sinks: Sequence[Sink] = job.open_sinks(bundle)
+            self.writers: Sequence[Writer] = job.open_writers(bundle)
             self._pipeline = stack.enter_context(
                 Pipeline(
                     method,
                     self.source,
-                    Encoder(job.out, bundle.manifest, self.sinks),
+                    Encoder(job.out, bundle.manifest, self.writers),
                     sizes=job.sizes,
-                    clock=self.clock,
+                    timer=self.timer,
                     watcher=watcher,
                     max_pixels=job.max_pixels,
                     long_side=bundle.manifest.parameters.long_side,
@@ -67,12 +67,12 @@ class Worker:
         ShardFolder.
         """
 
-        def commit(done: DoneShard) -> None:
+        def commit(done: CompletedShard) -> None:
             committed(self._write(done, guard))
 
         return self._pipeline.submit(shard, commit)
 
-    def do_one_by_one(
+    def run_isolated(
         self,
         shard: Shard,
         committed: Callable[[ShardResult], None],
@@ -86,7 +86,7 @@ class Worker:
         failures: of images that are not tried. An engine gets the images one by one, whatever the batch is.
         """
         left_out = {failure.index for failure in failures}
-        parts: list[DoneShard] = []
+        parts: list[CompletedShard] = []
         for work in shard.works:
             if work.index not in left_out:
                 begin(work.index)
@@ -95,24 +95,24 @@ class Worker:
         images = [image for part in parts for image in part.images]
         failed = [*failures, *(failure for part in parts for failure in part.failures)]
         failed.sort(key=lambda failure: failure.index)
-        committed(self._write(DoneShard(shard, images, failed), guard))
+        committed(self._write(CompletedShard(shard, images, failed), guard))
 
     def identity(self) -> Mapping[str, Any]:
         """Engines and versions, as the settings of a run hold them."""
-        return {**identity(self.engines), "masks are made on": self._device}
+        return {**identity(self.backends), "masks are made on": self._device}
 
     def wait(self, future: "Future[None]") -> None:
         """Wait for a shard. Raises what has kept it from being done."""
         self._pipeline.wait(future)
 
-    def _write(self, done: DoneShard, guard: str) -> ShardResult:
+    def _write(self, done: CompletedShard, guard: str) -> ShardResult:
         number = done.shard.number
         failures = (
             {"index": f.index, "image": f.image, "kind": f.kind, "reason": f.reason} for f in done.failures
         )
         with ShardFolder(self.job.out, number, guard) as files:
-            for position, sink in enumerate(self.sinks):
-                sink.write_shard(files, number, [image.payloads[position] for image in done.images])
+            for position, writer in enumerate(self.writers):
+                writer.write_shard(files, number, [image.payloads[position] for image in done.images])
             files.write_part(RECORDS, b"".join(image.record for image in done.images))
             files.write_part(FAILURES, b"".join(map(json_line, failures)))
             size, digest = files.commit()

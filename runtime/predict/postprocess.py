@@ -12,7 +12,7 @@ from PIL import Image
 
 from multisa.kernels import DenseCRF, random_walk
 from multisa.runtime.bundle.manifest import LabelParameters
-from multisa.runtime.predict.uncertainty import disagreement_of_label
+from multisa.runtime.predict.uncertainty import label_disagreement
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -25,7 +25,7 @@ class PseudoMask:
     mask: UInt8  # [H, W] class ids, 0 = background
     confidence: Float32  # [H, W] probability of the chosen class, 0..1
     probabilities: Float32  # [1 + C, H, W], background first
-    disagreement: float  # of the walk and the CRF, 0..1, as `disagreement_of_label` has it
+    disagreement: float  # of the walk and the CRF, 0..1, as `label_disagreement` has it
 
 
 def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) -> Float32:
@@ -86,7 +86,7 @@ def pseudo_masks(
         walked = background_and_foreground(full, background)
         probabilities = walked if crf is None else crf.infer(walked)
         winners = probabilities.argmax(axis=0)
-        disagreement = disagreement_of_label(walked, winners)
+        disagreement = label_disagreement(walked, winners)
         made.append(PseudoMask(ids[winners], probabilities.max(axis=0), probabilities, disagreement))
     return made
 

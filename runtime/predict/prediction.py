@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.backends.registry import Choice
-from multisa.runtime.writers.base import SoftMaps
+from multisa.runtime.backends.registry import SelectedBackend
+from multisa.runtime.writers.base import ClassProbabilities
 
 UInt8 = npt.NDArray[np.uint8]
 Labels = tuple[str, ...]
@@ -20,7 +20,7 @@ DECIMALS = 4  # of every share, score and time in the records
 
 
 @dataclass(frozen=True, eq=False)
-class Annotation:
+class Prediction:
     """What the engines and the post-processing say about one image at its working size."""
 
     mask: UInt8  # [h, w] class ids
@@ -29,10 +29,10 @@ class Annotation:
     missing: Labels = ()  # said to be there, and not in the mask
     disagreement: float = 0.0  # 0..1, how far the ways to look at the image differ
     details: Mapping[str, Any] = field(default_factory=dict)  # further keys of the image's record
-    soft: SoftMaps | None = None
+    probabilities: ClassProbabilities | None = None
 
 
-class StageClock:
+class StageTimer:
     """Seconds of work in each stage, summed over the threads; may be used by several at once."""
 
     def __init__(self, listener: Callable[[str, float], None] | None = None) -> None:
@@ -63,7 +63,7 @@ class StageClock:
             return dict(self._seconds)
 
 
-class Method(Protocol):
+class Predictor(Protocol):
     """Two steps: the engines, for images of one size at once, and the rest, for each image by itself.
 
     Both may be called from several threads at once; what they raise as MultisaError is about the images.
@@ -71,13 +71,15 @@ class Method(Protocol):
 
     command: str  # "label"
     device: str  # where masks are made, "cpu" or "gpu": their bytes may differ
-    engines: Sequence[Choice]
+    backends: Sequence[SelectedBackend]
 
-    def infer(self, images: UInt8, given: Sequence[Labels | None], clock: StageClock) -> Sequence[Any]:
+    def predict_batch(
+        self, images: UInt8, given: Sequence[Labels | None], timer: StageTimer
+    ) -> Sequence[Any]:
         """Run the graphs on uint8 [N, h, w, 3]; one result for each image, as `refine` takes it.
 
         given: the classes each image is said to show, None where nothing is said.
         """
 
-    def refine(self, inferred: Any, image: UInt8, clock: StageClock) -> Annotation:
+    def postprocess(self, inferred: Any, image: UInt8, timer: StageTimer) -> Prediction:
         """Make the annotation of one image, uint8 [h, w, 3]."""

@@ -1,6 +1,6 @@
-"""How doubtful a mask is, so that people look at the doubtful ones first; it ranks, it is no probability.
+"""How uncertain a mask is, so that people look at the uncertain ones first; it ranks, it is no probability.
 
-The definitions were chosen among several on the val photographs, the ones benchmarks/doubt.py measures with.
+The definitions were chosen among several on the val photographs, the ones benchmarks/uncertainty.py measures with.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +17,9 @@ Int64 = npt.NDArray[np.int64]
 SURE = 0.6  # a pixel whose class has a lower probability is an unsure one
 
 
-def doubt(confidence: float, disagreement: float, given: Collection[str], found: Collection[str]) -> float:
+def uncertainty(
+    confidence: float, disagreement: float, given: Collection[str], found: Collection[str]
+) -> float:
     """1 - confidence * (1 - disagreement) * share of the given classes that were found; within 0..1.
 
     confidence: mean over the pixels, 0..1. disagreement: of one of the functions below, 0..1. given: the
@@ -32,12 +34,12 @@ def doubt(confidence: float, disagreement: float, given: Collection[str], found:
     return 1 - confidence * (1 - disagreement) * share
 
 
-def disagreement_of_segmenter(mask: UInt8, confidence: UInt8) -> float:
-    """`disagreement_of_histograms` of a mask uint8 [h, w] and its confidence, 0..255 for 0..1."""
-    return disagreement_of_histograms(joint_histogram(mask, confidence))
+def segmenter_disagreement(mask: UInt8, confidence: UInt8) -> float:
+    """`histogram_disagreement` of a mask uint8 [h, w] and its confidence, 0..255 for 0..1."""
+    return histogram_disagreement(joint_histogram(mask, confidence))
 
 
-def disagreement_of_histograms(histograms: Int64) -> float:
+def histogram_disagreement(histograms: Int64) -> float:
     """1 - mean confidence of a class of the mask * share of the pixels that are sure; within 0..1.
 
     The mean is over classes, the background among them: over pixels, a small object whose class the network
@@ -54,7 +56,7 @@ def disagreement_of_histograms(histograms: Int64) -> float:
     return 1 - by_class * (1 - unsure / int(pixels.sum()))
 
 
-def disagreement_of_label(before: Float32, after: npt.NDArray[np.intp]) -> float:
+def label_disagreement(before: Float32, after: npt.NDArray[np.intp]) -> float:
     """1 - agreement of the walk and the CRF * share of the pixels the walk is sure of; within 0..1.
 
     Agreement is the IoU of what each calls a class, averaged over the background and the classes labelled
@@ -73,7 +75,7 @@ def disagreement_of_label(before: Float32, after: npt.NDArray[np.intp]) -> float
     return 1 - agreement * (1 - unsure / after.size)
 
 
-def disagreement_of_no_class(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> float:
+def no_class_disagreement(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> float:
     """How close a class came to being present where the classifier's scores call none so; within 0..1.
 
     The mask is background with full confidence then, which says nothing. scores and thresholds: by class,

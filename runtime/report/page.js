@@ -1,5 +1,5 @@
 "use strict";
-// Filters, order and keys of the gallery. Without this the cards stand as they are, the most doubtful first.
+// Filters, order and keys of the gallery. Without this the cards stand as they are, the most uncertain first.
 (() => {
   const facts = JSON.parse(document.getElementById("facts").textContent);
   const gallery = document.querySelector("main");
@@ -7,11 +7,11 @@
   const cards = facts.map((fact) => ({ ...fact, lower: fact.id.toLowerCase(), element: control(`card-${fact.index}`) }));
   const filters = ["by-id", "by-class", "least", "most", "only-missing", "sort", "view"].map(control);
   const orders = {
-    doubt: (a, b) => b.doubt - a.doubt || a.index - b.index,
+    uncertainty: (a, b) => b.uncertainty - a.uncertainty || a.index - b.index,
     id: (a, b) => (a.id < b.id ? -1 : a.id > b.id ? 1 : a.index - b.index),
     confidence: (a, b) => a.confidence - b.confidence || a.index - b.index,
   };
-  let sorted = "doubt";
+  let sorted = "uncertainty";
 
   const number = (id, otherwise) => (control(id).value === "" ? otherwise : control(id).valueAsNumber);
   const visible = () => [...gallery.children].filter((element) => !element.hidden);
@@ -19,7 +19,7 @@
   function apply() {
     const part = control("by-id").value.toLowerCase();
     const name = control("by-class").value;
-    // Doubt is shown with two decimals; a limit typed as shown takes in what is shown so.
+    // Uncertainty is shown with two decimals; a limit typed as shown takes in what is shown so.
     const least = number("least", 0) - 0.005;
     const most = number("most", 1) + 0.005;
     const missing = control("only-missing").checked;
@@ -28,7 +28,7 @@
       const fits =
         card.lower.includes(part) &&
         (name === "" || card.classes.includes(name) || card.missing.includes(name)) &&
-        card.doubt >= least && card.doubt <= most &&
+        card.uncertainty >= least && card.uncertainty <= most &&
         (!missing || card.missing.length > 0);
       card.element.hidden = !fits;
       shown += fits;

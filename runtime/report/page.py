@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.progress import counted
+from multisa.runtime.progress import pluralize
 from multisa.runtime.report.summary import (
     BINS,
     Gathered,
@@ -48,7 +48,7 @@ class Card:
     record: Mapping[str, Any]  # its line of labels.jsonl
     pictures: tuple[Picture, ...]
     mask: str  # path of the mask below the page's folder; empty where there is none to link to
-    sample: bool = False  # stands for the images that are not doubtful
+    sample: bool = False  # stands for the images that are not uncertain
 
 
 def shown_shares(record: Mapping[str, Any], background: str) -> dict[str, float]:
@@ -90,7 +90,7 @@ def card_facts(card: Card, background: str) -> dict[str, Any]:
     return {
         "index": int(record["index"]),
         "id": str(record["image"]),
-        "doubt": float(record["doubt"]),
+        "uncertainty": float(record["uncertainty"]),
         "confidence": float(record["confidence"]),
         "classes": [*shown_shares(record, background)],
         "missing": [str(name) for name in record.get("missing", ())],
@@ -107,11 +107,11 @@ def _picture(picture: Picture, image: str) -> str:
 
 def _marks(card: Card) -> str:
     record = card.record
-    doubt = float(record["doubt"])
+    uncertainty = float(record["uncertainty"])
     sample = ' <em title="one of an even spread over the other images">sample</em>' if card.sample else ""
     return (
-        f'<p class="marks"><i class="gauge" style="--doubt:{doubt:.1%}"></i>'
-        f"<span>doubt <b>{doubt:.2f}</b></span><span>confidence <b>{record['confidence']:.1%}</b></span>"
+        f'<p class="marks"><i class="gauge" style="--uncertainty:{uncertainty:.1%}"></i>'
+        f"<span>uncertainty <b>{uncertainty:.2f}</b></span><span>confidence <b>{record['confidence']:.1%}</b></span>"
         f"<span>disagreement <b>{record['disagreement']:.1%}</b></span>{sample}</p>"
     )
 
@@ -139,10 +139,10 @@ def render_totals(figures: RunFigures, found: Gathered) -> str:
     numbers = {
         "images": f"{found.images:,}",
         "failed": f"{figures.failed:,}",
-        "passed over": f"{figures.passed_over:,}",
+        "passed over": f"{figures.skipped:,}",
         f"images/s{of}": f"{figures.images_per_second:.2f}",
         f"duration{of}": describe_duration(figures.seconds),
-        "mean doubt": f"{found.doubt:.2f}",
+        "mean uncertainty": f"{found.uncertainty:.2f}",
         "mean confidence": f"{found.confidence:.1%}",
     }
     tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers.items())
@@ -182,23 +182,23 @@ def render_stages(figures: RunFigures) -> str:
     return _section("Stages", f"<p>{limit[:1].upper()}{limit[1:]}.</p>{table}")
 
 
-def render_doubt(found: Gathered) -> str:
-    """The histogram of doubt over all images."""
-    most = max(found.doubts, default=0)
+def render_uncertainty(found: Gathered) -> str:
+    """The histogram of uncertainty over all images."""
+    most = max(found.uncertainties, default=0)
     columns = "".join(
-        f'<li title="doubt {i / BINS:.2f} to {(i + 1) / BINS:.2f}: {counted(n, "image")}">'
+        f'<li title="uncertainty {i / BINS:.2f} to {(i + 1) / BINS:.2f}: {pluralize(n, "image")}">'
         f'<i style="height:{n / most if most else 0:.2%}"{" class=some" if n else ""}></i></li>'
-        for i, n in enumerate(found.doubts)
+        for i, n in enumerate(found.uncertainties)
     )
     scale = "<p class=scale><span>0</span><span>0.5</span><span>1</span></p>"
-    label = f'aria-label="images by doubt, {BINS} bins from 0 to 1, at most {most} in one"'
-    return _section("Doubt", f'<ol class="histogram" {label}>{columns}</ol>{scale}')
+    label = f'aria-label="images by uncertainty, {BINS} bins from 0 to 1, at most {most} in one"'
+    return _section("Uncertainty", f'<ol class="histogram" {label}>{columns}</ol>{scale}')
 
 
 def render_failures(groups: Mapping[str, ReasonGroup]) -> str:
     """The reasons, and the first images of each."""
     items = "".join(
-        f"<details><summary>{escape(reason)} <b>{counted(group.count, 'image')}</b></summary><ul>"
+        f"<details><summary>{escape(reason)} <b>{pluralize(group.count, 'image')}</b></summary><ul>"
         + "".join(f"<li>{escape(image)}</li>" for image in group.ids)
         + (f"<li>and {group.count - len(group.ids):,} more</li>" if group.count > len(group.ids) else "")
         + "</ul></details>"
@@ -247,7 +247,7 @@ class Page:
     title: str
     subtitle: str  # one line under it, as text
     cards: tuple[Card, ...]
-    images: int  # of the run; more than the cards when only some are pictured
+    images: int  # of the run; more than the cards when only some are report_images
     sections: str = ""  # HTML, already escaped
 
 
@@ -281,12 +281,14 @@ def json_for_script(value: Sequence[Any]) -> str:
 
 def _gallery_title(page: Page) -> str:
     if len(page.cards) == page.images:
-        return counted(len(page.cards), "image")
+        return pluralize(len(page.cards), "image")
     if not page.cards:  # nobody asked for pictures, or the masks are in a form that is not read back
-        return f"no pictures of {counted(page.images, 'image')} (they take the sinks masks or tar)"
+        return f"no pictures of {pluralize(page.images, 'image')} (they take the sinks masks or tar)"
     samples = sum(card.sample for card in page.cards)
-    doubtful = len(page.cards) - samples
-    return f"the {doubtful} most doubtful of {page.images:,} images, and {samples} of the others as a sample"
+    uncertain = len(page.cards) - samples
+    return (
+        f"the {uncertain} most uncertain of {page.images:,} images, and {samples} of the others as a sample"
+    )
 
 
 def _asset(name: str) -> str:

@@ -14,11 +14,11 @@ from multisa.runtime.report.page import (
     Picture,
     join_sections,
     render_balance,
-    render_doubt,
     render_engines,
     render_failures,
     render_stages,
     render_totals,
+    render_uncertainty,
     write_page,
 )
 from multisa.runtime.report.pictures import (
@@ -35,7 +35,7 @@ from multisa.runtime.report.summary import Gathered, figures_from_run, gather, g
 UInt8 = npt.NDArray[np.uint8]
 Record = Mapping[str, Any]
 
-PICTURED = 200  # images on the page, of a run of any size
+REPORT_IMAGES = 200  # images on the page, of a run of any size
 FAILED_IDS = 20  # named for each reason
 
 
@@ -48,34 +48,34 @@ def write_report(
     manifest: Manifest,
     read_photograph: Callable[[Record], UInt8 | None],
     read_mask: Callable[[Record], UInt8],
-    pictured: int = PICTURED,
+    report_images: int = REPORT_IMAGES,
     path: Path | None = None,
 ) -> None:
     """Write the page about a run, and the pictures it shows to OUT/report; older pictures there go.
 
     records, failures: the lines of labels.jsonl and failed.jsonl, each read once. run: .multisa/run.json.
     read_photograph: uint8 [H, W, 3] of a record's image, upright, None when it cannot be had any more;
-    read_mask: uint8 [H, W]. pictured: images on the page at most. path: of the page, in OUT itself;
+    read_mask: uint8 [H, W]. report_images: images on the page at most. path: of the page, in OUT itself;
     OUT/report.html when not given. The pictures are determined by records and images; the page holds times.
     Memory does not grow with the number of records. Raises UsageError where OUT/report is not the report's
     own folder.
     """
     path = path or out / PAGE
-    found = gather(records, manifest.classes, pictured)
+    found = gather(records, manifest.classes, report_images)
     cards = _draw(out, found, manifest, read_photograph, read_mask)
     figures = figures_from_run(run)
     sections = (
         render_totals(figures, found),
         render_balance(found, dict(zip(manifest.classes, manifest.palette, strict=True))),
-        render_doubt(found),
+        render_uncertainty(found),
         render_stages(figures),
         render_failures(group_failures(failures, FAILED_IDS)),
         render_engines(run),
     )
-    engines = dict.fromkeys(str(choice.get("engine")) for choice in run.get("engines", {}).values())
+    backends = dict.fromkeys(str(choice.get("engine")) for choice in run.get("engines", {}).values())
     page = Page(
         title=f"multisa {figures.command}",
-        subtitle=" · ".join([manifest.name, *engines]),
+        subtitle=" · ".join([manifest.name, *backends]),
         cards=cards,
         images=found.images,
         sections=sections[0] + join_sections(sections[1:]),
@@ -92,7 +92,7 @@ def _draw(
 ) -> tuple[Card, ...]:
     clear_pictures(out)
     cards = []
-    for record in found.pictured:
+    for record in found.report_images:
         index = int(record["index"])
         rgb = read_photograph(record)
         pictures = []

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from multisa.runtime.progress import counted
+from multisa.runtime.progress import pluralize
 
 MOST_GROUPS = 100  # kept apart; what comes later under another reason is OTHER
 OTHER = "other reasons"
@@ -92,10 +92,10 @@ class RunFigures:
     seconds: float
     stages: tuple[StageTime, ...] = ()
     kept: int = 0
-    passed_over: int = 0  # entries of the source that are no images or cannot be had
+    skipped: int = 0  # entries of the source that are no images or cannot be had
     cores: int = 0  # of the machine; 0 when not known
     reasons: Mapping[str, int] = field(default_factory=dict)  # images by general reason, see reasons.py
-    look_at: tuple[str, ...] = ()  # "out/report.html: the doubtful ones first"
+    look_at: tuple[str, ...] = ()  # "out/report.html: the uncertain ones first"
 
     @property
     def images_per_second(self) -> float:
@@ -117,7 +117,7 @@ def figures_from_run(run: Mapping[str, Any]) -> RunFigures:
         seconds=float(run.get("seconds", 0.0)),
         stages=stages,
         kept=int(run.get("kept", 0)),
-        passed_over=int(run.get("passed_over", 0)),
+        skipped=int(run.get("skipped", 0)),
         cores=int(run.get("cores", 0)),
     )
 
@@ -137,11 +137,11 @@ def describe_limit(figures: RunFigures) -> str:
         return ""
     name, share = next(iter(shares.items()))
     workers = next(stage.workers for stage in figures.stages if stage.name == name)
-    busy = f"its {counted(workers, 'worker')} had work for {share:.0%} of the time"
+    busy = f"its {pluralize(workers, 'worker')} had work for {share:.0%} of the time"
     together = sum(stage.busy_seconds for stage in figures.stages)
     used = together / (figures.cores * figures.seconds) if figures.cores else 0.0
     if used >= LIMIT_SHARE:
-        cores = f"the stages together had work for all of {counted(figures.cores, 'core')}"
+        cores = f"the stages together had work for all of {pluralize(figures.cores, 'core')}"
         return f"the limit is the processor, in {name} most ({busy}): {cores}, more workers gain nothing"
     if share >= LIMIT_SHARE:
         return f"the limit is {name}: {busy}; more workers for it, or a faster engine, would be felt"
@@ -155,10 +155,10 @@ def describe_run(figures: RunFigures) -> str:
     if shares:
         lines += [f"busy: {shares}", describe_limit(figures)]
     reasons = sorted(figures.reasons.items(), key=lambda item: (-item[1], item[0]))
-    lines += [f"failed, {counted(count, 'image')}: {reason}" for reason, count in reasons[:_REASONS]]
+    lines += [f"failed, {pluralize(count, 'image')}: {reason}" for reason, count in reasons[:_REASONS]]
     if len(reasons) > _REASONS:
         rest = sum(count for _, count in reasons[_REASONS:])
-        lines.append(f"failed, {counted(rest, 'image')}: {len(reasons) - _REASONS} further reasons")
+        lines.append(f"failed, {pluralize(rest, 'image')}: {len(reasons) - _REASONS} further reasons")
     lines += [f"look at {place}" for place in figures.look_at]
     return "\n".join(lines)
 
@@ -174,18 +174,18 @@ def describe_duration(seconds: float) -> str:
 
 def _done(figures: RunFigures) -> str:
     parts = [
-        f"{counted(figures.done, 'image')} in {describe_duration(figures.seconds)} "
+        f"{pluralize(figures.done, 'image')} in {describe_duration(figures.seconds)} "
         f"({figures.images_per_second:.2f}/s), {figures.failed} failed"
     ]
     if figures.kept:
         parts.append(f"{figures.kept} kept from before")
-    if figures.passed_over:
-        parts.append(f"{figures.passed_over} passed over")
+    if figures.skipped:
+        parts.append(f"{figures.skipped} passed over")
     return ", ".join(parts)
 
 
-BINS = 20  # of the histogram of doubt, each 1 / BINS wide
-SAMPLE_PART = 10  # one in so many pictured images is a sample of the others
+BINS = 20  # of the histogram of uncertainty, each 1 / BINS wide
+SAMPLE_PART = 10  # one in so many report_images images is a sample of the others
 
 Record = Mapping[str, Any]
 
@@ -198,15 +198,15 @@ class Gathered:
     images_of_class: dict[str, int] = field(default_factory=dict)
     pixel_shares: dict[str, float] = field(default_factory=dict)  # of all pixels; the background, too
     missing_of_class: dict[str, int] = field(default_factory=dict)  # labelled with it, not found
-    doubts: list[int] = field(default_factory=lambda: [0] * BINS)
-    doubt: float = 0.0  # mean
+    uncertainties: list[int] = field(default_factory=lambda: [0] * BINS)
+    uncertainty: float = 0.0  # mean
     confidence: float = 0.0  # mean
-    pictured: list[Record] = field(default_factory=list)  # the most doubtful first
-    samples: frozenset[int] = frozenset()  # indices of those pictured that only stand for the others
+    report_images: list[Record] = field(default_factory=list)  # the most uncertain first
+    samples: frozenset[int] = frozenset()  # indices of those report_images that only stand for the others
 
 
-class MostDoubtful:
-    """Keeps the most doubtful records and an even spread of all, in one pass and in memory O(most).
+class MostUncertaintyful:
+    """Keeps the most uncertain records and an even spread of all, in one pass and in memory O(most).
 
     Ties go to the lower index, so the choice is the same in every run over the same images.
     """
@@ -215,7 +215,7 @@ class MostDoubtful:
         if most < 0:
             raise ValueError(f"most: got {most}, expected 0 or more")
         self._most = most
-        self._heap: list[tuple[float, int, int, Record]] = []  # the least doubtful on top
+        self._heap: list[tuple[float, int, int, Record]] = []  # the least uncertain on top
         self._spread: list[Record] = []
         self._stride = 1
         self._seen = 0
@@ -225,7 +225,7 @@ class MostDoubtful:
         if not self._most:
             return
         # The third keeps records from being compared.
-        item = (float(record["doubt"]), -int(record["index"]), -self._seen, record)
+        item = (float(record["uncertainty"]), -int(record["index"]), -self._seen, record)
         if len(self._heap) < self._most:
             heapq.heappush(self._heap, item)
         elif item > self._heap[0]:
@@ -238,21 +238,23 @@ class MostDoubtful:
         self._seen += 1
 
     def chosen(self) -> tuple[list[Record], frozenset[int]]:
-        """The records to picture, the most doubtful first, and the indices of the samples among them."""
+        """The records to picture, the most uncertain first, and the indices of the samples among them."""
         ranked = [item[-1] for item in sorted(self._heap, reverse=True)]
         samples = self._most // SAMPLE_PART if self._seen > self._most else 0
-        doubtful = ranked[: len(ranked) - samples]
-        taken = {record["index"] for record in doubtful}
+        uncertain = ranked[: len(ranked) - samples]
+        taken = {record["index"] for record in uncertain}
         others = [record for record in self._spread if record["index"] not in taken]
         spread = [others[(2 * i + 1) * len(others) // (2 * samples)] for i in range(samples)]
-        both = sorted([*doubtful, *spread], key=lambda record: (-float(record["doubt"]), record["index"]))
+        both = sorted(
+            [*uncertain, *spread], key=lambda record: (-float(record["uncertainty"]), record["index"])
+        )
         return both, frozenset(int(record["index"]) for record in spread)
 
 
-def gather(records: Iterable[Record], classes: tuple[str, ...], pictured: int) -> Gathered:
+def gather(records: Iterable[Record], classes: tuple[str, ...], report_images: int) -> Gathered:
     """Count and choose in one pass over the records of a run.
 
-    classes: the bundle's, background first; a class beyond them is not counted. pictured: how many images
+    classes: the bundle's, background first; a class beyond them is not counted. report_images: how many images
     the page pictures at most.
     """
     found = Gathered(
@@ -260,8 +262,8 @@ def gather(records: Iterable[Record], classes: tuple[str, ...], pictured: int) -
         pixel_shares=dict.fromkeys(classes, 0.0),
         missing_of_class=dict.fromkeys(classes[1:], 0),
     )
-    chosen = MostDoubtful(pictured)
-    pixels = doubt = confidence = 0.0
+    chosen = MostUncertaintyful(report_images)
+    pixels = uncertainty = confidence = 0.0
     for record in records:
         size = int(record["width"]) * int(record["height"])
         pixels += size
@@ -273,12 +275,15 @@ def gather(records: Iterable[Record], classes: tuple[str, ...], pictured: int) -
         for name in record.get("missing", ()):
             if name in found.missing_of_class:
                 found.missing_of_class[name] += 1
-        found.doubts[min(math.floor(float(record["doubt"]) * BINS), BINS - 1)] += 1
-        doubt += float(record["doubt"])
+        found.uncertainties[min(math.floor(float(record["uncertainty"]) * BINS), BINS - 1)] += 1
+        uncertainty += float(record["uncertainty"])
         confidence += float(record["confidence"])
         found.images += 1
         chosen.add(record)
     found.pixel_shares = {name: n / max(pixels, 1) for name, n in found.pixel_shares.items()}
-    found.doubt, found.confidence = doubt / max(found.images, 1), confidence / max(found.images, 1)
-    found.pictured, found.samples = chosen.chosen()
+    found.uncertainty, found.confidence = (
+        uncertainty / max(found.images, 1),
+        confidence / max(found.images, 1),
+    )
+    found.report_images, found.samples = chosen.chosen()
     return found

@@ -18,7 +18,7 @@ class SourceItem:
 
 
 @dataclass(frozen=True)
-class PassedOver:
+class Skipped:
     """An entry of a source that is not taken, and why; nothing is passed over without being named."""
 
     id: str  # printable
@@ -32,7 +32,7 @@ class OtherFiles:
     count: int
 
 
-Listed = SourceItem | PassedOver | OtherFiles
+Listed = SourceItem | Skipped | OtherFiles
 
 
 class Source(Protocol):
@@ -55,7 +55,7 @@ class Source(Protocol):
         with the bytes, or more than MAX_FILE_BYTES, is refused.
         """
 
-    def is_there(self, item: SourceItem) -> bool:
+    def exists(self, item: SourceItem) -> bool:
         """Whether what `item` is in can still be reached: asked when the item itself could not be read.
 
         False for a disk, a server or an archive that is gone, or keys that are valid no more; then no other

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.names import LONGEST_PATH, is_image, printable
 from multisa.runtime.sources.storage import Entry, Store, Wanted, join, why
 
@@ -115,7 +115,7 @@ class FolderSource(SourceBase):
                 if isinstance(entry, OtherFiles):
                     yield entry
                 elif entry.problem:
-                    yield PassedOver(printable(entry.name), entry.problem)
+                    yield Skipped(printable(entry.name), entry.problem)
                 else:
                     yield SourceItem(entry.name, entry.name, entry.size, entry.version)
         except OSError as error:
@@ -123,9 +123,9 @@ class FolderSource(SourceBase):
                 f"{printable(self._root)}: cannot be listed ({why(error)}), expected a folder of images"
             ) from error
 
-    def is_there(self, item: SourceItem) -> bool:
+    def exists(self, item: SourceItem) -> bool:
         """See Source."""
-        return self._store.is_there(self._root)
+        return self._store.exists(self._root)
 
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
@@ -163,9 +163,9 @@ class OneFileSource(SourceBase):
         except OSError as error:
             raise ImageError(why(error)) from error
 
-    def is_there(self, item: SourceItem) -> bool:
+    def exists(self, item: SourceItem) -> bool:
         """See Source."""
-        return self._store.is_there(self._path)
+        return self._store.exists(self._path)
 
 
 def inside(place: str) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
+from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.image_labels import split_classes
 from multisa.runtime.sources.base import Listed, SourceItem
 from multisa.runtime.sources.folders import SourceBase
@@ -88,7 +88,7 @@ class Columns(NamedTuple):
 def rows_of(store: Store, path: str, columns: Columns) -> Iterator[Row]:
     """The rows of a file ending in .txt, .csv, .jsonl, .ndjson or .parquet.
 
-    Raises UsageError naming the line or row that cannot be used, EngineUnavailable where pyarrow is missing.
+    Raises UsageError naming the line or row that cannot be used, BackendUnavailable where pyarrow is missing.
     """
     shown = printable(path.partition("?")[0])
     reader = KINDS[path.partition("?")[0].lower().rpartition(".")[2]]
@@ -154,7 +154,9 @@ def _parquet_rows(file: BinaryIO, shown: str, columns: Columns) -> Iterator[Row]
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise EngineUnavailable(f"{shown}: pyarrow is not installed", remedy="pip install pyarrow") from error
+        raise BackendUnavailable(
+            f"{shown}: pyarrow is not installed", remedy="pip install pyarrow"
+        ) from error
 
     @contextmanager
     def parquet_errors() -> Iterator[None]:
@@ -268,7 +270,7 @@ class ListSource(SourceBase):
         except OSError as error:
             raise ImageError(why(error)) from error
 
-    def is_there(self, item: SourceItem) -> bool:
+    def exists(self, item: SourceItem) -> bool:
         """See Source; it is about the disk or the server of the item, of which a list may name many."""
         protocol = protocol_of(item.place)
         if protocol:
@@ -277,7 +279,7 @@ class ListSource(SourceBase):
         if not self._protocol:
             if item.size < 0:
                 return True  # it was not there when it was listed: of its disk nothing is known
-            if not item.place.startswith("/") and not store.is_there(self._home):
+            if not item.place.startswith("/") and not store.exists(self._home):
                 return False
         return store.reaches(self._absolute(item.place))
 

@@ -45,7 +45,7 @@ def open_source(
     it is given. `classes` tells names that hold spaces from several names. `storage_options` are a JSON
     object or a mapping for fsspec; without them its own configuration and the environment hold.
 
-    Raises UsageError for what is no source, EngineUnavailable where fsspec or a protocol's package is not
+    Raises UsageError for what is no source, BackendUnavailable where fsspec or a protocol's package is not
     there.
     """
     stores = _Stores(protocol_of(spec), _options(storage_options))

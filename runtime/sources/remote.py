@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
+from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import unsafe_path
 from multisa.runtime.sources.storage import CHANGED, Blob, Entry, Wanted, check_size
@@ -161,7 +161,7 @@ class RemoteStore:
         try:
             import fsspec
         except ImportError as error:
-            raise EngineUnavailable(
+            raise BackendUnavailable(
                 "fsspec is not installed", remedy=f"pip install fsspec {_PACKAGES.get(protocol, '')}".rstrip()
             ) from error
         self._protocol = protocol
@@ -175,7 +175,7 @@ class RemoteStore:
             package = _PACKAGES.get(protocol)
             remedy = f"pip install {package}" if package else "install the package that fsspec names"
             cause = f"{protocol}:// needs another package ({error})"
-            raise EngineUnavailable(cause, remedy=remedy) from error
+            raise BackendUnavailable(cause, remedy=remedy) from error
         except TypeError as error:
             raise UsageError(f"storage options: {protocol}:// does not take them: {error}") from error
         except ValueError as error:
@@ -237,7 +237,7 @@ class RemoteStore:
         _check_version(part, version)
         return part.data
 
-    def is_there(self, path: str) -> bool:
+    def exists(self, path: str) -> bool:
         """See Store; one request, and none for a while after it was answered."""
         now = time.monotonic()
         with self._lock:
@@ -257,7 +257,7 @@ class RemoteStore:
         with self._lock:
             served = list(self._served.values())
         if served:
-            return any(self.is_there(one) for one in served)
+            return any(self.exists(one) for one in served)
         if self._protocol in ("http", "https"):
             return True  # of many hosts some are always down
         try:

@@ -72,7 +72,7 @@ class Store(Protocol):
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
         """Some bytes of a file; fewer where it ends. Raises ImageError when it is seen to have changed."""
 
-    def is_there(self, path: str) -> bool:
+    def exists(self, path: str) -> bool:
         """Whether there is a file, or a folder with anything in it."""
 
     def reaches(self, path: str) -> bool:
@@ -166,7 +166,7 @@ class LocalStore:
             _check_version(blob, version)
             return blob.read_at(start, length)
 
-    def is_there(self, path: str) -> bool:
+    def exists(self, path: str) -> bool:
         """See Store; a disk that is gone often leaves an empty folder."""
         try:
             return _holds_any(path)

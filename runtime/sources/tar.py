@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
-from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.folders import Pattern, SourceBase, inside, walk
 from multisa.runtime.sources.lists import CellReader
 from multisa.runtime.sources.names import (
@@ -288,7 +288,7 @@ class TarSource(SourceBase):
         others = 0
         for shard in self._shards():
             if shard.problem:
-                yield PassedOver(printable(shard.name), shard.problem)
+                yield Skipped(printable(shard.name), shard.problem)
                 continue
             if not stems.add(shard.name[:-4]):
                 raise UsageError(
@@ -316,9 +316,9 @@ class TarSource(SourceBase):
             raise ImageError(f"the tar file ends after {len(data)} of the image's {item.size} bytes")
         return data
 
-    def is_there(self, item: SourceItem) -> bool:
+    def exists(self, item: SourceItem) -> bool:
         """See Source; it is about the item's tar file."""
-        return self._store.is_there(join(self._root, item.place.rpartition("#")[0]))
+        return self._store.exists(join(self._root, item.place.rpartition("#")[0]))
 
     def _shard(self, name: str, seen: Seen) -> Iterator[Listed]:
         shown = printable(join(self._root, name))
@@ -327,7 +327,7 @@ class TarSource(SourceBase):
         try:
             with self._store.open(join(self._root, name)) as blob:
                 if not blob.size:
-                    yield PassedOver(printable(name), "is empty")
+                    yield Skipped(printable(name), "is empty")
                 for sample in _samples(tar_members(blob)):
                     any_member = True
                     yield from self._sample((name, prefix), sample, blob, seen)
@@ -335,7 +335,7 @@ class TarSource(SourceBase):
             if not any_member:
                 raise UsageError(f"{shown}: cannot be read as a tar file: {error}") from error
             reason = f"damaged at byte {error.offset}: {error}; what follows is not read"
-            yield PassedOver(printable(name), reason)
+            yield Skipped(printable(name), reason)
         except OSError as error:
             raise UsageError(f"{shown}: cannot be read ({why(error)}), expected a tar file") from error
 
@@ -355,14 +355,14 @@ class TarSource(SourceBase):
         labels = None
         if images:
             labels, problems = self._labels(sidecars, blob)
-            yield from (PassedOver(printable(f"{prefix}/{name}"), why_not) for name, why_not in problems)
+            yield from (Skipped(printable(f"{prefix}/{name}"), why_not) for name, why_not in problems)
         for member in images:
             made = f"{prefix}/{member.name}"
             problem = _problem(member, made)
             if not problem and not seen.add(made):
                 problem = "another member has the same name: the first is taken"
             if problem:
-                yield PassedOver(printable(made), problem)
+                yield Skipped(printable(made), problem)
             else:
                 yield SourceItem(made, f"{path}#{member.offset}", member.size, blob.version, labels)
         if others := len(members) - len(images) - len(sidecars):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
-from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.folders import SourceBase
 from multisa.runtime.sources.names import Seen, is_image, printable, unsafe_path
 from multisa.runtime.sources.storage import CHANGED, Blob, Store, why
@@ -218,7 +218,7 @@ class ZipSource(SourceBase):
                     if not problem and not seen.add(member.name):
                         problem = "another member has the same name: the first is taken"
                     if problem:
-                        yield PassedOver(printable(member.name), problem)
+                        yield Skipped(printable(member.name), problem)
                     else:
                         yield _item(member)
         except ZipDamaged as error:
@@ -255,9 +255,9 @@ class ZipSource(SourceBase):
             raise ImageError("its CRC is wrong: the zip file is damaged, or changed since it was listed")
         return data
 
-    def is_there(self, item: SourceItem) -> bool:
+    def exists(self, item: SourceItem) -> bool:
         """See Source."""
-        return self._store.is_there(self._path)
+        return self._store.exists(self._path)
 
 
 def _item(member: ZipMember) -> SourceItem:

@@ -29,7 +29,7 @@ Float16 = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True, eq=False)
-class SoftMaps:
+class ClassProbabilities:
     """Class probabilities before the argmax, at the size the networks saw."""
 
     class_ids: tuple[int, ...]  # 0 is the background
@@ -47,7 +47,7 @@ class LabelledImage:
     png: bytes  # the mask as a palette PNG
     confidence: UInt8  # [h, w] of the chosen class, 0..255 for 0..1, at the size the networks saw
     record: Mapping[str, Any]  # its line of labels.jsonl
-    soft: SoftMaps | None = None  # only where a sink asks for them
+    probabilities: ClassProbabilities | None = None  # only where a sink asks for them
 
 
 class ShardFiles(Protocol):
@@ -56,14 +56,14 @@ class ShardFiles(Protocol):
     def write(self, relative: str, data: bytes) -> None:
         """Keep a file for the posix path `relative` below OUT."""
 
-    def write_part(self, sink: str, data: bytes) -> None:
+    def write_part(self, writer: str, data: bytes) -> None:
         """Keep what `Sink.finish` needs of this shard; it is not one of the results."""
 
 
 class RunFolder(Protocol):
     """The folder of a run that is complete, as `Sink.finish` sees it."""
 
-    def parts(self, sink: str) -> Iterator[bytes]:
+    def parts(self, writer: str) -> Iterator[bytes]:
         """What `write_part` was given, in the order of the shards; one at a time."""
 
     def write(self, relative: str, pieces: Iterable[bytes]) -> None:
@@ -71,7 +71,7 @@ class RunFolder(Protocol):
 
 
 @dataclass(frozen=True)
-class SinkContext:
+class WriterContext:
     """What a sink may know about the run."""
 
     out: Path
@@ -80,11 +80,11 @@ class SinkContext:
     bundle_sha256: str
 
 
-class Sink(Protocol):
+class Writer(Protocol):
     """One format. `encode` may be called from several threads at once."""
 
     @property
-    def needs_soft_maps(self) -> bool:
+    def needs_probabilities(self) -> bool:
         """Whether `LabelledImage.soft` must be there."""
 
     def encode(self, image: LabelledImage) -> Any:
@@ -96,7 +96,7 @@ class Sink(Protocol):
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[Any]) -> None:
         """Write the files of shard `shard`; payloads in the order of the images, none of failed ones."""
 
-    def finish(self, folder: RunFolder, shards: int) -> None:
+    def finalize(self, folder: RunFolder, shards: int) -> None:
         """Write what is one file for the whole run; called again after a retry, then from all parts anew.
 
         Shards of a retry come after the others, so parts are sorted by the index of the image where order
@@ -107,15 +107,15 @@ class Sink(Protocol):
         """Paths below OUT that are named after the image `name`; empty where files are named after shards."""
 
 
-class FormatSink:
+class WriterBase:
     """The part of a sink that a format leaves as it is."""
 
-    needs_soft_maps = False
+    needs_probabilities = False
 
-    def __init__(self, context: SinkContext) -> None:
+    def __init__(self, context: WriterContext) -> None:
         self.context = context
 
-    def finish(self, folder: RunFolder, shards: int) -> None:
+    def finalize(self, folder: RunFolder, shards: int) -> None:
         """Write nothing: every file is one shard's."""
 
     def results(self, name: str) -> Sequence[str]:
@@ -197,20 +197,20 @@ def part_of(rows: Iterable[tuple[int, Sequence[bytes]]]) -> bytes:
     return b"".join(b"\t".join((b"%d" % index, *fields)) + b"\n" for index, fields in rows)
 
 
-def ordered_rows(folder: RunFolder, sink: str) -> Iterator[Row]:
+def ordered_rows(folder: RunFolder, writer: str) -> Iterator[Row]:
     """Read the rows of all shards by index, holding one shard for each retry the run has had.
 
     The shards of a run are in order, and so are those of each retry after it: a few sorted lists to merge.
     """
-    bounds = list(_sorted_lists(folder, sink))
-    lists = (_rows(islice(folder.parts(sink), start, end)) for start, end in bounds)
+    bounds = list(_sorted_lists(folder, writer))
+    lists = (_rows(islice(folder.parts(writer), start, end)) for start, end in bounds)
     return heapq.merge(*lists, key=lambda row: row[0])
 
 
-def _sorted_lists(folder: RunFolder, sink: str) -> Iterator[tuple[int, int]]:
+def _sorted_lists(folder: RunFolder, writer: str) -> Iterator[tuple[int, int]]:
     """From which part to which the indices only rise."""
     start, count, last = 0, 0, -1
-    for number, part in enumerate(folder.parts(sink)):
+    for number, part in enumerate(folder.parts(writer)):
         count = number + 1
         if not part:
             continue

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.writers.base import (
-    FormatSink,
     LabelledImage,
     RunFolder,
     ShardFiles,
+    WriterBase,
     json_bytes,
     ordered_rows,
     part_of,
@@ -25,7 +25,7 @@ _IDS = 256  # annotation ids kept for one image: one for each value of a mask
 _Row = tuple[int, tuple[bytes, bytes]]
 
 
-class CocoSink(FormatSink):
+class CocoWriter(WriterBase):
     """One file for the whole run."""
 
     def encode(self, image: LabelledImage) -> _Row:
@@ -51,7 +51,7 @@ class CocoSink(FormatSink):
         """Keep the shard's entries for the end."""
         files.write_part(_NAME, part_of(payloads))
 
-    def finish(self, folder: RunFolder, shards: int) -> None:
+    def finalize(self, folder: RunFolder, shards: int) -> None:
         """Write the annotations of all images, those of a retry in their place."""
         folder.write("coco/annotations/instances_default.json", self._pieces(folder))
 

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from multisa.runtime.imaging.png import IGNORE_INDEX, encode_palette_png, voc_palette
 from multisa.runtime.writers.base import (
-    FormatSink,
     LabelledImage,
     ShardFiles,
-    SinkContext,
+    WriterBase,
+    WriterContext,
     label_name,
     line_name,
     shard_path,
@@ -25,10 +25,10 @@ from multisa.runtime.writers.encoding import distinct_colours, ignore_name, with
 _Masks = tuple[str, bytes, bytes]
 
 
-class CvatSink(FormatSink):
+class CvatWriter(WriterBase):
     """One zip for each shard."""
 
-    def __init__(self, context: SinkContext) -> None:
+    def __init__(self, context: WriterContext) -> None:
         super().__init__(context)
         self._colours = distinct_colours(context.manifest)
         self._voc = voc_palette()

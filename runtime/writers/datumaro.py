@@ -12,10 +12,10 @@ import numpy as np
 
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.writers.base import (
-    FormatSink,
     LabelledImage,
     RunFolder,
     ShardFiles,
+    WriterBase,
     file_name,
     json_bytes,
     ordered_rows,
@@ -28,7 +28,7 @@ _NAME = "datumaro"
 _Item = tuple[int, str, bytes, bytes]
 
 
-class DatumaroSink(FormatSink):
+class DatumaroWriter(WriterBase):
     """A mask for each image and a table of names."""
 
     def encode(self, image: LabelledImage) -> _Item:
@@ -42,7 +42,7 @@ class DatumaroSink(FormatSink):
             files.write(path, png)
         files.write_part(_NAME, part_of((index, [line]) for index, _, _, line in payloads))
 
-    def finish(self, folder: RunFolder, shards: int) -> None:
+    def finalize(self, folder: RunFolder, shards: int) -> None:
         """Write the classes and the table of names."""
         manifest = self.context.manifest
         names = [*manifest.classes, ignore_name(manifest)]

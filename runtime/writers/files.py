@@ -7,9 +7,9 @@ from PIL import Image
 
 from multisa.runtime.imaging.decode import resize_mask
 from multisa.runtime.writers.base import (
-    FormatSink,
     LabelledImage,
     ShardFiles,
+    WriterBase,
     json_bytes,
     shard_path,
     tar_key,
@@ -17,7 +17,7 @@ from multisa.runtime.writers.base import (
 from multisa.runtime.writers.encoding import tar_bytes
 
 
-class MasksSink(FormatSink):
+class MasksWriter(WriterBase):
     """One file for each image."""
 
     def encode(self, image: LabelledImage) -> tuple[str, bytes]:
@@ -42,7 +42,7 @@ def mask_of(name: str) -> str:
 _COMPRESSION = 1  # confidences are noise to a compressor; more effort gains little
 
 
-class ConfidenceSink(FormatSink):
+class ConfidenceWriter(WriterBase):
     """One file for each image."""
 
     def encode(self, image: LabelledImage) -> tuple[str, bytes]:
@@ -66,7 +66,7 @@ class ConfidenceSink(FormatSink):
 _Members = tuple[tuple[str, bytes], ...]
 
 
-class TarSink(FormatSink):
+class TarWriter(WriterBase):
     """One tar for each shard."""
 
     def encode(self, image: LabelledImage) -> _Members:

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from multisa.runtime.errors import ImageError
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.writers.base import (
-    FormatSink,
     LabelledImage,
     RunFolder,
     ShardFiles,
-    SinkContext,
+    WriterBase,
+    WriterContext,
     json_bytes,
     shard_path,
 )
@@ -29,10 +29,10 @@ _FOLDER = "label-studio"
 _WEB = ("http://", "https://", "/")  # prefixes of what a browser fetches: the id has to be escaped
 
 
-class LabelStudioSink(FormatSink):
+class LabelStudioWriter(WriterBase):
     """One list of tasks for each shard."""
 
-    def __init__(self, context: SinkContext, image_prefix: str = "") -> None:
+    def __init__(self, context: WriterContext, image_prefix: str = "") -> None:
         super().__init__(context)
         self._prefix = image_prefix
         self._version = f"{context.manifest.name}-{context.bundle_sha256[:12]}"
@@ -63,7 +63,7 @@ class LabelStudioSink(FormatSink):
             tasks = b"[\n" + b",\n".join(payloads) + b"\n]\n"
             files.write(shard_path(_FOLDER, shard, "json"), tasks)
 
-    def finish(self, folder: RunFolder, shards: int) -> None:
+    def finalize(self, folder: RunFolder, shards: int) -> None:
         """Write the labelling interface."""
         manifest = self.context.manifest
         colours = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in manifest.palette[1:])
@@ -71,8 +71,8 @@ class LabelStudioSink(FormatSink):
             f'    <Label value={quoteattr(name)} background="{colour}"/>\n'
             for name, colour in zip(manifest.foreground, colours, strict=True)
         )
-        brush = f'  <BrushLabels name="tag" toName="image">\n{"".join(labels)}  </BrushLabels>\n'
-        text = f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{brush}</View>\n'
+        label_studio_rle = f'  <BrushLabels name="tag" toName="image">\n{"".join(labels)}  </BrushLabels>\n'
+        text = f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{label_studio_rle}</View>\n'
         folder.write(f"{_FOLDER}/labeling_config.xml", [text.encode()])
 
     def _result(self, image: LabelledImage, runs: FlatRuns) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 from multisa.runtime.writers.base import (
-    FormatSink,
     LabelledImage,
     ShardFiles,
-    SinkContext,
+    WriterBase,
+    WriterContext,
     json_bytes,
     shard_path,
 )
@@ -29,21 +29,21 @@ _COLUMNS = {
     "height": "int32",
     "orientation": "int8",
     "confidence": "float64",
-    "doubt": "float64",
+    "uncertainty": "float64",
     "disagreement": "float64",
 }
 _LISTS = ("classes", "notes")
 _COMPRESSION = "zstd"
 
 
-class ParquetSink(FormatSink):
+class ParquetWriter(WriterBase):
     """One table for each shard."""
 
-    def __init__(self, context: SinkContext) -> None:
-        """Raise EngineUnavailable without pyarrow."""
+    def __init__(self, context: WriterContext) -> None:
+        """Raise BackendUnavailable without pyarrow."""
         super().__init__(context)
         if importlib.util.find_spec("pyarrow") is None:
-            raise EngineUnavailable(
+            raise BackendUnavailable(
                 "pyarrow, which writes Parquet, is not installed", remedy='pip install "multisa[parquet]"'
             )
 

@@ -21,10 +21,10 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask, write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.writers.base import (
-    FormatSink,
+    ClassProbabilities,
     LabelledImage,
     ShardFiles,
-    SoftMaps,
+    WriterBase,
     json_bytes,
     plain_name,
     shard_path,
@@ -37,19 +37,19 @@ _LEVEL = 1  # of deflate: a higher one takes several times as long for few bytes
 _Members = tuple[tuple[str, bytes], ...]
 
 
-class SoftSink(FormatSink):
+class ProbabilitiesWriter(WriterBase):
     """One tar of arrays for each shard."""
 
-    needs_soft_maps = True
+    needs_probabilities = True
 
     def encode(self, image: LabelledImage) -> _Members:
         """The two members of an image."""
-        soft = image.soft
-        assert soft is not None, "the run makes soft maps for a sink that needs them"
+        probabilities = image.probabilities
+        assert probabilities is not None, "the run makes soft maps for a sink that needs them"
         arrays: dict[str, npt.NDArray[Any]] = {
-            "class_ids": np.array(soft.class_ids, np.uint8),
+            "class_ids": np.array(probabilities.class_ids, np.uint8),
             "confidence": image.confidence,
-            "probabilities": soft.probabilities.astype(np.float16, copy=False),
+            "probabilities": probabilities.probabilities.astype(np.float16, copy=False),
             "size": np.array(image.mask.shape, np.int32),
         }
         key = tar_key(image.name)
@@ -101,7 +101,7 @@ class SoftImage:
     name: str  # of its results: masks/NAME.png
     record: Mapping[str, Any]  # its line of labels.jsonl
     size: tuple[int, int]  # height and width of the mask
-    soft: SoftMaps
+    probabilities: ClassProbabilities
     confidence: UInt8  # [h, w] of the class that was chosen, 0..255 for 0..1
 
 
@@ -117,7 +117,7 @@ def read_soft_maps(path: Path) -> Iterator[SoftImage]:
     except _BROKEN as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{path}: {reason}: expected a tar of soft maps as `--sink soft` writes them"
+            f"{path}: {reason}: expected a tar of soft maps as `--writer soft` writes them"
         ) from error
 
 
@@ -133,8 +133,8 @@ def mask_from_soft_maps(
     a weight or a confidence that is none.
     """
     _check_thresholds(background_weight, minimum_confidence)
-    ids = np.array(image.soft.class_ids, np.uint8)
-    scores = image.soft.probabilities.astype(np.float32)
+    ids = np.array(image.probabilities.class_ids, np.uint8)
+    scores = image.probabilities.probabilities.astype(np.float32)
     scores[ids == 0] *= np.float32(background_weight)
     mask = ids[scores.argmax(axis=0)]
     if minimum_confidence:
@@ -214,8 +214,8 @@ def _image(key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str
         raise ValueError(f"{key!r}: got arrays of shapes {shapes}, which do not belong together")
     if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{key!r}: got a size of {size}, expected 1 to {MAX_PIXELS} pixels")
-    soft = SoftMaps(tuple(ids.tolist()), probabilities)
-    return SoftImage(_safe_name(key), record, (size[0], size[1]), soft, confidence)
+    maps = ClassProbabilities(tuple(ids.tolist()), probabilities)
+    return SoftImage(_safe_name(key), record, (size[0], size[1]), maps, confidence)
 
 
 def _arrays(file: IO[bytes], size: int) -> dict[str, npt.NDArray[Any]]:

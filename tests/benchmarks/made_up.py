@@ -11,19 +11,19 @@ OURS, INT8, OPENVINO, EAGER = 0, 1, 2, 3  # rows of segment
 
 
 def _segment(
-    engine: str, precision: str, p50: float, speed: float, miou: float, **more: Any
+    backend: str, precision: str, p50: float, speed: float, miou: float, **more: Any
 ) -> dict[str, Any]:
     """One row; 100 ms and 12 images a second are those of the baseline."""
-    loop = speed if engine.startswith("pytorch") else 0.6 * speed
+    loop = speed if backend.startswith("pytorch") else 0.6 * speed
     return {
-        "engine": engine,
+        "engine": backend,
         "precision": precision,
         "device": "cpu",
         "default": False,
         "problem": None,
         "images_per_second": speed,
         "end_to_end": {
-            "by": "loop" if engine.startswith("pytorch") else "multisa segment",
+            "by": "loop" if backend.startswith("pytorch") else "multisa segment",
             "photographs": 128,
             "images_per_second": [0.98 * speed, speed, 1.01 * speed],
             "times_baseline": speed / 12,
@@ -62,9 +62,9 @@ def _segment(
     }
 
 
-def _recipe(recipe: str, engine: str, seconds: float, **more: Any) -> dict[str, Any]:
+def _recipe(recipe: str, backend: str, seconds: float, **more: Any) -> dict[str, Any]:
     return {
-        "engine": engine,
+        "engine": backend,
         "precision": "fp32",
         "recipe": recipe,
         "problem": None,

@@ -17,7 +17,7 @@ from multisa.export import convert
 from multisa.runtime import system as versions
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.errors import EngineUnavailable, ParityError
+from multisa.runtime.errors import BackendUnavailable, ParityError
 
 
 def test_look_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_driver_without_a_gpu_is_exit_code_5(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(driver, "probe_gpus", lambda: GpuProbe(problem="no NVIDIA GPU here"))
-    assert driver.main(["--output", str(tmp_path / "driver.json")]) == EngineUnavailable.exit_code
+    assert driver.main(["--output", str(tmp_path / "driver.json")]) == BackendUnavailable.exit_code
     assert "no NVIDIA GPU here: install NVIDIA's driver" in capsys.readouterr().out
     assert not (tmp_path / "driver.json").exists()
 

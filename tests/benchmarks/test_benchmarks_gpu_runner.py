@@ -130,19 +130,19 @@ def test_a_needed_step_ends_the_run(tmp_path: Path, code: int, whole: int) -> No
 
 def test_a_wrong_answer_is_the_gravest_and_no_engine_is_not_success(tmp_path: Path) -> None:
     ran = runner(tmp_path)
-    ran.run([step("bad", "exit 1"), step("wrong", "exit 3"), step("gone", "exit 5", engine="gone")])
+    ran.run([step("bad", "exit 1"), step("wrong", "exit 3"), step("gone", "exit 5", backend="gone")])
     by_name = {row.name: row for row in ran.rows}
     assert exit_code(ran.rows, ["gone"]) == 3
     assert exit_code([by_name["bad"], by_name["gone"]], ["gone"]) == 1
     assert exit_code([by_name["gone"]], ["gone"]) == 5
     left_out = runner(tmp_path / "other")
     steps = [
-        Step("out", "", lambda: LeftOut("no plans"), engine="rtx"),
-        step("gone", "exit 5", engine="gone"),
+        Step("out", "", lambda: LeftOut("no plans"), backend="rtx"),
+        step("gone", "exit 5", backend="gone"),
     ]
     assert left_out.run(steps) == 5
     assert outcomes(left_out.rows) == {"out": LEFT_OUT, "gone": ABSENT}
-    assert runner(tmp_path / "third").run([*steps, step("ran", "true", engine="ran")]) == 0
+    assert runner(tmp_path / "third").run([*steps, step("ran", "true", backend="ran")]) == 0
 
 
 def test_a_step_that_leaves_nothing_has_failed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 
 
 class Subject:
@@ -15,7 +15,7 @@ class Subject:
 
     def __init__(self, start: int = 0) -> None:
         if start < 0:
-            raise EngineUnavailable("nothing is there", remedy="install it")
+            raise BackendUnavailable("nothing is there", remedy="install it")
         if start > 100:
             import a_package_that_does_not_exist  # noqa: F401
         self.total, self.held = start, b""

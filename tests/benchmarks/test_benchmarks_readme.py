@@ -15,9 +15,9 @@ OTHER = MACHINE | {"processor": "Another Processor", "cores": 8}
 SHA256 = "s"
 
 
-def segment_row(engine: str, rate: float, **more: Any) -> dict[str, Any]:
+def segment_row(backend: str, rate: float, **more: Any) -> dict[str, Any]:
     return {
-        "engine": engine,
+        "engine": backend,
         "precision": "fp32",
         "device": "cpu",
         "default": False,

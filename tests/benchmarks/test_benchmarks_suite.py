@@ -19,7 +19,7 @@ from multisa.benchmarks.report import validate_bench
 from multisa.benchmarks.suite.contender import PYTORCH, Contender, baseline_of, contenders
 from multisa.benchmarks.suite.setting import Setting
 from multisa.runtime.backends.base import CAM, SEGMENTER
-from multisa.runtime.backends.registry import ENGINES
+from multisa.runtime.backends.registry import BACKENDS
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli.main import root
 from multisa.runtime.errors import UsageError
@@ -35,7 +35,7 @@ def row_of(rows: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:
 def test_every_engine_and_pytorch_take_part_and_the_reference_is_first() -> None:
     listed = contenders(load_bundle(default_bundle_path()), SEGMENTER, (), gpu=False)
     assert listed[0] == Contender("onnxruntime-cpu", "fp32", "cpu")
-    assert {contender.engine for contender in listed} == {*ENGINES, *PYTORCH}
+    assert {contender.backend for contender in listed} == {*BACKENDS, *PYTORCH}
     assert Contender("onnxruntime-cpu", "int8", "cpu") in listed
     with pytest.raises(UsageError, match=r"got the engine 'fast', expected some of tensorrt"):
         contenders(load_bundle(default_bundle_path()), CAM, ("fast",), gpu=False)
@@ -52,10 +52,10 @@ def test_on_a_gpu_pytorch_is_compared_with_pytorch_on_the_gpu() -> None:
 
 def test_segmenting(make_tiny: MakeSetting) -> None:
     rows = segmenting.measure(make_tiny("onnxruntime-cpu", "pytorch-eager", "tensorrt"))
-    default = row_of(rows, engine="onnxruntime-cpu", precision="fp32")
+    default = row_of(rows, backend="onnxruntime-cpu", precision="fp32")
     assert default["default"] and default["problem"] is None
     assert default["miou"] == 100.0 and default["label_agreement"] == 1.0  # the truth is its own
-    eager, small = row_of(rows, engine="pytorch-eager"), row_of(rows, precision="int8")
+    eager, small = row_of(rows, backend="pytorch-eager"), row_of(rows, precision="int8")
     assert eager["baseline"] and eager["times_baseline"] == 1.0
     assert 0.99 < eager["label_agreement"] <= 1.0 and 0.9 < small["label_agreement"] <= 1.0
     for row in (default, eager, small):
@@ -75,7 +75,7 @@ def test_segmenting(make_tiny: MakeSetting) -> None:
     expected = eager["latency_ms"]["p50"] / default["latency_ms"]["p50"]
     assert default["times_baseline"] == pytest.approx(expected, rel=0.01)
     assert 0 < default["limit"]["share"] < 1 and small["limit"] is None
-    absent = row_of(rows, engine="tensorrt")
+    absent = row_of(rows, backend="tensorrt")
     assert absent["problem"] is None or "no NVIDIA driver" in absent["problem"]
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.jobs.executor import Crew
+from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.journal import ShardResult
-from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.record import RunSummary
-from multisa.runtime.jobs.run import OpenCrew, run
+from multisa.runtime.jobs.run import ExecutorFactory, run
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 
@@ -34,11 +34,11 @@ def write_corpus(folder: Path, images: int = IMAGES) -> Path:
 
 
 def segment(
-    source: Path, out: Path, bundle: Bundle, open_crew: OpenCrew, *, engine: str = "auto"
+    source: Path, out: Path, bundle: Bundle, make_executor: ExecutorFactory, *, backend: str = "auto"
 ) -> RunSummary:
-    options = RunOptions(workers=2, shard_size=SHARD, sinks=("masks", "coco"), pictured=0)
-    job = make_job("segment", str(source), out, bundle.path, EngineRequest(engine), options)
-    return run(job, options, open_crew)
+    options = RunOptions(workers=2, shard_size=SHARD, writers=("masks", "coco"), report_images=0)
+    job = make_job("segment", str(source), out, bundle.path, BackendRequest(backend), options)
+    return run(job, options, make_executor)
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -77,12 +77,12 @@ def title(process: int) -> str:
         return ""
 
 
-def disturbed(open_crew: OpenCrew, after: int, disturb: Callable[[], None]) -> OpenCrew:
+def disturbed(make_executor: ExecutorFactory, after: int, disturb: Callable[[], None]) -> ExecutorFactory:
     """A crew to which something happens, once, as soon as so many shards are committed."""
 
-    def open_disturbed(job: Job, watch: Watch) -> Crew:
-        crew = open_crew(job, watch)
-        do = crew.do
+    def open_disturbed(job: Job, watch: RunMonitor) -> Executor:
+        executor = make_executor(job, watch)
+        do = executor.do
 
         def do_disturbed(shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
             count = 0
@@ -98,7 +98,7 @@ def disturbed(open_crew: OpenCrew, after: int, disturb: Callable[[], None]) -> O
 
             do(shards, note)
 
-        crew.do = do_disturbed  # type: ignore[method-assign]
-        return crew
+        executor.do = do_disturbed  # type: ignore[method-assign]
+        return executor
 
     return open_disturbed

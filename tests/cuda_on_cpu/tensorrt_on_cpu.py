@@ -1,4 +1,4 @@
-"""TensorRTEngine on the CPU: test_runtime_tensorrt.py runs these tests in a process with the CPU's libcuda.
+"""TensorRTBackend on the CPU: test_runtime_tensorrt.py runs these tests in a process with the CPU's libcuda.
 
 The plans are computed by fake_tensorrt.py; every byte goes through pycuda, the driver's streams and
 recordings.
@@ -31,15 +31,15 @@ from multisa.runtime.backends import tensorrt_context as tensorrt_lane
 from multisa.runtime.backends import tensorrt_engine
 from multisa.runtime.backends import tensorrt_runtime as tensorrt_library
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.backends.engine_cache import FLAGS, PlanCache, PlanKey, Profile, this_platform
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
-from multisa.runtime.backends.registry import EngineRequest, choose_engine
+from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from multisa.runtime.backends.registry import BackendRequest, select_backend
 from multisa.runtime.backends.tensorrt import open_tensorrt
-from multisa.runtime.backends.tensorrt_engine import TensorRTEngine
+from multisa.runtime.backends.tensorrt_engine import TensorRTBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
-from multisa.runtime.gpu.pipeline import DeviceChain
-from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
+from multisa.runtime.gpu.pipeline import GpuPipeline
+from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.run import run as run_job
 from multisa.runtime.jobs.spec import RunOptions, make_job
 from multisa.runtime.predict import pseudo_labeler as label
@@ -95,7 +95,7 @@ def store(bundle: Bundle, tmp_path: Path) -> Store:
             "platform": this_platform(),
         }
         data = plan if plan is not None else make_plan(bundle.read_file(name), PROFILES)
-        PlanCache(tmp_path / "plans").get_or_build(PlanKey(**facts | key), lambda: data)
+        EngineCache(tmp_path / "plans").get_or_build(EngineKey(**facts | key), lambda: data)
         return tmp_path / "plans"
 
     return put
@@ -121,18 +121,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     launch = Driver.launch_graph
 
-    def counted(self: Driver, executable: int, stream: int) -> None:
+    def pluralize(self: Driver, executable: int, stream: int) -> None:
         seen.append(executable)
         launch(self, executable, stream)
 
-    monkeypatch.setattr(Driver, "launch_graph", counted)
+    monkeypatch.setattr(Driver, "launch_graph", pluralize)
     return seen
 
 
 @pytest.mark.parametrize("contract", [CAM, AFFINITY, SEGMENTER], ids=lambda contract: contract.name)
 def test_equals_onnx_runtime(bundle: Bundle, store: Store, library: str, contract: GraphContract) -> None:
     cache = store(contract, library)
-    reference = OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), contract=contract)
+    reference = OnnxRuntimeBackend(bundle.read_file(graph_file(contract)), contract=contract)
     images = [
         photograph(64, 80),
         photograph(33, 47, batch=2),
@@ -148,7 +148,7 @@ def test_equals_onnx_runtime(bundle: Bundle, store: Store, library: str, contrac
 def test_recorded_calls(bundle: Bundle, store: Store, launches: list[int]) -> None:
     """Two plain calls of a shape, then recorded ones; other shapes between them change nothing."""
     cache = store(SEGMENTER)
-    reference = OnnxRuntimeEngine(bundle.read_file("segmenter.onnx"))
+    reference = OnnxRuntimeBackend(bundle.read_file("segmenter.onnx"))
     with reference, open_tensorrt(bundle, SEGMENTER, cache=cache) as engine:
         kept = engine.run(photograph(64, 64))  # must not change with later calls
         first = {name: array.copy() for name, array in kept.items()}
@@ -193,7 +193,7 @@ def test_what_cannot_be_recorded_runs(
     bundle: Bundle, store: Store, launches: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = make_plan(bundle.read_file("segmenter.onnx"), PROFILES, not_capturable=True)
-    reference = OnnxRuntimeEngine(bundle.read_file("segmenter.onnx"))
+    reference = OnnxRuntimeBackend(bundle.read_file("segmenter.onnx"))
     with reference, open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, plan=plan)) as engine:
         for shift in range(4):
             image = np.roll(photograph(64, 64), shift, axis=1)
@@ -208,7 +208,7 @@ def test_threads(bundle: Bundle, store: Store, library: str) -> None:
     cache = store(SEGMENTER, library)
     images = [photograph(*size) for size in ((64, 64), (48, 80), (120, 140), (33, 159, 3))]
     with (
-        OnnxRuntimeEngine(bundle.read_file("segmenter.onnx")) as reference,
+        OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
         open_tensorrt(bundle, SEGMENTER, library=library, cache=cache) as engine,
         ThreadPoolExecutor(8) as pool,
     ):
@@ -228,12 +228,12 @@ def test_the_narrowest_profile_is_chosen(bundle: Bundle, store: Store) -> None:
         engine.run(photograph(64, 64, 3))
         assert list(engine._lanes) == [0, 1]
         with pytest.raises(
-            EngineError,
+            BackendError,
             match=r"got an image of 1x161x40 .*1x32x32:1x64x64:2x96x96, 1x32.*multisa build .* --target sm89 "
             ".*--profile 1x64x40:1x161x40:1x161x40",
         ):
             engine.run(photograph(161, 40))
-        with pytest.raises(EngineError, match="expected uint8"):
+        with pytest.raises(BackendError, match="expected uint8"):
             engine.run(photograph(64, 64)[0])
 
 
@@ -251,7 +251,7 @@ def test_walk_on_what_the_network_left_on_the_device(
     """The affinity never visits the host; a later call and the end of the engine leave it alone."""
     device = use_kernels_in(tmp_path, monkeypatch)
     image = photograph(64, 64)
-    with OnnxRuntimeEngine(bundle.read_file("affinity.onnx")) as reference:
+    with OnnxRuntimeBackend(bundle.read_file("affinity.onnx")) as reference:
         affinity = reference.run(image)["affinity"]
     scores = np.random.default_rng(1).random((1, 2, *affinity.shape[2:]), dtype=np.float32)
     there = calls.DeviceArray(device, scores.shape)
@@ -271,7 +271,7 @@ def test_arrays_of_the_device(bundle: Bundle, store: Store, library: str) -> Non
     """Whoever works on the default stream waits for them; any thread may let go of them."""
     image = photograph(64, 64)
     with (
-        OnnxRuntimeEngine(bundle.read_file("segmenter.onnx")) as reference,
+        OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
         open_tensorrt(bundle, SEGMENTER, library=library, cache=store(SEGMENTER, library)) as engine,
         warnings.catch_warnings(record=True) as told,
     ):
@@ -288,7 +288,7 @@ def test_run_after_run_on_device(bundle: Bundle, store: Store) -> None:
     """The image of a call that nobody waited for is not written over by the next call's."""
     images = [np.roll(photograph(64, 64), 11 * i, axis=1) for i in range(6)]
     with (
-        OnnxRuntimeEngine(bundle.read_file("segmenter.onnx")) as reference,
+        OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
         open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
     ):
         left = [engine.run_on_device(image) for image in images]
@@ -318,7 +318,7 @@ def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.
     engine.close()
     engine.close()
     assert not alive
-    with pytest.raises(EngineError, match="closed"):
+    with pytest.raises(BackendError, match="closed"):
         engine.run(photograph(64, 64))
 
     forgotten = [open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))]
@@ -333,7 +333,7 @@ def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.
 
 
 def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the driver says becomes an EngineError, and the next call works again."""
+    """What the driver says becomes an BackendError, and the next call works again."""
     with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
         expected = engine.run(photograph(64, 64))
         with monkeypatch.context() as patch:
@@ -342,7 +342,7 @@ def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.Monkey
                 raise DriverError("cuMemcpyHtoDAsync_v2: an illegal address (CUDA error 700)")
 
             patch.setattr(Driver, "upload", refuse)
-            with pytest.raises(EngineError, match=r"segmenter: cannot be run on CPU: .*illegal address"):
+            with pytest.raises(BackendError, match=r"segmenter: cannot be run on CPU: .*illegal address"):
                 engine.run(photograph(64, 64))
         assert_equal(engine.run(photograph(64, 64)), expected)
 
@@ -363,7 +363,7 @@ def test_every_refusal_is_told(
     monkeypatch.setattr(context, library_call, lambda *_: False)
     with (
         open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
-        pytest.raises(EngineError, match=f"tensorrt refused {library_call}"),
+        pytest.raises(BackendError, match=f"tensorrt refused {library_call}"),
     ):
         engine.run(photograph(64, 64))
 
@@ -372,7 +372,7 @@ def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
     cache = store(SEGMENTER, target="sm80")
     store(SEGMENTER, library_version="10.13.3.9")
     store(SEGMENTER, onnx_sha256="0" * 64)
-    with pytest.raises(EngineUnavailable) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         open_tensorrt(bundle, SEGMENTER, cache=cache)
     said = str(caught.value)
     assert caught.value.exit_code == 5
@@ -382,7 +382,7 @@ def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
             f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name} --cache {cache}"
         )
         assert build in said
-    with pytest.raises(EngineUnavailable, match=r"^tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"):
+    with pytest.raises(BackendUnavailable, match=r"^tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"):
         open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=tmp_path / "none")
 
 
@@ -395,7 +395,7 @@ def test_the_library_with_a_plan_is_taken(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(
-        EngineUnavailable,
+        BackendUnavailable,
         match=r"tensorrt-rtx is not installed: .*pip install tensorrt-rtx-cu13-bindings ",
     ):
         open_tensorrt(bundle, SEGMENTER, cache=cache)
@@ -424,7 +424,7 @@ def test_a_plan_that_cannot_be_loaded_is_put_aside(bundle: Bundle, store: Store,
         data[-1] ^= 1
         path.write_bytes(data)
     reason = "magicTag failed" if broken else "damaged"
-    with pytest.raises(EngineUnavailable, match=f"{reason}.*multisa build .* --target sm89"):
+    with pytest.raises(BackendUnavailable, match=f"{reason}.*multisa build .* --target sm89"):
         open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
     assert not list(cache.glob("[0-9a-f]*/model.plan"))
     (kept,) = (cache / "quarantine").glob("*/reason.txt")
@@ -436,14 +436,14 @@ def test_a_plan_that_cannot_be_loaded_is_put_aside(bundle: Bundle, store: Store,
 def test_the_next_plan_is_tried(bundle: Bundle, store: Store) -> None:
     store(SEGMENTER, plan=b"not a plan\n")
     with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, gpu="")) as engine:
-        assert isinstance(engine, TensorRTEngine)
+        assert isinstance(engine, TensorRTBackend)
 
 
 @pytest.mark.parametrize(
     ("said", "error", "remedy"),
     [
-        ("[defaultAllocator] CUDA Out of Memory", EngineError, "free memory of CPU"),
-        ("CUDA driver version is insufficient", EngineUnavailable, "update the NVIDIA driver"),
+        ("[defaultAllocator] CUDA Out of Memory", BackendError, "free memory of CPU"),
+        ("CUDA driver version is insufficient", BackendUnavailable, "update the NVIDIA driver"),
     ],
     ids=["memory", "driver"],
 )
@@ -470,7 +470,7 @@ def test_a_plan_that_breaks_the_contract(
     bundle: Bundle, store: Store, graph: str, changes: dict[str, Any], message: str
 ) -> None:
     plan = make_plan(bundle.read_file(graph), **{"profiles": PROFILES, **changes})
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(BackendError, match=message):
         open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, plan=plan))
 
 
@@ -518,7 +518,7 @@ def test_a_plan_that_is_not_for_here_is_left_alone(
     bundle: Bundle, store: Store, other: dict[str, Any]
 ) -> None:
     cache = store(SEGMENTER, plan=b"not a plan\n", **other)
-    with pytest.raises(EngineUnavailable, match="no plan for sm89"):
+    with pytest.raises(BackendUnavailable, match="no plan for sm89"):
         open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
     assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
 
@@ -537,11 +537,11 @@ def test_only_a_plan_that_is_at_fault_is_put_aside(
     bundle: Bundle, store: Store, said: str, is_moved: bool
 ) -> None:
     cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused=said))
-    with pytest.raises(EngineUnavailable) as caught:
-        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache, may_heal=False)
+    with pytest.raises(BackendUnavailable) as caught:
+        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache, may_repair=False)
     assert said in str(caught.value)
     assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
-    with pytest.raises(EngineUnavailable):
+    with pytest.raises(BackendUnavailable):
         open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
     assert bool(list(cache.glob("[0-9a-f]*/model.plan"))) is not is_moved
 
@@ -559,7 +559,7 @@ def test_a_plan_that_cannot_be_read_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
-        with pytest.raises(EngineUnavailable, match=r"model\.plan: cannot be read: Too many open files"):
+        with pytest.raises(BackendUnavailable, match=r"model\.plan: cannot be read: Too many open files"):
             open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
     with open_tensorrt(bundle, SEGMENTER, cache=cache):
         assert not (cache / "quarantine").exists()
@@ -570,13 +570,13 @@ def test_auto_takes_a_plan_for_every_photograph(bundle: Bundle, store: Store) ->
     side = bundle.manifest.parameters.long_side
     cache = store(SEGMENTER)
     for name in ("auto", "tensorrt"):
-        choice = choose_engine(bundle, SEGMENTER, EngineRequest(name, plans=cache))
+        choice = select_backend(bundle, SEGMENTER, BackendRequest(name, engine_cache=cache))
         choice.engine.close()
         assert choice.engine.name == ("onnxruntime-cpu" if name == "auto" else "tensorrt")
         assert name != "auto" or "no profile for 1x64x161 (batch x height x width)" in choice.reason
     wide = [((1, 64, 64), (1, 64, side), (1, side - 1, side)), ((1, 64, 64), (1, side, 64), (1, side, side))]
     store(SEGMENTER, plan=make_plan(bundle.read_file("segmenter.onnx"), wide), profiles=profiles_of(wide))
-    choice = choose_engine(bundle, SEGMENTER, EngineRequest(plans=cache))
+    choice = select_backend(bundle, SEGMENTER, BackendRequest(engine_cache=cache))
     choice.engine.close()
     assert (choice.engine.name, choice.reason) == ("tensorrt", "auto")
     assert choice.to_json()["detail"]["profiles"] == [str(profile) for profile in profiles_of(wide)]
@@ -591,11 +591,11 @@ def test_auto_passes_over_a_plan_that_breaks_its_contract(bundle: Bundle, store:
     every = [((1, 64, 64), (1, side, side), (1, side, side))]
     plan = make_plan(bundle.read_file("cam.onnx"), every)
     cache = store(SEGMENTER, plan=plan, profiles=profiles_of(every))
-    choice = choose_engine(bundle, SEGMENTER, EngineRequest(plans=cache))
+    choice = select_backend(bundle, SEGMENTER, BackendRequest(engine_cache=cache))
     choice.engine.close()
     assert choice.engine.name == "onnxruntime-cpu" and "segmenter: got a plan of" in choice.reason
-    with pytest.raises(EngineError, match="segmenter: got a plan of"):
-        choose_engine(bundle, SEGMENTER, EngineRequest("tensorrt", plans=cache))
+    with pytest.raises(BackendError, match="segmenter: got a plan of"):
+        select_backend(bundle, SEGMENTER, BackendRequest("tensorrt", engine_cache=cache))
 
 
 def test_closing_while_a_profile_is_opened(
@@ -603,9 +603,9 @@ def test_closing_while_a_profile_is_opened(
 ) -> None:
     """The lane that another thread is making is closed, too."""
     opening, go_on = threading.Event(), threading.Event()
-    made: list[tensorrt_lane.Lane] = []
+    made: list[tensorrt_lane.ExecutionContext] = []
 
-    class SlowLane(tensorrt_lane.Lane):
+    class SlowLane(tensorrt_lane.ExecutionContext):
         def __init__(self, *arguments: Any) -> None:
             opening.set()
             assert go_on.wait(30)
@@ -632,13 +632,13 @@ def test_pseudo_masks_that_are_made_on_the_device(
     """A run gives them to the device whole, and its masks are those of ONNX Runtime's path."""
     use_kernels_in(tmp_path, monkeypatch)
     batches: list[tuple[int, ...]] = []
-    label = DeviceChain.label
+    label = GpuPipeline.label
 
-    def noted(chain: DeviceChain, images: np.ndarray, *rest: object) -> object:
+    def noted(chain: GpuPipeline, images: np.ndarray, *rest: object) -> object:
         batches.append(images.shape)
         return label(chain, images, *rest)
 
-    monkeypatch.setattr(DeviceChain, "label", noted)
+    monkeypatch.setattr(GpuPipeline, "label", noted)
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     Image.fromarray(photograph(96, 128)[0]).save(photographs / "cat.png")
@@ -647,10 +647,10 @@ def test_pseudo_masks_that_are_made_on_the_device(
     cache = store(AFFINITY, library)
     masks = []
     for name in ("onnxruntime-cpu", library):
-        request, out = EngineRequest(name, "fp32", cache), tmp_path / name
+        request, out = BackendRequest(name, "fp32", cache), tmp_path / name
         options = RunOptions()
         job = make_job("label", str(photographs), out, bundle.path, request, options)
-        run_job(job, options, LocalCrew, labels=tmp_path / "labels.csv")
+        run_job(job, options, LocalExecutor, labels=tmp_path / "labels.csv")
         with Image.open(out / "masks" / "cat.png") as mask:
             masks.append(np.asarray(mask))
     assert batches == [(1, 96, 128, 3)]

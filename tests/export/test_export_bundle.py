@@ -22,7 +22,7 @@ from multisa.export.report import REPORT_NAME
 from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.kernels import stencil_offsets
 from multisa.runtime.backends.base import AFFINITY, CAM
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import BundleError, ParityError, UsageError
@@ -76,9 +76,9 @@ def test_graphs_take_every_size_and_batch(exported: Bundle, size: tuple[int, int
         "segmenter.onnx": {"labels": (3, *size), "confidence": (3, *size)},
     }
     for file, shapes in expected.items():
-        with OnnxRuntimeEngine(exported.read_file(file)) as engine:
-            together = engine.run(photographs)
-            alone = engine.run(photographs[1:2])
+        with OnnxRuntimeBackend(exported.read_file(file)) as backend:
+            together = backend.run(photographs)
+            alone = backend.run(photographs[1:2])
         assert {name: values.shape for name, values in together.items()} == shapes
         for name, values in together.items():
             difference = np.abs(values[1:2].astype(np.float64) - alone[name].astype(np.float64))
@@ -188,12 +188,12 @@ def test_other_taps_and_heads_export_alike(
         (AFFINITY, affinity, affinity),
     ):
         data = onnx_from_module(module, tuple(contract.outputs), {}, half_weights=False)
-        with OnnxRuntimeEngine(data, contract=contract) as engine:
+        with OnnxRuntimeBackend(data, contract=contract) as backend:
             for image in images:
                 with torch.inference_mode():
                     made = reference(torch.from_numpy(image))
                 expected = made if isinstance(made, tuple) else (made,)
-                got = engine.run(image)
+                got = backend.run(image)
                 for name, tensor in zip(contract.outputs, expected, strict=True):
                     np.testing.assert_allclose(got[name], tensor.numpy(), atol=1e-5)
     planes = len(stencil_offsets(radius))

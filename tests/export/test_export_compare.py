@@ -48,7 +48,7 @@ def parity(bundle: Bundle, *options: str) -> Result:
 
 def test_an_engine_against_itself(small: Bundle, tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
-    result = parity(small, "--engine", "onnxruntime-cpu", "--report", str(report_file))
+    result = parity(small, "--backend", "onnxruntime-cpu", "--report", str(report_file))
     assert result.exit_code == 0, result.output
     assert "cam, affinity, segmenter: on onnxruntime-cpu, fp32 (asked for)" in result.stderr
     report = json.loads(report_file.read_text())
@@ -63,7 +63,7 @@ def test_an_engine_against_itself(small: Bundle, tmp_path: Path) -> None:
 
 def test_a_graph_of_other_weights_is_exit_code_3_and_reported(small: Bundle, tmp_path: Path) -> None:
     true = with_half_segmenter(small, tmp_path / "true")
-    options = ("--engine", "onnxruntime-cpu", "--precision", "fp16")
+    options = ("--backend", "onnxruntime-cpu", "--precision", "fp16")
     result = parity(true, *options)
     assert result.exit_code == 0, result.output
     assert "labels " in result.stdout and "cam " not in result.stdout  # only the segmenter has fp16
@@ -84,7 +84,7 @@ def test_ground_truth_counts_where_it_is_given(small: Bundle, tmp_path: Path) ->
             Image.fromarray(np.zeros((image.height, image.width), np.uint8)).save(
                 tmp_path / f"{path.stem}.png"
             )
-    result = parity(small, "--engine", "onnxruntime-cpu", "--masks", str(tmp_path), "--count", "2")
+    result = parity(small, "--backend", "onnxruntime-cpu", "--masks", str(tmp_path), "--count", "2")
     assert result.exit_code == 0, result.output
     assert "miou_loss 0" in result.stdout
 
@@ -92,10 +92,10 @@ def test_ground_truth_counts_where_it_is_given(small: Bundle, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--engine", "opencv"), 2, "got the engine 'opencv', expected auto or one of tensorrt"),
-        (("--engine", "onnxruntime-cpu", "--precision", "int8"), 2, "has cam in fp32, got --precision int8"),
-        (("--engine", "onnxruntime-cpu", "--report", "{bundle}/r.json"), 2, "inside the bundle's folder"),
-        (("--engine", "tensorrt-rtx"), 5, "tensorrt-rtx cannot run cam here: "),
+        (("--backend", "opencv"), 2, "got the engine 'opencv', expected auto or one of tensorrt"),
+        (("--backend", "onnxruntime-cpu", "--precision", "int8"), 2, "has cam in fp32, got --precision int8"),
+        (("--backend", "onnxruntime-cpu", "--report", "{bundle}/r.json"), 2, "inside the bundle's folder"),
+        (("--backend", "tensorrt-rtx"), 5, "tensorrt-rtx cannot run cam here: "),
     ],
 )
 def test_what_cannot_be_compared(
@@ -114,7 +114,7 @@ def test_cam_is_compared_with_affinity_or_left_out(small: Bundle, tmp_path: Path
     files = {name: bundle.read_file(name) for name in bundle.manifest.files}
     files["cam.fp16.onnx"] = files["cam.onnx"]
     bundle = write_bundle(tmp_path / "bundle", bundle.manifest, files)
-    result = parity(bundle, "--engine", "onnxruntime-cpu", "--precision", "fp16")
+    result = parity(bundle, "--backend", "onnxruntime-cpu", "--precision", "fp16")
     assert result.exit_code == 0 and "cam: left out" in result.stderr
 
 
@@ -122,7 +122,7 @@ def test_neither_pytorch_nor_onnx_is_needed(small: Bundle) -> None:
     program = (
         "import sys; sys.modules.update(torch=None, onnx=None)\n"
         "from multisa.runtime.cli.main import main\n"
-        f"main(['parity', {str(small.path)!r}, '--engine', 'onnxruntime-cpu',\n"
+        f"main(['parity', {str(small.path)!r}, '--backend', 'onnxruntime-cpu',\n"
         f"      '--photographs', {str(PHOTOGRAPHS)!r}])"
     )
     result = subprocess.run(

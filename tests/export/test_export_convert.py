@@ -20,7 +20,7 @@ from multisa.export.lower import Lowered
 from multisa.export.parity import LIMITS
 from multisa.export.photographs import read_photographs
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import UsageError
@@ -85,8 +85,8 @@ def test_a_bundle_with_all_precisions(bundle: Bundle, voc_folder: Path, tmp_path
         data = made.read_file(graph_file(contract, precision))
         kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
         assert ("QuantizeLinear" in kinds) == (precision == "int8")
-        with OnnxRuntimeEngine(data, contract=contract) as engine:
-            assert len(np.unique(engine.run(photograph)["labels"])) > 1
+        with OnnxRuntimeBackend(data, contract=contract) as backend:
+            assert len(np.unique(backend.run(photograph)["labels"])) > 1
     again = convert(made, voc_folder, tmp_path / "again", "--precision", "fp16")
     assert again.exit_code == 0, again.output
     assert load_bundle(tmp_path / "again").manifest.files[fp16[2]] == made.manifest.files[fp16[2]]
@@ -175,7 +175,7 @@ def test_int8_that_is_not_faster_is_not_written(
 def test_speed_is_measured_in_turn(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[bytes, int, int]] = []
 
-    class Recording(OnnxRuntimeEngine):
+    class Recording(OnnxRuntimeBackend):
         def __init__(self, data: bytes, *, threads: int, contract: GraphContract) -> None:
             super().__init__(data, threads=threads, contract=contract)
             self.what = data, threads
@@ -184,7 +184,7 @@ def test_speed_is_measured_in_turn(bundle: Bundle, monkeypatch: pytest.MonkeyPat
             calls.append((*self.what, image.shape[1]))
             return super().run(image)
 
-    monkeypatch.setattr(convert_module, "OnnxRuntimeEngine", Recording)
+    monkeypatch.setattr(convert_module, "OnnxRuntimeBackend", Recording)
     first, second = bundle.read_file("segmenter.onnx"), segmenter_graph(confused=True)
     images = [np.zeros((side, 64, 3), np.uint8) for side in (64, 96)]
     speed = convert_module.compare_speed(first, second, SEGMENTER, images)

@@ -20,7 +20,7 @@ from multisa.export.half import (
 from multisa.export.lower import half_of, largest_values
 from multisa.export.parity import Compared, measure_parity
 from multisa.runtime.backends.base import SEGMENTER, GraphContract, TensorContract
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.imaging.decode import read_image
@@ -56,8 +56,8 @@ def graph_of(nodes: Iterable[onnx.NodeProto], weights: Arrays, output: str = "ma
 
 
 def run(data: bytes, image: np.ndarray, contract: GraphContract = MAPS) -> Arrays:
-    with OnnxRuntimeEngine(data, contract=contract) as engine:
-        return engine.run(image[None])
+    with OnnxRuntimeBackend(data, contract=contract) as backend:
+        return backend.run(image[None])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from multisa.export.half import half_candidates, half_graph, model_bytes, plain_
 from multisa.export.tensorrt.build import BuildOptions, BuildReport
 from multisa.runtime.backends.tensorrt_runtime import Library, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_turing_fails_for_cam_as_is_known(
 ) -> None:
     try:
         import_library("tensorrt-rtx")
-    except EngineUnavailable as error:
+    except BackendUnavailable as error:
         pytest.skip(str(error))
     assert "sm75" in script.TARGETS
     packaged = load_bundle(default_bundle_path())

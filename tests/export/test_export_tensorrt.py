@@ -37,7 +37,7 @@ from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.backends.tensorrt_runtime import Library, import_library, library_log
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.cli.main import root
-from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.imaging.decode import read_image, resize_image
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
@@ -50,7 +50,7 @@ UNREACHABLE = Library("tensorrt-rtx", None, "0")  # whoever calls it fails other
 def rtx() -> Library:
     try:
         return import_library("tensorrt-rtx")
-    except EngineUnavailable as error:
+    except BackendUnavailable as error:
         pytest.skip(str(error))
 
 
@@ -105,12 +105,12 @@ def test_the_packaged_graphs_build_for_every_target(
 
 
 def test_turing_has_no_float32_product_and_the_error_says_what_to_do(rtx: Library, packaged: Bundle) -> None:
-    with pytest.raises(EngineError, match="FP32 GEMM is not supported") as caught:
+    with pytest.raises(BackendError, match="FP32 GEMM is not supported") as caught:
         build_plan(rtx, packaged.read_file("cam.onnx"), CAM, ONE, ("sm75",))
     said = str(caught.value)
     assert "leave sm75 out for cam (--graph segmenter --graph affinity)" in said
     assert "--library tensorrt" in said and "fp16" not in said  # see below: fp16 is no way out
-    with pytest.raises(EngineError, match="FP32 GEMM is not supported"):
+    with pytest.raises(BackendError, match="FP32 GEMM is not supported"):
         build_plan(rtx, halved(packaged, CAM), CAM, ONE, ("sm75",))
 
 
@@ -149,7 +149,7 @@ def test_int8_graphs_build_in_the_form_that_is_for_tensorrt(
             said = r"zero points .* multisa convert .* --precision int8 --int8-for tensorrt --photographs"
             with pytest.raises(UsageError, match=said):
                 build_plans(bundle, options)
-            with pytest.raises(EngineError, match="Non-zero zero point is not supported"):  # it is true
+            with pytest.raises(BackendError, match="Non-zero zero point is not supported"):  # it is true
                 build_plan(rtx, files["segmenter.int8.onnx"], SEGMENTER, ONE, ("sm89",))
         else:
             (row,) = build_plans(bundle, options).rows
@@ -255,7 +255,7 @@ MIXED = (
 def test_parser_errors_name_the_node_and_what_to_do(
     rtx: Library, nodes: tuple[onnx.NodeProto, ...], said: str
 ) -> None:
-    with pytest.raises(EngineError, match=said) as caught:
+    with pytest.raises(BackendError, match=said) as caught:
         build_plan(rtx, tiny(nodes), SEGMENTER, ONE, ("sm89",))
     assert str(caught.value).startswith("segmenter (sm89): tensorrt-rtx 1.")
     assert "CUDA driver" not in str(caught.value)
@@ -264,7 +264,7 @@ def test_parser_errors_name_the_node_and_what_to_do(
 def test_a_file_of_no_graph_is_said_to_be_malformed(rtx: Library) -> None:
     model = onnx.ModelProto(ir_version=9, opset_import=[helper.make_opsetid("", 18)])
     model.graph.name = "nothing in it"
-    with pytest.raises(EngineError, match=r"segmenter \(sm89\): "):
+    with pytest.raises(BackendError, match=r"segmenter \(sm89\): "):
         build_plan(rtx, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
 
 
@@ -276,13 +276,13 @@ def test_weights_in_other_files_are_refused_before_the_library_sees_them(locatio
     weight.ClearField("raw_data")
     weight.data_location = TensorProto.EXTERNAL
     weight.external_data.add(key="location", value=location)
-    with pytest.raises(EngineError, match="'weight' lie in another file") as caught:
+    with pytest.raises(BackendError, match="'weight' lie in another file") as caught:
         build_plan(UNREACHABLE, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
     assert repr(location) in str(caught.value)
 
 
 def test_a_foreign_opset_is_refused_before_the_library_sees_it() -> None:
-    with pytest.raises(EngineError, match="got opset 99, expected 9 to 20"):
+    with pytest.raises(BackendError, match="got opset 99, expected 9 to 20"):
         build_plan(UNREACHABLE, tiny(opset=99), SEGMENTER, ONE, ("sm89",))
 
 
@@ -308,7 +308,7 @@ def test_a_graph_that_breaks_its_contract_is_refused(
         model = onnx.load_from_string(data)
         model.graph.input[0].name = model.graph.node[0].input[0] = "photo"
         data = model.SerializeToString()
-    with pytest.raises(EngineError, match=said):
+    with pytest.raises(BackendError, match=said):
         build_plan(rtx, data, contract, ONE, ("sm89",))
 
 
@@ -434,7 +434,7 @@ def test_a_profile_that_the_library_refuses_is_named(rtx: Library) -> None:
     for name, shape in shapes.items():
         object.__setattr__(backwards, name, shape)
     with pytest.raises(
-        EngineError, match="input image: profile 1x64x64:1x96x96:1x80x96 is refused"
+        BackendError, match="input image: profile 1x64x64:1x96x96:1x80x96 is refused"
     ) as caught:
         build_plan(rtx, tiny(), SEGMENTER, (backwards,), ("sm89",))
     assert "MIN<=OPT<=MAX" in str(caught.value)
@@ -482,7 +482,7 @@ def test_type_stubs_are_not_taken_for_the_library(tmp_path: Path, monkeypatch: p
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.pyi").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(EngineUnavailable, match="tensorrt is not installed"):
+    with pytest.raises(BackendUnavailable, match="tensorrt is not installed"):
         import_library("tensorrt")
 
 
@@ -535,7 +535,7 @@ def test_the_gpu_is_what_the_driver_says(packaged: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(building, "import_library", lambda name: Library(name, None, "11.4.0.106"))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
     said = r"^tensorrt 11\.4\.0\.106 builds for the GPU that is here, NVIDIA L4 \(sm89\); got the target sm80"
-    with pytest.raises(EngineUnavailable, match=said):
+    with pytest.raises(BackendUnavailable, match=said):
         build_plans(packaged, FOR_TENSORRT)
 
 
@@ -554,7 +554,7 @@ def test_without_driver_or_gpu_tensorrt_is_unavailable(
     loader = ctypes.LibraryLoader(ctypes.CDLL)
     monkeypatch.setattr(ctypes, "cdll", loader)
     monkeypatch.setattr(ctypes, "CDLL", load)
-    with pytest.raises(EngineUnavailable, match=said) as caught:
+    with pytest.raises(BackendUnavailable, match=said) as caught:
         build_plans(packaged, FOR_TENSORRT)
     assert "--library tensorrt-rtx" in str(caught.value)
 
@@ -605,7 +605,9 @@ def test_tensorrt_builds_for_its_gpu_with_the_types_of_the_graph(
     key = json.loads(row.path.with_name("plan.json").read_text())["key"]
     assert (key["library"], key["library_version"]) == ("tensorrt", library.version)
     assert (key["target"], key["gpu"]) == ("sm89", "NVIDIA L4")
-    with pytest.raises(EngineUnavailable, match=r"for the GPU that is here, NVIDIA L4 \(sm89\); got .* sm80"):
+    with pytest.raises(
+        BackendUnavailable, match=r"for the GPU that is here, NVIDIA L4 \(sm89\); got .* sm80"
+    ):
         build_plans(bundle, dataclasses.replace(options, targets=("sm80",)))
 
 

@@ -23,7 +23,7 @@ from multisa.export.unfold import (
 )
 from multisa.export.unfold_head import unfolded_head
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.imaging.decode import read_image, resize_image, working_size
@@ -58,10 +58,10 @@ def module_of(bundle: Bundle, contract: GraphContract) -> nn.Module:
 
 def assert_same_answers(bundle: Bundle, contract: GraphContract, images: list[np.ndarray]) -> None:
     module = module_of(bundle, contract)
-    with OnnxRuntimeEngine(bundle.read_file(graph_file(contract))) as engine:
+    with OnnxRuntimeBackend(bundle.read_file(graph_file(contract))) as backend:
         for image in images:
             with torch.inference_mode():
-                expected, got = engine.run(image[None]), module(as_batch(image))
+                expected, got = backend.run(image[None]), module(as_batch(image))
             got = got if isinstance(got, tuple) else (got,)
             for (name, wanted), answer in zip(expected.items(), got, strict=True):
                 difference = np.abs(wanted.astype(np.float64) - answer.numpy().astype(np.float64))

@@ -11,12 +11,12 @@ from PIL import Image
 from multisa.kernels.cuda.device import Device
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
 from multisa.runtime.backends.base import AFFINITY, CAM, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.tensorrt import open_tensorrt
 from multisa.runtime.backends.tensorrt_runtime import default_gpu, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.errors import EngineUnavailable, MultisaError
-from multisa.runtime.gpu.pipeline import DeviceChain, DeviceLabels
+from multisa.runtime.errors import BackendUnavailable, MultisaError
+from multisa.runtime.gpu.pipeline import GpuLabels, GpuPipeline
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 
 PHOTOS = {"astronaut": ("person",), "chelsea": ("cat",), "coffee": ("person", "dog")}
@@ -46,14 +46,14 @@ def test_probabilities_argmax_and_errors(device: Device) -> None:
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory, device: PycudaDevice) -> Iterator[Path]:
+def engine_cache(tmp_path_factory: pytest.TempPathFactory, device: PycudaDevice) -> Iterator[Path]:
     """Plans of cam and affinity for this GPU."""
     build = pytest.importorskip("multisa.export.tensorrt.build")
     cache = tmp_path_factory.mktemp("plans")
     try:
         target = "sm{}{}".format(*default_gpu().compute_capability)
         import_library(LIBRARY)
-    except EngineUnavailable as error:
+    except BackendUnavailable as error:
         pytest.skip(f"no GPU or library to run on: {error}")
     options = build.BuildOptions((target,), "fp32", (), (), LIBRARY, cache)
     try:
@@ -63,16 +63,16 @@ def plans(tmp_path_factory: pytest.TempPathFactory, device: PycudaDevice) -> Ite
     yield cache
 
 
-def test_masks_of_photographs(plans: Path, device: PycudaDevice) -> None:
+def test_masks_of_photographs(engine_cache: Path, device: PycudaDevice) -> None:
     """Against the CPU; twice, so that the second call works in memory that is there."""
     bundle = load_bundle(default_bundle_path())
     parameters = bundle.manifest.parameters.label
     with (
-        OnnxRuntimeEngine(bundle.read_file(graph_file(CAM)), contract=CAM) as cam_here,
-        OnnxRuntimeEngine(bundle.read_file(graph_file(AFFINITY)), contract=AFFINITY) as affinity_here,
-        open_tensorrt(bundle, CAM, library=LIBRARY, cache=plans) as cam,
-        open_tensorrt(bundle, AFFINITY, library=LIBRARY, cache=plans) as affinity,
-        DeviceChain(cam, affinity, bundle.manifest, device) as chain,
+        OnnxRuntimeBackend(bundle.read_file(graph_file(CAM)), contract=CAM) as cam_here,
+        OnnxRuntimeBackend(bundle.read_file(graph_file(AFFINITY)), contract=AFFINITY) as affinity_here,
+        open_tensorrt(bundle, CAM, library=LIBRARY, cache=engine_cache) as cam,
+        open_tensorrt(bundle, AFFINITY, library=LIBRARY, cache=engine_cache) as affinity,
+        GpuPipeline(cam, affinity, bundle.manifest, device) as chain,
     ):
         for name, classes in list(PHOTOS.items()) * 2:
             with Image.open(default_bundle_path().parents[1] / "demo_images" / f"{name}.jpg") as image:
@@ -82,7 +82,7 @@ def test_masks_of_photographs(plans: Path, device: PycudaDevice) -> None:
             walked = walk_scores(maps, affinity_here.run(rgb[None])["affinity"], parameters)
             expected = pseudo_mask(rgb, walked, ids, parameters)
             (got,) = chain.label(rgb[None], [classes])
-            assert isinstance(got, DeviceLabels), got
+            assert isinstance(got, GpuLabels), got
             # TensorFloat-32 in the networks; the CRF decides at edges by little.
             assert (got.mask == expected.mask).mean() >= 0.99
             assert np.abs(got.confidence - 255 * expected.confidence).mean() <= 3

@@ -10,11 +10,11 @@ from PIL import Image
 
 from multisa.kernels import random_walk
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.tensorrt import open_tensorrt
 from multisa.runtime.backends.tensorrt_runtime import LIBRARIES, default_gpu, import_library
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.errors import EngineUnavailable, MultisaError
+from multisa.runtime.errors import BackendUnavailable, MultisaError
 
 SIZES = ((1, 160, 224), (2, 97, 131), (1, 160, 224), (1, 160, 224), (1, 320, 320), (1, 160, 224))
 # TensorFloat-32 and other orders of addition; the labels are what must agree.
@@ -36,7 +36,7 @@ def built(
     try:
         target = "sm{}{}".format(*default_gpu().compute_capability)
         import_library(library)
-    except EngineUnavailable as error:
+    except BackendUnavailable as error:
         pytest.skip(f"no GPU or library to run on: {error}")
     options = build.BuildOptions((target,), "fp32", (), (), library, cache)
     try:
@@ -61,7 +61,7 @@ def test_equals_onnx_runtime(bundle: Bundle, built: tuple[str, Path], contract: 
     library, cache = built
     images = [photograph(*size) for size in SIZES]
     with (
-        OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), contract=contract) as reference,
+        OnnxRuntimeBackend(bundle.read_file(graph_file(contract)), contract=contract) as reference,
         open_tensorrt(bundle, contract, library=library, cache=cache) as engine,
         ThreadPoolExecutor(4) as pool,
     ):

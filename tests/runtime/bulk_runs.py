@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.jobs.run import run
@@ -30,7 +30,7 @@ def run_segment(source: Path, out: Path, bundle: Bundle, **options: Any) -> RunS
 
 def job_of(source: Path, out: Path, bundle: Bundle, **options: Any) -> Job:
     """What a worker that segments is given."""
-    return make_job("segment", str(source), out, bundle.path, EngineRequest(), RunOptions(**options))
+    return make_job("segment", str(source), out, bundle.path, BackendRequest(), RunOptions(**options))
 
 
 def write_noise(folder: Path, images: int) -> Path:
@@ -83,9 +83,9 @@ def _run(
     bundle: Bundle,
     *,
     labels: Path | None = None,
-    request: EngineRequest | None = None,
+    request: BackendRequest | None = None,
     **options: Any,
 ) -> RunSummary:
     chosen = RunOptions(**options)
-    job = make_job(command, str(source), out, bundle.path, request or EngineRequest(), chosen)
-    return run(job, chosen, LocalCrew, labels=labels)
+    job = make_job(command, str(source), out, bundle.path, request or BackendRequest(), chosen)
+    return run(job, chosen, LocalExecutor, labels=labels)

@@ -21,8 +21,8 @@ from multisa.kernels import CrfParameters
 from multisa.runtime.backends import registry as choice
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import Bundle, BundleParameters, LabelParameters, Manifest, write_bundle
-from multisa.runtime.writers.base import LabelledImage, SinkContext, SoftMaps
-from multisa.runtime.writers.registry import open_sinks
+from multisa.runtime.writers.base import ClassProbabilities, LabelledImage, WriterContext
+from multisa.runtime.writers.registry import open_writers
 
 TESTS = Path(__file__).resolve().parents[1]
 # For the engines that run on a device which is the CPU; for runs on several processes; for bulk_runs.py.
@@ -227,23 +227,25 @@ class SinkFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data if isinstance(data, bytes) else b"".join(data))
 
-    def write_part(self, sink: str, data: bytes) -> None:
-        self.kept.setdefault(sink, {})[self.shard] = data
+    def write_part(self, writer: str, data: bytes) -> None:
+        self.kept.setdefault(writer, {})[self.shard] = data
 
-    def parts(self, sink: str) -> Iterator[bytes]:
-        return iter([data for _, data in sorted(self.kept[sink].items())])
+    def parts(self, writer: str) -> Iterator[bytes]:
+        return iter([data for _, data in sorted(self.kept[writer].items())])
 
 
 @pytest.fixture
-def sink_context(tmp_path: Path, manifest: Manifest) -> SinkContext:
-    return SinkContext(tmp_path / "out", "label", manifest, "ab" * 32)
+def sink_context(tmp_path: Path, manifest: Manifest) -> WriterContext:
+    return WriterContext(tmp_path / "out", "label", manifest, "ab" * 32)
 
 
 @pytest.fixture
 def labelled(manifest: Manifest) -> Callable[..., LabelledImage]:
     """Makes one finished image from its name and its mask."""
 
-    def make(name: str, mask: np.ndarray, index: int = 0, soft: SoftMaps | None = None) -> LabelledImage:
+    def make(
+        name: str, mask: np.ndarray, index: int = 0, probabilities: ClassProbabilities | None = None
+    ) -> LabelledImage:
         classes, counts = manifest.classes, np.bincount(mask.ravel(), minlength=256)
         shares = {classes[i]: round(int(counts[i]) / mask.size, 4) for i in range(3) if counts[i]}
         record = {
@@ -258,29 +260,33 @@ def labelled(manifest: Manifest) -> Callable[..., LabelledImage]:
             "classes": [classes[i] for i in (1, 2) if counts[i]],
             "scores": {"green": 0.5},
         }
-        confidence = np.full(mask.shape if soft is None else soft.probabilities.shape[1:], 191, np.uint8)
+        confidence = np.full(
+            mask.shape if probabilities is None else probabilities.probabilities.shape[1:], 191, np.uint8
+        )
         picture = Image.fromarray(np.ascontiguousarray(mask))
         picture.putpalette(manifest.mask_palette().tobytes())
         png = io.BytesIO()
         picture.save(png, "PNG")
-        return LabelledImage(index, f"{name}.jpg", name, mask, png.getvalue(), confidence, record, soft=soft)
+        return LabelledImage(
+            index, f"{name}.jpg", name, mask, png.getvalue(), confidence, record, probabilities=probabilities
+        )
 
     return make
 
 
 @pytest.fixture
-def write_sinks(sink_context: SinkContext) -> Callable[..., Path]:
+def write_sinks(sink_context: WriterContext) -> Callable[..., Path]:
     """Runs sinks over shards of two images; returns OUT."""
 
     def write(names: Sequence[str], images: Sequence[LabelledImage], out: Path | None = None) -> Path:
         out = out or sink_context.out
-        for sink in open_sinks(names, replace(sink_context, out=out)):
+        for writer in open_writers(names, replace(sink_context, out=out)):
             folder = SinkFolder(out)
-            payloads = [sink.encode(image) for image in images]
+            payloads = [writer.encode(image) for image in images]
             shards = [payloads[start : start + 2] for start in range(0, len(payloads), 2)]
             for folder.shard, shard in enumerate(shards):
-                sink.write_shard(folder, folder.shard, shard)
-            sink.finish(folder, len(shards))
+                writer.write_shard(folder, folder.shard, shard)
+            writer.finish(folder, len(shards))
         return out
 
     return write

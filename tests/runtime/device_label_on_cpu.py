@@ -23,14 +23,14 @@ from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
 from multisa.runtime.backends.base import AFFINITY, CAM, graph_file
-from multisa.runtime.backends.engine_cache import FLAGS, PlanCache, PlanKey, Profile, this_platform
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.tensorrt import open_tensorrt
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.errors import EngineError, ImageError
+from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.gpu import pipeline as device_label
-from multisa.runtime.gpu.pipeline import DeviceChain, DeviceLabels, open_device_chain
+from multisa.runtime.gpu.pipeline import GpuLabels, GpuPipeline, open_gpu_pipeline
 from multisa.runtime.predict.postprocess import (
     background_and_foreground,
     pseudo_mask,
@@ -59,11 +59,11 @@ def tinted(name: str, height: int, width: int) -> np.ndarray:
     return rgb
 
 
-def plans(bundle: Bundle, folder: Path, library: str) -> Path:
+def engine_cache(bundle: Bundle, folder: Path, library: str) -> Path:
     """Plans of cam and affinity as the builder keeps them."""
     for contract in (CAM, AFFINITY):
         name = graph_file(contract)
-        key = PlanKey(
+        key = EngineKey(
             graph=contract.name,
             precision="fp32",
             onnx_sha256=bundle.manifest.files[name].sha256,
@@ -75,22 +75,22 @@ def plans(bundle: Bundle, folder: Path, library: str) -> Path:
             flags=FLAGS,
             platform=this_platform(),
         )
-        PlanCache(folder).get_or_build(key, lambda: make_plan(bundle.read_file(name), PROFILES))  # noqa: B023
+        EngineCache(folder).get_or_build(key, lambda: make_plan(bundle.read_file(name), PROFILES))  # noqa: B023
     return folder
 
 
 @contextlib.contextmanager
 def chain_of(
     bundle: Bundle, folder: Path, library: str = "tensorrt", manifest: Manifest | None = None, **options: Any
-) -> Iterator[DeviceChain]:
+) -> Iterator[GpuPipeline]:
     """A chain on the tests' driver; `folder` is for plans and kernels."""
-    cache = plans(bundle, folder / "plans", library)
+    cache = engine_cache(bundle, folder / "plans", library)
     with pytest.MonkeyPatch.context() as patch:
         device = use_kernels_in(folder, patch)
         with (
             open_tensorrt(bundle, CAM, library=library, cache=cache) as cam,
             open_tensorrt(bundle, AFFINITY, library=library, cache=cache) as affinity,
-            DeviceChain(cam, affinity, manifest or bundle.manifest, device, **options) as chain,
+            GpuPipeline(cam, affinity, manifest or bundle.manifest, device, **options) as chain,
         ):
             yield chain
 
@@ -101,7 +101,7 @@ class OnTheCpu:
     def __init__(self, bundle: Bundle, manifest: Manifest | None = None) -> None:
         self._manifest = manifest or bundle.manifest
         self._cam, self._affinity = (
-            OnnxRuntimeEngine(bundle.read_file(graph_file(contract)), contract=contract)
+            OnnxRuntimeBackend(bundle.read_file(graph_file(contract)), contract=contract)
             for contract in (CAM, AFFINITY)
         )
 
@@ -112,7 +112,7 @@ class OnTheCpu:
 
     def expect(self, got: Any, rgb: np.ndarray) -> None:
         """Masks alike but for ties, confidences but for their last levels: walks there have fp16 weights."""
-        assert isinstance(got, DeviceLabels), got
+        assert isinstance(got, GpuLabels), got
         ids = tuple(self._manifest.classes.index(name) for name in got.classes)
         parameters = self._manifest.parameters.label
         expected = pseudo_mask(rgb, self.walked(rgb, ids), ids, parameters)
@@ -137,7 +137,7 @@ def test_masks_of_photographs(tmp_path: Path) -> None:
             rgb = photograph(name, 60, 76)
             (labelled,) = chain.label(rgb[None], [labels])
             cpu.expect(labelled, rgb)
-            assert isinstance(labelled, DeviceLabels) and (labels is None or labelled.classes == labels)
+            assert isinstance(labelled, GpuLabels) and (labels is None or labelled.classes == labels)
             assert list(labelled.scores) == list(bundle.manifest.foreground)
             seen |= {labelled.classes, *np.unique(labelled.mask).tolist()}
 
@@ -155,7 +155,7 @@ def test_batches(bundle: Bundle, tmp_path: Path, library: str) -> None:
         together = chain.label(batch[:, ::-1, ::-1], given)  # not contiguous
         for rgb, labels, got in zip(batch[:, ::-1, ::-1], given, together, strict=True):
             (alone,) = chain.label(rgb[None], [labels])
-            assert isinstance(got, DeviceLabels) and isinstance(alone, DeviceLabels)
+            assert isinstance(got, GpuLabels) and isinstance(alone, GpuLabels)
             assert got.classes == alone.classes and got.scores == alone.scores
             np.testing.assert_array_equal(got.mask, alone.mask)
             np.testing.assert_array_equal(got.confidence, alone.confidence)
@@ -232,7 +232,7 @@ def test_threads_share_the_slots(bundle: Bundle, tmp_path: Path) -> None:
         alone = [chain.label(rgb[None], [None])[0] for rgb in photographs]
         together = pool.map(lambda rgb: chain.label(rgb[None], [None])[0], photographs * 2)
         for got, expected in zip(together, alone * 2, strict=True):
-            assert isinstance(got, DeviceLabels) and isinstance(expected, DeviceLabels)
+            assert isinstance(got, GpuLabels) and isinstance(expected, GpuLabels)
             np.testing.assert_array_equal(got.mask, expected.mask)
             np.testing.assert_array_equal(got.confidence, expected.confidence)
     assert len({got.mask.tobytes() for got in alone}) == len(alone)  # type: ignore[union-attr]
@@ -259,7 +259,7 @@ def test_two_batches_are_under_way(bundle: Bundle, tmp_path: Path, monkeypatch: 
         go_on.set()
         got = running.result(30)[0]
     for labelled in (got, expected, other):
-        assert isinstance(labelled, DeviceLabels)
+        assert isinstance(labelled, GpuLabels)
     np.testing.assert_array_equal(got.confidence, expected.confidence)
     np.testing.assert_array_equal(got.mask, expected.mask)
     assert not np.array_equal(other.confidence, got.confidence)
@@ -279,17 +279,21 @@ def test_soft_maps(bundle: Bundle, tmp_path: Path) -> None:
     """The probabilities that the mask is the argmax of, background first."""
     rgb = tinted("coffee", 33, 47)
     parameters = bundle.manifest.parameters.label
-    with chain_of(bundle, tmp_path, soft=True) as chain:
+    with chain_of(bundle, tmp_path, probabilities=True) as chain:
         both, none = (chain.label(rgb[None], [labels])[0] for labels in (("red thing", "green"), ()))
-    assert isinstance(both, DeviceLabels) and isinstance(none, DeviceLabels)
+    assert isinstance(both, GpuLabels) and isinstance(none, GpuLabels)
     walked = resize_maps(OnTheCpu(bundle).walked(rgb, (1, 2)), (33, 47))
     expected = DenseCRF(rgb, parameters.crf).infer(background_and_foreground(walked, parameters.background))
-    assert both.soft is not None and both.soft.dtype == np.float16
-    np.testing.assert_allclose(both.soft.astype(np.float32), expected, atol=4e-3)
-    best = np.sort(both.soft, axis=0)
+    assert both.probabilities is not None and both.probabilities.dtype == np.float16
+    np.testing.assert_allclose(both.probabilities.astype(np.float32), expected, atol=4e-3)
+    best = np.sort(both.probabilities, axis=0)
     clear = best[-1] > best[-2]
-    np.testing.assert_array_equal(both.soft.argmax(axis=0)[clear], both.mask[clear])
-    assert none.soft is not None and none.soft.shape == (1, 33, 47) and (none.soft == 1).all()
+    np.testing.assert_array_equal(both.probabilities.argmax(axis=0)[clear], both.mask[clear])
+    assert (
+        none.probabilities is not None
+        and none.probabilities.shape == (1, 33, 47)
+        and (none.probabilities == 1).all()
+    )
 
 
 @pytest.fixture
@@ -353,17 +357,17 @@ def test_a_size_that_kernels_do_not_take(
     rgb = tinted("chelsea", 32, 48)[None]
     with chain_of(bundle, tmp_path) as chain:
         with monkeypatch.context() as patch:
-            patch.setattr(device_label, "DeviceRefiner", refuse)
+            patch.setattr(device_label, "GpuPostprocessor", refuse)
             (error,) = chain.label(rgb, [("green",)])
         assert isinstance(error, ImageError) and "standard deviations" in str(error)
-        assert isinstance(chain.label(rgb, [("green",)])[0], DeviceLabels)
+        assert isinstance(chain.label(rgb, [("green",)])[0], GpuLabels)
 
 
 @pytest.mark.parametrize("call", ["upload", "launch", "launch_graph", "download"])
 def test_a_driver_that_refuses(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Wherever it stops, it is an EngineError and the next call is right."""
+    """Wherever it stops, it is an BackendError and the next call is right."""
     rgb = tinted("chelsea", 32, 48)
     with chain_of(bundle, tmp_path) as chain:
         (expected,) = chain.label(rgb[None], [None])
@@ -373,7 +377,7 @@ def test_a_driver_that_refuses(
                 raise DriverError("an illegal address (CUDA error 700)")
 
             patch.setattr(Driver, call, refuse)
-            with pytest.raises(EngineError, match=r"labelling cannot be run on CPU: an illegal address"):
+            with pytest.raises(BackendError, match=r"labelling cannot be run on CPU: an illegal address"):
                 chain.label(rgb[None], [None])
         for _ in range(3):
             (got,) = chain.label(rgb[None], [None])
@@ -386,15 +390,15 @@ def test_what_does_not_fit(bundle: Bundle, tmp_path: Path) -> None:
     manifest = dataclasses.replace(bundle.manifest, parameters=narrow)
     rgb = tinted("chelsea", 32, 48)[None]
     with chain_of(bundle, tmp_path, manifest=manifest) as chain:
-        with pytest.raises(EngineError, match=r"affinity: got \[1, 34, 8, 12\], expected \[1, 12, 8, 12\]"):
+        with pytest.raises(BackendError, match=r"affinity: got \[1, 34, 8, 12\], expected \[1, 12, 8, 12\]"):
             chain.label(rgb, [("green",)])
-        with pytest.raises(EngineError, match="got labels for 2 images, expected 1"):
+        with pytest.raises(BackendError, match="got labels for 2 images, expected 1"):
             chain.label(rgb, [None, None])
-        with pytest.raises(EngineError, match="expected uint8"):
+        with pytest.raises(BackendError, match="expected uint8"):
             chain.label(rgb[0], [None, None])
-        with pytest.raises(EngineError, match="expected one of the plan's profiles"):
+        with pytest.raises(BackendError, match="expected one of the plan's profiles"):
             chain.label(np.zeros((1, 200, 200, 3), np.uint8), [None])
-    with pytest.raises(EngineError, match="chain is closed"):
+    with pytest.raises(BackendError, match="chain is closed"):
         chain.label(rgb, [("green",)])
     chain.close()
 
@@ -403,23 +407,23 @@ def test_what_does_not_fit(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_network_on_the_callers_stream(bundle: Bundle, tmp_path: Path, library: str) -> None:
     """Outputs go where there is room for just them; closing waits for the caller's stream, too."""
     image, expected = tinted("chelsea", 33, 47)[None], {}
-    with OnnxRuntimeEngine(bundle.read_file("cam.onnx"), contract=CAM) as host:
+    with OnnxRuntimeBackend(bundle.read_file("cam.onnx"), contract=CAM) as host:
         expected = host.run(image)
     gpu = PrimaryContext()
     there = calls.DeviceArray(gpu, image.shape, np.uint8)
     gpu.upload(there.pointer, image)
-    cache = plans(bundle, tmp_path / "plans", library)
-    engine = open_tensorrt(bundle, CAM, library=library, cache=cache)
+    cache = engine_cache(bundle, tmp_path / "plans", library)
+    backend = open_tensorrt(bundle, CAM, library=library, cache=cache)
     with gpu.active():
         stream = gpu.driver.create_stream()
-    first = engine.queue(there.pointer, image.shape, stream, {})
+    first = backend.queue(there.pointer, image.shape, stream, {})
     wrong = calls.DeviceArray(gpu, (1, 3))
     given = {"cam": first["cam"], "scores": wrong}
-    second = engine.queue(there.pointer, image.shape, stream, given)
+    second = backend.queue(there.pointer, image.shape, stream, given)
     assert second["cam"] is first["cam"] and second["scores"] is not wrong
-    engine.close()
-    with pytest.raises(EngineError, match="closed"):
-        engine.queue(there.pointer, image.shape, stream, {})
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.queue(there.pointer, image.shape, stream, {})
     for name, array in expected.items():
         np.testing.assert_array_equal(second[name].numpy(), array)  # waits for the default stream alone
     with gpu.active():
@@ -451,13 +455,13 @@ def test_streams_and_events_are_given_back(
 def test_where_there_is_no_chain(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = plans(bundle, tmp_path / "plans", "tensorrt")
+    cache = engine_cache(bundle, tmp_path / "plans", "tensorrt")
     with (
-        OnnxRuntimeEngine(bundle.read_file("cam.onnx"), contract=CAM) as host,
+        OnnxRuntimeBackend(bundle.read_file("cam.onnx"), contract=CAM) as host,
         open_tensorrt(bundle, CAM, cache=cache) as cam,
         open_tensorrt(bundle, AFFINITY, cache=cache) as affinity,
     ):
-        assert open_device_chain(host, affinity, bundle.manifest) is None
+        assert open_gpu_pipeline(host, affinity, bundle.manifest) is None
         assert capsys.readouterr().err == ""
 
         def refuse() -> None:
@@ -465,9 +469,9 @@ def test_where_there_is_no_chain(
 
         with monkeypatch.context() as patch:
             patch.setattr(device_label.calls, "default_device", refuse)
-            assert open_device_chain(cam, affinity, bundle.manifest) is None
+            assert open_gpu_pipeline(cam, affinity, bundle.manifest) is None
         assert "are made on the CPU: kernels.fatbin: not found" in capsys.readouterr().err
         device = use_kernels_in(tmp_path, monkeypatch)
-        chain = open_device_chain(cam, affinity, bundle.manifest)
+        chain = open_gpu_pipeline(cam, affinity, bundle.manifest)
         assert chain is not None and chain._device is device
         chain.close()

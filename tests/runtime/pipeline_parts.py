@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.errors import EngineError, ImageError
+from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.jobs.encoder import Encoder
-from multisa.runtime.jobs.pipeline import DoneShard, Pipeline
-from multisa.runtime.jobs.snapshot import Shard, Work
-from multisa.runtime.jobs.stages import Failure, Sizes
-from multisa.runtime.predict.prediction import Annotation, Labels, StageClock
+from multisa.runtime.jobs.pipeline import CompletedShard, Pipeline
+from multisa.runtime.jobs.snapshot import Sample, Shard
+from multisa.runtime.jobs.stages import Failure, PipelineConfig
+from multisa.runtime.predict.prediction import Labels, Prediction, StageTimer
 from multisa.runtime.sources.base import SourceItem
-from multisa.runtime.writers.base import SinkContext
-from multisa.runtime.writers.registry import open_sinks
+from multisa.runtime.writers.base import WriterContext
+from multisa.runtime.writers.registry import open_writers
 
 SHAPES = ((80, 80), (64, 80), (80, 64), (70, 70))  # none of them is resized
 SOON = 20.0  # seconds; what hangs would take for ever
@@ -37,7 +37,7 @@ class Photographs:
     description: str = "photographs of a test"
     read_now: Callable[[], None] = lambda: None
 
-    def is_there(self, item: SourceItem) -> bool:
+    def exists(self, item: SourceItem) -> bool:
         return True
 
     def read(self, item: SourceItem) -> bytes:
@@ -54,31 +54,33 @@ class Photographs:
 
 
 @dataclass
-class Method:
+class Predictor:
     """Labels 1 where grey is odd; remembers its batches; some images, or all with one, are refused."""
 
     refused: frozenset[int] = frozenset()
     infer_error: Exception | None = None
     refine_error: Exception | None = None
     command: str = "segment"
-    engines: tuple[Any, ...] = ()
+    backends: tuple[Any, ...] = ()
     batches: list[list[int]] = field(default_factory=list)
 
-    def infer(self, images: np.ndarray, given: Sequence[Labels | None], clock: StageClock) -> Sequence[Any]:
+    def predict_batch(
+        self, images: np.ndarray, given: Sequence[Labels | None], timer: StageTimer
+    ) -> Sequence[Any]:
         greys = images[:, 0, 0, 0].tolist()
         self.batches.append(greys)
         if self.refused.intersection(greys):
-            raise self.infer_error or EngineError(f"cannot be run on {greys}")
+            raise self.infer_error or BackendError(f"cannot be run on {greys}")
         return greys
 
-    def refine(self, inferred: int, image: np.ndarray, clock: StageClock) -> Annotation:
+    def postprocess(self, inferred: int, image: np.ndarray, timer: StageTimer) -> Prediction:
         if self.refine_error:
             raise self.refine_error
         mask = np.full(image.shape[:2], inferred % 2, np.uint8)
-        return Annotation(mask, np.full_like(mask, inferred), ("red thing",) if inferred % 2 else ())
+        return Prediction(mask, np.full_like(mask, inferred), ("red thing",) if inferred % 2 else ())
 
 
-class Watcher:
+class RunObserver:
     """Counts."""
 
     def __init__(self) -> None:
@@ -86,7 +88,7 @@ class Watcher:
         self.failed: list[Failure] = []
         self.most = 0  # images under way at once
 
-    def image_done(self, work: Work) -> None:
+    def image_done(self, work: Sample) -> None:
         self.done.append(work.index)
 
     def image_failed(self, failure: Failure) -> None:
@@ -104,7 +106,7 @@ class Watcher:
 
 def shard_of(number: int, indices: Sequence[int]) -> Shard:
     items = ((i, SourceItem(f"{i:05d}.png", str(i), -1)) for i in indices)
-    return Shard(number, tuple(Work(i, item, f"{i:05d}", None) for i, item in items))
+    return Shard(number, tuple(Sample(i, item, f"{i:05d}", None) for i, item in items))
 
 
 @contextmanager
@@ -114,25 +116,25 @@ def pipeline_of(
     source: Any,
     method: Any,
     watcher: Any = None,
-    sizes: Sizes | None = None,
+    sizes: PipelineConfig | None = None,
 ) -> Iterator[Pipeline]:
-    sinks = open_sinks(("masks",), SinkContext(out, "segment", manifest, "0" * 64))
+    writers = open_writers(("masks",), WriterContext(out, "segment", manifest, "0" * 64))
     with Pipeline(
         method,
         source,
-        Encoder(out, manifest, sinks),
-        sizes=sizes or Sizes(readers=2, workers=2),
-        clock=StageClock(),
-        watcher=watcher or Watcher(),
+        Encoder(out, manifest, writers),
+        sizes=sizes or PipelineConfig(readers=2, workers=2),
+        timer=StageTimer(),
+        watcher=watcher or RunObserver(),
         max_pixels=10**6,
         long_side=80,
     ) as pipeline:
         yield pipeline
 
 
-def do(pipeline: Pipeline, shards: Sequence[Shard]) -> list[DoneShard]:
+def do(pipeline: Pipeline, shards: Sequence[Shard]) -> list[CompletedShard]:
     """All of them; raises where they are not done soon."""
-    done: list[DoneShard] = []
+    done: list[CompletedShard] = []
     futures = [pipeline.submit(shard, done.append) for shard in shards]
     end = time.monotonic() + SOON
     for future in futures:
@@ -145,11 +147,11 @@ def do(pipeline: Pipeline, shards: Sequence[Shard]) -> list[DoneShard]:
     return done
 
 
-def by_number(done: DoneShard) -> int:
+def by_number(done: CompletedShard) -> int:
     return done.shard.number
 
 
-def contents(done: Sequence[DoneShard]) -> list[tuple[int, list[Any], list[Failure]]]:
+def contents(done: Sequence[CompletedShard]) -> list[tuple[int, list[Any], list[Failure]]]:
     of_shards = sorted(done, key=by_number)
     return [
         (one.shard.number, [(i.index, i.record, i.payloads) for i in one.images], list(one.failures))

@@ -11,14 +11,14 @@ import pytest
 from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 from PIL import Image
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
 from multisa.runtime.imaging.decode import read_mask
 from multisa.runtime.jobs.monitor import check_failures, failure_limit
 from multisa.runtime.jobs.record import RunSummary, describe_summary
 from multisa.runtime.jobs.spec import RunOptions, make_job
-from multisa.runtime.jobs.stages import Width
+from multisa.runtime.jobs.stages import Concurrency
 
 Run = Callable[..., RunSummary]
 CLASSES = ("background", "red thing", "green")
@@ -245,8 +245,8 @@ def test_check_failures() -> None:
 
 
 def test_summary(tmp_path: Path) -> None:
-    options = RunOptions(workers=2, sinks=("masks", "coco"))
-    job = make_job("label", "photos", tmp_path, tmp_path / "bundle", EngineRequest(), options)
+    options = RunOptions(workers=2, writers=("masks", "coco"))
+    job = make_job("label", "photos", tmp_path, tmp_path / "bundle", BackendRequest(), options)
     summary = RunSummary(
         images=11,
         done=9,
@@ -255,12 +255,12 @@ def test_summary(tmp_path: Path) -> None:
         seconds=4.0,
         stage_seconds={"read": 1.0, "crf": 3.0},
         job=job,
-        width=Width((job.sizes,), 4),
-        passed_over=3,
+        width=Concurrency((job.sizes,), 4),
+        skipped=3,
         failure_kinds={"decode": 2},
         reasons={"the file is empty": 2},
     )
-    lines = describe_summary(summary, pictured=5).splitlines()
+    lines = describe_summary(summary, report_images=5).splitlines()
     assert lines[0] == "8 images in 4.0 s (2.00/s), 2 failed, 1 kept from before, 3 passed over"
     assert lines[1] == "busy: crf 38%, read 12%"
     assert "failed, 2 images: the file is empty" in lines
@@ -273,4 +273,4 @@ def test_summary(tmp_path: Path) -> None:
             "failed.jsonl: the failures (--retry-failed tries them again)",
         )
     ]
-    assert lines[-1] == f"look at {tmp_path / 'report.html'}: the most doubtful first"
+    assert lines[-1] == f"look at {tmp_path / 'report.html'}: the most uncertain first"

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from bulk_runs import cut_at, public_bytes, records, run_segment
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, UsageError
-from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.monitor import stop_on_signals
 from multisa.runtime.jobs.output import JOURNAL, LOCK
 from multisa.runtime.jobs.snapshot import Shard
-from multisa.runtime.progress import redirect_said
+from multisa.runtime.progress import redirect_log
 
 
 def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
@@ -30,10 +30,10 @@ def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
 ) -> None:
     """A second Ctrl-C in the middle of a commit: it is ended, and counted, by the run that holds OUT."""
     out, seen = tmp_path / "out", []
-    leave, append, begun = LocalCrew.__exit__, Journal.append, threading.Event()
+    leave, append, begun = LocalExecutor.__exit__, Journal.append, threading.Event()
 
-    def note(crew: LocalCrew, *arguments: Any) -> None:
-        leave(crew, *arguments)
+    def note(executor: LocalExecutor, *arguments: Any) -> None:
+        leave(executor, *arguments)
         with (out / LOCK).open() as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         seen.append((out / JOURNAL).read_bytes().count(b"\n"))
@@ -43,13 +43,15 @@ def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
         time.sleep(0.1)
         append(journal, result)
 
-    def interrupt(crew: LocalCrew, shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
-        crew._worker.start(next(shards), committed)
+    def interrupt(
+        executor: LocalExecutor, shards: Iterator[Shard], committed: Callable[[ShardResult], None]
+    ) -> None:
+        executor._worker.start(next(shards), committed)
         assert begun.wait(20)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LocalCrew, "__exit__", note)
-    monkeypatch.setattr(LocalCrew, "do", interrupt)
+    monkeypatch.setattr(LocalExecutor, "__exit__", note)
+    monkeypatch.setattr(LocalExecutor, "do", interrupt)
     monkeypatch.setattr(Journal, "append", slow)
     with pytest.raises(KeyboardInterrupt):
         run_segment(photos, out, bundle, shard_size=2)
@@ -58,14 +60,14 @@ def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
 
 def test_what_cannot_be_used_makes_no_folder(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="got the engine 'abacus'"):
-        run_segment(photos, tmp_path / "out", bundle, request=EngineRequest("abacus"))
+        run_segment(photos, tmp_path / "out", bundle, request=BackendRequest("abacus"))
     assert not (tmp_path / "out").exists()
 
 
 def test_shards_that_are_left_undone_are_not_taken_for_done(
     photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LocalCrew, "do", lambda *_: None)
+    monkeypatch.setattr(LocalExecutor, "do", lambda *_: None)
     with pytest.raises(
         MultisaError, match=r"ended before its end: 0 of 3 shards are done, and the same comm"
     ):
@@ -82,7 +84,7 @@ def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log() -> None:
         if free:
             lock.release()
 
-    with redirect_said(listener), stop_on_signals() as stop:
+    with redirect_log(listener), stop_on_signals() as stop:
         with lock:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.signal == signal.SIGTERM

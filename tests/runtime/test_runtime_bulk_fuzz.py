@@ -22,7 +22,7 @@ def test_every_damaged_file_is_labelled_or_listed(bundle: Bundle, tmp_path: Path
         (folder / f"{number:04d}.jpg").write_bytes(data)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "multisa.runtime.cli.main", "segment", str(folder), "-o", str(out)]
-    command += ["--bundle", str(bundle.path), "--max-pixels", "1000000", "--sink", "masks,coco"]
+    command += ["--bundle", str(bundle.path), "--max-pixels", "1000000", "--writer", "masks,coco"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert finished.returncode == 4, finished.stderr
     assert "Traceback" not in finished.stderr

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multisa.runtime.errors import MultisaError, UsageError
-from multisa.runtime.jobs.snapshot import Inventory, freeze
-from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.jobs.snapshot import Snapshot, take_snapshot
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 
 # Few letters, so that names meet; what a mask is called is among them.
 _PART = st.sampled_from(["a", "A", "b", "a.png", "a.jpg", "a.jpg.png", "A.PNG", "a.jpg~1", "a.jpg~1.png"])
@@ -34,13 +34,13 @@ def items_of(*ids: str) -> list[Listed]:
     return [SourceItem(id_, id_, size=10 + i, version="v") for i, id_ in enumerate(ids)]
 
 
-def names_of(inventory: Inventory) -> list[str]:
-    return [work.name for work in inventory.shard(0, inventory.images).works]
+def names_of(snapshot: Snapshot) -> list[str]:
+    return [work.name for work in snapshot.shard(0, snapshot.images).works]
 
 
-def freeze_items(path: Path, listing: Sequence[Listed]) -> Inventory:
-    freeze(path, listing, lambda item: item.labels)
-    return Inventory(path)
+def freeze_items(path: Path, listing: Sequence[Listed]) -> Snapshot:
+    take_snapshot(path, listing, lambda item: item.labels)
+    return Snapshot(path)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def freeze_items(path: Path, listing: Sequence[Listed]) -> Inventory:
     ],
 )
 def test_names(tmp_path: Path, ids: list[str], names: list[str] | None) -> None:
-    with freeze_items(tmp_path / "i", items_of(*ids)) as inventory:
-        assert names_of(inventory) == (names or ["a.jpg~0~", "a.jpg.png/c", "a.jpg~0.png/d", "a.png/b"])
+    with freeze_items(tmp_path / "i", items_of(*ids)) as snapshot:
+        assert names_of(snapshot) == (names or ["a.jpg~0~", "a.jpg.png/c", "a.jpg~0.png/d", "a.png/b"])
 
 
 @settings(max_examples=150, deadline=None)
 @given(ids=_IDS)
 def test_results_never_meet(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.sqlite"
-    with freeze_items(path, items_of(*ids)) as inventory:
-        masks = [f"{name}.png".casefold() for name in names_of(inventory)]
+    with freeze_items(path, items_of(*ids)) as snapshot:
+        masks = [f"{name}.png".casefold() for name in names_of(snapshot)]
     assert len(masks) == len(set(masks)) == len(ids)
     folders = {folder for mask in masks for folder in _folders(mask)}
     assert not folders & set(masks)
@@ -89,8 +89,8 @@ def _folders(path: str) -> list[str]:
 def test_thousands_of_names_that_meet_are_named_at_once(tmp_path: Path) -> None:
     name = "photograph"
     variants = ["".join(c.upper() if i >> k & 1 else c for k, c in enumerate(name)) for i in range(1024)]
-    with freeze_items(tmp_path / "i", items_of(*(f"{v}.jpg" for v in variants))) as inventory:
-        assert len({found.casefold() for found in names_of(inventory)}) == 1024
+    with freeze_items(tmp_path / "i", items_of(*(f"{v}.jpg" for v in variants))) as snapshot:
+        assert len({found.casefold() for found in names_of(snapshot)}) == 1024
 
 
 def test_an_image_that_is_there_twice(tmp_path: Path) -> None:
@@ -101,40 +101,40 @@ def test_an_image_that_is_there_twice(tmp_path: Path) -> None:
 
 def test_no_image(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no image found"):
-        freeze_items(tmp_path / "i", [PassedOver(".a.jpg", "hidden"), OtherFiles(3)])
+        freeze_items(tmp_path / "i", [Skipped(".a.jpg", "hidden"), OtherFiles(3)])
 
 
 def test_shards_and_retries(tmp_path: Path) -> None:
-    listing = [*items_of(*(f"{i}.jpg" for i in range(7))), PassedOver("x", "hidden"), OtherFiles(2)]
-    with freeze_items(tmp_path / "i", listing) as inventory:
-        assert list(inventory.shards(3)) == [(0, 3), (1, 3), (2, 1)]
-        assert [work.index for work in inventory.shard(1, 3).works] == [3, 4, 5]
-        assert (inventory.images, inventory.other_files) == (7, 2)
-        assert list(inventory.entries_passed_over(9)) == [PassedOver("x", "hidden")]
-        assert inventory.add_retries([1, 2, 4, 6], 3) == 2
-    with Inventory(tmp_path / "i") as inventory:
-        assert list(inventory.shards(3))[3:] == [(3, 3), (4, 1)]
-        assert [work.index for work in inventory.shard(4, 3).works] == [6]
-        assert inventory.add_retries([6], 3) == 1
-        assert [work.index for work in inventory.shard(5, 3).works] == [6]
+    listing = [*items_of(*(f"{i}.jpg" for i in range(7))), Skipped("x", "hidden"), OtherFiles(2)]
+    with freeze_items(tmp_path / "i", listing) as snapshot:
+        assert list(snapshot.shards(3)) == [(0, 3), (1, 3), (2, 1)]
+        assert [work.index for work in snapshot.shard(1, 3).works] == [3, 4, 5]
+        assert (snapshot.images, snapshot.other_files) == (7, 2)
+        assert list(snapshot.skipped_entries(9)) == [Skipped("x", "hidden")]
+        assert snapshot.add_retries([1, 2, 4, 6], 3) == 2
+    with Snapshot(tmp_path / "i") as snapshot:
+        assert list(snapshot.shards(3))[3:] == [(3, 3), (4, 1)]
+        assert [work.index for work in snapshot.shard(4, 3).works] == [6]
+        assert snapshot.add_retries([6], 3) == 1
+        assert [work.index for work in snapshot.shard(5, 3).works] == [6]
 
 
 def test_each_image_belongs_to_the_shard_it_was_tried_in_last(tmp_path: Path) -> None:
-    with freeze_items(tmp_path / "i", items_of(*(f"{i}.jpg" for i in range(7)))) as inventory:
-        inventory.add_retries([1, 2, 4, 6], 3)
-        inventory.add_retries([2, 6], 3)
-        shards = [number for number, _ in inventory.shards(3)]
-        indices = {n: [work.index for work in inventory.shard(n, 3).works] for n in shards}
+    with freeze_items(tmp_path / "i", items_of(*(f"{i}.jpg" for i in range(7)))) as snapshot:
+        snapshot.add_retries([1, 2, 4, 6], 3)
+        snapshot.add_retries([2, 6], 3)
+        shards = [number for number, _ in snapshot.shards(3)]
+        indices = {n: [work.index for work in snapshot.shard(n, 3).works] for n in shards}
         assert indices == {0: [0], 1: [3, 5], 2: [], 3: [1, 4], 4: [], 5: [2, 6]}
         for number, works in indices.items():
-            assert {inventory.shard_of(index, 3) for index in works} <= {number}
+            assert {snapshot.shard_of(index, 3) for index in works} <= {number}
 
 
 def test_shards_may_be_let_go_of_in_another_thread(tmp_path: Path) -> None:
     """As the collector does with a run that was stopped."""
-    with freeze_items(tmp_path / "i", items_of("a.jpg", "b.jpg")) as inventory:
-        inventory.add_retries([0, 1], 1)
-        shards = inventory.shards(1)
+    with freeze_items(tmp_path / "i", items_of("a.jpg", "b.jpg")) as snapshot:
+        snapshot.add_retries([0, 1], 1)
+        shards = snapshot.shards(1)
         assert [next(shards) for _ in range(3)] == [(0, 1), (1, 1), (2, 1)]
         with ThreadPoolExecutor(1) as other:
             other.submit(shards.close).result()
@@ -150,8 +150,8 @@ def test_millions_of_retries_are_searched_and_not_read_through(tmp_path: Path) -
 
 def test_works_come_back_as_they_were_listed(tmp_path: Path) -> None:
     item = SourceItem("tiefe/ä b\n.jpg", "member 3", -1, "etag", ("red thing",))
-    with freeze_items(tmp_path / "i", [item, SourceItem("b.jpg", "b", 0, labels=())]) as inventory:
-        first, second = inventory.shard(0, 2).works
+    with freeze_items(tmp_path / "i", [item, SourceItem("b.jpg", "b", 0, labels=())]) as snapshot:
+        first, second = snapshot.shard(0, 2).works
     assert replace(first.item, labels=("red thing",)) == item
     assert (first.labels, second.labels, second.index) == (("red thing",), (), 1)
 
@@ -165,7 +165,7 @@ OTHER_B = SourceItem("b.jpg", "b.jpg", 11, "later")
     ("now", "said"),
     [
         (THEN, ""),
-        ([*THEN, OtherFiles(1), PassedOver("z", "hidden")], ""),
+        ([*THEN, OtherFiles(1), Skipped("z", "hidden")], ""),
         ([*THEN, NEW], "1 added (new.jpg)"),
         (THEN[1:], "1 removed (a.jpg)"),
         (THEN[:1], "3 removed (b.jpg, c.jpg, d.jpg)"),
@@ -177,8 +177,8 @@ OTHER_B = SourceItem("b.jpg", "b.jpg", 11, "later")
     ],
 )
 def test_a_changed_source_is_told(tmp_path: Path, now: list[Listed], said: str) -> None:
-    with freeze_items(tmp_path / "i", THEN) as inventory:
-        difference = inventory.difference(lambda: now)
+    with freeze_items(tmp_path / "i", THEN) as snapshot:
+        difference = snapshot.difference(lambda: now)
     assert difference.startswith(said) and bool(difference) == bool(said)
 
 
@@ -200,14 +200,14 @@ def test_a_changed_source_is_told(tmp_path: Path, now: list[Listed], said: str) 
 def test_only_the_images_that_are_tried_again_may_have_changed(
     tmp_path: Path, now: list[Listed], said: str
 ) -> None:
-    with freeze_items(tmp_path / "i", THEN) as inventory:
-        assert inventory.take_changes(lambda: now, [1]) == said
-        b = inventory.shard(0, 4).works[1].item
+    with freeze_items(tmp_path / "i", THEN) as snapshot:
+        assert snapshot.take_changes(lambda: now, [1]) == said
+        b = snapshot.shard(0, 4).works[1].item
         assert b.version == ("later" if not said and OTHER_B in now else "v")
         if not said:
-            assert inventory.difference(lambda: now) == ""
+            assert snapshot.difference(lambda: now) == ""
         else:
-            assert inventory.difference(lambda: THEN) == ""
+            assert snapshot.difference(lambda: THEN) == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"no database", None])
@@ -218,7 +218,7 @@ def test_what_is_no_inventory(tmp_path: Path, content: bytes | None) -> None:
     else:
         path.write_bytes(content)
     with pytest.raises(MultisaError, match=r"expected the list of a run's images: begin anew with --over"):
-        Inventory(path)
+        Snapshot(path)
 
 
 def test_an_inventory_that_was_being_written_is_none(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_an_inventory_that_was_being_written_is_none(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        freeze(tmp_path / "i", cut(), lambda item: None)
+        take_snapshot(tmp_path / "i", cut(), lambda item: None)
     assert not (tmp_path / "i").exists() and [p.name for p in tmp_path.iterdir()] == ["i.tmp"]
     freeze_items(tmp_path / "i", items_of("b.jpg")).__exit__(None, None, None)
     assert [p.name for p in tmp_path.iterdir()] == ["i"]

@@ -9,34 +9,34 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline_parts import SHAPES, Method, Photographs, Watcher, contents, do, pipeline_of, shard_of
+from pipeline_parts import SHAPES, Photographs, Predictor, RunObserver, contents, do, pipeline_of, shard_of
 
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.jobs.snapshot import Shard
-from multisa.runtime.jobs.stages import MAX_REFUSED, ByteBudget, Sizes
-from multisa.runtime.predict.prediction import Annotation
+from multisa.runtime.jobs.stages import MAX_REFUSED, ByteSemaphore, PipelineConfig
+from multisa.runtime.predict.prediction import Prediction
 
 
-class Breaks(Method):
+class Breaks(Predictor):
     """Runs so many times, and never again."""
 
     runs = 30
 
-    def infer(self, images: np.ndarray, *arguments: Any) -> Sequence[Any]:
+    def predict_batch(self, images: np.ndarray, *arguments: Any) -> Sequence[Any]:
         if len(self.batches) >= self.runs:
-            raise EngineError("segmenter: cannot be run: the device is lost")
-        return super().infer(images, *arguments)
+            raise BackendError("segmenter: cannot be run: the device is lost")
+        return super().predict_batch(images, *arguments)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_an_engine_that_is_broken_ends_the_run(tmp_path: Path, manifest: Manifest, batch: int) -> None:
-    watcher = Watcher()
-    sizes = Sizes(readers=2, workers=2, batch=batch)
+    watcher = RunObserver()
+    sizes = PipelineConfig(readers=2, workers=2, batch=batch)
     source = Photographs(shapes=SHAPES[:1])
     with (
         pytest.raises(
-            EngineUnavailable, match=r"the device is lost .* before it\): see to the device"
+            BackendUnavailable, match=r"the device is lost .* before it\): see to the device"
         ) as seen,
         pipeline_of(tmp_path, manifest, source, Breaks(), watcher, sizes) as pipeline,
     ):
@@ -46,23 +46,23 @@ def test_an_engine_that_is_broken_ends_the_run(tmp_path: Path, manifest: Manifes
 
 
 def test_an_engine_is_asked_twice(tmp_path: Path, manifest: Manifest) -> None:
-    class Short(Method):
+    class Short(Predictor):
         """Memory is short now and then."""
 
-        def infer(self, images: np.ndarray, *arguments: Any) -> Sequence[Any]:
-            found = super().infer(images, *arguments)
+        def predict_batch(self, images: np.ndarray, *arguments: Any) -> Sequence[Any]:
+            found = super().predict_batch(images, *arguments)
             if len(self.batches) % 2:
-                raise EngineError("out of memory")
+                raise BackendError("out of memory")
             return found
 
-    watcher = Watcher()
-    with pipeline_of(tmp_path, manifest, Photographs(), Short(), watcher, Sizes(1, 1)) as pipeline:
+    watcher = RunObserver()
+    with pipeline_of(tmp_path, manifest, Photographs(), Short(), watcher, PipelineConfig(1, 1)) as pipeline:
         do(pipeline, [shard_of(0, range(20))])
     assert len(watcher.done) == 20 and not watcher.failed
 
 
 def test_images_that_are_refused_now_and_then_end_no_run(tmp_path: Path, manifest: Manifest) -> None:
-    method, watcher = Method(refused=frozenset(range(0, 100, 2))), Watcher()
+    method, watcher = Predictor(refused=frozenset(range(0, 100, 2))), RunObserver()
     with pipeline_of(tmp_path, manifest, Photographs(), method, watcher) as pipeline:
         do(pipeline, [shard_of(0, range(100))])
     assert len(watcher.failed) == 50
@@ -74,11 +74,11 @@ def test_memory_that_is_short_fails_the_image(
 ) -> None:
     short = MemoryError("Unable to allocate 9 GiB")
 
-    class Hungry(Method):
-        def refine(self, inferred: int, *arguments: Any) -> Annotation:
+    class Hungry(Predictor):
+        def postprocess(self, inferred: int, *arguments: Any) -> Prediction:
             if stage == "refine" and inferred == 2:
                 raise short
-            return super().refine(inferred, *arguments)
+            return super().postprocess(inferred, *arguments)
 
     def fail_at(module: str, name: str, is_it: Any) -> None:
         real = getattr(__import__(module, fromlist=[name]), name)
@@ -94,10 +94,10 @@ def test_memory_that_is_short_fails_the_image(
     if stage == "decode":
         fail_at("multisa.runtime.jobs.pipeline", "decode_working_image", lambda _: next(calls) == 2)
     if stage == "encode":
-        fail_at("multisa.runtime.jobs.worker", "doubt", lambda *_: next(calls) == 2)
+        fail_at("multisa.runtime.jobs.worker", "uncertainty", lambda *_: next(calls) == 2)
     source = Photographs(frozenset({2}) if stage == "read" else frozenset(), error=short)  # type: ignore[arg-type]
     method = Hungry(frozenset({2}) if stage == "infer" else frozenset(), infer_error=short)
-    with pipeline_of(tmp_path, manifest, source, method, sizes=Sizes(1, 1)) as pipeline:
+    with pipeline_of(tmp_path, manifest, source, method, sizes=PipelineConfig(1, 1)) as pipeline:
         ((_, images, failures),) = contents(do(pipeline, [shard_of(0, range(6))]))
     assert [index for index, *_ in images] == [0, 1, 3, 4, 5]
     assert [(f.index, f.kind, f.reason) for f in failures] == [
@@ -130,15 +130,17 @@ def test_the_bytes_that_wait_to_be_decoded_are_bounded(
 
     monkeypatch.setattr(pipeline_module, "decode_working_image", slow)
     works = [replace(work, item=replace(work.item, size=size)) for work in shard_of(0, range(60)).works]
-    watcher, sizes = Watcher(), Sizes(readers=6, workers=2, raw_bytes=3 * size)
-    with pipeline_of(tmp_path, manifest, Large(broken=frozenset({7})), Method(), watcher, sizes) as pipeline:
+    watcher, sizes = RunObserver(), PipelineConfig(readers=6, workers=2, raw_bytes=3 * size)
+    with pipeline_of(
+        tmp_path, manifest, Large(broken=frozenset({7})), Predictor(), watcher, sizes
+    ) as pipeline:
         do(pipeline, [Shard(0, tuple(works))])
     assert len(watcher.done) == 59
     assert most <= 3 * size
 
 
 def test_a_file_larger_than_the_budget_goes_alone() -> None:
-    budget = ByteBudget(10, threading.Event())
+    budget = ByteSemaphore(10, threading.Event())
     budget.take(25)
     waits = threading.Thread(target=budget.take, args=(1,), daemon=True)
     waits.start()
@@ -151,7 +153,7 @@ def test_a_file_larger_than_the_budget_goes_alone() -> None:
 
 def test_who_waits_for_bytes_hears_of_the_end_of_the_run() -> None:
     stopped = threading.Event()
-    budget = ByteBudget(10, stopped)
+    budget = ByteSemaphore(10, stopped)
     budget.take(10)
     threading.Timer(0.1, stopped.set).start()
     budget.take(10)

@@ -10,37 +10,37 @@ from pathlib import Path
 import pytest
 from crew_runs import SHARD, journalled, results, segment, write_corpus
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import EngineUnavailable, MultisaError
-from multisa.runtime.jobs.executor import LocalCrew, Outcome
-from multisa.runtime.jobs.executors.processes import ProcessCrew
-from multisa.runtime.jobs.executors.remote import Answer, Hands, Lost, Member
-from multisa.runtime.jobs.executors.worker import Fault, Order, Ready
+from multisa.runtime.errors import BackendUnavailable, MultisaError
+from multisa.runtime.jobs.executor import LocalExecutor, ShardReport
+from multisa.runtime.jobs.executors.processes import ProcessExecutor
+from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerDied, WorkerHandle
+from multisa.runtime.jobs.executors.worker import RemoteError, ShardTask, WorkerInfo
 from multisa.runtime.jobs.journal import ShardResult
-from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.shards import ShardFolder
-from multisa.runtime.jobs.snapshot import Shard, Work
+from multisa.runtime.jobs.snapshot import Sample, Shard
 from multisa.runtime.jobs.spec import RunOptions, make_job
-from multisa.runtime.jobs.stages import Sizes
+from multisa.runtime.jobs.stages import PipelineConfig
 from multisa.runtime.sources.base import SourceItem
 
-Doing = Callable[[Member, Order], Outcome | Fault | Lost]
-READY = Ready({}, {}, "", (), Sizes(1, 1), "host", 2)
-BROKEN = Fault.of(EngineUnavailable("the device is lost"))
+Doing = Callable[[WorkerHandle, ShardTask], ShardReport | RemoteError | WorkerDied]
+READY = WorkerInfo({}, {}, "", (), PipelineConfig(1, 1), "host", 2)
+BROKEN = RemoteError.of(BackendUnavailable("the device is lost"))
 
 
-class Scripted(Hands[Member]):
+class Scripted(RemoteExecutor[WorkerHandle]):
     """Members that do what the test says; one that is lost is started again."""
 
     def __init__(self, out: Path, doing: Doing, names: Iterable[str] = ("a", "b")) -> None:
         super().__init__(
-            make_job("segment", "photos", out, Path("bundle"), EngineRequest(), RunOptions()),
-            Watch("segment"),
+            make_job("segment", "photos", out, Path("bundle"), BackendRequest(), RunOptions()),
+            RunMonitor("segment"),
         )
         self._doing_it = doing
-        self.members = {name: Member(name) for name in names}
-        self._next: list[tuple[Member, Answer]] = [(member, READY) for member in self.members.values()]
+        self.members = {name: WorkerHandle(name) for name in names}
+        self._next: list[tuple[WorkerHandle, Answer]] = [(member, READY) for member in self.members.values()]
 
     def _open(self) -> None:
         """They are there."""
@@ -48,65 +48,65 @@ class Scripted(Hands[Member]):
     def __exit__(self, *_: object) -> None:
         """Nothing was started."""
 
-    def _members(self) -> list[Member]:
+    def _members(self) -> list[WorkerHandle]:
         return list(self.members.values())
 
-    def _give(self, member: Member, order: Order) -> None:
+    def _give(self, member: WorkerHandle, order: ShardTask) -> None:
         answer = self._doing_it(member, order)
         self._next.append((member, answer))
 
-    def _drop(self, member: Member) -> None:
+    def _drop(self, member: WorkerHandle) -> None:
         del self.members[member.name]
 
-    def _answers(self) -> Iterable[tuple[Member, Answer]]:
+    def _answers(self) -> Iterable[tuple[WorkerHandle, Answer]]:
         answers, self._next = self._next, []
         for member, answer in answers:
             if self.members.get(member.name) is not member:
                 continue
-            if isinstance(answer, Lost):
-                self.members[member.name] = Member(member.name)
+            if isinstance(answer, WorkerDied):
+                self.members[member.name] = WorkerHandle(member.name)
                 self._next.append((self.members[member.name], READY))
             yield member, answer
 
 
 def shards(count: int) -> list[Shard]:
-    def work(index: int) -> Work:
-        return Work(index, SourceItem(f"{index}.png", str(index), -1), str(index), None)
+    def work(index: int) -> Sample:
+        return Sample(index, SourceItem(f"{index}.png", str(index), -1), str(index), None)
 
     return [Shard(n, tuple(map(work, range(n * SHARD, n * SHARD + SHARD)))) for n in range(count)]
 
 
-def done(order: Order) -> Outcome:
+def done(order: ShardTask) -> ShardReport:
     failed = len(order.failures)
     result = ShardResult(order.shard.number, len(order.shard.works) - failed, failed, 0, "0" * 64)
-    return Outcome(result, order.failures)
+    return ShardReport(result, order.failures)
 
 
-def committed_by(crew: Hands[Member], count: int = 8) -> list[int]:
+def committed_by(executor: RemoteExecutor[WorkerHandle], count: int = 8) -> list[int]:
     found: list[int] = []
-    crew.do(iter(shards(count)), lambda result: found.append(result.shard))
+    executor.do(iter(shards(count)), lambda result: found.append(result.shard))
     return sorted(found)
 
 
 def test_a_member_whose_engine_is_broken_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    crew = Scripted(tmp_path, lambda member, order: BROKEN if member.name == "a" else done(order))
-    assert committed_by(crew) == list(range(8))
-    assert list(crew.members) == ["b"]
+    executor = Scripted(tmp_path, lambda member, order: BROKEN if member.name == "a" else done(order))
+    assert committed_by(executor) == list(range(8))
+    assert list(executor.members) == ["b"]
     assert capsys.readouterr().err == "a is left out: the device is lost\n"
 
 
 def test_the_last_member_whose_engine_is_broken_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(EngineUnavailable, match="the device is lost"):
+    with pytest.raises(BackendUnavailable, match="the device is lost"):
         committed_by(Scripted(tmp_path, lambda *_: BROKEN))
 
 
 def test_what_is_no_fault_of_a_member_ends_the_run(tmp_path: Path) -> None:
-    full = Fault.of(OSError(28, "No space left on device", "/out"))
-    crew = Scripted(tmp_path, lambda member, order: full if member.name == "a" else done(order))
+    full = RemoteError.of(OSError(28, "No space left on device", "/out"))
+    executor = Scripted(tmp_path, lambda member, order: full if member.name == "a" else done(order))
     with pytest.raises(OSError, match="No space left"):
-        committed_by(crew)
+        committed_by(executor)
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abcd"])
@@ -114,37 +114,37 @@ def test_an_image_that_ends_whoever_does_it_is_found(tmp_path: Path, names: str)
     poison = {12, 14, 33}
     deaths: list[int] = []
 
-    def do(member: Member, order: Order) -> Outcome | Lost:
+    def do(member: WorkerHandle, order: ShardTask) -> ShardReport | WorkerDied:
         left_out = {failure.index for failure in order.failures}
         for work in order.shard.works:
-            if order.marker and work.index not in left_out:
-                (tmp_path / order.marker).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / order.marker).write_text(str(work.index))
+            if order.progress_file and work.index not in left_out:
+                (tmp_path / order.progress_file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / order.progress_file).write_text(str(work.index))
             if work.index in poison - left_out:
                 deaths.append(work.index)
-                return Lost("it was ended by signal 11")
+                return WorkerDied("it was ended by signal 11")
         return done(order)
 
-    crew = Scripted(tmp_path, do, names)
-    assert committed_by(crew) == list(range(8))
+    executor = Scripted(tmp_path, do, names)
+    assert committed_by(executor) == list(range(8))
     assert len(deaths) <= 3 * 2 + 2 * 3 and set(deaths) == poison
-    assert crew._watch.failed == 3 and crew._watch.done == 8 * SHARD - 3
-    assert crew._watch.failure_kinds == {"process": 3}
+    assert executor._watch.failed == 3 and executor._watch.done == 8 * SHARD - 3
+    assert executor._watch.failure_kinds == {"process": 3}
 
 
 def test_members_that_are_lost_at_any_image_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(MultisaError, match="3 times in a row without a shard done"):
-        committed_by(Scripted(tmp_path, lambda *_: Lost("it was ended by signal 9")))
+        committed_by(Scripted(tmp_path, lambda *_: WorkerDied("it was ended by signal 9")))
 
 
 def test_a_shard_of_which_any_image_ends_processes_ends_the_run(tmp_path: Path) -> None:
-    def do(member: Member, order: Order) -> Outcome | Lost:
+    def do(member: WorkerHandle, order: ShardTask) -> ShardReport | WorkerDied:
         left_out = {failure.index for failure in order.failures}
-        if order.marker:
+        if order.progress_file:
             first = next(work.index for work in order.shard.works if work.index not in left_out)
-            (tmp_path / order.marker).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / order.marker).write_text(str(first))
-        return Lost("it was ended by signal 9")
+            (tmp_path / order.progress_file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / order.progress_file).write_text(str(first))
+        return WorkerDied("it was ended by signal 9")
 
     with pytest.raises(MultisaError, match="3 times in a row without a shard done"):
         committed_by(Scripted(tmp_path, do), 1)
@@ -154,7 +154,7 @@ def test_an_image_that_crashes_processes_fails_and_the_run_ends(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_corpus(tmp_path / "photos", 30)
-    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
     # Python runs this at its start: whoever opens the image is ended, as by a decoder that crashes.
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook/sitecustomize.py").write_text(
@@ -166,7 +166,7 @@ def test_an_image_that_crashes_processes_fails_and_the_run_ends(
     )
     path = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path / "hook"), path])))
-    summary = segment(corpus, tmp_path / "two", bundle, partial(ProcessCrew, processes=2))
+    summary = segment(corpus, tmp_path / "two", bundle, partial(ProcessExecutor, processes=2))
     assert (summary.done, summary.failures) == (28, 2)  # the other one is no image
     (failure,) = (
         row
@@ -180,7 +180,9 @@ def test_an_image_that_crashes_processes_fails_and_the_run_ends(
     differ = {name for name in ours if ours[name] != theirs.get(name)}
     assert not [name for name in differ if name.startswith("masks/")]
     shutil.rmtree(tmp_path / "hook")
-    segment(corpus, tmp_path / "two", bundle, partial(ProcessCrew, processes=2))  # nothing is left to be done
+    segment(
+        corpus, tmp_path / "two", bundle, partial(ProcessExecutor, processes=2)
+    )  # nothing is left to be done
 
 
 def test_nothing_takes_its_name_once_the_run_is_over(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from bulk_runs import records, run_label, run_segment
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import TooManyFailures, UsageError
 from multisa.runtime.jobs.spec import REMOTE_READERS, RunOptions, make_job
@@ -57,7 +57,7 @@ def test_shards_beyond_reason() -> None:
 def test_a_list_of_urls_is_read_by_many(tmp_path: Path) -> None:
     def readers(source: str) -> int:
         options = RunOptions(workers=3)
-        return make_job("segment", source, tmp_path, tmp_path, EngineRequest(), options).sizes.readers
+        return make_job("segment", source, tmp_path, tmp_path, BackendRequest(), options).sizes.readers
 
     urls, paths = tmp_path / "urls.txt", tmp_path / "paths.txt"
     urls.write_text("https://example.org/a.jpg\n")

@@ -50,18 +50,18 @@ def test_a_kill_before_the_record_loses_neither(
 
 def test_a_page_may_be_asked_for_later(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run_segment(photos, out, bundle, pictured=0)
+    run_segment(photos, out, bundle, report_images=0)
     results = public_bytes(out)
     assert not (out / "report.html").exists()
-    run_segment(photos, out, bundle, pictured=2)
+    run_segment(photos, out, bundle, report_images=2)
     few, page = pictures(out), (out / "report.html").stat().st_mtime_ns
-    run_segment(photos, out, bundle, pictured=2)
-    run_segment(photos, out, bundle, pictured=0)
+    run_segment(photos, out, bundle, report_images=2)
+    run_segment(photos, out, bundle, report_images=0)
     assert (out / "report.html").stat().st_mtime_ns == page
-    run_segment(photos, out, bundle, pictured=4)
+    run_segment(photos, out, bundle, report_images=4)
     assert len(few) < len(pictures(out))
     (out / "report.html").unlink()
-    run_segment(photos, out, bundle, pictured=4)
+    run_segment(photos, out, bundle, report_images=4)
     assert (out / "report.html").is_file() and public_bytes(out) == results
 
 
@@ -70,9 +70,9 @@ def test_overwrite_removes_the_page_and_its_pictures(photos: Path, bundle: Bundl
     run_segment(photos, out, bundle)
     (out / "report/mine.txt").write_text("mine")
     assert pictures(out)
-    run_segment(photos, out, bundle, overwrite=True, pictured=0)
+    run_segment(photos, out, bundle, overwrite=True, report_images=0)
     assert not (out / "report.html").exists() and not pictures(out)
     assert (out / "report/mine.txt").read_text() == "mine"
     (out / "report/mine.txt").unlink()
-    run_segment(photos, out, bundle, overwrite=True, pictured=0)
+    run_segment(photos, out, bundle, overwrite=True, report_images=0)
     assert not (out / "report").exists()

@@ -10,9 +10,9 @@ import pytest
 from pipeline_parts import (
     SHAPES,
     SOON,
-    Method,
     Photographs,
-    Watcher,
+    Predictor,
+    RunObserver,
     by_number,
     contents,
     do,
@@ -22,9 +22,9 @@ from pipeline_parts import (
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import MultisaError
-from multisa.runtime.jobs.pipeline import DoneShard
-from multisa.runtime.jobs.stages import Failure, Sizes
-from multisa.runtime.predict.prediction import Annotation
+from multisa.runtime.jobs.pipeline import CompletedShard
+from multisa.runtime.jobs.stages import Failure, PipelineConfig
+from multisa.runtime.predict.prediction import Prediction
 from multisa.runtime.sources.base import SourceItem
 
 
@@ -32,9 +32,9 @@ def test_the_same_for_any_widths(tmp_path: Path, manifest: Manifest) -> None:
     shards = [shard_of(n, range(first, first + 9)) for n, first in enumerate(range(0, 45, 9))]
     found = []
     for readers, workers in ((1, 1), (4, 1), (1, 4), (3, 3)):
-        source, watcher = Photographs(frozenset({3}), frozenset({13, 14})), Watcher()
-        sizes = Sizes(readers, workers, batch=3, look_ahead=5)
-        with pipeline_of(tmp_path, manifest, source, Method(frozenset({20})), watcher, sizes) as pipeline:
+        source, watcher = Photographs(frozenset({3}), frozenset({13, 14})), RunObserver()
+        sizes = PipelineConfig(readers, workers, batch=3, look_ahead=5)
+        with pipeline_of(tmp_path, manifest, source, Predictor(frozenset({20})), watcher, sizes) as pipeline:
             found.append(contents(do(pipeline, shards)))
         assert sorted(watcher.done) == [i for i in range(45) if i not in (3, 13, 14, 20)]
     assert found[0] == found[1] == found[2] == found[3]
@@ -48,8 +48,8 @@ def test_which_images_an_engine_gets_together(tmp_path: Path, manifest: Manifest
     order = [0, 1, 4, 8, 2, 5, 6, 3, 12, 9]  # of the shapes 0 1 0 0 2 1 2 3 0 1
     expected = [[0, 4, 8], [1, 5], [2, 6], [3], [12], [9]]
     for workers in (1, 3):
-        method = Method()
-        sizes = Sizes(readers=2, workers=workers, batch=3, look_ahead=4)
+        method = Predictor()
+        sizes = PipelineConfig(readers=2, workers=workers, batch=3, look_ahead=4)
         with pipeline_of(tmp_path, manifest, Photographs(), method, sizes=sizes) as pipeline:
             do(pipeline, [shard_of(0, order), shard_of(1, [16, 17])])
         batches = method.batches if workers == 1 else sorted(method.batches)
@@ -59,8 +59,8 @@ def test_which_images_an_engine_gets_together(tmp_path: Path, manifest: Manifest
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_one_bad_image_does_not_fail_its_neighbours(tmp_path: Path, manifest: Manifest, batch: int) -> None:
-    source, method = Photographs(shapes=SHAPES[:1]), Method(refused=frozenset({2}))
-    sizes = Sizes(readers=1, workers=2, batch=batch)
+    source, method = Photographs(shapes=SHAPES[:1]), Predictor(refused=frozenset({2}))
+    sizes = PipelineConfig(readers=1, workers=2, batch=batch)
     with pipeline_of(tmp_path, manifest, source, method, sizes=sizes) as pipeline:
         ((_, images, failures),) = contents(do(pipeline, [shard_of(0, range(8))]))
     assert [index for index, *_ in images] == [0, 1, 3, 4, 5, 6, 7]
@@ -70,7 +70,7 @@ def test_one_bad_image_does_not_fail_its_neighbours(tmp_path: Path, manifest: Ma
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("look_ahead", [1, 2, 7])
 def test_tiny_permits_never_lock(tmp_path: Path, manifest: Manifest, batch: int, look_ahead: int) -> None:
-    sizes = Sizes(readers=1, workers=1, batch=batch, look_ahead=look_ahead)
+    sizes = PipelineConfig(readers=1, workers=1, batch=batch, look_ahead=look_ahead)
     sizes_of_shards = (1, 2, 9, 0, 30, 3, 17)
     first = 0
     shards = []
@@ -78,7 +78,7 @@ def test_tiny_permits_never_lock(tmp_path: Path, manifest: Manifest, batch: int,
         shards.append(shard_of(number, range(first, first + size)))
         first += size
     source = Photographs(unreadable=frozenset(range(4, 40, 3)), broken=frozenset(range(5, 40, 3)))
-    with pipeline_of(tmp_path, manifest, source, Method(), sizes=sizes) as pipeline:
+    with pipeline_of(tmp_path, manifest, source, Predictor(), sizes=sizes) as pipeline:
         done = do(pipeline, shards)
     assert [len(one.images) + len(one.failures) for one in sorted(done, key=by_number)] == list(
         sizes_of_shards
@@ -86,7 +86,7 @@ def test_tiny_permits_never_lock(tmp_path: Path, manifest: Manifest, batch: int,
 
 
 def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: Manifest) -> None:
-    watcher, most, reads = Watcher(), 0, 0
+    watcher, most, reads = RunObserver(), 0, 0
     lock = threading.Lock()
 
     def read_now() -> None:
@@ -95,24 +95,24 @@ def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: M
             reads += 1
             most = max(most, reads - len(watcher.done))
 
-    class Slow(Method):
-        def refine(self, *arguments: Any) -> Annotation:
+    class Slow(Predictor):
+        def postprocess(self, *arguments: Any) -> Prediction:
             time.sleep(0.003)
-            return super().refine(*arguments)
+            return super().postprocess(*arguments)
 
-    sizes = Sizes(readers=2, workers=2)
+    sizes = PipelineConfig(readers=2, workers=2)
     source = Photographs(read_now=read_now)
     with pipeline_of(tmp_path, manifest, source, Slow(), watcher, sizes) as pipeline:
         do(pipeline, [shard_of(n, range(n * 50, n * 50 + 50)) for n in range(2)])
-    assert 2 < most <= sizes.permits
-    assert 2 < watcher.most <= sizes.permits
+    assert 2 < most <= sizes.max_in_flight
+    assert 2 < watcher.most <= sizes.max_in_flight
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest) -> None:
     peaks = []
     for shards in (2, 2, 20):  # the first only warms up
         source = Photographs(shapes=((300, 400),))
-        with pipeline_of(tmp_path, manifest, source, Method()) as pipeline:
+        with pipeline_of(tmp_path, manifest, source, Predictor()) as pipeline:
             tracemalloc.start()
             waiting = [
                 pipeline.submit(shard_of(n, range(n * 12, n * 12 + 12)), lambda _: None) for n in range(2)
@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest
     assert peaks[2] < 2 * peaks[1]  # ten times the images; how many meet in a stage is chance
 
 
-class BadWatcher(Watcher):
+class BadWatcher(RunObserver):
     """One whose terminal is gone."""
 
     def image_failed(self, failure: Failure) -> None:
@@ -141,12 +141,12 @@ SOME = frozenset({30})
 @pytest.mark.parametrize(
     ("source", "method", "watcher", "error"),
     [
-        (Photographs(SOME, error=RuntimeError("a bug")), Method(), Watcher(), RuntimeError),
-        (Photographs(), Method(SOME, ZeroDivisionError("a bug")), Watcher(), ZeroDivisionError),
-        (Photographs(), Method(refine_error=KeyError("a bug")), Watcher(), KeyError),
-        (Photographs(SOME), Method(), BadWatcher(), BrokenPipeError),  # raised in the thread that gathers
-        (Photographs(NONE, SOME), Method(), BadWatcher(), BrokenPipeError),
-        (Photographs(), Method(SOME), BadWatcher(), BrokenPipeError),
+        (Photographs(SOME, error=RuntimeError("a bug")), Predictor(), RunObserver(), RuntimeError),
+        (Photographs(), Predictor(SOME, ZeroDivisionError("a bug")), RunObserver(), ZeroDivisionError),
+        (Photographs(), Predictor(refine_error=KeyError("a bug")), RunObserver(), KeyError),
+        (Photographs(SOME), Predictor(), BadWatcher(), BrokenPipeError),  # raised in the thread that gathers
+        (Photographs(NONE, SOME), Predictor(), BadWatcher(), BrokenPipeError),
+        (Photographs(), Predictor(SOME), BadWatcher(), BrokenPipeError),
     ],
     ids=["read", "infer", "refine", "watch-read", "watch-decode", "watch-infer"],
 )
@@ -164,10 +164,10 @@ def test_what_is_raised_unexpectedly_ends_the_run(
 
 
 def test_a_shard_that_cannot_be_written_ends_the_run(tmp_path: Path, manifest: Manifest) -> None:
-    def commit(done: DoneShard) -> None:
+    def commit(done: CompletedShard) -> None:
         raise OSError(28, "No space left on device")
 
-    with pipeline_of(tmp_path, manifest, Photographs(), Method()) as pipeline:
+    with pipeline_of(tmp_path, manifest, Photographs(), Predictor()) as pipeline:
         first = pipeline.submit(shard_of(0, range(5)), commit)
         with pytest.raises(OSError, match="No space left"):
             pipeline.wait(first)
@@ -180,11 +180,11 @@ def test_a_source_that_is_gone_ends_the_run(tmp_path: Path, manifest: Manifest) 
     class Disk(Photographs):
         here = True
 
-        def is_there(self, item: SourceItem) -> bool:
+        def exists(self, item: SourceItem) -> bool:
             return self.here
 
-    disk, watcher = Disk(unreadable=frozenset({3, *range(10, 1000)})), Watcher()
-    with pipeline_of(tmp_path, manifest, disk, Method(), watcher) as pipeline:
+    disk, watcher = Disk(unreadable=frozenset({3, *range(10, 1000)})), RunObserver()
+    with pipeline_of(tmp_path, manifest, disk, Predictor(), watcher) as pipeline:
         (first,) = do(pipeline, [shard_of(0, range(8))])
         assert [failure.index for failure in first.failures] == [3]  # the image alone was gone
         disk.here = False
@@ -197,13 +197,13 @@ def test_a_source_that_is_gone_ends_the_run(tmp_path: Path, manifest: Manifest) 
 def test_leaving_drops_what_is_queued(tmp_path: Path, manifest: Manifest) -> None:
     begun = threading.Event()
 
-    class Slow(Method):
-        def refine(self, *arguments: Any) -> Annotation:
+    class Slow(Predictor):
+        def postprocess(self, *arguments: Any) -> Prediction:
             begun.set()
             time.sleep(0.05)
-            return super().refine(*arguments)
+            return super().postprocess(*arguments)
 
-    watcher = Watcher()
+    watcher = RunObserver()
     start = time.monotonic()
     with (
         pytest.raises(KeyboardInterrupt),

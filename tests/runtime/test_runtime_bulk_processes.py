@@ -26,20 +26,20 @@ from crew_runs import (
 )
 
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import BundleError, EngineUnavailable, MultisaError, UsageError
-from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.errors import BackendUnavailable, BundleError, MultisaError, UsageError
+from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.executors import processes
-from multisa.runtime.jobs.executors.processes import ProcessCrew
-from multisa.runtime.jobs.executors.remote import Answer, Hands, Member
-from multisa.runtime.jobs.executors.worker import Fault, Hand, Order, Ready
-from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.executors.processes import ProcessExecutor
+from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerHandle
+from multisa.runtime.jobs.executors.worker import RemoteError, ShardTask, ShardWorker, WorkerInfo
+from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import RunOptions, make_job
-from multisa.runtime.jobs.stages import Sizes
+from multisa.runtime.jobs.stages import PipelineConfig
 
-TWO = partial(ProcessCrew, processes=2)
+TWO = partial(ProcessExecutor, processes=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
     """What one process writes."""
-    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
     return results(tmp_path / "alone")
 
 
@@ -98,27 +98,27 @@ def test_processes_that_are_killed_before_the_first_shard_lose_nothing(
 
 def test_processes_that_would_not_write_the_same_are_refused() -> None:
     numpy = {"version of numpy": "2.0", "machine": "x86_64"}
-    crew = Two({"process 1": numpy, "process 2": {**numpy, "version of numpy": "2.1"}})
+    executor = Two({"process 1": numpy, "process 2": {**numpy, "version of numpy": "2.1"}})
     with pytest.raises(UsageError, match=r"process 1 and process 2 .*\(version of numpy: 2\.0 and 2\.1\)"):
-        crew._take_answers()
+        executor._take_answers()
 
 
 def test_the_threads_of_all_are_added_up_and_the_cores_of_a_machine_count_once() -> None:
-    crew = Two({"process 1": {}, "process 2": {}})
-    crew._take_answers()
-    width = crew.width()
+    executor = Two({"process 1": {}, "process 2": {}})
+    executor._take_answers()
+    width = executor.width()
     assert [width.threads_of(stage) for stage in ("read", "decode", "commit")] == [4, 6, 2]
     assert (width.workers, width.cores) == (6, 8)
 
 
-class Two(Hands[Member]):
+class Two(RemoteExecutor[WorkerHandle]):
     """Those who only say what they are."""
 
     def __init__(self, identities: Mapping[str, Mapping[str, str]]) -> None:
-        job = make_job("segment", "photos", Path("out"), Path("bundle"), EngineRequest(), RunOptions())
-        super().__init__(job, Watch("segment"))
+        job = make_job("segment", "photos", Path("out"), Path("bundle"), BackendRequest(), RunOptions())
+        super().__init__(job, RunMonitor("segment"))
         self._are = [
-            (Member(name), Ready(identity, {}, "", (), Sizes(2, 3), "host", 8))
+            (WorkerHandle(name), WorkerInfo(identity, {}, "", (), PipelineConfig(2, 3), "host", 8))
             for name, identity in identities.items()
         ]
 
@@ -128,16 +128,16 @@ class Two(Hands[Member]):
     def __exit__(self, *_: object) -> None:
         """Nothing was started."""
 
-    def _members(self) -> list[Member]:
+    def _members(self) -> list[WorkerHandle]:
         return [member for member, _ in self._are]
 
-    def _give(self, member: Member, order: Order) -> None:
+    def _give(self, member: WorkerHandle, order: ShardTask) -> None:
         raise AssertionError(f"{member.name} was given {order}")
 
-    def _drop(self, member: Member) -> None:
+    def _drop(self, member: WorkerHandle) -> None:
         raise AssertionError(f"{member.name} was dropped")
 
-    def _answers(self) -> list[tuple[Member, Answer]]:
+    def _answers(self) -> list[tuple[WorkerHandle, Answer]]:
         return list(self._are)
 
 
@@ -165,22 +165,31 @@ def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bu
 def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(
     corpus: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    for name, crew in (("one", LocalCrew), ("two", TWO)):
+    for name, executor in (("one", LocalExecutor), ("two", TWO)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "masks").write_text("a file where a folder is to be")
         with pytest.raises(FileExistsError) as raised:
-            segment(corpus, tmp_path / name, bundle, crew)
+            segment(corpus, tmp_path / name, bundle, executor)
         assert raised.value.filename == str(tmp_path / name / "masks")
-    with pytest.raises(EngineUnavailable, match="no NVIDIA driver"):
-        segment(corpus, tmp_path / "three", bundle, TWO, engine="onnxruntime-cuda")
+    with pytest.raises(BackendUnavailable, match="no NVIDIA driver"):
+        segment(corpus, tmp_path / "three", bundle, TWO, backend="onnxruntime-cuda")
     assert not multiprocessing.active_children()
 
 
 def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "photos", 600)
-    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
     out, journal = tmp_path / "out", tmp_path / "out/.multisa/journal.jsonl"
-    options = ["--shard-size", str(SHARD), "--sink", "masks,coco", "--report", "0", "--processes", "2"]
+    options = [
+        "--shard-size",
+        str(SHARD),
+        "--writer",
+        "masks,coco",
+        "--report-images",
+        "0",
+        "--num-processes",
+        "2",
+    ]
     command = [
         sys.executable,
         "-m",
@@ -254,13 +263,13 @@ def test_each_process_gets_one_of_the_gpus_that_are_seen(
     [
         UsageError("a wrong value"),
         BundleError("altered"),
-        EngineUnavailable("no driver", remedy="install it"),
+        BackendUnavailable("no driver", remedy="install it"),
         OSError(28, "No space left on device", "/full/disk"),
         PermissionError(13, "Permission denied", "/closed"),
     ],
 )
 def test_an_error_crosses_processes_as_it_is(error: Exception) -> None:
-    again = Fault.of(error).error()
+    again = RemoteError.of(error).error()
     assert type(again) is type(error)
     assert str(again) == str(error)
     if isinstance(error, OSError) and isinstance(again, OSError):
@@ -271,17 +280,17 @@ def test_an_error_of_ours_keeps_its_traceback() -> None:
     try:
         int("x")
     except ValueError as error:
-        again = Fault.of(error).error()
+        again = RemoteError.of(error).error()
     assert isinstance(again, RuntimeError)
     assert 'int("x")' in str(again)
 
 
 def test_an_out_that_is_not_shared_is_refused(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
-    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
-    hand = Hand(job)
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
+    hand = ShardWorker(job)
     hand.open()
-    answer = hand.do(Order(Shard(0, ()), shared=".multisa/tmp/shared-somewhere-else"))
+    answer = hand.do(ShardTask(Shard(0, ()), shared=".multisa/tmp/shared-somewhere-else"))
     hand.close()
-    assert isinstance(answer, Fault)
+    assert isinstance(answer, RemoteError)
     with pytest.raises(UsageError, match="one that all machines share"):
         raise answer.error()

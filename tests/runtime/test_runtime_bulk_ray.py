@@ -23,14 +23,14 @@ from crew_runs import (
     write_corpus,
 )
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import EngineUnavailable, MultisaError, UsageError
-from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.errors import BackendUnavailable, MultisaError, UsageError
+from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.executors import ray as on_ray
-from multisa.runtime.jobs.executors.ray import RayCrew
-from multisa.runtime.jobs.executors.worker import Fault
-from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.executors.ray import RayExecutor
+from multisa.runtime.jobs.executors.worker import RemoteError
+from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import RunOptions, make_job
 
 pytest.importorskip("ray", reason="needs the extra ray")
@@ -47,7 +47,7 @@ class ThisCluster:
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
-        self.crew = partial(RayCrew, address=self.address)
+        self.executor = partial(RayExecutor, address=self.address)
         self.nodes: list[Any] = []
 
     def have(self, nodes: int) -> None:
@@ -86,7 +86,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
     """What one process writes."""
-    segment(corpus, tmp_path / "alone", bundle, LocalCrew)
+    segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
     return results(tmp_path / "alone")
 
 
@@ -106,9 +106,11 @@ def test_a_cluster_writes_what_one_process_writes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     seen: list[int] = []
-    crew = disturbed(cluster.crew, 1, lambda: seen.extend(actors()))
+    executor = disturbed(cluster.executor, 1, lambda: seen.extend(actors()))
     capfd.readouterr()
-    summary = segment(corpus, Path("on-ray"), bundle, crew)  # a path that the nodes would take for another
+    summary = segment(
+        corpus, Path("on-ray"), bundle, executor
+    )  # a path that the nodes would take for another
     assert results(tmp_path / "on-ray") == alone
     assert len(seen) == 2
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
@@ -127,8 +129,8 @@ def test_an_actor_that_is_killed_loses_nothing(
     alone: dict[str, bytes],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    crew = disturbed(cluster.crew, 3, lambda: os.kill(actors()[0], signal.SIGKILL))
-    segment(corpus, tmp_path / "on-ray", bundle, crew)
+    executor = disturbed(cluster.executor, 3, lambda: os.kill(actors()[0], signal.SIGKILL))
+    segment(corpus, tmp_path / "on-ray", bundle, executor)
     assert results(tmp_path / "on-ray") == alone
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
     assert "was lost" in capfd.readouterr().err
@@ -141,10 +143,10 @@ def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/masks").write_text("a file where a folder is to be")
     with pytest.raises(FileExistsError) as raised:
-        segment(corpus, tmp_path / "out", bundle, cluster.crew)
+        segment(corpus, tmp_path / "out", bundle, cluster.executor)
     assert raised.value.filename == str(tmp_path / "out/masks")
-    with pytest.raises(EngineUnavailable, match="no NVIDIA driver"):
-        segment(corpus, tmp_path / "other", bundle, cluster.crew, engine="onnxruntime-cuda")
+    with pytest.raises(BackendUnavailable, match="no NVIDIA driver"):
+        segment(corpus, tmp_path / "other", bundle, cluster.executor, backend="onnxruntime-cuda")
 
 
 def test_nodes_may_leave_and_join(
@@ -165,21 +167,21 @@ def test_nodes_may_leave_and_join(
             time.sleep(0.05)
         cluster.have(1)
 
-    segment(corpus, tmp_path / "on-ray", bundle, disturbed(cluster.crew, 3, replace_all))
+    segment(corpus, tmp_path / "on-ray", bundle, disturbed(cluster.executor, 3, replace_all))
     assert results(tmp_path / "on-ray") == alone
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
     assert capfd.readouterr().err.count("was lost") == 2
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
-    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
     for address in (f"127.0.0.1:{free}", f"ray://127.0.0.1:{free}", "nowhere"):
         with (
             pytest.raises(MultisaError, match=r"cannot be reached .*ray start --head"),
-            Watch("segment") as watch,
-            RayCrew(job, watch, address),
+            RunMonitor("segment") as watch,
+            RayExecutor(job, watch, address),
         ):
             pass
 
@@ -190,9 +192,9 @@ def test_without_ray_it_is_said_how_to_install_it(
     import sys
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
-    with pytest.raises(EngineUnavailable, match=r'ray is not installed: pip install "multisa\[ray\]"'):
-        RayCrew(job, Watch("segment"), "auto")
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
+    with pytest.raises(BackendUnavailable, match=r'ray is not installed: pip install "multisa\[ray\]"'):
+        RayExecutor(job, RunMonitor("segment"), "auto")
 
 
 def test_a_machine_that_others_use_joins(
@@ -205,7 +207,7 @@ def test_a_machine_that_others_use_joins(
     class Other:
         """An actor of another program; sent as it is, as the cluster does not find this file."""
 
-        def is_there(self) -> bool:
+        def exists(self) -> bool:
             return True
 
     monkeypatch.setattr(on_ray, "_NOBODY", 15.0)
@@ -214,10 +216,10 @@ def test_a_machine_that_others_use_joins(
     cluster.nodes.append(node)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        there = NodeAffinitySchedulingStrategy(node.node_id, probabilities=False)
         other = ray.remote(Other).options(num_cpus=1, scheduling_strategy=there).remote()
-        ray.get(other.is_there.remote())
-        segment(corpus, tmp_path / "on-ray", bundle, cluster.crew)
+        ray.get(other.exists.remote())
+        segment(corpus, tmp_path / "on-ray", bundle, cluster.executor)
         ray.kill(other)
     finally:
         ray.shutdown()
@@ -226,11 +228,11 @@ def test_a_machine_that_others_use_joins(
 
 
 def test_what_one_machine_cannot_do_others_may(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
-    job = make_job("segment", str(corpus), tmp_path, bundle.path, EngineRequest(), RunOptions())
-    crew = RayCrew(job, Watch("segment"), "auto")
-    for error in (UsageError("another folder"), OSError(5, "Input/output error"), EngineUnavailable("lost")):
-        assert crew._is_of_member(Fault.of(error))
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
+    executor = RayExecutor(job, RunMonitor("segment"), "auto")
+    for error in (UsageError("another folder"), OSError(5, "Input/output error"), BackendUnavailable("lost")):
+        assert executor._is_of_member(RemoteError.of(error))
     try:
         int("a bug of ours")
     except ValueError as error:
-        assert not crew._is_of_member(Fault.of(error))
+        assert not executor._is_of_member(RemoteError.of(error))

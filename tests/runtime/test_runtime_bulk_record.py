@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from bulk_runs import run_segment
 
-from multisa.runtime.backends.registry import EngineRequest
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.jobs.executor import LocalCrew
+from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.output import RUN
 from multisa.runtime.jobs.record import without_secrets
 from multisa.runtime.jobs.run import run
@@ -45,8 +45,8 @@ def test_the_record_holds_no_secret(
         "https://u:p@h/a?s=1",
         tmp_path / "url",
         bundle.path,
-        EngineRequest(),
-        RunOptions(pictured=0),
+        BackendRequest(),
+        RunOptions(report_images=0),
     )
-    run(job, RunOptions(pictured=0), LocalCrew)
+    run(job, RunOptions(report_images=0), LocalExecutor)
     assert json.loads((tmp_path / "url" / RUN).read_bytes())["source"] == "https://h/a"

@@ -16,12 +16,12 @@ from bulk_runs import cut_at, public_bytes, reasons, records, run_label, run_seg
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
-from multisa.runtime.jobs.output import INVENTORY, JOURNAL
+from multisa.runtime.jobs.output import JOURNAL, SNAPSHOT
 from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.sources.folders import FolderSource
 
 Run = Callable[..., RunSummary]
-SINKS = ("masks", "tar", "coco", "cvat", "label-studio", "datumaro")
+WRITERS = ("masks", "tar", "coco", "cvat", "label-studio", "datumaro")
 SOON = 60.0  # seconds
 
 
@@ -42,18 +42,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("run", "batch", "before", "sinks"),
+    ("run", "batch", "before", "writers"),
     [
-        (run_segment, 1, True, SINKS),
+        (run_segment, 1, True, WRITERS),
         (run_segment, 3, False, ("masks", "tar")),
         (run_label, 3, True, ("masks", "coco")),
     ],
 )
 def test_runs_that_are_cut_again_and_again(
-    many: Path, bundle: Bundle, tmp_path: Path, run: Run, batch: int, before: bool, sinks: tuple[str, ...]
+    many: Path, bundle: Bundle, tmp_path: Path, run: Run, batch: int, before: bool, writers: tuple[str, ...]
 ) -> None:
     """With other numbers of threads each time."""
-    options = {"shard_size": 4, "sinks": sinks, "batch": batch}
+    options = {"shard_size": 4, "writers": writers, "batch": batch}
     run(many, tmp_path / "whole", bundle, workers=1, **options)
     out = tmp_path / "cut"
     for sitting in itertools.count():
@@ -92,7 +92,7 @@ def test_a_lost_inventory_and_a_lost_journal(many: Path, bundle: Bundle, tmp_pat
     before = public_bytes(out)
     (out / JOURNAL).unlink()
     assert run_segment(many, out, bundle, shard_size=4).done_now == 27
-    (out / INVENTORY).unlink()
+    (out / SNAPSHOT).unlink()
     with pytest.raises(MultisaError, match="begin anew with --overwrite"):
         run_segment(many, out, bundle, shard_size=4)
     assert public_bytes(out) == before
@@ -139,7 +139,7 @@ def test_a_disk_that_has_vanished_fails_no_image(
 @pytest.mark.parametrize("room", [0, 48, 96, 160])
 def test_a_full_disk(many: Path, bundle: Bundle, tmp_path: Path, small_disk: Path, room: int) -> None:
     """`room` KiB: it is full while images are listed, while shards are written, or at the end."""
-    options = {"shard_size": 4, "sinks": ("masks", "coco")}
+    options = {"shard_size": 4, "writers": ("masks", "coco")}
     run_segment(many, tmp_path / "whole", bundle, **options)
     filler = small_disk / "filler"
     with filler.open("wb") as file:
@@ -225,7 +225,16 @@ def test_signals(
     (many / "14.png").unlink()
     out, size = tmp_path / "out", 3 if len(signals) == 1 else 75  # the shards in hand are to take a while
     command = [sys.executable, "-m", "multisa.runtime.cli.main", "segment", str(many), "-o", str(out)]
-    command += ["--bundle", str(bundle.path), "--shard-size", str(size), "--report", "0", "--workers", "1"]
+    command += [
+        "--bundle",
+        str(bundle.path),
+        "--shard-size",
+        str(size),
+        "--report-images",
+        "0",
+        "--workers",
+        "1",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         end = time.monotonic() + SOON
         while not (out / JOURNAL).exists() or not (out / JOURNAL).stat().st_size:

@@ -12,7 +12,7 @@ from multisa.runtime.errors import TooManyFailures, UsageError
 
 def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = {"shard_size": 4, "sinks": ("masks", "coco", "tar")}
+    options = {"shard_size": 4, "writers": ("masks", "coco", "tar")}
     run_segment(many, out, bundle, **options)
     masks = {path: data for path, data in public_bytes(out).items() if path.startswith("masks/")}
     assert set(reasons(out)) == {"04.png", "14.png", "24.png"}
@@ -29,7 +29,9 @@ def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Pat
     # Nothing but the images that failed may have changed, unless the images of then are asked for.
     shutil.copy(many / "05.png", many / "04.png")
     shutil.copy(many / "05.png", many / "06.png")
-    with pytest.raises(UsageError, match=r"not only the failed images: 1 changed \(06\.png\): .*--frozen"):
+    with pytest.raises(
+        UsageError, match=r"not only the failed images: 1 changed \(06\.png\): .*--skip-source-check"
+    ):
         run_segment(many, out, bundle, retry_failed=True, **options)
     shutil.copy(many / "05.png", many / "extra.png")
     summary = run_segment(many, out, bundle, retry_failed=True, frozen=True, **options)
@@ -59,7 +61,7 @@ def test_a_retry_that_is_cut(
 def test_a_shard_that_is_done_again_leaves_out_what_a_retry_has_done(
     many: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    out, options = tmp_path / "out", {"shard_size": 4, "sinks": ("masks", "coco", "tar", "label-studio")}
+    out, options = tmp_path / "out", {"shard_size": 4, "writers": ("masks", "coco", "tar", "label-studio")}
     run_segment(many, out, bundle, **options)
     shutil.copy(many / "05.png", many / "14.png")
     run_segment(many, out, bundle, retry_failed=True, **options)

@@ -18,9 +18,8 @@ import pytest
 from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 
 from multisa.kernels.native import native
-from multisa.runtime.backends.base import Engine
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
-from multisa.runtime.backends.registry import Choice
+from multisa.runtime.backends.registry import SelectedBackend
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder
@@ -29,7 +28,7 @@ from multisa.runtime.jobs import output as folder_module
 from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK
 from multisa.runtime.jobs.shards import PARTS
 
-SINKS = ("masks", "tar", "coco", "datumaro")
+WRITERS = ("masks", "tar", "coco", "datumaro")
 
 
 def times(out: Path) -> dict[str, int]:
@@ -41,7 +40,7 @@ def times(out: Path) -> dict[str, int]:
     ("options", "said"),
     [
         ({"shard_size": 3}, "shard size: got 3, the run there has 2"),
-        ({"sinks": ("masks", "coco")}, "sinks: got ['masks', 'coco'], the run there has ['masks']"),
+        ({"writers": ("masks", "coco")}, "sinks: got ['masks', 'coco'], the run there has ['masks']"),
         ({"max_pixels": 99_999}, "max pixels: got 99999, the run there has "),
         ({"batch": 2}, "batch: got 2, the run there has 1; look-ahead: got 64, the run there has None"),
     ],
@@ -80,15 +79,15 @@ def test_another_bundle_other_labels_another_command(
 def test_what_runs_the_graphs_and_writes_the_files_is_told(
     photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sinks, out = ("masks", "parquet"), tmp_path / "out"
-    run_segment(photos, out, bundle, sinks=sinks)
+    writers, out = ("masks", "parquet"), tmp_path / "out"
+    run_segment(photos, out, bundle, writers=writers)
     settings = json.loads((out / CONFIG).read_bytes())
     assert settings["instructions of the kernels"] == native.instruction_set()
     assert settings["version of zlib"] == zlib.ZLIB_RUNTIME_VERSION
     assert settings["version of pyarrow"] == metadata.version("pyarrow")
     monkeypatch.setattr(zlib, "ZLIB_RUNTIME_VERSION", "0.1")
     with pytest.raises(UsageError, match=r"version of zlib: got 0\.1, the run there has \d"):
-        run_segment(photos, out, bundle, sinks=sinks)
+        run_segment(photos, out, bundle, writers=writers)
 
 
 def test_plans_and_gpus_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +96,7 @@ def test_plans_and_gpus_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         detail: ClassVar = {"plan_sha256": "ab12"}
 
     monkeypatch.setattr(config, "probe_gpus", lambda: GpuProbe("13.2", (Gpu("some GPU", "sm89"),)))
-    found = config.identity([Choice("cam", cast("Engine", Planned()), "fp16", "asked for")])
+    found = config.identity([SelectedBackend("cam", cast("Backend", Planned()), "fp16", "asked for")])
     assert found["engine of cam"] == "tensorrt, fp16"
     assert (found["plan of cam"], found["architecture of the GPU"]) == ("ab12", "sm89")
     assert "version of pyarrow" not in found
@@ -117,7 +116,7 @@ def test_a_source_that_has_changed(photos: Path, bundle: Bundle, tmp_path: Path)
     before = public_bytes(out)
     (photos / "b.png").rename(photos / "bb.png")
     (photos / "a.jpg").write_bytes((photos / "a.jpg").read_bytes() + b"\0")
-    match = r"1 added \(bb\.png\); 1 removed \(b\.png\); 1 changed \(a\.jpg\): go on .*--frozen.*--overwrite"
+    match = r"1 added \(bb\.png\); 1 removed \(b\.png\); 1 changed \(a\.jpg\): go on .*--skip-source-check.*--overwrite"
     with pytest.raises(UsageError, match=match):
         run_segment(photos, out, bundle)
     summary = run_segment(photos, out, bundle, frozen=True)
@@ -126,9 +125,9 @@ def test_a_source_that_has_changed(photos: Path, bundle: Bundle, tmp_path: Path)
 
 def test_a_run_that_has_ended_is_left_alone(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run_segment(photos, out, bundle, sinks=SINKS)
+    run_segment(photos, out, bundle, writers=WRITERS)
     before = times(out)
-    summary = run_segment(photos, out, bundle, sinks=SINKS)
+    summary = run_segment(photos, out, bundle, writers=WRITERS)
     assert (summary.done, summary.failures, summary.done_now) == (5, 1, 0)
     assert times(out) == before
 
@@ -141,9 +140,9 @@ def test_files_of_others_are_not_written_over(
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     with pytest.raises(UsageError, match=r"of no run that can be gone on with: choose another folder, or"):
-        run_segment(photos, tmp_path / "out", bundle, sinks=SINKS)
+        run_segment(photos, tmp_path / "out", bundle, writers=WRITERS)
     assert path.read_text() == "mine"
-    run_segment(photos, tmp_path / "out", bundle, sinks=SINKS, overwrite=True)
+    run_segment(photos, tmp_path / "out", bundle, writers=WRITERS, overwrite=True)
     assert (theirs in ("masks/old.png", "shards/mine.tar")) == (path.exists() and path.read_text() == "mine")
 
 
@@ -151,7 +150,7 @@ def test_overwrite_removes_what_the_run_has_written_and_nothing_else(
     photos: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run_segment(photos, out, bundle, sinks=SINKS, shard_size=2)
+    run_segment(photos, out, bundle, writers=WRITERS, shard_size=2)
     for name in ("notes.txt", "masks/mine.png", "masks/deep/mine.png", "coco/mine.json", "own/x"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
@@ -218,10 +217,10 @@ ALTER: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("what", ALTER)
 def test_verify_mends_what_was_altered(photos: Path, bundle: Bundle, tmp_path: Path, what: str) -> None:
     out = tmp_path / "out"
-    run_segment(photos, out, bundle, sinks=SINKS, shard_size=2)
+    run_segment(photos, out, bundle, writers=WRITERS, shard_size=2)
     before, written = public_bytes(out), times(out)
     ALTER[what](out)
-    run_segment(photos, out, bundle, sinks=SINKS, shard_size=2, verify=True)
+    run_segment(photos, out, bundle, writers=WRITERS, shard_size=2, verify=True)
     after = public_bytes(out)
     assert {path: after[path] for path in before} == before
     mended = {path for path in before if times(out)[path] != written[path]}

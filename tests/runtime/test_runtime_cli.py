@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from multisa.runtime.backends.base import PRECISIONS
-from multisa.runtime.backends.registry import ENGINES
+from multisa.runtime.backends.registry import BACKENDS
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle import storage as bundle_module
 from multisa.runtime.cli.main import COMMANDS, commands, root
@@ -39,7 +39,7 @@ def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) ->
     result = run_cli("label", photos, "-o", tmp_path / "pseudo", "--bundle", bundle.path, *labels)
     assert result.exit_code == 0, result.output
     assert "labelled from scores: 4 of 5 images: b.png" in result.stderr
-    assert f"look at {tmp_path / 'pseudo/report.html'}: the most doubtful first" in result.stdout
+    assert f"look at {tmp_path / 'pseudo/report.html'}: the most uncertain first" in result.stdout
     folders = (tmp_path / "pseudo/masks", out / "masks")
     result = run_cli("evaluate", *folders, "--bundle", bundle.path, "--json")
     assert result.exit_code == 0, result.output
@@ -105,7 +105,7 @@ def test_a_bundle_that_is_not_there_is_a_usage_error(tmp_path: Path, photos: Pat
 
 
 def test_what_is_said_of_one_image(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--report", "0", "--overwrite")
+    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--report-images", "0", "--overwrite")
     result = run_cli("segment", photos / "broken.jpg", *run)
     assert result.exit_code == 4
     assert result.stderr.splitlines()[1].startswith("broken.jpg: not an image")
@@ -279,13 +279,13 @@ def test_the_doctor_finds_torch_without_loading_it(bundle: Bundle) -> None:
 
 def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_path: Path) -> None:
     run = ("-o", tmp_path / "out", "--bundle", bundle_of_precisions.path)
-    result = run_cli("segment", photos / "a.jpg", *run, "--engine", "onnxruntime-cpu", "--precision", "int8")
+    result = run_cli("segment", photos / "a.jpg", *run, "--backend", "onnxruntime-cpu", "--precision", "int8")
     assert result.exit_code == 0
     assert result.stderr == "segmenter: on onnxruntime-cpu, int8 (asked for)\n"
     assert "background" not in json.loads((tmp_path / "out/labels.jsonl").read_text())["pixel_shares"]
     result = run_cli("label", photos / "a.jpg", *run, "--precision", "int8", "--overwrite")
     assert result.exit_code == 2 and "has cam in fp32 and fp16, got --precision int8" in result.stderr
-    result = run_cli("demo", *run, "--engine", "opencv")
+    result = run_cli("demo", *run, "--backend", "opencv")
     assert result.exit_code == 2 and "got the engine 'opencv'" in result.stderr
 
 
@@ -293,7 +293,7 @@ def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_pa
 def test_an_engine_that_is_not_there(
     command: str, photos: Path, bundle: Bundle, tmp_path: Path, no_gpu: None
 ) -> None:
-    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--engine", "tensorrt")
+    run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--backend", "tensorrt")
     result = run_cli(command, photos, *run)
     assert result.exit_code == 5 and result.stderr.startswith("error: tensorrt cannot run ")
     assert not (tmp_path / "out").exists()
@@ -302,5 +302,5 @@ def test_an_engine_that_is_not_there(
 @pytest.mark.parametrize("command", ["label", "segment", "demo"])
 def test_help_names_every_engine_and_precision(command: str) -> None:
     page = " ".join(run_cli(command, "--help").stdout.split())
-    for name in (*ENGINES, *PRECISIONS):
+    for name in (*BACKENDS, *PRECISIONS):
         assert name in page

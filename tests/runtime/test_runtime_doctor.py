@@ -14,15 +14,15 @@ import multisa.kernels.native as native_module
 from multisa.kernels.cuda import build
 from multisa.runtime import doctor, versions
 from multisa.runtime.backends import gpus
-from multisa.runtime.backends.engine_cache import PlanCache, PlanKey, Profile, this_platform
-from multisa.runtime.backends.registry import ENGINES
+from multisa.runtime.backends.engine_cache import EngineCache, EngineKey, Profile, this_platform
+from multisa.runtime.backends.registry import BACKENDS
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
 from multisa.runtime.cli.main import root
 from multisa.runtime.doctor import Diagnosis, Finding, describe_diagnosis, examine
 
 
 def found(diagnosis: Diagnosis, name: str) -> Finding:
-    (finding,) = (f for f in (*diagnosis.machine, *diagnosis.engines) if f.name == name)
+    (finding,) = (f for f in (*diagnosis.machine, *diagnosis.backends) if f.name == name)
     return finding
 
 
@@ -40,19 +40,21 @@ def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPa
     has = found(diagnosis, "bundle").text
     assert has.startswith("tiny, all files verified; cam (fp32), affinity (fp32), segmenter (fp32); ")
     assert "plans: none" in has
-    assert [engine.name for engine in diagnosis.engines] == list(ENGINES)
+    assert [backend.name for backend in diagnosis.backends] == list(BACKENDS)
     ran = "ran cam fp32, affinity fp32, segmenter fp32"
     usable = [Finding(name, True, ran) for name in ("onnxruntime-cpu", "openvino")]
-    assert [engine for engine in diagnosis.engines if engine.ok] == usable
+    assert [backend for backend in diagnosis.backends if backend.ok] == usable
     assert "no NVIDIA driver here" in found(diagnosis, "tensorrt").text
     line = "cam, affinity, segmenter: on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
     assert diagnosis.auto == [line]
 
 
 def test_plans(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = PlanCache(bundle.path / ENGINES_FOLDER)
+    cache = EngineCache(bundle.path / ENGINES_FOLDER)
     bucket = Profile((1, 64, 64), (1, 64, 64), (1, 64, 64))
-    key = PlanKey("cam", "fp16", "0" * 64, "tensorrt-rtx", "1.7", "sm89", "", (bucket,), (), this_platform())
+    key = EngineKey(
+        "cam", "fp16", "0" * 64, "tensorrt-rtx", "1.7", "sm89", "", (bucket,), (), this_platform()
+    )
     for change in ({}, {"graph": "affinity"}, {"target": "\x1b[2J"}, {"library": "tensorrt"}):
         cache.get_or_build(replace(key, **change), lambda: b"plan")
     for i, text in enumerate(("{}", "[]", json.dumps({"key": asdict(key)}))):
@@ -65,7 +67,7 @@ def test_plans(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         "unreadable (0000000000000000, 0000000000000001, 0000000000000002); "
     ) in found(examine(bundle.path), "bundle").text
 
-    listed = found(examine(bundle.path, plans=cache.folder), "bundle").text
+    listed = found(examine(bundle.path, engine_cache=cache.folder), "bundle").text
     assert f"; in {str(cache.folder)!r}: tensorrt sm89 (cam fp16), tensorrt-rtx" in listed
 
     def refuse(path: Path) -> None:
@@ -99,7 +101,7 @@ def test_a_damaged_bundle(bundle: Bundle) -> None:
     diagnosis = examine(bundle.path)
     finding = found(diagnosis, "bundle")
     assert not finding.ok and "cam.onnx: got 0 bytes, expected" in finding.text
-    assert diagnosis.engines == [] and diagnosis.auto == ["nothing: there is no bundle to run"]
+    assert diagnosis.backends == [] and diagnosis.auto == ["nothing: there is no bundle to run"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_command(bundle: Bundle, no_gpu: None) -> None:
     assert "\n  onnxruntime-cpu   usable: ran cam fp32" in result.stdout
     result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path), "--json"])
     assert result.exit_code == 0
-    assert [engine["name"] for engine in json.loads(result.stdout)["engines"]] == list(ENGINES)
+    assert [backend["name"] for backend in json.loads(result.stdout)["engines"]] == list(BACKENDS)
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["page", "json"])

@@ -12,15 +12,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, Engine, GraphContract
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
-from multisa.runtime.backends.registry import ENGINES, open_engine
+from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, Backend, GraphContract
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from multisa.runtime.backends.registry import BACKENDS, open_backend
 from multisa.runtime.bundle import Bundle, Manifest, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.errors import EngineError, EngineUnavailable
+from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.imaging.decode import read_image, resize_image
 
-Open = Callable[..., Engine]
+Open = Callable[..., Backend]
 Answer = dict[str, np.ndarray]
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (2, 41, 67, 3), dtype=np.uint8)
@@ -32,7 +32,7 @@ def photograph() -> np.ndarray:
 
 
 # Engines as they are here, and what can be tried without a GPU: the way through ONNX Runtime's CUDA provider.
-ENGINES_HERE = [*ENGINES, "onnxruntime-cuda, the provider being the CPU"]
+ENGINES_HERE = [*BACKENDS, "onnxruntime-cuda, the provider being the CPU"]
 
 
 @pytest.mark.parametrize("case", ENGINES_HERE)
@@ -48,15 +48,17 @@ class TestEveryEngine:
 
             def open_here(
                 bundle: Bundle, contract: GraphContract, *, threads: int = 1, precision: str = "fp32"
-            ) -> Engine:
+            ) -> Backend:
                 try:
-                    engine = open_engine(bundle, contract, threads=threads, engine=name, precision=precision)
-                except EngineUnavailable as error:
+                    backend = open_backend(
+                        bundle, contract, threads=threads, backend=name, precision=precision
+                    )
+                except BackendUnavailable as error:
                     if name == "onnxruntime-cpu" or emulated:  # they are everywhere
                         raise
                     pytest.skip(str(error))
-                assert engine.name.startswith(name)
-                return stack.enter_context(engine)
+                assert backend.name.startswith(name)
+                return stack.enter_context(backend)
 
             yield open_here
 
@@ -77,7 +79,7 @@ class TestEveryEngine:
         """Against onnxruntime-cpu on two threads, which sums in another order."""
         bundle = load_bundle(default_bundle_path())
         outputs = opened(bundle, contract).run(photograph)
-        with open_engine(bundle, contract, threads=2, engine="onnxruntime-cpu") as reference:
+        with open_backend(bundle, contract, threads=2, backend="onnxruntime-cpu") as reference:
             wanted = reference.run(photograph)
         if contract == SEGMENTER:
             assert len(np.unique(wanted["labels"])) > 1
@@ -88,11 +90,11 @@ class TestEveryEngine:
             np.testing.assert_allclose(outputs[name], values, rtol=0, atol=1e-3)
 
     def test_several_threads_at_once(self, opened: Open, bundle: Bundle) -> None:
-        engine = opened(bundle, CAM)
+        backend = opened(bundle, CAM)
         images = [IMAGE[:, : 20 + i, : 30 + i] for i in range(8)]
-        alone = [engine.run(image)["cam"] for image in images]
+        alone = [backend.run(image)["cam"] for image in images]
         with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(lambda image: engine.run(image)["cam"], images * 3))
+            together = list(pool.map(lambda image: backend.run(image)["cam"], images * 3))
         for expected, cam in zip(alone * 3, together, strict=True):
             np.testing.assert_array_equal(cam, expected)
 
@@ -102,17 +104,17 @@ class TestEveryEngine:
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
 
     def test_non_contiguous_input(self, opened: Open, bundle: Bundle) -> None:
-        engine = opened(bundle, SEGMENTER)
+        backend = opened(bundle, SEGMENTER)
         turned = IMAGE.transpose(0, 2, 1, 3)
-        expected = engine.run(IMAGE)["labels"].transpose(0, 2, 1)
-        np.testing.assert_array_equal(engine.run(turned)["labels"], expected)
+        expected = backend.run(IMAGE)["labels"].transpose(0, 2, 1)
+        np.testing.assert_array_equal(backend.run(turned)["labels"], expected)
 
     def test_an_answer_is_the_callers(self, opened: Open, bundle: Bundle) -> None:
         """The next call does not write into what an earlier one gave."""
-        engine = opened(bundle, SEGMENTER)
-        first = engine.run(IMAGE)["labels"]
+        backend = opened(bundle, SEGMENTER)
+        first = backend.run(IMAGE)["labels"]
         kept = first.copy()
-        engine.run(255 - IMAGE)
+        backend.run(255 - IMAGE)
         np.testing.assert_array_equal(first, kept)
 
     @pytest.mark.parametrize(
@@ -121,21 +123,21 @@ class TestEveryEngine:
         ids=["dtype", "rank", "channels", "empty"],
     )
     def test_other_input_is_refused(self, opened: Open, bundle: Bundle, image: np.ndarray) -> None:
-        with pytest.raises(EngineError, match=r"segmenter: got .*expected uint8 \[N, H, W, 3\]"):
+        with pytest.raises(BackendError, match=r"segmenter: got .*expected uint8 \[N, H, W, 3\]"):
             opened(bundle, SEGMENTER).run(image)
 
     def test_closed_once_or_twice(self, opened: Open, bundle: Bundle) -> None:
-        engine = opened(bundle, SEGMENTER)
-        engine.close()
-        engine.close()
-        with pytest.raises(EngineError, match="closed"):
-            engine.run(IMAGE)
+        backend = opened(bundle, SEGMENTER)
+        backend.close()
+        backend.close()
+        with pytest.raises(BackendError, match="closed"):
+            backend.run(IMAGE)
 
     def test_a_graph_of_another_contract(
         self, opened: Open, tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]
     ) -> None:
         swapped = graphs | {"segmenter.onnx": graphs["cam.onnx"]}
-        with pytest.raises(EngineError, match="segmenter: got the outputs"):
+        with pytest.raises(BackendError, match="segmenter: got the outputs"):
             opened(write_bundle(tmp_path / "swapped", manifest, swapped), SEGMENTER)
 
     def test_the_precision_asked_for(self, opened: Open, bundle_of_precisions: Bundle) -> None:
@@ -152,8 +154,8 @@ class TestEveryEngine:
             pytest.skip("TensorRT's own tests take its packages away")
         package = "openvino" if case == "openvino" else "onnxruntime"
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(EngineUnavailable, match=f"pip install {package}") as caught:
-            open_engine(bundle, CAM, engine=case.partition(", ")[0])
+        with pytest.raises(BackendUnavailable, match=f"pip install {package}") as caught:
+            open_backend(bundle, CAM, backend=case.partition(", ")[0])
         assert caught.value.exit_code == 5
 
 
@@ -184,15 +186,15 @@ def pooled_blocks() -> np.ndarray:
 
 def test_path_or_bytes(graphs: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "cam.onnx").write_bytes(graphs["cam.onnx"])
-    with OnnxRuntimeEngine(tmp_path / "cam.onnx") as one, OnnxRuntimeEngine(graphs["cam.onnx"]) as two:
+    with OnnxRuntimeBackend(tmp_path / "cam.onnx") as one, OnnxRuntimeBackend(graphs["cam.onnx"]) as two:
         assert one.contract == two.contract == CAM
         np.testing.assert_array_equal(one.run(IMAGE)["cam"], two.run(IMAGE)["cam"])
 
 
 def test_cuda_is_not_in_this_onnxruntime(graphs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineUnavailable, match=r"here has CPUExecutionProvider: pip uninstall .*-gpu\["):
-        OnnxRuntimeEngine(graphs["cam.onnx"], provider="cuda")
+    with pytest.raises(BackendUnavailable, match=r"here has CPUExecutionProvider: pip uninstall .*-gpu\["):
+        OnnxRuntimeBackend(graphs["cam.onnx"], provider="cuda")
 
 
 def test_cuda_asked_for_and_the_cpu_runs(
@@ -206,25 +208,25 @@ def test_cuda_asked_for_and_the_cpu_runs(
     monkeypatch.setattr(session, "get_providers", lambda _: ["CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas\nand more"))
     with pytest.raises(
-        EngineUnavailable,
+        BackendUnavailable,
         match=r"got the provider CPU\w+, expected CUDA\w+ \(Failed to load libcublas\): pip uninstall",
     ):
-        OnnxRuntimeEngine(graphs["cam.onnx"], provider="cuda")
+        OnnxRuntimeBackend(graphs["cam.onnx"], provider="cuda")
     assert capsys.readouterr().out == ""
 
 
 def test_cuda_that_fails_is_told_from_a_graph_that_does(
     graphs: dict[str, bytes], cuda_on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(EngineError, match="cannot be loaded"):
-        OnnxRuntimeEngine(b"not a graph", provider="cuda")
+    with pytest.raises(BackendError, match="cannot be loaded"):
+        OnnxRuntimeBackend(b"not a graph", provider="cuda")
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA failure 35: CUDA driver version is insufficient")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
-    with pytest.raises(EngineUnavailable, match="graph: CUDA failure 35"):
-        OnnxRuntimeEngine(graphs["cam.onnx"], provider="cuda")
+    with pytest.raises(BackendUnavailable, match="graph: CUDA failure 35"):
+        OnnxRuntimeBackend(graphs["cam.onnx"], provider="cuda")
 
 
 def model(nodes: list[onnx.NodeProto], outputs: list[tuple[str, int, list[object]]]) -> bytes:
@@ -240,24 +242,24 @@ def test_graph_of_other_outputs() -> None:
     odd = model(
         [helper.make_node("Identity", ["image"], ["out"])], [("out", TensorProto.UINT8, [1, 1, 1, 3])]
     )
-    with pytest.raises(EngineError, match=r"got the outputs .*expected cam .* or affinity .* or segmenter"):
-        OnnxRuntimeEngine(odd)
+    with pytest.raises(BackendError, match=r"got the outputs .*expected cam .* or affinity .* or segmenter"):
+        OnnxRuntimeBackend(odd)
 
 
 def test_contract_of_another_graph(graphs: dict[str, bytes]) -> None:
-    with pytest.raises(EngineError, match="segmenter: got the outputs"):
-        OnnxRuntimeEngine(graphs["cam.onnx"], contract=SEGMENTER)
+    with pytest.raises(BackendError, match="segmenter: got the outputs"):
+        OnnxRuntimeBackend(graphs["cam.onnx"], contract=SEGMENTER)
 
 
 def test_unloadable_and_absent(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="cannot be loaded"):
-        OnnxRuntimeEngine(b"not a graph")
-    with pytest.raises(EngineError, match=r"gone\.onnx: cannot be loaded"):
-        OnnxRuntimeEngine(tmp_path / "gone.onnx")
+    with pytest.raises(BackendError, match="cannot be loaded"):
+        OnnxRuntimeBackend(b"not a graph")
+    with pytest.raises(BackendError, match=r"gone\.onnx: cannot be loaded"):
+        OnnxRuntimeBackend(tmp_path / "gone.onnx")
 
 
 def test_failure_while_running() -> None:
-    """A reshape that cannot hold at run time is an EngineError, not ONNX Runtime's own."""
+    """A reshape that cannot hold at run time is an BackendError, not ONNX Runtime's own."""
     shape = onnx.numpy_helper.from_array(np.array([7, 7, 7]), "shape")
     graph = helper.make_graph(
         [
@@ -270,6 +272,6 @@ def test_failure_while_running() -> None:
         [shape],
     )
     odd = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    engine = OnnxRuntimeEngine(odd.SerializeToString())
-    with engine, pytest.raises(EngineError, match="segmenter: cannot be run"):
-        engine.run(IMAGE)
+    backend = OnnxRuntimeBackend(odd.SerializeToString())
+    with backend, pytest.raises(BackendError, match="segmenter: cannot be run"):
+        backend.run(IMAGE)

@@ -11,25 +11,25 @@ import pytest
 from bulk_runs import public_bytes, run_label, run_segment
 
 from multisa.runtime.backends import registry as choice
-from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, ClosedAtExit, GraphContract
+from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, Closeable, GraphContract
 from multisa.runtime.backends.registry import (
-    ENGINES,
-    Choice,
-    EngineRequest,
+    BACKENDS,
+    BackendRequest,
+    SelectedBackend,
     bundle_precisions,
-    choose_engine,
-    chosen_engines,
-    describe_choices,
-    open_engine,
+    describe_selection,
+    open_backend,
+    select_backend,
+    selected_backends,
 )
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
 from multisa.runtime.cli.main import commands
-from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 
 PHOTOGRAPHS = Path(commands.__file__).parent / "demo_images"
 
 
-class Plan(ClosedAtExit):
+class Plan(Closeable):
     """Stands for a TensorRT engine, which needs a GPU to be one."""
 
     def __init__(self, name: str) -> None:
@@ -37,7 +37,7 @@ class Plan(ClosedAtExit):
         self.closed = False
 
     def run(self, image: np.ndarray) -> dict[str, Any]:
-        raise EngineError(f"{self.name}: is not meant to run {image.shape}")
+        raise BackendError(f"{self.name}: is not meant to run {image.shape}")
 
     def close(self) -> None:
         self.closed = True
@@ -57,7 +57,7 @@ class Plans:
         self.rest = rest
         self.asked.append((library, contract.name, precision))
         if self.asked[-1] not in self.there:
-            raise EngineUnavailable(
+            raise BackendUnavailable(
                 f"{library}: no plan of {contract.name} in {precision} for sm89", remedy="multisa build"
             )
         self.opened.append(Plan(f"{library}-sm89"))
@@ -65,7 +65,7 @@ class Plans:
 
 
 @pytest.fixture
-def plans(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Plans:
+def engine_cache(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Plans:
     found = Plans(set())
     module = ModuleType("multisa.runtime.backends.tensorrt")
     module.open_tensorrt = found.open_tensorrt  # type: ignore[attr-defined]
@@ -73,69 +73,73 @@ def plans(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Plans:
     return found
 
 
-def chosen(choice: Choice) -> tuple[str, str, str]:
-    with choice.engine as engine:
-        return (engine.name, choice.precision, choice.reason)
+def chosen(choice: SelectedBackend) -> tuple[str, str, str]:
+    with choice.backend as backend:
+        return (backend.name, choice.precision, choice.reason)
 
 
 def test_auto_without_a_gpu(bundle_of_precisions: Bundle, no_gpu: None) -> None:
     for contract in CONTRACTS:
-        answer = chosen(choose_engine(bundle_of_precisions, contract))
+        answer = chosen(select_backend(bundle_of_precisions, contract))
         assert answer == ("onnxruntime-cpu", "fp32", "auto: no NVIDIA driver here")
 
 
-def test_auto_takes_a_plan_of_low_precision_first(bundle_of_precisions: Bundle, plans: Plans) -> None:
-    plans.there |= {("tensorrt-rtx", "cam", "fp16"), ("tensorrt-rtx", "cam", "fp32")}
-    name, precision, reason = chosen(choose_engine(bundle_of_precisions, CAM))
+def test_auto_takes_a_plan_of_low_precision_first(bundle_of_precisions: Bundle, engine_cache: Plans) -> None:
+    engine_cache.there |= {("tensorrt-rtx", "cam", "fp16"), ("tensorrt-rtx", "cam", "fp32")}
+    name, precision, reason = chosen(select_backend(bundle_of_precisions, CAM))
     assert (name, precision) == ("tensorrt-rtx-sm89", "fp16")
     assert reason == (
         "auto: tensorrt: no plan of cam in fp16 for sm89; tensorrt: no plan of cam in fp32 for sm89"
     )
-    plans.there |= {("tensorrt", "cam", "fp32"), ("tensorrt", "segmenter", "fp32")}
-    assert chosen(choose_engine(bundle_of_precisions, CAM))[:2] == ("tensorrt-sm89", "fp32")
-    plans.asked.clear()
-    assert chosen(choose_engine(bundle_of_precisions, SEGMENTER)) == ("tensorrt-sm89", "fp32", "auto")
-    assert plans.asked == [("tensorrt", "segmenter", "fp32")]  # int8 is taken only where it is asked for
+    engine_cache.there |= {("tensorrt", "cam", "fp32"), ("tensorrt", "segmenter", "fp32")}
+    assert chosen(select_backend(bundle_of_precisions, CAM))[:2] == ("tensorrt-sm89", "fp32")
+    engine_cache.asked.clear()
+    assert chosen(select_backend(bundle_of_precisions, SEGMENTER)) == ("tensorrt-sm89", "fp32", "auto")
+    assert engine_cache.asked == [
+        ("tensorrt", "segmenter", "fp32")
+    ]  # int8 is taken only where it is asked for
 
 
 def test_auto_without_a_plan_takes_cuda(
-    bundle_of_precisions: Bundle, plans: Plans, cuda_on_cpu: None
+    bundle_of_precisions: Bundle, engine_cache: Plans, cuda_on_cpu: None
 ) -> None:
-    name, precision, reason = chosen(choose_engine(bundle_of_precisions, CAM))
+    name, precision, reason = chosen(select_backend(bundle_of_precisions, CAM))
     assert (name, precision) == ("onnxruntime-cuda", "fp16")
     assert reason.count("no plan of cam") == 4
-    assert chosen(choose_engine(bundle_of_precisions, AFFINITY))[:2] == ("onnxruntime-cuda", "fp32")
+    assert chosen(select_backend(bundle_of_precisions, AFFINITY))[:2] == ("onnxruntime-cuda", "fp32")
 
 
-def test_auto_with_a_gpu_that_nothing_here_can_use(bundle: Bundle, plans: Plans) -> None:
-    name, precision, reason = chosen(choose_engine(bundle, CAM))
+def test_auto_with_a_gpu_that_nothing_here_can_use(bundle: Bundle, engine_cache: Plans) -> None:
+    name, precision, reason = chosen(select_backend(bundle, CAM))
     assert (name, precision) == ("onnxruntime-cpu", "fp32")
     assert "tensorrt-rtx: no plan" in reason and "onnxruntime-cuda: onnxruntime " in reason
     assert "multisa build" not in reason and "pip uninstall" not in reason  # the doctor says what to do
 
 
 def test_reasons_are_first_clauses() -> None:
-    passed_over = [
-        EngineUnavailable("no GPU here: cuInit: no device; check the driver", remedy="buy one"),
-        EngineUnavailable("no GPU here: cuInit: no device"),
-        EngineError("cam: got a plan of {}, expected {'image': 'input uint8 of rank 4'}"),
+    skipped = [
+        BackendUnavailable("no GPU here: cuInit: no device; check the driver", remedy="buy one"),
+        BackendUnavailable("no GPU here: cuInit: no device"),
+        BackendError("cam: got a plan of {}, expected {'image': 'input uint8 of rank 4'}"),
     ]
-    reason = choice._reason(EngineRequest(), passed_over)
+    reason = choice._reason(BackendRequest(), skipped)
     assert reason == "auto: no GPU here: cuInit: no device; cam: got a plan of {}"
 
 
-def test_what_is_asked_of_plans_is_passed_on(bundle: Bundle, plans: Plans, tmp_path: Path) -> None:
-    plans.there |= {("tensorrt", "cam", "fp32")}
+def test_what_is_asked_of_plans_is_passed_on(bundle: Bundle, engine_cache: Plans, tmp_path: Path) -> None:
+    engine_cache.there |= {("tensorrt", "cam", "fp32")}
     side = bundle.manifest.parameters.long_side
     for name, long_side in (("auto", side), ("tensorrt", None)):
-        choose_engine(bundle, CAM, EngineRequest(name, plans=tmp_path, may_heal=False)).engine.close()
-        assert plans.rest == {"cache": tmp_path, "long_side": long_side, "may_heal": False}
+        select_backend(
+            bundle, CAM, BackendRequest(name, engine_cache=tmp_path, may_repair=False)
+        ).backend.close()
+        assert engine_cache.rest == {"cache": tmp_path, "long_side": long_side, "may_repair": False}
 
 
-@pytest.mark.parametrize("name", [name for name, kind in ENGINES.items() if kind.needs_gpu])
+@pytest.mark.parametrize("name", [name for name, kind in BACKENDS.items() if kind.needs_gpu])
 def test_asked_for_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> None:
-    with pytest.raises(EngineUnavailable) as caught:
-        open_engine(bundle, CAM, engine=name)
+    with pytest.raises(BackendUnavailable) as caught:
+        open_backend(bundle, CAM, backend=name)
     assert caught.value.exit_code == 5
     assert str(caught.value) == (
         f"{name} cannot run cam here: no NVIDIA driver here: "
@@ -143,75 +147,82 @@ def test_asked_for_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> Non
     )
 
 
-def test_asked_for_without_a_plan(bundle_of_precisions: Bundle, plans: Plans) -> None:
-    with pytest.raises(EngineUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no plan of cam"):
-        open_engine(bundle_of_precisions, CAM, engine="tensorrt")
-    assert [precision for *_, precision in plans.asked] == ["fp16", "fp32"]
-    with pytest.raises(EngineUnavailable, match=r"in fp32 for sm89: multisa build$"):
-        open_engine(bundle_of_precisions, CAM, engine="tensorrt-rtx", precision="fp32")
+def test_asked_for_without_a_plan(bundle_of_precisions: Bundle, engine_cache: Plans) -> None:
+    with pytest.raises(BackendUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no plan of cam"):
+        open_backend(bundle_of_precisions, CAM, backend="tensorrt")
+    assert [precision for *_, precision in engine_cache.asked] == ["fp16", "fp32"]
+    with pytest.raises(BackendUnavailable, match=r"in fp32 for sm89: multisa build$"):
+        open_backend(bundle_of_precisions, CAM, backend="tensorrt-rtx", precision="fp32")
 
 
 def test_what_is_asked_for_is_taken(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:
-    request = EngineRequest("onnxruntime-cpu", "int8")
-    answer = chosen(choose_engine(bundle_of_precisions, SEGMENTER, request))
+    request = BackendRequest("onnxruntime-cpu", "int8")
+    answer = chosen(select_backend(bundle_of_precisions, SEGMENTER, request))
     assert answer == ("onnxruntime-cpu", "int8", "asked for")
-    with open_engine(bundle_of_precisions, CAM, engine="onnxruntime-cuda", precision="fp32") as engine:
-        assert engine.name == "onnxruntime-cuda"
+    with open_backend(bundle_of_precisions, CAM, backend="onnxruntime-cuda", precision="fp32") as backend:
+        assert backend.name == "onnxruntime-cuda"
 
 
 def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(EngineUnavailable, match=r"^no engine can run cam here: no NVIDIA .*pip install onnx"):
-        open_engine(bundle, CAM)
+    with pytest.raises(
+        BackendUnavailable, match=r"^no engine can run cam here: no NVIDIA .*pip install onnx"
+    ):
+        open_backend(bundle, CAM)
 
 
 @pytest.mark.parametrize(
     ("request_", "problem"),
     [
-        (EngineRequest("opencv"), "got the engine 'opencv', expected auto or one of tensorrt, tensorrt-rtx"),
-        (EngineRequest(precision="fp8"), "got the precision 'fp8', expected auto or one of fp32, fp16"),
+        (BackendRequest("opencv"), "got the engine 'opencv', expected auto or one of tensorrt, tensorrt-rtx"),
+        (BackendRequest(precision="fp8"), "got the precision 'fp8', expected auto or one of fp32, fp16"),
         (
-            EngineRequest("onnxruntime-cpu", "bf16"),
-            "^onnxruntime-cpu computes in fp32, fp16, int8, got --precision bf16: .* or --engine openvino$",
+            BackendRequest("onnxruntime-cpu", "bf16"),
+            "^onnxruntime-cpu computes in fp32, fp16, int8, got --precision bf16: .* or --backend openvino$",
         ),
-        (EngineRequest("openvino", "fp16"), "^openvino computes in fp32, bf16, int8, got --precision fp16: "),
         (
-            EngineRequest(precision="fp16"),
+            BackendRequest("openvino", "fp16"),
+            "^openvino computes in fp32, bf16, int8, got --precision fp16: ",
+        ),
+        (
+            BackendRequest(precision="fp16"),
             "has segmenter in fp32 and int8, got --precision fp16: make a bundle that has it: multisa",
         ),
     ],
 )
-def test_requests_that_cannot_be(bundle_of_precisions: Bundle, request_: EngineRequest, problem: str) -> None:
+def test_requests_that_cannot_be(
+    bundle_of_precisions: Bundle, request_: BackendRequest, problem: str
+) -> None:
     with pytest.raises(UsageError, match=problem):
-        choose_engine(bundle_of_precisions, SEGMENTER, request_)
+        select_backend(bundle_of_precisions, SEGMENTER, request_)
 
 
 def test_a_graph_that_is_not_listed_is_not_there(bundle: Bundle, graphs: dict[str, bytes]) -> None:
     (bundle.path / "cam.fp16.onnx").write_bytes(graphs["cam.onnx"])
     assert bundle_precisions(bundle, CAM) == ("fp32",)
     with pytest.raises(UsageError, match="multisa convert"):
-        open_engine(bundle, CAM, precision="fp16")
+        open_backend(bundle, CAM, precision="fp16")
 
 
 def test_engines_are_closed_when_a_later_one_fails(
-    tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes], plans: Plans
+    tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes], engine_cache: Plans
 ) -> None:
-    plans.there |= {("tensorrt", "cam", "fp32")}
+    engine_cache.there |= {("tensorrt", "cam", "fp32")}
     broken = write_bundle(tmp_path / "broken", manifest, graphs | {"affinity.onnx": graphs["cam.onnx"]})
-    with pytest.raises(EngineError, match="affinity"), chosen_engines(broken, (CAM, AFFINITY)):
+    with pytest.raises(BackendError, match="affinity"), selected_backends(broken, (CAM, AFFINITY)):
         pytest.fail("the second engine cannot be opened")
-    assert [plan.closed for plan in plans.opened] == [True]
+    assert [plan.closed for plan in engine_cache.opened] == [True]
 
 
 def test_graphs_of_one_engine_share_a_line() -> None:
-    engine = Plan("fast")
+    backend = Plan("fast")
     choices = [
-        Choice("cam", engine, "fp16", "auto"),
-        Choice("affinity", engine, "fp16", "auto"),
-        Choice("segmenter", engine, "fp32", "auto"),
+        SelectedBackend("cam", backend, "fp16", "auto"),
+        SelectedBackend("affinity", backend, "fp16", "auto"),
+        SelectedBackend("segmenter", backend, "fp32", "auto"),
     ]
-    assert describe_choices(choices) == [
+    assert describe_selection(choices) == [
         "cam, affinity: on fast, fp16 (auto)",
         "segmenter: on fast, fp32 (auto)",
     ]
@@ -241,6 +252,6 @@ def test_masks_do_not_depend_on_how_the_engine_was_found(
     results = []
     for name in ("auto", "onnxruntime-cpu"):
         out = tmp_path / name
-        run_segment(PHOTOGRAPHS, out, bundle, request=EngineRequest(name))
+        run_segment(PHOTOGRAPHS, out, bundle, request=BackendRequest(name))
         results.append(public_bytes(out))
     assert results[0] == results[1] and len(results[0]) == 4

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper, onnx_ml_pb2
 
 from multisa.runtime.backends import onnx_checks as onnx_file
 from multisa.runtime.backends.onnx_checks import check_onnx
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeEngine
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.errors import EngineError
+from multisa.runtime.errors import BackendError
 
 
 def external(location: str) -> TensorProto:
@@ -57,7 +57,7 @@ def test_the_graphs_of_the_package_are_taken_at_once() -> None:
 def test_weights_in_another_file_are_refused(location: str) -> None:
     data = model(tensor=external(location)).SerializeToString()
     with pytest.raises(
-        EngineError, match=r"cam\.onnx: the weights of 'weight' lie in another file"
+        BackendError, match=r"cam\.onnx: the weights of 'weight' lie in another file"
     ) as caught:
         check_onnx(data, "cam.onnx")
     assert repr(location) in str(caught.value)
@@ -110,20 +110,20 @@ def with_only_a_path(tensor: TensorProto) -> onnx.ModelProto:
     ],
 )
 def test_wherever_in_the_file_they_are_named(place: Callable[[TensorProto], onnx.ModelProto]) -> None:
-    with pytest.raises(EngineError, match="lie in another file"):
+    with pytest.raises(BackendError, match="lie in another file"):
         check_onnx(place(external("../x")).SerializeToString(), "cam.onnx")
 
 
 @pytest.mark.parametrize("opset", [8, 21, 99])
 def test_a_foreign_opset_is_refused(opset: int) -> None:
-    with pytest.raises(EngineError, match=f"cam.onnx: got opset {opset}, expected 9 to 20"):
+    with pytest.raises(BackendError, match=f"cam.onnx: got opset {opset}, expected 9 to 20"):
         check_onnx(model(opset).SerializeToString(), "cam.onnx")
 
 
 def test_a_second_opset_of_the_same_domain_is_not_overlooked() -> None:
     made = model()
     made.opset_import.append(helper.make_opsetid("ai.onnx", 99))
-    with pytest.raises(EngineError, match="got opset 99"):
+    with pytest.raises(BackendError, match="got opset 99"):
         check_onnx(made.SerializeToString(), "cam.onnx")
 
 
@@ -138,7 +138,7 @@ def test_operators_of_other_domains_are_left_to_the_libraries() -> None:
     [b"", b"\x00", b"not a graph", b"\xff" * 40, model().SerializeToString()[:-3], b"\x3a\xff\xff\xff\x7f"],
 )
 def test_what_is_no_onnx_file_is_said_to_be_none(data: bytes) -> None:
-    with pytest.raises(EngineError, match=r"cam\.onnx: cannot be loaded: no ONNX file"):
+    with pytest.raises(BackendError, match=r"cam\.onnx: cannot be loaded: no ONNX file"):
         check_onnx(data, "cam.onnx")
 
 
@@ -153,7 +153,7 @@ def test_a_file_nested_without_end_is_refused() -> None:
             data = bytes([number << 3 | 2]) + length + bytes([size]) + data
     header = len(data).to_bytes(2, "little")
     size = bytes([header[0] & 0x7F | 0x80, len(data) >> 7 & 0x7F])
-    with pytest.raises(EngineError, match="cannot be loaded: no ONNX file"):
+    with pytest.raises(BackendError, match="cannot be loaded: no ONNX file"):
         check_onnx(b"\x3a" + size + data, "cam.onnx")
 
 
@@ -210,16 +210,16 @@ def hidden_opset(tag: Spelling = plain, size: Spelling = plain) -> bytes:
 def test_a_number_that_readers_take_differently_is_refused(
     hidden: Callable[[Spelling, Spelling], bytes], tag: Spelling, size: Spelling
 ) -> None:
-    with pytest.raises(EngineError, match=r"lie in another file|got opset 99"):
+    with pytest.raises(BackendError, match=r"lie in another file|got opset 99"):
         check_onnx(hidden(plain, plain), "cam.onnx")
-    with pytest.raises(EngineError, match="no ONNX file: a number of more than"):
+    with pytest.raises(BackendError, match="no ONNX file: a number of more than"):
         check_onnx(hidden(tag, size), "cam.onnx")
 
 
 def test_a_length_beyond_the_file_is_refused() -> None:
     data = model().SerializeToString()
     for size in (len(data), 2**31 - 1, 2**31, 2**32 + 2, 2**64 - 1):
-        with pytest.raises(EngineError, match="no ONNX file"):
+        with pytest.raises(BackendError, match="no ONNX file"):
             check_onnx(data + b"\x3a" + plain(size) + b"x", "cam.onnx")
 
 
@@ -253,7 +253,7 @@ def test_what_is_taken_onnx_runtime_reads_alike(is_external: bool, opset: int, d
     )
     try:
         check_onnx(made, "x")
-    except EngineError:
+    except BackendError:
         return
     assert not is_external and opset == 18
     onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
@@ -264,11 +264,11 @@ def test_what_is_taken_onnx_runtime_reads_alike(is_external: bool, opset: int, d
 def test_any_bytes_are_taken_or_refused_and_nothing_else(data: bytes) -> None:
     try:
         check_onnx(data, "x")
-    except EngineError as error:
+    except BackendError as error:
         assert str(error).startswith("x: ")
 
 
 @pytest.mark.parametrize("made", [model(99), model(tensor=external("../x"))], ids=["opset 99", "path"])
 def test_onnx_runtime_is_not_given_what_is_refused(made: onnx.ModelProto) -> None:
-    with pytest.raises(EngineError, match=r"got opset 99|lie in another file"):
-        OnnxRuntimeEngine(made.SerializeToString())
+    with pytest.raises(BackendError, match=r"got opset 99|lie in another file"):
+        OnnxRuntimeBackend(made.SerializeToString())

@@ -21,12 +21,12 @@ from onnx import TensorProto, helper
 from multisa.export.parity import Compared, measure_parity
 from multisa.runtime.backends import openvino as engine_module
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract
-from multisa.runtime.backends.openvino import GRAPHS, OpenVinoEngine
-from multisa.runtime.backends.registry import EngineRequest, choose_engine, engine_precisions, open_engine
+from multisa.runtime.backends.openvino import GRAPHS, OpenVinoBackend
+from multisa.runtime.backends.registry import BackendRequest, backend_precisions, open_backend, select_backend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.cli.main import root
 from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.errors import EngineError, EngineUnavailable, UsageError
+from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.imaging.decode import read_image, resize_image
 
 if importlib.util.find_spec("openvino") is None:
@@ -72,11 +72,11 @@ def pairs(
     packaged: Bundle, contract: GraphContract, precision: str, images: list[np.ndarray]
 ) -> Iterator[Compared]:
     with (
-        open_engine(packaged, contract, engine="onnxruntime-cpu") as reference,
-        open_engine(packaged, contract, engine="openvino", precision=precision) as engine,
+        open_backend(packaged, contract, backend="onnxruntime-cpu") as reference,
+        open_backend(packaged, contract, backend="openvino", precision=precision) as backend,
     ):
         for image in images:
-            yield Compared(reference.run(image), engine.run(image))
+            yield Compared(reference.run(image), backend.run(image))
 
 
 def is_far(got: np.ndarray, expected: np.ndarray) -> bool:
@@ -104,45 +104,45 @@ def test_bf16_is_within_its_limits_and_is_bf16(
 
 def test_which_precisions_it_computes_in(bundle_of_precisions: Bundle) -> None:
     assert tuple(GRAPHS) == ("fp32", "bf16", "int8")
-    assert engine_precisions(bundle_of_precisions, CAM, "openvino") == ("fp32",)
-    assert engine_precisions(bundle_of_precisions, SEGMENTER, "openvino") == ("fp32", "bf16", "int8")
-    assert engine_precisions(bundle_of_precisions, CAM, "onnxruntime-cpu") == ("fp32", "fp16")
-    assert engine_precisions(bundle_of_precisions, CAM, "opencv") == ()
-    with pytest.raises(EngineError, match="got the precision 'fp16', expected one of fp32, bf16, int8"):
-        OpenVinoEngine(b"", precision="fp16")
+    assert backend_precisions(bundle_of_precisions, CAM, "openvino") == ("fp32",)
+    assert backend_precisions(bundle_of_precisions, SEGMENTER, "openvino") == ("fp32", "bf16", "int8")
+    assert backend_precisions(bundle_of_precisions, CAM, "onnxruntime-cpu") == ("fp32", "fp16")
+    assert backend_precisions(bundle_of_precisions, CAM, "opencv") == ()
+    with pytest.raises(BackendError, match="got the precision 'fp16', expected one of fp32, bf16, int8"):
+        OpenVinoBackend(b"", precision="fp16")
 
 
 def test_bf16_is_where_openvino_is(bundle: Bundle, no_gpu: None, multiplies_bf16: None) -> None:
     """Nothing else computes it, so "auto" need not be told."""
-    choice = choose_engine(bundle, SEGMENTER, EngineRequest(precision="bf16"))
-    with choice.engine as engine:
-        assert (engine.name, choice.precision) == ("openvino", "bf16")
-    with choose_engine(bundle, SEGMENTER).engine as engine:
-        assert engine.name == "onnxruntime-cpu"
+    choice = select_backend(bundle, SEGMENTER, BackendRequest(precision="bf16"))
+    with choice.backend as backend:
+        assert (backend.name, choice.precision) == ("openvino", "bf16")
+    with select_backend(bundle, SEGMENTER).backend as backend:
+        assert backend.name == "onnxruntime-cpu"
 
 
 @pytest.mark.parametrize("name", ["auto", "openvino"])
 def test_bf16_is_for_the_segmenter(bundle: Bundle, name: str) -> None:
     with pytest.raises(UsageError, match="only the segmenter is made in bf16, expected fp32 or fp16"):
-        choose_engine(bundle, CAM, EngineRequest(name, "bf16"))
+        select_backend(bundle, CAM, BackendRequest(name, "bf16"))
 
 
 def test_bf16_of_a_graph_that_is_none_for_it(graphs: dict[str, bytes], multiplies_bf16: None) -> None:
-    with pytest.raises(EngineError, match="got the precision bf16, expected it for segmenter alone"):
-        OpenVinoEngine(graphs["cam.onnx"], precision="bf16")
+    with pytest.raises(BackendError, match="got the precision bf16, expected it for segmenter alone"):
+        OpenVinoBackend(graphs["cam.onnx"], precision="bf16")
 
 
 def test_a_processor_without_bf16(bundle: Bundle, without_bf16: None) -> None:
     problem = r"does not multiply bf16, it has FP32, INT8: choose the precision fp32 or int8$"
-    with pytest.raises(EngineUnavailable, match=problem) as caught:
-        open_engine(bundle, SEGMENTER, engine="openvino", precision="bf16")
+    with pytest.raises(BackendUnavailable, match=problem) as caught:
+        open_backend(bundle, SEGMENTER, backend="openvino", precision="bf16")
     assert caught.value.exit_code == 5
 
 
 def test_the_package_is_not_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EngineUnavailable, match="openvino is not installed: pip install openvino") as caught:
-        open_engine(bundle, CAM, engine="openvino")
+    with pytest.raises(BackendUnavailable, match="openvino is not installed: pip install openvino") as caught:
+        open_backend(bundle, CAM, backend="openvino")
     assert caught.value.exit_code == 5
 
 
@@ -151,8 +151,10 @@ def test_the_package_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError('Exception from src/core.cpp:1:\nDevice with "CPU" name is not registered\n')
 
     monkeypatch.setattr(openvino, "Core", fail)
-    with pytest.raises(EngineUnavailable, match='has no CPU here: Device with "CPU" name is not registered:'):
-        open_engine(bundle, CAM, engine="openvino")
+    with pytest.raises(
+        BackendUnavailable, match='has no CPU here: Device with "CPU" name is not registered:'
+    ):
+        open_backend(bundle, CAM, backend="openvino")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -163,10 +165,10 @@ def test_calls_side_by_side_give_the_same_bytes(
     answers = []
     for cpus in (1, 3):
         monkeypatch.setattr(engine_module, "usable_cpus", lambda cpus=cpus: cpus)
-        with open_engine(packaged, AFFINITY, threads=threads, engine="openvino") as engine:
+        with open_backend(packaged, AFFINITY, threads=threads, backend="openvino") as backend:
             for callers in (1, 5):
                 with ThreadPoolExecutor(callers) as pool:
-                    found = list(pool.map(engine.run, photographs * 2))
+                    found = list(pool.map(backend.run, photographs * 2))
                 answers.append([answer["affinity"].tobytes() for answer in found])
     assert all(answer == answers[0] for answer in answers)
     assert answers[0][:3] == answers[0][3:] and len(set(answers[0])) == 3
@@ -184,15 +186,15 @@ def test_settings() -> None:
 
 def test_a_path_and_errors_of_graphs(graphs: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "cam.onnx").write_bytes(graphs["cam.onnx"])
-    with OpenVinoEngine(tmp_path / "cam.onnx") as one, OpenVinoEngine(graphs["cam.onnx"]) as two:
+    with OpenVinoBackend(tmp_path / "cam.onnx") as one, OpenVinoBackend(graphs["cam.onnx"]) as two:
         assert one.contract == two.contract == CAM
         np.testing.assert_array_equal(one.run(IMAGE)["cam"], two.run(IMAGE)["cam"])
-    with pytest.raises(EngineError, match=r"gone\.onnx: cannot be loaded: .*No such file"):
-        OpenVinoEngine(tmp_path / "gone.onnx")
-    with pytest.raises(EngineError, match="graph: cannot be loaded: no ONNX file"):
-        OpenVinoEngine(b"<net/>")
-    with pytest.raises(EngineError, match=r"segmenter: got the outputs .*expected segmenter"):
-        OpenVinoEngine(graphs["cam.onnx"], contract=SEGMENTER)
+    with pytest.raises(BackendError, match=r"gone\.onnx: cannot be loaded: .*No such file"):
+        OpenVinoBackend(tmp_path / "gone.onnx")
+    with pytest.raises(BackendError, match="graph: cannot be loaded: no ONNX file"):
+        OpenVinoBackend(b"<net/>")
+    with pytest.raises(BackendError, match=r"segmenter: got the outputs .*expected segmenter"):
+        OpenVinoBackend(graphs["cam.onnx"], contract=SEGMENTER)
 
 
 def segmenter_of(nodes: list[onnx.NodeProto], shape: list[int]) -> bytes:
@@ -211,24 +213,24 @@ def segmenter_of(nodes: list[onnx.NodeProto], shape: list[int]) -> bytes:
 def test_failures_of_a_graph_are_engine_errors() -> None:
     """One line, without the places in OpenVINO's sources."""
     unknown = segmenter_of([helper.make_node("NoSuchNode", ["image"], ["labels"])], [1])
-    with pytest.raises(EngineError, match=r"^graph: cannot be loaded: .+") as caught:
-        OpenVinoEngine(unknown)
+    with pytest.raises(BackendError, match=r"^graph: cannot be loaded: .+") as caught:
+        OpenVinoBackend(unknown)
     assert "\n" not in str(caught.value) and "Exception from" not in str(caught.value)
     odd = segmenter_of([helper.make_node("Reshape", ["image", "shape"], ["labels"])], [7, 7, 7])
-    with OpenVinoEngine(odd) as engine:
+    with OpenVinoBackend(odd) as backend:
         for _ in range(2):  # a request that has failed is not used again
-            with pytest.raises(EngineError, match=r"^segmenter: cannot be run: .+") as caught:
-                engine.run(IMAGE)
+            with pytest.raises(BackendError, match=r"^segmenter: cannot be run: .+") as caught:
+                backend.run(IMAGE)
             assert "\n" not in str(caught.value) and "Exception from" not in str(caught.value)
         seven = np.arange(343, dtype=np.uint8)[: 7 * 7 * 3].reshape(1, 7, 7, 3)
-        with pytest.raises(EngineError, match="cannot be run"):
-            engine.run(seven)
+        with pytest.raises(BackendError, match="cannot be run"):
+            backend.run(seven)
 
 
 def test_runs_have_the_same_bytes_for_any_workers(
     packaged: Bundle, tmp_path: Path, multiplies_bf16: None
 ) -> None:
-    request = EngineRequest("openvino", "bf16")
+    request = BackendRequest("openvino", "bf16")
     results = []
     for workers in (1, 4):
         out = tmp_path / str(workers)
@@ -242,7 +244,7 @@ def test_label_runs(bundle: Bundle, photos: Path, tmp_path: Path, capsys: pytest
     """The tiny graphs are exact in both, so the masks are the same bytes as ONNX Runtime's."""
     masks: list[Any] = []
     for name in ("openvino", "onnxruntime-cpu"):
-        run_label(photos, tmp_path / name, bundle, request=EngineRequest(name))
+        run_label(photos, tmp_path / name, bundle, request=BackendRequest(name))
         masks.append({k: v for k, v in public_bytes(tmp_path / name).items() if k.endswith(".png")})
         assert f"cam, affinity: on {name}, fp32 (asked for)" in capsys.readouterr().err
     assert masks[0] == masks[1] and len(masks[0]) == 5
@@ -250,11 +252,11 @@ def test_label_runs(bundle: Bundle, photos: Path, tmp_path: Path, capsys: pytest
 
 def test_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = ["segment", str(PHOTOGRAPHS), "-o", str(out), "--engine", "openvino"]
+    command = ["segment", str(PHOTOGRAPHS), "-o", str(out), "--backend", "openvino"]
     result = CliRunner().invoke(root, command)
     assert result.exit_code == 0, result.output
     assert len(records(out)) == 3 and len(list((out / "masks").rglob("*.png"))) == 3
-    again = CliRunner().invoke(root, [*command, "--engine", "onnxruntime-cpu"])
+    again = CliRunner().invoke(root, [*command, "--backend", "onnxruntime-cpu"])
     assert again.exit_code == 2 and "engine of segmenter: got onnxruntime-cpu, fp32" in again.output
 
 
@@ -263,9 +265,9 @@ def test_nothing_is_said_or_left(graphs: dict[str, bytes], tmp_path: Path) -> No
     (tmp_path / "segmenter.onnx").write_bytes(graphs["segmenter.onnx"])
     program = (
         "import numpy as np, pathlib, sys\n"
-        "from multisa.runtime.backends.openvino import OpenVinoEngine\n"
+        "from multisa.runtime.backends.openvino import OpenVinoBackend\n"
         "assert 'openvino' not in sys.modules\n"
-        "with OpenVinoEngine(pathlib.Path('segmenter.onnx')) as engine:\n"
+        "with OpenVinoBackend(pathlib.Path('segmenter.onnx')) as engine:\n"
         "    engine.run(np.zeros((1, 40, 40, 3), np.uint8))\n"
     )
     result = subprocess.run(
@@ -285,9 +287,9 @@ def test_first_calls_from_several_threads_at_once_do_not_hang() -> None:
         "import sys, threading\n"
         "import numpy as np\n"
         "from multisa.runtime.bundle import default_bundle_path\n"
-        "from multisa.runtime.backends.openvino import OpenVinoEngine\n"
+        "from multisa.runtime.backends.openvino import OpenVinoBackend\n"
         "sys.setswitchinterval(1e-5)\n"
-        "engine = OpenVinoEngine(default_bundle_path() / 'segmenter.onnx', threads=1)\n"
+        "engine = OpenVinoBackend(default_bundle_path() / 'segmenter.onnx', threads=1)\n"
         "barrier, done = threading.Barrier(4), []\n"
         "def call():\n"
         "    barrier.wait()\n"

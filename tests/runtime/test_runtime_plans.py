@@ -15,16 +15,16 @@ import pytest
 from multisa.runtime.backends.engine_cache import (
     FLAGS,
     QUARANTINE,
-    PlanCache,
-    PlanKey,
+    EngineCache,
+    EngineKey,
     Profile,
-    StoredPlan,
+    StoredEngine,
     this_platform,
 )
 from multisa.runtime.errors import BundleError
 
 SMALL = Profile((1, 64, 64), (1, 320, 320), (8, 320, 320))
-KEY = PlanKey(
+KEY = EngineKey(
     graph="cam",
     precision="fp32",
     onnx_sha256="ab" * 32,
@@ -67,17 +67,17 @@ def never() -> bytes:
 
 
 def test_a_plan_is_built_once_and_found_as_it_was(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path / "engines")
+    cache = EngineCache(tmp_path / "engines")
     assert cache.get(KEY) is None
     built = cache.get_or_build(KEY, Builder(b"the plan"))
-    found = PlanCache(tmp_path / "engines").get_or_build(KEY, never)
+    found = EngineCache(tmp_path / "engines").get_or_build(KEY, never)
     assert found == built and found.read() == b"the plan" and found.bytes == 8
     assert found.path == tmp_path / "engines" / KEY.digest[:16] / "model.plan"
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PlanKey)])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EngineKey)])
 def test_every_field_of_the_key_is_another_plan(tmp_path: Path, field: str) -> None:
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     cache.get_or_build(KEY, Builder())
     other = dataclasses.replace(KEY, **{field: OTHER[field]})
     assert other.digest != KEY.digest
@@ -87,7 +87,7 @@ def test_every_field_of_the_key_is_another_plan(tmp_path: Path, field: str) -> N
 
 
 def test_find_is_by_graph_library_version_target_flags_and_platform(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     keys = [dataclasses.replace(KEY, **{name: value}) for name, value in OTHER.items()]
     for key in (KEY, *keys):
         cache.get_or_build(key, Builder(key.digest.encode()))
@@ -97,37 +97,37 @@ def test_find_is_by_graph_library_version_target_flags_and_platform(tmp_path: Pa
     found = cache.find(**asked)
     assert {plan.key.digest for plan in found} == expected and len(expected) == len(keys) - 5
     assert [plan.read().decode() for plan in found] == sorted(expected)
-    assert PlanCache(tmp_path / "none").find(**asked) == []
+    assert EngineCache(tmp_path / "none").find(**asked) == []
 
 
 def test_all_plans_are_listed_and_those_that_cannot_be_used(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path / "engines")
-    assert cache.list_plans() == ([], {})
+    cache = EngineCache(tmp_path / "engines")
+    assert cache.list_engines() == ([], {})
     keys = (KEY, *(dataclasses.replace(KEY, **{name: value}) for name, value in OTHER.items()))
     stored = [cache.get_or_build(key, Builder()) for key in keys]
-    assert cache.list_plans() == (sorted(stored, key=lambda plan: plan.key.digest), {})
+    assert cache.list_engines() == (sorted(stored, key=lambda plan: plan.key.digest), {})
     stored[0].path.unlink()
     cache.quarantine(stored[1], "the library refuses it")
     stored[2].path.with_name("plan.json").unlink()  # a build that did not end
-    plans, damaged = cache.list_plans()
-    assert plans == sorted(stored[3:], key=lambda plan: plan.key.digest)
+    engine_cache, damaged = cache.list_engines()
+    assert engine_cache == sorted(stored[3:], key=lambda plan: plan.key.digest)
     assert damaged == {stored[0].path.parent: "model.plan: expected a file of 4 bytes"}
 
 
-def flip_a_bit(plan: StoredPlan) -> None:
+def flip_a_bit(plan: StoredEngine) -> None:
     data = bytearray(plan.path.read_bytes())
     data[1] ^= 4
     plan.path.write_bytes(data)
 
 
-def edit(plan: StoredPlan, change: Callable[[dict], None]) -> None:
+def edit(plan: StoredEngine, change: Callable[[dict], None]) -> None:
     path = plan.path.with_name("plan.json")
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
 
 
-DAMAGE: dict[str, Callable[[StoredPlan], object]] = {
+DAMAGE: dict[str, Callable[[StoredEngine], object]] = {
     "a flipped bit": flip_a_bit,
     "cut short": lambda plan: os.truncate(plan.path, 2),
     "gone": lambda plan: plan.path.unlink(),
@@ -148,9 +148,9 @@ DAMAGE: dict[str, Callable[[StoredPlan], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damage_heals_itself(
-    tmp_path: Path, damage: Callable[[StoredPlan], object], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, damage: Callable[[StoredEngine], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     damage(stored)
     again = Builder(b"anew")
@@ -162,7 +162,7 @@ def test_damage_heals_itself(
 
 
 def test_get_puts_a_damaged_plan_aside(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     flip_a_bit(stored)
     with pytest.raises(BundleError, match="damaged"):
@@ -172,7 +172,7 @@ def test_get_puts_a_damaged_plan_aside(tmp_path: Path) -> None:
 
 
 def test_quarantine_takes_what_was_refused_and_nothing_newer(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     old = cache.get_or_build(KEY, Builder(b"old"))
     cache.quarantine(old, "the library refuses it")
     reason = tmp_path / QUARANTINE / KEY.digest[:16] / "reason.txt"
@@ -190,7 +190,7 @@ def test_what_cannot_be_read_is_not_damaged(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too many open files, say, or no permission: the plan stays, and nothing is built in its place."""
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     opened = Path.open
 
@@ -205,8 +205,8 @@ def test_what_cannot_be_read_is_not_damaged(
             cache.get(KEY)
         with pytest.raises(OSError, match="Too many open files"):
             cache.get_or_build(KEY, never)
-        plans, unusable = cache.list_plans()
-        assert (plans == [stored]) is (name == "model.plan") and len(unusable) == (name == "plan.json")
+        engine_cache, unusable = cache.list_engines()
+        assert (engine_cache == [stored]) is (name == "model.plan") and len(unusable) == (name == "plan.json")
     assert cache.get(KEY) == stored and not (tmp_path / QUARANTINE).exists()
 
 
@@ -214,7 +214,7 @@ def test_a_builder_that_fails_stores_nothing(tmp_path: Path) -> None:
     def fail() -> bytes:
         raise RuntimeError("no plan")
 
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     with pytest.raises(RuntimeError, match="no plan"):
         cache.get_or_build(KEY, fail)
     assert cache.get(KEY) is None
@@ -222,7 +222,7 @@ def test_a_builder_that_fails_stores_nothing(tmp_path: Path) -> None:
 
 
 def test_a_damaged_plan_that_cannot_be_put_aside_is_absent(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     flip_a_bit(stored)
     lock = tmp_path / f"{KEY.digest[:16]}.lock"
@@ -255,16 +255,16 @@ def test_a_profile_says_what_it_covers() -> None:
 BUILD = """
 import sys, time
 from pathlib import Path
-from multisa.runtime.backends.engine_cache import PlanCache, PlanKey, Profile
+from multisa.runtime.backends.engine_cache import EngineCache, EngineKey, Profile
 work, name = Path(sys.argv[1]), sys.argv[2]
-key = PlanKey("cam", "fp32", "ab" * 32, "tensorrt-rtx", "1.7.1.116", "sm89", "",
+key = EngineKey("cam", "fp32", "ab" * 32, "tensorrt-rtx", "1.7.1.116", "sm89", "",
               (Profile((1, 64, 64), (1, 320, 320), (8, 320, 320)),), ("TF32=0",), "linux-x86_64")
 def build():
     (work / f"{name}.building").touch()
     while not (work / f"{name}.go").exists():
         time.sleep(0.01)
     return name.encode()
-print(PlanCache(work / "engines").get_or_build(key, build).read().decode())
+print(EngineCache(work / "engines").get_or_build(key, build).read().decode())
 """
 
 
@@ -308,7 +308,7 @@ def test_what_a_killed_builder_was_writing_is_no_plan_and_goes(tmp_path: Path) -
     place.mkdir(parents=True)
     (place / ".model.plan.0123456789abcdef.tmp").write_bytes(b"half of a")
     (place / "model.plan").write_bytes(b"whole, but without the record that is written last")
-    cache = PlanCache(tmp_path)
+    cache = EngineCache(tmp_path)
     assert cache.get(KEY) is None
     assert cache.get_or_build(KEY, Builder()).read() == b"plan"
     assert sorted(path.name for path in place.iterdir()) == ["model.plan", "plan.json"]

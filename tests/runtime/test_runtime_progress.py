@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from multisa.runtime import progress as progress_module
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, log
 
 
 def test_quiet_when_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,8 +32,8 @@ def test_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_what_was_there_before_has_no_rate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], initial: int, expected: str
 ) -> None:
-    clock = iter([100.0, 110.0, 110.0, 110.0])
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    timer = iter([100.0, 110.0, 110.0, 110.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(timer))
     with Progress(10, "label", initial=initial) as progress:
         progress.advance(8 - initial)
     assert expected in capsys.readouterr().err
@@ -58,7 +58,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(2, "label") as progress:
         progress.advance(note="loss 0.1")
-        say("a remark")
+        log.info("a remark")
         progress.advance()
     text = terminal.getvalue()
     assert "2/2" in text and "loss 0.1" in text and "a remark\n" in text

@@ -27,7 +27,7 @@ RUN = {
     "seconds": 2.0,
     "images_per_second": 1.5,
     "workers": 1,
-    "passed_over": 1_234,
+    "skipped": 1_234,
     "stage_seconds": {"cam": 1.9, "decode": 0.1},
     "bundle": {"name": "tiny", "sha256": "0" * 64},
     "engines": {"cam": {"engine": "onnxruntime-cpu", "precision": "fp32", "reason": "<no GPU>"}},
@@ -54,15 +54,21 @@ class Tags(HTMLParser):
         return [value for _, attrs in self.tags for key in ("src", "href") if (value := attrs.get(key))]
 
 
-def record(index: int, doubt: float, **more: object) -> dict:
+def record(index: int, uncertainty: float, **more: object) -> dict:
     shares = {"background": 0.75, "green": 0.25}
     facts = {"index": index, "image": f"{index}.jpg", "mask": f"masks/{index}.png", "width": 80, "height": 60}
-    rates = {"confidence": 0.9, "disagreement": 0.1, "doubt": doubt}
+    rates = {"confidence": 0.9, "disagreement": 0.1, "uncertainty": uncertainty}
     return {**facts, "classes": ["green"], "pixel_shares": shares, **rates, **more}
 
 
 def report(
-    out: Path, manifest: Manifest, records: list[dict], *, gone: int = -1, pictured: int = 200, **more: object
+    out: Path,
+    manifest: Manifest,
+    records: list[dict],
+    *,
+    gone: int = -1,
+    report_images: int = 200,
+    **more: object,
 ) -> str:
     mask = np.zeros((60, 80), np.uint8)
     mask[20:40, 20:60] = 2
@@ -77,7 +83,7 @@ def report(
         manifest=manifest,
         read_photograph=lambda r: None if r["index"] == gone else np.full((60, 80, 3), 90, np.uint8),
         read_mask=lambda r: mask,
-        pictured=pictured,
+        report_images=report_images,
     )
     return (out / "report.html").read_text(encoding="utf-8")
 
@@ -87,7 +93,7 @@ def facts_of(page: str) -> list[dict]:
     return json.loads(page[start : page.index("</script>", start)])
 
 
-def test_the_most_doubtful_are_pictured_first(tmp_path: Path, manifest: Manifest) -> None:
+def test_the_most_uncertain_are_pictured_first(tmp_path: Path, manifest: Manifest) -> None:
     page = report(tmp_path, manifest, [record(0, 0.2), record(1, 0.9), record(2, 0.9), record(3, 0.5)])
     assert [fact["index"] for fact in facts_of(page)] == [1, 2, 3, 0]  # ties by index
     positions = [page.index(f'id="card-{i}"') for i in (1, 2, 3, 0)]
@@ -114,7 +120,7 @@ def test_masks_that_are_no_files_of_the_run_have_no_link(
     found = gather([record(0, 0.5, mask=mask)], CLASSES, 1)
     write_report(
         tmp_path / "out",
-        records=found.pictured,
+        records=found.report_images,
         run=RUN,
         failures=(),
         manifest=manifest,
@@ -160,7 +166,7 @@ def test_what_the_page_says(tmp_path: Path, manifest: Manifest) -> None:
             "and 5 more",
             "the photograph cannot be read",
         ),
-        *("25.00%", "doubt", "Gallery: 2 images"),
+        *("25.00%", "uncertainty", "Gallery: 2 images"),
     ):
         assert part in words, part
     assert not (tmp_path / "report/000001.photo.jpg").exists()
@@ -176,20 +182,20 @@ def test_one_pass_and_an_even_sample() -> None:
             yield record(index, (index * 7919 % 10_000) / 10_000)
 
     found = gather(records(), CLASSES, 200)
-    assert len(passes) == 1 and found.images == 10_000 and len(found.pictured) == 200
+    assert len(passes) == 1 and found.images == 10_000 and len(found.report_images) == 200
     assert len(found.samples) == 20
-    doubtful = [r for r in found.pictured if r["index"] not in found.samples]
-    assert {r["doubt"] for r in doubtful} == {1 - (i + 1) / 10_000 for i in range(180)}
+    uncertain = [r for r in found.report_images if r["index"] not in found.samples]
+    assert {r["uncertainty"] for r in uncertain} == {1 - (i + 1) / 10_000 for i in range(180)}
     places = np.array(sorted(found.samples))
     assert (np.diff(places) > 250).all() and (np.diff(places) < 750).all()
-    assert found.doubts == [500] * 20 and found.doubt == pytest.approx(0.49995)
+    assert found.uncertainties == [500] * 20 and found.uncertainty == pytest.approx(0.49995)
 
 
 @pytest.mark.parametrize("images", [0, 1, 9, 10, 11, 19, 20, 21, 300])
 @pytest.mark.parametrize("most", [0, 1, 10])
 def test_never_more_and_never_twice(images: int, most: int) -> None:
     found = gather((record(i, 0.5) for i in range(images)), CLASSES, most)
-    indices = [r["index"] for r in found.pictured]
+    indices = [r["index"] for r in found.report_images]
     assert len(set(indices)) == len(indices) == min(images, most)
     assert len(found.samples) == (most // 10 if images > most else 0)
 
@@ -210,7 +216,7 @@ def test_balance_counts_images_and_pixels() -> None:
         record(1, 0.0, pixel_shares={"red thing": 0.5, "green": 0.5}, width=160, height=120),
     ]
     found = gather(records, CLASSES, 0)
-    assert found.images_of_class == {"red thing": 1, "green": 1} and found.pictured == []
+    assert found.images_of_class == {"red thing": 1, "green": 1} and found.report_images == []
     assert found.pixel_shares == {"background": 0.2, "red thing": 0.4, "green": 0.4}
     assert found.missing_of_class == {"red thing": 0, "green": 1}
 

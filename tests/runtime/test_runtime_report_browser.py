@@ -29,7 +29,7 @@ const focused = (key) => { press(key); return document.activeElement.id; };
 const seen = { start: shown(), tools: !document.querySelector(".tools").hidden };
 seen.by_id = set("by-id", "SCRIPT"); set("by-id", "");
 seen.red = set("by-class", "red thing"); set("by-class", "");
-seen.doubtful = set("least", "0.5"); seen.between = set("most", "0.7"); seen.none = set("least", "0.69");
+seen.uncertaintyful = set("least", "0.5"); seen.between = set("most", "0.7"); seen.none = set("least", "0.69");
 seen.told = !document.querySelector(".none").hidden;
 $("reset").click(); seen.reset = shown();
 $("only-missing").checked = true; seen.missing = set("only-missing", "on"); $("reset").click();
@@ -53,8 +53,8 @@ def page(tmp_path: Path, manifest: Manifest) -> Path:
     ]
     records = [
         {"index": i, "image": image, "mask": None, "width": 80, "height": 60, "pixel_shares": shares}
-        | {"doubt": doubt, "confidence": confidence, "disagreement": 0.1, "missing": missing}
-        for i, (image, doubt, confidence, shares, missing) in enumerate(facts)
+        | {"uncertainty": uncertainty, "confidence": confidence, "disagreement": 0.1, "missing": missing}
+        for i, (image, uncertainty, confidence, shares, missing) in enumerate(facts)
     ]
     write_report(
         tmp_path,
@@ -106,7 +106,7 @@ def test_filters_order_and_keys(page: Path) -> None:
         "tools": True,
         "by_id": [2],
         "red": [1, 2],
-        "doubtful": [1, 0],
+        "uncertain": [1, 0],
         "between": [0],
         "none": [],
         "told": True,

@@ -55,7 +55,7 @@ def test_text_of_a_run() -> None:
             seconds=250.0,
             stages=(StageTime("segmenter", 240.0), StageTime("decode", 25.0)),
             kept=100,
-            passed_over=3,
+            skipped=3,
             cores=4,
             reasons={"the file is empty": 1, "cannot be decoded": 19},
             look_at=("out/report.html",),
@@ -81,9 +81,9 @@ def test_many_reasons_and_no_time() -> None:
 def test_figures_of_a_run_record() -> None:
     run = {"command": "label", "images": 3, "failures": 1, "seconds": 2.0, "workers": 2}
     stages = {"stage_seconds": {"cam": 3.0, "crf": 1.0}, "stage_workers": {"crf": 1}}
-    found = figures_from_run(run | stages | {"passed_over": 2_500, "skipped": ["a"]})  # it names some
+    found = figures_from_run(run | stages | {"skipped": 2_500, "skipped_entries": ["a"]})  # it names some
     assert found.stages == (StageTime("cam", 3.0, 2), StageTime("crf", 1.0, 1))
-    assert (found.done, found.failed, found.passed_over) == (3, 1, 2_500)
+    assert (found.done, found.failed, found.skipped) == (3, 1, 2_500)
     assert describe_run(figures_from_run({})).startswith("0 images")
 
 

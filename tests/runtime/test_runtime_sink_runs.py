@@ -91,7 +91,7 @@ class Parts:
     def __init__(self, indices: list[list[int]]) -> None:
         self.indices, self.read = indices, 0
 
-    def parts(self, sink: str):
+    def parts(self, writer: str):
         for shard in self.indices:
             self.read += 1
             yield part_of((index, [b"%d" % index, b"x"]) for index in shard)

@@ -16,13 +16,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
+from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import read_mask
-from multisa.runtime.writers.base import LabelledImage, SinkContext, SoftMaps, part_of
-from multisa.runtime.writers.coco import CocoSink
+from multisa.runtime.writers.base import ClassProbabilities, LabelledImage, WriterContext, part_of
+from multisa.runtime.writers.coco import CocoWriter
 from multisa.runtime.writers.encoding import distinct_colours, grey_png, ignore_name
-from multisa.runtime.writers.label_studio import LabelStudioSink
-from multisa.runtime.writers.registry import SINKS, open_sinks
+from multisa.runtime.writers.label_studio import LabelStudioWriter
+from multisa.runtime.writers.registry import WRITERS, open_writers
 
 NAMES = ("plain", "deep/a.b", "deep/a", "deep%2Fa", "a.jpg", "#ü 日本", "__MACOSX__/x")
 
@@ -38,7 +38,7 @@ def images(labelled: Make, blocks: Callable[..., np.ndarray]) -> list[LabelledIm
     masks[4][:] = 2
     maps = np.full((3, 5, 4), 1 / 3, np.float16)
     return [
-        labelled(name, mask, index, SoftMaps((0, 1, 2), maps))
+        labelled(name, mask, index, ClassProbabilities((0, 1, 2), maps))
         for index, (name, mask) in enumerate(zip(NAMES, masks, strict=True))
     ]
 
@@ -47,28 +47,28 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_sinks_are_opened_by_name_each_once(sink_context: SinkContext) -> None:
-    sinks = open_sinks(["soft", "masks", "soft"], sink_context)
-    assert [type(sink).__name__ for sink in sinks] == ["SoftSink", "MasksSink"]
-    assert [sink.needs_soft_maps for sink in sinks] == [True, False]
+def test_sinks_are_opened_by_name_each_once(sink_context: WriterContext) -> None:
+    writers = open_writers(["soft", "masks", "soft"], sink_context)
+    assert [type(writer).__name__ for writer in writers] == ["ProbabilitiesWriter", "MasksWriter"]
+    assert [writer.needs_probabilities for writer in writers] == [True, False]
     with pytest.raises(UsageError, match="got the sink 'voc', expected one of masks, tar, coco, cvat"):
-        open_sinks(["masks", "voc"], sink_context)
+        open_writers(["masks", "voc"], sink_context)
 
 
 def test_a_missing_package_is_told_when_the_sink_is_opened(
-    sink_context: SinkContext, monkeypatch: pytest.MonkeyPatch
+    sink_context: WriterContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EngineUnavailable, match=r'pip install "multisa\[parquet\]"'):
-        open_sinks(["parquet"], sink_context)
+    with pytest.raises(BackendUnavailable, match=r'pip install "multisa\[parquet\]"'):
+        open_writers(["parquet"], sink_context)
 
 
 def test_the_same_images_give_the_same_bytes(
     images: list[LabelledImage], write_sinks: Write, tmp_path: Path
 ) -> None:
-    first, second = (files_of(write_sinks(list(SINKS), images, tmp_path / run)) for run in "ab")
+    first, second = (files_of(write_sinks(list(WRITERS), images, tmp_path / run)) for run in "ab")
     assert first == second
-    assert len({name.split("/")[0] for name in first}) == len(SINKS)
+    assert len({name.split("/")[0] for name in first}) == len(WRITERS)
     for name, data in first.items():
         if name.endswith(".zip"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -79,26 +79,26 @@ def test_the_same_images_give_the_same_bytes(
 
 
 def test_files_named_after_images_are_those_that_are_told(
-    images: list[LabelledImage], write_sinks: Write, sink_context: SinkContext, tmp_path: Path
+    images: list[LabelledImage], write_sinks: Write, sink_context: WriterContext, tmp_path: Path
 ) -> None:
-    for name in SINKS:
+    for name in WRITERS:
         written = files_of(write_sinks([name], images, tmp_path / name))
-        (sink,) = open_sinks([name], sink_context)
-        told = {path for image in images for path in sink.results(image.name)}
+        (writer,) = open_writers([name], sink_context)
+        told = {path for image in images for path in writer.results(image.name)}
         assert told <= set(written)
         assert bool(told) == (name in ("masks", "datumaro", "confidence"))
 
 
-def test_a_shard_without_images_writes_no_file(sink_context: SinkContext, tmp_path: Path) -> None:
+def test_a_shard_without_images_writes_no_file(sink_context: WriterContext, tmp_path: Path) -> None:
     class Nothing:
         def write(self, relative: str, data: bytes) -> None:
             raise AssertionError(relative)
 
-        def write_part(self, sink: str, data: bytes) -> None:
+        def write_part(self, writer: str, data: bytes) -> None:
             assert data == b""
 
-    for sink in open_sinks(list(SINKS), sink_context):
-        sink.write_shard(Nothing(), 0, [])
+    for writer in open_writers(list(WRITERS), sink_context):
+        writer.write_shard(Nothing(), 0, [])
 
 
 def test_masks_are_the_pngs(images: list[LabelledImage], write_sinks: Write) -> None:
@@ -140,15 +140,15 @@ def test_pycocotools_reads_the_annotations(
 
 
 def test_a_retry_puts_annotations_in_their_place(
-    images: list[LabelledImage], sink_context: SinkContext, tmp_path: Path
+    images: list[LabelledImage], sink_context: WriterContext, tmp_path: Path
 ) -> None:
     from_order = {}
     for order in ([0, 1, 2, 3, 4, 5, 6], [0, 2, 4, 6, 1, 3, 5]):
-        sink, parts = CocoSink(sink_context), []
-        rows = [sink.encode(images[place]) for place in order]
+        writer, parts = CocoWriter(sink_context), []
+        rows = [writer.encode(images[place]) for place in order]
         parts = [part_of(rows[:2]), part_of(rows[2:4]), part_of(rows[4:5]), part_of(rows[5:])]
         folder = KeptParts(parts)
-        sink.finish(folder, 4)
+        writer.finalize(folder, 4)
         from_order[tuple(order)] = folder.data
     first, second = from_order.values()
     assert first == second and len(json.loads(first)["images"]) == 7
@@ -160,7 +160,7 @@ class KeptParts:
     def __init__(self, parts: list[bytes], times: int = 1, *, joined: bool = True) -> None:
         self.kept, self.times, self.joined, self.data, self.size = parts, times, joined, b"", 0
 
-    def parts(self, sink: str):
+    def parts(self, writer: str):
         for time in range(self.times):
             for part in self.kept:
                 yield part.replace(b"0\t", b"%d\t" % time, 1)
@@ -172,15 +172,15 @@ class KeptParts:
 
 
 def test_the_end_takes_no_more_memory_for_ten_times_the_images(
-    labelled: Make, sink_context: SinkContext, blocks: Callable[..., np.ndarray]
+    labelled: Make, sink_context: WriterContext, blocks: Callable[..., np.ndarray]
 ) -> None:
-    sink = CocoSink(sink_context)
-    part = part_of([sink.encode(labelled("a", blocks(400, 400, seed=1)))])
+    writer = CocoWriter(sink_context)
+    part = part_of([writer.encode(labelled("a", blocks(400, 400, seed=1)))])
     peaks, sizes = [], []
     for shards in (20, 20, 200):  # the first for what Python keeps
         folder = KeptParts([part], shards, joined=False)
         tracemalloc.start()
-        sink.finish(folder, shards)
+        writer.finalize(folder, shards)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         sizes.append(folder.size)
@@ -201,7 +201,7 @@ def test_cvat_declares_every_colour(images: list[LabelledImage], write_sinks: Wr
             assert (np.array(objects) == np.where(images[2].mask == 255, 0, images[2].mask)).all()
 
 
-def test_colours_and_names_are_never_shared(sink_context: SinkContext) -> None:
+def test_colours_and_names_are_never_shared(sink_context: WriterContext) -> None:
     palette = ((0, 0, 0), (0, 0, 0), (224, 224, 192))  # the second twice, the third is VOC's of 255
     manifest = replace(sink_context.manifest, palette=palette, classes=("background", "ignore", "b"))
     colours = distinct_colours(manifest)
@@ -233,19 +233,19 @@ def test_label_studio_tasks(images: list[LabelledImage], write_sinks: Write) -> 
     ],
 )
 def test_label_studio_finds_the_images(
-    prefix: str, expected: str, labelled: Make, sink_context: SinkContext
+    prefix: str, expected: str, labelled: Make, sink_context: WriterContext
 ) -> None:
-    (sink,) = open_sinks(["label-studio"], sink_context, image_prefix=prefix)
-    task = json.loads(sink.encode(labelled("#ü a", np.zeros((3, 4), np.uint8))))
+    (writer,) = open_writers(["label-studio"], sink_context, image_prefix=prefix)
+    task = json.loads(writer.encode(labelled("#ü a", np.zeros((3, 4), np.uint8))))
     assert task["data"]["image"] == expected and task["predictions"][0]["result"] == []
 
 
 def test_an_image_too_large_for_label_studio_is_refused(
-    labelled: Make, sink_context: SinkContext, monkeypatch: pytest.MonkeyPatch
+    labelled: Make, sink_context: WriterContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("multisa.runtime.writers.label_studio._MAX_PIXELS", 11)
     with pytest.raises(ImageError, match="got 12 pixels, the format takes at most 11"):
-        LabelStudioSink(sink_context).encode(labelled("a", np.ones((3, 4), np.uint8)))
+        LabelStudioWriter(sink_context).encode(labelled("a", np.ones((3, 4), np.uint8)))
 
 
 def test_datumaro_masks_are_grey_ids(images: list[LabelledImage], write_sinks: Write) -> None:
@@ -280,5 +280,5 @@ def test_pyarrow_reads_the_statistics(images: list[LabelledImage], write_sinks: 
         expected = {name: image.record["pixel_shares"].get(name, 0) for name in row["pixel_shares"]}
         assert row["pixel_shares"] == expected and list(expected) == ["background", "red thing", "green"]
         assert row["classes"] == image.record["classes"] and row["notes"] == []
-        assert row["confidence"] == 0.75 and row["doubt"] is None
+        assert row["confidence"] == 0.75 and row["uncertainty"] is None
         assert json.loads(row["details"]) == {"scores": {"green": 0.5}}

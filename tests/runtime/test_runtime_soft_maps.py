@@ -15,10 +15,10 @@ from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.predict.postprocess import background_and_foreground, pseudo_mask
 from multisa.runtime.writers import probabilities as soft_maps
-from multisa.runtime.writers.base import LabelledImage, SinkContext, SoftMaps
+from multisa.runtime.writers.base import ClassProbabilities, LabelledImage, WriterContext
 from multisa.runtime.writers.encoding import tar_bytes, zip_bytes
 from multisa.runtime.writers.probabilities import (
-    SoftSink,
+    ProbabilitiesWriter,
     mask_from_soft_maps,
     read_soft_maps,
     write_masks_from_soft_maps,
@@ -51,7 +51,7 @@ def images(labelled: Callable[..., LabelledImage]) -> list[LabelledImage]:
     made = []
     for seed, name in enumerate(("a", "deep/b.c", "ü%2E")):
         maps = background_and_foreground(scores(seed), BACKGROUND).astype(np.float16)
-        made.append(labelled(name, made_by_run(seed, BACKGROUND), seed, SoftMaps((0, 1, 2), maps)))
+        made.append(labelled(name, made_by_run(seed, BACKGROUND), seed, ClassProbabilities((0, 1, 2), maps)))
     return made
 
 
@@ -64,9 +64,11 @@ def test_soft_maps_are_read_as_they_were_written(tar: Path, images: list[Labelle
     read = [*read_soft_maps(tar), *read_soft_maps(tar.with_name("000001.tar"))]
     assert [image.name for image in read] == [image.name for image in images]
     for found, image in zip(read, images, strict=True):
-        assert found.soft.class_ids == (0, 1, 2) and found.size == SIZE and found.record == image.record
-        assert found.soft.probabilities.dtype == np.float16
-        assert (found.soft.probabilities == image.soft.probabilities).all()
+        assert (
+            found.probabilities.class_ids == (0, 1, 2) and found.size == SIZE and found.record == image.record
+        )
+        assert found.probabilities.probabilities.dtype == np.float16
+        assert (found.probabilities.probabilities == image.probabilities.probabilities).all()
         assert (found.confidence == image.confidence).all()
 
 
@@ -75,7 +77,7 @@ def test_numpy_opens_the_arrays(tar: Path, images: list[LabelledImage]) -> None:
         data = archive.extractfile("a.npz").read()
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         assert sorted(arrays) == ["class_ids", "confidence", "probabilities", "size"]
-        assert (arrays["probabilities"] == images[0].soft.probabilities).all()
+        assert (arrays["probabilities"] == images[0].probabilities.probabilities).all()
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 1.7])
@@ -93,7 +95,7 @@ def test_masks_are_those_of_another_background_score(tar: Path, weight: float) -
 
 def test_unsure_pixels_are_left_open(tar: Path) -> None:
     image = next(read_soft_maps(tar))
-    best = image.soft.probabilities.astype(np.float32)
+    best = image.probabilities.probabilities.astype(np.float32)
     sure = resize_mask((best.max(axis=0) >= 0.5 * best.sum(axis=0)).astype(np.uint8), SIZE) > 0
     mask = mask_from_soft_maps(image, minimum_confidence=0.5)
     assert ((mask != 255) == sure).all() and 0.1 < sure.mean() < 0.9
@@ -226,11 +228,11 @@ def test_arrays_that_swell_are_refused(tar: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_damaged_files_are_read_or_refused(
-    labelled: Callable[..., LabelledImage], sink_context: SinkContext, tmp_path: Path
+    labelled: Callable[..., LabelledImage], sink_context: WriterContext, tmp_path: Path
 ) -> None:
     maps = background_and_foreground(scores(1)[:, :4, :4], BACKGROUND).astype(np.float16)
-    image = labelled("a", made_by_run(1, BACKGROUND), 0, SoftMaps((0, 1, 2), maps))
-    good = tar_bytes(SoftSink(sink_context).encode(image))
+    image = labelled("a", made_by_run(1, BACKGROUND), 0, ClassProbabilities((0, 1, 2), maps))
+    good = tar_bytes(ProbabilitiesWriter(sink_context).encode(image))
     random, path, refused = np.random.default_rng(0), tmp_path / "damaged.tar", 0
     for _ in range(400):
         data = np.frombuffer(good, np.uint8).copy()

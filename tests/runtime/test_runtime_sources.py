@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.sources.base import Listed, OtherFiles, PassedOver, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.names import Seen, safe_id, unique_id, unsafe_path
 from multisa.runtime.sources.registry import open_source
 
@@ -39,8 +39,8 @@ def ids(spec: object, **options: Any) -> list[str]:
     return [item.id for item in items(spec, **options)]
 
 
-def passed_over(spec: object) -> dict[str, str]:
-    return {entry.id: entry.reason for entry in listed(spec) if isinstance(entry, PassedOver)}
+def skipped(spec: object) -> dict[str, str]:
+    return {entry.id: entry.reason for entry in listed(spec) if isinstance(entry, Skipped)}
 
 
 def contents(spec: object, **options: Any) -> dict[str, bytes]:
@@ -93,7 +93,7 @@ def test_what_is_passed_over_in_a_folder(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe.jpg")
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jpg")).write_bytes(b"")
     assert ids(folder) == ["a.jpg", "in/d.jpg", "link.jpg"]
-    assert passed_over(folder) == {
+    assert skipped(folder) == {
         ".b.jpg": "hidden",
         ".git": "hidden",
         "away.jpg": "symbolic link that leaves the folder",
@@ -283,7 +283,7 @@ def test_tar_shards_with_labels_beside_the_images(tmp_path: Path) -> None:
         ("000/x/6.jpg", None),
         ("001/x/1.jpg", None),
     ]
-    assert passed_over(spec) == {"000/x/5.json": "is not JSON, or nested too deeply"}
+    assert skipped(spec) == {"000/x/5.json": "is not JSON, or nested too deeply"}
     assert listed(spec)[-1] == OtherFiles(1)
     assert [*contents(spec).values()] == [b"one", b"two", b"three", b"four", b"five", b"six", b"uno", b"L"]
     assert contents(tmp_path / "*.tar") == contents(spec)

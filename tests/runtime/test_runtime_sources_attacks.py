@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.sources.base import PassedOver, SourceItem
+from multisa.runtime.sources.base import Skipped, SourceItem
 from multisa.runtime.sources.names import unsafe_path
 from multisa.runtime.sources.registry import open_source
 
@@ -43,7 +43,7 @@ def look(path: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     with open_source(str(path)) as source:
         entries = list(source.listing())
         data = {entry.id: source.read(entry) for entry in entries if isinstance(entry, SourceItem)}
-    return data, {entry.id: entry.reason for entry in entries if isinstance(entry, PassedOver)}
+    return data, {entry.id: entry.reason for entry in entries if isinstance(entry, Skipped)}
 
 
 def tar_of(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
@@ -114,30 +114,30 @@ TARS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize(("bad", "reason"), TARS.values(), ids=TARS)
 def test_members_of_a_tar_that_are_no_files(tmp_path: Path, bad: bytes, reason: str) -> None:
     (tmp_path / "t.tar").write_bytes(bad + tar_of(member("good.jpg")))
-    data, passed_over = look(tmp_path / "t.tar")
+    data, skipped = look(tmp_path / "t.tar")
     assert data == {"t/good.jpg": GOOD}
-    assert list(passed_over.values()) == [reason]
+    assert list(skipped.values()) == [reason]
 
 
 def test_sparse_by_pax(tmp_path: Path) -> None:
     info, data = member("bad.jpg")
     info.pax_headers = {"GNU.sparse.major": "1"}
     (tmp_path / "t.tar").write_bytes(tar_of((info, data), member("good.jpg"), form=tarfile.PAX_FORMAT))
-    data_read, passed_over = look(tmp_path / "t.tar")
+    data_read, skipped = look(tmp_path / "t.tar")
     assert data_read == {"t/good.jpg": GOOD}
-    assert "sparse" in passed_over["t/bad.jpg"]
+    assert "sparse" in skipped["t/bad.jpg"]
 
 
 def test_the_first_of_equal_names_is_taken(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_of(member("a.jpg"), member("b.jpg"), member("a.jpg", b"other")))
-    data, passed_over = look(tmp_path / "t.tar")
+    data, skipped = look(tmp_path / "t.tar")
     assert data == {"t/a.jpg": GOOD, "t/b.jpg": GOOD}
-    assert "the first is taken" in passed_over["t/a.jpg"]
+    assert "the first is taken" in skipped["t/a.jpg"]
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("a.jpg", GOOD)
         archive.writestr("a.jpg", b"other")
-    data, passed_over = look(tmp_path / "z.zip")
-    assert data == {"a.jpg": GOOD} and "the first is taken" in passed_over["a.jpg"]
+    data, skipped = look(tmp_path / "z.zip")
+    assert data == {"a.jpg": GOOD} and "the first is taken" in skipped["a.jpg"]
 
 
 HEADER = tar_of(member("a.jpg"))[:512]
@@ -173,9 +173,9 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
 def test_a_tar_is_read_as_far_as_it_is_whole(tmp_path: Path, tail: bytes, reason: str) -> None:
     whole = tar_of(member("good.jpg"))[: 512 + 1024]
     (tmp_path / "t.tar").write_bytes(whole + tail)
-    data, passed_over = look(tmp_path / "t.tar")
+    data, skipped = look(tmp_path / "t.tar")
     assert data == {"t/good.jpg": GOOD}
-    assert reason in passed_over["t.tar"] and "what follows is not read" in passed_over["t.tar"]
+    assert reason in skipped["t.tar"] and "what follows is not read" in skipped["t.tar"]
     (tmp_path / "t.tar").write_bytes(tail)
     with pytest.raises(UsageError, match="cannot be read as a tar file"):
         look(tmp_path / "t.tar")
@@ -185,9 +185,9 @@ def test_a_tar_is_read_as_far_as_it_is_whole(tmp_path: Path, tail: bytes, reason
 def test_a_member_cut_off(tmp_path: Path, size: bytes) -> None:
     whole = tar_of(member("good.jpg"))[: 512 + 1024]
     (tmp_path / "t.tar").write_bytes(whole + with_field(HEADER, 124, size) + b"x" * 100)
-    data, passed_over = look(tmp_path / "t.tar")
+    data, skipped = look(tmp_path / "t.tar")
     assert data == {"t/good.jpg": GOOD}
-    assert passed_over["t/a.jpg"].startswith("cut off: 100 of its")
+    assert skipped["t/a.jpg"].startswith("cut off: 100 of its")
 
 
 def test_an_empty_tar_and_one_that_shrinks(tmp_path: Path) -> None:
@@ -245,16 +245,16 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
 @pytest.mark.parametrize(("make", "reason"), ZIPS.values(), ids=ZIPS)
 def test_members_of_a_zip_that_are_not_taken(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
     (tmp_path / "z.zip").write_bytes(make())
-    data, passed_over = look(tmp_path / "z.zip")
+    data, skipped = look(tmp_path / "z.zip")
     assert data == {"good.jpg": GOOD}
-    assert reason in passed_over["a.jpg"]
+    assert reason in skipped["a.jpg"]
 
 
 def test_members_that_overlap_are_not_taken(tmp_path: Path) -> None:
     (tmp_path / "z.zip").write_bytes(_second_offset(zip_of()))
-    data, passed_over = look(tmp_path / "z.zip")
-    assert data == {} and set(passed_over) == {"a.jpg", "good.jpg"}
-    assert set(passed_over.values()) == {"overlaps another member, as in a zip bomb"}
+    data, skipped = look(tmp_path / "z.zip")
+    assert data == {} and set(skipped) == {"a.jpg", "good.jpg"}
+    assert set(skipped.values()) == {"overlaps another member, as in a zip bomb"}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_members_of_a_zip_that_turn_out_to_be_others(tmp_path: Path, data: bytes
     (tmp_path / "z.zip").write_bytes(data)
     with open_source(str(tmp_path / "z.zip")) as source:
         for entry in source.listing():
-            if isinstance(entry, PassedOver):
+            if isinstance(entry, Skipped):
                 assert match in entry.reason
             elif isinstance(entry, SourceItem) and entry.id == "a.jpg":
                 with pytest.raises(ImageError, match=match):

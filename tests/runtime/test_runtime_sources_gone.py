@@ -27,7 +27,7 @@ def is_gone(source: Source, item: SourceItem) -> bool:
     """As the pipeline asks."""
     with pytest.raises(ImageError):
         source.read(item)
-    return not source.is_there(item)
+    return not source.exists(item)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ SPECS = (
 def test_a_disk_that_is_unplugged(tmp_path: Path, disk: Path, spec: str, leaves: str) -> None:
     with open_source(str(tmp_path / spec)) as source:
         found = [item for item in listed(source).values() if item.size >= 0]
-        assert found and all(source.is_there(item) for item in found)
+        assert found and all(source.exists(item) for item in found)
         disk.rename(tmp_path / "elsewhere")
         if leaves != "nothing":
             disk.mkdir()
@@ -77,7 +77,7 @@ def test_one_image_that_is_gone(tmp_path: Path, disk: Path) -> None:
     shutil.rmtree(disk / "photos/in")
     for source, found in zip(sources, items, strict=True):
         for item in found.values():
-            assert source.is_there(item)  # one that never was is an error of the list
+            assert source.exists(item)  # one that never was is an error of the list
     with tarfile.open(disk / "photos.tar", "w"):
         pass  # another one in its place
     tar = sources[SPECS.index("disk/photos.tar") - 1]
@@ -117,7 +117,7 @@ def test_looking_whether_a_folder_is_there_looks_at_one_name(
         (item, *_) = listed(source).values()
         with monkeypatch.context() as patch:
             patch.setattr(os, "scandir", Names)
-            there = source.is_there(item)
+            there = source.exists(item)
         assert there and Names.asked == 1
 
 
@@ -139,7 +139,7 @@ def test_a_server_is_asked_for_one_name_and_not_again_for_a_while(
     info = type(memory).info
     monkeypatch.setattr(type(memory), "info", lambda self, path, **_: asked.append(path) or info(self, path))
     monkeypatch.setattr(type(memory), "ls", lambda *_, **__: pytest.fail("all names are asked for"))
-    assert all(source.is_there(item) for _ in range(50)) and len(asked) == 1
+    assert all(source.exists(item) for _ in range(50)) and len(asked) == 1
 
 
 def test_a_server_that_is_gone(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,11 +150,11 @@ def test_a_server_that_is_gone(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp
     never = listed(many)["multisa-gone/never.jpg"]
     for source in (folder, one, many):
         (item, *_) = listed(source).values()
-        assert source.read(item) == b"x" and source.is_there(item)
-    assert many.is_there(never)
+        assert source.read(item) == b"x" and source.exists(item)
+    assert many.exists(never)
     memory.rm("/multisa-gone", recursive=True)
-    assert not folder.is_there(item) and not one.is_there(item)
-    assert not many.is_there(never)  # what was read before cannot be read any more
+    assert not folder.exists(item) and not one.exists(item)
+    assert not many.exists(never)  # what was read before cannot be read any more
 
 
 def test_hosts_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from made_archives import tar_of
 from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
-from multisa.runtime.errors import EngineUnavailable, ImageError, UsageError
-from multisa.runtime.sources.base import PassedOver, SourceItem
+from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
+from multisa.runtime.sources.base import Skipped, SourceItem
 from multisa.runtime.sources.registry import open_source
 from multisa.runtime.sources.remote import s3_folder
 
@@ -103,7 +103,7 @@ def test_names_that_only_a_bucket_can_hold(photos: Bucket) -> None:
     with open_source(f"s3://{photos.name}/photos", storage_options=photos.options) as source:
         entries = list(source.listing())
     assert [entry.id for entry in entries if isinstance(entry, SourceItem)] == ORDER
-    reasons = {entry.id: entry.reason for entry in entries if isinstance(entry, PassedOver)}
+    reasons = {entry.id: entry.reason for entry in entries if isinstance(entry, Skipped)}
     assert reasons[".h"] == "hidden"
     assert reasons["a/..\\x.jpg"] == "backslash in its name"
 
@@ -136,7 +136,7 @@ def test_an_archive_that_has_changed_in_a_bucket(bucket: Bucket) -> None:
     bucket.put("t.tar", tar_of({"1.jpg": b"uno"}))
     with pytest.raises(ImageError, match=r"^changed since it was listed"):
         source.read(item)
-    assert source.is_there(item)
+    assert source.exists(item)
 
 
 def test_a_folder_of_several_pages(photos: Bucket) -> None:
@@ -178,11 +178,11 @@ def test_keys_that_are_valid_no_more(photos: Bucket, tmp_path: Any, monkeypatch:
     sources = [open_source(spec, storage_options=photos.options) for spec in specs]
     items = [next(entry for entry in s.listing() if isinstance(entry, SourceItem)) for s in sources]
     for source, item in zip(sources, items, strict=True):
-        assert source.read(item) and source.is_there(item)
+        assert source.read(item) and source.exists(item)
     never = replace(items[-1], place=f"{url}/never.jpg")
     with pytest.raises(ImageError, match="No such file"):
         sources[-1].read(never)
-    assert sources[-1].is_there(never)
+    assert sources[-1].exists(never)
     monkeypatch.setattr("multisa.runtime.sources.remote._REMEMBERED", 0.0)
 
     async def expired(*_: object, **__: object) -> None:
@@ -193,7 +193,7 @@ def test_keys_that_are_valid_no_more(photos: Bucket, tmp_path: Any, monkeypatch:
     for source, item in zip([*sources, fresh], [*items, items[-1]], strict=True):
         with pytest.raises(ImageError, match="Permission denied"):
             source.read(item)
-        assert not source.is_there(item)
+        assert not source.exists(item)
 
 
 def test_archives_of_a_bucket(bucket: Bucket) -> None:
@@ -260,7 +260,7 @@ def test_memory() -> None:
 def test_a_protocol_whose_package_is_missing() -> None:
     if importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is here")
-    with pytest.raises(EngineUnavailable, match="pip install gcsfs"):
+    with pytest.raises(BackendUnavailable, match="pip install gcsfs"):
         open_source("gs://bucket/photos")
     with pytest.raises(UsageError, match="expected s3://"):
         open_source("nonsense://bucket/photos")

@@ -15,7 +15,7 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.jobs import telemetry as log_module
 from multisa.runtime.jobs import telemetry as telemetry_module
 from multisa.runtime.jobs.telemetry import JsonLog, Metric, MetricsServer, Telemetry, render_metrics
-from multisa.runtime.progress import Progress, say
+from multisa.runtime.progress import Progress, log
 
 
 def events(path: Path) -> list[dict]:
@@ -105,12 +105,12 @@ def test_stderr_holds_json_and_nothing_else(
     monkeypatch.setattr("multisa.runtime.progress.LINE_INTERVAL", 0.0)
     with Telemetry(log_json="-") as telemetry, Progress(2, "segment") as progress:
         telemetry.run_started("segment", images=2)
-        say("an engine was chosen")
+        log.info("an engine was chosen")
         progress.advance()
     said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     assert [event["event"] for event in said] == ["run started", "said"]
     assert said[1]["message"] == "an engine was chosen"
-    say("to people again")
+    log.info("to people again")
     assert capfd.readouterr().err == "to people again\n"
 
 

@@ -1,4 +1,4 @@
-"""TensorRTEngine without a GPU: run on a driver whose device is the CPU, held against the true bindings."""
+"""TensorRTBackend without a GPU: run on a driver whose device is the CPU, held against the true bindings."""
 
 import enum
 import importlib
@@ -28,7 +28,7 @@ from multisa.runtime.backends.tensorrt_runtime import (
     import_library,
 )
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 
 ON_CPU = Path(fake_tensorrt.__file__).parent
 OPEN = """
@@ -36,10 +36,10 @@ import sys
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.tensorrt import open_tensorrt
-from multisa.runtime.errors import EngineUnavailable
+from multisa.runtime.errors import BackendUnavailable
 try:
     open_tensorrt(load_bundle(default_bundle_path()), CAM)
-except EngineUnavailable as error:
+except BackendUnavailable as error:
     print(error.exit_code, error)
 print([name for name in sys.modules if name.startswith("tensorrt")])
 """
@@ -76,7 +76,7 @@ def test_no_gpu(tmp_path: Path) -> None:
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     tensorrt_library.default_gpu.cache_clear()
-    with pytest.raises(EngineUnavailable, match=r"pycuda: cannot be imported .*pip install pycuda, and"):
+    with pytest.raises(BackendUnavailable, match=r"pycuda: cannot be imported .*pip install pycuda, and"):
         open_tensorrt(load_bundle(default_bundle_path()), CAM)
 
 
@@ -95,7 +95,7 @@ def test_no_library(library: str, remedy: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.pyi").write_text("")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(EngineUnavailable, match=re.escape(f"{library} is not installed: ")) as caught:
+    with pytest.raises(BackendUnavailable, match=re.escape(f"{library} is not installed: ")) as caught:
         import_library(library)
     assert remedy in str(caught.value)
 
@@ -113,7 +113,7 @@ def test_unusable_library(source: str, message: str, tmp_path: Path, monkeypatch
     (tmp_path / "tensorrt.py").write_text(source)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with pytest.raises(EngineUnavailable, match=message):
+    with pytest.raises(BackendUnavailable, match=message):
         import_library(TENSORRT)
     sys.modules.pop("tensorrt", None)
 

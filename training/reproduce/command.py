@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import DataSet
@@ -49,7 +49,9 @@ def _say_what_differs(config: TrainConfig, root: Path) -> None:
     kept, asked = (_flat(record_to_dict(c)) for c in (load_run(root).config, config))
     differing = [f"{key} {asked[key]} (there: {kept[key]})" for key in asked if asked[key] != kept[key]]
     if differing:
-        say(f"{root / RUN_RECORD}: other settings, what depends on them is made anew: {', '.join(differing)}")
+        log.info(
+            f"{root / RUN_RECORD}: other settings, what depends on them is made anew: {', '.join(differing)}"
+        )
 
 
 def _flat(values: dict[str, object], before: str = "") -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Several processes of this machine: with NVIDIA GPUs each has one, without them they share the cores.
 
-with ProcessCrew(job, watch, processes=4) as crew:
+with ProcessExecutor(job, watch, processes=4) as crew:
     crew.do(shards, committed)
 
 Processes are spawned, never forked: neither CUDA nor threads live through a fork. A script that starts a run
@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import Any
 
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.jobs.executors.remote import Answer, Hands, Lost, Member
-from multisa.runtime.jobs.executors.worker import UNDER_WAY, Fault, Hand, Order
-from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerDied, WorkerHandle
+from multisa.runtime.jobs.executors.worker import UNDER_WAY, RemoteError, ShardTask, ShardWorker
+from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import Job
 
 _PATIENCE = 10.0  # seconds for a process to close what it has open
@@ -34,18 +34,18 @@ _Pipe = connection.Connection
 
 
 @dataclass(eq=False, kw_only=True)
-class _Member(Member):
+class _Member(WorkerHandle):
     index: int
     process: SpawnProcess
     pipe: _Pipe
 
 
-class ProcessCrew(Hands[_Member]):
+class ProcessExecutor(RemoteExecutor[_Member]):
     """So many processes; one that dies is started again."""
 
-    _advice = "if the memory is full, take fewer --processes, and the same command goes on"
+    _advice = "if the memory is full, take fewer --num-processes, and the same command goes on"
 
-    def __init__(self, job: Job, watch: Watch, processes: int) -> None:
+    def __init__(self, job: Job, watch: RunMonitor, processes: int) -> None:
         super().__init__(job, watch)
         workers = max(1, job.sizes.workers // processes)
         self._share = replace(job, sizes=replace(job.sizes, workers=workers))
@@ -77,7 +77,7 @@ class ProcessCrew(Hands[_Member]):
     def _members(self) -> Collection[_Member]:
         return self._processes.values()
 
-    def _give(self, member: _Member, order: Order) -> None:
+    def _give(self, member: _Member, order: ShardTask) -> None:
         with contextlib.suppress(OSError):  # it has died, which is read from the pipe next
             member.pipe.send(order)
 
@@ -93,7 +93,7 @@ class ProcessCrew(Hands[_Member]):
             except (EOFError, OSError):
                 _bury(member)
                 self._processes[member.index] = self._start(member.index)
-                answer = Lost(_how_it_ended(member.process.exitcode))
+                answer = WorkerDied(_how_it_ended(member.process.exitcode))
             yield member, answer
 
     def _start(self, index: int) -> _Member:
@@ -149,23 +149,23 @@ def _work(job: Job, pipe: _Pipe, gpu: str | None) -> None:
         signal.signal(number, signal.SIG_IGN)
     if gpu is not None:
         os.environ[_VISIBLE] = gpu  # before anything of CUDA is loaded
-    orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+    orders: queue.SimpleQueue[ShardTask | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, orders), daemon=True).start()
     sending = threading.Lock()
 
     def answer(future: Future[Any]) -> None:
         error = future.exception()
         with sending, contextlib.suppress(OSError):  # nobody is there, which `_listen` notices
-            pipe.send(Fault.of(error) if error else future.result())
+            pipe.send(RemoteError.of(error) if error else future.result())
 
-    hand = Hand(job)
+    hand = ShardWorker(job)
     with contextlib.closing(hand), ThreadPoolExecutor(UNDER_WAY) as threads:
         threads.submit(hand.open).add_done_callback(answer)
         while (order := orders.get()) is not None:
             threads.submit(hand.do, order).add_done_callback(answer)
 
 
-def _listen(pipe: _Pipe, orders: "queue.SimpleQueue[Order | None]") -> None:
+def _listen(pipe: _Pipe, orders: "queue.SimpleQueue[ShardTask | None]") -> None:
     """Take orders. Nothing that is cut off is lost, so without anyone to answer to there is no more to do."""
     try:
         while (order := pipe.recv()) is not None:

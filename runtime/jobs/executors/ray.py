@@ -1,6 +1,6 @@
 """The machines of a Ray cluster: an actor on each GPU, or on each machine where the cluster has none.
 
-with RayCrew(job, watch, "auto") as crew:
+with RayExecutor(job, watch, "auto") as crew:
     crew.do(shards, committed)
 
 Machines may leave and join while a run goes on. All of them see the images, the bundle and OUT at the same
@@ -18,16 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from multisa.runtime.errors import EngineUnavailable, MultisaError
+from multisa.runtime.errors import BackendUnavailable, MultisaError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.jobs.executors.remote import Answer, Hands, Lost, Member
-from multisa.runtime.jobs.executors.worker import UNDER_WAY, Fault, Hand, Order
+from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerDied, WorkerHandle
+from multisa.runtime.jobs.executors.worker import UNDER_WAY, RemoteError, ShardTask, ShardWorker
 from multisa.runtime.jobs.journal import ShardResult
-from multisa.runtime.jobs.monitor import Watch
+from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.shards import TEMPORARY
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job
-from multisa.runtime.progress import say
+from multisa.runtime.progress import log
 
 LOCAL = "local"  # the address for a cluster of this machine alone, for this run
 
@@ -53,7 +53,7 @@ class _Place:
 
 
 @dataclass(eq=False, kw_only=True)
-class _Actor(Member):
+class _Actor(WorkerHandle):
     place: _Place
     handle: Any
     calls: list[Any] = field(default_factory=list)  # references to answers
@@ -61,11 +61,11 @@ class _Actor(Member):
     said: bool = False  # that it is waited for
 
 
-class RayCrew(Hands[_Actor]):
+class RayExecutor(RemoteExecutor[_Actor]):
     """The actors of a cluster; where one is lost another is started, while the machine is there."""
 
-    def __init__(self, job: Job, watch: Watch, address: str) -> None:
-        """Raises EngineUnavailable without Ray."""
+    def __init__(self, job: Job, watch: RunMonitor, address: str) -> None:
+        """Raises BackendUnavailable without Ray."""
         super().__init__(_absolute(job), watch)
         self._address, self._ray = address, _import_ray()
         self._ours = False  # whether the connection to the cluster is to be closed at the end
@@ -110,10 +110,10 @@ class RayCrew(Hands[_Actor]):
     def _members(self) -> Collection[_Actor]:
         return self._actors.values()
 
-    def _give(self, member: _Actor, order: Order) -> None:
+    def _give(self, member: _Actor, order: ShardTask) -> None:
         member.calls.append(member.handle.do.remote(replace(order, shared=self._shared)))
 
-    def _is_of_member(self, fault: Fault) -> bool:
+    def _is_of_member(self, fault: RemoteError) -> bool:
         """One machine may have lost what the others still see: the images, OUT, its disk."""
         return not fault.trace
 
@@ -140,7 +140,7 @@ class RayCrew(Hands[_Actor]):
             except self._ray.exceptions.RayError as error:
                 self._dismiss(actor)
                 self._not_before[actor.place] = time.monotonic() + _REST
-                answer = Lost(_in_short(error))
+                answer = WorkerDied(_in_short(error))
             yield actor, answer
 
     def _dismiss(self, actor: _Actor) -> None:
@@ -162,7 +162,7 @@ class RayCrew(Hands[_Actor]):
         for actor in self._actors.values():
             if not actor.ready and not actor.said and now - actor.since > _NOTICE:
                 actor.said = True
-                say(f"{actor.name} has not joined yet: is there room for it? see `ray status`")
+                log.info(f"{actor.name} has not joined yet: is there room for it? see `ray status`")
         for place in self._places():
             taken = place in self._actors or place in self._left_out
             if not taken and place.gpus == int(self._on_gpus) and self._not_before.get(place, now) <= now:
@@ -178,18 +178,18 @@ class RayCrew(Hands[_Actor]):
             )
         elif now - self._nobody_since > _NOTICE and not self._nobody_said:
             self._nobody_said = True
-            say("waiting for the cluster: no machine has room for an actor yet; see `ray status`")
+            log.info("waiting for the cluster: no machine has room for an actor yet; see `ray status`")
 
     def _start(self, place: _Place) -> _Actor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        remote = self._ray.remote(Hand).options(
+        remote = self._ray.remote(ShardWorker).options(
             num_cpus=min(place.cpus, 1),  # who asks for all of a machine that others use gets none
             num_gpus=place.gpus,
             max_concurrency=UNDER_WAY,
             max_restarts=0,  # lost shards are handed out again, to whoever is there
             max_task_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, probabilities=False),
         )
         sizes = replace(self._job.sizes, workers=max(1, place.cpus))
         handle = remote.remote(replace(self._job, sizes=sizes))
@@ -246,20 +246,20 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         cause = "ray is not installed" if error.name == "ray" else f"ray cannot be imported: {error}"
-        raise EngineUnavailable(cause, remedy='pip install "multisa[ray]"') from error
+        raise BackendUnavailable(cause, remedy='pip install "multisa[ray]"') from error
     return ray
 
 
 def _absolute(job: Job) -> Job:
     """The job as other machines, and other folders of work, understand it."""
     source = job.source if "://" in job.source else str(Path(job.source).absolute())
-    plans = job.request.plans and job.request.plans.absolute()
+    engine_cache = job.request.engine_cache and job.request.engine_cache.absolute()
     return replace(
         job,
         source=source,
         out=job.out.absolute(),
         bundle=job.bundle.absolute(),
-        request=replace(job.request, plans=plans),
+        request=replace(job.request, engine_cache=engine_cache),
     )
 
 

@@ -13,11 +13,11 @@ from multisa.runtime import errors
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import sha256_of_file
-from multisa.runtime.jobs.executor import Outcome
+from multisa.runtime.jobs.executor import ShardReport
 from multisa.runtime.jobs.journal import ShardResult
-from multisa.runtime.jobs.snapshot import Shard, Work
+from multisa.runtime.jobs.snapshot import Sample, Shard
 from multisa.runtime.jobs.spec import Job
-from multisa.runtime.jobs.stages import Failure, Sizes
+from multisa.runtime.jobs.stages import Failure, PipelineConfig
 from multisa.runtime.jobs.worker import Worker
 from multisa.runtime.system import usable_cpus
 
@@ -26,20 +26,20 @@ UNDER_WAY = 2
 
 
 @dataclass(frozen=True)
-class Ready:
+class WorkerInfo:
     """What a process answers once everything is open."""
 
     identity: Mapping[str, Any]  # as of Crew
-    engines: Mapping[str, Any]  # as of Crew
+    backends: Mapping[str, Any]  # as of Crew
     bundle: str  # SHA-256 of its manifest, which may be another one at the same path of another machine
     said: Sequence[str]  # lines for people, which the leader shows once
-    sizes: Sizes
+    sizes: PipelineConfig
     host: str
     cores: int  # of the host, that may be used
 
 
 @dataclass(frozen=True)
-class Order:
+class ShardTask:
     """A shard to be done, and how."""
 
     shard: Shard
@@ -48,12 +48,12 @@ class Order:
     shared: str = ""
     # A file below OUT for the position of the image in hand: one at a time then, as one of them may end the
     # process; "" for all side by side.
-    marker: str = ""
+    progress_file: str = ""
     failures: tuple[Failure, ...] = ()  # of images that are not to be tried
 
 
 @dataclass(frozen=True)
-class Fault:
+class RemoteError:
     """An error on its way to the process that leads, in plain values: not every exception can be pickled."""
 
     kind: str
@@ -63,7 +63,7 @@ class Fault:
     trace: str = ""  # of what is an error of ours
 
     @classmethod
-    def of(cls, error: BaseException) -> "Fault":
+    def of(cls, error: BaseException) -> "RemoteError":
         """Take an error apart."""
         kind = type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
@@ -84,7 +84,7 @@ class Fault:
         return error
 
 
-class Hand:
+class ShardWorker:
     """Does shards of a job; what goes wrong it answers, as the process that leads is to raise it."""
 
     def __init__(self, job: Job) -> None:
@@ -96,7 +96,7 @@ class Hand:
         self._reported: dict[str, float] = {}
         self._shared_seen = ""
 
-    def open(self) -> Ready | Fault:
+    def open(self) -> WorkerInfo | RemoteError:
         """Open the source, the engines and the sinks."""
         said = io.StringIO()
         try:
@@ -105,11 +105,11 @@ class Hand:
                 self._worker = Worker(self._job, self._watcher)
             digest = sha256_of_file(self._job.bundle / MANIFEST_NAME)
         except (MultisaError, OSError) as error:
-            return Fault.of(error)
-        engines = {choice.graph: choice.to_json() for choice in self._worker.engines}
-        return Ready(
+            return RemoteError.of(error)
+        backends = {choice.graph: choice.to_json() for choice in self._worker.backends}
+        return WorkerInfo(
             self._worker.identity(),
-            engines,
+            backends,
             digest,
             said.getvalue().splitlines(),
             sizes=self._job.sizes,
@@ -117,46 +117,48 @@ class Hand:
             cores=usable_cpus(),
         )
 
-    def do(self, order: Order) -> Outcome | Fault:
+    def do(self, order: ShardTask) -> ShardReport | RemoteError:
         """Do one shard; UNDER_WAY threads may do one each."""
         if self._worker is None:
             raise RuntimeError("a hand was given a shard before it was opened")
         results: list[ShardResult] = []
         try:
             self._check_shared(order.shared)
-            if order.marker:
+            if order.progress_file:
                 self._do_one_by_one(self._worker, order, results.append)
             else:
                 self._worker.wait(self._worker.start(order.shard, results.append, guard=order.shared))
         except (MultisaError, OSError) as error:
-            return Fault.of(error)
-        return Outcome(results[0], self._watcher.take(order.shard), self._seconds())
+            return RemoteError.of(error)
+        return ShardReport(results[0], self._watcher.take(order.shard), self._seconds())
 
     def close(self) -> None:
         """Close what is open."""
         if self._worker is not None:
             self._worker.__exit__(None, None, None)
 
-    def _do_one_by_one(self, worker: Worker, order: Order, committed: Callable[[ShardResult], None]) -> None:
-        marker = self._job.out / order.marker
-        marker.parent.mkdir(parents=True, exist_ok=True)
+    def _do_one_by_one(
+        self, worker: Worker, order: ShardTask, committed: Callable[[ShardResult], None]
+    ) -> None:
+        progress_file = self._job.out / order.progress_file
+        progress_file.parent.mkdir(parents=True, exist_ok=True)
         for failure in order.failures:
             self._watcher.image_failed(failure)
-        worker.do_one_by_one(
+        worker.run_isolated(
             order.shard,
             committed,
             failures=order.failures,
-            begin=lambda index: marker.write_text(str(index)),
+            begin=lambda index: progress_file.write_text(str(index)),
             guard=order.shared,
         )
-        marker.unlink(missing_ok=True)
+        progress_file.unlink(missing_ok=True)
 
     def _seconds(self) -> Mapping[str, float]:
         """Seconds of work since they were asked for last."""
         if self._worker is None:
             return {}
         with self._reporting:
-            now = self._worker.clock.seconds()
+            now = self._worker.timer.seconds()
             since = {name: seconds - self._reported.get(name, 0.0) for name, seconds in now.items()}
             self._reported = now
         return since
@@ -176,7 +178,7 @@ class _FailuresByImage:
     def __init__(self) -> None:
         self._failures: dict[int, Failure] = {}  # by position in the run
 
-    def image_done(self, work: Work) -> None:
+    def image_done(self, work: Sample) -> None:
         """Counted by the shard."""
 
     def image_failed(self, failure: Failure) -> None:

@@ -1,4 +1,4 @@
-"""Doubt: bounded, worked by hand, higher where the mask is worse."""
+"""Uncertainty: bounded, worked by hand, higher where the mask is worse."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from multisa.kernels import CrfParameters
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.predict.postprocess import pseudo_mask
 from multisa.runtime.predict.uncertainty import (
-    disagreement_of_label,
-    disagreement_of_no_class,
-    disagreement_of_segmenter,
-    doubt,
+    label_disagreement,
+    no_class_disagreement,
+    segmenter_disagreement,
+    uncertainty,
 )
 
 
@@ -25,29 +25,29 @@ from multisa.runtime.predict.uncertainty import (
         (0.0, 1.0, (), (), 1.0),
     ],
 )
-def test_doubt(
+def test_uncertainty(
     confidence: float, disagreement: float, given: tuple[str, ...], found: tuple[str, ...], expected: float
 ) -> None:
-    assert doubt(confidence, disagreement, given, found) == pytest.approx(expected)
+    assert uncertainty(confidence, disagreement, given, found) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("confidence", "disagreement"), [(1.1, 0.0), (float("nan"), 0.0), (0.5, -0.1)])
 def test_numbers_out_of_range_are_refused(confidence: float, disagreement: float) -> None:
     with pytest.raises(ValueError, match=r"expected 0\.\.1"):
-        doubt(confidence, disagreement, (), ())
+        uncertainty(confidence, disagreement, (), ())
 
 
 def test_segmenter_counts_classes_alike_whatever_their_size() -> None:
     mask = np.zeros((10, 10), np.uint8)
     mask[0, 0] = 5
     confidence = np.full((10, 10), 255, np.uint8)
-    assert disagreement_of_segmenter(mask, confidence) == 0
+    assert segmenter_disagreement(mask, confidence) == 0
     confidence[0, 0] = 204  # 0.8, sure: only the mean over the two classes falls
-    assert disagreement_of_segmenter(mask, confidence) == pytest.approx(0.1)
+    assert segmenter_disagreement(mask, confidence) == pytest.approx(0.1)
     confidence[0, 0] = 153  # 0.6, just sure
-    assert disagreement_of_segmenter(mask, confidence) == pytest.approx(0.2)
+    assert segmenter_disagreement(mask, confidence) == pytest.approx(0.2)
     confidence[0, 0] = 152
-    assert disagreement_of_segmenter(mask, confidence) == pytest.approx(1 - (1 + 152 / 255) / 2 * 0.99)
+    assert segmenter_disagreement(mask, confidence) == pytest.approx(1 - (1 + 152 / 255) / 2 * 0.99)
 
 
 def test_label_compares_before_and_after() -> None:
@@ -56,23 +56,23 @@ def test_label_compares_before_and_after() -> None:
     before[0, 2:] = 0.9
     before[1, 2:] = 0.1
     same = before.argmax(axis=0)
-    assert disagreement_of_label(before, same) == 0
+    assert label_disagreement(before, same) == 0
     after = same.copy()
     after[1] = 0  # class 1: 4 of 8 pixels kept, background: 8 of 12
-    assert disagreement_of_label(before, after) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2)
+    assert label_disagreement(before, after) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2)
     before[:, 3] = [[0.55], [0.45]]  # a row that the walk is unsure of
-    assert disagreement_of_label(before, after) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2 * 12 / 16)
+    assert label_disagreement(before, after) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2 * 12 / 16)
 
 
 def test_a_class_that_neither_finds_is_disagreement() -> None:
     before = np.stack([np.ones((3, 3)), np.zeros((3, 3))]).astype(np.float32)
-    assert disagreement_of_label(before, np.zeros((3, 3), np.intp)) == 0.5
+    assert label_disagreement(before, np.zeros((3, 3), np.intp)) == 0.5
 
 
 def test_no_pixels_no_disagreement() -> None:
     empty = np.zeros((0, 0), np.uint8)
-    assert disagreement_of_segmenter(empty, empty) == 0
-    assert disagreement_of_label(np.zeros((1, 0, 0), np.float32), empty.astype(np.intp)) == 0
+    assert segmenter_disagreement(empty, empty) == 0
+    assert label_disagreement(np.zeros((1, 0, 0), np.float32), empty.astype(np.intp)) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -82,11 +82,11 @@ def test_bounded(seed: int) -> None:
     mask, sure = random.integers(0, 7, size, dtype=np.uint8), random.integers(0, 256, size, dtype=np.uint8)
     before = random.dirichlet(np.ones(4), size).transpose(2, 0, 1).astype(np.float32)
     for value in (
-        disagreement_of_segmenter(mask, sure),
-        disagreement_of_label(before, random.integers(0, 4, size)),
+        segmenter_disagreement(mask, sure),
+        label_disagreement(before, random.integers(0, 4, size)),
     ):
         assert 0 <= value <= 1
-        assert 0 <= doubt(float(random.random()), value, "abc", "ab") <= 1
+        assert 0 <= uncertainty(float(random.random()), value, "abc", "ab") <= 1
 
 
 def test_pseudo_mask_says_how_far_the_crf_went() -> None:
@@ -108,6 +108,6 @@ def test_where_no_class_is_present_the_closest_score_counts(
     scores: tuple[float, float], expected: float
 ) -> None:
     named = dict(zip(("cat", "dog"), scores, strict=True))
-    assert disagreement_of_no_class(named, {"cat": 0.4, "dog": 0.2}) == pytest.approx(expected)
-    assert disagreement_of_no_class({}, {}) == 0
-    assert disagreement_of_no_class({"cat": 0.0}, {"cat": 0.0}) == 1  # anything reaches such a threshold
+    assert no_class_disagreement(named, {"cat": 0.4, "dog": 0.2}) == pytest.approx(expected)
+    assert no_class_disagreement({}, {}) == 0
+    assert no_class_disagreement({"cat": 0.0}, {"cat": 0.0}) == 1  # anything reaches such a threshold

@@ -1,11 +1,11 @@
-"""Does doubt find the masks that are wrong? The val photographs ranked by doubt, and by confidence alone.
+"""Does uncertainty find the masks that are wrong? The val photographs ranked by uncertainty, and by confidence alone.
 
-For `segment` and for `label` (with the image-level labels, and from scores): the rank correlation of doubt
-with each photograph's share of wrong pixels and with its mean IoU, and what the most doubtful tenth holds.
-The definition of doubt
-was chosen on these photographs. Writes benchmarks/results/doubt.json.
+For `segment` and for `label` (with the image-level labels, and from scores): the rank correlation of uncertainty
+with each photograph's share of wrong pixels and with its mean IoU, and what the most uncertain tenth holds.
+The definition of uncertainty
+was chosen on these photographs. Writes benchmarks/results/uncertainty.json.
 
-    python benchmarks/doubt.py --data VOC_LAYOUT
+    python benchmarks/uncertainty.py --data VOC_LAYOUT
 """
 
 import argparse
@@ -20,12 +20,12 @@ from scipy.stats import spearmanr
 
 from multisa.benchmarks.harness import environment, save_results
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER
-from multisa.runtime.backends.registry import open_engine
+from multisa.runtime.backends.registry import open_backend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.evaluation import confusion_matrix, mean_iou, pixel_accuracy
 from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
-from multisa.runtime.predict.uncertainty import disagreement_of_no_class, disagreement_of_segmenter, doubt
+from multisa.runtime.predict.uncertainty import no_class_disagreement, segmenter_disagreement, uncertainty
 from multisa.runtime.progress import Progress
 
 UInt8 = npt.NDArray[np.uint8]
@@ -49,7 +49,7 @@ def answers(bundle: Bundle, rgb: UInt8, given: tuple[str, ...], engines: Any) ->
     parameters = manifest.parameters
     segmented = segmenter.run(rgb[None])
     mask, confidence = segmented["labels"][0], segmented["confidence"][0]
-    made = [Answer(mask, float(confidence.mean()) / 255, disagreement_of_segmenter(mask, confidence))]
+    made = [Answer(mask, float(confidence.mean()) / 255, segmenter_disagreement(mask, confidence))]
     outputs, edges = cam.run(rgb[None]), affinity.run(rgb[None])["affinity"]
     scores = dict(zip(manifest.foreground, outputs["scores"][0].tolist(), strict=True))
     present = tuple(name for name, score in scores.items() if score >= parameters.score_thresholds[name])
@@ -62,7 +62,7 @@ def answers(bundle: Bundle, rgb: UInt8, given: tuple[str, ...], engines: Any) ->
         sure = float(labelled.confidence.mean(dtype=np.float64))
         disagreement = labelled.disagreement
         if not ids:
-            disagreement = disagreement_of_no_class(scores, parameters.score_thresholds)
+            disagreement = no_class_disagreement(scores, parameters.score_thresholds)
         made.append(Answer(labelled.mask, sure, disagreement, labels))
     return tuple(made)
 
@@ -100,12 +100,12 @@ def main() -> None:
     manifest = bundle.manifest
     names = (options.data / "ImageSets/Segmentation/val.txt").read_text(encoding="utf-8").split()
     labels = json.loads((options.data / "labels.json").read_text(encoding="utf-8"))
-    engines = [open_engine(bundle, graph, engine="onnxruntime-cpu") for graph in (CAM, AFFINITY, SEGMENTER)]
-    doubts = np.zeros((len(METHODS), len(names)))
-    confidences = np.zeros_like(doubts)
+    engines = [open_backend(bundle, graph, backend="onnxruntime-cpu") for graph in (CAM, AFFINITY, SEGMENTER)]
+    uncertainties = np.zeros((len(METHODS), len(names)))
+    confidences = np.zeros_like(uncertainties)
     n = len(manifest.classes)
     confusions = np.zeros((len(METHODS), len(names), n, n), np.int64)
-    with Progress(len(names), "doubt") as progress:
+    with Progress(len(names), "uncertainty") as progress:
         for i, name in enumerate(names):
             photograph = read_image(options.data / "JPEGImages" / f"{name}.jpg").rgb
             truth = read_mask(options.data / "SegmentationClass" / f"{name}.png")
@@ -114,19 +114,21 @@ def main() -> None:
             for method, answer in enumerate(answers(bundle, rgb, tuple(labels[name]), engines)):
                 found = [manifest.classes[k] for k in np.unique(answer.mask)]
                 confidences[method, i] = answer.confidence
-                doubts[method, i] = doubt(answer.confidence, answer.disagreement, answer.given, found)
+                uncertainties[method, i] = uncertainty(
+                    answer.confidence, answer.disagreement, answer.given, found
+                )
                 mask = resize_mask(answer.mask, (height, width))
                 confusions[method, i] = confusion_matrix(mask, truth, n)
             progress.advance()
     results = {
         method: {
-            "by_doubt": ranking(doubts[i], confusions[i]),
+            "by_uncertainty": ranking(uncertainties[i], confusions[i]),
             "by_1_minus_confidence": ranking(1 - confidences[i], confusions[i]),
         }
         for i, method in enumerate(METHODS)
     }
     facts = {"photographs": len(names), "bundle": manifest.name, **environment("onnxruntime", "scipy")}
-    save_results("doubt", {**facts, "methods": results})
+    save_results("uncertainty", {**facts, "methods": results})
 
 
 if __name__ == "__main__":
