@@ -28,7 +28,7 @@ from PIL import Image
 
 from multisa.benchmarks.harness import environment, save_results
 from multisa.runtime.bundle import default_bundle_path
-from multisa.runtime.cli.main import commands
+from multisa.runtime.cli import commands
 from multisa.runtime.jobs.finalize import FINISHED
 from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK, SNAPSHOT
 from multisa.runtime.jobs.shards import FILES, listed_files, part_path

@@ -1,4 +1,4 @@
-"""The demonstration: label and segment the photographs of the package, side by side on one page."""
+"""The demonstration: label and segment the images of the package, side by side on one page."""
 
 import io
 import json
@@ -25,13 +25,13 @@ from multisa.runtime.report.pictures import (
     PHOTO,
     clear_pictures,
     picture_path,
+    write_image,
     write_overlay,
-    write_photograph,
 )
 
-PHOTOGRAPHS = Path(__file__).parent / "demo_images"
+IMAGES = Path(__file__).parent / "demo_images"
 RUNS = ("label", "segment")
-CAPTIONS = {PHOTO: "photograph", "label": "multisa label", "segment": "multisa segment"}
+CAPTIONS = {PHOTO: "image", "label": "multisa label", "segment": "multisa segment"}
 COLUMN_WIDTH = 360  # pixels of the contact sheet, as the following
 CAPTION_HEIGHT = 32
 CAPTION_SIZE = 18
@@ -42,20 +42,20 @@ def run_demo(out: Path, bundle: Bundle, request: BackendRequest | None = None) -
     """Write OUT/label, OUT/segment, OUT/index.html and the contact sheet OUT/demo.jpg.
 
     Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
-    TooManyFailures, before it makes page and sheet, if any photograph failed.
+    TooManyFailures, before it makes page and sheet, if any image failed.
     """
     # The other files of the folder are the package's own; the page is about both runs.
     options = RunOptions(tell_other_files=False, overwrite=True, report_images=0)
-    labels: Path | None = PHOTOGRAPHS / "labels.csv"
+    labels: Path | None = IMAGES / "labels.csv"
     try:
-        read_image_labels(PHOTOGRAPHS / "labels.csv", bundle.manifest.foreground)
+        read_image_labels(IMAGES / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
-        log.info(f"{error}; the photographs are labelled from scores")
+        log.info(f"{error}; the images are labelled from scores")
         labels = None
     summaries = {
         run: annotate_images(
             run,
-            PHOTOGRAPHS,
+            IMAGES,
             out / run,
             bundle=bundle,
             labels=labels if run == "label" else None,
@@ -74,13 +74,13 @@ def run_demo(out: Path, bundle: Bundle, request: BackendRequest | None = None) -
 
 
 def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) -> None:
-    """Write OUT/index.html: the photographs with the masks of both runs; facts are those of `segment`."""
+    """Write OUT/index.html: the images with the masks of both runs; facts are those of `segment`."""
     clear_pictures(out)
     cards = []
     for record in sorted(records, key=lambda record: (-record["uncertainty"], record["index"])):
         index = record["index"]
-        rgb = read_image(PHOTOGRAPHS / record["image"]).rgb
-        write_photograph(out, index, rgb)
+        rgb = read_image(IMAGES / record["image"]).rgb
+        write_image(out, index, rgb)
         for run in RUNS:
             write_overlay(out, index, rgb, read_mask(out / run / record["mask"]), manifest, kind=run)
         pictures = tuple(
@@ -92,7 +92,7 @@ def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) ->
 
 
 def _write_contact_sheet(out: Path, indices: list[int]) -> None:
-    """Write one picture: a captioned column for each panel, a row for each photograph."""
+    """Write one picture: a captioned column for each panel, a row for each image."""
     rows = [[_read_picture(out, index, kind) for kind in CAPTIONS] for index in indices]
     height = CAPTION_HEIGHT + sum(row[0].height for row in rows) + GAP * (len(rows) - 1)
     sheet = Image.new("RGB", (COLUMN_WIDTH * len(CAPTIONS) + GAP * (len(CAPTIONS) - 1), height), "white")
@@ -110,7 +110,7 @@ def _write_contact_sheet(out: Path, indices: list[int]) -> None:
 
 
 def _read_picture(out: Path, index: int, kind: str) -> Image.Image:
-    """One panel of one photograph, as wide as its column."""
+    """One panel of one image, as wide as its column."""
     with Image.open(out / picture_path(index, kind)) as picture:
         height = round(picture.height * COLUMN_WIDTH / picture.width)
         return picture.resize((COLUMN_WIDTH, height), Image.Resampling.LANCZOS)

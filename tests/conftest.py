@@ -51,7 +51,7 @@ def draw(class_ids: tuple[int, ...], seed: int, size: tuple[int, int]) -> tuple[
 
 @pytest.fixture(scope="session")
 def voc_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve photographs in VOC layout: eight to train on, all with masks, labels in labels.json."""
+    """Twelve images in VOC layout: eight to train on, all with masks, labels in labels.json."""
     root = tmp_path_factory.mktemp("voc")
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What is built is what is shipped: a wheel with the bundle, the presets and the photographs."""
+"""What is built is what is shipped: a wheel with the bundle, the presets and the images."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def test_wheel_carries_the_bundle(wheel: zipfile.ZipFile) -> None:
     assert sum(files.values()) <= LARGEST_BUNDLE
 
 
-def test_wheel_carries_presets_photographs_and_types(wheel: zipfile.ZipFile) -> None:
+def test_wheel_carries_presets_images_and_types(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     for folder, patterns in {
         "training/presets": "*.toml",

@@ -304,7 +304,7 @@ def _read_record(folder: Path) -> StoredEngine | None:
 
 
 def uncovered_shape(profiles: Sequence[Profile], long_side: int) -> Shape | None:
-    """The first shape of one photograph with sides of MINIMUM_SIDE..long_side that no profile covers.
+    """The first shape of one image with sides of MINIMUM_SIDE..long_side that no profile covers.
 
     None where there is none. What is not covered is made of rectangles, and the smallest corner of each lies
     where a profile begins or has just ended, or at the smallest side, so those corners are all to look at.

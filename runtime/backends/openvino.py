@@ -31,7 +31,7 @@ from multisa.runtime.system import usable_cpus
 # Precision -> that of the graph's file. fp16 is not here: OpenVINO multiplies it more slowly than fp32.
 GRAPHS = {"fp32": "fp32", "bf16": "fp32", "int8": "int8"}
 # What is for some graphs alone. In bf16 OpenVINO 2026.4 gives other scores of cam, from 0 to 1, to the same
-# photograph each time; affinities alone would be of no use.
+# image each time; affinities alone would be of no use.
 ONLY = {"bf16": (SEGMENTER,)}
 
 INSTALL = "pip install openvino, which runs graphs on CPUs"

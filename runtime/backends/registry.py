@@ -102,7 +102,7 @@ def _open_tensorrt(
 ) -> Backend:
     from multisa.runtime.backends.tensorrt import open_tensorrt
 
-    # Left to itself a run must not fail on its third photograph; who asks for a plan knows its profiles.
+    # Left to itself a run must not fail on its third image; who asks for a plan knows its profiles.
     long_side = bundle.manifest.parameters.long_side if request.backend == AUTO else None
     return open_tensorrt(
         bundle,

@@ -49,7 +49,7 @@ def open_tensorrt(
     """Load the plan of a bundle's graph for the first GPU.
 
     `library` is one of LIBRARIES, or None for the first that is here and has a plan; `cache` is a folder of
-    plans besides the bundle's own. With `long_side` a plan is passed over unless it takes every photograph up
+    plans besides the bundle's own. With `long_side` a plan is passed over unless it takes every image up
     to there. Damaged plans are put aside if it `may_repair`. Raises UsageError for a precision the bundle does
     not have or an unknown library, BackendUnavailable without driver, pycuda, library or plan, BackendError for
     a plan that breaks the contract or finds no memory.

@@ -88,7 +88,7 @@ class Manifest:
     palette: tuple[tuple[int, int, int], ...]  # one colour for each class
     ignore_index: int
     parameters: BundleParameters
-    preprocessing: tuple[str, ...]  # what is done to a photograph, in order and in words
+    preprocessing: tuple[str, ...]  # what is done to an image, in order and in words
     metrics: dict[str, Any]
     provenance: dict[str, Any]
     files: dict[str, FileEntry]

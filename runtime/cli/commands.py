@@ -144,7 +144,7 @@ def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> Non
 @bundle_option
 @backend_options
 def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine_cache: Path | None) -> None:
-    """Label and segment the photographs that come with the package and make a page to look at.
+    """Label and segment the images that come with the package and make a page to look at.
 
     \b
     Example:

@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": ("multisa.runtime.cli.commands:evaluate", "Compare masks with the truth (IoU, mIoU)."),
     "inspect": ("multisa.runtime.cli.commands:inspect", "Verify a bundle and tell what is in it."),
     "doctor": ("multisa.runtime.cli.commands:doctor", "Tell what this machine can run, and what is amiss."),
-    "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the photographs of the package."),
+    "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the images of the package."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
     "reproduce": ("multisa.training.commands:reproduce", "Make the paper's tables and figures anew."),
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),

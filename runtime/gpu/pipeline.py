@@ -39,7 +39,7 @@ from multisa.runtime.image_labels import Labels
 from multisa.runtime.progress import log
 
 SLOTS = 2  # one batch computes while another comes or goes
-SIZES_KEPT = 4  # working sizes whose memory is kept, hundreds of megabytes each for a photograph with a CRF
+SIZES_KEPT = 4  # working sizes whose memory is kept, hundreds of megabytes each for an image with a CRF
 
 
 class Clock(Protocol):

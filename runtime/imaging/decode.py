@@ -1,6 +1,6 @@
-"""Photographs from bytes: the one way that images are decoded, whatever they come from.
+"""Images from bytes: the one way that images are decoded, whatever they come from.
 
-    photograph = decode_image(data, long_side=512)      # photograph.rgb, photograph.size
+    image = decode_image(data, long_side=512)      # image.rgb, image.size
 
 JPEGs go through libjpeg-turbo, whose pixels are Pillow's; everything else, and what is odd, through Pillow.
 """
@@ -33,7 +33,7 @@ MAX_PIXELS = 50_000_000
 MINIMUM_SIDE = 64  # the exported graphs take no smaller side
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 # A JPEG that is decoded smaller keeps this many times the side that the networks see. Of the labels of 13
-# photographs, enlarged to 12 megapixels, 0.5 % change so (benchmarks/encoding.py; 0.2 % of its 12); 0.8 % do
+# images, enlarged to 12 megapixels, 0.5 % change so (benchmarks/encoding.py; 0.2 % of its 12); 0.8 % do
 # when what the networks see is saved as a JPEG of quality 95.
 SCALED_SIDES = 2
 
@@ -47,7 +47,7 @@ _guard = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
-class Photograph:
+class DecodedImage:
     """One upright image and what was done to it."""
 
     rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only where `long_side` was given
@@ -56,7 +56,7 @@ class Photograph:
     size: tuple[int, int]  # (H, W) of the upright image itself: masks are written in it
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> Photograph:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> DecodedImage:
     """Decode one image file as upright RGB; every mode Pillow knows with a defined 8-bit meaning is accepted.
 
     Grey is repeated, 16-bit grey is scaled to 8 bits, transparency is laid on white, of an animation the
@@ -85,7 +85,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error)) from error
     width, height = size if remaining < 5 else size[::-1]
-    return Photograph(_upright(rgb, remaining), found, tuple(notes), (height, width))
+    return DecodedImage(_upright(rgb, remaining), found, tuple(notes), (height, width))
 
 
 def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -231,7 +231,7 @@ EXTENSIONS = frozenset(
 )
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Photograph:
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Read one image file as upright RGB of its full size, as `decode_image` does.
 
     Raises ImageError (`PATH: reason`) for a file that is missing, or that cannot be decoded.
@@ -321,7 +321,7 @@ class WorkingImage:
 
 def decode_working_image(data: bytes, *, max_pixels: int, long_side: int) -> WorkingImage:
     """Decode and shrink to the bundle's long side. Raises ImageError."""
-    photograph = decode_image(data, max_pixels=max_pixels, long_side=long_side)
-    height, width = photograph.size
-    rgb = resize_image(photograph.rgb, working_size(height, width, long_side))
-    return WorkingImage(rgb, height, width, photograph.orientation, photograph.notes)
+    image = decode_image(data, max_pixels=max_pixels, long_side=long_side)
+    height, width = image.size
+    rgb = resize_image(image.rgb, working_size(height, width, long_side))
+    return WorkingImage(rgb, height, width, image.orientation, image.notes)

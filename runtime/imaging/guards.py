@@ -37,7 +37,7 @@ _TIFF_SIZES = {
 
 
 def check_metadata(data: bytes) -> None:
-    """Raise ValueError when a file holds more metadata than any photograph needs; no pixel is looked at."""
+    """Raise ValueError when a file holds more metadata than any image needs; no pixel is looked at."""
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
     elif data.startswith(b"\x89PNG"):
@@ -79,7 +79,7 @@ def check_tiff(data: bytes) -> None:
 
 
 def _excess(what: str, most: int) -> ValueError:
-    return ValueError(f"more than {most} {what}, which no photograph needs: save it again without metadata")
+    return ValueError(f"more than {most} {what}, which no image needs: save it again without metadata")
 
 
 def _check_jpeg(data: bytes) -> None:

@@ -21,7 +21,7 @@ from multisa.runtime.writers.base import LabelledImage, Writer
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """What a shard keeps of a finished image: small, whatever the photograph's size."""
+    """What a shard keeps of a finished image: small, whatever the image's size."""
 
     index: int
     record: bytes  # its line of labels.jsonl

@@ -147,7 +147,7 @@ def _index(line: bytes) -> int:
 UInt8 = npt.NDArray[np.uint8]
 Record = Mapping[str, Any]
 
-_LONG_SIDE = 640  # of the photographs that are read for the page
+_LONG_SIDE = 640  # of the images that are read for the page
 
 
 def write_page(
@@ -166,7 +166,7 @@ def write_page(
             run=run,
             failures=_lines(job.out / FAILED_FILE),
             manifest=manifest,
-            read_photograph=pictures.photograph,
+            read_image=pictures.image,
             read_mask=pictures.mask,
             report_images=report_images if {"masks", "tar"} & set(job.writers) else 0,
         )
@@ -187,7 +187,7 @@ class _Pictures:
     def __init__(self, job: Job, snapshot: Snapshot, shard_size: int, source: Source) -> None:
         self._job, self._snapshot, self._shard_size, self._source = job, snapshot, shard_size, source
 
-    def photograph(self, record: Record) -> UInt8 | None:
+    def image(self, record: Record) -> UInt8 | None:
         """uint8 [H, W, 3], upright, perhaps smaller than it is; None when it cannot be had any more."""
         work = self._snapshot.work(int(record["index"]))
         try:
@@ -197,7 +197,7 @@ class _Pictures:
             return None
 
     def mask(self, record: Record) -> UInt8:
-        """uint8 [H, W] of the photograph's own size."""
+        """uint8 [H, W] of the image's own size."""
         index = int(record["index"])
         name = self._snapshot.work(index).name
         if "masks" in self._job.writers:

@@ -194,7 +194,7 @@ def remove_file(out: Path, relative: str) -> None:
 
 
 def leads_elsewhere(out: Path, folder: Path) -> bool:
-    """Whether a link below one of the folders of results leads out of it, say into the photographs.
+    """Whether a link below one of the folders of results leads out of it, say into the images.
 
     The folders right below OUT may be links, to another disk for instance; a run checks them at its start.
     """

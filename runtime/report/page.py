@@ -29,7 +29,7 @@ from multisa.runtime.report.summary import (
 
 Colours = Mapping[str, Sequence[int]]
 
-SMALLEST_SHARE = 0.0005  # of a photograph's pixels that the page names a class with: less would be 0.0 %
+SMALLEST_SHARE = 0.0005  # of an image's pixels that the page names a class with: less would be 0.0 %
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _facts(card: Card) -> str:
     if record.get("labels_from"):
         facts.append(f"labels from {escape(str(record['labels_from']))}")
     if not any(picture.kind == "photo" for picture in card.pictures):
-        facts.append("the photograph cannot be read any more")
+        facts.append("the image cannot be read any more")
     if card.mask:
         facts.append(f'<a href="{escape(quote(card.mask, errors="replace"))}" tabindex="-1">mask</a>')
     return " · ".join(facts)

@@ -1,4 +1,4 @@
-"""The pictures of the page: photographs, shrunk, and masks laid over them."""
+"""The pictures of the page: images, shrunk, and masks laid over them."""
 
 import io
 import re
@@ -17,11 +17,11 @@ UInt8 = npt.NDArray[np.uint8]
 
 FOLDER, PAGE = "report", "report.html"  # below OUT
 LONG_SIDE = 640  # of the pictures on the page
-OPACITY = 0.5  # of the mask over the photograph
+OPACITY = 0.5  # of the mask over the image
 PHOTO, OVERLAY = "photo", "overlay"
 
 _JPEG_QUALITY = 88
-_GREY = 128  # behind the mask of a photograph that is gone
+_GREY = 128  # behind the mask of an image that is gone
 _OURS = re.compile(r"[0-9]{6,20}\.[a-z]+\.jpg")
 
 
@@ -31,7 +31,7 @@ def picture_path(index: int, kind: str) -> str:
 
 
 def overlay(rgb: UInt8, mask: UInt8, palette: UInt8) -> UInt8:
-    """Lay the mask's colours over a photograph and draw each region's edge in a lighter tone.
+    """Lay the mask's colours over an image and draw each region's edge in a lighter tone.
 
     rgb: uint8 [H, W, 3]; mask: uint8 [H, W], background 0 stays as it is; palette: uint8 [n, 3].
     Returns uint8 [H, W, 3].
@@ -43,8 +43,8 @@ def overlay(rgb: UInt8, mask: UInt8, palette: UInt8) -> UInt8:
     return np.asarray(np.where(edge, (colours + 255) / 2, blended).round(), dtype=np.uint8)
 
 
-def write_photograph(out: Path, index: int, rgb: UInt8, kind: str = PHOTO) -> None:
-    """Write a photograph, uint8 [H, W, 3], shrunk to 640 pixels, as JPEG."""
+def write_image(out: Path, index: int, rgb: UInt8, kind: str = PHOTO) -> None:
+    """Write an image, uint8 [H, W, 3], shrunk to 640 pixels, as JPEG."""
     size = working_size(rgb.shape[0], rgb.shape[1], LONG_SIDE)
     _write_jpeg(out / picture_path(index, kind), resize_image(rgb, size))
 
@@ -52,7 +52,7 @@ def write_photograph(out: Path, index: int, rgb: UInt8, kind: str = PHOTO) -> No
 def write_overlay(
     out: Path, index: int, rgb: UInt8 | None, mask: UInt8, manifest: Manifest, kind: str = OVERLAY
 ) -> None:
-    """Write a mask over its photograph, shrunk to 640 pixels, as JPEG; over grey where that is gone.
+    """Write a mask over its image, shrunk to 640 pixels, as JPEG; over grey where that is gone.
 
     rgb: uint8 [H, W, 3] or None; mask: uint8 [H, W] of the same size.
     """

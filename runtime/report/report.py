@@ -27,8 +27,8 @@ from multisa.runtime.report.pictures import (
     PHOTO,
     clear_pictures,
     picture_path,
+    write_image,
     write_overlay,
-    write_photograph,
 )
 from multisa.runtime.report.summary import Gathered, figures_from_run, gather, group_failures
 
@@ -46,7 +46,7 @@ def write_report(
     run: Mapping[str, Any],
     failures: Iterable[Mapping[str, Any]],
     manifest: Manifest,
-    read_photograph: Callable[[Record], UInt8 | None],
+    read_image: Callable[[Record], UInt8 | None],
     read_mask: Callable[[Record], UInt8],
     report_images: int = REPORT_IMAGES,
     path: Path | None = None,
@@ -54,7 +54,7 @@ def write_report(
     """Write the page about a run, and the pictures it shows to OUT/report; older pictures there go.
 
     records, failures: the lines of labels.jsonl and failed.jsonl, each read once. run: .multisa/run.json.
-    read_photograph: uint8 [H, W, 3] of a record's image, upright, None when it cannot be had any more;
+    read_image: uint8 [H, W, 3] of a record's image, upright, None when it cannot be had any more;
     read_mask: uint8 [H, W]. report_images: images on the page at most. path: of the page, in OUT itself;
     OUT/report.html when not given. The pictures are determined by records and images; the page holds times.
     Memory does not grow with the number of records. Raises UsageError where OUT/report is not the report's
@@ -62,7 +62,7 @@ def write_report(
     """
     path = path or out / PAGE
     found = gather(records, manifest.classes, report_images)
-    cards = _draw(out, found, manifest, read_photograph, read_mask)
+    cards = _draw(out, found, manifest, read_image, read_mask)
     figures = figures_from_run(run)
     sections = (
         render_totals(figures, found),
@@ -87,18 +87,18 @@ def _draw(
     out: Path,
     found: Gathered,
     manifest: Manifest,
-    read_photograph: Callable[[Record], UInt8 | None],
+    read_image: Callable[[Record], UInt8 | None],
     read_mask: Callable[[Record], UInt8],
 ) -> tuple[Card, ...]:
     clear_pictures(out)
     cards = []
     for record in found.report_images:
         index = int(record["index"])
-        rgb = read_photograph(record)
+        rgb = read_image(record)
         pictures = []
         if rgb is not None:
-            write_photograph(out, index, rgb)
-            pictures.append(Picture("photograph", PHOTO, picture_path(index, PHOTO)))
+            write_image(out, index, rgb)
+            pictures.append(Picture("image", PHOTO, picture_path(index, PHOTO)))
         write_overlay(out, index, rgb, read_mask(record), manifest)
         pictures.append(Picture("mask", OVERLAY, picture_path(index, OVERLAY)))
         cards.append(Card(record, tuple(pictures), _mask_link(out, record), index in found.samples))

@@ -30,7 +30,7 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "look in the zip64 field"
 _ENCRYPTED, _UTF8 = 0x0001, 0x0800
 _UNIX = 3
 _LINK, _REGULAR, _FOLDER = 0o120000, 0o100000, 0o040000
-# Photographs hardly deflate, flat pictures up to a thousandfold, which is let pass while they are small.
+# Images hardly deflate, flat pictures up to a thousandfold, which is let pass while they are small.
 _RATIO, _RATIO_FROM = 200, 2**20
 
 

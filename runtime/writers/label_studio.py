@@ -1,7 +1,7 @@
 """`label-studio`: OUT/label-studio/000012.json, tasks with predictions; one brush for each class of an image.
 
 OUT/label-studio/labeling_config.xml is the interface the predictions are for. An image is referred to by its
-id with a prefix before it: where Label Studio finds the photographs.
+id with a prefix before it: where Label Studio finds the images.
 """
 
 from collections.abc import Sequence

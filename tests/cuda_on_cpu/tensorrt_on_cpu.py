@@ -101,8 +101,8 @@ def store(bundle: Bundle, tmp_path: Path) -> Store:
     return put
 
 
-def photograph(height: int, width: int, batch: int = 1) -> np.ndarray:
-    """Pieces of a photograph, uint8 [batch, height, width, 3]."""
+def crop(height: int, width: int, batch: int = 1) -> np.ndarray:
+    """Pieces of an image, uint8 [batch, height, width, 3]."""
     with Image.open(default_bundle_path().parents[1] / "demo_images" / "chelsea.jpg") as image:
         pixels = np.asarray(image.convert("RGB"))
     return np.stack([pixels[9 * i : 9 * i + height, 7 * i : 7 * i + width] for i in range(batch)])
@@ -134,10 +134,10 @@ def test_equals_onnx_runtime(bundle: Bundle, store: Store, library: str, contrac
     cache = store(contract, library)
     reference = OnnxRuntimeBackend(bundle.read_file(graph_file(contract)), contract=contract)
     images = [
-        photograph(64, 80),
-        photograph(33, 47, batch=2),
-        photograph(64, 80)[:, ::-1],
-        photograph(64, 80),
+        crop(64, 80),
+        crop(33, 47, batch=2),
+        crop(64, 80)[:, ::-1],
+        crop(64, 80),
     ]
     with reference, open_tensorrt(bundle, contract, library=library, cache=cache) as engine:
         assert engine.name == library and engine.contract is contract
@@ -150,18 +150,18 @@ def test_recorded_calls(bundle: Bundle, store: Store, launches: list[int]) -> No
     cache = store(SEGMENTER)
     reference = OnnxRuntimeBackend(bundle.read_file("segmenter.onnx"))
     with reference, open_tensorrt(bundle, SEGMENTER, cache=cache) as engine:
-        kept = engine.run(photograph(64, 64))  # must not change with later calls
+        kept = engine.run(crop(64, 64))  # must not change with later calls
         first = {name: array.copy() for name, array in kept.items()}
         for shift in range(4):
-            image = np.roll(photograph(64, 64), 9 * shift, axis=2)
+            image = np.roll(crop(64, 64), 9 * shift, axis=2)
             assert_equal(engine.run(image), reference.run(image))
-            assert_equal(engine.run(photograph(40, 50)), reference.run(photograph(40, 50)))
+            assert_equal(engine.run(crop(40, 50)), reference.run(crop(40, 50)))
         assert len(launches) == 5 and len(set(launches)) == 2
         assert_equal(kept, first)
         # Larger memory than the recordings know, in the same profile, and back.
-        assert_equal(engine.run(photograph(96, 96, 2)), reference.run(photograph(96, 96, 2)))
+        assert_equal(engine.run(crop(96, 96, 2)), reference.run(crop(96, 96, 2)))
         for _ in range(3):
-            assert_equal(engine.run(photograph(64, 64)), reference.run(photograph(64, 64)))
+            assert_equal(engine.run(crop(64, 64)), reference.run(crop(64, 64)))
 
 
 def test_a_folder_of_many_sizes_records_a_few(
@@ -172,11 +172,11 @@ def test_a_folder_of_many_sizes_records_a_few(
     destroy = Driver.destroy_graph
     monkeypatch.setattr(Driver, "destroy_graph", lambda self, e: (destroyed.append(e), destroy(self, e))[1])
     with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
-        engine.run(photograph(96, 96))  # memory for all that follow
+        engine.run(crop(96, 96))  # memory for all that follow
         for _, height in itertools.product(range(2), (40, 48, 56)):
-            engine.run(photograph(height, 40))
+            engine.run(crop(height, 40))
         assert launches == [] and len(destroyed) == 1
-        engine.run(photograph(56, 40))
+        engine.run(crop(56, 40))
         assert len(launches) == 1
     assert len(destroyed) == 3
 
@@ -184,7 +184,7 @@ def test_a_folder_of_many_sizes_records_a_few(
 def test_rtx_records_by_itself(bundle: Bundle, store: Store, launches: list[int]) -> None:
     cache = store(SEGMENTER, "tensorrt-rtx")
     with open_tensorrt(bundle, SEGMENTER, library="tensorrt-rtx", cache=cache) as engine:
-        results = [engine.run(photograph(64, 64)) for _ in range(4)]
+        results = [engine.run(crop(64, 64)) for _ in range(4)]
     assert_equal(results[3], results[0])
     assert launches == []
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_recorded_runs(
     reference = OnnxRuntimeBackend(bundle.read_file("segmenter.onnx"))
     with reference, open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, plan=plan)) as engine:
         for shift in range(4):
-            image = np.roll(photograph(64, 64), shift, axis=1)
+            image = np.roll(crop(64, 64), shift, axis=1)
             assert_equal(engine.run(image), reference.run(image))
     assert launches == []
     (message,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
@@ -206,7 +206,7 @@ def test_what_cannot_be_recorded_runs(
 def test_threads(bundle: Bundle, store: Store, library: str) -> None:
     """Eight threads, two profiles, shapes that are recorded on the way."""
     cache = store(SEGMENTER, library)
-    images = [photograph(*size) for size in ((64, 64), (48, 80), (120, 140), (33, 159, 3))]
+    images = [crop(*size) for size in ((64, 64), (48, 80), (120, 140), (33, 159, 3))]
     with (
         OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
         open_tensorrt(bundle, SEGMENTER, library=library, cache=cache) as engine,
@@ -223,18 +223,18 @@ def test_the_narrowest_profile_is_chosen(bundle: Bundle, store: Store) -> None:
             "1x32x32:1x64x64:2x96x96",
             "1x32x32:1x96x128:4x160x160",
         ]
-        engine.run(photograph(64, 64))
+        engine.run(crop(64, 64))
         assert list(engine._lanes) == [0]
-        engine.run(photograph(64, 64, 3))
+        engine.run(crop(64, 64, 3))
         assert list(engine._lanes) == [0, 1]
         with pytest.raises(
             BackendError,
             match=r"got an image of 1x161x40 .*1x32x32:1x64x64:2x96x96, 1x32.*multisa build .* --target sm89 "
             ".*--profile 1x64x40:1x161x40:1x161x40",
         ):
-            engine.run(photograph(161, 40))
+            engine.run(crop(161, 40))
         with pytest.raises(BackendError, match="expected uint8"):
-            engine.run(photograph(64, 64)[0])
+            engine.run(crop(64, 64)[0])
 
 
 def use_kernels_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PycudaDevice:
@@ -250,7 +250,7 @@ def test_walk_on_what_the_network_left_on_the_device(
 ) -> None:
     """The affinity never visits the host; a later call and the end of the engine leave it alone."""
     device = use_kernels_in(tmp_path, monkeypatch)
-    image = photograph(64, 64)
+    image = crop(64, 64)
     with OnnxRuntimeBackend(bundle.read_file("affinity.onnx")) as reference:
         affinity = reference.run(image)["affinity"]
     scores = np.random.default_rng(1).random((1, 2, *affinity.shape[2:]), dtype=np.float32)
@@ -269,7 +269,7 @@ def test_walk_on_what_the_network_left_on_the_device(
 
 def test_arrays_of_the_device(bundle: Bundle, store: Store, library: str) -> None:
     """Whoever works on the default stream waits for them; any thread may let go of them."""
-    image = photograph(64, 64)
+    image = crop(64, 64)
     with (
         OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
         open_tensorrt(bundle, SEGMENTER, library=library, cache=store(SEGMENTER, library)) as engine,
@@ -286,7 +286,7 @@ def test_arrays_of_the_device(bundle: Bundle, store: Store, library: str) -> Non
 
 def test_run_after_run_on_device(bundle: Bundle, store: Store) -> None:
     """The image of a call that nobody waited for is not written over by the next call's."""
-    images = [np.roll(photograph(64, 64), 11 * i, axis=1) for i in range(6)]
+    images = [np.roll(crop(64, 64), 11 * i, axis=1) for i in range(6)]
     with (
         OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
         open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
@@ -313,17 +313,17 @@ def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.
         Driver, "destroy_stream", lambda self, stream: (alive.discard(stream), destroy(self, stream))[1]
     )
     engine = open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))
-    engine.run(photograph(64, 64))
+    engine.run(crop(64, 64))
     assert len(alive) == 1
     engine.close()
     engine.close()
     assert not alive
     with pytest.raises(BackendError, match="closed"):
-        engine.run(photograph(64, 64))
+        engine.run(crop(64, 64))
 
     forgotten = [open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))]
     for _ in range(3):
-        forgotten[0].run(photograph(64, 64))
+        forgotten[0].run(crop(64, 64))
     assert len(alive) == 1
     thread = threading.Thread(target=forgotten.clear)
     thread.start()
@@ -335,7 +335,7 @@ def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.
 def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the driver says becomes an BackendError, and the next call works again."""
     with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
-        expected = engine.run(photograph(64, 64))
+        expected = engine.run(crop(64, 64))
         with monkeypatch.context() as patch:
 
             def refuse(*_: Any) -> None:
@@ -343,8 +343,8 @@ def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.Monkey
 
             patch.setattr(Driver, "upload", refuse)
             with pytest.raises(BackendError, match=r"segmenter: cannot be run on CPU: .*illegal address"):
-                engine.run(photograph(64, 64))
-        assert_equal(engine.run(photograph(64, 64)), expected)
+                engine.run(crop(64, 64))
+        assert_equal(engine.run(crop(64, 64)), expected)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_every_refusal_is_told(
         open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
         pytest.raises(BackendError, match=f"tensorrt refused {library_call}"),
     ):
-        engine.run(photograph(64, 64))
+        engine.run(crop(64, 64))
 
 
 def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_a_plan_that_cannot_be_loaded_is_put_aside(bundle: Bundle, store: Store,
     (kept,) = (cache / "quarantine").glob("*/reason.txt")
     assert kept.read_text().strip()
     with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
-        engine.run(photograph(64, 64))
+        engine.run(crop(64, 64))
 
 
 def test_the_next_plan_is_tried(bundle: Bundle, store: Store) -> None:
@@ -489,7 +489,7 @@ def test_the_bundles_own_plans(bundle: Bundle, store: Store, tmp_path: Path) -> 
     store(SEGMENTER).rename(tmp_path / "engines")
     moved = dataclasses.replace(bundle, path=tmp_path)
     with open_tensorrt(moved, SEGMENTER) as engine:
-        engine.run(photograph(64, 64))
+        engine.run(crop(64, 64))
 
 
 def test_plans_are_looked_for_in_both_folders(bundle: Bundle, store: Store, tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_a_plan_that_cannot_be_read_stays(
         assert not (cache / "quarantine").exists()
 
 
-def test_auto_takes_a_plan_for_every_photograph(bundle: Bundle, store: Store) -> None:
+def test_auto_takes_a_plan_for_every_image(bundle: Bundle, store: Store) -> None:
     """Asked for, a plan of few sizes runs what it can; left to itself a run would fail on the way."""
     side = bundle.manifest.parameters.long_side
     cache = store(SEGMENTER)
@@ -615,7 +615,7 @@ def test_closing_while_a_profile_is_opened(
     monkeypatch.setattr(tensorrt_engine, "Lane", SlowLane)
     engine = open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(engine.run, photograph(64, 64))
+        running = pool.submit(engine.run, crop(64, 64))
         assert opening.wait(30)
         closing = pool.submit(engine.close)
         with pytest.raises(TimeoutError):
@@ -639,9 +639,9 @@ def test_pseudo_masks_that_are_made_on_the_device(
         return label(chain, images, *rest)
 
     monkeypatch.setattr(GpuPipeline, "label", noted)
-    photographs = tmp_path / "photographs"
-    photographs.mkdir()
-    Image.fromarray(photograph(96, 128)[0]).save(photographs / "cat.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(crop(96, 128)[0]).save(images / "cat.png")
     (tmp_path / "labels.csv").write_text("image,labels\ncat.png,cat\n")
     store(CAM, library)
     cache = store(AFFINITY, library)
@@ -649,7 +649,7 @@ def test_pseudo_masks_that_are_made_on_the_device(
     for name in ("onnxruntime-cpu", library):
         request, out = BackendRequest(name, "fp32", cache), tmp_path / name
         options = RunOptions()
-        job = make_job("label", str(photographs), out, bundle.path, request, options)
+        job = make_job("label", str(images), out, bundle.path, request, options)
         run_job(job, options, LocalExecutor, labels=tmp_path / "labels.csv")
         with Image.open(out / "masks" / "cat.png") as mask:
             masks.append(np.asarray(mask))
@@ -672,5 +672,5 @@ def test_without_kernels_the_walk_is_on_the_cpu(
     monkeypatch.setattr(calls, "default_device", refuse)
     with open_tensorrt(bundle, AFFINITY, cache=store(AFFINITY)) as engine:
         affinity = label._affinity_for_the_walk(engine, radius=5)
-        assert isinstance(affinity.run(photograph(64, 64))["affinity"], np.ndarray)
+        assert isinstance(affinity.run(crop(64, 64))["affinity"], np.ndarray)
     assert "the random walk runs on the CPU: kernels.fatbin: not found" in capsys.readouterr().err

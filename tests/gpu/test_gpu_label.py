@@ -63,7 +63,7 @@ def engine_cache(tmp_path_factory: pytest.TempPathFactory, device: PycudaDevice)
     yield cache
 
 
-def test_masks_of_photographs(engine_cache: Path, device: PycudaDevice) -> None:
+def test_masks_of_images(engine_cache: Path, device: PycudaDevice) -> None:
     """Against the CPU; twice, so that the second call works in memory that is there."""
     bundle = load_bundle(default_bundle_path())
     parameters = bundle.manifest.parameters.label

@@ -48,7 +48,7 @@ def built(
     yield library, cache
 
 
-def photograph(batch: int, height: int, width: int) -> np.ndarray:
+def crop(batch: int, height: int, width: int) -> np.ndarray:
     with Image.open(default_bundle_path().parents[1] / "demo_images" / "chelsea.jpg") as image:
         resized = image.convert("RGB").resize((width, height + batch - 1))
     pixels = np.asarray(resized)
@@ -59,7 +59,7 @@ def photograph(batch: int, height: int, width: int) -> np.ndarray:
 def test_equals_onnx_runtime(bundle: Bundle, built: tuple[str, Path], contract: GraphContract) -> None:
     """Plain and recorded calls, several sizes, and four threads."""
     library, cache = built
-    images = [photograph(*size) for size in SIZES]
+    images = [crop(*size) for size in SIZES]
     with (
         OnnxRuntimeBackend(bundle.read_file(graph_file(contract)), contract=contract) as reference,
         open_tensorrt(bundle, contract, library=library, cache=cache) as engine,
@@ -87,7 +87,7 @@ def test_walk_without_a_copy(bundle: Bundle, built: tuple[str, Path]) -> None:
         device = calls.default_device()
     except DeviceUnavailableError as error:
         pytest.skip(f"no kernels: {error}")
-    image = photograph(1, 160, 224)
+    image = crop(1, 160, 224)
     with open_tensorrt(bundle, AFFINITY, library=library, cache=cache) as engine:
         affinity = engine.run(image)["affinity"]
         scores = np.random.default_rng(0).random((1, 3, *affinity.shape[2:]), dtype=np.float32)

@@ -44,14 +44,14 @@ CRF = CrfParameters(iterations=2)
 STATUS = 8  # bytes of error words that come back with a mask
 
 
-def photograph(name: str, height: int, width: int) -> np.ndarray:
+def image(name: str, height: int, width: int) -> np.ndarray:
     with Image.open(PHOTOS / f"{name}.jpg") as image:
         return np.asarray(image.convert("RGB").resize((width, height)))
 
 
 def tinted(name: str, height: int, width: int) -> np.ndarray:
-    """A photograph whose left is red, its right green and its middle dark, as the tiny bundle likes it."""
-    rgb = photograph(name, height, width).copy()
+    """An image whose left is red, its right green and its middle dark, as the tiny bundle likes it."""
+    rgb = image(name, height, width).copy()
     side = 2 * width // 5
     rgb[:, :side, 1:] //= 5
     rgb[:, side:-side] //= 9
@@ -123,7 +123,7 @@ class OnTheCpu:
         assert np.quantile(differences, 0.999) <= 2, differences.max()
 
 
-def test_masks_of_photographs(tmp_path: Path) -> None:
+def test_masks_of_images(tmp_path: Path) -> None:
     """The packaged bundle; classes given and from scores."""
     bundle = load_bundle(default_bundle_path())
     parameters = bundle.manifest.parameters
@@ -134,7 +134,7 @@ def test_masks_of_photographs(tmp_path: Path) -> None:
     seen = set()
     with chain_of(bundle, tmp_path, manifest=manifest) as chain:
         for name, labels in given.items():
-            rgb = photograph(name, 60, 76)
+            rgb = image(name, 60, 76)
             (labelled,) = chain.label(rgb[None], [labels])
             cpu.expect(labelled, rgb)
             assert isinstance(labelled, GpuLabels) and (labels is None or labelled.classes == labels)
@@ -226,11 +226,11 @@ def test_only_masks_come_back(bundle: Bundle, tmp_path: Path, queued: list[tuple
 def test_threads_share_the_slots(bundle: Bundle, tmp_path: Path) -> None:
     """More threads than slots, sizes that come and go: every mask is that of its own image."""
     sizes = [(32, 44), (33, 37), (40, 32)]
-    photographs = [tinted("chelsea", *size) for size in sizes]
-    photographs += [np.ascontiguousarray(rgb[:, ::-1]) for rgb in photographs]
+    images = [tinted("chelsea", *size) for size in sizes]
+    images += [np.ascontiguousarray(rgb[:, ::-1]) for rgb in images]
     with chain_of(bundle, tmp_path) as chain, ThreadPoolExecutor(4) as pool:
-        alone = [chain.label(rgb[None], [None])[0] for rgb in photographs]
-        together = pool.map(lambda rgb: chain.label(rgb[None], [None])[0], photographs * 2)
+        alone = [chain.label(rgb[None], [None])[0] for rgb in images]
+        together = pool.map(lambda rgb: chain.label(rgb[None], [None])[0], images * 2)
         for got, expected in zip(together, alone * 2, strict=True):
             assert isinstance(got, GpuLabels) and isinstance(expected, GpuLabels)
             np.testing.assert_array_equal(got.mask, expected.mask)

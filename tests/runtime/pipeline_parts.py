@@ -27,14 +27,14 @@ SOON = 20.0  # seconds; what hangs would take for ever
 
 
 @dataclass
-class Photographs:
+class Images:
     """A source: image i is of shape i % 4 and grey i; some cannot be read, some decoded."""
 
     unreadable: frozenset[int] = frozenset()
     broken: frozenset[int] = frozenset()
     error: Exception | None = None
     shapes: tuple[tuple[int, int], ...] = SHAPES
-    description: str = "photographs of a test"
+    description: str = "images of a test"
     read_now: Callable[[], None] = lambda: None
 
     def exists(self, item: SourceItem) -> bool:

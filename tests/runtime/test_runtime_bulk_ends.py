@@ -1,6 +1,7 @@
 """How runs end, and what they leave where they do not begin."""
 
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.monitor import stop_on_signals
 from multisa.runtime.jobs.output import JOURNAL, LOCK
 from multisa.runtime.jobs.snapshot import Shard
-from multisa.runtime.progress import redirect_log
+from multisa.runtime.progress import log
 
 
 def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
@@ -75,16 +76,20 @@ def test_shards_that_are_left_undone_are_not_taken_for_done(
     assert not (tmp_path / "out/labels.jsonl").exists()
 
 
-def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log() -> None:
+def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lock, said = threading.Lock(), list[tuple[str, bool]]()
 
-    def listener(message: str) -> None:
-        free = lock.acquire(timeout=2)
-        said.append((message, free))
-        if free:
-            lock.release()
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            free = lock.acquire(timeout=2)
+            said.append((record.getMessage(), free))
+            if free:
+                lock.release()
 
-    with redirect_log(listener), stop_on_signals() as stop:
+    monkeypatch.setattr(log, "handlers", [Listener()])
+    with stop_on_signals() as stop:
         with lock:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.signal == signal.SIGTERM
@@ -122,6 +127,6 @@ def test_what_a_commit_that_was_cut_has_left_goes_when_it_is_done_again(
     monkeypatch.undo()
     assert (out / "masks/a.png").is_file()
     (photos / "a.jpg").unlink()
-    assert run_segment(photos, out, bundle, frozen=True).failures == 2
+    assert run_segment(photos, out, bundle, skip_source_check=True).failures == 2
     masks = {path for path in public_bytes(out) if path.startswith("masks/")}
     assert masks == {row["mask"] for row in records(out)} and "masks/a.png" not in masks

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline_parts import SHAPES, Photographs, Predictor, RunObserver, contents, do, pipeline_of, shard_of
+from pipeline_parts import SHAPES, Images, Predictor, RunObserver, contents, do, pipeline_of, shard_of
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, BackendUnavailable
@@ -33,7 +33,7 @@ class Breaks(Predictor):
 def test_an_engine_that_is_broken_ends_the_run(tmp_path: Path, manifest: Manifest, batch: int) -> None:
     watcher = RunObserver()
     sizes = PipelineConfig(readers=2, workers=2, batch=batch)
-    source = Photographs(shapes=SHAPES[:1])
+    source = Images(shapes=SHAPES[:1])
     with (
         pytest.raises(
             BackendUnavailable, match=r"the device is lost .* before it\): see to the device"
@@ -56,14 +56,14 @@ def test_an_engine_is_asked_twice(tmp_path: Path, manifest: Manifest) -> None:
             return found
 
     watcher = RunObserver()
-    with pipeline_of(tmp_path, manifest, Photographs(), Short(), watcher, PipelineConfig(1, 1)) as pipeline:
+    with pipeline_of(tmp_path, manifest, Images(), Short(), watcher, PipelineConfig(1, 1)) as pipeline:
         do(pipeline, [shard_of(0, range(20))])
     assert len(watcher.done) == 20 and not watcher.failed
 
 
 def test_images_that_are_refused_now_and_then_end_no_run(tmp_path: Path, manifest: Manifest) -> None:
     method, watcher = Predictor(refused=frozenset(range(0, 100, 2))), RunObserver()
-    with pipeline_of(tmp_path, manifest, Photographs(), method, watcher) as pipeline:
+    with pipeline_of(tmp_path, manifest, Images(), method, watcher) as pipeline:
         do(pipeline, [shard_of(0, range(100))])
     assert len(watcher.failed) == 50
 
@@ -95,7 +95,7 @@ def test_memory_that_is_short_fails_the_image(
         fail_at("multisa.runtime.jobs.pipeline", "decode_working_image", lambda _: next(calls) == 2)
     if stage == "encode":
         fail_at("multisa.runtime.jobs.worker", "uncertainty", lambda *_: next(calls) == 2)
-    source = Photographs(frozenset({2}) if stage == "read" else frozenset(), error=short)  # type: ignore[arg-type]
+    source = Images(frozenset({2}) if stage == "read" else frozenset(), error=short)  # type: ignore[arg-type]
     method = Hungry(frozenset({2}) if stage == "infer" else frozenset(), infer_error=short)
     with pipeline_of(tmp_path, manifest, source, method, sizes=PipelineConfig(1, 1)) as pipeline:
         ((_, images, failures),) = contents(do(pipeline, [shard_of(0, range(6))]))
@@ -113,7 +113,7 @@ def test_the_bytes_that_wait_to_be_decoded_are_bounded(
     size, most, held = 1000, 0, 0
     lock, decode = threading.Lock(), pipeline_module.decode_working_image
 
-    class Large(Photographs):
+    class Large(Images):
         def read(self, item: Any) -> bytes:
             nonlocal held, most
             with lock:

@@ -10,7 +10,7 @@ import pytest
 from pipeline_parts import (
     SHAPES,
     SOON,
-    Photographs,
+    Images,
     Predictor,
     RunObserver,
     by_number,
@@ -32,7 +32,7 @@ def test_the_same_for_any_widths(tmp_path: Path, manifest: Manifest) -> None:
     shards = [shard_of(n, range(first, first + 9)) for n, first in enumerate(range(0, 45, 9))]
     found = []
     for readers, workers in ((1, 1), (4, 1), (1, 4), (3, 3)):
-        source, watcher = Photographs(frozenset({3}), frozenset({13, 14})), RunObserver()
+        source, watcher = Images(frozenset({3}), frozenset({13, 14})), RunObserver()
         sizes = PipelineConfig(readers, workers, batch=3, look_ahead=5)
         with pipeline_of(tmp_path, manifest, source, Predictor(frozenset({20})), watcher, sizes) as pipeline:
             found.append(contents(do(pipeline, shards)))
@@ -50,7 +50,7 @@ def test_which_images_an_engine_gets_together(tmp_path: Path, manifest: Manifest
     for workers in (1, 3):
         method = Predictor()
         sizes = PipelineConfig(readers=2, workers=workers, batch=3, look_ahead=4)
-        with pipeline_of(tmp_path, manifest, Photographs(), method, sizes=sizes) as pipeline:
+        with pipeline_of(tmp_path, manifest, Images(), method, sizes=sizes) as pipeline:
             do(pipeline, [shard_of(0, order), shard_of(1, [16, 17])])
         batches = method.batches if workers == 1 else sorted(method.batches)
         wanted = [*expected, [16], [17]]  # never an image of the next shard
@@ -59,7 +59,7 @@ def test_which_images_an_engine_gets_together(tmp_path: Path, manifest: Manifest
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_one_bad_image_does_not_fail_its_neighbours(tmp_path: Path, manifest: Manifest, batch: int) -> None:
-    source, method = Photographs(shapes=SHAPES[:1]), Predictor(refused=frozenset({2}))
+    source, method = Images(shapes=SHAPES[:1]), Predictor(refused=frozenset({2}))
     sizes = PipelineConfig(readers=1, workers=2, batch=batch)
     with pipeline_of(tmp_path, manifest, source, method, sizes=sizes) as pipeline:
         ((_, images, failures),) = contents(do(pipeline, [shard_of(0, range(8))]))
@@ -77,7 +77,7 @@ def test_tiny_permits_never_lock(tmp_path: Path, manifest: Manifest, batch: int,
     for number, size in enumerate(sizes_of_shards):
         shards.append(shard_of(number, range(first, first + size)))
         first += size
-    source = Photographs(unreadable=frozenset(range(4, 40, 3)), broken=frozenset(range(5, 40, 3)))
+    source = Images(unreadable=frozenset(range(4, 40, 3)), broken=frozenset(range(5, 40, 3)))
     with pipeline_of(tmp_path, manifest, source, Predictor(), sizes=sizes) as pipeline:
         done = do(pipeline, shards)
     assert [len(one.images) + len(one.failures) for one in sorted(done, key=by_number)] == list(
@@ -101,7 +101,7 @@ def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: M
             return super().postprocess(*arguments)
 
     sizes = PipelineConfig(readers=2, workers=2)
-    source = Photographs(read_now=read_now)
+    source = Images(read_now=read_now)
     with pipeline_of(tmp_path, manifest, source, Slow(), watcher, sizes) as pipeline:
         do(pipeline, [shard_of(n, range(n * 50, n * 50 + 50)) for n in range(2)])
     assert 2 < most <= sizes.max_in_flight
@@ -111,7 +111,7 @@ def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: M
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest) -> None:
     peaks = []
     for shards in (2, 2, 20):  # the first only warms up
-        source = Photographs(shapes=((300, 400),))
+        source = Images(shapes=((300, 400),))
         with pipeline_of(tmp_path, manifest, source, Predictor()) as pipeline:
             tracemalloc.start()
             waiting = [
@@ -141,12 +141,12 @@ SOME = frozenset({30})
 @pytest.mark.parametrize(
     ("source", "method", "watcher", "error"),
     [
-        (Photographs(SOME, error=RuntimeError("a bug")), Predictor(), RunObserver(), RuntimeError),
-        (Photographs(), Predictor(SOME, ZeroDivisionError("a bug")), RunObserver(), ZeroDivisionError),
-        (Photographs(), Predictor(refine_error=KeyError("a bug")), RunObserver(), KeyError),
-        (Photographs(SOME), Predictor(), BadWatcher(), BrokenPipeError),  # raised in the thread that gathers
-        (Photographs(NONE, SOME), Predictor(), BadWatcher(), BrokenPipeError),
-        (Photographs(), Predictor(SOME), BadWatcher(), BrokenPipeError),
+        (Images(SOME, error=RuntimeError("a bug")), Predictor(), RunObserver(), RuntimeError),
+        (Images(), Predictor(SOME, ZeroDivisionError("a bug")), RunObserver(), ZeroDivisionError),
+        (Images(), Predictor(refine_error=KeyError("a bug")), RunObserver(), KeyError),
+        (Images(SOME), Predictor(), BadWatcher(), BrokenPipeError),  # raised in the thread that gathers
+        (Images(NONE, SOME), Predictor(), BadWatcher(), BrokenPipeError),
+        (Images(), Predictor(SOME), BadWatcher(), BrokenPipeError),
     ],
     ids=["read", "infer", "refine", "watch-read", "watch-decode", "watch-infer"],
 )
@@ -167,7 +167,7 @@ def test_a_shard_that_cannot_be_written_ends_the_run(tmp_path: Path, manifest: M
     def commit(done: CompletedShard) -> None:
         raise OSError(28, "No space left on device")
 
-    with pipeline_of(tmp_path, manifest, Photographs(), Predictor()) as pipeline:
+    with pipeline_of(tmp_path, manifest, Images(), Predictor()) as pipeline:
         first = pipeline.submit(shard_of(0, range(5)), commit)
         with pytest.raises(OSError, match="No space left"):
             pipeline.wait(first)
@@ -177,7 +177,7 @@ def test_a_shard_that_cannot_be_written_ends_the_run(tmp_path: Path, manifest: M
 
 
 def test_a_source_that_is_gone_ends_the_run(tmp_path: Path, manifest: Manifest) -> None:
-    class Disk(Photographs):
+    class Disk(Images):
         here = True
 
         def exists(self, item: SourceItem) -> bool:
@@ -188,7 +188,7 @@ def test_a_source_that_is_gone_ends_the_run(tmp_path: Path, manifest: Manifest) 
         (first,) = do(pipeline, [shard_of(0, range(8))])
         assert [failure.index for failure in first.failures] == [3]  # the image alone was gone
         disk.here = False
-        match = r"photographs of a test: .*cannot be reached any more \(000\d\d\.png: not to be had\)"
+        match = r"images of a test: .*cannot be reached any more \(000\d\d\.png: not to be had\)"
         with pytest.raises(MultisaError, match=match):
             do(pipeline, [shard_of(1, range(8, 1000))])
     assert [failure.index for failure in watcher.failed] == [3]
@@ -207,7 +207,7 @@ def test_leaving_drops_what_is_queued(tmp_path: Path, manifest: Manifest) -> Non
     start = time.monotonic()
     with (
         pytest.raises(KeyboardInterrupt),
-        pipeline_of(tmp_path, manifest, Photographs(), Slow(), watcher) as pipeline,
+        pipeline_of(tmp_path, manifest, Images(), Slow(), watcher) as pipeline,
     ):
         pipeline.submit(shard_of(0, range(12)), lambda _: None)
         assert begun.wait(SOON)

@@ -34,7 +34,7 @@ def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Pat
     ):
         run_segment(many, out, bundle, retry_failed=True, **options)
     shutil.copy(many / "05.png", many / "extra.png")
-    summary = run_segment(many, out, bundle, retry_failed=True, frozen=True, **options)
+    summary = run_segment(many, out, bundle, retry_failed=True, skip_source_check=True, **options)
     assert summary.failures == 2 and summary.failure_kinds == {"read": 1, "decode": 1}  # another size
     with pytest.raises(UsageError, match="1 added"):
         run_segment(many, out, bundle, **options)

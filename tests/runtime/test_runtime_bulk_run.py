@@ -96,7 +96,7 @@ def test_plans_and_gpus_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         detail: ClassVar = {"plan_sha256": "ab12"}
 
     monkeypatch.setattr(config, "probe_gpus", lambda: GpuProbe("13.2", (Gpu("some GPU", "sm89"),)))
-    found = config.identity([SelectedBackend("cam", cast("Backend", Planned()), "fp16", "asked for")])
+    found = config.identity([SelectedBackend("cam", cast("Any", Planned()), "fp16", "asked for")])
     assert found["engine of cam"] == "tensorrt, fp16"
     assert (found["plan of cam"], found["architecture of the GPU"]) == ("ab12", "sm89")
     assert "version of pyarrow" not in found
@@ -119,7 +119,7 @@ def test_a_source_that_has_changed(photos: Path, bundle: Bundle, tmp_path: Path)
     match = r"1 added \(bb\.png\); 1 removed \(b\.png\); 1 changed \(a\.jpg\): go on .*--skip-source-check.*--overwrite"
     with pytest.raises(UsageError, match=match):
         run_segment(photos, out, bundle)
-    summary = run_segment(photos, out, bundle, frozen=True)
+    summary = run_segment(photos, out, bundle, skip_source_check=True)
     assert summary.done_now == 0 and public_bytes(out) == before
 
 

@@ -53,8 +53,8 @@ def test_write_refuses_a_folder_that_is_no_bundle(
     ("name", "content", "match"),
     [
         ("thesis.txt", "years of work", "thesis.txt is not of it"),
-        ("photos/a.jpg", "a photograph", "photos is not of it"),
-        ("cam.onnx/a.jpg", "a photograph", "cam.onnx is not of it"),
+        ("photos/a.jpg", "an image", "photos is not of it"),
+        ("cam.onnx/a.jpg", "an image", "cam.onnx is not of it"),
         ("engines", "a file, no cache", "engines is not of it"),
         ("bundle.json", '{"name": "of some other tool"}', "no manifest"),
         ("bundle.json", '{"schema_version": 1, "files": ["cam.onnx"]}', "no manifest"),

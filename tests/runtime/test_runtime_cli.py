@@ -17,7 +17,8 @@ from multisa.runtime.backends.base import PRECISIONS
 from multisa.runtime.backends.registry import BACKENDS
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle import storage as bundle_module
-from multisa.runtime.cli.main import COMMANDS, commands, root
+from multisa.runtime.cli import commands
+from multisa.runtime.cli.main import COMMANDS, root
 from multisa.runtime.jobs import run as run_module
 from multisa.runtime.jobs.spec import RunOptions
 
@@ -147,7 +148,7 @@ def test_demo(bundle: Bundle, tmp_path: Path) -> None:
         assert f"report/000001.{run}.jpg" in page and "chelsea.jpg" in page
     with Image.open(tmp_path / "demo/demo.jpg") as sheet:
         pixels = np.asarray(sheet.convert("L")).astype(int)
-        heights = [360, 239, 240]  # of the photographs, each 360 wide; 32 above them for the captions
+        heights = [360, 239, 240]  # of the images, each 360 wide; 32 above them for the captions
         assert sheet.size == (3 * 360 + 2 * 4, 32 + sum(heights) + 2 * 4)
     for column in range(3):
         left = column * 364
@@ -166,7 +167,7 @@ def test_demo_takes_the_label_file_if_the_bundle_has_its_classes(
 
     for name in ("broken.jpg", "deep/c.jpg", "deep/d.png"):
         (photos / name).unlink()
-    monkeypatch.setattr(demo, "PHOTOGRAPHS", photos)
+    monkeypatch.setattr(demo, "IMAGES", photos)
     for classes, source in (("green", "file"), ("green cat", "scores")):
         (photos / "labels.csv").write_text(f"image,labels\nb.png,\na.jpg,{classes}\n")
         demo.run_demo(tmp_path / source, bundle)
@@ -179,14 +180,14 @@ def test_demo_stops_at_a_failure_before_it_draws(
 ) -> None:
     from multisa.runtime import demo
 
-    monkeypatch.setattr(demo, "PHOTOGRAPHS", photos)
+    monkeypatch.setattr(demo, "IMAGES", photos)
     (photos / "labels.csv").write_text("image,labels\na.jpg,green\n")
     result = run_cli("demo", "-o", tmp_path / "demo", "--bundle", bundle.path)
     assert result.exit_code == 4 and "1 of 6 images failed" in result.stderr
     assert not (tmp_path / "demo" / "demo.jpg").exists()
 
 
-def test_demo_photographs_have_sources() -> None:
+def test_demo_images_have_sources() -> None:
     folder = Path(commands.__file__).parent / "demo_images"
     sources = (folder / "SOURCES.md").read_text()
     assert all(path.name in sources for path in folder.glob("*.jpg"))

@@ -1,4 +1,4 @@
-"""Which photographs a plan's profiles leave out."""
+"""Which images a plan's profiles leave out."""
 
 from hypothesis import given
 from hypothesis import strategies as st

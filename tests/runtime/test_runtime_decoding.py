@@ -15,7 +15,7 @@ from multisa.runtime.imaging import decode as decoding
 from multisa.runtime.imaging.decode import SCALED_SIDES, decode_image, resize_image, working_size
 
 DEMO = sorted((Path(__file__).resolve().parents[2] / "runtime" / "demo_images").glob("*.jpg"))
-PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared/data/voc-animals/JPEGImages"
+IMAGES = Path(__file__).resolve().parents[3] / "shared/data/voc-animals/JPEGImages"
 
 
 def pillow(data: bytes) -> np.ndarray:
@@ -29,7 +29,7 @@ def saved(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def photograph(side: int | None = None) -> Image.Image:
+def image(side: int | None = None) -> Image.Image:
     with Image.open(DEMO[0]) as file:
         image = file.convert("RGB")
     return image if side is None else image.resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
@@ -41,11 +41,11 @@ def forbid_pillows_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def real_files() -> list[Path]:
-    return DEMO + (sorted(PHOTOGRAPHS.glob("*.jpg"))[::40] if PHOTOGRAPHS.exists() else [])
+    return DEMO + (sorted(IMAGES.glob("*.jpg"))[::40] if IMAGES.exists() else [])
 
 
 @pytest.mark.parametrize("path", real_files(), ids=lambda path: path.stem)
-def test_real_photographs_have_pillows_pixels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_images_have_pillows_pixels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pillow(path.read_bytes())
     forbid_pillows_pixels(monkeypatch)
     decoded = decode_image(path.read_bytes())
@@ -70,17 +70,17 @@ def test_real_photographs_have_pillows_pixels(path: Path, monkeypatch: pytest.Mo
 def test_kinds_of_jpeg_have_pillows_pixels(
     make: Callable[[Image.Image], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = make(photograph())
+    data = make(image())
     expected = pillow(data)
     forbid_pillows_pixels(monkeypatch)
     np.testing.assert_array_equal(decode_image(data).rgb, expected)
 
 
 def test_cmyk_and_small_defects_are_pillows() -> None:
-    cmyk = saved(photograph().convert("CMYK"))
+    cmyk = saved(image().convert("CMYK"))
     assert decode_image(cmyk).notes == ("CMYK converted without its colour profile",)
     np.testing.assert_array_equal(decode_image(cmyk).rgb, pillow(cmyk))
-    data = bytearray(saved(photograph()))
+    data = bytearray(saved(image()))
     data[len(data) // 2 : len(data) // 2 + 4] = b"\xff\xd3\xff\xd1"  # libjpeg warns and goes on
     with pytest.raises(ValueError):
         simplejpeg.decode_jpeg(bytes(data))
@@ -89,7 +89,7 @@ def test_cmyk_and_small_defects_are_pillows() -> None:
 
 @pytest.fixture(scope="module")
 def large() -> Image.Image:
-    return photograph(4000)
+    return image(4000)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -111,16 +111,16 @@ def test_much_larger_than_needed_is_decoded_smaller(
 
 
 def test_what_is_not_much_larger_keeps_every_pixel() -> None:
-    data = saved(photograph(799))
+    data = saved(image(799))
     np.testing.assert_array_equal(decode_image(data, long_side=400).rgb, pillow(data))
-    png = saved(photograph(1700), "PNG")
+    png = saved(image(1700), "PNG")
     np.testing.assert_array_equal(decode_image(png, long_side=400).rgb, pillow(png))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000"])
 def test_sizes_are_refused_before_pixels_are_decoded(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = saved(photograph(), format)
-    width, height = photograph().size
+    data = saved(image(), format)
+    width, height = image().size
     forbid_pillows_pixels(monkeypatch)
     monkeypatch.setattr(decoding, "_decode_jpeg", lambda *_: 1 / 0)
     with pytest.raises(ImageError, match=rf"^{width}x{height} = .* expected at most 1000: .*--max-pixels"):

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import multisa.kernels.native as native_module
 from multisa.kernels.cuda import build
-from multisa.runtime import doctor, versions
+from multisa.runtime import doctor, system
 from multisa.runtime.backends import gpus
 from multisa.runtime.backends.engine_cache import EngineCache, EngineKey, Profile, this_platform
 from multisa.runtime.backends.registry import BACKENDS
@@ -134,7 +134,7 @@ def test_an_onnxruntime_that_is_broken(bundle: Bundle, monkeypatch: pytest.Monke
 
 
 def test_two_packages_of_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "version", lambda name: "1.31.1" if name.endswith("-gpu") else "1.32.0")
+    monkeypatch.setattr(system, "version", lambda name: "1.31.1" if name.endswith("-gpu") else "1.32.0")
     finding = found(examine(bundle.path), "onnxruntime")
     assert not finding.ok
     assert "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 overwrite each other" in finding.text

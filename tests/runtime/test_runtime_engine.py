@@ -16,7 +16,7 @@ from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, B
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import BACKENDS, open_backend
 from multisa.runtime.bundle import Bundle, Manifest, default_bundle_path, load_bundle, write_bundle
-from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.demo import IMAGES
 from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.imaging.decode import read_image, resize_image
 
@@ -27,8 +27,8 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (2, 41, 67, 3), dtype=np.uint8
 
 
 @pytest.fixture(scope="module")
-def photograph() -> np.ndarray:
-    return resize_image(read_image(PHOTOGRAPHS / "chelsea.jpg").rgb, (129, 193))[np.newaxis]
+def image() -> np.ndarray:
+    return resize_image(read_image(IMAGES / "chelsea.jpg").rgb, (129, 193))[np.newaxis]
 
 
 # Engines as they are here, and what can be tried without a GPU: the way through ONNX Runtime's CUDA provider.
@@ -73,14 +73,14 @@ class TestEveryEngine:
                 np.testing.assert_allclose(outputs[name], answer[name], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
-    def test_the_packaged_bundle_on_a_photograph(
-        self, opened: Open, photograph: np.ndarray, contract: GraphContract
+    def test_the_packaged_bundle_on_a_image(
+        self, opened: Open, image: np.ndarray, contract: GraphContract
     ) -> None:
         """Against onnxruntime-cpu on two threads, which sums in another order."""
         bundle = load_bundle(default_bundle_path())
-        outputs = opened(bundle, contract).run(photograph)
+        outputs = opened(bundle, contract).run(image)
         with open_backend(bundle, contract, threads=2, backend="onnxruntime-cpu") as reference:
-            wanted = reference.run(photograph)
+            wanted = reference.run(image)
         if contract == SEGMENTER:
             assert len(np.unique(wanted["labels"])) > 1
             assert (outputs["labels"] == wanted["labels"]).mean() >= 0.999

@@ -23,10 +23,10 @@ from multisa.runtime.backends.registry import (
     selected_backends,
 )
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
-from multisa.runtime.cli.main import commands
+from multisa.runtime.cli import commands
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 
-PHOTOGRAPHS = Path(commands.__file__).parent / "demo_images"
+IMAGES = Path(commands.__file__).parent / "demo_images"
 
 
 class Plan(Closeable):
@@ -252,6 +252,6 @@ def test_masks_do_not_depend_on_how_the_engine_was_found(
     results = []
     for name in ("auto", "onnxruntime-cpu"):
         out = tmp_path / name
-        run_segment(PHOTOGRAPHS, out, bundle, request=BackendRequest(name))
+        run_segment(IMAGES, out, bundle, request=BackendRequest(name))
         results.append(public_bytes(out))
     assert results[0] == results[1] and len(results[0]) == 4

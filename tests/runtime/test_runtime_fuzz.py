@@ -18,7 +18,7 @@ import pytest
 
 FILES, WORKERS = 1000, 2
 SECONDS = 20  # for one file of a few kilobytes, on a machine under load
-PHOTOGRAPH = Path(__file__).resolve().parents[2] / "runtime" / "demo_images" / "astronaut.jpg"
+IMAGE = Path(__file__).resolve().parents[2] / "runtime" / "demo_images" / "astronaut.jpg"
 KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("JPEG", {}),
     ("JPEG", {"progressive": True}),
@@ -37,12 +37,12 @@ KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def sources() -> list[bytes]:
-    """One real photograph, 96 pixels wide, in every format."""
+    """One real image, 96 pixels wide, in every format."""
     from PIL import Image
 
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "of a camera"
-    with Image.open(PHOTOGRAPH) as file:
+    with Image.open(IMAGE) as file:
         image = file.convert("RGB").resize((96, 80))
     found = []
     for format, options in KINDS:
@@ -90,8 +90,8 @@ def decode_all(numbers: range) -> None:
         os.write(2, f"file {number}\n".encode())
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
-            photograph = decode_image(data, max_pixels=2_000_000, long_side=chance.choice((None, 64)))
-            assert photograph.rgb.ndim == 3 and photograph.rgb.shape[2] == 3
+            image = decode_image(data, max_pixels=2_000_000, long_side=chance.choice((None, 64)))
+            assert image.rgb.ndim == 3 and image.rgb.shape[2] == 3
             decoded += 1
         except ImageError as error:
             assert str(error) and "\n" not in str(error)

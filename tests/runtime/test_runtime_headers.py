@@ -153,7 +153,7 @@ def test_usual_metadata_is_let_pass(format: str) -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_film_behind_a_photograph_is_let_pass(progressive: bool) -> None:
+def test_a_film_behind_a_image_is_let_pass(progressive: bool) -> None:
     data = saved("JPEG", progressive=progressive)
     film = bytes([0xFF, 0xDA, 0, 2]) * 500 + np.random.default_rng(0).bytes(2**23)  # phones put it there
     whole = decode_image(data + film)
@@ -163,7 +163,7 @@ def test_a_film_behind_a_photograph_is_let_pass(progressive: bool) -> None:
     assert np.array_equal(decode_image(data[:-2] + comment + data[-2:] + film).rgb, whole.rgb)
 
 
-def test_demo_photographs_pass() -> None:
+def test_demo_images_pass() -> None:
     folder = Path(__file__).resolve().parents[2] / "runtime" / "demo_images"
     for path in folder.glob("*.jpg"):
         check_metadata(path.read_bytes())

@@ -69,12 +69,12 @@ def test_read_image_modes(
     tmp_path: Path, name: str, make: Callable[[], Image.Image], expected: np.ndarray, note: str
 ) -> None:
     make().save(tmp_path / name)
-    photograph = read_image(tmp_path / name)
-    assert photograph.rgb.dtype == np.uint8
-    assert photograph.rgb.flags.c_contiguous and photograph.rgb.flags.writeable
-    np.testing.assert_array_equal(photograph.rgb, expected)
-    assert photograph.orientation == 1
-    assert (note in " ".join(photograph.notes)) if note else photograph.notes == ()
+    image = read_image(tmp_path / name)
+    assert image.rgb.dtype == np.uint8
+    assert image.rgb.flags.c_contiguous and image.rgb.flags.writeable
+    np.testing.assert_array_equal(image.rgb, expected)
+    assert image.orientation == 1
+    assert (note in " ".join(image.notes)) if note else image.notes == ()
 
 
 def test_read_image_cmyk_jpeg_has_the_right_polarity(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_read_image_cmyk_jpeg_has_the_right_polarity(tmp_path: Path) -> None:
 def test_read_image_takes_the_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    photograph = read_image(tmp_path / "moving.gif")
-    assert photograph.rgb[0, 0].tolist() == [255, 0, 0]
-    assert photograph.notes[0] == "first of 3 frames"
+    image = read_image(tmp_path / "moving.gif")
+    assert image.rgb[0, 0].tolist() == [255, 0, 0]
+    assert image.notes[0] == "first of 3 frames"
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
@@ -110,10 +110,10 @@ def test_read_image_applies_orientation_once(tmp_path: Path, extension: str, ori
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{extension}"
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
-    photograph = read_image(path)
-    assert photograph.orientation == orientation
-    assert photograph.rgb.shape == upright.shape
-    assert np.abs(photograph.rgb.astype(int) - upright).mean() < 4
+    image = read_image(path)
+    assert image.orientation == orientation
+    assert image.rgb.shape == upright.shape
+    assert np.abs(image.rgb.astype(int) - upright).mean() < 4
 
 
 def test_read_image_ignores_an_impossible_orientation(tmp_path: Path) -> None:

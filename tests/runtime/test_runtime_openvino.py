@@ -25,7 +25,7 @@ from multisa.runtime.backends.openvino import GRAPHS, OpenVinoBackend
 from multisa.runtime.backends.registry import BackendRequest, backend_precisions, open_backend, select_backend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.cli.main import root
-from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.demo import IMAGES
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.imaging.decode import read_image, resize_image
 
@@ -42,8 +42,8 @@ def packaged() -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def photographs() -> list[np.ndarray]:
-    paths = sorted(PHOTOGRAPHS.glob("*.jpg"))
+def images() -> list[np.ndarray]:
+    paths = sorted(IMAGES.glob("*.jpg"))
     assert len(paths) == 3
     return [resize_image(read_image(path).rgb, (97, 145))[np.newaxis] for path in paths]
 
@@ -87,16 +87,16 @@ def is_far(got: np.ndarray, expected: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("contract", [AFFINITY, SEGMENTER], ids=lambda contract: contract.name)
-def test_fp32_is_fp32(packaged: Bundle, photographs: list[np.ndarray], contract: GraphContract) -> None:
+def test_fp32_is_fp32(packaged: Bundle, images: list[np.ndarray], contract: GraphContract) -> None:
     """Left to itself, OpenVINO would take bf16 where it can."""
-    for expected, got, _ in pairs(packaged, contract, "fp32", photographs):
+    for expected, got, _ in pairs(packaged, contract, "fp32", images):
         assert not any(is_far(got[name], expected[name]) for name in contract.outputs)
 
 
 def test_bf16_is_within_its_limits_and_is_bf16(
-    packaged: Bundle, photographs: list[np.ndarray], multiplies_bf16: None
+    packaged: Bundle, images: list[np.ndarray], multiplies_bf16: None
 ) -> None:
-    compared = list(pairs(packaged, SEGMENTER, "bf16", photographs))
+    compared = list(pairs(packaged, SEGMENTER, "bf16", images))
     report = measure_parity(compared, "bf16")
     assert report.problems() == [] and report.differences.keys() == SEGMENTER.outputs.keys()
     assert any(is_far(got["confidence"], expected["confidence"]) for expected, got, _ in compared)
@@ -159,7 +159,7 @@ def test_the_package_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_calls_side_by_side_give_the_same_bytes(
-    packaged: Bundle, photographs: list[np.ndarray], threads: int, monkeypatch: pytest.MonkeyPatch
+    packaged: Bundle, images: list[np.ndarray], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many at once as there are streams, fewer and more; on one and on three processors."""
     answers = []
@@ -168,7 +168,7 @@ def test_calls_side_by_side_give_the_same_bytes(
         with open_backend(packaged, AFFINITY, threads=threads, backend="openvino") as backend:
             for callers in (1, 5):
                 with ThreadPoolExecutor(callers) as pool:
-                    found = list(pool.map(backend.run, photographs * 2))
+                    found = list(pool.map(backend.run, images * 2))
                 answers.append([answer["affinity"].tobytes() for answer in found])
     assert all(answer == answers[0] for answer in answers)
     assert answers[0][:3] == answers[0][3:] and len(set(answers[0])) == 3
@@ -234,7 +234,7 @@ def test_runs_have_the_same_bytes_for_any_workers(
     results = []
     for workers in (1, 4):
         out = tmp_path / str(workers)
-        run_segment(PHOTOGRAPHS, out, packaged, request=request, workers=workers)
+        run_segment(IMAGES, out, packaged, request=request, workers=workers)
         results.append(public_bytes(out))
     assert results[0] == results[1]
     assert sum(name.endswith(".png") for name in results[0]) == 3
@@ -252,7 +252,7 @@ def test_label_runs(bundle: Bundle, photos: Path, tmp_path: Path, capsys: pytest
 
 def test_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = ["segment", str(PHOTOGRAPHS), "-o", str(out), "--backend", "openvino"]
+    command = ["segment", str(IMAGES), "-o", str(out), "--backend", "openvino"]
     result = CliRunner().invoke(root, command)
     assert result.exit_code == 0, result.output
     assert len(records(out)) == 3 and len(list((out / "masks").rglob("*.png"))) == 3

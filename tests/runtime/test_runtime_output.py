@@ -1,4 +1,4 @@
-"""Runs whose results could replace a photograph, or be taken for one, are refused before they write."""
+"""Runs whose results could replace an image, or be taken for one, are refused before they write."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -81,7 +81,7 @@ def report(
         run=RUN,
         failures=more.get("failures", ()),
         manifest=manifest,
-        read_photograph=lambda r: None if r["index"] == gone else np.full((60, 80, 3), 90, np.uint8),
+        read_image=lambda r: None if r["index"] == gone else np.full((60, 80, 3), 90, np.uint8),
         read_mask=lambda r: mask,
         report_images=report_images,
     )
@@ -124,7 +124,7 @@ def test_masks_that_are_no_files_of_the_run_have_no_link(
         run=RUN,
         failures=(),
         manifest=manifest,
-        read_photograph=lambda _: None,
+        read_image=lambda _: None,
         read_mask=lambda _: np.zeros((60, 80), np.uint8),
     )
     links = Tags((tmp_path / "out/report.html").read_text()).links
@@ -164,7 +164,7 @@ def test_what_the_page_says(tmp_path: Path, manifest: Manifest) -> None:
             "25 images",
             "1,234",
             "and 5 more",
-            "the photograph cannot be read",
+            "the image cannot be read",
         ),
         *("25.00%", "uncertainty", "Gallery: 2 images"),
     ):
@@ -254,7 +254,7 @@ def test_pictures_are_shrunk(tmp_path: Path, manifest: Manifest) -> None:
         run=RUN,
         failures=(),
         manifest=manifest,
-        read_photograph=lambda _: np.zeros((960, 1280, 3), np.uint8),
+        read_image=lambda _: np.zeros((960, 1280, 3), np.uint8),
         read_mask=lambda _: np.ones((960, 1280), np.uint8),
     )
     for kind in ("photo", "overlay"):

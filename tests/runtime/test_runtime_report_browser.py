@@ -62,7 +62,7 @@ def page(tmp_path: Path, manifest: Manifest) -> Path:
         run={},
         failures=(),
         manifest=manifest,
-        read_photograph=lambda _: np.full((60, 80, 3), 90, np.uint8),
+        read_image=lambda _: np.full((60, 80, 3), 90, np.uint8),
         read_mask=lambda _: np.ones((60, 80), np.uint8),
     )
     return tmp_path / "report.html"

@@ -69,7 +69,7 @@ def test_datumaro_reads_the_coco_annotations(
     images: list[LabelledImage], write_sinks: Write, importer: Callable[..., Any]
 ) -> None:
     out = write_sinks(["coco"], images)
-    (out / "coco/images").mkdir()  # Datumaro wants it there, with photographs or without
+    (out / "coco/images").mkdir()  # Datumaro wants it there, with images or without
     read = importer("read_datumaro", "coco_instances", out / "coco")
     assert set(LABELS[1:3]) <= set(read["labels"])
     assert read["items"] == {i.name: digests(i.mask, background=False) for i in images}

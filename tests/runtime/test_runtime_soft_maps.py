@@ -25,7 +25,7 @@ from multisa.runtime.writers.probabilities import (
 )
 
 BACKGROUND = 0.3
-SIZE = (57, 83)  # of the photograph; the networks saw it smaller
+SIZE = (57, 83)  # of the image; the networks saw it smaller
 
 
 def scores(seed: int) -> np.ndarray:

@@ -32,7 +32,7 @@ def is_gone(source: Source, item: SourceItem) -> bool:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """A disk with two photographs in a folder, a tar file and a zip file of them."""
+    """A disk with two images in a folder, a tar file and a zip file of them."""
     disk = tmp_path / "disk"
     for name in ("a.jpg", "in/b.jpg"):
         path = disk / "photos" / name
