@@ -1,4 +1,7 @@
-"""What a graph of a bundle takes and gives, and what runs one: the protocol that every engine keeps."""
+"""The contracts of a bundle's graphs, and the protocols of the backends that run them.
+
+A backend runs one graph: ONNX Runtime, OpenVINO or TensorRT. `registry.py` chooses between them.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,12 +15,12 @@ import numpy.typing as npt
 
 from multisa.runtime.errors import BackendError
 
-IMAGE = "image"  # name of the one input of every graph
+IMAGE = "image"  # the only input of every graph
 
 UInt8 = npt.NDArray[np.uint8]
 
-# Of a graph's file. The graphs of a bundle are fp32; others lie beside them, made by `multisa convert`.
-# What an engine computes in may be another, which has no file: BackendKind of choice.py has those.
+# Precisions of graph files. `multisa export` writes fp32; `multisa convert` adds the others beside it.
+# A backend may compute in further precisions that have no file of their own, see `BackendKind`.
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -25,13 +28,13 @@ PRECISIONS = ("fp32", "fp16", "int8")
 class TensorContract:
     """One output of a graph."""
 
-    dtype: str  # as NumPy spells it
-    axes: str  # one letter an axis, for messages and the rank
+    dtype: str  # NumPy's name
+    axes: str  # one letter per axis: the rank, and the shape in messages
 
 
 @dataclass(frozen=True)
 class GraphContract:
-    """A graph takes `image` uint8 [N, H, W, 3] (RGB) and gives exactly these outputs."""
+    """A graph with the input `image`, uint8 [N, H, W, 3] RGB, and exactly these outputs."""
 
     name: str
     outputs: dict[str, TensorContract]
@@ -48,32 +51,32 @@ CONTRACTS = (CAM, AFFINITY, SEGMENTER)
 
 
 def graph_file(contract: GraphContract, precision: str = "fp32") -> str:
-    """Name of a graph's file in a bundle: cam.onnx, cam.fp16.onnx."""
+    """File name of a graph in a bundle: cam.onnx, cam.fp16.onnx."""
     return f"{contract.name}.onnx" if precision == "fp32" else f"{contract.name}.{precision}.onnx"
 
 
 def how_to_convert(bundle: Path, contract: GraphContract, precision: str) -> str:
-    """What to do about a bundle without a graph in a precision."""
+    """What to do when a bundle lacks a graph in `precision`, for error messages."""
     if precision in ("int8", "bf16") and contract != SEGMENTER:
-        return f"only the segmenter is made in {precision}, expected fp32 or fp16"
+        return f"only the segmenter exists in {precision}, expected fp32 or fp16"
     return (
-        f"make a bundle that has it: multisa convert {bundle} --precision {precision} --images DIR "
+        f"create a bundle that has it: multisa convert {bundle} --precision {precision} --images DIR "
         "-o NEW_BUNDLE"
     )
 
 
 class Backend(Protocol):
-    """Runs one graph; a context manager; `run` may be called from several threads at once."""
+    """Runs one graph. A context manager; `run` may be called from several threads at once."""
 
     @property
     def name(self) -> str:
-        """What runs the graph, for people and logs."""
+        """Name for messages and records: "onnxruntime-cpu"."""
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name. Raises BackendError."""
+        """Run on uint8 [N, H, W, 3] RGB; return the outputs by name. Raises BackendError."""
 
     def close(self) -> None:
-        """Give the graph's memory back."""
+        """Release the graph and its memory."""
 
     def __enter__(self) -> Self: ...
 
@@ -84,40 +87,41 @@ class Backend(Protocol):
 
 @runtime_checkable
 class DeviceBackend(Protocol):
-    """An engine whose outputs can stay where `multisa.kernels` takes them from."""
+    """A backend that can leave its outputs on the GPU, where `multisa.kernels` reads them."""
 
     def run_on_device(self, image: UInt8) -> dict[str, Any]:
-        """Run as `Engine.run` does, without waiting; arrays with `__cuda_array_interface__`."""
+        """Like `Backend.run`, without waiting; return arrays with `__cuda_array_interface__`."""
 
 
 @runtime_checkable
 class AsyncBackend(DeviceBackend, Protocol):
-    """An engine that works on a stream of the caller's, from and into memory of the device."""
+    """A backend that runs on the caller's CUDA stream, from device memory to device memory."""
 
     def queue(
         self, image: int, shape: tuple[int, ...], stream: int, outputs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Queue uint8 `shape` [N, H, W, 3] at a device address, without waiting.
+        """Queue a run on the uint8 image of `shape` [N, H, W, 3] at device address `image`; do not wait.
 
-        Returns arrays of the device (`calls.DeviceArray`), those of `outputs` where they fit.
+        Returns device arrays (`calls.DeviceArray`) by name; arrays of `outputs` are reused where shape and
+        dtype match.
         """
 
 
 @runtime_checkable
 class DetailedBackend(Protocol):
-    """An engine that has more to tell than its name."""
+    """A backend that has details to record beyond its name."""
 
     @property
     def detail(self) -> dict[str, Any]:
-        """What runs, for the record of a run."""
+        """Details for run.json, as JSON values."""
 
 
 class Closeable(ABC):
-    """A context manager that closes itself: what every engine is."""
+    """Mixin: a context manager that calls `close` on exit."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what is held."""
+        """Release all resources; calling it again does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -128,8 +132,13 @@ class Closeable(ABC):
         self.close()
 
 
+def closed_error(graph: str) -> BackendError:
+    """The error of a call after `close`."""
+    return BackendError(f"{graph}: the backend is closed, expected an open one")
+
+
 def check_image(image: UInt8, graph: str) -> None:
-    """Raise BackendError unless `image` is what every graph takes, uint8 [N, H, W, 3] and not empty."""
+    """Raise BackendError unless `image` is uint8 [N, H, W, 3] and not empty."""
     if image.dtype != np.uint8 or image.ndim != 4 or image.shape[3] != 3 or image.size == 0:
         raise BackendError(f"{graph}: got {image.dtype} {list(image.shape)}, expected uint8 [N, H, W, 3]")
 
@@ -137,9 +146,10 @@ def check_image(image: UInt8, graph: str) -> None:
 def match_contract(
     inputs: Mapping[str, str], outputs: Mapping[str, str], contract: GraphContract | None, graph: str
 ) -> GraphContract:
-    """The contract that a graph of these tensors keeps: `contract`, or without it the first of CONTRACTS.
+    """Return the contract that a graph satisfies: `contract` if given, else the first match in CONTRACTS.
 
-    Tensors are "float32 of rank 4", by name. Raises BackendError, beginning with `graph`, where none is kept.
+    inputs, outputs: "float32 of rank 4" by tensor name. graph: prefix of error messages. Raises BackendError
+    when nothing matches.
     """
     if inputs != {IMAGE: "uint8 of rank 4"}:
         raise BackendError(f"{graph}: got the inputs {inputs}, expected {IMAGE}: uint8 of rank 4")

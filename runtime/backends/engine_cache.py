@@ -1,15 +1,15 @@
-"""The cache of TensorRT plans: a plan is found by what it was made of, and by nothing less.
+"""The cache of built TensorRT engines. An engine is found only by everything that determines it.
 
     stored = EngineCache(bundle.path / ENGINES_FOLDER).get_or_build(key, build)
 
-    engines/<first 16 digits of the key's digest>/model.plan     what the library wrote, unchanged
-                                                  plan.json      its key, size and SHA-256; written last
-    engines/<digits>.lock                                        held by the one process that builds
-    engines/quarantine/<digits>/                                 the last plan that could not be used, and why
+    engines/<16 digits of the key's digest>/model.plan   the serialised engine, as the library wrote it
+                                            plan.json    its key, size and SHA-256; written last
+    engines/<digits>.lock                                held by the one process that builds
+    engines/quarantine/<digits>/                         the last engine that could not be used, and why
 
-The key holds the SHA-256 of the graph's bytes, weights included, so two models of equal structure never share
-a plan. Plans themselves are no key: two builds of the same graph differ. A plan is code for a GPU: whoever
-may write to the folder decides what runs, so it must be no less protected than the bundle.
+The key contains the SHA-256 of the graph's bytes, weights included, so two models of equal structure never
+share an engine. An engine's own digest cannot be the key: two builds of the same graph differ. An engine is
+code for a GPU: whoever may write to the folder decides what runs, so protect it like the bundle.
 """
 
 import json
@@ -39,29 +39,29 @@ from multisa.runtime.progress import log
 from multisa.runtime.records import record_from_dict, record_to_dict
 
 Shape = tuple[int, int, int]  # batch, height, width of `image`
-Bytes: TypeAlias = bytes  # StoredEngine has a field of that name
+Bytes: TypeAlias = bytes  # StoredEngine has a field named `bytes`
 
-PLAN_NAME = "model.plan"
+ENGINE_NAME = "model.plan"
 RECORD_NAME = "plan.json"
 QUARANTINE = "quarantine"
 SCHEMA_VERSION = 1
-FLAGS = ("TF32=0",)  # the builder's settings: fp32 is fp32, where TF32 keeps ten bits of mantissa
+FLAGS = ("TF32=0",)  # builder settings: full fp32; TF32 would keep only ten bits of mantissa
 _RECORD_LIMIT = 1 << 16  # bytes; a record is about one kilobyte
-_DIGITS = 16
-_FACTS = attrgetter("onnx_sha256", "library", "library_version", "target", "flags", "platform")
+_DIGITS = 16  # of a digest, in folder names
+_SEARCHED = attrgetter("onnx_sha256", "library", "library_version", "target", "flags", "platform")
 _FOLDER = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One shape bucket: the sizes of `image` that are legal, and the one that is tuned for."""
+    """One optimisation profile: the allowed range of image shapes, and the shape to tune for."""
 
     minimum: Shape
     optimum: Shape
     maximum: Shape
 
     def __post_init__(self) -> None:
-        """Refuse sizes that are out of order with ValueError."""
+        """Raise ValueError unless 1 <= min <= opt <= max on every axis."""
         names = ("batch", "height", "width")
         rows = zip(names, self.minimum, self.optimum, self.maximum, strict=True)
         for name, low, best, high in rows:
@@ -71,18 +71,18 @@ class Profile:
                 )
 
     def __str__(self) -> str:
-        """As the command line takes it: NxHxW of min:opt:max."""
+        """In the command line's notation: min:opt:max, each NxHxW."""
         return ":".join("x".join(map(str, shape)) for shape in (self.minimum, self.optimum, self.maximum))
 
     def covers(self, shape: Shape) -> bool:
-        """Whether `shape` (batch, height, width) is one of the bucket's."""
+        """Whether `shape` (batch, height, width) is within the range."""
         bounds = zip(self.minimum, shape, self.maximum, strict=True)
         return all(low <= size <= high for low, size, high in bounds)
 
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything that decides what a plan computes and where it runs."""
+    """Everything that determines what an engine computes and where it runs."""
 
     graph: str  # name of the contract: "cam"
     precision: str
@@ -90,10 +90,10 @@ class EngineKey:
     library: str  # "tensorrt" or "tensorrt-rtx"
     library_version: str  # "1.7.1.116"
     target: str  # "sm89"
-    gpu: str  # name of the device it was tuned on; "" when built ahead of time
+    gpu: str  # name of the GPU it was tuned on; "" if built without one
     profiles: tuple[Profile, ...]
-    flags: tuple[str, ...]  # settings of the builder: "TF32=0"
-    platform: str  # as `this_platform` gives it
+    flags: tuple[str, ...]  # builder settings: "TF32=0"
+    platform: str  # from `this_platform`
 
     @property
     def digest(self) -> str:
@@ -103,13 +103,13 @@ class EngineKey:
 
 
 def this_platform() -> str:
-    """Operating system and processor, which plans are made for: "linux-x86_64"."""
+    """Operating system and processor that an engine is built for: "linux-x86_64"."""
     return f"{platform.system().lower()}-{platform.machine()}"
 
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """A plan in the cache."""
+    """An engine in the cache."""
 
     path: Path
     key: EngineKey
@@ -118,7 +118,7 @@ class StoredEngine:
     build_seconds: float
 
     def read(self) -> Bytes:
-        """Bytes of the plan, verified; raises BundleError for damage, OSError where they cannot be read."""
+        """Return the engine's bytes, verified. Raises BundleError for damage, OSError if unreadable."""
         data = self.path.read_bytes()
         if len(data) != self.bytes or sha256_of_bytes(data) != self.sha256:
             raise BundleError(
@@ -130,7 +130,7 @@ class StoredEngine:
 
 @dataclass(frozen=True)
 class _Record:
-    """plan.json; every key must be there and no other may be."""
+    """plan.json; every key is required and no other is allowed."""
 
     schema_version: int
     key: EngineKey
@@ -140,31 +140,31 @@ class _Record:
 
 
 class _DamagedError(Exception):
-    """A stored plan that is not whole; the message is the reason."""
+    """A stored engine is incomplete or altered; the message says how."""
 
 
 class EngineCache:
-    """Plans in one folder, made when first asked for; safe to share between processes."""
+    """The engines in one folder, built when first needed; processes may share the folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Use `folder`, which need not be there: a bundle's ENGINES_FOLDER, or one of the user's."""
+        """Use `folder`, which need not exist: a bundle's ENGINES_FOLDER, or one of the user's."""
         self.folder = folder
 
     def get(self, key: EngineKey) -> StoredEngine | None:
-        """The plan of `key`, verified; a damaged one is put aside. Raises OSError where it cannot be read."""
+        """Return the engine of `key`, verified; quarantine a damaged one. Raises OSError if unreadable."""
         try:
             return self._load(key)
         except _DamagedError:
-            # A folder that may only be read cannot be healed, and has no plan all the same.
+            # A read-only folder cannot be repaired; the engine counts as missing all the same.
             with suppress(OSError), self._lock(key):
                 return self._load_or_repair(key)
             return None
 
     def get_or_build(self, key: EngineKey, build: Callable[[], bytes]) -> StoredEngine:
-        """The plan of `key`, made by `build` where there is none; one builder at a time, others wait for it.
+        """Return the engine of `key`, from `build` if it is missing. One process builds, the others wait.
 
-        What `build` raises is raised here, and nothing is stored. Raises BackendUnavailable where files cannot
-        be locked, OSError where the folder cannot be written or the plan in it cannot be read.
+        If `build` raises, nothing is stored and the exception propagates. Raises BackendUnavailable if the
+        file system has no locks, OSError if the folder is not writable or the engine unreadable.
         """
         stored = self.get(key)
         if stored is not None:
@@ -176,60 +176,60 @@ class EngineCache:
     def find(
         self, *, onnx_sha256: str, library: str, library_version: str, target: str
     ) -> list[StoredEngine]:
-        """Plans of one graph for one library and target, in the order of their digests.
+        """Engines of one graph for one library and target, ordered by digest.
 
-        They are of this platform and of FLAGS: others are another machine's, or another accuracy's. Their
-        bytes are verified by `StoredEngine.read`; records that cannot be read are left out.
+        Only engines of this platform and FLAGS: others belong to another machine, or another accuracy.
+        Unreadable records are left out; `StoredEngine.read` verifies the bytes.
         """
         wanted = (onnx_sha256, library, library_version, target, FLAGS, this_platform())
-        return [plan for plan in self.list_engines()[0] if _FACTS(plan.key) == wanted]
+        return [stored for stored in self.list_engines()[0] if _SEARCHED(stored.key) == wanted]
 
     def list_engines(self) -> tuple[list[StoredEngine], dict[Path, str]]:
-        """All plans in the order of their digests, and the folders of those that cannot be used, with why.
+        """All engines ordered by digest, and the folders of unusable ones with the reason.
 
-        Their bytes are verified by `StoredEngine.read`, their records here. Raises OSError where the cache's
-        folder cannot be read.
+        Verifies the records; `StoredEngine.read` verifies the bytes. Raises OSError if the cache's folder is
+        unreadable.
         """
-        engine_cache: list[StoredEngine] = []
+        engines: list[StoredEngine] = []
         damaged: dict[Path, str] = {}
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if not _FOLDER.fullmatch(folder.name):
                 continue
             try:
-                plan = _read_record(folder)
+                stored = _read_record(folder)
             except (_DamagedError, OSError) as problem:
                 damaged[folder] = str(problem)
                 continue
-            if plan is not None:
-                engine_cache.append(plan)
-        return engine_cache, damaged
+            if stored is not None:
+                engines.append(stored)
+        return engines, damaged
 
-    def quarantine(self, plan: StoredEngine, reason: str) -> None:
-        """Put a plan aside that the library refuses, so that the next build makes it anew.
+    def quarantine(self, stored: StoredEngine, reason: str) -> None:
+        """Move an engine that the library refuses to quarantine, so that the next build replaces it.
 
-        Nothing is done when another process has put a newer one in its place.
+        Does nothing if another process has replaced it already.
         """
-        with self._lock(plan.key):
-            current = self._load_or_repair(plan.key)
-            if current is not None and current.sha256 == plan.sha256:
-                self._quarantine(plan.key, reason)
+        with self._lock(stored.key):
+            current = self._load_or_repair(stored.key)
+            if current is not None and current.sha256 == stored.sha256:
+                self._quarantine(stored.key, reason)
 
-    def _place(self, key: EngineKey) -> Path:
+    def _folder_of(self, key: EngineKey) -> Path:
         return self.folder / key.digest[:_DIGITS]
 
     def _load(self, key: EngineKey) -> StoredEngine | None:
-        plan = _read_record(self._place(key))
-        if plan is None:
+        stored = _read_record(self._folder_of(key))
+        if stored is None:
             return None
-        if plan.key != key:  # the whole key, not its first digits
-            raise _DamagedError(f"{RECORD_NAME} is of another key")
-        digest = sha256_of_file(plan.path)
-        if digest != plan.sha256:
-            raise _DamagedError(f"{PLAN_NAME}: got sha256 {digest}, expected {plan.sha256}")
-        return plan
+        if stored.key != key:  # the whole key, not only its first digits
+            raise _DamagedError(f"{RECORD_NAME} has another key")
+        digest = sha256_of_file(stored.path)
+        if digest != stored.sha256:
+            raise _DamagedError(f"{ENGINE_NAME}: got sha256 {digest}, expected {stored.sha256}")
+        return stored
 
     def _load_or_repair(self, key: EngineKey) -> StoredEngine | None:
-        """With the lock held: the plan, or None once what is damaged is out of the way."""
+        """Return the engine, or None after quarantining a damaged one. Call with the lock held."""
         try:
             return self._load(key)
         except _DamagedError as damage:
@@ -240,44 +240,44 @@ class EngineCache:
         start = time.perf_counter()
         data = build()
         seconds = round(time.perf_counter() - start, 3)
-        place = self._place(key)
-        place.mkdir(parents=True, exist_ok=True)
-        for left in place.glob(".*.tmp"):  # of a builder that was killed; this one holds the lock
-            left.unlink()
-        write_bytes_atomically(place / PLAN_NAME, data)
-        flush_folder(place)
+        folder = self._folder_of(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):  # of a killed builder: the lock is ours
+            leftover.unlink()
+        write_bytes_atomically(folder / ENGINE_NAME, data)
+        flush_folder(folder)
         record = _Record(SCHEMA_VERSION, key, len(data), sha256_of_bytes(data), seconds)
-        # Last: what is killed before this line has stored nothing.
-        write_json_atomically(place / RECORD_NAME, record_to_dict(record))
-        flush_folder(place)
+        # Last: a builder that is killed before this line has stored nothing.
+        write_json_atomically(folder / RECORD_NAME, record_to_dict(record))
+        flush_folder(folder)
         flush_folder(self.folder)
-        return StoredEngine(place / PLAN_NAME, key, record.bytes, record.sha256, seconds)
+        return StoredEngine(folder / ENGINE_NAME, key, record.bytes, record.sha256, seconds)
 
     def _quarantine(self, key: EngineKey, reason: str) -> None:
-        place = self._place(key)
-        aside = self.folder / QUARANTINE / place.name
-        aside.parent.mkdir(exist_ok=True)
-        if aside.exists():  # one a key: plans are large
-            shutil.rmtree(aside)
-        place.replace(aside)
-        write_bytes_atomically(aside / "reason.txt", f"{reason}\n".encode())
-        log.info(f"{place}: a plan that cannot be used was put aside: {reason}")
+        folder = self._folder_of(key)
+        quarantined = self.folder / QUARANTINE / folder.name
+        quarantined.parent.mkdir(exist_ok=True)
+        if quarantined.exists():  # one per key: engines are large
+            shutil.rmtree(quarantined)
+        folder.replace(quarantined)
+        write_bytes_atomically(quarantined / "reason.txt", f"{reason}\n".encode())
+        log.info(f"{folder}: moved an unusable engine to quarantine: {reason}")
 
     @contextmanager
     def _lock(self, key: EngineKey) -> Iterator[None]:
-        """Hold the lock of a key; its file is beside the plan's folder, which may be moved away."""
+        """Hold the lock of a key. Its file lies beside the engine's folder, which may be moved away."""
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"waiting for another process that builds {key.graph} for {key.target}"
-        with lock_file(self._place(key).with_suffix(".lock"), lambda: log.info(waiting)):
+        with lock_file(self._folder_of(key).with_suffix(".lock"), lambda: log.info(waiting)):
             yield
 
 
 def _read_record(folder: Path) -> StoredEngine | None:
-    """What plan.json says, checked without trust in it; None where there is none. Raises OSError."""
-    path = folder / RECORD_NAME
+    """Read and validate plan.json, which is untrusted; None if it does not exist. Raises OSError."""
+    record_path = folder / RECORD_NAME
     try:
-        size = path.stat().st_size
-        text = path.read_text(encoding="utf-8") if size <= _RECORD_LIMIT else ""
+        size = record_path.stat().st_size
+        text = record_path.read_text(encoding="utf-8") if size <= _RECORD_LIMIT else ""
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
@@ -295,19 +295,19 @@ def _read_record(folder: Path) -> StoredEngine | None:
         )
     if record.key.digest[:_DIGITS] != folder.name:
         raise _DamagedError(
-            f"{RECORD_NAME}: its key belongs to another folder, {record.key.digest[:_DIGITS]}"
+            f"{RECORD_NAME}: its key belongs in another folder, {record.key.digest[:_DIGITS]}"
         )
-    plan = folder / PLAN_NAME
-    if plan.is_symlink() or not plan.is_file() or plan.stat().st_size != record.bytes:
-        raise _DamagedError(f"{PLAN_NAME}: expected a file of {record.bytes} bytes")
-    return StoredEngine(plan, record.key, record.bytes, record.sha256, record.build_seconds)
+    path = folder / ENGINE_NAME
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
+        raise _DamagedError(f"{ENGINE_NAME}: expected a file of {record.bytes} bytes")
+    return StoredEngine(path, record.key, record.bytes, record.sha256, record.build_seconds)
 
 
 def uncovered_shape(profiles: Sequence[Profile], long_side: int) -> Shape | None:
-    """The first shape of one image with sides of MINIMUM_SIDE..long_side that no profile covers.
+    """The first shape of one image with sides in MINIMUM_SIDE..long_side that no profile covers, or None.
 
-    None where there is none. What is not covered is made of rectangles, and the smallest corner of each lies
-    where a profile begins or has just ended, or at the smallest side, so those corners are all to look at.
+    The uncovered area is a union of rectangles. The smallest corner of each lies where a profile begins or
+    has just ended, or at MINIMUM_SIDE, so it is enough to test those corners.
     """
     sides = []
     for axis in (1, 2):

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs are here, asked of the driver alone: no context is made and no library of CUDA is loaded.
+"""List the NVIDIA GPUs by asking the driver alone: creates no CUDA context and loads no CUDA library.
 
 python -c "from multisa.runtime.backends.gpus import probe_gpus; print(probe_gpus())"
 """
@@ -16,27 +16,28 @@ _NAME_BYTES = 256
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device, in the driver's order."""
+    """One GPU, in the driver's order."""
 
     name: str
-    target: str  # its architecture as plans name it: "sm89"
+    target: str  # its architecture, as TensorRT engines name it: "sm89"
 
 
 @dataclass(frozen=True)
 class GpuProbe:
-    """What the driver says; without a usable GPU, `problem` is the reason and the rest is empty."""
+    """The driver's answer. Without a usable GPU `problem` says why, and the rest is empty."""
 
-    driver: str = ""  # newest CUDA version that the driver runs: "13.2"
+    driver: str = ""  # newest CUDA version that the driver supports: "13.2"
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
+    is_absent: bool = False  # no driver or no GPU: an ordinary CPU machine, not a broken installation
 
 
 class _RefusedError(Exception):
-    """The driver refused a call; the message is what it says."""
+    """The driver refused a call; the message quotes it."""
 
 
 def probe_gpus() -> GpuProbe:
-    """Ask the driver for its version and its GPUs. Takes no arguments and raises nothing."""
+    """Ask the driver for its version and its GPUs. Raises nothing."""
     try:
         library = ctypes.CDLL(LIBRARY)
         call = _caller(library)
@@ -46,12 +47,13 @@ def probe_gpus() -> GpuProbe:
         call("cuDeviceGetCount", ctypes.byref(count))
         gpus = tuple(_gpu(call, ordinal) for ordinal in range(count.value))
     except OSError:
-        return GpuProbe(problem=f"no NVIDIA driver here: {LIBRARY} cannot be loaded")
+        return GpuProbe(problem=f"no NVIDIA driver here: {LIBRARY} cannot be loaded", is_absent=True)
     except (AttributeError, _RefusedError) as error:
         return GpuProbe(problem=f"no usable NVIDIA GPU here: {error}; check the driver by running nvidia-smi")
-    # As CUDA counts: 13020 is 13.2.
-    driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return GpuProbe(driver, gpus, "" if gpus else "no NVIDIA GPU here: the driver knows of none")
+    driver = f"{version.value // 1000}.{version.value % 1000 // 10}"  # 13020 is 13.2
+    if not gpus:
+        return GpuProbe(driver, problem="no NVIDIA GPU here: the driver knows of none", is_absent=True)
+    return GpuProbe(driver, gpus)
 
 
 _Call = Callable[..., None]
@@ -63,8 +65,8 @@ def _caller(library: ctypes.CDLL) -> _Call:
         if status:
             text = ctypes.c_char_p()
             library.cuGetErrorString(status, ctypes.byref(text))
-            said = text.value.decode(errors="replace") if text.value else "unknown error"
-            raise _RefusedError(f"{name}: {said} (CUDA error {status})")
+            reason = text.value.decode(errors="replace") if text.value else "unknown error"
+            raise _RefusedError(f"{name}: {reason} (CUDA error {status})")
 
     return call
 

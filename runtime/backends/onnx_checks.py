@@ -1,8 +1,8 @@
-"""What an ONNX file asks of its reader, seen before any library opens it.
+"""Check an ONNX file before any library opens it.
 
-`check_onnx(data, "cam.onnx")` refuses an operator set that the engines do not know, weights that lie in
-other files, and bytes that are no ONNX file. It reads the few fields that say so from the bytes alone, so
-the runtime needs no onnx (onnx.proto of ONNX 1.23, https://protobuf.dev/programming-guides/encoding).
+`check_onnx(data, "cam.onnx")` refuses operator sets that the backends do not support, weights stored in other
+files, and bytes that are not an ONNX file. It decodes the few protobuf fields it needs, so the runtime does
+not depend on the onnx package (onnx.proto of ONNX 1.23, https://protobuf.dev/programming-guides/encoding).
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from multisa.runtime.errors import BackendError
 
-OPSETS = range(9, 21)  # what TensorRT 10 documents; ONNX Runtime reads all of them
-_DEEPEST = 100  # levels of messages, as protobuf itself has it
+OPSETS = range(9, 21)  # supported by TensorRT 10 as documented, and by ONNX Runtime
+_MAX_DEPTH = 100  # of nested messages: protobuf's own limit
 
-# The messages on the way to a tensor or an operator set, by the numbers of their fields.
+# The messages that lead to a tensor or an operator set: field number -> message type.
 _MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {
         7: "GraphProto",
@@ -41,43 +41,45 @@ _DOMAIN, _VERSION = 1, 2  # of OperatorSetIdProto
 _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 8, 13, 14  # of TensorProto
 _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
-# Bits of a tag, a length and a value. protobuf in C++ cuts a longer tag off where others do not, so that a
-# field can bear two numbers: what has more bits than these, or more bytes than they need, is refused.
+# Bits of a tag, a length and a value. protobuf in C++ truncates a longer tag where other parsers do not, so
+# the same bytes could mean different fields. Numbers with more bits, or more bytes than needed, are refused.
 _TAG_BITS, _LENGTH_BITS, _VALUE_BITS = 32, 31, 64
 
 
 class _Field(NamedTuple):
     number: int
-    wire: int  # its wire type
-    integer: int  # of a varint, else 0
-    content: memoryview  # of a string or message, else empty
+    wire: int  # wire type
+    integer: int  # value of a varint, else 0
+    content: memoryview  # bytes of a string or message, else empty
 
 
 def check_onnx(data: bytes, label: str) -> None:
-    """Raise BackendError, beginning with `label`, unless `data` is an ONNX file that needs nothing but itself.
+    """Raise BackendError unless `data` is a self-contained ONNX file of a supported operator set.
 
-    Of operators and shapes it says nothing: those are for the libraries to check.
+    label: prefix of the message. Operators and shapes are left to the libraries.
     """
     opsets: list[int] = []
     try:
         _visit(memoryview(data), "ModelProto", label, opsets, depth=0)
     except ValueError as error:
-        raise BackendError(f"{label}: cannot be loaded: no ONNX file: {error}; export it again") from error
+        raise BackendError(
+            f"{label}: cannot be loaded: not an ONNX file: {error}; export it again"
+        ) from error
     if not opsets:
         raise BackendError(
-            f"{label}: cannot be loaded: no ONNX file: it names no version of its operators; export it again"
+            f"{label}: cannot be loaded: not an ONNX file: it declares no operator set; export it again"
         )
     for version in opsets:
         if version not in OPSETS:
             raise BackendError(
                 f"{label}: got opset {version}, expected {OPSETS[0]} to {OPSETS[-1]}: "
-                "export the graph again with an opset of that range (`multisa export` writes 18)"
+                "export the graph again with an opset in that range (`multisa export` writes 18)"
             )
 
 
 def _visit(message: memoryview, kind: str, label: str, opsets: list[int], depth: int) -> None:
-    if depth > _DEEPEST:
-        raise ValueError(f"messages nested more than {_DEEPEST} deep")
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"messages nested more than {_MAX_DEPTH} levels deep")
     if kind == "TensorProto":
         _check_tensor(message, label)
         return
@@ -104,9 +106,9 @@ def _check_tensor(message: memoryview, label: str) -> None:
             if entry.get(_KEY) == "location":
                 location = entry.get(_VALUE, "")
     if is_external:
-        # Whatever the path: a library would look for it where the program happens to run, unverified.
+        # Refused whatever the path: a library would read it relative to the working directory, unverified.
         raise BackendError(
-            f"{label}: the weights of {name!r} lie in another file, {location!r}; expected all of them in "
+            f"{label}: the weights of {name!r} lie in another file, {location!r}; expected all weights in "
             "this one: export with external_data=False"
         )
 
@@ -118,17 +120,18 @@ def _add_opset(message: memoryview, opsets: list[int]) -> None:
             domain = _text(field.content)
         elif field.number == _VERSION:
             version = field.integer
-    if domain in ("", "ai.onnx"):  # operators of other domains are for the libraries to know or refuse
+    if domain in ("", "ai.onnx"):  # operators of other domains are left to the libraries
         opsets.append(version)
 
 
 def _fields(message: memoryview) -> Iterator[_Field]:
-    """The fields of one message, in order. Raises ValueError when the bytes are no message."""
+    """Yield the fields of one message, in order. Raises ValueError if the bytes are not a message."""
     position, end = 0, len(message)
     nothing = message[:0]
     while position < end:
         tag, position = _varint(message, position, _TAG_BITS)
-        number, wire = tag >> 3, tag & 7
+        number = tag >> 3
+        wire = tag & 7
         integer, content = 0, nothing
         if wire == _VARINT:
             integer, position = _varint(message, position, _VALUE_BITS)
@@ -146,17 +149,17 @@ def _fields(message: memoryview) -> Iterator[_Field]:
 
 
 def _varint(message: memoryview, position: int, bits: int) -> tuple[int, int]:
-    """A base-128 number of at most `bits` bits, and the position behind it."""
+    """Decode a base-128 number of at most `bits` bits; return it and the position after it."""
     value = shift = 0
     while True:
         if position >= len(message):
-            raise ValueError("it ends within a number")
+            raise ValueError("it ends inside a number")
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
         shift += 7
         if value >> bits or (byte >= 0x80 and shift >= bits):
-            raise ValueError(f"a number of more than {bits} bits, as no writer makes")
+            raise ValueError(f"a number of more than {bits} bits, which no encoder writes")
         if byte < 0x80:
             return value, position
 

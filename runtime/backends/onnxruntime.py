@@ -1,4 +1,4 @@
-"""Graphs on ONNX Runtime, on the CPU or on an NVIDIA GPU through its CUDA execution provider."""
+"""Run graphs on ONNX Runtime: on the CPU, or on an NVIDIA GPU through its CUDA execution provider."""
 
 import contextlib
 import importlib.util
@@ -16,6 +16,7 @@ from multisa.runtime.backends.base import (
     GraphContract,
     UInt8,
     check_image,
+    closed_error,
     match_contract,
 )
 from multisa.runtime.backends.onnx_checks import check_onnx
@@ -23,7 +24,7 @@ from multisa.runtime.errors import BackendError, BackendUnavailable
 
 Provider = Literal["cpu", "cuda"]
 
-# Two packages are one module, so the one that is there has to make room for the other.
+# onnxruntime and onnxruntime-gpu install the same module, so only one of them may be installed.
 INSTALL_CUDA = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
@@ -32,25 +33,19 @@ _PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cuda": (
         "CUDAExecutionProvider",
         {
-            "use_tf32": "0",  # fp32 is fp32, as the parity gate measured it
-            # The default times every algorithm for every new size, and images come in many sizes.
+            "use_tf32": "0",  # full fp32, as measured by the parity gate
+            # The default benchmarks every algorithm for each new input size, and images come in many sizes.
             "cudnn_conv_algo_search": "HEURISTIC",
         },
     ),
 }
 _ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
-# What ONNX Runtime raises about the graph itself, whatever runs it.
-_OF_THE_GRAPH = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NotImplemented")
+# ONNX Runtime's exceptions about the graph itself, whatever the provider.
+_GRAPH_ERRORS = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NotImplemented")
 
 
 class OnnxRuntimeBackend(Closeable):
-    """ONNX Runtime with one execution provider: "cpu", or "cuda" for the first NVIDIA GPU.
-
-    `model` is a path or the bytes of a file that was verified; `threads` are those of the CPU. Without
-    `contract` the graph must keep any one of CONTRACTS. Raises BackendUnavailable without onnxruntime, or
-    where the provider asked for is not the one that runs; BackendError for a graph that cannot be loaded or
-    breaks the contract.
-    """
+    """A graph on ONNX Runtime with one execution provider: "cpu", or "cuda" for the first NVIDIA GPU."""
 
     def __init__(
         self,
@@ -60,6 +55,13 @@ class OnnxRuntimeBackend(Closeable):
         contract: GraphContract | None = None,
         provider: Provider = "cpu",
     ) -> None:
+        """Load the graph.
+
+        model: path of an ONNX file, or the bytes of one that was verified. threads: CPU threads per call.
+        contract: what the graph must satisfy, any of CONTRACTS by default. Raises BackendUnavailable if
+        onnxruntime is missing or falls back to another provider; BackendError if the graph cannot be loaded
+        or breaks the contract.
+        """
         if provider not in _PROVIDERS:
             raise BackendError(f"got the provider {provider!r}, expected {' or '.join(get_args(Provider))}")
         self.name = f"onnxruntime-{provider}"
@@ -70,33 +72,33 @@ class OnnxRuntimeBackend(Closeable):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
-        # Images come in many sizes; a memory plan kept for each of them would grow with the corpus.
+        # It would keep a memory plan for each input size, which grows with the corpus.
         options.enable_mem_pattern = False
-        said = _prepare_cuda(runtime) if provider == "cuda" else ""
+        load_problem = _prepare_cuda(runtime) if provider == "cuda" else ""
         try:
             data = model.read_bytes() if isinstance(model, Path) else model
             check_onnx(data, label)
-            # With the fallback, what fails on the GPU would run on the CPU, said by a line on stdout alone.
+            # With the fallback, a failure on the GPU would silently move the graph to the CPU.
             session = runtime.InferenceSession(
                 data, options, providers=[_PROVIDERS[provider]], enable_fallback=0
             )
         except self._errors as error:
-            if provider == "cuda" and type(error).__name__ not in (*_OF_THE_GRAPH, "OSError"):
+            if provider == "cuda" and type(error).__name__ not in (*_GRAPH_ERRORS, "OSError"):
                 raise _no_cuda(f"{label}: {_first_line(error)}") from error
             raise BackendError(f"{label}: cannot be loaded: {_first_line(error)}") from error
         running, expected = session.get_providers()[0], _PROVIDERS[provider][0]
         if running != expected:
             cause = f"got the provider {running}, expected {expected}"
-            raise _no_cuda(f"{cause} ({said})" if said else cause)
+            raise _no_cuda(f"{cause} ({load_problem})" if load_problem else cause)
         self.contract = match_contract(
             _signatures(session.get_inputs()), _signatures(session.get_outputs()), contract, label
         )
         self._session: Any = session
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises BackendError."""
+        """Run on uint8 [N, H, W, 3] RGB; return the contract's outputs by name. Raises BackendError."""
         if self._session is None:
-            raise BackendError(f"{self.contract.name}: the engine is closed, expected an open one")
+            raise closed_error(self.contract.name)
         check_image(image, self.contract.name)
         names = list(self.contract.outputs)
         try:
@@ -106,15 +108,13 @@ class OnnxRuntimeBackend(Closeable):
         return dict(zip(names, outputs, strict=True))
 
     def close(self) -> None:
-        """Give the session's memory back; `run` is an error afterwards."""
+        """Release the session; `run` raises afterwards."""
         self._session = None
 
 
 def _import_onnxruntime() -> Any:
     if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendUnavailable(
-            "onnxruntime is not installed", remedy="pip install onnxruntime, which runs graphs"
-        )
+        raise BackendUnavailable("onnxruntime is not installed", remedy="pip install onnxruntime")
     try:
         import onnxruntime
     except ImportError as error:
@@ -124,14 +124,14 @@ def _import_onnxruntime() -> Any:
 
 
 def _prepare_cuda(runtime: Any) -> str:
-    """Load CUDA and cuDNN from their packages; what could not be, in the words of ONNX Runtime."""
+    """Load CUDA and cuDNN from their packages; return ONNX Runtime's message if that fails, else ""."""
     providers = runtime.get_available_providers()
     if _PROVIDERS["cuda"][0] not in providers:
         raise _no_cuda(f"onnxruntime {runtime.__version__} here has {', '.join(providers)}")
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it prints; results are what belongs on stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # it prints, and stdout is for results
         runtime.preload_dlls()
-    return next(iter(said.getvalue().splitlines()), "")
+    return next(iter(printed.getvalue().splitlines()), "")
 
 
 def _no_cuda(cause: str) -> BackendUnavailable:
@@ -139,7 +139,7 @@ def _no_cuda(cause: str) -> BackendUnavailable:
 
 
 def _runtime_errors(runtime: Any) -> tuple[type[Exception], ...]:
-    # ONNX Runtime's exceptions share no base but Exception; they live in its extension module.
+    # ONNX Runtime's exceptions share no base class but Exception; its extension module defines them.
     state = runtime.capi.onnxruntime_pybind11_state
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*own, RuntimeError, ValueError, OSError)

@@ -1,6 +1,6 @@
-"""Graphs on OpenVINO, on the CPU: fp32, int8, and the segmenter in bf16 where the processor multiplies that.
+"""Run graphs on OpenVINO, on the CPU: fp32, int8, and the segmenter in bf16 if the processor supports it.
 
-`multisa segment photos -o out --backend openvino --precision bf16`
+`multisa segment images -o out --backend openvino --precision bf16`
 """
 
 import contextlib
@@ -22,41 +22,35 @@ from multisa.runtime.backends.base import (
     GraphContract,
     UInt8,
     check_image,
+    closed_error,
     match_contract,
 )
 from multisa.runtime.backends.onnx_checks import check_onnx
 from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.system import usable_cpus
 
-# Precision -> that of the graph's file. fp16 is not here: OpenVINO multiplies it more slowly than fp32.
-GRAPHS = {"fp32": "fp32", "bf16": "fp32", "int8": "int8"}
-# What is for some graphs alone. In bf16 OpenVINO 2026.4 gives other scores of cam, from 0 to 1, to the same
-# image each time; affinities alone would be of no use.
+# Precision it computes in -> precision of the file it reads. No fp16: OpenVINO is slower in it than in fp32.
+FILE_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "int8": "int8"}
+# Precisions that only some graphs support. In bf16, OpenVINO 2026.4 returns different cam scores for the same
+# image in every call, and bf16 affinities are useless without cam.
 ONLY = {"bf16": (SEGMENTER,)}
 
-INSTALL = "pip install openvino, which runs graphs on CPUs"
+INSTALL = "pip install openvino"
 
 _DEVICE = "CPU"
 _TELEMETRY = "openvino_telemetry"
 _DTYPES = {"u8": "uint8", "f32": "float32"}
-# The first calls into the binding come one after the other. Two at once hang: one holds the guard of a C++
-# static while it waits for the interpreter's lock, the other holds the lock while it waits for the guard.
+# Serialises the first calls into the binding. Two at once deadlock: one holds the guard of a C++ static while
+# it waits for the GIL, the other holds the GIL while it waits for the guard.
 _FIRST_CALL = threading.Lock()
-_ERRORS = (RuntimeError, ValueError, OSError)  # what OpenVINO raises, of whatever is wrong
+_ERRORS = (RuntimeError, ValueError, OSError)  # all that OpenVINO raises, whatever is wrong
 
 
 class OpenVinoBackend(Closeable):
-    """OpenVINO on the CPU.
-
-    `model` is a path or the bytes of an ONNX file that was verified, in the precision GRAPHS names. A call of
-    `run` takes `threads` threads; as many calls as the processors have room for run side by side. Without
-    `contract` the graph must keep any one of CONTRACTS. Raises BackendUnavailable without openvino, or where
-    the processor does not multiply bf16 and that is asked for; BackendError for a graph that cannot be loaded
-    or breaks the contract.
-    """
+    """A graph on OpenVINO, on the CPU."""
 
     name = "openvino"
-    _binding_is_ready = False  # of the process, like what it tells of
+    _binding_is_ready = False  # shared by all instances: a state of the process
 
     def __init__(
         self,
@@ -66,8 +60,18 @@ class OpenVinoBackend(Closeable):
         contract: GraphContract | None = None,
         precision: str = "fp32",
     ) -> None:
-        if precision not in GRAPHS:
-            raise BackendError(f"got the precision {precision!r}, expected one of {', '.join(GRAPHS)}")
+        """Load the graph.
+
+        model: path of an ONNX file, or the bytes of one that was verified, in the precision that
+        FILE_PRECISIONS gives. threads: CPU threads per call of `run`; calls run in parallel up to the number
+        of usable CPUs. contract: what the graph must satisfy, any of CONTRACTS by default. Raises
+        BackendUnavailable if openvino is missing, or for bf16 if the processor lacks it; BackendError if the
+        graph cannot be loaded or breaks the contract.
+        """
+        if precision not in FILE_PRECISIONS:
+            raise BackendError(
+                f"got the precision {precision!r}, expected one of {', '.join(FILE_PRECISIONS)}"
+            )
         core = _open_core(precision)
         label = model.name if isinstance(model, Path) else (contract.name if contract else "graph")
         try:
@@ -84,14 +88,15 @@ class OpenVinoBackend(Closeable):
         except _ERRORS as error:
             raise BackendError(f"{label}: cannot be loaded: {_cause(error)}") from error
         self._compiled: Any = compiled
-        # A request is for one call at a time; what it has learnt of a size is kept for the next call.
+        # A request serves one call at a time. Reusing it keeps what it has prepared for an input size.
         self._idle: list[Any] = []
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises BackendError."""
-        compiled, idle = self._compiled, self._idle
+        """Run on uint8 [N, H, W, 3] RGB; return the contract's outputs by name. Raises BackendError."""
+        compiled = self._compiled
+        idle = self._idle
         if compiled is None:
-            raise BackendError(f"{self.contract.name}: the engine is closed, expected an open one")
+            raise closed_error(self.contract.name)
         check_image(image, self.contract.name)
         if not self._binding_is_ready:
             with _FIRST_CALL:
@@ -107,7 +112,7 @@ class OpenVinoBackend(Closeable):
             except IndexError:
                 request = compiled.create_infer_request()
             found = request.infer({IMAGE: np.ascontiguousarray(image)}, share_inputs=True, share_outputs=True)
-            # Shared with the request, whose next call writes there.
+            # Copied: the request's next call writes to the same memory.
             outputs = {name: np.array(found[name]) for name in self.contract.outputs}
         except _ERRORS as error:
             raise BackendError(f"{self.contract.name}: cannot be run: {_cause(error)}") from error
@@ -115,12 +120,13 @@ class OpenVinoBackend(Closeable):
         return outputs
 
     def close(self) -> None:
-        """Give the graph's memory back; `run` is an error afterwards."""
-        self._compiled, self._idle = None, []
+        """Release the graph; `run` raises afterwards."""
+        self._compiled = None
+        self._idle = []
 
 
 def import_openvino() -> Any:
-    """The module openvino, imported without its telemetry. Raises BackendUnavailable."""
+    """Import openvino without its telemetry. Raises BackendUnavailable."""
     if importlib.util.find_spec("openvino") is None:
         raise BackendUnavailable("openvino is not installed", remedy=INSTALL)
     try:
@@ -133,13 +139,18 @@ def import_openvino() -> Any:
 
 @contextlib.contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Hide a package that `import openvino` does without where it is not there.
+    """Make openvino_telemetry look uninstalled while openvino is imported for the first time.
 
-    With it the import alone sends an event to a service and keeps an id of the user in the home folder.
+    `import openvino` imports openvino.tools.ovc, which sends an event to a web service and writes a user id
+    to the home folder, unless openvino_telemetry cannot be imported: then it uses its own stub. No option of
+    OpenVINO 2026.4 turns that off before the import: it only reads the opt-out file in the home folder and
+    the variables that mark a CI job. The entry is removed again right after the import, so that the program
+    can still import openvino_telemetry; a program that imported either package before us keeps what it has.
     """
-    if _TELEMETRY in sys.modules:  # not ours to hide
+    if "openvino" in sys.modules or _TELEMETRY in sys.modules:
         yield
         return
+    # None in sys.modules is the import system's documented way to make an import fail.
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
     try:
         yield
@@ -148,16 +159,16 @@ def _without_telemetry() -> Iterator[None]:
 
 
 def _open_core(precision: str) -> Any:
-    """What loads graphs, on a processor that has the precision."""
+    """Return openvino.Core. Raises BackendUnavailable if there is no CPU plugin, or no bf16 support."""
     openvino = import_openvino()
     try:
         core = openvino.Core()
-        can = core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+        capabilities = core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
     except _ERRORS as error:
         raise BackendUnavailable(f"openvino has no CPU here: {_cause(error)}", remedy=INSTALL) from error
-    if precision == "bf16" and "BF16" not in can:
+    if precision == "bf16" and "BF16" not in capabilities:
         raise BackendUnavailable(
-            f"openvino: this processor does not multiply bf16, it has {', '.join(can)}",
+            f"openvino: this processor does not support bf16, got {', '.join(capabilities)}",
             remedy="choose the precision fp32 or int8",
         )
     return core
@@ -169,11 +180,11 @@ def _settings(threads: int, precision: str) -> dict[str, Any]:
         "PERFORMANCE_HINT": "THROUGHPUT",
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": streams * threads,
-        # fp32 is fp32; left to itself, OpenVINO takes bf16 where the processor has it.
+        # Explicit fp32: by default OpenVINO computes in bf16 if the processor supports it.
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-        # Every process would take the first processors.
+        # With pinning, every process would use the same first cores.
         "ENABLE_CPU_PINNING": False,
-        # Images come in many sizes; what is kept of each is megabytes, and saves no time that was seen.
+        # The cache takes megabytes for each input size, and no speed-up was measured.
         "CPU_RUNTIME_CACHE_CAPACITY": 0,
     }
 
@@ -192,7 +203,7 @@ def _signature(tensor: Any) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The line of an error that says something: OpenVINO's begin with places in its sources."""
+    """The first informative line of an error: OpenVINO's begin with locations in its source code."""
     lines = [line.strip() for line in str(error).splitlines()]
-    telling = [line for line in lines if line and not line.startswith("Exception from ")]
-    return telling[0] if telling else type(error).__name__
+    informative = [line for line in lines if line and not line.startswith("Exception from ")]
+    return informative[0] if informative else type(error).__name__

@@ -1,10 +1,10 @@
-"""Graphs on TensorRT 10 and 11 and on TensorRT-RTX, from the plans that `multisa build` has made.
+"""Run graphs on TensorRT 10 and 11 and on TensorRT-RTX, from the engines that `multisa build` has built.
 
-    with open_tensorrt(bundle, CAM) as engine:
-        outputs = engine.run(image)                   # NumPy arrays
-        there = engine.run_on_device(image)           # arrays of the device, for multisa.kernels
+    with open_tensorrt(bundle, CAM) as backend:
+        outputs = backend.run(image)                  # NumPy arrays
+        on_device = backend.run_on_device(image)      # device arrays, for multisa.kernels
 
-This runs plans and makes none: a bundle without one for this GPU is BackendUnavailable.
+This module builds no engines: a bundle without one for this GPU is BackendUnavailable.
 """
 
 import logging
@@ -23,59 +23,65 @@ from multisa.runtime.backends.tensorrt_runtime import (
     check_library_name,
     default_gpu,
     import_library,
-    start_library,
+    start_runtime,
 )
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
 from multisa.runtime.errors import BackendError, BackendUnavailable, BundleError, UsageError
 
-# Where a library says that the bytes are not of its making: another format or version. The name of its own
-# call, deserializeCudaEngine, is in many other messages.
-_NOT_ITS_PLAN = re.compile(
+# How a library reports bytes that it did not write, or another version of it did. It must not match the name
+# of the library's own call, deserializeCudaEngine, which many other messages contain.
+_NOT_ITS_ENGINE = re.compile(
     r"\bserialization\b|magic ?tag|version tag|not compatible with this version", re.IGNORECASE
 )
 _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
 
 
-def open_tensorrt(
-    bundle: Bundle,
-    contract: GraphContract,
-    *,
-    precision: str = "fp32",
-    library: str | None = None,
-    cache: Path | None = None,
-    long_side: int | None = None,
-    may_repair: bool = True,
-) -> TensorRTBackend:
-    """Load the plan of a bundle's graph for the first GPU.
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """Which engine `open_tensorrt` loads."""
 
-    `library` is one of LIBRARIES, or None for the first that is here and has a plan; `cache` is a folder of
-    plans besides the bundle's own. With `long_side` a plan is passed over unless it takes every image up
-    to there. Damaged plans are put aside if it `may_repair`. Raises UsageError for a precision the bundle does
-    not have or an unknown library, BackendUnavailable without driver, pycuda, library or plan, BackendError for
-    a plan that breaks the contract or finds no memory.
+    precision: str = "fp32"  # one of PRECISIONS that the bundle has
+    library: str | None = None  # one of LIBRARIES; None: the first that is installed and has an engine
+    engine_cache: Path | None = None  # searched before the bundle's own cache
+    long_side: int | None = (
+        None  # skip engines that do not take every image up to this size; None: any engine
+    )
+    may_repair: bool = True  # whether damaged engines are moved to quarantine
+
+
+def open_tensorrt(
+    bundle: Bundle, contract: GraphContract, options: TensorRTOptions | None = None
+) -> TensorRTBackend:
+    """Load the best engine of a bundle's graph for the first GPU.
+
+    Raises UsageError for an unknown library or a precision that the bundle lacks; BackendUnavailable without
+    driver, pycuda, library or engine; BackendError for an engine that breaks the contract or does not fit
+    into the GPU's memory.
     """
-    digest = _digest_of_graph(bundle, contract, precision)
-    if library is not None:
-        check_library_name(library)
-    gpu = default_gpu()  # before any library: TensorRT ends the process where there is no driver
+    options = options or TensorRTOptions()
+    digest = _digest_of_graph(bundle, contract, options.precision)
+    if options.library is not None:
+        check_library_name(options.library)
+    gpu = default_gpu()  # before any library: TensorRT ends the process if there is no driver
     target = "sm{}{}".format(*gpu.compute_capability)
     own = bundle.path / ENGINES_FOLDER
-    caches = [EngineCache(folder) for folder in ((own,) if cache is None else (cache, own))]
+    folders = (own,) if options.engine_cache is None else (options.engine_cache, own)
     causes, remedies = [], []
-    for name in LIBRARIES if library is None else (library,):
-        build = _build_command(bundle, contract, precision, target, name, cache)
+    for name in LIBRARIES if options.library is None else (options.library,):
+        command = _build_command(bundle, contract, options, target, name)
         try:
-            there = import_library(name)
+            library = import_library(name)
             wanted = {"onnx_sha256": digest, "library": name, "target": target}
             found = [
-                (engine_cache, plan)
-                for engine_cache in caches
-                for plan in engine_cache.find(**wanted, library_version=there.version)
+                (cache, stored)
+                for cache in map(EngineCache, folders)
+                for stored in cache.find(**wanted, library_version=library.version)
             ]
             if not found:
-                raise BackendUnavailable(f"{there}: no plan for {target} ({gpu.name})", remedy=build)
-            opening = _Opening(contract, start_library(there, gpu), gpu, build, long_side, may_repair)
-            return opening.first(found)
+                raise BackendUnavailable(f"{library}: no engine for {target} ({gpu.name})", remedy=command)
+            return _EngineLoader(contract, options, start_runtime(library, gpu), gpu, command).load_best(
+                found
+            )
         except OSError as error:
             causes.append(f"{error.filename}: cannot be read: {error.strerror}")
         except BackendUnavailable as error:
@@ -86,39 +92,39 @@ def open_tensorrt(
 
 
 class _RefusedError(Exception):
-    """A plan that the library refuses; the message is what it says."""
+    """The library refuses an engine; the message quotes it."""
 
 
 @dataclass(frozen=True)
-class _Opening:
-    """Loads the best plan that can be loaded."""
+class _EngineLoader:
+    """Loads the best of several stored engines."""
 
     contract: GraphContract
-    started: TensorRTRuntime
+    options: TensorRTOptions
+    runtime: TensorRTRuntime
     gpu: PrimaryContext
-    remedy: str
-    long_side: int | None
-    may_repair: bool
+    remedy: str  # the command that builds a fitting engine
 
-    def first(self, found: Sequence[tuple[EngineCache, StoredEngine]]) -> TensorRTBackend:
-        """Load the best of `found`; raises BackendUnavailable with why each one cannot be."""
+    def load_best(self, found: Sequence[tuple[EngineCache, StoredEngine]]) -> TensorRTBackend:
+        """Load the best engine that can be loaded. Raises BackendUnavailable with the problem of each one."""
         causes = []
-        for engine_cache, stored in sorted(found, key=lambda pair: self._rank(pair[1])):
-            missing = uncovered_shape(stored.key.profiles, self.long_side) if self.long_side else None
+        long_side = self.options.long_side
+        for cache, stored in sorted(found, key=lambda pair: self._rank(pair[1])):
+            missing = uncovered_shape(stored.key.profiles, long_side) if long_side else None
             if missing is not None:
                 size = "x".join(map(str, missing))
                 causes.append(f"{stored.path}: no profile for {size} (batch x height x width)")
                 continue
             try:
-                engine = self._load(stored)
+                backend = self._load(stored)
             except (_RefusedError, BundleError) as error:
-                causes.append(f"{stored.path}: {error}{self._quarantine(engine_cache, stored, str(error))}")
+                causes.append(f"{stored.path}: {error}{self._quarantine(cache, stored, str(error))}")
                 continue
             except OSError as error:
                 causes.append(f"{stored.path}: cannot be read: {error.strerror}")
                 continue
-            self._tell(stored)
-            return engine
+            self._log(stored)
+            return backend
         raise BackendUnavailable("; ".join(causes), remedy=self.remedy)
 
     def _load(self, stored: StoredEngine) -> TensorRTBackend:
@@ -126,50 +132,52 @@ class _Opening:
             return TensorRTBackend(
                 stored.read(),
                 self.contract,
-                started=self.started,
+                runtime=self.runtime,
                 gpu=self.gpu,
                 remedy=self.remedy,
                 sha256=stored.sha256,
             )
         except BackendUnavailable as error:
-            said = error.cause.lower()
-            if "out of memory" in said:
+            cause = error.cause.lower()
+            if "out of memory" in cause:
                 raise BackendError(
                     f"{self.contract.name}: {error}; free memory of {self.gpu.name}"
                 ) from error
-            if "driver version is insufficient" in said:
-                cause = f"{self.contract.name}: {error}"
-                raise BackendUnavailable(cause, remedy="update the NVIDIA driver") from error
+            if "driver version is insufficient" in cause:
+                raise BackendUnavailable(
+                    f"{self.contract.name}: {error}", remedy="update the NVIDIA driver"
+                ) from error
             raise _RefusedError(str(error)) from error
 
-    def _quarantine(self, engine_cache: EngineCache, stored: StoredEngine, reason: str) -> str:
-        """Where the bytes are at fault, and nothing else is; what could not be done."""
-        is_damaged = "damaged" in reason or _NOT_ITS_PLAN.search(reason)
-        if not (is_damaged and self.may_repair):
+    def _quarantine(self, cache: EngineCache, stored: StoredEngine, reason: str) -> str:
+        """Move an engine to quarantine if its bytes are at fault; return a note if that fails, else ""."""
+        is_damaged = "damaged" in reason or _NOT_ITS_ENGINE.search(reason)
+        if not (is_damaged and self.options.may_repair):
             return ""
         try:
-            engine_cache.quarantine(stored, reason)
+            cache.quarantine(stored, reason)
         except OSError as error:
-            return f" (and cannot be put aside: {error.strerror})"
+            return f" (and cannot be moved to quarantine: {error.strerror})"
         return ""
 
-    def _rank(self, plan: StoredEngine) -> tuple[int, int, str]:
-        """Plans tuned on this very GPU first, then those for any, then those with most profiles."""
-        places = (self.gpu.name, "")
-        place = places.index(plan.key.gpu) if plan.key.gpu in places else len(places)
-        return place, -len(plan.key.profiles), plan.key.digest
+    def _rank(self, stored: StoredEngine) -> tuple[int, int, str]:
+        """Engines tuned on this GPU model first, then those built for any, then the most profiles."""
+        models = (self.gpu.name, "")
+        place = models.index(stored.key.gpu) if stored.key.gpu in models else len(models)
+        return place, -len(stored.key.profiles), stored.key.digest
 
-    def _tell(self, stored: StoredEngine) -> None:
+    def _log(self, stored: StoredEngine) -> None:
         name, gpu = self.contract.name, self.gpu.name
         if stored.key.gpu not in ("", gpu):
             _LOGGER.warning(
-                "%s: the plan was tuned on %s and runs on %s, which may be slow: %s",
+                "%s: the engine was tuned on %s and may be slow on %s: %s",
                 name, stored.key.gpu, gpu, self.remedy,
             )  # fmt: skip
         _LOGGER.info("%s: %s on %s", name, stored.path, gpu)
 
 
 def _digest_of_graph(bundle: Bundle, contract: GraphContract, precision: str) -> str:
+    """SHA-256 of the graph's file. Raises UsageError if the bundle has none in this precision."""
     if precision not in PRECISIONS:
         raise UsageError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
     files = bundle.manifest.files
@@ -184,9 +192,9 @@ def _digest_of_graph(bundle: Bundle, contract: GraphContract, precision: str) ->
 
 
 def _build_command(
-    bundle: Bundle, contract: GraphContract, precision: str, target: str, library: str, cache: Path | None
+    bundle: Bundle, contract: GraphContract, options: TensorRTOptions, target: str, library: str
 ) -> str:
     command = f"multisa build {bundle.path} --target {target} --graph {contract.name} --library {library}"
-    if precision != "fp32":
-        command += f" --precision {precision}"
-    return command if cache is None else f"{command} --cache {cache}"
+    if options.precision != "fp32":
+        command += f" --precision {options.precision}"
+    return command if options.engine_cache is None else f"{command} --engine-cache {options.engine_cache}"

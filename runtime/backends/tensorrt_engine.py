@@ -1,4 +1,4 @@
-"""A TensorRT plan on a GPU: what `open_tensorrt` gives."""
+"""A built TensorRT engine on a GPU, as a backend: what `open_tensorrt` returns."""
 
 import threading
 import weakref
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_context import PrimaryContext
-from multisa.runtime.backends.base import IMAGE, Closeable, GraphContract, UInt8, check_image
+from multisa.runtime.backends.base import IMAGE, Closeable, GraphContract, UInt8, check_image, closed_error
 from multisa.runtime.backends.engine_cache import Profile
 from multisa.runtime.backends.tensorrt_context import ExecutionContext, LoadedEngine
 from multisa.runtime.backends.tensorrt_runtime import DTYPES, TensorRTRuntime
@@ -18,94 +18,99 @@ from multisa.runtime.imaging.decode import MINIMUM_SIDE
 
 
 class TensorRTBackend(Closeable):
-    """A plan on a GPU, through pycuda; each of its profiles is a `Lane`, made when it is first used."""
+    """An engine on a GPU, through pycuda. Each profile gets an `ExecutionContext` when it is first used."""
 
     def __init__(
         self,
-        plan: bytes,
+        data: bytes,
         contract: GraphContract,
         *,
-        started: TensorRTRuntime,
+        runtime: TensorRTRuntime,
         gpu: PrimaryContext,
         remedy: str,
         sha256: str,
     ) -> None:
-        """Load the plan's bytes, which must be verified (their `sha256`): TensorRT runs the code in them.
+        """Load a serialised engine.
 
-        `remedy` is the command that builds the plan. Raises BackendUnavailable when the library refuses it,
-        BackendError when it breaks the contract.
+        data: the engine's bytes, verified against `sha256`: TensorRT executes the code in them. remedy: the
+        command that builds the engine, for error messages. Raises BackendUnavailable if the library refuses
+        the engine, BackendError if it breaks the contract.
         """
-        library, log = started.library, started.log
-        self.name, self.contract = library.name, contract
-        self._remedy, self._sha256 = remedy, sha256
+        library = runtime.library
+        self.name = library.name
+        self.contract = contract
+        self._remedy = remedy
+        self._sha256 = sha256
         with gpu.active():
-            log.clear()  # of other calls
-            engine = started.runtime.deserialize_cuda_engine(plan)
+            runtime.log.clear()  # of messages of other calls
+            engine = runtime.handle.deserialize_cuda_engine(data)
             if engine is None:
-                raise BackendUnavailable(f"{library.name} cannot load the plan: {log.take()}")
-            outputs = _kept_outputs(engine, contract, library.module)
+                raise BackendUnavailable(f"{library.name} cannot load the engine: {runtime.log.take()}")
+            outputs = _check_tensors(engine, contract, library.module)
             self._profiles = _profiles(engine, contract)
-        self._plan = LoadedEngine(contract.name, started, gpu, engine, outputs)
-        self._lanes: dict[int, ExecutionContext] = {}
-        self._opening = threading.Lock()
-        self._finalizer = weakref.finalize(self, _close, self._plan, self._lanes)
+        self._loaded = LoadedEngine(contract.name, runtime, gpu, engine, outputs)
+        self._contexts: dict[int, ExecutionContext] = {}  # by profile
+        self._lock = threading.Lock()  # held while contexts are created, and by `close`
+        self._finalizer = weakref.finalize(self, _close, self._loaded, self._contexts)
 
     @property
     def profiles(self) -> Sequence[Profile]:
-        """Sizes of the image that the plan was built for."""
+        """The image sizes that the engine was built for."""
         return self._profiles
 
     @property
     def detail(self) -> dict[str, Any]:
-        """GPU, library, plan and its profiles, for the record of a run."""
+        """GPU, library, engine and its profiles, for run.json."""
         return {
-            "gpu": self._plan.gpu.name,
-            "library": str(self._plan.started.library),
+            "gpu": self._loaded.gpu.name,
+            "library": str(self._loaded.runtime.library),
             "plan_sha256": self._sha256,
             "profiles": [str(profile) for profile in self._profiles],
         }
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
-        """Run on uint8 [N, H, W, 3] RGB; the outputs by name, as in the contract. Raises BackendError."""
+        """Run on uint8 [N, H, W, 3] RGB; return the contract's outputs by name. Raises BackendError."""
         check_image(image, self.contract.name)
-        lane = self._lane_for(image.shape)
+        context = self._context_for(image.shape)
         try:
-            return lane.run(image)
-        except self._plan.gpu.errors as error:
+            return context.run(image)
+        except self._loaded.gpu.errors as error:
             raise self._failure(error) from error
 
     def run_on_device(self, image: UInt8) -> dict[str, DeviceArray]:
-        """Run on uint8 [N, H, W, 3] RGB without waiting; the outputs stay on the device. Raises BackendError.
+        """Run on uint8 [N, H, W, 3] RGB without waiting; the outputs stay on the GPU. Raises BackendError.
 
-        They are ready in the order of the default stream, on which `multisa.kernels` works, and remain good
-        after the engine was closed.
+        They are ready in the order of the default stream, on which `multisa.kernels` works, and stay valid
+        after the backend was closed.
         """
         check_image(image, self.contract.name)
-        lane = self._lane_for(image.shape)
+        context = self._context_for(image.shape)
         try:
-            return lane.run_on_device(image)
-        except self._plan.gpu.errors as error:
+            return context.run_on_device(image)
+        except self._loaded.gpu.errors as error:
             raise self._failure(error) from error
 
     def queue(
         self, image: int, shape: tuple[int, ...], stream: int, outputs: Mapping[str, DeviceArray]
     ) -> dict[str, DeviceArray]:
-        """Queue on `stream` the uint8 RGB image `shape` [N, H, W, 3] at a device address. Raises BackendError.
+        """Queue a run on `stream`, without waiting. Raises BackendError.
 
-        Nothing waits. An array of `outputs` that has an output's shape and dtype is written; others are made.
+        image: device address of uint8 RGB `shape` [N, H, W, 3]. outputs: arrays to write to, where shape and
+        dtype match; other outputs get new arrays.
         """
-        lane = self._lane_for(shape)
+        context = self._context_for(shape)
         try:
-            return lane.queue(image, shape, stream, outputs)
-        except self._plan.gpu.errors as error:
+            return context.queue(image, shape, stream, outputs)
+        except self._loaded.gpu.errors as error:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Wait for calls under way and give the GPU's memory back; `run` is an error afterwards."""
-        with self._opening:  # a lane that is being made is closed, too
+        """Wait for running calls and release the GPU's memory; `run` raises afterwards."""
+        with self._lock:  # so that a context being created in another thread is closed, too
             self._finalizer()
 
-    def _lane_for(self, image: tuple[int, ...]) -> ExecutionContext:
+    def _context_for(self, image: tuple[int, ...]) -> ExecutionContext:
+        """The context of the narrowest profile that covers `image` [N, H, W, 3], created if necessary."""
         batch, height, width, _ = image
         fitting = [index for index, p in enumerate(self._profiles) if p.covers((batch, height, width))]
         if not fitting:
@@ -114,36 +119,38 @@ class TensorRTBackend(Closeable):
             bucket = f"1x{min(height, MINIMUM_SIDE)}x{min(width, MINIMUM_SIDE)}:{size}:{size}"
             raise BackendError(
                 f"{self.contract.name}: got an image of {size} (batch x height x width), "
-                f"expected one of the plan's profiles (min:opt:max) {listed}; build one that fits: "
+                f"expected one of the engine's profiles (min:opt:max) {listed}; build one that fits: "
                 f"{self._remedy} --profile {bucket}"
             )
-        # The kernels of a profile are chosen for its optimum, so the narrowest one knows this size best.
+        # The kernels of a profile are tuned for its optimum, so the narrowest profile fits this size best.
         index = min(fitting, key=lambda index: _pixels(self._profiles[index].maximum))
-        with self._opening:
+        with self._lock:
             if not self._finalizer.alive:
-                raise BackendError(f"{self.contract.name}: the engine is closed, expected an open one")
-            if index not in self._lanes:
+                raise closed_error(self.contract.name)
+            if index not in self._contexts:
                 try:
-                    self._lanes[index] = ExecutionContext(self._plan, index)
-                except self._plan.gpu.errors as error:
+                    self._contexts[index] = ExecutionContext(self._loaded, index)
+                except self._loaded.gpu.errors as error:
                     raise self._failure(error) from error
-            return self._lanes[index]
+            return self._contexts[index]
 
     def _failure(self, error: Exception) -> BackendError:
-        said = self._plan.started.log.take()
-        return BackendError(f"{self.contract.name}: cannot be run on {self._plan.gpu.name}: {error} ({said})")
+        messages = self._loaded.runtime.log.take()
+        return BackendError(
+            f"{self.contract.name}: cannot be run on {self._loaded.gpu.name}: {error} ({messages})"
+        )
 
 
-def _close(plan: LoadedEngine, lanes: dict[int, ExecutionContext]) -> None:
-    """Close what an engine has opened; the library needs the context to be current for that."""
-    with plan.gpu.active():
-        for lane in lanes.values():
-            lane.close()
-        plan.engine = None
+def _close(loaded: LoadedEngine, contexts: dict[int, ExecutionContext]) -> None:
+    """Release everything of a backend; the library needs the CUDA context to be current for that."""
+    with loaded.gpu.active():
+        for context in contexts.values():
+            context.close()
+        loaded.engine = None
 
 
-def _kept_outputs(engine: Any, contract: GraphContract, module: Any) -> dict[str, str]:
-    """Compare a plan's tensors with the contract; returns NumPy's name of each output's dtype."""
+def _check_tensors(engine: Any, contract: GraphContract, module: Any) -> dict[str, str]:
+    """Return NumPy's dtype name of each output. Raises BackendError unless the tensors match the contract."""
     found: dict[str, str] = {}
     dtypes: dict[str, str] = {}
     for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
@@ -158,7 +165,7 @@ def _kept_outputs(engine: Any, contract: GraphContract, module: Any) -> dict[str
     expected = {IMAGE: "input uint8 of rank 4"}
     expected |= {n: f"output {t.dtype} of rank {len(t.axes)}" for n, t in contract.outputs.items()}
     if found != expected:
-        raise BackendError(f"{contract.name}: got a plan of {found}, expected {expected}")
+        raise BackendError(f"{contract.name}: got an engine of {found}, expected {expected}")
     return {name: dtypes[name] for name in contract.outputs}
 
 

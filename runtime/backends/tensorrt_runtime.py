@@ -1,10 +1,10 @@
-"""The TensorRT libraries: TensorRT 10 and 11, and TensorRT-RTX, which share one Python interface.
+"""Import and start the TensorRT libraries: TensorRT 10 and 11, and TensorRT-RTX, which share one Python API.
 
     library = import_library(TENSORRT_RTX)              # needs no driver; enough to build ahead of time
-    started = start_library(library, default_gpu())     # runs plans
+    runtime = start_runtime(library, default_gpu())     # runs engines
 
-Nothing is imported before it is asked for, and a library is not started before the driver has answered:
-TensorRT's runtime, made where there is no driver, ends the process with a segmentation fault.
+Libraries are imported on first use, and started only after the driver has answered: creating TensorRT's
+runtime without a driver ends the process with a segmentation fault.
 """
 
 import functools
@@ -22,8 +22,7 @@ from multisa.runtime.errors import BackendUnavailable, UsageError
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 LIBRARIES = (TENSORRT, TENSORRT_RTX)  # in the order they are tried
 
-# The bindings, which the wheels install under the second name, are all that is needed; the package around
-# them, where it is there, passes their names on under the first.
+# The bindings (second name) are all that is needed. The full package (first name) re-exports them.
 _MODULES = {
     TENSORRT: ("tensorrt", "tensorrt_bindings"),
     TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
@@ -32,17 +31,17 @@ _INSTALL = {
     TENSORRT: "pip install tensorrt-cu13",
     TENSORRT_RTX: "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
-_OLDEST = {TENSORRT: 10, TENSORRT_RTX: 1}  # major versions; from 10 on graphs carry their own types
-# NumPy's names of the libraries' types; a tensor of any other type breaks every contract.
+_OLDEST = {TENSORRT: 10, TENSORRT_RTX: 1}  # major versions; since 10, networks can be strongly typed
+# TensorRT's data types -> NumPy's names; a tensor of any other type breaks every contract.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
 _KEPT_MESSAGES = 64  # errors, and as many warnings
-_TOLD_ERRORS = 8
+_SHOWN_ERRORS = 8  # of the kept ones, in an exception
 _LOGGER = logging.getLogger("multisa.runtime.tensorrt")
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library that was imported."""
+    """An imported TensorRT library."""
 
     name: str  # one of LIBRARIES
     module: Any
@@ -50,12 +49,12 @@ class Library:
 
     @property
     def is_rtx(self) -> bool:
-        """Whether it builds ahead of time, for GPUs by their compute capability, and records by itself."""
+        """Whether it is TensorRT-RTX, which builds without a GPU and captures CUDA graphs by itself."""
         return self.name == TENSORRT_RTX
 
     @property
     def major(self) -> int:
-        """Major version, which decides what the interface has; the names in a binding mislead."""
+        """Major version, which decides what the API offers; the names in the bindings do not tell."""
         return int(self.version.split(".")[0])
 
     def __str__(self) -> str:
@@ -64,45 +63,46 @@ class Library:
 
 
 class LibraryLog:
-    """What a library has said went wrong; its calls only return False or None. Any thread may use it."""
+    """What a library has logged; its failing calls only return False or None. Thread-safe."""
 
     def __init__(self) -> None:
+        """Start empty."""
         self._lock = threading.Lock()
         self._errors: deque[str] = deque(maxlen=_KEPT_MESSAGES)
         self._warnings: deque[str] = deque(maxlen=_KEPT_MESSAGES)
 
     @property
     def errors(self) -> tuple[str, ...]:
-        """Errors since the log was cleared, the oldest of very many forgotten."""
+        """The last errors since the log was cleared, at most 64."""
         with self._lock:
             return tuple(self._errors)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings since the log was cleared, the oldest of very many forgotten."""
+        """The last warnings since the log was cleared, at most 64."""
         with self._lock:
             return tuple(self._warnings)
 
     def add_error(self, message: str) -> None:
-        """Keep an error."""
+        """Store an error."""
         with self._lock:
             self._errors.append(message.strip())
 
     def add_warning(self, message: str) -> None:
-        """Keep a warning."""
+        """Store a warning."""
         with self._lock:
             self._warnings.append(message.strip())
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Drop all errors and warnings."""
         with self._lock:
             self._errors.clear()
             self._warnings.clear()
 
     def take(self) -> str:
-        """Return the last errors on one line, and forget what was said."""
+        """Return the last errors on one line, and clear the log."""
         with self._lock:
-            last = list(self._errors)[-_TOLD_ERRORS:]
+            last = list(self._errors)[-_SHOWN_ERRORS:]
             self._errors.clear()
             self._warnings.clear()
         return "; ".join(" ".join(message.split()) for message in last) or "no reason given"
@@ -110,10 +110,10 @@ class LibraryLog:
 
 @dataclass(frozen=True)
 class TensorRTRuntime:
-    """A library that runs plans."""
+    """A started library, which can load engines."""
 
     library: Library
-    runtime: Any  # its IRuntime, which must outlive what it has loaded
+    handle: Any  # its IRuntime, which must outlive the engines it has loaded
     log: LibraryLog
 
 
@@ -124,21 +124,22 @@ def check_library_name(name: str) -> None:
 
 
 def import_library(name: str) -> Library:
-    """Import a library by its name, one of LIBRARIES; this needs no driver.
+    """Import a library by name, one of LIBRARIES. Needs no driver.
 
-    Raises UsageError for another name, BackendUnavailable when it is not installed, cannot be loaded, or is
-    too old.
+    Raises UsageError for another name; BackendUnavailable if it is not installed, cannot be loaded or is too
+    old.
     """
     check_library_name(name)
     remedy = _INSTALL[name]
-    found = [module for module in _MODULES[name] if _is_there(module)]
+    found = [module for module in _MODULES[name] if _is_installed(module)]
     if not found:
         raise BackendUnavailable(f"{name} is not installed", remedy=remedy)
     try:
         module = importlib.import_module(found[0])
     except (ImportError, OSError) as error:
         raise BackendUnavailable(
-            f"{name} is installed and cannot be loaded ({error})", remedy=f"with its libraries: {remedy}"
+            f"{name} is installed but cannot be loaded ({error})",
+            remedy=f"install it with its libraries: {remedy}",
         ) from error
     version = str(getattr(module, "__version__", "unknown"))
     major = version.split(".")[0]
@@ -151,7 +152,7 @@ def import_library(name: str) -> Library:
 
 @functools.lru_cache(maxsize=1)
 def default_gpu() -> PrimaryContext:
-    """The first GPU, opened once. Raises BackendUnavailable without pycuda, a driver or a GPU."""
+    """Open the first GPU, once per process. Raises BackendUnavailable without pycuda, a driver or a GPU."""
     try:
         return PrimaryContext()
     except DeviceUnavailableError as error:
@@ -160,29 +161,28 @@ def default_gpu() -> PrimaryContext:
 
 
 @functools.lru_cache(maxsize=len(LIBRARIES))
-def start_library(library: Library, gpu: PrimaryContext) -> TensorRTRuntime:
-    """Start a library once in this process; `gpu` shows that a driver is there.
+def start_runtime(library: Library, gpu: PrimaryContext) -> TensorRTRuntime:
+    """Start a library, once per process; an open `gpu` proves that there is a driver.
 
-    Raises BackendUnavailable when it does not start.
+    Raises BackendUnavailable if it does not start.
     """
     logger, log = library_log(library.module)
     with gpu.active():
         try:
-            runtime = library.module.Runtime(logger)
+            handle = library.module.Runtime(logger)
         except (TypeError, RuntimeError) as error:  # how the bindings report a null pointer
-            said = f"{error}; {log.take()}"
             raise BackendUnavailable(
-                f"{library}: does not start on {gpu.name}: {said}", remedy="update the driver"
+                f"{library}: does not start on {gpu.name}: {error}; {log.take()}", remedy="update the driver"
             ) from error
-    return TensorRTRuntime(library, runtime, log)
+    return TensorRTRuntime(library, handle, log)
 
 
 @functools.cache
 def library_log(module: Any) -> tuple[Any, LibraryLog]:
-    """Return the library's logger and what it keeps, for builds and runs alike; all goes to `logging` too.
+    """Return the library's logger and the log it fills, for builds and runs; messages also go to `logging`.
 
-    A library holds on to the first logger it is given for as long as it is loaded, so there is one in a
-    process and it never goes away.
+    A library uses the first logger it is given for as long as it is loaded, so there is one per process, kept
+    forever.
     """
     log = LibraryLog()
     severities = module.ILogger.Severity
@@ -194,7 +194,7 @@ def library_log(module: Any) -> tuple[Any, LibraryLog]:
         def log(self, severity: Any, message: str) -> None:
             level = logging.DEBUG
             if severity in (severities.ERROR, severities.INTERNAL_ERROR):
-                log.add_error(message)  # it becomes an exception, which says it once
+                log.add_error(message)  # becomes an exception, so it is not logged as an error too
             elif severity == severities.WARNING:
                 log.add_warning(message)
                 level = logging.WARNING
@@ -203,10 +203,10 @@ def library_log(module: Any) -> tuple[Any, LibraryLog]:
     return Logger(), log
 
 
-def _is_there(module_name: str) -> bool:
+def _is_installed(module_name: str) -> bool:
     try:
-        specification = importlib.util.find_spec(module_name)
-    except ValueError:  # imported already, without a specification
+        spec = importlib.util.find_spec(module_name)
+    except ValueError:  # already imported, without a spec
         return True
-    # Type stubs leave a folder of this name with no module in it.
-    return specification is not None and specification.origin is not None
+    # Type stubs install a folder of this name that contains no module.
+    return spec is not None and spec.origin is not None

@@ -1,11 +1,11 @@
-"""Labelling on a GPU from the upload of the image to the download of its mask: nothing else comes back.
+"""Label images on a GPU, from the upload of an image to the download of its mask.
 
-    chain = open_gpu_pipeline(cam_engine, affinity_engine, manifest)     # None: say why, label on the CPU
-    labelled = chain.label(batch, [("cat",), None])                      # uint8 [2, h, w, 3]
+    pipeline = open_gpu_pipeline(cam_backend, affinity_backend, manifest)  # None: logs why; label on the CPU
+    results = pipeline.label(batch, [("cat",), None])                      # two GpuLabels, uint8 [h, w] masks
 
-Networks, walk, dense CRF and argmax are queued on one stream. Uploads and downloads have streams of their
-own, through pinned memory, so that they go on beside the networks of another batch: call `label` from two
-threads. Only a size or a number of classes that comes for the first time makes memory and waits for it.
+Networks, random walk, dense CRF and argmax are queued on one stream. Uploads and downloads have streams of
+their own and use pinned memory, so they overlap with the networks of another batch: call `label` from two
+threads. Only a new image size or a new number of classes allocates memory, and waits for it.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ from multisa.runtime.gpu.postprocess import (
     PostprocessOutputs,
     PostprocessShape,
 )
-from multisa.runtime.gpu.request import GpuLabels, GpuRequest, StagingBuffer
+from multisa.runtime.gpu.request import FLOAT32_BYTES, GpuLabels, GpuRequest, StagingBuffer
 from multisa.runtime.image_labels import Labels
 from multisa.runtime.progress import log
 
-SLOTS = 2  # one batch computes while another comes or goes
-SIZES_KEPT = 4  # working sizes whose memory is kept, hundreds of megabytes each for an image with a CRF
+BATCHES_IN_FLIGHT = 2  # one is computed while another is uploaded or downloaded
+MAX_SIZES = 4  # image sizes whose memory is kept; with a CRF, hundreds of megabytes per size
 
 
 class Clock(Protocol):
-    """What times the stages of a call."""
+    """Times the stages of a call."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Add the time spent inside to stage `name`."""
@@ -57,7 +57,7 @@ class _NoClock:
 def open_gpu_pipeline(
     cam: Backend, affinity: Backend, manifest: Manifest, *, probabilities: bool = False
 ) -> "GpuPipeline | None":
-    """Make the chain where engines and kernels can work there; where they cannot, say why and return None."""
+    """Open the pipeline if backends and kernels support it; otherwise log why and return None."""
     if not (isinstance(cam, AsyncBackend) and isinstance(affinity, AsyncBackend)):
         return None
     if manifest.parameters.label.walk_radius > MAX_RADIUS:
@@ -68,17 +68,15 @@ def open_gpu_pipeline(
     except DeviceUnavailableError as error:
         log.info(f"walk, CRF and masks are made on the CPU: {error}")
         return None
-    return (
-        GpuPipeline(cam, affinity, manifest, device, probabilities=probabilities)
-        if isinstance(device, PycudaDevice)
-        else None
-    )
+    if not isinstance(device, PycudaDevice):
+        return None
+    return GpuPipeline(cam, affinity, manifest, device, probabilities=probabilities)
 
 
 class GpuPipeline(Closeable):
-    """cam and affinity engines with everything between them and the masks; `label` may be called by threads.
+    """The networks cam and affinity, and everything between them and the masks. `label` is thread-safe.
 
-    It uses the engines and does not close them: close it before them.
+    It does not own the backends: close it before them.
     """
 
     def __init__(
@@ -89,160 +87,170 @@ class GpuPipeline(Closeable):
         device: PycudaDevice,
         *,
         probabilities: bool = False,
-        slots: int = SLOTS,
     ) -> None:
-        """Make streams and slots; memory comes with the first image of a size. Raises BackendError."""
-        self._cam, self._affinity, self._manifest, self._probabilities = (
-            cam,
-            affinity,
-            manifest,
-            probabilities,
-        )
-        self._device, self._driver = device, device.driver
+        """Create streams and events; memory is allocated for the first image of each size.
+
+        probabilities: whether results include the class probabilities. Raises BackendError.
+        """
+        self._cam = cam
+        self._affinity = affinity
+        self._manifest = manifest
+        self._probabilities = probabilities
+        self._device = device
+        self._driver = device.driver
+        # By batch shape and by image shape, least recently used first.
         self._outputs: OrderedDict[tuple[int, ...], dict[str, DeviceArray]] = OrderedDict()
-        self._refiners: OrderedDict[PostprocessShape, GpuPostprocessor] = OrderedDict()
-        self._slots = slots
-        self._turn = threading.Lock()  # to queue, not to wait for what comes of it
-        self._free: queue.Queue[StagingBuffer] = queue.Queue()
+        self._postprocessors: OrderedDict[PostprocessShape, GpuPostprocessor] = OrderedDict()
+        self._queueing = threading.Lock()  # held to queue work, not to wait for it
+        self._idle: queue.Queue[StagingBuffer] = queue.Queue()
         with self._device_errors(), device.active():
-            self._streams = tuple(self._driver.create_stream() for _ in range(3))
-            self._upload, self._compute, self._download = self._streams
-            made = [StagingBuffer(device) for _ in range(slots)]
-        for slot in made:
-            self._free.put(slot)
-        events = [event for slot in made for event in (slot.scored, slot.done)]
+            self._upload = self._driver.create_stream()
+            self._compute = self._driver.create_stream()
+            self._download = self._driver.create_stream()
+            staging = [StagingBuffer(device) for _ in range(BATCHES_IN_FLIGHT)]
+        for buffer in staging:
+            self._idle.put(buffer)
+        self._streams = (self._upload, self._compute, self._download)
+        events = [event for buffer in staging for event in (buffer.scored, buffer.done)]
         self._finalizer = weakref.finalize(self, _close, device, self._streams, events)
 
     def label(
         self, batch: UInt8, given: Sequence[Labels | None], timer: Clock | None = None
     ) -> list[GpuLabels | ImageError]:
-        """Label uint8 RGB [N, h, w, 3] at the working size; waits for the result.
+        """Label uint8 RGB [N, h, w, 3] at the working size, and wait for the results.
 
-        given: for each image its classes, or None for those of its scores. What is wrong with one image, say
-        NaN from a network, is an ImageError in its place. Raises BackendError when a network, the driver or
-        the device fails; the next call may succeed.
+        given: the classes of each image, or None to derive them from its scores. A problem of one image, such
+        as NaN from a network, is an ImageError in its place. Raises BackendError if a network, the driver or
+        the GPU fails; the next call may succeed.
         """
         check_image(batch, "cam")
         if len(given) != len(batch):
             raise BackendError(f"given: got labels for {len(given)} images, expected {len(batch)}")
         timer = timer or _NoClock()
-        slot = self._free.get()
+        staging = self._idle.get()
         try:
-            with self._device_errors(), self._device.active(), self._settled_on_failure():
+            with self._device_errors(), self._device.active(), self._synchronised_on_failure():
                 if not self._finalizer.alive:
-                    raise BackendError("cam: the device chain is closed, expected an open one")
+                    raise BackendError("cam: the GPU pipeline is closed, expected an open one")
                 with timer.stage("upload"):
-                    self._stage(slot, batch)
-                call = GpuRequest(self._manifest, batch.shape, given, slot, self._probabilities)
+                    self._queue_upload(staging, batch)
+                request = GpuRequest(self._manifest, batch.shape, given, staging, self._probabilities)
                 with timer.stage("device"):
-                    with self._turn:
-                        self._queue(call)
-                    self._driver.synchronise_event(slot.done)
-                return [call.result(index) for index in range(len(batch))]
+                    with self._queueing:
+                        self._queue(request)
+                    self._driver.synchronise_event(staging.done)
+                return [request.result(index) for index in range(len(batch))]
         finally:
-            self._free.put(slot)
+            self._idle.put(staging)
 
     def close(self) -> None:
-        """Wait for what is under way and give streams and memory back; `label` is an error afterwards."""
-        slots = [self._free.get() for _ in range(self._slots)]  # so nobody is inside
-        with self._turn:
+        """Wait for running calls and release streams and memory; `label` raises afterwards."""
+        staging = [self._idle.get() for _ in range(BATCHES_IN_FLIGHT)]  # then no call is running
+        with self._queueing:
             self._finalizer()
             self._outputs.clear()
-            self._refiners.clear()
-        for slot in slots:
-            self._free.put(slot)
+            self._postprocessors.clear()
+        for buffer in staging:
+            self._idle.put(buffer)
 
-    def _stage(self, slot: StagingBuffer, batch: UInt8) -> None:
-        """Copy the batch, contiguous or not, to pinned memory; queue its upload, one for both networks."""
-        slot.image.reserve(batch.nbytes)
-        np.copyto(slot.image.host(0, batch.shape, np.uint8), batch)
-        slot.image.upload(batch.nbytes, self._upload)
+    def _queue_upload(self, staging: StagingBuffer, batch: UInt8) -> None:
+        """Copy the batch, contiguous or not, to pinned memory, and queue one upload for both networks."""
+        staging.image.reserve(batch.nbytes)
+        np.copyto(staging.image.host(0, batch.shape, np.uint8), batch)
+        staging.image.upload(batch.nbytes, self._upload)
 
-    def _queue(self, call: GpuRequest) -> None:
-        """Queue everything; waits for the scores alone, and only where classes come from them."""
-        driver, slot, compute = self._driver, call.slot, self._compute
+    def _queue(self, request: GpuRequest) -> None:
+        """Queue everything; waits for the scores alone, and only if classes are derived from them."""
+        driver, staging, compute = self._driver, request.staging, self._compute
         driver.queue_after(compute, self._upload)
-        kept = self._kept_outputs(call.shape)
-        outputs = self._cam.queue(slot.image.pointer, call.shape, compute, kept)
-        call.check_outputs(outputs)
-        self._fetch_scores(slot, outputs["scores"])
-        if call.needs_affinity:
-            # Queued before the scores are waited for, so that the device has work meanwhile.
-            outputs |= self._affinity.queue(slot.image.pointer, call.shape, compute, kept)
-            call.check_outputs(outputs)
+        kept = self._reusable_outputs(request.shape)
+        outputs = self._cam.queue(staging.image.pointer, request.shape, compute, kept)
+        request.check_outputs(outputs)
+        self._queue_score_download(staging, outputs["scores"])
+        if request.needs_affinity:
+            # Queued before waiting for the scores, so that the GPU stays busy.
+            outputs |= self._affinity.queue(staging.image.pointer, request.shape, compute, kept)
+            request.check_outputs(outputs)
         kept.update(outputs)
-        call.choose(driver.synchronise_event)
-        size = call.fill_lists()
-        slot.lists.upload(size, compute)
-        slot.output.reserve(call.shape[0] * call.layout.stride)
-        for index, classes in enumerate(call.classes):
+        request.choose_classes(driver.synchronise_event)
+        size = request.fill_lists()
+        staging.lists.upload(size, compute)
+        staging.output.reserve(request.shape[0] * request.layout.stride)
+        for index, classes in enumerate(request.classes):
             if classes:
-                self._queue_image(call, index, outputs)
-        self._queue_download(call)
+                self._queue_postprocessing(request, index, outputs)
+        self._queue_download(request)
 
-    def _fetch_scores(self, slot: StagingBuffer, scores: DeviceArray) -> None:
-        """Queue copying the scores back on the stream of the networks: the next batch overwrites them."""
-        size = 4 * int(np.prod(scores.shape))
-        slot.scores.reserve(size)
-        slot.scores.download(0, size, self._compute, source=scores.pointer)
-        self._driver.record_event(slot.scored, self._compute)
+    def _queue_score_download(self, staging: StagingBuffer, scores: DeviceArray) -> None:
+        """Queue the download of the scores on the networks' stream: the next batch overwrites them."""
+        size = FLOAT32_BYTES * int(np.prod(scores.shape))
+        staging.scores.reserve(size)
+        staging.scores.download(0, size, self._compute, source=scores.pointer)
+        self._driver.record_event(staging.scored, self._compute)
 
-    def _queue_image(self, call: GpuRequest, index: int, outputs: Mapping[str, DeviceArray]) -> None:
-        """Queue the way of one image behind the networks; what it cannot be done for is its error."""
-        cam, affinity, lists = outputs["cam"], outputs["affinity"], call.lists(index)
-        count, layout = len(call.classes[index]), call.layout
+    def _queue_postprocessing(
+        self, request: GpuRequest, index: int, outputs: Mapping[str, DeviceArray]
+    ) -> None:
+        """Queue walk, CRF and argmax of one image; an unsupported size becomes the image's error."""
+        cam, affinity, lists = outputs["cam"], outputs["affinity"], request.lists(index)
+        count, layout = len(request.classes[index]), request.layout
         inputs = PostprocessInputs(
-            image=call.slot.image.pointer + 3 * layout.pixels * index,
-            cam=cam.pointer + 4 * int(np.prod(cam.shape[1:])) * index,
-            affinity=affinity.pointer + 4 * int(np.prod(affinity.shape[1:])) * index,
+            image=request.staging.image.pointer + 3 * layout.pixels * index,
+            cam=cam.pointer + FLOAT32_BYTES * int(np.prod(cam.shape[1:])) * index,
+            affinity=affinity.pointer + FLOAT32_BYTES * int(np.prod(affinity.shape[1:])) * index,
             channels=lists.channels,
             ids=lists.ids,
             gains=lists.gains,
         )
-        start = call.slot.output.pointer + index * layout.stride
-        probabilities = start + layout.probabilities if call.keeps_probabilities else 0
-        places = PostprocessOutputs(start + layout.mask, start + layout.confidence, start, probabilities)
+        start = request.staging.output.pointer + index * layout.stride
+        targets = PostprocessOutputs(
+            mask=start + layout.mask,
+            confidence=start + layout.confidence,
+            errors=start,
+            probabilities=start + layout.probabilities if request.with_probabilities else 0,
+        )
         (_, _, *cam_size), (_, _, *grid) = cam.shape, affinity.shape
-        sizes = (cam_size[0], cam_size[1]), (grid[0], grid[1]), call.size
+        shape = PostprocessShape(
+            (cam_size[0], cam_size[1]), (grid[0], grid[1]), request.size, padded_labels(1 + count)
+        )
         try:
-            refiner = self._refiner_of(PostprocessShape(*sizes, padded_labels(1 + count)))
-            refiner.queue(inputs, places, count, self._compute)
-        except ValueError as error:  # a size or a number that kernels do not take
-            call.errors[index] = ImageError(f"post-processing: {error}")
+            self._postprocessor_for(shape).queue(inputs, targets, count, self._compute)
+        except ValueError as error:  # a size or a value that the kernels do not support
+            request.errors[index] = ImageError(f"post-processing: {error}")
 
-    def _queue_download(self, call: GpuRequest) -> None:
-        """Queue copying back masks, confidences and error words, in one piece for each image."""
-        layout = call.layout
+    def _queue_download(self, request: GpuRequest) -> None:
+        """Queue the download of masks, confidences and error words, in one piece per image."""
+        layout, output = request.layout, request.staging.output
         self._driver.queue_after(self._download, self._compute)
-        for index, classes in enumerate(call.classes):
-            if not classes or index in call.errors:
+        for index, classes in enumerate(request.classes):
+            if not classes or index in request.errors:
                 continue
             start = index * layout.stride
-            call.slot.output.download(start, layout.bytes, self._download)
-            if call.keeps_probabilities:
-                probabilities = 2 * (1 + len(classes)) * layout.pixels
-                call.slot.output.download(start + layout.probabilities, probabilities, self._download)
-        self._driver.record_event(call.slot.done, self._download)
+            output.download(start, layout.bytes, self._download)
+            if request.with_probabilities:
+                size = layout.probability_bytes(1 + len(classes))
+                output.download(start + layout.probabilities, size, self._download)
+        self._driver.record_event(request.staging.done, self._download)
 
-    def _kept_outputs(self, shape: tuple[int, ...]) -> dict[str, DeviceArray]:
-        """The networks' outputs of an earlier batch of this shape, to be written over."""
-        self._make_room(self._outputs, shape)
+    def _reusable_outputs(self, shape: tuple[int, ...]) -> dict[str, DeviceArray]:
+        """The networks' outputs of an earlier batch of this shape, to be overwritten."""
+        self._evict(self._outputs, shape)
         return self._outputs.setdefault(shape, {})
 
-    def _refiner_of(self, shape: PostprocessShape) -> GpuPostprocessor:
-        self._make_room(self._refiners, shape)
-        if shape not in self._refiners:
+    def _postprocessor_for(self, shape: PostprocessShape) -> GpuPostprocessor:
+        self._evict(self._postprocessors, shape)
+        if shape not in self._postprocessors:
             parameters = self._manifest.parameters.label
-            self._refiners[shape] = GpuPostprocessor(self._device, shape, parameters)
-        return self._refiners[shape]
+            self._postprocessors[shape] = GpuPostprocessor(self._device, shape, parameters)
+        return self._postprocessors[shape]
 
-    def _make_room(self, kept: OrderedDict[Any, Any], key: Any) -> None:
-        """Let go of what was not used for longest before something new is made."""
+    def _evict(self, kept: OrderedDict[Any, Any], key: Any) -> None:
+        """Mark `key` as used; if it is new, release the least recently used entries to make room for it."""
         if key in kept:
             kept.move_to_end(key)
             return
-        while len(kept) >= SIZES_KEPT:
-            self._driver.synchronise(self._compute)  # which may be working in it
+        while len(kept) >= MAX_SIZES:
+            self._driver.synchronise(self._compute)  # queued work may use the memory
             kept.popitem(last=False)
 
     @contextlib.contextmanager
@@ -253,21 +261,21 @@ class GpuPipeline(Closeable):
             raise BackendError(f"labelling cannot be run on {self._device.name}: {error}") from error
 
     @contextlib.contextmanager
-    def _settled_on_failure(self) -> Iterator[None]:
-        """Wait for what was queued before the failure: it works in memory that others will use."""
+    def _synchronised_on_failure(self) -> Iterator[None]:
+        """After a failure, wait for work queued before it: it uses memory that other calls will reuse."""
         try:
             yield
         except BaseException:
-            with self._turn:
+            with self._queueing:
                 for stream in self._streams:
                     with contextlib.suppress(*self._device.errors):
                         self._driver.synchronise(stream)
-                self._refiners.clear()  # their error words may tell of this call
+                self._postprocessors.clear()  # their error words may belong to this call
             raise
 
 
 def _close(device: PycudaDevice, streams: Sequence[int], events: Sequence[int]) -> None:
-    """Wait for the streams and give them and the events back."""
+    """Wait for the streams, then release them and the events."""
     with device.active():
         for stream in streams:
             device.driver.synchronise(stream)

@@ -1,8 +1,8 @@
-"""From maps and affinities on a device to a mask there: what `postprocess.py` does, for one working size.
+"""From class activation maps and affinities to a mask: `predict/postprocess.py` on a GPU, for one image size.
 
 shape = PostprocessShape(cam=(24, 32), grid=(94, 125), image=(375, 500), labels=4)
-refiner = GpuPostprocessor(device, shape, parameters)
-refiner.queue(inputs, outputs, 3, stream)            # device addresses; nothing waits
+postprocessor = GpuPostprocessor(device, shape, parameters)
+postprocessor.queue(inputs, outputs, 3, stream)      # device addresses; does not wait
 """
 
 from dataclasses import dataclass
@@ -20,48 +20,50 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class PostprocessShape:
-    """The sizes of one image's way; `labels` is for how many, background included, there is memory."""
+    """Sizes for one image: of the maps, of the affinities, of the image, and the largest number of labels."""
 
     cam: Size
     grid: Size
     image: Size
-    labels: int
+    labels: int  # at most, the background included
 
 
 @dataclass(frozen=True)
 class PostprocessInputs:
-    """Device addresses of what belongs to one image."""
+    """Device addresses of one image's inputs."""
 
     image: int  # uint8 [H, W, 3] RGB
     cam: int  # float32 [classes of the bundle, *cam]
     affinity: int  # float32 [P, *grid]
-    channels: int  # int32 [count]: the maps of the classes that are present
+    channels: int  # int32 [count]: indices of the present classes' maps
     ids: int  # int32 [1 + count]: the background's id, then theirs
-    gains: int  # float32 [count]; 0: ones
+    gains: int  # float32 [count]; 0: all gains are 1
 
 
 @dataclass(frozen=True)
 class PostprocessOutputs:
-    """Device addresses of what is made of it."""
+    """Device addresses of one image's outputs."""
 
     mask: int  # uint8 [H, W] class ids
     confidence: int  # uint8 [H, W]: 255 = certain
     errors: int  # uint32 [2]: error words of the walk (limits.bad_input) and of the CRF (crf.problems_of)
-    probabilities: int = 0  # float16 [1 + count, H, W]; 0: not wanted
+    probabilities: int = 0  # float16 [1 + count, H, W]; 0: not requested
 
 
 class GpuPostprocessor:
-    """Walk, resizing, dense CRF and argmax for one working size; all memory is made here or with a new count.
+    """Random walk, resizing, dense CRF and argmax for one image size.
 
-    Images of one object share its memory: queue them on one stream.
+    Images share its memory: queue them all on one stream.
     """
 
     def __init__(self, device: Device, shape: PostprocessShape, parameters: LabelParameters) -> None:
-        """Allocate, upload the tables and build the spatial lattice, which waits for the device.
+        """Allocate memory, upload tables and build the spatial lattice; this waits for the device.
 
-        Raises ValueError for sizes or parameters that a device cannot do.
+        Raises ValueError for sizes or parameters that the kernels do not support.
         """
-        self._device, self._shape, self._parameters = device, shape, parameters
+        self._device = device
+        self._shape = shape
+        self._parameters = parameters
         self._to_grid = DeviceLabelMaps(device, shape.cam, shape.grid)
         self._to_image = DeviceLabelMaps(device, shape.grid, shape.image)
         self._settings = WalkSettings(parameters.walk_radius, parameters.walk_beta, parameters.walk_steps)
@@ -76,19 +78,19 @@ class GpuPostprocessor:
             sizes |= {"refined": probabilities, "present": 4 * shape.labels * shape.labels}
         self._memory = Workspace(device, sizes)
         if parameters.use_crf:
-            # Row n: the n + 1 labels that take part, and -1 for the rest, as the CRF wants them listed.
+            # Row n lists the labels of an image with n classes for the CRF: 0..n, then -1.
             labels = np.arange(shape.labels, dtype=np.int32)
             device.upload(
                 self._memory["present"], np.where(labels <= labels[:, None], labels, -1).astype(np.int32)
             )
 
     def queue(self, inputs: PostprocessInputs, outputs: PostprocessOutputs, count: int, stream: int) -> None:
-        """Queue the way of one image with `count` classes, 1 up to the shape's labels - 1; nothing waits.
+        """Queue one image with `count` classes, 1 up to the shape's labels - 1; does not wait.
 
-        Only a count that comes for the first time makes memory, for which the device may wait.
+        Only a new `count` allocates memory, for which the device may wait.
         """
         parameters, memory, device = self._parameters, self._memory, self._device
-        walk = self._walk_of(count)
+        walk = self._walk_for(count)
         self._to_grid.resize(inputs.cam, count, memory["resized"], channels=inputs.channels, stream=stream)
         walk.walk(memory["resized"], inputs.affinity, memory["walked"], stream)
         self._to_image.probabilities(
@@ -123,7 +125,7 @@ class GpuPostprocessor:
             device, walk.error, self._crf.error if self._crf else 0, outputs.errors, stream=stream
         )
 
-    def _walk_of(self, count: int) -> DeviceWalk:
+    def _walk_for(self, count: int) -> DeviceWalk:
         if count not in self._walks:
             shape = WalkShape(1, count, *self._shape.grid)
             self._walks[count] = DeviceWalk(self._device, shape, self._settings)

@@ -1,6 +1,6 @@
-"""Where one batch enters and leaves a device: pinned memory on the host, its twin there, and its events.
+"""One batch on its way through the GPU: staging memory, classes, lists for the kernels, and results.
 
-With two slots one batch is on its way in or out while the networks run on the other.
+With two staging buffers, one batch is uploaded or downloaded while the networks run on the other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,23 +20,29 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.image_labels import Labels, labels_from_scores
 
-ERROR_BYTES = 8  # two words before each image's mask: what the walk and the CRF found wrong
+ERROR_BYTES = 8  # two uint32 before each image's mask: error words of the walk and of the CRF
+FLOAT32_BYTES = 4
+FLOAT16_BYTES = 2
+
+Float16 = npt.NDArray[np.float16]
 
 
 class HostDeviceBuffer:
-    """Memory on both sides that grows to what is asked for; growing must not meet work under way."""
+    """Device memory and pinned host memory of equal size. It grows on demand, never while work uses it."""
 
     def __init__(self, gpu: PrimaryContext) -> None:
-        """Start with none."""
+        """Start empty."""
         self._gpu = gpu
         self._device: PycudaBuffer | None = None
         self._host: PinnedBuffer | None = None
 
     def reserve(self, size: int) -> None:
-        """See to `size` bytes; what they hold is then not defined."""
+        """Ensure `size` bytes; growing discards the contents."""
         if self._device is None or self._device.size < size:
-            self._device = self._host = None  # given back before more is taken
-            self._device, self._host = self._gpu.allocate(size), self._gpu.allocate_pinned(size)
+            self._device = None  # released before more is allocated
+            self._host = None
+            self._device = self._gpu.allocate(size)
+            self._host = self._gpu.allocate_pinned(size)
 
     @property
     def pointer(self) -> int:
@@ -45,19 +51,19 @@ class HostDeviceBuffer:
         return self._device.pointer
 
     def host(self, offset: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """View the host's side."""
+        """View the host memory at `offset` bytes as an array."""
         assert self._host is not None
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         viewed: npt.NDArray[Any] = self._host.array[offset : offset + size].view(dtype)
         return viewed.reshape(shape)
 
     def upload(self, size: int, stream: int) -> None:
-        """Queue copying the first bytes to the device."""
+        """Queue copying the first `size` bytes to the device."""
         assert self._host is not None
         self._gpu.driver.upload(self.pointer, self._host.pointer, size, stream)
 
     def download(self, offset: int, size: int, stream: int, source: int = 0) -> None:
-        """Queue copying these bytes to the host; `source`: from another device address."""
+        """Queue copying `size` bytes to the host at `offset`; source: another device address to copy from."""
         assert self._host is not None
         target = self._host.pointer + offset
         self._gpu.driver.download(target, source or self.pointer + offset, size, stream)
@@ -65,84 +71,87 @@ class HostDeviceBuffer:
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """Offsets in bytes of one image's output, [errors, mask, confidence] and then, apart, the soft maps."""
+    """Byte offsets in one image's output: errors, mask, confidence, then aligned the class probabilities."""
 
     pixels: int
-    soft_labels: int  # 0: no soft maps
+    channels: int  # of the class probabilities, at most; 0: none
 
     @property
     def mask(self) -> int:
-        """Behind the error words."""
+        """After the error words."""
         return ERROR_BYTES
 
     @property
     def confidence(self) -> int:
-        """Behind the mask."""
+        """After the mask."""
         return ERROR_BYTES + self.pixels
 
     @property
     def bytes(self) -> int:
-        """Of what is always copied back: one piece."""
+        """Size of errors, mask and confidence, which are downloaded in one piece."""
         return ERROR_BYTES + 2 * self.pixels
 
     @property
     def probabilities(self) -> int:
-        """Aligned, behind the rest."""
+        """After the rest, aligned."""
         return -(-self.bytes // ALIGNMENT) * ALIGNMENT
 
     @property
     def stride(self) -> int:
-        """From one image of a batch to the next."""
-        size = self.probabilities + 2 * self.soft_labels * self.pixels
+        """Distance from one image of a batch to the next."""
+        size = self.probabilities + self.probability_bytes(self.channels)
         return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def probability_bytes(self, channels: int) -> int:
+        """Size of so many channels of float16 probabilities."""
+        return FLOAT16_BYTES * channels * self.pixels
 
 
 class StagingBuffer:
-    """Memory and events of one batch under way."""
+    """Memory and events of one batch in flight."""
 
     def __init__(self, gpu: PrimaryContext) -> None:
-        """Make the events; memory comes with the first batch."""
-        self.image, self.lists, self.scores, self.output = (HostDeviceBuffer(gpu) for _ in range(4))
+        """Create the events; memory is allocated for the first batch."""
+        self.image = HostDeviceBuffer(gpu)
+        self.lists = HostDeviceBuffer(gpu)
+        self.scores = HostDeviceBuffer(gpu)
+        self.output = HostDeviceBuffer(gpu)
         with gpu.active():
-            self.scored, self.done = gpu.driver.create_event(), gpu.driver.create_event()
-
-
-Float16 = npt.NDArray[np.float16]
+            self.scored = gpu.driver.create_event()  # the scores have been downloaded
+            self.done = gpu.driver.create_event()  # the results have been downloaded
 
 
 @dataclass(frozen=True)
 class GpuLabels:
-    """What comes back of one image."""
+    """The result for one image."""
 
     mask: UInt8  # [h, w] class ids, 0 = background
     confidence: UInt8  # [h, w], 255 = certain
     classes: Labels
-    scores: dict[str, float]  # of every class of the bundle but the background
-    probabilities: (
-        Float16 | None
-    )  # [1 + len(classes), h, w] probabilities, the background first; where asked for
+    scores: dict[str, float]  # of every foreground class of the bundle
+    probabilities: Float16 | None  # [1 + len(classes), h, w], the background first; None if not requested
 
 
 @dataclass(frozen=True)
 class ListAddresses:
-    """Device addresses of one image's lists; `gains` is 0 for ones."""
+    """Device addresses of one image's lists, as `PostprocessInputs` takes them."""
 
     channels: int  # int32 [count]
     ids: int  # int32 [1 + count]
-    gains: int  # float32 [count]
+    gains: int  # float32 [count]; 0: all gains are 1
 
 
 @dataclass
 class GpuRequest:
-    """A batch in a slot."""
+    """A batch, its classes, and the staging buffer it uses."""
 
     manifest: Manifest
     shape: tuple[int, ...]  # [N, h, w, 3]
     given: Sequence[Labels | None]
-    slot: StagingBuffer
-    keeps_probabilities: bool
-    classes: list[Labels] = field(default_factory=list)  # of each image, once `choose` was called
-    errors: dict[int, ImageError] = field(default_factory=dict)  # of images that could not be queued
+    staging: StagingBuffer
+    with_probabilities: bool
+    classes: list[Labels] = field(default_factory=list)  # of each image, set by `choose_classes`
+    errors: dict[int, ImageError] = field(default_factory=dict)  # by image, of those that could not be queued
 
     @property
     def size(self) -> tuple[int, int]:
@@ -151,18 +160,17 @@ class GpuRequest:
 
     @property
     def layout(self) -> OutputLayout:
-        """Where one image's output lies."""
-        return OutputLayout(
-            self.shape[1] * self.shape[2], len(self.manifest.classes) * self.keeps_probabilities
-        )
+        """Layout of one image's output."""
+        channels = len(self.manifest.classes) if self.with_probabilities else 0
+        return OutputLayout(self.shape[1] * self.shape[2], channels)
 
     @property
     def needs_affinity(self) -> bool:
-        """Whether any image has, or may have, a class to spread."""
+        """Whether any image has, or may have, a foreground class."""
         return any(labels is None or labels for labels in self.given)
 
     def check_outputs(self, outputs: Mapping[str, Any]) -> None:
-        """Raise BackendError where what the networks give does not fit the bundle and the image."""
+        """Raise BackendError unless the networks' outputs match the bundle and the image size."""
         foreground, label = len(self.manifest.foreground), self.manifest.parameters.label
         for name in ("cam", "scores"):
             if outputs[name].shape[:2] != (self.shape[0], foreground):
@@ -181,10 +189,10 @@ class GpuRequest:
                 f"{label.walk_radius} and stride {stride} of {self.size}"
             )
 
-    def choose(self, wait_for: Callable[[int], None]) -> None:
-        """Decide the classes of every image; waits for the scores if any image is without given ones."""
+    def choose_classes(self, wait_for: Callable[[int], None]) -> None:
+        """Set the classes of every image; wait for the scores if any image has no given classes."""
         if any(labels is None for labels in self.given):
-            wait_for(self.slot.scored)
+            wait_for(self.staging.scored)
         thresholds = self.manifest.parameters.score_thresholds
         self.classes = [
             labels_from_scores(self.scores(index), thresholds) if labels is None else labels
@@ -192,17 +200,17 @@ class GpuRequest:
         ]
 
     def scores(self, index: int) -> dict[str, float]:
-        """The scores of an image, which must have come back."""
+        """Scores of an image by class, after their download."""
         names = self.manifest.foreground
-        scores = self.slot.scores.host(0, (self.shape[0], len(names)), np.float32)
+        scores = self.staging.scores.host(0, (self.shape[0], len(names)), np.float32)
         return dict(zip(names, scores[index].tolist(), strict=True))
 
     def fill_lists(self) -> int:
-        """Write channels, ids and gains of every image to pinned memory; returns the bytes."""
+        """Write channels, ids and gains of every image to pinned memory; return the size in bytes."""
         count, size = self._list_words()
-        self.slot.lists.reserve(size)
+        self.staging.lists.reserve(size)
         factors = self.manifest.parameters.label.class_gain
-        rows = self.slot.lists.host(0, (self.shape[0], size // 4 // self.shape[0]), np.int32)
+        rows = self.staging.lists.host(0, (self.shape[0], size // 4 // self.shape[0]), np.int32)
         for row, classes in zip(rows, self.classes, strict=True):
             ids = np.array([self.manifest.classes.index(name) for name in classes], np.int32)
             row[: len(ids)] = ids - 1
@@ -213,36 +221,36 @@ class GpuRequest:
         return size
 
     def lists(self, index: int) -> ListAddresses:
-        """Where the lists of one image lie on the device."""
+        """Device addresses of one image's lists."""
         count, size = self._list_words()
-        start = self.slot.lists.pointer + index * (size // self.shape[0])
+        start = self.staging.lists.pointer + index * (size // self.shape[0])
         gains = start + 4 * (2 * count + 1) if self.manifest.parameters.label.class_gain else 0
         return ListAddresses(start, start + 4 * count, gains)
 
     def result(self, index: int) -> GpuLabels | ImageError:
-        """Copy one image's result out of the pinned memory."""
+        """Copy one image's result out of pinned memory."""
         classes, scores, layout = self.classes[index], self.scores(index), self.layout
-        if not classes:  # without a class there is nothing to spread
-            probabilities = np.ones((1, *self.size), np.float16) if self.keeps_probabilities else None
+        if not classes:  # background only
+            probabilities = np.ones((1, *self.size), np.float16) if self.with_probabilities else None
             certain = np.full(self.size, 255, np.uint8)
             return GpuLabels(np.zeros(self.size, np.uint8), certain, classes, scores, probabilities)
         if index in self.errors:
             return self.errors[index]
-        output, start = self.slot.output, index * layout.stride
+        output, start = self.staging.output, index * layout.stride
         walk, crf = output.host(start, (2,), np.uint32).tolist()
         if walk or crf:
-            said = "; ".join(text for text in (bad_input(walk), problems_of(crf)) if text)
-            return ImageError(f"post-processing: {said}")
+            problems = "; ".join(text for text in (bad_input(walk), problems_of(crf)) if text)
+            return ImageError(f"post-processing: {problems}")
         mask = output.host(start + layout.mask, self.size, np.uint8).copy()
         confidence = output.host(start + layout.confidence, self.size, np.uint8).copy()
         probabilities = None
-        if self.keeps_probabilities:
+        if self.with_probabilities:
             probabilities = output.host(
                 start + layout.probabilities, (1 + len(classes), *self.size), np.float16
             ).copy()
         return GpuLabels(mask, confidence, classes, scores, probabilities)
 
     def _list_words(self) -> tuple[int, int]:
-        """The most classes of an image, and the bytes of all lists."""
+        """Largest number of classes of an image, and the size of all lists in bytes."""
         count = len(self.manifest.foreground)
         return count, 4 * self.shape[0] * (1 + 3 * count)

@@ -1,7 +1,7 @@
 """A TensorRT that runs plans on the CPU: ONNX Runtime computes them, on the driver of driver_on_cpu.cpp.
 
     module = make_library("tensorrt", "11.4.0.106")          # what `import tensorrt` would give
-    plan = make_plan(onnx_bytes, [((1, 64, 64), (1, 128, 128), (2, 256, 256))])
+    plan = make_engine(onnx_bytes, [((1, 64, 64), (1, 128, 128), (2, 256, 256))])
 
 Each class bears the name of the true one and has no public member that the true one lacks, so what runs here
 calls nothing that is not there (test_runtime_tensorrt.py compares them). Calls in an order that TensorRT
@@ -26,7 +26,7 @@ ACTIVATION_BYTES = 1 << 12
 Shape = tuple[int, int, int]
 
 
-def make_plan(model: bytes, profiles: list[tuple[Shape, Shape, Shape]], **changes: Any) -> bytes:
+def make_engine(model: bytes, profiles: list[tuple[Shape, Shape, Shape]], **changes: Any) -> bytes:
     """A plan for `make_library`: the graph behind a line of JSON. `changes` break it on purpose."""
     return json.dumps({"profiles": profiles, **changes}).encode() + b"\n" + model
 

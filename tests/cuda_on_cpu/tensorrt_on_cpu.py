@@ -1,7 +1,6 @@
 """TensorRTBackend on the CPU: test_runtime_tensorrt.py runs these tests in a process with the CPU's libcuda.
 
-The plans are computed by fake_tensorrt.py; every byte goes through pycuda, the driver's streams and
-recordings.
+fake_tensorrt.py computes the engines; every byte goes through pycuda, the driver's streams and CUDA graphs.
 """
 
 import dataclasses
@@ -20,21 +19,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_tensorrt import make_library, make_plan
+from fake_tensorrt import make_engine, make_library
 from PIL import Image
 
 from multisa.kernels import random_walk
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
-from multisa.runtime.backends import tensorrt_context as tensorrt_lane
-from multisa.runtime.backends import tensorrt_engine
-from multisa.runtime.backends import tensorrt_runtime as tensorrt_library
+from multisa.runtime.backends import tensorrt_context, tensorrt_engine, tensorrt_runtime
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import BackendRequest, select_backend
-from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt import TensorRTOptions, open_tensorrt
 from multisa.runtime.backends.tensorrt_engine import TensorRTBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
@@ -60,7 +57,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]
     modules = {name: make_library(name.replace("-", "_"), version) for name, version in VERSIONS.items()}
     for module in modules.values():
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    tensorrt_library.start_library.cache_clear()
+    tensorrt_runtime.start_runtime.cache_clear()
     yield modules
     for module in modules.values():
         assert module.Runtime._broken_rules == []
@@ -76,10 +73,10 @@ Store = Callable[..., Path]
 
 @pytest.fixture
 def store(bundle: Bundle, tmp_path: Path) -> Store:
-    """Put plans into a cache as the builder does."""
+    """Puts engines into a cache as the builder does."""
 
     def put(
-        contract: GraphContract, library: str = "tensorrt", *, plan: bytes | None = None, **key: Any
+        contract: GraphContract, library: str = "tensorrt", *, data: bytes | None = None, **key: Any
     ) -> Path:
         name = graph_file(contract)
         facts = {
@@ -94,9 +91,9 @@ def store(bundle: Bundle, tmp_path: Path) -> Store:
             "flags": FLAGS,
             "platform": this_platform(),
         }
-        data = plan if plan is not None else make_plan(bundle.read_file(name), PROFILES)
-        EngineCache(tmp_path / "plans").get_or_build(EngineKey(**facts | key), lambda: data)
-        return tmp_path / "plans"
+        built = data if data is not None else make_engine(bundle.read_file(name), PROFILES)
+        EngineCache(tmp_path / "cache").get_or_build(EngineKey(**facts | key), lambda: built)
+        return tmp_path / "cache"
 
     return put
 
@@ -121,11 +118,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     launch = Driver.launch_graph
 
-    def pluralize(self: Driver, executable: int, stream: int) -> None:
+    def count(self: Driver, executable: int, stream: int) -> None:
         seen.append(executable)
         launch(self, executable, stream)
 
-    monkeypatch.setattr(Driver, "launch_graph", pluralize)
+    monkeypatch.setattr(Driver, "launch_graph", count)
     return seen
 
 
@@ -139,102 +136,112 @@ def test_equals_onnx_runtime(bundle: Bundle, store: Store, library: str, contrac
         crop(64, 80)[:, ::-1],
         crop(64, 80),
     ]
-    with reference, open_tensorrt(bundle, contract, library=library, cache=cache) as engine:
-        assert engine.name == library and engine.contract is contract
+    with (
+        reference,
+        open_tensorrt(bundle, contract, TensorRTOptions(library=library, engine_cache=cache)) as backend,
+    ):
+        assert backend.name == library and backend.contract is contract
         for image in images:
-            assert_equal(engine.run(image), reference.run(image))
+            assert_equal(backend.run(image), reference.run(image))
 
 
-def test_recorded_calls(bundle: Bundle, store: Store, launches: list[int]) -> None:
-    """Two plain calls of a shape, then recorded ones; other shapes between them change nothing."""
+def test_captured_calls(bundle: Bundle, store: Store, launches: list[int]) -> None:
+    """Two plain calls of a shape, then its CUDA graph; other shapes in between change nothing."""
     cache = store(SEGMENTER)
     reference = OnnxRuntimeBackend(bundle.read_file("segmenter.onnx"))
-    with reference, open_tensorrt(bundle, SEGMENTER, cache=cache) as engine:
-        kept = engine.run(crop(64, 64))  # must not change with later calls
+    with reference, open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)) as backend:
+        kept = backend.run(crop(64, 64))  # must not change with later calls
         first = {name: array.copy() for name, array in kept.items()}
         for shift in range(4):
             image = np.roll(crop(64, 64), 9 * shift, axis=2)
-            assert_equal(engine.run(image), reference.run(image))
-            assert_equal(engine.run(crop(40, 50)), reference.run(crop(40, 50)))
+            assert_equal(backend.run(image), reference.run(image))
+            assert_equal(backend.run(crop(40, 50)), reference.run(crop(40, 50)))
         assert len(launches) == 5 and len(set(launches)) == 2
         assert_equal(kept, first)
-        # Larger memory than the recordings know, in the same profile, and back.
-        assert_equal(engine.run(crop(96, 96, 2)), reference.run(crop(96, 96, 2)))
+        # Larger memory than the graphs know, in the same profile, and back.
+        assert_equal(backend.run(crop(96, 96, 2)), reference.run(crop(96, 96, 2)))
         for _ in range(3):
-            assert_equal(engine.run(crop(64, 64)), reference.run(crop(64, 64)))
+            assert_equal(backend.run(crop(64, 64)), reference.run(crop(64, 64)))
 
 
-def test_a_folder_of_many_sizes_records_a_few(
+def test_a_folder_of_many_sizes_captures_a_few(
     bundle: Bundle, store: Store, launches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_lane, "RECORDINGS_KEPT", 2)
+    monkeypatch.setattr(tensorrt_context, "MAX_GRAPHS", 2)
     destroyed: list[int] = []
     destroy = Driver.destroy_graph
     monkeypatch.setattr(Driver, "destroy_graph", lambda self, e: (destroyed.append(e), destroy(self, e))[1])
-    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
-        engine.run(crop(96, 96))  # memory for all that follow
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER))) as backend:
+        backend.run(crop(96, 96))  # memory for all that follow
         for _, height in itertools.product(range(2), (40, 48, 56)):
-            engine.run(crop(height, 40))
+            backend.run(crop(height, 40))
         assert launches == [] and len(destroyed) == 1
-        engine.run(crop(56, 40))
+        backend.run(crop(56, 40))
         assert len(launches) == 1
     assert len(destroyed) == 3
 
 
-def test_rtx_records_by_itself(bundle: Bundle, store: Store, launches: list[int]) -> None:
+def test_rtx_captures_by_itself(bundle: Bundle, store: Store, launches: list[int]) -> None:
     cache = store(SEGMENTER, "tensorrt-rtx")
-    with open_tensorrt(bundle, SEGMENTER, library="tensorrt-rtx", cache=cache) as engine:
-        results = [engine.run(crop(64, 64)) for _ in range(4)]
+    with open_tensorrt(
+        bundle, SEGMENTER, TensorRTOptions(library="tensorrt-rtx", engine_cache=cache)
+    ) as backend:
+        results = [backend.run(crop(64, 64)) for _ in range(4)]
     assert_equal(results[3], results[0])
     assert launches == []
 
 
-def test_what_cannot_be_recorded_runs(
+def test_what_cannot_be_captured_runs(
     bundle: Bundle, store: Store, launches: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = make_plan(bundle.read_file("segmenter.onnx"), PROFILES, not_capturable=True)
+    data = make_engine(bundle.read_file("segmenter.onnx"), PROFILES, not_capturable=True)
     reference = OnnxRuntimeBackend(bundle.read_file("segmenter.onnx"))
-    with reference, open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, plan=plan)) as engine:
+    with (
+        reference,
+        open_tensorrt(
+            bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER, data=data))
+        ) as backend,
+    ):
         for shift in range(4):
             image = np.roll(crop(64, 64), shift, axis=1)
-            assert_equal(engine.run(image), reference.run(image))
+            assert_equal(backend.run(image), reference.run(image))
     assert launches == []
     (message,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
-    assert "not recorded as CUDA graphs" in message and "a loop cannot be captured" in message
+    assert "not captured as CUDA graphs" in message and "a loop cannot be captured" in message
 
 
 def test_threads(bundle: Bundle, store: Store, library: str) -> None:
-    """Eight threads, two profiles, shapes that are recorded on the way."""
+    """Eight threads, two profiles, shapes that are captured on the way."""
     cache = store(SEGMENTER, library)
     images = [crop(*size) for size in ((64, 64), (48, 80), (120, 140), (33, 159, 3))]
     with (
         OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
-        open_tensorrt(bundle, SEGMENTER, library=library, cache=cache) as engine,
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library=library, engine_cache=cache)) as backend,
         ThreadPoolExecutor(8) as pool,
     ):
         expected = [reference.run(image) for image in images]
-        for got, wanted in zip(pool.map(engine.run, images * 8), expected * 8, strict=True):
+        for got, wanted in zip(pool.map(backend.run, images * 8), expected * 8, strict=True):
             assert_equal(got, wanted)
 
 
 def test_the_narrowest_profile_is_chosen(bundle: Bundle, store: Store) -> None:
-    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
-        assert [str(profile) for profile in engine.profiles] == [
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER))) as backend:
+        assert [str(profile) for profile in backend.profiles] == [
             "1x32x32:1x64x64:2x96x96",
             "1x32x32:1x96x128:4x160x160",
         ]
-        engine.run(crop(64, 64))
-        assert list(engine._lanes) == [0]
-        engine.run(crop(64, 64, 3))
-        assert list(engine._lanes) == [0, 1]
+        backend.run(crop(64, 64))
+        assert list(backend._contexts) == [0]
+        backend.run(crop(64, 64, 3))
+        assert list(backend._contexts) == [0, 1]
         with pytest.raises(
             BackendError,
             match=r"got an image of 1x161x40 .*1x32x32:1x64x64:2x96x96, 1x32.*multisa build .* --target sm89 "
             ".*--profile 1x64x40:1x161x40:1x161x40",
         ):
-            engine.run(crop(161, 40))
+            backend.run(crop(161, 40))
         with pytest.raises(BackendError, match="expected uint8"):
-            engine.run(crop(64, 64)[0])
+            backend.run(crop(64, 64)[0])
 
 
 def use_kernels_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PycudaDevice:
@@ -248,7 +255,7 @@ def use_kernels_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PycudaDevic
 def test_walk_on_what_the_network_left_on_the_device(
     bundle: Bundle, store: Store, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The affinity never visits the host; a later call and the end of the engine leave it alone."""
+    """The affinity never leaves the GPU; a later call and closing the backend do not change it."""
     device = use_kernels_in(tmp_path, monkeypatch)
     image = crop(64, 64)
     with OnnxRuntimeBackend(bundle.read_file("affinity.onnx")) as reference:
@@ -256,11 +263,13 @@ def test_walk_on_what_the_network_left_on_the_device(
     scores = np.random.default_rng(1).random((1, 2, *affinity.shape[2:]), dtype=np.float32)
     there = calls.DeviceArray(device, scores.shape)
     device.upload(there.pointer, scores)
-    with open_tensorrt(bundle, AFFINITY, library=library, cache=store(AFFINITY, library)) as engine:
-        outputs = engine.run_on_device(image)
+    with open_tensorrt(
+        bundle, AFFINITY, TensorRTOptions(library=library, engine_cache=store(AFFINITY, library))
+    ) as backend:
+        outputs = backend.run_on_device(image)
         assert outputs["affinity"].__cuda_array_interface__["shape"] == affinity.shape
         walked = random_walk(there, outputs["affinity"], steps=8, backend="cuda")
-        other = engine.run_on_device(image[:, ::-1])
+        other = backend.run_on_device(image[:, ::-1])
     np.testing.assert_array_equal(outputs["affinity"].numpy(), affinity)
     assert not np.array_equal(other["affinity"].numpy(), affinity)
     expected = random_walk(scores, affinity, steps=8, backend="cpu")
@@ -268,14 +277,16 @@ def test_walk_on_what_the_network_left_on_the_device(
 
 
 def test_arrays_of_the_device(bundle: Bundle, store: Store, library: str) -> None:
-    """Whoever works on the default stream waits for them; any thread may let go of them."""
+    """Work on the default stream waits for them; any thread may release them."""
     image = crop(64, 64)
     with (
         OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
-        open_tensorrt(bundle, SEGMENTER, library=library, cache=store(SEGMENTER, library)) as engine,
+        open_tensorrt(
+            bundle, SEGMENTER, TensorRTOptions(library=library, engine_cache=store(SEGMENTER, library))
+        ) as backend,
         warnings.catch_warnings(record=True) as told,
     ):
-        kept = [engine.run_on_device(image)]
+        kept = [backend.run_on_device(image)]
         got = {name: array.numpy() for name, array in kept[0].items()}
         thread = threading.Thread(target=kept.clear)
         thread.start()
@@ -285,21 +296,21 @@ def test_arrays_of_the_device(bundle: Bundle, store: Store, library: str) -> Non
 
 
 def test_run_after_run_on_device(bundle: Bundle, store: Store) -> None:
-    """The image of a call that nobody waited for is not written over by the next call's."""
+    """The next call does not overwrite the image of a call that nobody waited for."""
     images = [np.roll(crop(64, 64), 11 * i, axis=1) for i in range(6)]
     with (
         OnnxRuntimeBackend(bundle.read_file("segmenter.onnx")) as reference,
-        open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER))) as backend,
     ):
-        left = [engine.run_on_device(image) for image in images]
-        assert_equal(engine.run(images[0]), reference.run(images[0]))
+        left = [backend.run_on_device(image) for image in images]
+        assert_equal(backend.run(images[0]), reference.run(images[0]))
         for arrays, image in zip(left, images, strict=True):
             got = {name: array.numpy() for name, array in arrays.items()}
             assert_equal(got, reference.run(image))
 
 
 def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine gives back its streams and recordings, in whatever thread it is forgotten."""
+    """A backend releases its streams and graphs, in whatever thread it is garbage-collected."""
     alive: set[int] = set()
     create, destroy = Driver.create_stream, Driver.destroy_stream
 
@@ -312,16 +323,16 @@ def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.
     monkeypatch.setattr(
         Driver, "destroy_stream", lambda self, stream: (alive.discard(stream), destroy(self, stream))[1]
     )
-    engine = open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))
-    engine.run(crop(64, 64))
+    backend = open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER)))
+    backend.run(crop(64, 64))
     assert len(alive) == 1
-    engine.close()
-    engine.close()
+    backend.close()
+    backend.close()
     assert not alive
     with pytest.raises(BackendError, match="closed"):
-        engine.run(crop(64, 64))
+        backend.run(crop(64, 64))
 
-    forgotten = [open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))]
+    forgotten = [open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER)))]
     for _ in range(3):
         forgotten[0].run(crop(64, 64))
     assert len(alive) == 1
@@ -333,9 +344,9 @@ def test_closed_and_forgotten(bundle: Bundle, store: Store, monkeypatch: pytest.
 
 
 def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the driver says becomes an BackendError, and the next call works again."""
-    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
-        expected = engine.run(crop(64, 64))
+    """A driver error becomes a BackendError, and the next call works again."""
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER))) as backend:
+        expected = backend.run(crop(64, 64))
         with monkeypatch.context() as patch:
 
             def refuse(*_: Any) -> None:
@@ -343,15 +354,15 @@ def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.Monkey
 
             patch.setattr(Driver, "upload", refuse)
             with pytest.raises(BackendError, match=r"segmenter: cannot be run on CPU: .*illegal address"):
-                engine.run(crop(64, 64))
-        assert_equal(engine.run(crop(64, 64)), expected)
+                backend.run(crop(64, 64))
+        assert_equal(backend.run(crop(64, 64)), expected)
 
 
 @pytest.mark.parametrize(
     "library_call",
     ["set_input_shape", "set_tensor_address", "execute_async_v3", "set_optimization_profile_async"],
 )
-def test_every_refusal_is_told(
+def test_every_refusal_is_reported(
     bundle: Bundle,
     store: Store,
     libraries: dict[str, ModuleType],
@@ -362,81 +373,79 @@ def test_every_refusal_is_told(
     context = libraries["tensorrt"].IExecutionContext
     monkeypatch.setattr(context, library_call, lambda *_: False)
     with (
-        open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine,
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER))) as backend,
         pytest.raises(BackendError, match=f"tensorrt refused {library_call}"),
     ):
-        engine.run(crop(64, 64))
+        backend.run(crop(64, 64))
 
 
-def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
+def test_no_engine(bundle: Bundle, store: Store, tmp_path: Path) -> None:
     cache = store(SEGMENTER, target="sm80")
     store(SEGMENTER, library_version="10.13.3.9")
     store(SEGMENTER, onnx_sha256="0" * 64)
     with pytest.raises(BackendUnavailable) as caught:
-        open_tensorrt(bundle, SEGMENTER, cache=cache)
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache))
     said = str(caught.value)
     assert caught.value.exit_code == 5
     for name, version in VERSIONS.items():
-        assert f"{name} {version}: no plan for sm89 (CPU)" in said
-        build = (
-            f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name} --cache {cache}"
-        )
-        assert build in said
-    with pytest.raises(BackendUnavailable, match=r"^tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"):
-        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=tmp_path / "none")
+        assert f"{name} {version}: no engine for sm89 (CPU)" in said
+        build = f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name}"
+        assert f"{build} --engine-cache {cache}" in said
+    with pytest.raises(BackendUnavailable, match=r"^tensorrt 11\.4\.0\.106: no engine for sm89 [^;]*$"):
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=tmp_path / "none"))
 
 
-def test_the_library_with_a_plan_is_taken(
+def test_the_library_with_an_engine_is_taken(
     bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = store(SEGMENTER, "tensorrt-rtx", gpu="")
-    with open_tensorrt(bundle, SEGMENTER, cache=cache) as engine:
-        assert engine.name == "tensorrt-rtx"
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)) as backend:
+        assert backend.name == "tensorrt-rtx"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(
         BackendUnavailable,
         match=r"tensorrt-rtx is not installed: .*pip install tensorrt-rtx-cu13-bindings ",
     ):
-        open_tensorrt(bundle, SEGMENTER, cache=cache)
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache))
 
 
-def test_a_plan_of_this_gpu_comes_first(
+def test_an_engine_of_this_gpu_comes_first(
     bundle: Bundle, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     cache = store(SEGMENTER, gpu="Another GPU")
-    with open_tensorrt(bundle, SEGMENTER, cache=cache):
-        assert "tuned on Another GPU and runs on CPU" in caplog.text
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)):
+        assert "tuned on Another GPU and may be slow on CPU" in caplog.text
     store(SEGMENTER, gpu="CPU")
     caplog.clear()
-    with open_tensorrt(bundle, SEGMENTER, cache=cache):
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)):
         assert "tuned on" not in caplog.text and "model.plan on CPU" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["refused by the library", "bytes on the disk"])
-def test_a_plan_that_cannot_be_loaded_is_put_aside(bundle: Bundle, store: Store, damage: str) -> None:
-    broken = b"not a plan\n" if damage == "refused by the library" else None
-    cache = store(SEGMENTER, plan=broken)
+def test_an_engine_that_cannot_be_loaded_is_quarantined(bundle: Bundle, store: Store, damage: str) -> None:
+    broken = b"not an engine\n" if damage == "refused by the library" else None
+    cache = store(SEGMENTER, data=broken)
     if broken is None:
         (path,) = cache.glob("*/model.plan")
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+        altered = bytearray(path.read_bytes())
+        altered[-1] ^= 1
+        path.write_bytes(altered)
     reason = "magicTag failed" if broken else "damaged"
     with pytest.raises(BackendUnavailable, match=f"{reason}.*multisa build .* --target sm89"):
-        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
     assert not list(cache.glob("[0-9a-f]*/model.plan"))
     (kept,) = (cache / "quarantine").glob("*/reason.txt")
     assert kept.read_text().strip()
-    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER)) as engine:
-        engine.run(crop(64, 64))
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER))) as backend:
+        backend.run(crop(64, 64))
 
 
-def test_the_next_plan_is_tried(bundle: Bundle, store: Store) -> None:
-    store(SEGMENTER, plan=b"not a plan\n")
-    with open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, gpu="")) as engine:
-        assert isinstance(engine, TensorRTBackend)
+def test_the_next_engine_is_tried(bundle: Bundle, store: Store) -> None:
+    store(SEGMENTER, data=b"not an engine\n")
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER, gpu=""))) as backend:
+        assert isinstance(backend, TensorRTBackend)
 
 
 @pytest.mark.parametrize(
@@ -447,79 +456,79 @@ def test_the_next_plan_is_tried(bundle: Bundle, store: Store) -> None:
     ],
     ids=["memory", "driver"],
 )
-def test_a_good_plan_stays(
+def test_a_good_engine_stays(
     bundle: Bundle, store: Store, said: str, error: type[Exception], remedy: str
 ) -> None:
-    """Where the machine is at fault, a plan is not put aside."""
-    cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused=said))
+    """If the machine is at fault, the engine is not quarantined."""
+    cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=said))
     with pytest.raises(error, match=f"{said.replace('[', '.').replace(']', '.')}[;:] {remedy}"):
-        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
     assert list(cache.glob("[0-9a-f]*/model.plan"))
 
 
 @pytest.mark.parametrize(
     ("graph", "changes", "message"),
     [
-        ("cam.onnx", {}, "got a plan of .*cam"),
+        ("cam.onnx", {}, "got an engine of .*cam"),
         ("segmenter.onnx", {"on_host": "labels"}, "labels.*on the host"),
         ("segmenter.onnx", {"profiles": [((1, 64, 64), (1, 32, 32), (2, 96, 96))]}, "profile 0: got"),
     ],
     ids=["another graph", "on the host", "profile out of order"],
 )
-def test_a_plan_that_breaks_the_contract(
+def test_an_engine_that_breaks_the_contract(
     bundle: Bundle, store: Store, graph: str, changes: dict[str, Any], message: str
 ) -> None:
-    plan = make_plan(bundle.read_file(graph), **{"profiles": PROFILES, **changes})
+    data = make_engine(bundle.read_file(graph), **{"profiles": PROFILES, **changes})
     with pytest.raises(BackendError, match=message):
-        open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER, plan=plan))
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER, data=data)))
 
 
 def test_usage(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="library: got 'openvino', expected tensorrt or tensorrt-rtx"):
-        open_tensorrt(bundle, CAM, library="openvino")
+        open_tensorrt(bundle, CAM, TensorRTOptions(library="openvino"))
     with pytest.raises(UsageError, match="precision: got 'fp8', expected one of fp32, fp16, int8"):
-        open_tensorrt(bundle, CAM, precision="fp8")
+        open_tensorrt(bundle, CAM, TensorRTOptions(precision="fp8"))
     files = {"cam.onnx": bundle.manifest.files["cam.onnx"]}
     plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, files=files))
     with pytest.raises(UsageError, match=r"precision fp16 for cam, expected fp32; make it: multisa convert"):
-        open_tensorrt(plain, CAM, precision="fp16")
+        open_tensorrt(plain, CAM, TensorRTOptions(precision="fp16"))
 
 
-def test_the_bundles_own_plans(bundle: Bundle, store: Store, tmp_path: Path) -> None:
+def test_the_bundles_own_engines(bundle: Bundle, store: Store, tmp_path: Path) -> None:
     store(SEGMENTER).rename(tmp_path / "engines")
     moved = dataclasses.replace(bundle, path=tmp_path)
-    with open_tensorrt(moved, SEGMENTER) as engine:
-        engine.run(crop(64, 64))
+    with open_tensorrt(moved, SEGMENTER) as backend:
+        backend.run(crop(64, 64))
 
 
-def test_plans_are_looked_for_in_both_folders(bundle: Bundle, store: Store, tmp_path: Path) -> None:
-    """Those of `multisa build --cache DIR`, and the bundle's own."""
+def test_engines_are_looked_for_in_both_folders(bundle: Bundle, store: Store, tmp_path: Path) -> None:
+    """The user's cache, and the bundle's own."""
     store(SEGMENTER).rename(tmp_path / "engines")
     moved = dataclasses.replace(bundle, path=tmp_path)
     cache = store(SEGMENTER, gpu="")
-    with open_tensorrt(moved, SEGMENTER, cache=cache) as engine:
-        own = engine.detail["plan_sha256"]
+    with open_tensorrt(moved, SEGMENTER, TensorRTOptions(engine_cache=cache)) as backend:
+        own = backend.detail["plan_sha256"]
     (tmp_path / "engines").rename(tmp_path / "elsewhere")
-    with open_tensorrt(moved, SEGMENTER, cache=cache) as engine:
-        assert engine.detail["plan_sha256"] == own
-        assert engine.detail == {
+    with open_tensorrt(moved, SEGMENTER, TensorRTOptions(engine_cache=cache)) as backend:
+        assert backend.detail["plan_sha256"] == own
+        assert backend.detail == {
             "gpu": "CPU",
             "library": "tensorrt 11.4.0.106",
             "plan_sha256": own,
             "profiles": ["1x32x32:1x64x64:2x96x96", "1x32x32:1x96x128:4x160x160"],
         }
     (tmp_path / "elsewhere").rename(tmp_path / "engines")
-    with open_tensorrt(moved, SEGMENTER, cache=tmp_path / "none"):
+    with open_tensorrt(moved, SEGMENTER, TensorRTOptions(engine_cache=tmp_path / "none")):
         pass
 
 
 @pytest.mark.parametrize("other", [{"platform": "windows-amd64"}, {"flags": ("TF32=1",)}], ids=str)
-def test_a_plan_that_is_not_for_here_is_left_alone(
+def test_an_engine_for_another_machine_is_left_alone(
     bundle: Bundle, store: Store, other: dict[str, Any]
 ) -> None:
-    cache = store(SEGMENTER, plan=b"not a plan\n", **other)
-    with pytest.raises(BackendUnavailable, match="no plan for sm89"):
-        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+    cache = store(SEGMENTER, data=b"not an engine\n", **other)
+    with pytest.raises(BackendUnavailable, match="no engine for sm89"):
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
     assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
 
 
@@ -533,20 +542,22 @@ def test_a_plan_that_is_not_for_here_is_left_alone(
         ("IRuntime::deserializeCudaEngine: CUDA initialization failure with error: 46", False),
     ],
 )
-def test_only_a_plan_that_is_at_fault_is_put_aside(
+def test_only_an_engine_that_is_at_fault_is_quarantined(
     bundle: Bundle, store: Store, said: str, is_moved: bool
 ) -> None:
-    cache = store(SEGMENTER, plan=make_plan(b"", PROFILES, refused=said))
+    cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=said))
     with pytest.raises(BackendUnavailable) as caught:
-        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache, may_repair=False)
+        open_tensorrt(
+            bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache, may_repair=False)
+        )
     assert said in str(caught.value)
     assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
     with pytest.raises(BackendUnavailable):
-        open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
     assert bool(list(cache.glob("[0-9a-f]*/model.plan"))) is not is_moved
 
 
-def test_a_plan_that_cannot_be_read_stays(
+def test_an_engine_that_cannot_be_read_stays(
     bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = store(SEGMENTER)
@@ -560,25 +571,25 @@ def test_a_plan_that_cannot_be_read_stays(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
         with pytest.raises(BackendUnavailable, match=r"model\.plan: cannot be read: Too many open files"):
-            open_tensorrt(bundle, SEGMENTER, library="tensorrt", cache=cache)
-    with open_tensorrt(bundle, SEGMENTER, cache=cache):
+            open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)):
         assert not (cache / "quarantine").exists()
 
 
-def test_auto_takes_a_plan_for_every_image(bundle: Bundle, store: Store) -> None:
-    """Asked for, a plan of few sizes runs what it can; left to itself a run would fail on the way."""
+def test_auto_takes_an_engine_for_every_image(bundle: Bundle, store: Store) -> None:
+    """An engine of few sizes runs what it can if requested; "auto" skips it, for a run would fail midway."""
     side = bundle.manifest.parameters.long_side
     cache = store(SEGMENTER)
     for name in ("auto", "tensorrt"):
         choice = select_backend(bundle, SEGMENTER, BackendRequest(name, engine_cache=cache))
-        choice.engine.close()
-        assert choice.engine.name == ("onnxruntime-cpu" if name == "auto" else "tensorrt")
+        choice.backend.close()
+        assert choice.backend.name == ("onnxruntime-cpu" if name == "auto" else "tensorrt")
         assert name != "auto" or "no profile for 1x64x161 (batch x height x width)" in choice.reason
     wide = [((1, 64, 64), (1, 64, side), (1, side - 1, side)), ((1, 64, 64), (1, side, 64), (1, side, side))]
-    store(SEGMENTER, plan=make_plan(bundle.read_file("segmenter.onnx"), wide), profiles=profiles_of(wide))
+    store(SEGMENTER, data=make_engine(bundle.read_file("segmenter.onnx"), wide), profiles=profiles_of(wide))
     choice = select_backend(bundle, SEGMENTER, BackendRequest(engine_cache=cache))
-    choice.engine.close()
-    assert (choice.engine.name, choice.reason) == ("tensorrt", "auto")
+    choice.backend.close()
+    assert (choice.backend.name, choice.reason) == ("tensorrt", "auto")
     assert choice.to_json()["detail"]["profiles"] == [str(profile) for profile in profiles_of(wide)]
 
 
@@ -586,50 +597,50 @@ def profiles_of(shapes: list[Any]) -> tuple[Profile, ...]:
     return tuple(Profile(*shape) for shape in shapes)
 
 
-def test_auto_passes_over_a_plan_that_breaks_its_contract(bundle: Bundle, store: Store) -> None:
+def test_auto_skips_an_engine_that_breaks_its_contract(bundle: Bundle, store: Store) -> None:
     side = bundle.manifest.parameters.long_side
     every = [((1, 64, 64), (1, side, side), (1, side, side))]
-    plan = make_plan(bundle.read_file("cam.onnx"), every)
-    cache = store(SEGMENTER, plan=plan, profiles=profiles_of(every))
+    data = make_engine(bundle.read_file("cam.onnx"), every)
+    cache = store(SEGMENTER, data=data, profiles=profiles_of(every))
     choice = select_backend(bundle, SEGMENTER, BackendRequest(engine_cache=cache))
-    choice.engine.close()
-    assert choice.engine.name == "onnxruntime-cpu" and "segmenter: got a plan of" in choice.reason
-    with pytest.raises(BackendError, match="segmenter: got a plan of"):
+    choice.backend.close()
+    assert choice.backend.name == "onnxruntime-cpu" and "segmenter: got an engine of" in choice.reason
+    with pytest.raises(BackendError, match="segmenter: got an engine of"):
         select_backend(bundle, SEGMENTER, BackendRequest("tensorrt", engine_cache=cache))
 
 
 def test_closing_while_a_profile_is_opened(
     bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lane that another thread is making is closed, too."""
+    """The context that another thread is creating is closed, too."""
     opening, go_on = threading.Event(), threading.Event()
-    made: list[tensorrt_lane.ExecutionContext] = []
+    made: list[tensorrt_context.ExecutionContext] = []
 
-    class SlowLane(tensorrt_lane.ExecutionContext):
+    class SlowContext(tensorrt_context.ExecutionContext):
         def __init__(self, *arguments: Any) -> None:
             opening.set()
             assert go_on.wait(30)
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(tensorrt_engine, "Lane", SlowLane)
-    engine = open_tensorrt(bundle, SEGMENTER, cache=store(SEGMENTER))
+    monkeypatch.setattr(tensorrt_engine, "ExecutionContext", SlowContext)
+    backend = open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER)))
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(engine.run, crop(64, 64))
+        running = pool.submit(backend.run, crop(64, 64))
         assert opening.wait(30)
-        closing = pool.submit(engine.close)
+        closing = pool.submit(backend.close)
         with pytest.raises(TimeoutError):
-            closing.result(timeout=0.2)  # it waits for the lane
+            closing.result(timeout=0.2)  # it waits for the context
         go_on.set()
         closing.result(timeout=30)
         assert running.exception(timeout=30) is None or "closed" in str(running.exception())
-    assert [lane._context for lane in made] == [None]
+    assert [context._context for context in made] == [None]
 
 
 def test_pseudo_masks_that_are_made_on_the_device(
     bundle: Bundle, store: Store, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run gives them to the device whole, and its masks are those of ONNX Runtime's path."""
+    """A run labels whole images on the GPU, and the masks are those of ONNX Runtime's path."""
     use_kernels_in(tmp_path, monkeypatch)
     batches: list[tuple[int, ...]] = []
     label = GpuPipeline.label
@@ -655,7 +666,7 @@ def test_pseudo_masks_that_are_made_on_the_device(
             masks.append(np.asarray(mask))
     assert batches == [(1, 96, 128, 3)]
     assert masks[0].any()
-    assert (masks[1] == masks[0]).mean() >= 0.999  # away from ties: the device walks in half precision
+    assert (masks[1] == masks[0]).mean() >= 0.999  # all but ties: the GPU walks in half precision
     settings = json.loads((tmp_path / library / ".multisa" / "config.json").read_text())
     assert settings["masks are made on"] == "gpu"
     record = json.loads((tmp_path / library / ".multisa" / "run.json").read_text())
@@ -670,7 +681,7 @@ def test_without_kernels_the_walk_is_on_the_cpu(
         raise DeviceUnavailableError("kernels.fatbin: not found")
 
     monkeypatch.setattr(calls, "default_device", refuse)
-    with open_tensorrt(bundle, AFFINITY, cache=store(AFFINITY)) as engine:
-        affinity = label._affinity_for_the_walk(engine, radius=5)
+    with open_tensorrt(bundle, AFFINITY, TensorRTOptions(engine_cache=store(AFFINITY))) as backend:
+        affinity = label._affinity_for_the_walk(backend, radius=5)
         assert isinstance(affinity.run(crop(64, 64))["affinity"], np.ndarray)
     assert "the random walk runs on the CPU: kernels.fatbin: not found" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_an_engine_against_itself(small: Bundle, tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     result = parity(small, "--backend", "onnxruntime-cpu", "--report", str(report_file))
     assert result.exit_code == 0, result.output
-    assert "cam, affinity, segmenter: on onnxruntime-cpu, fp32 (asked for)" in result.stderr
+    assert "cam, affinity, segmenter: onnxruntime-cpu, fp32 (requested)" in result.stderr
     report = json.loads(report_file.read_text())
     assert set(report) == {"fp32 on onnxruntime-cpu"}
     entry = report["fp32 on onnxruntime-cpu"]

@@ -1,4 +1,4 @@
-"""Maps to labels and the whole chain of labelling on a real GPU: the checks of the CPU, at sizes of use."""
+"""Label maps and the whole GpuPipeline on a real GPU: the checks of the CPU, at realistic sizes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,15 @@ from multisa.kernels.cuda.device import Device
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
 from multisa.runtime.backends.base import AFFINITY, CAM, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt import TensorRTOptions, open_tensorrt
 from multisa.runtime.backends.tensorrt_runtime import default_gpu, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.errors import BackendUnavailable, MultisaError
-from multisa.runtime.gpu.pipeline import GpuLabels, GpuPipeline
+from multisa.runtime.gpu.pipeline import GpuPipeline
+from multisa.runtime.gpu.request import GpuLabels
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 
-PHOTOS = {"astronaut": ("person",), "chelsea": ("cat",), "coffee": ("person", "dog")}
+IMAGES = {"astronaut": ("person",), "chelsea": ("cat",), "coffee": ("person", "dog")}
 LIBRARY = "tensorrt"
 
 
@@ -47,9 +48,9 @@ def test_probabilities_argmax_and_errors(device: Device) -> None:
 
 @pytest.fixture(scope="module")
 def engine_cache(tmp_path_factory: pytest.TempPathFactory, device: PycudaDevice) -> Iterator[Path]:
-    """Plans of cam and affinity for this GPU."""
+    """Engines of cam and affinity for this GPU."""
     build = pytest.importorskip("multisa.export.tensorrt.build")
-    cache = tmp_path_factory.mktemp("plans")
+    cache = tmp_path_factory.mktemp("engines")
     try:
         target = "sm{}{}".format(*default_gpu().compute_capability)
         import_library(LIBRARY)
@@ -70,18 +71,20 @@ def test_masks_of_images(engine_cache: Path, device: PycudaDevice) -> None:
     with (
         OnnxRuntimeBackend(bundle.read_file(graph_file(CAM)), contract=CAM) as cam_here,
         OnnxRuntimeBackend(bundle.read_file(graph_file(AFFINITY)), contract=AFFINITY) as affinity_here,
-        open_tensorrt(bundle, CAM, library=LIBRARY, cache=engine_cache) as cam,
-        open_tensorrt(bundle, AFFINITY, library=LIBRARY, cache=engine_cache) as affinity,
-        GpuPipeline(cam, affinity, bundle.manifest, device) as chain,
+        open_tensorrt(bundle, CAM, TensorRTOptions(library=LIBRARY, engine_cache=engine_cache)) as cam,
+        open_tensorrt(
+            bundle, AFFINITY, TensorRTOptions(library=LIBRARY, engine_cache=engine_cache)
+        ) as affinity,
+        GpuPipeline(cam, affinity, bundle.manifest, device) as pipeline,
     ):
-        for name, classes in list(PHOTOS.items()) * 2:
+        for name, classes in list(IMAGES.items()) * 2:
             with Image.open(default_bundle_path().parents[1] / "demo_images" / f"{name}.jpg") as image:
                 rgb = np.asarray(image.convert("RGB").resize((320, 240)))
             ids = tuple(bundle.manifest.classes.index(label) for label in classes)
             maps = cam_here.run(rgb[None])["cam"][0][[index - 1 for index in ids]]
             walked = walk_scores(maps, affinity_here.run(rgb[None])["affinity"], parameters)
             expected = pseudo_mask(rgb, walked, ids, parameters)
-            (got,) = chain.label(rgb[None], [classes])
+            (got,) = pipeline.label(rgb[None], [classes])
             assert isinstance(got, GpuLabels), got
             # TensorFloat-32 in the networks; the CRF decides at edges by little.
             assert (got.mask == expected.mask).mean() >= 0.99

@@ -1,4 +1,4 @@
-"""Plans on a real GPU: built here, run, and held against ONNX Runtime on the CPU."""
+"""Engines on a real GPU: built here, run, and compared with ONNX Runtime on the CPU."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from PIL import Image
 from multisa.kernels import random_walk
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt import TensorRTOptions, open_tensorrt
 from multisa.runtime.backends.tensorrt_runtime import LIBRARIES, default_gpu, import_library
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.errors import BackendUnavailable, MultisaError
@@ -30,9 +30,9 @@ def bundle() -> Bundle:
 def built(
     request: pytest.FixtureRequest, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
-    """A library and a folder with its plans of all graphs for this GPU."""
+    """A library and a folder with its engines of all graphs for this GPU."""
     build = pytest.importorskip("multisa.export.tensorrt.build")
-    library, cache = request.param, tmp_path_factory.mktemp("plans")
+    library, cache = request.param, tmp_path_factory.mktemp("engines")
     try:
         target = "sm{}{}".format(*default_gpu().compute_capability)
         import_library(library)
@@ -57,16 +57,16 @@ def crop(batch: int, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("contract", [CAM, AFFINITY, SEGMENTER], ids=lambda contract: contract.name)
 def test_equals_onnx_runtime(bundle: Bundle, built: tuple[str, Path], contract: GraphContract) -> None:
-    """Plain and recorded calls, several sizes, and four threads."""
+    """Plain and captured calls, several sizes, and four threads."""
     library, cache = built
     images = [crop(*size) for size in SIZES]
     with (
         OnnxRuntimeBackend(bundle.read_file(graph_file(contract)), contract=contract) as reference,
-        open_tensorrt(bundle, contract, library=library, cache=cache) as engine,
+        open_tensorrt(bundle, contract, TensorRTOptions(library=library, engine_cache=cache)) as backend,
         ThreadPoolExecutor(4) as pool,
     ):
         expected = [reference.run(image) for image in images]
-        for results in (map(engine.run, images), pool.map(engine.run, images)):
+        for results in (map(backend.run, images), pool.map(backend.run, images)):
             for got, wanted in zip(results, expected, strict=True):
                 for name, array in wanted.items():
                     assert got[name].dtype == array.dtype and got[name].shape == array.shape
@@ -88,13 +88,13 @@ def test_walk_without_a_copy(bundle: Bundle, built: tuple[str, Path]) -> None:
     except DeviceUnavailableError as error:
         pytest.skip(f"no kernels: {error}")
     image = crop(1, 160, 224)
-    with open_tensorrt(bundle, AFFINITY, library=library, cache=cache) as engine:
-        affinity = engine.run(image)["affinity"]
+    with open_tensorrt(bundle, AFFINITY, TensorRTOptions(library=library, engine_cache=cache)) as backend:
+        affinity = backend.run(image)["affinity"]
         scores = np.random.default_rng(0).random((1, 3, *affinity.shape[2:]), dtype=np.float32)
         expected = random_walk(scores, affinity, backend="cuda")
         there = calls.DeviceArray(device, scores.shape)
         device.upload(there.pointer, scores)
         for _ in range(3):
-            outputs = engine.run_on_device(image)
+            outputs = backend.run_on_device(image)
             walked = random_walk(there, outputs["affinity"], backend="cuda").numpy()
             np.testing.assert_allclose(walked, expected, atol=1e-4)

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from multisa.kernels import CrfParameters
-from multisa.runtime.backends import registry as choice
+from multisa.runtime.backends import registry
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import Bundle, BundleParameters, LabelParameters, Manifest, write_bundle
 from multisa.runtime.writers.base import ClassProbabilities, LabelledImage, WriterContext
@@ -80,14 +80,16 @@ def bundle_of_precisions(tmp_path: Path, manifest: Manifest, graphs: dict[str, b
 
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that knows of one GPU, as far as choosing an engine asks."""
+    """A driver that lists one GPU, as far as selecting a backend asks."""
     probe = GpuProbe("13.2", (Gpu("NVIDIA Test", "sm89"),))
-    monkeypatch.setattr(choice, "probe_gpus", lambda: probe)
+    monkeypatch.setattr(registry, "probe_gpus", lambda: probe)
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "probe_gpus", lambda: GpuProbe(problem="no NVIDIA driver here"))
+    """A machine without an NVIDIA driver."""
+    probe = GpuProbe(problem="no NVIDIA driver here", is_absent=True)
+    monkeypatch.setattr(registry, "probe_gpus", lambda: probe)
 
 
 @pytest.fixture

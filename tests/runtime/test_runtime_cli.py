@@ -282,7 +282,7 @@ def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_pa
     run = ("-o", tmp_path / "out", "--bundle", bundle_of_precisions.path)
     result = run_cli("segment", photos / "a.jpg", *run, "--backend", "onnxruntime-cpu", "--precision", "int8")
     assert result.exit_code == 0
-    assert result.stderr == "segmenter: on onnxruntime-cpu, int8 (asked for)\n"
+    assert result.stderr == "segmenter: onnxruntime-cpu, int8 (requested)\n"
     assert "background" not in json.loads((tmp_path / "out/labels.jsonl").read_text())["pixel_shares"]
     result = run_cli("label", photos / "a.jpg", *run, "--precision", "int8", "--overwrite")
     assert result.exit_code == 2 and "has cam in fp32 and fp16, got --precision int8" in result.stderr

@@ -44,13 +44,16 @@ def test_two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_driver_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_driver(tmp_path, monkeypatch, DRIVER, INIT=0, COUNT=0)
-    assert probe_gpus() == GpuProbe("13.2", (), "no NVIDIA GPU here: the driver knows of none")
+    assert probe_gpus() == GpuProbe(
+        "13.2", problem="no NVIDIA GPU here: the driver knows of none", is_absent=True
+    )
 
 
 def test_a_driver_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_driver(tmp_path, monkeypatch, DRIVER, INIT=100, COUNT=0)
-    problem = probe_gpus().problem
-    assert "cuInit: no CUDA-capable device is detected (CUDA error 100)" in problem
+    probe = probe_gpus()
+    problem = probe.problem
+    assert not probe.is_absent and "cuInit: no CUDA-capable device is detected (CUDA error 100)" in problem
     assert "nvidia-smi" in problem
 
 
@@ -65,5 +68,5 @@ def test_a_library_that_is_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "LIBRARY", str(tmp_path / "libcuda.so.1"))
     assert probe_gpus() == GpuProbe(
-        problem=f"no NVIDIA driver here: {tmp_path / 'libcuda.so.1'} cannot be loaded"
+        problem=f"no NVIDIA driver here: {tmp_path / 'libcuda.so.1'} cannot be loaded", is_absent=True
     )

@@ -1,6 +1,6 @@
-"""OpenVINO: fp32 as ONNX Runtime answers, bf16 near it, the same bytes for any workers; what it refuses.
+"""OpenVINO: fp32 equals ONNX Runtime, bf16 is close, the bytes are the same for any workers; what it refuses.
 
-What holds for every engine is in test_runtime_engine.py.
+What holds for every backend is in test_runtime_backend.py.
 """
 
 import importlib.util
@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from multisa.export.parity import Compared, measure_parity
-from multisa.runtime.backends import openvino as engine_module
+from multisa.runtime.backends import openvino as backend_module
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract
-from multisa.runtime.backends.openvino import GRAPHS, OpenVinoBackend
+from multisa.runtime.backends.openvino import FILE_PRECISIONS, OpenVinoBackend
 from multisa.runtime.backends.registry import BackendRequest, backend_precisions, open_backend, select_backend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.cli.main import root
@@ -31,7 +31,7 @@ from multisa.runtime.imaging.decode import read_image, resize_image
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("OpenVINO is not installed", allow_module_level=True)
-openvino = engine_module.import_openvino()
+openvino = backend_module.import_openvino()
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 41, 67, 3), dtype=np.uint8)
 
@@ -50,7 +50,7 @@ def images() -> list[np.ndarray]:
 
 @pytest.fixture
 def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that multiplies fp32 and int8 alone."""
+    """A processor that supports fp32 and int8 only."""
     monkeypatch.setattr(openvino, "Core", lambda: Plain())
 
 
@@ -63,9 +63,9 @@ class Plain:
 
 
 @pytest.fixture
-def multiplies_bf16() -> None:
+def supports_bf16() -> None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this processor does not multiply bf16")
+        pytest.skip("this processor does not support bf16")
 
 
 def pairs(
@@ -80,7 +80,7 @@ def pairs(
 
 
 def is_far(got: np.ndarray, expected: np.ndarray) -> bool:
-    """Further than sums in another order bring it."""
+    """A larger difference than another order of summation causes."""
     if got.dtype == np.uint8:
         return bool((got != expected).mean() > 1e-3)
     return bool(np.abs(got - expected).max() > 2e-4)
@@ -94,7 +94,7 @@ def test_fp32_is_fp32(packaged: Bundle, images: list[np.ndarray], contract: Grap
 
 
 def test_bf16_is_within_its_limits_and_is_bf16(
-    packaged: Bundle, images: list[np.ndarray], multiplies_bf16: None
+    packaged: Bundle, images: list[np.ndarray], supports_bf16: None
 ) -> None:
     compared = list(pairs(packaged, SEGMENTER, "bf16", images))
     report = measure_parity(compared, "bf16")
@@ -103,7 +103,7 @@ def test_bf16_is_within_its_limits_and_is_bf16(
 
 
 def test_which_precisions_it_computes_in(bundle_of_precisions: Bundle) -> None:
-    assert tuple(GRAPHS) == ("fp32", "bf16", "int8")
+    assert tuple(FILE_PRECISIONS) == ("fp32", "bf16", "int8")
     assert backend_precisions(bundle_of_precisions, CAM, "openvino") == ("fp32",)
     assert backend_precisions(bundle_of_precisions, SEGMENTER, "openvino") == ("fp32", "bf16", "int8")
     assert backend_precisions(bundle_of_precisions, CAM, "onnxruntime-cpu") == ("fp32", "fp16")
@@ -112,8 +112,8 @@ def test_which_precisions_it_computes_in(bundle_of_precisions: Bundle) -> None:
         OpenVinoBackend(b"", precision="fp16")
 
 
-def test_bf16_is_where_openvino_is(bundle: Bundle, no_gpu: None, multiplies_bf16: None) -> None:
-    """Nothing else computes it, so "auto" need not be told."""
+def test_bf16_is_where_openvino_is(bundle: Bundle, no_gpu: None, supports_bf16: None) -> None:
+    """No other backend computes in bf16, so "auto" selects OpenVINO."""
     choice = select_backend(bundle, SEGMENTER, BackendRequest(precision="bf16"))
     with choice.backend as backend:
         assert (backend.name, choice.precision) == ("openvino", "bf16")
@@ -123,24 +123,24 @@ def test_bf16_is_where_openvino_is(bundle: Bundle, no_gpu: None, multiplies_bf16
 
 @pytest.mark.parametrize("name", ["auto", "openvino"])
 def test_bf16_is_for_the_segmenter(bundle: Bundle, name: str) -> None:
-    with pytest.raises(UsageError, match="only the segmenter is made in bf16, expected fp32 or fp16"):
+    with pytest.raises(UsageError, match="only the segmenter exists in bf16, expected fp32 or fp16"):
         select_backend(bundle, CAM, BackendRequest(name, "bf16"))
 
 
-def test_bf16_of_a_graph_that_is_none_for_it(graphs: dict[str, bytes], multiplies_bf16: None) -> None:
+def test_bf16_of_a_graph_that_is_none_for_it(graphs: dict[str, bytes], supports_bf16: None) -> None:
     with pytest.raises(BackendError, match="got the precision bf16, expected it for segmenter alone"):
         OpenVinoBackend(graphs["cam.onnx"], precision="bf16")
 
 
 def test_a_processor_without_bf16(bundle: Bundle, without_bf16: None) -> None:
-    problem = r"does not multiply bf16, it has FP32, INT8: choose the precision fp32 or int8$"
+    problem = r"does not support bf16, got FP32, INT8: choose the precision fp32 or int8$"
     with pytest.raises(BackendUnavailable, match=problem) as caught:
         open_backend(bundle, SEGMENTER, backend="openvino", precision="bf16")
     assert caught.value.exit_code == 5
 
 
 def test_the_package_is_not_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match="openvino is not installed: pip install openvino") as caught:
         open_backend(bundle, CAM, backend="openvino")
     assert caught.value.exit_code == 5
@@ -161,10 +161,10 @@ def test_the_package_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
 def test_calls_side_by_side_give_the_same_bytes(
     packaged: Bundle, images: list[np.ndarray], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many at once as there are streams, fewer and more; on one and on three processors."""
+    """As many calls at once as streams, fewer and more; with one and with three CPUs."""
     answers = []
     for cpus in (1, 3):
-        monkeypatch.setattr(engine_module, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(backend_module, "usable_cpus", lambda cpus=cpus: cpus)
         with open_backend(packaged, AFFINITY, threads=threads, backend="openvino") as backend:
             for callers in (1, 5):
                 with ThreadPoolExecutor(callers) as pool:
@@ -176,8 +176,8 @@ def test_calls_side_by_side_give_the_same_bytes(
 
 def test_settings() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "usable_cpus", lambda: 8)
-        values = [engine_module._settings(threads, "fp32") for threads in (1, 3, 16)]
+        patch.setattr(backend_module, "usable_cpus", lambda: 8)
+        values = [backend_module._settings(threads, "fp32") for threads in (1, 3, 16)]
     found = [(v["NUM_STREAMS"], v["INFERENCE_NUM_THREADS"]) for v in values]
     assert found == [(8, 8), (2, 6), (1, 16)]
     # Else every size of an image takes megabytes for good.
@@ -191,7 +191,7 @@ def test_a_path_and_errors_of_graphs(graphs: dict[str, bytes], tmp_path: Path) -
         np.testing.assert_array_equal(one.run(IMAGE)["cam"], two.run(IMAGE)["cam"])
     with pytest.raises(BackendError, match=r"gone\.onnx: cannot be loaded: .*No such file"):
         OpenVinoBackend(tmp_path / "gone.onnx")
-    with pytest.raises(BackendError, match="graph: cannot be loaded: no ONNX file"):
+    with pytest.raises(BackendError, match="graph: cannot be loaded: not an ONNX file"):
         OpenVinoBackend(b"<net/>")
     with pytest.raises(BackendError, match=r"segmenter: got the outputs .*expected segmenter"):
         OpenVinoBackend(graphs["cam.onnx"], contract=SEGMENTER)
@@ -210,7 +210,7 @@ def segmenter_of(nodes: list[onnx.NodeProto], shape: list[int]) -> bytes:
     return helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString()
 
 
-def test_failures_of_a_graph_are_engine_errors() -> None:
+def test_failures_of_a_graph_are_backend_errors() -> None:
     """One line, without the places in OpenVINO's sources."""
     unknown = segmenter_of([helper.make_node("NoSuchNode", ["image"], ["labels"])], [1])
     with pytest.raises(BackendError, match=r"^graph: cannot be loaded: .+") as caught:
@@ -228,7 +228,7 @@ def test_failures_of_a_graph_are_engine_errors() -> None:
 
 
 def test_runs_have_the_same_bytes_for_any_workers(
-    packaged: Bundle, tmp_path: Path, multiplies_bf16: None
+    packaged: Bundle, tmp_path: Path, supports_bf16: None
 ) -> None:
     request = BackendRequest("openvino", "bf16")
     results = []
@@ -246,7 +246,7 @@ def test_label_runs(bundle: Bundle, photos: Path, tmp_path: Path, capsys: pytest
     for name in ("openvino", "onnxruntime-cpu"):
         run_label(photos, tmp_path / name, bundle, request=BackendRequest(name))
         masks.append({k: v for k, v in public_bytes(tmp_path / name).items() if k.endswith(".png")})
-        assert f"cam, affinity: on {name}, fp32 (asked for)" in capsys.readouterr().err
+        assert f"cam, affinity: {name}, fp32 (requested)" in capsys.readouterr().err
     assert masks[0] == masks[1] and len(masks[0]) == 5
 
 
@@ -260,15 +260,15 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert again.exit_code == 2 and "engine of segmenter: got onnxruntime-cpu, fp32" in again.output
 
 
-def test_nothing_is_said_or_left(graphs: dict[str, bytes], tmp_path: Path) -> None:
+def test_nothing_is_printed_or_left_behind(graphs: dict[str, bytes], tmp_path: Path) -> None:
     """In a process and a folder of its own: no line on stdout or stderr, no file in the folder or home."""
     (tmp_path / "segmenter.onnx").write_bytes(graphs["segmenter.onnx"])
     program = (
         "import numpy as np, pathlib, sys\n"
         "from multisa.runtime.backends.openvino import OpenVinoBackend\n"
         "assert 'openvino' not in sys.modules\n"
-        "with OpenVinoBackend(pathlib.Path('segmenter.onnx')) as engine:\n"
-        "    engine.run(np.zeros((1, 40, 40, 3), np.uint8))\n"
+        "with OpenVinoBackend(pathlib.Path('segmenter.onnx')) as backend:\n"
+        "    backend.run(np.zeros((1, 40, 40, 3), np.uint8))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -289,11 +289,11 @@ def test_first_calls_from_several_threads_at_once_do_not_hang() -> None:
         "from multisa.runtime.bundle import default_bundle_path\n"
         "from multisa.runtime.backends.openvino import OpenVinoBackend\n"
         "sys.setswitchinterval(1e-5)\n"
-        "engine = OpenVinoBackend(default_bundle_path() / 'segmenter.onnx', threads=1)\n"
+        "backend = OpenVinoBackend(default_bundle_path() / 'segmenter.onnx', threads=1)\n"
         "barrier, done = threading.Barrier(4), []\n"
         "def call():\n"
         "    barrier.wait()\n"
-        "    done.append(engine.run(np.zeros((1, 32, 32, 3), np.uint8)))\n"
+        "    done.append(backend.run(np.zeros((1, 32, 32, 3), np.uint8)))\n"
         "threads = [threading.Thread(target=call) for _ in range(4)]\n"
         "[thread.start() for thread in threads]\n"
         "[thread.join() for thread in threads]\n"

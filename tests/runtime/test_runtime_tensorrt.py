@@ -1,4 +1,4 @@
-"""TensorRTBackend without a GPU: run on a driver whose device is the CPU, held against the true bindings."""
+"""TensorRTBackend without a GPU: on a driver whose device is the CPU, and compared with the real bindings."""
 
 import enum
 import importlib
@@ -17,7 +17,7 @@ import pytest
 from cpu_device import build
 from fake_driver import cuda_headers, make_fake_driver
 
-from multisa.runtime.backends import tensorrt_runtime as tensorrt_library
+from multisa.runtime.backends import tensorrt_runtime
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.tensorrt import open_tensorrt
 from multisa.runtime.backends.tensorrt_runtime import (
@@ -62,11 +62,11 @@ def test_on_the_cpu(tmp_path: Path) -> None:
     result = run(driver, *command, CUDA_ON_CPU_KERNELS=str(build()))
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert re.search(r"^\d+ passed in ", result.stdout, re.MULTILINE), result.stdout[-2000:]
-    assert result.stderr == ""  # pycuda says there what could not be given back
+    assert result.stderr == ""  # pycuda reports there what could not be released
 
 
 def test_no_gpu(tmp_path: Path) -> None:
-    """The driver is asked first: TensorRT is not even imported."""
+    """The driver is asked first; TensorRT is not even imported."""
     result = run(make_fake_driver(cuda_headers(), tmp_path), "-c", OPEN)
     assert result.returncode == 0, result.stderr
     said = "5 TensorRT cannot run: cuInit failed: no CUDA-capable device is detected: "
@@ -75,7 +75,7 @@ def test_no_gpu(tmp_path: Path) -> None:
 
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
-    tensorrt_library.default_gpu.cache_clear()
+    tensorrt_runtime.default_gpu.cache_clear()
     with pytest.raises(BackendUnavailable, match=r"pycuda: cannot be imported .*pip install pycuda, and"):
         open_tensorrt(load_bundle(default_bundle_path()), CAM)
 
@@ -164,7 +164,7 @@ def true_parameters(text: str, name: str) -> list[list[str]]:
     ("true", "fake"), [("tensorrt_rtx_bindings", "tensorrt_rtx"), ("tensorrt_lean_bindings", "tensorrt")]
 )
 def test_every_call_is_in_the_bindings(true: str, fake: str) -> None:
-    """What the tests' library offers, the true one does, under the same names and parameters."""
+    """Everything that the fake library offers exists in the real one, under the same names and parameters."""
     module = bindings(true)
     compared = 0
     for name, kind in fake_tensorrt.interface(fake).items():

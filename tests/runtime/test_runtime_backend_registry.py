@@ -1,36 +1,38 @@
-"""Which engine runs: what auto takes and why, what is asked for and not there, and what a run records."""
+"""Which backend runs: what auto selects and why, requests that fail, and what a run records."""
 
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from bulk_runs import public_bytes, run_label, run_segment
 
-from multisa.runtime.backends import registry as choice
+from multisa.runtime.backends import registry
+from multisa.runtime.backends import tensorrt as tensorrt_module
 from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, Closeable, GraphContract
+from multisa.runtime.backends.gpus import GpuProbe
 from multisa.runtime.backends.registry import (
     BACKENDS,
     BackendRequest,
     SelectedBackend,
+    available_backends,
     bundle_precisions,
     describe_selection,
     open_backend,
     select_backend,
     selected_backends,
+    try_backend,
 )
+from multisa.runtime.backends.tensorrt import TensorRTOptions
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
-from multisa.runtime.cli import commands
+from multisa.runtime.demo import IMAGES
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 
-IMAGES = Path(commands.__file__).parent / "demo_images"
 
-
-class Plan(Closeable):
-    """Stands for a TensorRT engine, which needs a GPU to be one."""
+class FakeTensorRTBackend(Closeable):
+    """Stands for a TensorRTBackend, which needs a GPU."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -43,34 +45,35 @@ class Plan(Closeable):
         self.closed = True
 
 
-class Plans:
-    """Stands for the module multisa.runtime.backends.tensorrt and the plans it would find."""
+class FakeTensorRT:
+    """Stands for the module multisa.runtime.backends.tensorrt and the engines it would find."""
 
-    def __init__(self, there: set[tuple[str, str, str]]) -> None:
-        self.there = there
+    def __init__(self) -> None:
+        self.engines: set[tuple[str, str, str]] = set()  # library, graph, precision
         self.asked: list[tuple[str, str, str]] = []
-        self.opened: list[Plan] = []
+        self.options: list[TensorRTOptions] = []
+        self.opened: list[FakeTensorRTBackend] = []
 
     def open_tensorrt(
-        self, bundle: Bundle, contract: GraphContract, *, precision: str, library: str, **rest: object
-    ) -> Plan:
-        self.rest = rest
-        self.asked.append((library, contract.name, precision))
-        if self.asked[-1] not in self.there:
+        self, bundle: Bundle, contract: GraphContract, options: TensorRTOptions
+    ) -> FakeTensorRTBackend:
+        assert options.library is not None
+        self.options.append(options)
+        self.asked.append((options.library, contract.name, options.precision))
+        if self.asked[-1] not in self.engines:
             raise BackendUnavailable(
-                f"{library}: no plan of {contract.name} in {precision} for sm89", remedy="multisa build"
+                f"{options.library}: no engine of {contract.name} in {options.precision} for sm89",
+                remedy="multisa build",
             )
-        self.opened.append(Plan(f"{library}-sm89"))
+        self.opened.append(FakeTensorRTBackend(f"{options.library}-sm89"))
         return self.opened[-1]
 
 
 @pytest.fixture
-def engine_cache(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Plans:
-    found = Plans(set())
-    module = ModuleType("multisa.runtime.backends.tensorrt")
-    module.open_tensorrt = found.open_tensorrt  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return found
+def tensorrt(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT()
+    monkeypatch.setattr(tensorrt_module, "open_tensorrt", fake.open_tensorrt)
+    return fake
 
 
 def chosen(choice: SelectedBackend) -> tuple[str, str, str]:
@@ -84,35 +87,62 @@ def test_auto_without_a_gpu(bundle_of_precisions: Bundle, no_gpu: None) -> None:
         assert answer == ("onnxruntime-cpu", "fp32", "auto: no NVIDIA driver here")
 
 
-def test_auto_takes_a_plan_of_low_precision_first(bundle_of_precisions: Bundle, engine_cache: Plans) -> None:
-    engine_cache.there |= {("tensorrt-rtx", "cam", "fp16"), ("tensorrt-rtx", "cam", "fp32")}
+def test_the_line_about_a_cpu_machine_is_calm(
+    bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is no problem to report; a GPU that cannot be used is."""
+
+    def line() -> list[str]:
+        selected = select_backend(bundle, CAM)
+        selected.backend.close()
+        return describe_selection([selected])
+
+    assert line() == ["cam: onnxruntime-cpu, fp32 (no NVIDIA GPU)"]
+    broken = GpuProbe(problem="no usable NVIDIA GPU here: cuInit: unknown error; check the driver")
+    monkeypatch.setattr(registry, "probe_gpus", lambda: broken)
+    assert line() == ["cam: onnxruntime-cpu, fp32 (auto: no usable NVIDIA GPU here: cuInit: unknown error)"]
+
+
+def test_available_backends(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "onnxruntime-cpu" in available_backends()  # the packaged bundle
+    assert set(available_backends(bundle)) <= {"onnxruntime-cpu", "openvino"}
+    trial = try_backend(bundle, "tensorrt")
+    assert trial.ran == () and trial.problem.startswith("tensorrt cannot run cam here: no NVIDIA driver here")
+    trial = try_backend(bundle, "onnxruntime-cpu")
+    assert (trial.ran, trial.problem) == (("cam fp32", "affinity fp32", "segmenter fp32"), "")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "onnxruntime-cpu" not in available_backends(bundle)
+
+
+def test_auto_prefers_an_engine_of_low_precision(
+    bundle_of_precisions: Bundle, tensorrt: FakeTensorRT
+) -> None:
+    tensorrt.engines |= {("tensorrt-rtx", "cam", "fp16"), ("tensorrt-rtx", "cam", "fp32")}
     name, precision, reason = chosen(select_backend(bundle_of_precisions, CAM))
     assert (name, precision) == ("tensorrt-rtx-sm89", "fp16")
     assert reason == (
-        "auto: tensorrt: no plan of cam in fp16 for sm89; tensorrt: no plan of cam in fp32 for sm89"
+        "auto: tensorrt: no engine of cam in fp16 for sm89; tensorrt: no engine of cam in fp32 for sm89"
     )
-    engine_cache.there |= {("tensorrt", "cam", "fp32"), ("tensorrt", "segmenter", "fp32")}
+    tensorrt.engines |= {("tensorrt", "cam", "fp32"), ("tensorrt", "segmenter", "fp32")}
     assert chosen(select_backend(bundle_of_precisions, CAM))[:2] == ("tensorrt-sm89", "fp32")
-    engine_cache.asked.clear()
+    tensorrt.asked.clear()
     assert chosen(select_backend(bundle_of_precisions, SEGMENTER)) == ("tensorrt-sm89", "fp32", "auto")
-    assert engine_cache.asked == [
-        ("tensorrt", "segmenter", "fp32")
-    ]  # int8 is taken only where it is asked for
+    assert tensorrt.asked == [("tensorrt", "segmenter", "fp32")]  # int8 only on request
 
 
-def test_auto_without_a_plan_takes_cuda(
-    bundle_of_precisions: Bundle, engine_cache: Plans, cuda_on_cpu: None
+def test_auto_without_an_engine_selects_cuda(
+    bundle_of_precisions: Bundle, tensorrt: FakeTensorRT, cuda_on_cpu: None
 ) -> None:
     name, precision, reason = chosen(select_backend(bundle_of_precisions, CAM))
     assert (name, precision) == ("onnxruntime-cuda", "fp16")
-    assert reason.count("no plan of cam") == 4
+    assert reason.count("no engine of cam") == 4
     assert chosen(select_backend(bundle_of_precisions, AFFINITY))[:2] == ("onnxruntime-cuda", "fp32")
 
 
-def test_auto_with_a_gpu_that_nothing_here_can_use(bundle: Bundle, engine_cache: Plans) -> None:
+def test_auto_with_a_gpu_that_nothing_here_can_use(bundle: Bundle, tensorrt: FakeTensorRT) -> None:
     name, precision, reason = chosen(select_backend(bundle, CAM))
     assert (name, precision) == ("onnxruntime-cpu", "fp32")
-    assert "tensorrt-rtx: no plan" in reason and "onnxruntime-cuda: onnxruntime " in reason
+    assert "tensorrt-rtx: no engine" in reason and "onnxruntime-cuda: onnxruntime " in reason
     assert "multisa build" not in reason and "pip uninstall" not in reason  # the doctor says what to do
 
 
@@ -120,24 +150,28 @@ def test_reasons_are_first_clauses() -> None:
     skipped = [
         BackendUnavailable("no GPU here: cuInit: no device; check the driver", remedy="buy one"),
         BackendUnavailable("no GPU here: cuInit: no device"),
-        BackendError("cam: got a plan of {}, expected {'image': 'input uint8 of rank 4'}"),
+        BackendError("cam: got an engine of {}, expected {'image': 'input uint8 of rank 4'}"),
     ]
-    reason = choice._reason(BackendRequest(), skipped)
-    assert reason == "auto: no GPU here: cuInit: no device; cam: got a plan of {}"
+    reason = registry._reason(BackendRequest(), skipped)
+    assert reason == "auto: no GPU here: cuInit: no device; cam: got an engine of {}"
 
 
-def test_what_is_asked_of_plans_is_passed_on(bundle: Bundle, engine_cache: Plans, tmp_path: Path) -> None:
-    engine_cache.there |= {("tensorrt", "cam", "fp32")}
+def test_options_of_the_request_reach_tensorrt(
+    bundle: Bundle, tensorrt: FakeTensorRT, tmp_path: Path
+) -> None:
+    tensorrt.engines |= {("tensorrt", "cam", "fp32")}
     side = bundle.manifest.parameters.long_side
     for name, long_side in (("auto", side), ("tensorrt", None)):
         select_backend(
             bundle, CAM, BackendRequest(name, engine_cache=tmp_path, may_repair=False)
         ).backend.close()
-        assert engine_cache.rest == {"cache": tmp_path, "long_side": long_side, "may_repair": False}
+        assert tensorrt.options[-1] == TensorRTOptions(
+            library="tensorrt", engine_cache=tmp_path, long_side=long_side, may_repair=False
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, kind in BACKENDS.items() if kind.needs_gpu])
-def test_asked_for_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> None:
+def test_requested_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> None:
     with pytest.raises(BackendUnavailable) as caught:
         open_backend(bundle, CAM, backend=name)
     assert caught.value.exit_code == 5
@@ -147,18 +181,20 @@ def test_asked_for_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> Non
     )
 
 
-def test_asked_for_without_a_plan(bundle_of_precisions: Bundle, engine_cache: Plans) -> None:
-    with pytest.raises(BackendUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no plan of cam"):
+def test_requested_without_an_engine(bundle_of_precisions: Bundle, tensorrt: FakeTensorRT) -> None:
+    with pytest.raises(
+        BackendUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no engine of cam"
+    ):
         open_backend(bundle_of_precisions, CAM, backend="tensorrt")
-    assert [precision for *_, precision in engine_cache.asked] == ["fp16", "fp32"]
+    assert [precision for *_, precision in tensorrt.asked] == ["fp16", "fp32"]
     with pytest.raises(BackendUnavailable, match=r"in fp32 for sm89: multisa build$"):
         open_backend(bundle_of_precisions, CAM, backend="tensorrt-rtx", precision="fp32")
 
 
-def test_what_is_asked_for_is_taken(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:
+def test_the_requested_backend_is_selected(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:
     request = BackendRequest("onnxruntime-cpu", "int8")
     answer = chosen(select_backend(bundle_of_precisions, SEGMENTER, request))
-    assert answer == ("onnxruntime-cpu", "int8", "asked for")
+    assert answer == ("onnxruntime-cpu", "int8", "requested")
     with open_backend(bundle_of_precisions, CAM, backend="onnxruntime-cuda", precision="fp32") as backend:
         assert backend.name == "onnxruntime-cuda"
 
@@ -167,7 +203,7 @@ def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mon
     for package in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        BackendUnavailable, match=r"^no engine can run cam here: no NVIDIA .*pip install onnx"
+        BackendUnavailable, match=r"^no backend can run cam here: no NVIDIA .*pip install onnx"
     ):
         open_backend(bundle, CAM)
 
@@ -175,7 +211,10 @@ def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("request_", "problem"),
     [
-        (BackendRequest("opencv"), "got the engine 'opencv', expected auto or one of tensorrt, tensorrt-rtx"),
+        (
+            BackendRequest("opencv"),
+            "got the backend 'opencv', expected auto or one of tensorrt, tensorrt-rtx",
+        ),
         (BackendRequest(precision="fp8"), "got the precision 'fp8', expected auto or one of fp32, fp16"),
         (
             BackendRequest("onnxruntime-cpu", "bf16"),
@@ -187,7 +226,7 @@ def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mon
         ),
         (
             BackendRequest(precision="fp16"),
-            "has segmenter in fp32 and int8, got --precision fp16: make a bundle that has it: multisa",
+            "has segmenter in fp32 and int8, got --precision fp16: create a bundle that has it: multisa",
         ),
     ],
 )
@@ -205,36 +244,35 @@ def test_a_graph_that_is_not_listed_is_not_there(bundle: Bundle, graphs: dict[st
         open_backend(bundle, CAM, precision="fp16")
 
 
-def test_engines_are_closed_when_a_later_one_fails(
-    tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes], engine_cache: Plans
+def test_backends_are_closed_when_a_later_one_fails(
+    tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes], tensorrt: FakeTensorRT
 ) -> None:
-    engine_cache.there |= {("tensorrt", "cam", "fp32")}
+    tensorrt.engines |= {("tensorrt", "cam", "fp32")}
     broken = write_bundle(tmp_path / "broken", manifest, graphs | {"affinity.onnx": graphs["cam.onnx"]})
     with pytest.raises(BackendError, match="affinity"), selected_backends(broken, (CAM, AFFINITY)):
-        pytest.fail("the second engine cannot be opened")
-    assert [plan.closed for plan in engine_cache.opened] == [True]
+        pytest.fail("the second graph cannot be opened")
+    assert [backend.closed for backend in tensorrt.opened] == [True]
 
 
-def test_graphs_of_one_engine_share_a_line() -> None:
-    backend = Plan("fast")
+def test_graphs_of_one_backend_share_a_line() -> None:
+    backend = FakeTensorRTBackend("fast")
     choices = [
         SelectedBackend("cam", backend, "fp16", "auto"),
         SelectedBackend("affinity", backend, "fp16", "auto"),
         SelectedBackend("segmenter", backend, "fp32", "auto"),
     ]
     assert describe_selection(choices) == [
-        "cam, affinity: on fast, fp16 (auto)",
-        "segmenter: on fast, fp32 (auto)",
+        "cam, affinity: fast, fp16 (auto)",
+        "segmenter: fast, fp32 (auto)",
     ]
 
 
-def test_a_run_says_and_records_its_engines(
+def test_a_run_logs_and_records_its_backends(
     bundle: Bundle, photos: Path, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "label"
     run_label(photos / "a.jpg", out, bundle)
-    line = "on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
-    assert capsys.readouterr().err == f"cam, affinity: {line}\n"
+    assert capsys.readouterr().err == "cam, affinity: onnxruntime-cpu, fp32 (no NVIDIA GPU)\n"
     record = json.loads((out / ".multisa/run.json").read_text())
     reason = {
         "engine": "onnxruntime-cpu",
@@ -245,10 +283,10 @@ def test_a_run_says_and_records_its_engines(
     assert record["versions"].keys() >= {"python", "multisa", "numpy", "onnxruntime", "pillow"}
 
 
-def test_masks_do_not_depend_on_how_the_engine_was_found(
+def test_masks_do_not_depend_on_how_the_backend_was_selected(
     bundle: Bundle, tmp_path: Path, no_gpu: None
 ) -> None:
-    """All but .multisa is the same bytes, chosen or asked for."""
+    """All files but .multisa are byte-identical, whether selected or requested."""
     results = []
     for name in ("auto", "onnxruntime-cpu"):
         out = tmp_path / name

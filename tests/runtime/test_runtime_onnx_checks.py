@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, onnx_ml_pb2
 
-from multisa.runtime.backends import onnx_checks as onnx_file
+from multisa.runtime.backends import onnx_checks
 from multisa.runtime.backends.onnx_checks import check_onnx
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path, load_bundle
@@ -35,10 +35,10 @@ def model(opset: int = 18, tensor: TensorProto | None = None, nodes: tuple = ())
 
 
 def test_what_is_read_are_the_fields_of_onnx() -> None:
-    for kind, children in onnx_file._MESSAGES.items():
+    for kind, children in onnx_checks._MESSAGES.items():
         fields = getattr(onnx_ml_pb2, kind).DESCRIPTOR.fields
         on_the_way = {f.number: f.message_type.name for f in fields if f.message_type}
-        expected = {number: name for number, name in on_the_way.items() if name in onnx_file._MESSAGES}
+        expected = {number: name for number, name in on_the_way.items() if name in onnx_checks._MESSAGES}
         assert children == expected, kind
     tensor = TensorProto.DESCRIPTOR.fields_by_name
     assert [tensor[n].number for n in ("name", "external_data", "data_location")] == [8, 13, 14]
@@ -137,8 +137,8 @@ def test_operators_of_other_domains_are_left_to_the_libraries() -> None:
     "data",
     [b"", b"\x00", b"not a graph", b"\xff" * 40, model().SerializeToString()[:-3], b"\x3a\xff\xff\xff\x7f"],
 )
-def test_what_is_no_onnx_file_is_said_to_be_none(data: bytes) -> None:
-    with pytest.raises(BackendError, match=r"cam\.onnx: cannot be loaded: no ONNX file"):
+def test_what_is_not_an_onnx_file_is_refused(data: bytes) -> None:
+    with pytest.raises(BackendError, match=r"cam\.onnx: cannot be loaded: not an ONNX file"):
         check_onnx(data, "cam.onnx")
 
 
@@ -153,7 +153,7 @@ def test_a_file_nested_without_end_is_refused() -> None:
             data = bytes([number << 3 | 2]) + length + bytes([size]) + data
     header = len(data).to_bytes(2, "little")
     size = bytes([header[0] & 0x7F | 0x80, len(data) >> 7 & 0x7F])
-    with pytest.raises(BackendError, match="cannot be loaded: no ONNX file"):
+    with pytest.raises(BackendError, match="cannot be loaded: not an ONNX file"):
         check_onnx(b"\x3a" + size + data, "cam.onnx")
 
 
@@ -212,24 +212,24 @@ def test_a_number_that_readers_take_differently_is_refused(
 ) -> None:
     with pytest.raises(BackendError, match=r"lie in another file|got opset 99"):
         check_onnx(hidden(plain, plain), "cam.onnx")
-    with pytest.raises(BackendError, match="no ONNX file: a number of more than"):
+    with pytest.raises(BackendError, match="not an ONNX file: a number of more than"):
         check_onnx(hidden(tag, size), "cam.onnx")
 
 
 def test_a_length_beyond_the_file_is_refused() -> None:
     data = model().SerializeToString()
     for size in (len(data), 2**31 - 1, 2**31, 2**32 + 2, 2**64 - 1):
-        with pytest.raises(BackendError, match="no ONNX file"):
+        with pytest.raises(BackendError, match="not an ONNX file"):
             check_onnx(data + b"\x3a" + plain(size) + b"x", "cam.onnx")
 
 
 def respelt(data: bytes, kind: str, spellings: Callable[[str], Spelling]) -> bytes:
     """The same message with its numbers in other bytes."""
     written = b""
-    children = onnx_file._MESSAGES.get(kind, {})
-    for entry in onnx_file._fields(memoryview(data)):
+    children = onnx_checks._MESSAGES.get(kind, {})
+    for entry in onnx_checks._fields(memoryview(data)):
         content: bytes | int = bytes(entry.content)
-        if entry.wire == onnx_file._VARINT:
+        if entry.wire == onnx_checks._VARINT:
             content = entry.integer
         elif entry.number in children:
             content = respelt(bytes(entry.content), children[entry.number], spellings)

@@ -1,4 +1,4 @@
-"""Labelling on a device without one: the chain on a driver whose device is the CPU, in its own process."""
+"""GpuPipeline without a GPU: on a driver whose device is the CPU, in a process of its own."""
 
 import os
 import re
@@ -14,9 +14,9 @@ ON_CPU = Path(fake_tensorrt.__file__).parent
 
 
 def test_on_the_cpu(tmp_path: Path) -> None:
-    """Runs device_label_on_cpu.py, every test of it."""
+    """Runs gpu_pipeline_on_cpu.py, every test of it."""
     driver = make_fake_driver(cuda_headers(), tmp_path, device=True)
-    tests = Path(__file__).with_name("device_label_on_cpu.py")
+    tests = Path(__file__).with_name("gpu_pipeline_on_cpu.py")
     path = os.pathsep.join([str(ON_CPU), os.environ.get("PYTHONPATH", "")])
     variables = {"LD_LIBRARY_PATH": str(driver.parent), "PYTHONPATH": path}
     result = subprocess.run(
@@ -28,4 +28,4 @@ def test_on_the_cpu(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert re.search(r"^\d+ passed in ", result.stdout, re.MULTILINE), result.stdout[-2000:]
-    assert result.stderr == ""  # pycuda says there what could not be given back
+    assert result.stderr == ""  # pycuda reports there what could not be released

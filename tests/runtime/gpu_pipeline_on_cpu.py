@@ -1,6 +1,7 @@
-"""The chain on a device, on the CPU: test_runtime_device_label.py runs these tests with the CPU's libcuda.
+"""GpuPipeline on the CPU: test_runtime_gpu_pipeline.py runs these tests with the CPU's libcuda.
 
-The networks are plans of fake_tensorrt.py; what is queued on a stream is done when somebody waits for it.
+The networks are engines of fake_tensorrt.py; work that is queued on a stream is done when somebody waits for
+it.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from fake_tensorrt import make_plan
+from fake_tensorrt import make_engine
 from PIL import Image
 from tensorrt_on_cpu import PROFILES, VERSIONS, libraries, use_kernels_in
 
@@ -25,12 +26,13 @@ from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryC
 from multisa.runtime.backends.base import AFFINITY, CAM, graph_file
 from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.backends.tensorrt import open_tensorrt
+from multisa.runtime.backends.tensorrt import TensorRTOptions, open_tensorrt
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
-from multisa.runtime.gpu import pipeline as device_label
-from multisa.runtime.gpu.pipeline import GpuLabels, GpuPipeline, open_gpu_pipeline
+from multisa.runtime.gpu import pipeline as gpu_pipeline
+from multisa.runtime.gpu.pipeline import GpuPipeline, open_gpu_pipeline
+from multisa.runtime.gpu.request import GpuLabels
 from multisa.runtime.predict.postprocess import (
     background_and_foreground,
     pseudo_mask,
@@ -39,13 +41,13 @@ from multisa.runtime.predict.postprocess import (
 )
 
 assert libraries  # the fixture that installs both libraries, used by every test here
-PHOTOS = default_bundle_path().parents[1] / "demo_images"
+IMAGES = default_bundle_path().parents[1] / "demo_images"
 CRF = CrfParameters(iterations=2)
 STATUS = 8  # bytes of error words that come back with a mask
 
 
 def image(name: str, height: int, width: int) -> np.ndarray:
-    with Image.open(PHOTOS / f"{name}.jpg") as image:
+    with Image.open(IMAGES / f"{name}.jpg") as image:
         return np.asarray(image.convert("RGB").resize((width, height)))
 
 
@@ -60,7 +62,7 @@ def tinted(name: str, height: int, width: int) -> np.ndarray:
 
 
 def engine_cache(bundle: Bundle, folder: Path, library: str) -> Path:
-    """Plans of cam and affinity as the builder keeps them."""
+    """Engines of cam and affinity, stored as the builder does."""
     for contract in (CAM, AFFINITY):
         name = graph_file(contract)
         key = EngineKey(
@@ -75,24 +77,24 @@ def engine_cache(bundle: Bundle, folder: Path, library: str) -> Path:
             flags=FLAGS,
             platform=this_platform(),
         )
-        EngineCache(folder).get_or_build(key, lambda: make_plan(bundle.read_file(name), PROFILES))  # noqa: B023
+        EngineCache(folder).get_or_build(key, lambda: make_engine(bundle.read_file(name), PROFILES))  # noqa: B023
     return folder
 
 
 @contextlib.contextmanager
-def chain_of(
+def pipeline_of(
     bundle: Bundle, folder: Path, library: str = "tensorrt", manifest: Manifest | None = None, **options: Any
 ) -> Iterator[GpuPipeline]:
-    """A chain on the tests' driver; `folder` is for plans and kernels."""
-    cache = engine_cache(bundle, folder / "plans", library)
+    """A pipeline on the tests' driver; `folder` is for engines and kernels."""
+    cache = engine_cache(bundle, folder / "cache", library)
     with pytest.MonkeyPatch.context() as patch:
         device = use_kernels_in(folder, patch)
         with (
-            open_tensorrt(bundle, CAM, library=library, cache=cache) as cam,
-            open_tensorrt(bundle, AFFINITY, library=library, cache=cache) as affinity,
-            GpuPipeline(cam, affinity, manifest or bundle.manifest, device, **options) as chain,
+            open_tensorrt(bundle, CAM, TensorRTOptions(library=library, engine_cache=cache)) as cam,
+            open_tensorrt(bundle, AFFINITY, TensorRTOptions(library=library, engine_cache=cache)) as affinity,
+            GpuPipeline(cam, affinity, manifest or bundle.manifest, device, **options) as pipeline,
         ):
-            yield chain
+            yield pipeline
 
 
 class OnTheCpu:
@@ -111,7 +113,7 @@ class OnTheCpu:
         return walk_scores(maps, edges, self._manifest.parameters.label)
 
     def expect(self, got: Any, rgb: np.ndarray) -> None:
-        """Masks alike but for ties, confidences but for their last levels: walks there have fp16 weights."""
+        """Equal masks except for ties, confidences within two levels: the GPU walks with fp16 weights."""
         assert isinstance(got, GpuLabels), got
         ids = tuple(self._manifest.classes.index(name) for name in got.classes)
         parameters = self._manifest.parameters.label
@@ -132,29 +134,29 @@ def test_masks_of_images(tmp_path: Path) -> None:
     cpu = OnTheCpu(bundle, manifest)
     given = {"astronaut": ("person",), "chelsea": None, "coffee": ("cat", "person", "sheep")}
     seen = set()
-    with chain_of(bundle, tmp_path, manifest=manifest) as chain:
+    with pipeline_of(bundle, tmp_path, manifest=manifest) as pipeline:
         for name, labels in given.items():
             rgb = image(name, 60, 76)
-            (labelled,) = chain.label(rgb[None], [labels])
+            (labelled,) = pipeline.label(rgb[None], [labels])
             cpu.expect(labelled, rgb)
             assert isinstance(labelled, GpuLabels) and (labels is None or labelled.classes == labels)
             assert list(labelled.scores) == list(bundle.manifest.foreground)
             seen |= {labelled.classes, *np.unique(labelled.mask).tolist()}
 
-    assert ("cat",) in seen and {0, 1, 5} <= seen  # so scores chose, and masks have more than one class
+    assert ("cat",) in seen and {0, 1, 5} <= seen  # scores chose classes, and masks have several
 
 
 @pytest.mark.parametrize("library", VERSIONS)
 def test_batches(bundle: Bundle, tmp_path: Path, library: str) -> None:
-    """Each image of a batch as if it were alone, with classes of its own."""
+    """Each image of a batch gets the result it would get alone, with its own classes."""
     cpu = OnTheCpu(bundle)
     names = ("astronaut", "chelsea", "coffee", "chelsea")
     batch = np.stack([tinted(name, 33, 47) for name in names])
     given = [("green",), None, (), ("red thing", "green")]
-    with chain_of(bundle, tmp_path, library) as chain:
-        together = chain.label(batch[:, ::-1, ::-1], given)  # not contiguous
+    with pipeline_of(bundle, tmp_path, library) as pipeline:
+        together = pipeline.label(batch[:, ::-1, ::-1], given)  # not contiguous
         for rgb, labels, got in zip(batch[:, ::-1, ::-1], given, together, strict=True):
-            (alone,) = chain.label(rgb[None], [labels])
+            (alone,) = pipeline.label(rgb[None], [labels])
             assert isinstance(got, GpuLabels) and isinstance(alone, GpuLabels)
             assert got.classes == alone.classes and got.scores == alone.scores
             np.testing.assert_array_equal(got.mask, alone.mask)
@@ -204,33 +206,33 @@ def _and(true: Any, also: Any) -> Any:
 
 
 def test_only_masks_come_back(bundle: Bundle, tmp_path: Path, queued: list[tuple[str, int, int]]) -> None:
-    """One upload for both networks; no default stream; nobody waits for anything but the slot."""
+    """One upload for both networks; no default stream; no waiting but for the batch's own event."""
     rgb, size = tinted("chelsea", 33, 47)[None], 33 * 47
-    with chain_of(bundle, tmp_path) as chain:
-        chain.label(rgb, [("green",)])
+    with pipeline_of(bundle, tmp_path) as pipeline:
+        pipeline.label(rgb, [("green",)])
         queued.clear()
-        chain.label(rgb, [("green",)])
+        pipeline.label(rgb, [("green",)])
         names = [name for name, _, _ in queued]
         assert 0 not in {stream for _, stream, _ in queued}
         assert "synchronise" not in names and not [name for name in names if name.startswith("waiting")]
         scores = 4 * len(bundle.manifest.foreground)
         copies = [(stream, size) for name, stream, size in queued if name == "download"]
-        assert copies == [(chain._compute, scores), (chain._download, STATUS + 2 * size)]
+        assert copies == [(pipeline._compute, scores), (pipeline._download, STATUS + 2 * size)]
         lists = 4 * (1 + 3 * len(bundle.manifest.foreground))
         copies = [(stream, size) for name, stream, size in queued if name == "upload"]
-        assert copies == [(chain._upload, 3 * size), (chain._compute, lists)]
+        assert copies == [(pipeline._upload, 3 * size), (pipeline._compute, lists)]
         work = {stream for name, stream, _ in queued if name in ("launch", "launch_graph", "fill")}
-        assert work == {chain._compute}
+        assert work == {pipeline._compute}
 
 
-def test_threads_share_the_slots(bundle: Bundle, tmp_path: Path) -> None:
-    """More threads than slots, sizes that come and go: every mask is that of its own image."""
+def test_threads_share_the_staging_buffers(bundle: Bundle, tmp_path: Path) -> None:
+    """More threads than staging buffers, changing sizes: every mask is that of its own image."""
     sizes = [(32, 44), (33, 37), (40, 32)]
     images = [tinted("chelsea", *size) for size in sizes]
     images += [np.ascontiguousarray(rgb[:, ::-1]) for rgb in images]
-    with chain_of(bundle, tmp_path) as chain, ThreadPoolExecutor(4) as pool:
-        alone = [chain.label(rgb[None], [None])[0] for rgb in images]
-        together = pool.map(lambda rgb: chain.label(rgb[None], [None])[0], images * 2)
+    with pipeline_of(bundle, tmp_path) as pipeline, ThreadPoolExecutor(4) as pool:
+        alone = [pipeline.label(rgb[None], [None])[0] for rgb in images]
+        together = pool.map(lambda rgb: pipeline.label(rgb[None], [None])[0], images * 2)
         for got, expected in zip(together, alone * 2, strict=True):
             assert isinstance(got, GpuLabels) and isinstance(expected, GpuLabels)
             np.testing.assert_array_equal(got.mask, expected.mask)
@@ -238,11 +240,11 @@ def test_threads_share_the_slots(bundle: Bundle, tmp_path: Path) -> None:
     assert len({got.mask.tobytes() for got in alone}) == len(alone)  # type: ignore[union-attr]
 
 
-def test_two_batches_are_under_way(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second is queued while the first one's slot is waited for, and changes nothing of it."""
+def test_two_batches_are_in_flight(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is queued while the first is waited for, and does not change its result."""
     first, second = (tinted(name, 33, 47)[None] for name in ("chelsea", "coffee"))
-    with chain_of(bundle, tmp_path) as chain, ThreadPoolExecutor(1) as pool:
-        expected = chain.label(first, [("green",)])[0]
+    with pipeline_of(bundle, tmp_path) as pipeline, ThreadPoolExecutor(1) as pool:
+        expected = pipeline.label(first, [("green",)])[0]
         waiting, go_on = threading.Event(), threading.Event()
         wait = Driver.synchronise_event
 
@@ -253,9 +255,9 @@ def test_two_batches_are_under_way(bundle: Bundle, tmp_path: Path, monkeypatch: 
             wait(self, event)
 
         monkeypatch.setattr(Driver, "synchronise_event", slowly)
-        running = pool.submit(chain.label, first, [("green",)])
+        running = pool.submit(pipeline.label, first, [("green",)])
         assert waiting.wait(30)
-        other = chain.label(second, [("green",)])[0]
+        other = pipeline.label(second, [("green",)])[0]
         go_on.set()
         got = running.result(30)[0]
     for labelled in (got, expected, other):
@@ -266,12 +268,12 @@ def test_two_batches_are_under_way(bundle: Bundle, tmp_path: Path, monkeypatch: 
 
 
 def test_sizes_that_come_and_go(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_label, "SIZES_KEPT", 1)
-    with chain_of(bundle, tmp_path) as chain:
+    monkeypatch.setattr(gpu_pipeline, "MAX_SIZES", 1)
+    with pipeline_of(bundle, tmp_path) as pipeline:
         results = []
         for size in ((32, 44), (33, 37), (32, 44)):
-            results.append(chain.label(tinted("chelsea", *size)[None], [None])[0])
-            assert len(chain._refiners) == len(chain._outputs) == 1
+            results.append(pipeline.label(tinted("chelsea", *size)[None], [None])[0])
+            assert len(pipeline._postprocessors) == len(pipeline._outputs) == 1
     np.testing.assert_array_equal(results[0].mask, results[2].mask)  # type: ignore[union-attr]
 
 
@@ -279,8 +281,8 @@ def test_soft_maps(bundle: Bundle, tmp_path: Path) -> None:
     """The probabilities that the mask is the argmax of, background first."""
     rgb = tinted("coffee", 33, 47)
     parameters = bundle.manifest.parameters.label
-    with chain_of(bundle, tmp_path, probabilities=True) as chain:
-        both, none = (chain.label(rgb[None], [labels])[0] for labels in (("red thing", "green"), ()))
+    with pipeline_of(bundle, tmp_path, probabilities=True) as pipeline:
+        both, none = (pipeline.label(rgb[None], [labels])[0] for labels in (("red thing", "green"), ()))
     assert isinstance(both, GpuLabels) and isinstance(none, GpuLabels)
     walked = resize_maps(OnTheCpu(bundle).walked(rgb, (1, 2)), (33, 47))
     expected = DenseCRF(rgb, parameters.crf).infer(background_and_foreground(walked, parameters.background))
@@ -310,12 +312,13 @@ def coarse(tmp_path: Path, manifest: Manifest, graphs: dict[str, bytes]) -> Bund
 def test_coarse_maps(coarse: Bundle, bundle: Bundle, tmp_path: Path) -> None:
     """Maps that are enlarged before the walk."""
     rgb = tinted("chelsea", 33, 47)
-    with chain_of(coarse, tmp_path) as chain:
-        (got,) = chain.label(rgb[None], [("red thing", "green")])
-        assert next(iter(chain._refiners)).cam == (5, 6) and next(iter(chain._refiners)).grid == (9, 12)
+    with pipeline_of(coarse, tmp_path) as pipeline:
+        (got,) = pipeline.label(rgb[None], [("red thing", "green")])
+        (shape,) = pipeline._postprocessors
+        assert (shape.cam, shape.grid) == ((5, 6), (9, 12))
     OnTheCpu(coarse).expect(got, rgb)
-    with chain_of(bundle, tmp_path) as chain:
-        (fine,) = chain.label(rgb[None], [("red thing", "green")])
+    with pipeline_of(bundle, tmp_path) as pipeline:
+        (fine,) = pipeline.label(rgb[None], [("red thing", "green")])
     assert not np.array_equal(got.confidence, fine.confidence)  # type: ignore[union-attr]
 
 
@@ -326,21 +329,21 @@ def test_parameters(bundle: Bundle, tmp_path: Path, change: dict[str, Any]) -> N
     changed = dataclasses.replace(parameters, label=dataclasses.replace(parameters.label, **change))
     manifest = dataclasses.replace(bundle.manifest, parameters=changed)
     rgb, given = tinted("chelsea", 33, 47), [("red thing", "green")]
-    with chain_of(bundle, tmp_path) as chain:
-        (usual,) = chain.label(rgb[None], given)
-    with chain_of(bundle, tmp_path, manifest=manifest) as chain:
-        (got,) = chain.label(rgb[None], given)
+    with pipeline_of(bundle, tmp_path) as pipeline:
+        (usual,) = pipeline.label(rgb[None], given)
+    with pipeline_of(bundle, tmp_path, manifest=manifest) as pipeline:
+        (got,) = pipeline.label(rgb[None], given)
     OnTheCpu(bundle, manifest).expect(got, rgb)
     assert not np.array_equal(got.confidence, usual.confidence)  # type: ignore[union-attr]
 
 
 def test_one_image_that_cannot_be_done(bundle: Bundle, tmp_path: Path) -> None:
-    """The tiny network gives NaN for a black image; its neighbours and successors are done."""
+    """The tiny network returns NaN for a black image; its neighbours and successors succeed."""
     good = tinted("chelsea", 32, 48)
     batch = np.stack([good, np.zeros_like(good), good[::-1]])
-    with chain_of(bundle, tmp_path) as chain:
-        first, black, last = chain.label(batch, [("green",)] * 3)
-        (after,) = chain.label(good[None], [("green",)])
+    with pipeline_of(bundle, tmp_path) as pipeline:
+        first, black, last = pipeline.label(batch, [("green",)] * 3)
+        (after,) = pipeline.label(good[None], [("green",)])
     assert isinstance(black, ImageError)
     assert str(black).startswith("post-processing: scores: got NaN or infinity")
     cpu = OnTheCpu(bundle)
@@ -355,22 +358,22 @@ def test_a_size_that_kernels_do_not_take(
         raise ValueError("features: got values up to 1e9 standard deviations, expected below 65536")
 
     rgb = tinted("chelsea", 32, 48)[None]
-    with chain_of(bundle, tmp_path) as chain:
+    with pipeline_of(bundle, tmp_path) as pipeline:
         with monkeypatch.context() as patch:
-            patch.setattr(device_label, "GpuPostprocessor", refuse)
-            (error,) = chain.label(rgb, [("green",)])
+            patch.setattr(gpu_pipeline, "GpuPostprocessor", refuse)
+            (error,) = pipeline.label(rgb, [("green",)])
         assert isinstance(error, ImageError) and "standard deviations" in str(error)
-        assert isinstance(chain.label(rgb, [("green",)])[0], GpuLabels)
+        assert isinstance(pipeline.label(rgb, [("green",)])[0], GpuLabels)
 
 
 @pytest.mark.parametrize("call", ["upload", "launch", "launch_graph", "download"])
 def test_a_driver_that_refuses(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Wherever it stops, it is an BackendError and the next call is right."""
+    """Whichever call fails, it is a BackendError and the next call is right."""
     rgb = tinted("chelsea", 32, 48)
-    with chain_of(bundle, tmp_path) as chain:
-        (expected,) = chain.label(rgb[None], [None])
+    with pipeline_of(bundle, tmp_path) as pipeline:
+        (expected,) = pipeline.label(rgb[None], [None])
         with monkeypatch.context() as patch:
 
             def refuse(*_: Any) -> None:
@@ -378,9 +381,9 @@ def test_a_driver_that_refuses(
 
             patch.setattr(Driver, call, refuse)
             with pytest.raises(BackendError, match=r"labelling cannot be run on CPU: an illegal address"):
-                chain.label(rgb[None], [None])
+                pipeline.label(rgb[None], [None])
         for _ in range(3):
-            (got,) = chain.label(rgb[None], [None])
+            (got,) = pipeline.label(rgb[None], [None])
             np.testing.assert_array_equal(got.confidence, expected.confidence)  # type: ignore[union-attr]
 
 
@@ -389,31 +392,31 @@ def test_what_does_not_fit(bundle: Bundle, tmp_path: Path) -> None:
     narrow = dataclasses.replace(parameters, label=dataclasses.replace(parameters.label, walk_radius=3))
     manifest = dataclasses.replace(bundle.manifest, parameters=narrow)
     rgb = tinted("chelsea", 32, 48)[None]
-    with chain_of(bundle, tmp_path, manifest=manifest) as chain:
+    with pipeline_of(bundle, tmp_path, manifest=manifest) as pipeline:
         with pytest.raises(BackendError, match=r"affinity: got \[1, 34, 8, 12\], expected \[1, 12, 8, 12\]"):
-            chain.label(rgb, [("green",)])
+            pipeline.label(rgb, [("green",)])
         with pytest.raises(BackendError, match="got labels for 2 images, expected 1"):
-            chain.label(rgb, [None, None])
+            pipeline.label(rgb, [None, None])
         with pytest.raises(BackendError, match="expected uint8"):
-            chain.label(rgb[0], [None, None])
-        with pytest.raises(BackendError, match="expected one of the plan's profiles"):
-            chain.label(np.zeros((1, 200, 200, 3), np.uint8), [None])
-    with pytest.raises(BackendError, match="chain is closed"):
-        chain.label(rgb, [("green",)])
-    chain.close()
+            pipeline.label(rgb[0], [None, None])
+        with pytest.raises(BackendError, match="expected one of the engine's profiles"):
+            pipeline.label(np.zeros((1, 200, 200, 3), np.uint8), [None])
+    with pytest.raises(BackendError, match="pipeline is closed"):
+        pipeline.label(rgb, [("green",)])
+    pipeline.close()
 
 
 @pytest.mark.parametrize("library", VERSIONS)
 def test_a_network_on_the_callers_stream(bundle: Bundle, tmp_path: Path, library: str) -> None:
-    """Outputs go where there is room for just them; closing waits for the caller's stream, too."""
+    """Outputs go to given arrays of the right shape only; closing waits for the caller's stream, too."""
     image, expected = tinted("chelsea", 33, 47)[None], {}
     with OnnxRuntimeBackend(bundle.read_file("cam.onnx"), contract=CAM) as host:
         expected = host.run(image)
     gpu = PrimaryContext()
     there = calls.DeviceArray(gpu, image.shape, np.uint8)
     gpu.upload(there.pointer, image)
-    cache = engine_cache(bundle, tmp_path / "plans", library)
-    backend = open_tensorrt(bundle, CAM, library=library, cache=cache)
+    cache = engine_cache(bundle, tmp_path / "cache", library)
+    backend = open_tensorrt(bundle, CAM, TensorRTOptions(library=library, engine_cache=cache))
     with gpu.active():
         stream = gpu.driver.create_stream()
     first = backend.queue(there.pointer, image.shape, stream, {})
@@ -446,20 +449,20 @@ def test_streams_and_events_are_given_back(
             f"destroy_{what}",
             lambda self, handle, destroy=destroy: (alive.remove(handle), destroy(self, handle))[1],
         )
-    with chain_of(bundle, tmp_path) as chain:
-        chain.label(tinted("chelsea", 32, 48)[None], [None])
+    with pipeline_of(bundle, tmp_path) as pipeline:
+        pipeline.label(tinted("chelsea", 32, 48)[None], [None])
         assert len(alive) >= 3 + 2 * 2
     assert len(alive) <= 1  # the stream of recordings belongs to the device, which may live on
 
 
-def test_where_there_is_no_chain(
+def test_where_there_is_no_pipeline(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = engine_cache(bundle, tmp_path / "plans", "tensorrt")
+    cache = engine_cache(bundle, tmp_path / "cache", "tensorrt")
     with (
         OnnxRuntimeBackend(bundle.read_file("cam.onnx"), contract=CAM) as host,
-        open_tensorrt(bundle, CAM, cache=cache) as cam,
-        open_tensorrt(bundle, AFFINITY, cache=cache) as affinity,
+        open_tensorrt(bundle, CAM, TensorRTOptions(engine_cache=cache)) as cam,
+        open_tensorrt(bundle, AFFINITY, TensorRTOptions(engine_cache=cache)) as affinity,
     ):
         assert open_gpu_pipeline(host, affinity, bundle.manifest) is None
         assert capsys.readouterr().err == ""
@@ -468,10 +471,10 @@ def test_where_there_is_no_chain(
             raise DeviceUnavailableError("kernels.fatbin: not found")
 
         with monkeypatch.context() as patch:
-            patch.setattr(device_label.calls, "default_device", refuse)
+            patch.setattr(gpu_pipeline.calls, "default_device", refuse)
             assert open_gpu_pipeline(cam, affinity, bundle.manifest) is None
         assert "are made on the CPU: kernels.fatbin: not found" in capsys.readouterr().err
         device = use_kernels_in(tmp_path, monkeypatch)
-        chain = open_gpu_pipeline(cam, affinity, bundle.manifest)
-        assert chain is not None and chain._device is device
-        chain.close()
+        pipeline = open_gpu_pipeline(cam, affinity, bundle.manifest)
+        assert pipeline is not None and pipeline._device is device
+        pipeline.close()

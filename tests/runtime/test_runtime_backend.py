@@ -1,4 +1,4 @@
-"""Every engine: outputs, the contract, and one named error for everything that goes wrong."""
+"""Every backend: outputs, the contract, and one named error for everything that goes wrong."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -31,13 +31,13 @@ def image() -> np.ndarray:
     return resize_image(read_image(IMAGES / "chelsea.jpg").rgb, (129, 193))[np.newaxis]
 
 
-# Engines as they are here, and what can be tried without a GPU: the way through ONNX Runtime's CUDA provider.
-ENGINES_HERE = [*BACKENDS, "onnxruntime-cuda, the provider being the CPU"]
+# The backends of this machine, and ONNX Runtime's CUDA provider emulated on the CPU.
+CASES = [*BACKENDS, "onnxruntime-cuda, the provider being the CPU"]
 
 
-@pytest.mark.parametrize("case", ENGINES_HERE)
-class TestEveryEngine:
-    """What holds for each engine; those that are not here are skipped with the reason."""
+@pytest.mark.parametrize("case", CASES)
+class TestEveryBackend:
+    """What holds for each backend; those that are unavailable are skipped with the reason."""
 
     @pytest.fixture
     def opened(self, case: str, request: pytest.FixtureRequest) -> Iterator[Open]:
@@ -54,7 +54,7 @@ class TestEveryEngine:
                         bundle, contract, threads=threads, backend=name, precision=precision
                     )
                 except BackendUnavailable as error:
-                    if name == "onnxruntime-cpu" or emulated:  # they are everywhere
+                    if name == "onnxruntime-cpu" or emulated:  # available everywhere
                         raise
                     pytest.skip(str(error))
                 assert backend.name.startswith(name)
@@ -73,7 +73,7 @@ class TestEveryEngine:
                 np.testing.assert_allclose(outputs[name], answer[name], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
-    def test_the_packaged_bundle_on_a_image(
+    def test_the_packaged_bundle_on_an_image(
         self, opened: Open, image: np.ndarray, contract: GraphContract
     ) -> None:
         """Against onnxruntime-cpu on two threads, which sums in another order."""
@@ -110,7 +110,7 @@ class TestEveryEngine:
         np.testing.assert_array_equal(backend.run(turned)["labels"], expected)
 
     def test_an_answer_is_the_callers(self, opened: Open, bundle: Bundle) -> None:
-        """The next call does not write into what an earlier one gave."""
+        """The next call does not overwrite earlier results."""
         backend = opened(bundle, SEGMENTER)
         first = backend.run(IMAGE)["labels"]
         kept = first.copy()
@@ -203,7 +203,7 @@ def test_cuda_asked_for_and_the_cpu_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As the CUDA package behaves without its libraries: it says so on stdout, and makes a CPU session."""
+    """How the CUDA package behaves without its libraries: it prints so, and creates a CPU session."""
     session = onnxruntime.InferenceSession
     monkeypatch.setattr(session, "get_providers", lambda _: ["CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas\nand more"))
@@ -259,7 +259,7 @@ def test_unloadable_and_absent(tmp_path: Path) -> None:
 
 
 def test_failure_while_running() -> None:
-    """A reshape that cannot hold at run time is an BackendError, not ONNX Runtime's own."""
+    """A reshape that cannot hold at run time is a BackendError, not ONNX Runtime's own."""
     shape = onnx.numpy_helper.from_array(np.array([7, 7, 7]), "shape")
     graph = helper.make_graph(
         [

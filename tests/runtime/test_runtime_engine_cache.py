@@ -1,4 +1,4 @@
-"""The cache of plans cannot lie: what is found was built from exactly what is asked for."""
+"""The engine cache: what is found was built from exactly what is asked for; what profiles cover."""
 
 import dataclasses
 import json
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from multisa.runtime.backends.engine_cache import (
     FLAGS,
@@ -20,6 +22,7 @@ from multisa.runtime.backends.engine_cache import (
     Profile,
     StoredEngine,
     this_platform,
+    uncovered_shape,
 )
 from multisa.runtime.errors import BundleError
 
@@ -54,19 +57,20 @@ OTHER = {
 class Builder:
     """A callable that gives fixed bytes and counts its calls."""
 
-    def __init__(self, plan: bytes = b"plan") -> None:
-        self.plan, self.calls = plan, 0
+    def __init__(self, data: bytes = b"plan") -> None:
+        self.data = data
+        self.calls = 0
 
     def __call__(self) -> bytes:
         self.calls += 1
-        return self.plan
+        return self.data
 
 
 def never() -> bytes:
-    raise AssertionError("built though the plan is there")
+    raise AssertionError("built though the engine is stored")
 
 
-def test_a_plan_is_built_once_and_found_as_it_was(tmp_path: Path) -> None:
+def test_an_engine_is_built_once_and_found_as_it_was(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path / "engines")
     assert cache.get(KEY) is None
     built = cache.get_or_build(KEY, Builder(b"the plan"))
@@ -76,7 +80,7 @@ def test_a_plan_is_built_once_and_found_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EngineKey)])
-def test_every_field_of_the_key_is_another_plan(tmp_path: Path, field: str) -> None:
+def test_every_field_of_the_key_gives_another_engine(tmp_path: Path, field: str) -> None:
     cache = EngineCache(tmp_path)
     cache.get_or_build(KEY, Builder())
     other = dataclasses.replace(KEY, **{field: OTHER[field]})
@@ -95,33 +99,33 @@ def test_find_is_by_graph_library_version_target_flags_and_platform(tmp_path: Pa
     here = asked | {"flags": FLAGS, "platform": this_platform()}
     expected = {key.digest for key in (KEY, *keys) if all(getattr(key, n) == v for n, v in here.items())}
     found = cache.find(**asked)
-    assert {plan.key.digest for plan in found} == expected and len(expected) == len(keys) - 5
-    assert [plan.read().decode() for plan in found] == sorted(expected)
+    assert {stored.key.digest for stored in found} == expected and len(expected) == len(keys) - 5
+    assert [stored.read().decode() for stored in found] == sorted(expected)
     assert EngineCache(tmp_path / "none").find(**asked) == []
 
 
-def test_all_plans_are_listed_and_those_that_cannot_be_used(tmp_path: Path) -> None:
+def test_all_engines_are_listed_and_the_unusable_ones(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path / "engines")
     assert cache.list_engines() == ([], {})
     keys = (KEY, *(dataclasses.replace(KEY, **{name: value}) for name, value in OTHER.items()))
     stored = [cache.get_or_build(key, Builder()) for key in keys]
-    assert cache.list_engines() == (sorted(stored, key=lambda plan: plan.key.digest), {})
+    assert cache.list_engines() == (sorted(stored, key=lambda engine: engine.key.digest), {})
     stored[0].path.unlink()
     cache.quarantine(stored[1], "the library refuses it")
     stored[2].path.with_name("plan.json").unlink()  # a build that did not end
-    engine_cache, damaged = cache.list_engines()
-    assert engine_cache == sorted(stored[3:], key=lambda plan: plan.key.digest)
+    engines, damaged = cache.list_engines()
+    assert engines == sorted(stored[3:], key=lambda engine: engine.key.digest)
     assert damaged == {stored[0].path.parent: "model.plan: expected a file of 4 bytes"}
 
 
-def flip_a_bit(plan: StoredEngine) -> None:
-    data = bytearray(plan.path.read_bytes())
+def flip_a_bit(stored: StoredEngine) -> None:
+    data = bytearray(stored.path.read_bytes())
     data[1] ^= 4
-    plan.path.write_bytes(data)
+    stored.path.write_bytes(data)
 
 
-def edit(plan: StoredEngine, change: Callable[[dict], None]) -> None:
-    path = plan.path.with_name("plan.json")
+def edit(stored: StoredEngine, change: Callable[[dict], None]) -> None:
+    path = stored.path.with_name("plan.json")
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
@@ -129,39 +133,39 @@ def edit(plan: StoredEngine, change: Callable[[dict], None]) -> None:
 
 DAMAGE: dict[str, Callable[[StoredEngine], object]] = {
     "a flipped bit": flip_a_bit,
-    "cut short": lambda plan: os.truncate(plan.path, 2),
-    "gone": lambda plan: plan.path.unlink(),
-    "a link": lambda plan: (plan.path.rename(plan.path.with_name("x")), plan.path.symlink_to("x")),
-    "record cut short": lambda plan: os.truncate(plan.path.with_name("plan.json"), 40),
-    "record empty": lambda plan: os.truncate(plan.path.with_name("plan.json"), 0),
-    "record too large": lambda plan: os.truncate(plan.path.with_name("plan.json"), 1 << 20),
-    "record nested": lambda plan: plan.path.with_name("plan.json").write_text("[" * 60_000),
-    "record no text": lambda plan: plan.path.with_name("plan.json").write_bytes(b"\xff\xfe{"),
-    "record of another key": lambda plan: edit(plan, lambda r: r["key"].update(target="sm120")),
-    "record with more": lambda plan: edit(plan, lambda r: r.update(path="../../elsewhere")),
-    "record of another version": lambda plan: edit(plan, lambda r: r.update(schema_version=2)),
-    "profile out of order": lambda plan: edit(
-        plan, lambda r: r["key"]["profiles"][0].update(minimum=[9, 9, 9])
+    "cut short": lambda stored: os.truncate(stored.path, 2),
+    "gone": lambda stored: stored.path.unlink(),
+    "a link": lambda stored: (stored.path.rename(stored.path.with_name("x")), stored.path.symlink_to("x")),
+    "record cut short": lambda stored: os.truncate(stored.path.with_name("plan.json"), 40),
+    "record empty": lambda stored: os.truncate(stored.path.with_name("plan.json"), 0),
+    "record too large": lambda stored: os.truncate(stored.path.with_name("plan.json"), 1 << 20),
+    "record nested": lambda stored: stored.path.with_name("plan.json").write_text("[" * 60_000),
+    "record no text": lambda stored: stored.path.with_name("plan.json").write_bytes(b"\xff\xfe{"),
+    "record of another key": lambda stored: edit(stored, lambda r: r["key"].update(target="sm120")),
+    "record with more": lambda stored: edit(stored, lambda r: r.update(path="../../elsewhere")),
+    "record of another version": lambda stored: edit(stored, lambda r: r.update(schema_version=2)),
+    "profile out of order": lambda stored: edit(
+        stored, lambda r: r["key"]["profiles"][0].update(minimum=[9, 9, 9])
     ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damage_heals_itself(
+def test_damage_is_repaired(
     tmp_path: Path, damage: Callable[[StoredEngine], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     damage(stored)
-    again = Builder(b"anew")
-    assert cache.get_or_build(KEY, again).read() == b"anew"
+    again = Builder(b"again")
+    assert cache.get_or_build(KEY, again).read() == b"again"
     assert again.calls == 1
-    assert cache.get_or_build(KEY, never).read() == b"anew"
+    assert cache.get_or_build(KEY, never).read() == b"again"
     reason = (tmp_path / QUARANTINE / KEY.digest[:16] / "reason.txt").read_text().strip()
     assert reason and reason in capsys.readouterr().err
 
 
-def test_get_puts_a_damaged_plan_aside(tmp_path: Path) -> None:
+def test_get_quarantines_a_damaged_engine(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     flip_a_bit(stored)
@@ -171,7 +175,7 @@ def test_get_puts_a_damaged_plan_aside(tmp_path: Path) -> None:
     assert not stored.path.exists() and (tmp_path / QUARANTINE / stored.path.parent.name).is_dir()
 
 
-def test_quarantine_takes_what_was_refused_and_nothing_newer(tmp_path: Path) -> None:
+def test_quarantine_moves_what_was_refused_and_nothing_newer(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
     old = cache.get_or_build(KEY, Builder(b"old"))
     cache.quarantine(old, "the library refuses it")
@@ -179,7 +183,7 @@ def test_quarantine_takes_what_was_refused_and_nothing_newer(tmp_path: Path) -> 
     assert reason.read_text() == "the library refuses it\n"
     cache.quarantine(old, "again")  # gone already
     new = cache.get_or_build(KEY, Builder(b"new"))
-    cache.quarantine(old, "the library refuses it")  # said of the plan before this one
+    cache.quarantine(old, "the library refuses it")  # the engine before this one
     assert cache.get(KEY) == new
     cache.quarantine(new, "refused, too")  # its place in the quarantine is taken by one of the same key
     assert cache.get(KEY) is None and reason.read_text() == "refused, too\n"
@@ -189,7 +193,7 @@ def test_quarantine_takes_what_was_refused_and_nothing_newer(tmp_path: Path) -> 
 def test_what_cannot_be_read_is_not_damaged(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too many open files, say, or no permission: the plan stays, and nothing is built in its place."""
+    """Too many open files, or no permission: the engine stays, and nothing is built in its place."""
     cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     opened = Path.open
@@ -205,23 +209,23 @@ def test_what_cannot_be_read_is_not_damaged(
             cache.get(KEY)
         with pytest.raises(OSError, match="Too many open files"):
             cache.get_or_build(KEY, never)
-        engine_cache, unusable = cache.list_engines()
-        assert (engine_cache == [stored]) is (name == "model.plan") and len(unusable) == (name == "plan.json")
+        engines, unusable = cache.list_engines()
+        assert (engines == [stored]) is (name == "model.plan") and len(unusable) == (name == "plan.json")
     assert cache.get(KEY) == stored and not (tmp_path / QUARANTINE).exists()
 
 
 def test_a_builder_that_fails_stores_nothing(tmp_path: Path) -> None:
     def fail() -> bytes:
-        raise RuntimeError("no plan")
+        raise RuntimeError("no engine")
 
     cache = EngineCache(tmp_path)
-    with pytest.raises(RuntimeError, match="no plan"):
+    with pytest.raises(RuntimeError, match="no engine"):
         cache.get_or_build(KEY, fail)
     assert cache.get(KEY) is None
     assert cache.get_or_build(KEY, Builder()).read() == b"plan"  # the lock was given back
 
 
-def test_a_damaged_plan_that_cannot_be_put_aside_is_absent(tmp_path: Path) -> None:
+def test_a_damaged_engine_that_cannot_be_moved_is_missing(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())
     flip_a_bit(stored)
@@ -256,6 +260,7 @@ BUILD = """
 import sys, time
 from pathlib import Path
 from multisa.runtime.backends.engine_cache import EngineCache, EngineKey, Profile
+from multisa.runtime.progress import console
 work, name = Path(sys.argv[1]), sys.argv[2]
 key = EngineKey("cam", "fp32", "ab" * 32, "tensorrt-rtx", "1.7.1.116", "sm89", "",
               (Profile((1, 64, 64), (1, 320, 320), (8, 320, 320)),), ("TF32=0",), "linux-x86_64")
@@ -264,7 +269,8 @@ def build():
     while not (work / f"{name}.go").exists():
         time.sleep(0.01)
     return name.encode()
-print(EngineCache(work / "engines").get_or_build(key, build).read().decode())
+with console():
+    print(EngineCache(work / "engines").get_or_build(key, build).read().decode())
 """
 
 
@@ -280,7 +286,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_second_builder_waits_and_finds_the_plan_of_the_first(tmp_path: Path) -> None:
+def test_a_second_builder_waits_and_finds_the_engine_of_the_first(tmp_path: Path) -> None:
     first = start(tmp_path, "first")
     wait_for(tmp_path / "first.building")
     second = start(tmp_path, "second")
@@ -303,7 +309,7 @@ def test_a_builder_that_is_killed_leaves_the_next_one_free(tmp_path: Path) -> No
     assert waiting.communicate(timeout=60)[0] == "waiting\n"
 
 
-def test_what_a_killed_builder_was_writing_is_no_plan_and_goes(tmp_path: Path) -> None:
+def test_what_a_killed_builder_was_writing_is_removed(tmp_path: Path) -> None:
     place = tmp_path / KEY.digest[:16]
     place.mkdir(parents=True)
     (place / ".model.plan.0123456789abcdef.tmp").write_bytes(b"half of a")
@@ -312,3 +318,38 @@ def test_what_a_killed_builder_was_writing_is_no_plan_and_goes(tmp_path: Path) -
     assert cache.get(KEY) is None
     assert cache.get_or_build(KEY, Builder()).read() == b"plan"
     assert sorted(path.name for path in place.iterdir()) == ["model.plan", "plan.json"]
+
+
+# Profiles against every image with sides in 64..68.
+SMALLEST = 64
+LONG_SIDE = 68
+SIDES = range(SMALLEST, LONG_SIDE + 1)
+
+
+def profile(batch: int, low: tuple[int, int], high: tuple[int, int]) -> Profile:
+    return Profile((batch, *low), (batch, *high), (8, *high))
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> list[Profile]:
+    bounds = st.integers(SMALLEST - 2, LONG_SIDE + 2)
+    found = []
+    for _ in range(draw(st.integers(0, 4))):
+        (top, bottom), (left, right) = (sorted((draw(bounds), draw(bounds))) for _ in range(2))
+        found.append(profile(draw(st.integers(1, 2)), (top, left), (bottom, right)))
+    return found
+
+
+@given(profiles())
+def test_every_shape_is_looked_at(found: list[Profile]) -> None:
+    shapes = [(1, height, width) for height in SIDES for width in SIDES]
+    missing = [shape for shape in shapes if not any(p.covers(shape) for p in found)]
+    answer = uncovered_shape(found, LONG_SIDE)
+    assert answer in missing if missing else answer is None
+
+
+def test_both_orientations_and_the_square() -> None:
+    wide, tall = profile(1, (64, 64), (66, 68)), profile(1, (64, 64), (68, 66))
+    assert uncovered_shape([wide, tall], LONG_SIDE) == (1, 67, 67)
+    assert uncovered_shape([wide, tall, profile(1, (67, 67), (68, 68))], LONG_SIDE) is None
+    assert uncovered_shape([], LONG_SIDE) == (1, 64, 64)
