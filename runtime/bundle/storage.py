@@ -56,11 +56,12 @@ def default_bundle_path() -> Path:
     return Path(__file__).parents[1] / "bundles" / "voc-animals"
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(path: str | Path | None = None) -> Bundle:
     """Read and verify a bundle folder: the manifest's schema, then name, size and SHA-256 of each file.
 
-    Raises BundleError naming the file or key, what was got and what was expected.
+    path: the folder; None for the packaged bundle. Raises BundleError naming the file or key, what was got and what was expected.
     """
+    path = default_bundle_path() if path is None else Path(path)
     manifest_path = path / MANIFEST_NAME
     if not manifest_path.is_file():
         raise BundleError(

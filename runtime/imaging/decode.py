@@ -9,13 +9,12 @@ import errno
 import io
 import os
 import struct
-import threading
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,18 +41,55 @@ DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, ArithmeticError),
     *(AttributeError, AssertionError, NotImplementedError, MemoryError, struct.error, zlib.error),
     Image.DecompressionBombError,
+    Warning,  # where the host program turns warnings into errors
 )
-_guard = threading.Lock()
+_PREFIX_BYTES = 16  # of a file, by which plug-ins of Pillow know their format
+
+
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
     """One upright image and what was done to it."""
 
-    rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only where `long_side` was given
+    rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only where a long side was given
     orientation: int  # EXIF orientation as found, 1..8 (1 when absent); `rgb` is upright already
     notes: tuple[str, ...]  # conversions that lose something, in words
     size: tuple[int, int]  # (H, W) of the upright image itself: masks are written in it
+
+
+def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: int | None) -> DecodedImage:
+    """Load an image from what a program has: upright RGB, reduced to the working size of `long_side`.
+
+    image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3]. Without `long_side`
+    the image keeps its size. Raises ImageError for an image that cannot be read, has more than `max_pixels`,
+    or is an array of another shape or dtype.
+    """
+    if isinstance(image, bytes):
+        return decode_working_image(image, max_pixels=max_pixels, long_side=long_side)
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return decode_working_image(_read(Path(image)), max_pixels=max_pixels, long_side=long_side)
+        except ImageError as error:
+            raise ImageError(f"{os.fspath(image)}: {error}") from error
+    if isinstance(image, Image.Image):
+        return _reduced(_from_pillow(image, max_pixels), long_side)
+    if not isinstance(image, np.ndarray):
+        raise ImageError(
+            f"got {type(image).__name__}, expected a path, the bytes of an image file, a PIL image, or RGB "
+            "as uint8 [H, W, 3]"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ImageError(f"got {image.dtype} {list(image.shape)}, expected RGB as uint8 [H, W, 3]")
+    height, width = image.shape[:2]
+    check_size((width, height), max_pixels)
+    return _reduced(DecodedImage(np.ascontiguousarray(image), 1, (), (height, width)), long_side)
+
+
+def decode_working_image(data: bytes, *, max_pixels: int, long_side: int | None) -> DecodedImage:
+    """Decode an image file and reduce it to the working size of `long_side`. Raises ImageError."""
+    return _reduced(decode_image(data, max_pixels=max_pixels, long_side=long_side), long_side)
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> DecodedImage:
@@ -71,7 +107,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
     try:
         check_metadata(data)
         with open_image(data, FORMATS) as image:
-            check_size(image, max_pixels)
+            check_size(image.size, max_pixels)
             notes = _frame_notes(data, image)
             found = _orientation(image)
             rgb = _decode_jpeg(data, image, long_side)
@@ -102,27 +138,30 @@ def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
 @contextmanager
 def open_image(data: bytes, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]:
     """Open an image with Pillow: its header is read, its pixels are not. Raises any of DECODER_ERRORS."""
-    # Pillow's own size guard is a module-wide number that warns or raises before the size can be compared
-    # with the caller's limit; it is lifted while the header is read, and no pixel is decoded in that time.
-    with _guard:
-        # What Pillow finds odd in a file that it can read is not for those who label a million of them. The
-        # filter stays: taking filters back is not safe while other threads decode.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    # `Image.open` compares the size with a module-wide limit before the caller can compare it with theirs,
+    # and that limit belongs to the host program. The plug-ins behind it have no limit; no pixel is decoded.
+    Image.init()
+    for name in formats:
+        opener, accepts = Image.OPEN[name]
+        accepted = True if accepts is None else accepts(data[:_PREFIX_BYTES])
+        if accepted is not True and (isinstance(accepted, str) or not accepted):
+            continue
         try:
-            image = Image.open(io.BytesIO(data), formats=formats)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    with image:
-        yield image
+            image = opener(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # another format after all
+            continue
+        with image:
+            yield image
+        return
+    raise UnidentifiedImageError("no plug-in of Pillow takes it")
 
 
-def check_size(image: Image.Image, max_pixels: int) -> None:
-    """Raise ImageError when an image that was opened has more than `max_pixels`."""
-    pixels = image.width * image.height
-    if pixels > max_pixels:
+def check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """Raise ImageError for an image of `size` (width, height) that has more than `max_pixels`."""
+    width, height = size
+    if width * height > max_pixels:
         raise ImageError(
-            f"{image.width}x{image.height} = {pixels} pixels, expected at most {max_pixels}: "
+            f"{width}x{height} = {width * height} pixels, expected at most {max_pixels}: "
             "shrink it or raise the limit (--max-pixels)"
         )
 
@@ -135,6 +174,27 @@ def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
         reason = os.strerror(error.errno)
         return f"{reason}: check the path" if error.errno == errno.ENOENT else reason
     return f"cannot be decoded: {str(error) or type(error).__name__}"
+
+
+def _reduced(image: DecodedImage, long_side: int | None) -> DecodedImage:
+    """The image at the working size of `long_side`."""
+    if long_side is None:
+        return image
+    return replace(image, rgb=resize_image(image.rgb, working_size(*image.size, long_side)))
+
+
+def _from_pillow(image: Image.Image, max_pixels: int) -> DecodedImage:
+    """The pixels of a PIL image, converted and turned upright as those of a file are."""
+    check_size(image.size, max_pixels)
+    notes: list[str] = []
+    try:
+        found = _orientation(image)
+        image.load()
+        rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
+        rgb = _upright(rgb, _orientation(image))
+    except DECODER_ERRORS as error:
+        raise ImageError(reason_of(error)) from error
+    return DecodedImage(rgb, found, tuple(notes), (rgb.shape[0], rgb.shape[1]))
 
 
 def _frame_notes(data: bytes, image: ImageFile.ImageFile) -> list[str]:
@@ -252,7 +312,7 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     try:
         check_metadata(data)
         with open_image(data, MASK_FORMATS) as image:
-            check_size(image, max_pixels)
+            check_size(image.size, max_pixels)
             mode = image.mode
             # Pillow stretches grey of 1, 2 or 4 bits to 0..255, which would change the ids.
             raw_mode = str(image.tile[0].args)
@@ -306,22 +366,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(reason_of(error)) from error
-
-
-@dataclass(frozen=True, eq=False)
-class WorkingImage:
-    """An upright image at its working size; its own pixels are gone."""
-
-    rgb: UInt8  # [h, w, 3]
-    height: int  # of the image itself, upright
-    width: int
-    orientation: int  # EXIF, as found
-    notes: tuple[str, ...]
-
-
-def decode_working_image(data: bytes, *, max_pixels: int, long_side: int) -> WorkingImage:
-    """Decode and shrink to the bundle's long side. Raises ImageError."""
-    image = decode_image(data, max_pixels=max_pixels, long_side=long_side)
-    height, width = image.size
-    rgb = resize_image(image.rgb, working_size(height, width, long_side))
-    return WorkingImage(rgb, height, width, image.orientation, image.notes)
