@@ -66,30 +66,31 @@ def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: in
     the image keeps its size. Raises ImageError for an image that cannot be read, has more than `max_pixels`,
     or is an array of another shape or dtype.
     """
-    if isinstance(image, bytes):
-        return decode_working_image(image, max_pixels=max_pixels, long_side=long_side)
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, np.ndarray):
+        loaded = _from_array(image, max_pixels)
+    elif isinstance(image, Image.Image):
+        loaded = _from_pillow(image, max_pixels)
+    elif isinstance(image, bytes):
+        loaded = decode_image(image, max_pixels=max_pixels, long_side=long_side)
+    elif isinstance(image, (str, os.PathLike)):
+        path = Path(image)
         try:
-            return decode_working_image(_read(Path(image)), max_pixels=max_pixels, long_side=long_side)
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
+            loaded = decode_image(path.read_bytes(), max_pixels=max_pixels, long_side=long_side)
+        except OSError as error:
+            raise ImageError(f"{path}: {reason_of(error)}") from error
         except ImageError as error:
-            raise ImageError(f"{os.fspath(image)}: {error}") from error
-    if isinstance(image, Image.Image):
-        return _reduced(_from_pillow(image, max_pixels), long_side)
-    if not isinstance(image, np.ndarray):
+            raise ImageError(f"{path}: {error}") from error
+    else:
         raise ImageError(
             f"got {type(image).__name__}, expected a path, the bytes of an image file, a PIL image, or RGB "
             "as uint8 [H, W, 3]"
         )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ImageError(f"got {image.dtype} {list(image.shape)}, expected RGB as uint8 [H, W, 3]")
-    height, width = image.shape[:2]
-    check_size((width, height), max_pixels)
-    return _reduced(DecodedImage(np.ascontiguousarray(image), 1, (), (height, width)), long_side)
-
-
-def decode_working_image(data: bytes, *, max_pixels: int, long_side: int | None) -> DecodedImage:
-    """Decode an image file and reduce it to the working size of `long_side`. Raises ImageError."""
-    return _reduced(decode_image(data, max_pixels=max_pixels, long_side=long_side), long_side)
+    if long_side is None:
+        return loaded
+    return replace(loaded, rgb=resize_image(loaded.rgb, working_size(*loaded.size, long_side)))
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> DecodedImage:
@@ -106,9 +107,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
         raise ImageError("the file is empty")
     try:
         check_metadata(data)
-        with open_image(data, FORMATS) as image:
-            check_size(image.size, max_pixels)
-            notes = _frame_notes(data, image)
+        with open_image(data, FORMATS, max_pixels) as image:
+            notes = [] if image.format == "JPEG" else _frame_notes(data, image)
             found = _orientation(image)
             rgb = _decode_jpeg(data, image, long_side)
             size = image.size
@@ -116,12 +116,14 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
                 image.load()
                 rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
                 size = image.size  # a TIFF turns itself upright while loading
-            # It also drops the tag then, so what is left to do is asked again.
-            remaining = _orientation(image)
+            # Where it did, it has dropped the tag.
+            remaining = found if found == 1 else _orientation(image)
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error)) from error
     width, height = size if remaining < 5 else size[::-1]
-    return DecodedImage(_upright(rgb, remaining), found, tuple(notes), (height, width))
+    if remaining != 1:
+        rgb = _upright(rgb, remaining)
+    return DecodedImage(rgb, found, tuple(notes), (height, width))
 
 
 def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -136,8 +138,11 @@ def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(data: bytes, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]:
-    """Open an image with Pillow: its header is read, its pixels are not. Raises any of DECODER_ERRORS."""
+def open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """Open an image with Pillow: its header is read, its pixels are not.
+
+    Raises ImageError for one of more than `max_pixels`, and any of DECODER_ERRORS.
+    """
     # `Image.open` compares the size with a module-wide limit before the caller can compare it with theirs,
     # and that limit belongs to the host program. The plug-ins behind it have no limit; no pixel is decoded.
     Image.init()
@@ -151,19 +156,18 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Iterator[ImageFile.Imag
         except (SyntaxError, IndexError, TypeError, struct.error):  # another format after all
             continue
         with image:
+            if image.width * image.height > max_pixels:
+                raise _too_large(image.width, image.height, max_pixels)
             yield image
         return
     raise UnidentifiedImageError("no plug-in of Pillow takes it")
 
 
-def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raise ImageError for an image of `size` (width, height) that has more than `max_pixels`."""
-    width, height = size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{width}x{height} = {width * height} pixels, expected at most {max_pixels}: "
-            "shrink it or raise the limit (--max-pixels)"
-        )
+def _too_large(width: int, height: int, max_pixels: int) -> ImageError:
+    return ImageError(
+        f"{width}x{height} = {width * height} pixels, expected at most {max_pixels}: "
+        "shrink it or raise the limit (--max-pixels)"
+    )
 
 
 def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
@@ -176,16 +180,19 @@ def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
     return f"cannot be decoded: {str(error) or type(error).__name__}"
 
 
-def _reduced(image: DecodedImage, long_side: int | None) -> DecodedImage:
-    """The image at the working size of `long_side`."""
-    if long_side is None:
-        return image
-    return replace(image, rgb=resize_image(image.rgb, working_size(*image.size, long_side)))
+def _from_array(rgb: UInt8, max_pixels: int) -> DecodedImage:
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
+        raise ImageError(f"got {rgb.dtype} {list(rgb.shape)}, expected RGB as uint8 [H, W, 3]")
+    height, width = rgb.shape[:2]
+    if height * width > max_pixels:
+        raise _too_large(width, height, max_pixels)
+    return DecodedImage(np.ascontiguousarray(rgb), 1, (), (height, width))
 
 
 def _from_pillow(image: Image.Image, max_pixels: int) -> DecodedImage:
     """The pixels of a PIL image, converted and turned upright as those of a file are."""
-    check_size(image.size, max_pixels)
+    if image.width * image.height > max_pixels:
+        raise _too_large(image.width, image.height, max_pixels)
     notes: list[str] = []
     try:
         found = _orientation(image)
@@ -292,14 +299,8 @@ EXTENSIONS = frozenset(
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Read one image file as upright RGB of its full size, as `decode_image` does.
-
-    Raises ImageError (`PATH: reason`) for a file that is missing, or that cannot be decoded.
-    """
-    try:
-        return decode_image(_read(path), max_pixels=max_pixels)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
+    """Read one image file as upright RGB of its full size. Raises ImageError (`PATH: reason`)."""
+    return load_image(path, max_pixels=max_pixels, long_side=None)
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
@@ -311,8 +312,7 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
         raise ImageError("the file is empty")
     try:
         check_metadata(data)
-        with open_image(data, MASK_FORMATS) as image:
-            check_size(image.size, max_pixels)
+        with open_image(data, MASK_FORMATS, max_pixels) as image:
             mode = image.mode
             # Pillow stretches grey of 1, 2 or 4 bits to 0..255, which would change the ids.
             raw_mode = str(image.tile[0].args)
@@ -342,19 +342,18 @@ def write_mask(path: Path, mask: UInt8, palette: UInt8) -> None:
 
 def resize_image(rgb: UInt8, size: tuple[int, int]) -> UInt8:
     """Resize uint8 [H, W, 3] to [*size, 3] bilinearly, averaging over the source area when shrinking."""
-    return _resize(rgb, size, Image.Resampling.BILINEAR)
+    if rgb.shape[:2] == size:
+        return rgb
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: UInt8, size: tuple[int, int]) -> UInt8:
     """Resize class ids uint8 [H, W] to `size` by nearest neighbour."""
-    return _resize(mask, size, Image.Resampling.NEAREST)
-
-
-def _resize(array: UInt8, size: tuple[int, int], kernel: Image.Resampling) -> UInt8:
-    if array.shape[:2] == size:
-        return array
-    height, width = size
-    return np.array(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), kernel))
+    if mask.shape[:2] == size:
+        return mask
+    image = Image.fromarray(np.ascontiguousarray(mask))
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def _read(path: Path) -> bytes:

@@ -25,7 +25,6 @@ from multisa.runtime.imaging.decode import (
     MAX_PIXELS,
     DecodedImage,
     ImageInput,
-    decode_working_image,
     load_image,
     resize_mask,
 )
@@ -232,7 +231,7 @@ class BundlePredictor(Closeable):
 
     def decode(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
         """Decode an image file and reduce it to the working size. Raises ImageError."""
-        return decode_working_image(data, max_pixels=max_pixels, long_side=self._long_side)
+        return load_image(data, max_pixels=max_pixels, long_side=self._long_side)
 
     def close(self) -> None:
         """Free the memory of the graphs; calls are an error afterwards."""

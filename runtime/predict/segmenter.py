@@ -1,6 +1,7 @@
 """The trained segmenter: an image in, its mask out."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from multisa.runtime.predict.prediction import (
     Labels,
     Prediction,
     StageTimer,
-    timed,
 )
 from multisa.runtime.predict.uncertainty import histogram_disagreement
 
@@ -80,7 +80,7 @@ class Segmenter(BundlePredictor):
 
         The segmenter takes no image-level labels; `labels` is not looked at. Raises BackendError.
         """
-        with timed(timer, "segmenter"):
+        with timer.stage("segmenter") if timer else nullcontext():
             outputs = self.backends[0].backend.run(images)
         found, confidence = outputs["labels"], outputs["confidence"]
         if found.shape != images.shape[:3] or confidence.shape != images.shape[:3]:
@@ -104,12 +104,14 @@ class Segmenter(BundlePredictor):
         histograms = histograms[: len(classes)]
         sums = histograms @ np.arange(256)
         # Of each class in the mask, the background included: mean confidence over its pixels.
-        scores = {classes[i]: round(float(sums[i] / counts[i]) / 255, DECIMALS) for i in present}
+        scores: dict[str, float] = {}
+        for index in present:
+            scores[classes[index]] = round(float(sums[index] / counts[index]) / 255, DECIMALS)
         return Prediction(
             working_mask=mask,
             working_confidence=confidence,
             size=image.size,
-            classes=tuple(classes[i] for i in present if i > 0),
+            classes=tuple(scores)[1:] if present[0] == 0 else tuple(scores),
             manifest=self._manifest,
             disagreement=histogram_disagreement(histograms),
             details={"scores": scores},
