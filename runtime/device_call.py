@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.cuda.crf import problems_of
-from multisa.kernels.cuda.limits import bad_input
-from multisa.kernels.stencil import stencil_offsets
+from multisa.kernels.common.stencil import stencil_offsets
+from multisa.kernels.cuda.crf import CRF_ERRORS
+from multisa.kernels.cuda.device import STENCIL_ERRORS, describe_errors
 from multisa.runtime.device_slots import OutputLayout, Slot
 from multisa.runtime.engines.contract import UInt8
 from multisa.runtime.errors import EngineError, ImageError
@@ -136,7 +136,11 @@ class DeviceCall:
         output, start = self.slot.output, index * layout.stride
         walk, crf = output.host(start, (2,), np.uint32).tolist()
         if walk or crf:
-            said = "; ".join(text for text in (bad_input(walk), problems_of(crf)) if text)
+            said = "; ".join(
+                text
+                for text in (describe_errors(walk, STENCIL_ERRORS), describe_errors(crf, CRF_ERRORS))
+                if text
+            )
             return ImageError(f"post-processing: {said}")
         mask = output.host(start + layout.mask, self.size, np.uint8).copy()
         confidence = output.host(start + layout.confidence, self.size, np.uint8).copy()

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels import stencil_offsets
-from multisa.kernels.label_maps import confidence_levels
+from multisa.kernels import confidence_levels, stencil_offsets
 from multisa.runtime.bulk.method import DECIMALS, Annotation, Labels, StageClock
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.doubt import disagreement_of_no_class, disagreement_of_segmenter
@@ -193,7 +192,7 @@ def _affinity_for_the_walk(engine: Engine, radius: int) -> _Affinity:
     if not isinstance(engine, DeviceEngine):
         return _Affinity(engine.run)
     from multisa.kernels.cuda import calls
-    from multisa.kernels.cuda.limits import MAX_RADIUS
+    from multisa.kernels.cuda.device import MAX_RADIUS
     from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
 
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 from multisa.runtime.bulk.folder import CONFIG
 from multisa.runtime.bulk.job import Job
 from multisa.runtime.engines.choice import ENGINES, Choice

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, cast
 import pytest
 from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 from multisa.runtime.bulk import config
 from multisa.runtime.bulk import folder as folder_module
 from multisa.runtime.bulk.folder import CONFIG, JOURNAL, LOCK
