@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels import stencil_offsets
-from multisa.kernels.label_maps import confidence_levels
+from multisa.kernels import confidence_levels, stencil_offsets
 from multisa.runtime.backends.base import AFFINITY, CAM, AsyncBackend, Backend, DeviceBackend
 from multisa.runtime.backends.registry import AUTO, BackendRequest, SelectedBackend
 from multisa.runtime.bundle import Bundle, Manifest
@@ -297,7 +296,7 @@ def _affinity_for_the_walk(backend: Backend, radius: int) -> _Affinity:
     if not isinstance(backend, DeviceBackend):
         return _Affinity(backend.run)
     from multisa.kernels.cuda import calls
-    from multisa.kernels.cuda.limits import MAX_RADIUS
+    from multisa.kernels.cuda.device import MAX_RADIUS
     from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
 
     try:
