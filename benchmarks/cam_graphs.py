@@ -16,8 +16,8 @@ from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.engines.contract import CAM
-from multisa.training.cams import build_cam_network
 from multisa.training.config import load_config
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 
 SCALES = load_config("paper-resnet50").cam.scales
@@ -47,8 +47,8 @@ def random_network(preset: str, n_classes: int = N_CLASSES) -> MultiSACAM:
     """Network of a preset with random weights, in evaluation mode; its attention counts."""
     torch.manual_seed(0)
     config = load_config(preset, ["cam.weights=none"]).cam
-    network = build_cam_network(config, n_classes + 1).eval()
-    network.calibrate(network.backbone.normalise(photograph(256)))
+    network = create_model(config, n_classes + 1).eval()
+    network.fit_level_gain(network.backbone.normalise(photograph(256)))
     for beta in network.beta_parameters():
         beta.data.fill_(0.3)
     return network

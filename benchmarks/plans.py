@@ -40,14 +40,12 @@ from multisa.runtime.files import write_json_atomically
 from multisa.runtime.images import read_image, resize_image, working_size
 from multisa.runtime.palette import voc_palette
 from multisa.runtime.progress import say
-from multisa.training.affinity import build_affinity_net
 from multisa.training.affinity_net import head_stride
-from multisa.training.cams import build_cam_network
 from multisa.training.config import TrainConfig, load_config
 from multisa.training.inference import as_batch
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, SelfAttention
-from multisa.training.segmentation import build_segmenter
-from multisa.training.segmenter import SegmentPhotographs
+from multisa.training.segmenter import SegmentImages
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
 # (graph, target, what the library says): what TensorRT-RTX cannot build in any precision.
@@ -67,7 +65,7 @@ def photographs() -> list[np.ndarray]:
 def random_graphs(config: TrainConfig) -> Iterator[Graph]:
     """A preset's three networks with random weights, as `multisa export` would see them."""
     torch.manual_seed(0)
-    cam = build_cam_network(replace(config.cam, weights="none"), CLASSES)
+    cam = create_model(replace(config.cam, weights="none"), CLASSES)
     settle(cam)
     for layer in cam.attention:
         cast(SelfAttention, layer).beta.data.fill_(0.1)  # at 0, as it starts, attention would not be seen
@@ -76,13 +74,13 @@ def random_graphs(config: TrainConfig) -> Iterator[Graph]:
         MultiScaleCAM(cam, scales=config.cam.scales).eval(),
         MultiScaleCAM(FoldedMultiSACAM(cam), scales=config.cam.scales).eval(),
     )
-    affinity = build_affinity_net(replace(config.affinity, weights="none"))
+    affinity = create_model(replace(config.affinity, weights="none"))
     settle(affinity.backbone)
     wrapped = AffinityPhotographs(affinity, config.label.walk_radius).eval()
     yield Graph(AFFINITY, wrapped, wrapped)
-    segmenter = build_segmenter(replace(config.segmenter, weights="none"), CLASSES)
+    segmenter = create_model(replace(config.segmenter, weights="none"), CLASSES)
     settle(segmenter)
-    segment = SegmentPhotographs(segmenter).eval()
+    segment = SegmentImages(segmenter).eval()
     yield Graph(SEGMENTER, segment, segment)
 
 

@@ -23,7 +23,7 @@ SUBJECTS = (
     *("voc-animals", "segmenting", "labelling", "start_up", "pipeline", "kills", "journal", "doubt"),
     *("random_walk", "dense_crf", "encoding", "cam_head", "precisions", "plans"),
 )
-BACKGROUND_SAMPLE = 128  # as in training/calibration.py, which is not imported: it needs torch
+BACKGROUND_SAMPLE = 128  # as in training/thresholds.py, which is not imported: it needs torch
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the engine
 MIOU_TOLERANCE = 0.1  # percent: the bundle's weights are rounded to half precision
 START, STOP = "<!-- results: written by benchmarks/readme_results.py -->", "<!-- end of results -->"
@@ -61,11 +61,12 @@ def results_section(files: Files) -> str:
 
 
 def _conditions(run: dict[str, Any]) -> str:
-    cam, segmenter, photographs = run["config"]["cam"], run["config"]["segmenter"], run["photographs"]
+    cam, segmenter, photographs = run["config"]["cam"], run["config"]["segmenter"], run["images"]
     return _paragraph(
         f"Measured on {len(run['classes']) - 1} classes of PASCAL VOC 2012 and background:",
-        f"{photographs['weak']} photographs with image-level labels to train on; {photographs['train']} of",
-        "them have masks, on which the pseudo-masks are measured (image-level labels given);",
+        f"{photographs['train_images']} photographs with image-level labels to train on;",
+        f"{photographs['train']} of them have masks, on which the pseudo-masks are measured",
+        "(image-level labels given);",
         f"{photographs['val']} other photographs measure the segmenter and choose nothing.",
         f"Backbone {cam['backbone']}, {cam['schedule']['epochs']} epochs for each CAM network and",
         f"{segmenter['schedule']['epochs']} for DeepLabV3+, {run['threads']} CPU cores,",
@@ -125,7 +126,7 @@ def disagreements(files: Files, manifest_sha256: str) -> list[str]:
     if missing:
         return [*problems, f"pytorch-eager has no {', '.join(missing)}"]
     # Fewer photographs than the run measured have another mIoU.
-    if eager["photographs"] == run["photographs"]["val"] and abs(eager["miou"] - val) > MIOU_TOLERANCE:
+    if eager["photographs"] == run["images"]["val"] and abs(eager["miou"] - val) > MIOU_TOLERANCE:
         problems.append(f"PyTorch eager has mIoU {eager['miou']}, the run's val row {val}")
     if eager["label_agreement"] < LEAST_AGREEMENT:
         agreement = f"{eager['label_agreement']:.4%}"

@@ -25,15 +25,14 @@ from multisa.runtime.palette import IGNORE_INDEX
 from multisa.runtime.progress import Progress, say
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.versions import installed_versions
-from multisa.training.affinity import load_affinity_net
 from multisa.training.affinity_net import head_stride
-from multisa.training.cams import CHECKPOINT, load_cam_network
-from multisa.training.data import DataSet, Item
+from multisa.training.data import Dataset, Item
 from multisa.training.inference import as_batch, read_working_image
+from multisa.training.loop import CHECKPOINT
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM
 from multisa.training.pipeline import RunRecord
-from multisa.training.segmentation import load_segmenter
-from multisa.training.segmenter import SegmentPhotographs
+from multisa.training.segmenter import SegmentImages
 
 UInt8 = npt.NDArray[np.uint8]
 PREPROCESSING = (
@@ -66,7 +65,7 @@ class Graph:
 def export_bundle(
     run: RunRecord,
     root: Path,
-    dataset: DataSet,
+    dataset: Dataset,
     output: Path,
     *,
     photographs: int,
@@ -80,7 +79,7 @@ def export_bundle(
     answers differently, UsageError for another data set than the run's, and what `check_destinations` raises.
     """
     check_destinations(output, report)
-    if dataset.class_names != run.classes or dataset.weak_digest() != run.data_digest:
+    if dataset.class_names != run.classes or dataset.train_images_digest() != run.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {root} was trained on; give the same one")
     graphs = graphs_of_run(run, root)
     files: dict[str, bytes] = {}
@@ -92,7 +91,7 @@ def export_bundle(
             )
             bar.advance(note=graph.file)
     # Spread over the weak list: its photographs have the image-level labels that pseudo-masks need.
-    items = dataset.weak[:: max(len(dataset.weak) // photographs, 1)][:photographs]
+    items = dataset.train_images[:: max(len(dataset.train_images) // photographs, 1)][:photographs]
     parity = compare_with_networks(run, graphs, files, items)
     files[REPORT_NAME] = report_to_bytes({"fp32": parity.full_json()})
     if report:
@@ -130,11 +129,13 @@ def compare_with_networks(
 def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     """Load the three trained networks of the run in `root`, each as trained and as it is exported."""
     config, n_classes = run.config, len(run.classes)
-    cam = load_cam_network(config.cam, n_classes, run.folder(root, "cam") / CHECKPOINT)
-    affinity = load_affinity_net(config.affinity, run.folder(root, "affinity") / CHECKPOINT)
-    segmenter = load_segmenter(config.segmenter, n_classes, run.folder(root, "segmenter") / CHECKPOINT)
+    cam = create_model(config.cam, n_classes, checkpoint=run.folder(root, "cam") / CHECKPOINT)
+    affinity = create_model(config.affinity, checkpoint=run.folder(root, "affinity") / CHECKPOINT)
+    segmenter = create_model(
+        config.segmenter, n_classes, checkpoint=run.folder(root, "segmenter") / CHECKPOINT
+    )
     affinities = AffinityPhotographs(affinity, run.label.walk_radius).eval()
-    segment = SegmentPhotographs(segmenter).eval()
+    segment = SegmentImages(segmenter).eval()
     scales = config.cam.scales
     return (
         Graph(

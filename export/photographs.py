@@ -64,11 +64,11 @@ def read_photographs(
                 f"{root}: its classes are {', '.join(dataset.class_names)}, expected the bundle's, "
                 f"{', '.join(classes)}"
             )
-        labelled = spread(dataset.train or dataset.weak, count)
-        segmented = spread(dataset.val or dataset.weak, SEGMENTED * count)
+        labelled = spread(dataset.train or dataset.train_images, count)
+        segmented = spread(dataset.val or dataset.train_images, SEGMENTED * count)
         compared_on = {item.image for item in (*labelled, *segmented)}
-        others = [item for item in dataset.weak if item.image not in compared_on]
-        seen = spread(others or dataset.weak, CALIBRATION if calibrate else 0)
+        others = [item for item in dataset.train_images if item.image not in compared_on]
+        seen = spread(others or dataset.train_images, CALIBRATION if calibrate else 0)
         return Photographs(
             tuple(map(_of_item, seen)), tuple(map(_of_item, labelled)), tuple(map(_of_item, segmented))
         )

@@ -1,7 +1,7 @@
 """PyTorch networks out of a bundle, with the layers they were trained with: what eager PyTorch would run.
 
     network = segmenter_from_bundle(load_bundle(path))
-    labels, confidence = SegmentPhotographs(network)(photographs)
+    labels, confidence = SegmentImages(network)(photographs)
 
 A bundle's graphs are folded: batch norms are gone into the convolutions before them, the head of Multi-SA is
 multiplied out. The networks rebuilt here have every layer again, at the cost of the ones that were trained,
@@ -26,14 +26,12 @@ from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.errors import BundleError
 from multisa.runtime.records import record_from_dict
-from multisa.training.affinity import build_affinity_net
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone
-from multisa.training.cams import build_cam_network
 from multisa.training.config import TrainConfig
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.segmentation import build_segmenter
-from multisa.training.segmenter import DeepLabV3Plus, SegmentPhotographs
+from multisa.training.segmenter import DeepLabV3Plus, SegmentImages
 
 Network = TypeVar("Network", MultiSACAM, AffinityNet, DeepLabV3Plus)
 
@@ -64,7 +62,7 @@ def config_from_bundle(bundle: Bundle) -> TrainConfig:
 
 
 def segmenter_from_bundle(bundle: Bundle) -> DeepLabV3Plus:
-    """Rebuild DeepLabV3+ from segmenter.onnx, in evaluation mode: for `SegmentPhotographs`.
+    """Rebuild DeepLabV3+ from segmenter.onnx, in evaluation mode: for `SegmentImages`.
 
     Raises BundleError where graph and configuration are not of one network, UsageError for a backbone that
     timm does not have; so do the other two.
@@ -78,9 +76,9 @@ def segmenter_from_bundle(bundle: Bundle) -> DeepLabV3Plus:
         )
 
     def made() -> DeepLabV3Plus:
-        return build_segmenter(config, n_classes)
+        return create_model(config, n_classes)
 
-    state = _matched(stored, lambda: SegmentPhotographs(made()))
+    state = _matched(stored, lambda: SegmentImages(made()))
     return _loaded(made(), state, stored)
 
 
@@ -89,8 +87,8 @@ def affinity_from_bundle(bundle: Bundle) -> AffinityNet:
     config = replace(config_from_bundle(bundle).affinity, weights="none")
     radius = bundle.manifest.parameters.label.walk_radius
     stored = read_graph(bundle, AFFINITY)
-    state = _matched(stored, lambda: AffinityPhotographs(build_affinity_net(config), radius))
-    return _loaded(build_affinity_net(config), state, stored)
+    state = _matched(stored, lambda: AffinityPhotographs(create_model(config), radius))
+    return _loaded(create_model(config), state, stored)
 
 
 def cam_from_bundle(bundle: Bundle) -> MultiSACAM:
@@ -103,13 +101,13 @@ def cam_from_bundle(bundle: Bundle) -> MultiSACAM:
     stored = read_graph(bundle, CAM)
 
     def folded() -> MultiScaleCAM:
-        network = build_cam_network(config, n_classes)
+        network = create_model(config, n_classes)
         network.level_gain = torch.ones(len(network.level_gain), device="cpu")  # folding reads its numbers
         return MultiScaleCAM(FoldedMultiSACAM(network), scales=config.scales)
 
     state = _matched(stored, folded)
     backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
-    network = build_cam_network(config, n_classes)
+    network = create_model(config, n_classes)
     try:
         head = unfolded_head(state, len(config.taps))
     except ValueError as error:

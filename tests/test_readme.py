@@ -10,9 +10,9 @@ import pytest
 from multisa.benchmarks import readme_results
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli import COMMANDS
-from multisa.training.calibration import BACKGROUND_SAMPLE
 from multisa.training.checks import check_networks
 from multisa.training.config import load_config
+from multisa.training.thresholds import BACKGROUND_SAMPLE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from multisa.benchmarks.suite.eager_state import fed_plainly, load_segmenter
 from multisa.benchmarks.suite.gpu_memory import gpu_mib_of_this_process
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import EngineUnavailable
-from multisa.training.segmenter import SegmentPhotographs
+from multisa.training.segmenter import SegmentImages
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -28,7 +28,7 @@ class EagerSegmenter:
             raise EngineUnavailable(f"torch {torch.__version__} sees no GPU")
         torch.set_num_threads(threads)
         self._device = torch.device(contender.device)
-        network: nn.Module = SegmentPhotographs(load_segmenter(bundle, states)).eval().to(self._device)
+        network: nn.Module = SegmentImages(load_segmenter(bundle, states)).eval().to(self._device)
         self.model_bytes = sum(t.numel() * t.element_size() for t in network.state_dict().values())
         self._channels_last = contender.engine == CHANNELS_LAST
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -22,11 +22,9 @@ from multisa.export.unfold import (
     segmenter_from_bundle,
 )
 from multisa.runtime.bundle import Bundle, load_bundle
-from multisa.training.affinity import build_affinity_net
 from multisa.training.affinity_net import AffinityNet
-from multisa.training.cams import build_cam_network
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM
-from multisa.training.segmentation import build_segmenter
 from multisa.training.segmenter import DeepLabV3Plus
 
 UInt8 = npt.NDArray[np.uint8]
@@ -54,20 +52,20 @@ class States:
 def load_segmenter(bundle: Bundle, states: Path) -> DeepLabV3Plus:
     """DeepLabV3+ as it is trained, in evaluation mode."""
     config = replace(config_from_bundle(bundle).segmenter, weights="none")
-    network = build_segmenter(config, len(bundle.manifest.classes))
+    network = create_model(config, len(bundle.manifest.classes))
     return _with_state(network, states / "segmenter.safetensors")
 
 
 def load_cam(bundle: Bundle, states: Path) -> MultiSACAM:
     """The Multi-SA network, not folded, in evaluation mode."""
     config = replace(config_from_bundle(bundle).cam, weights="none")
-    return _with_state(build_cam_network(config, len(bundle.manifest.classes)), states / "cam.safetensors")
+    return _with_state(create_model(config, len(bundle.manifest.classes)), states / "cam.safetensors")
 
 
 def load_affinity(bundle: Bundle, states: Path) -> AffinityNet:
     """AffinityNet in evaluation mode."""
     config = replace(config_from_bundle(bundle).affinity, weights="none")
-    return _with_state(build_affinity_net(config), states / "affinity.safetensors")
+    return _with_state(create_model(config), states / "affinity.safetensors")
 
 
 def fed_plainly(images: UInt8) -> torch.Tensor:

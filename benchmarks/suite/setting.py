@@ -8,7 +8,7 @@ from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.benchmarks.suite.sample import Photograph
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import UsageError
-from multisa.training.data import DataSet, Item, read_dataset
+from multisa.training.data import Dataset, Item, read_dataset
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Setting:
     """The bundle, the data set, the engines and the effort of one run."""
 
     bundle: Bundle
-    dataset: DataSet
+    dataset: Dataset
     engines: tuple[str, ...]  # empty: all
     plans: Path | None
     effort: Effort
@@ -119,6 +119,6 @@ def make_setting(
     return setting
 
 
-def _photograph(dataset: DataSet, item: Item) -> Photograph:
+def _photograph(dataset: Dataset, item: Item) -> Photograph:
     assert item.mask is not None
     return Photograph(item.id, item.image, item.mask, tuple(dataset.class_names[i] for i in item.classes))

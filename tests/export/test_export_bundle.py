@@ -29,33 +29,33 @@ from multisa.runtime.errors import BundleError, ParityError, UsageError
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
-from multisa.training.data import DataSet, read_dataset
+from multisa.training.data import Dataset, read_dataset
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.pipeline import RunRecord, run_pipeline
+from multisa.training.pipeline import RunRecord, train
 
 TINY = Path(__file__).parents[1] / "training" / "tiny.toml"
 
 
 @pytest.fixture(scope="module")
-def dataset(voc_folder: Path) -> DataSet:
+def dataset(voc_folder: Path) -> Dataset:
     return read_dataset(voc_folder)
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
     root = tmp_path_factory.mktemp("run")
     overrides = ["cam_baseline=false", "cam.schedule.epochs=1", "segmenter.schedule.epochs=1"]
-    return run_pipeline(load_config(str(TINY), overrides), dataset, root), root
+    return train(load_config(str(TINY), overrides), dataset, root), root
 
 
 @pytest.fixture(scope="module")
 def exported(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path_factory: pytest.TempPathFactory
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     return export_bundle(*trained, dataset, tmp_path_factory.mktemp("out") / "bundle", photographs=3)
 
 
-def test_bundle_holds_what_the_runtime_needs(exported: Bundle, dataset: DataSet) -> None:
+def test_bundle_holds_what_the_runtime_needs(exported: Bundle, dataset: Dataset) -> None:
     manifest = load_bundle(exported.path).manifest
     assert manifest.classes == dataset.class_names
     assert manifest.metrics["parity"]["photographs"] == 3
@@ -105,7 +105,7 @@ def test_no_batch_norm_and_no_attention_matrix_is_left(exported: Bundle) -> None
 
 
 def test_a_graph_that_answers_differently_is_not_shipped(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Shifted(nn.Module):
         """Answers the next class: right everywhere a test of shapes and types looks."""
@@ -141,7 +141,7 @@ def test_a_run_without_its_checkpoints_is_one_line(
 
 
 def test_where_no_bundle_can_be_written_nothing_is_done_first(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def not_reached(*_: object) -> None:
         raise AssertionError("networks were loaded")
@@ -156,9 +156,9 @@ def test_where_no_bundle_can_be_written_nothing_is_done_first(
 
 
 def test_another_data_set_than_the_runs_is_refused(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path: Path
 ) -> None:
-    other = replace(dataset, weak=dataset.weak[1:])
+    other = replace(dataset, train_images=dataset.train_images[1:])
     with pytest.raises(UsageError, match="not the data set"):
         export_bundle(*trained, other, tmp_path / "bundle", photographs=1)
 

@@ -27,14 +27,12 @@ from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.engines.ort import OnnxRuntimeEngine
 from multisa.runtime.images import read_image, resize_image, working_size
-from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import Backbone
-from multisa.training.cams import build_cam_network
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.inference import as_batch
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.segmentation import build_segmenter
-from multisa.training.segmenter import SegmentPhotographs
+from multisa.training.segmenter import SegmentImages
 
 LONG_SIDE = 160  # of the photographs here; the networks take every size
 # Largest differences of float32 in another order of additions; labels: share of pixels that may differ.
@@ -50,7 +48,7 @@ def module_of(bundle: Bundle, contract: GraphContract) -> nn.Module:
     """The rebuilt network with the interface of the graph."""
     parameters = bundle.manifest.parameters
     if contract is SEGMENTER:
-        return SegmentPhotographs(segmenter_from_bundle(bundle))
+        return SegmentImages(segmenter_from_bundle(bundle))
     if contract is AFFINITY:
         return AffinityPhotographs(affinity_from_bundle(bundle), parameters.label.walk_radius)
     return MultiScaleCAM(cam_from_bundle(bundle), scales=parameters.cam_scales)
@@ -90,9 +88,9 @@ def layers_of(network: nn.Module) -> list[tuple[str, type, list[tuple[str, torch
 def test_packaged_networks_have_the_layers_and_cost_of_trained_ones(packaged: Bundle) -> None:
     config, n_classes = config_from_bundle(packaged), len(packaged.manifest.classes)
     trained = (
-        build_cam_network(replace(config.cam, weights="none"), n_classes),
-        build_affinity_net(replace(config.affinity, weights="none")),
-        build_segmenter(replace(config.segmenter, weights="none"), n_classes),
+        create_model(replace(config.cam, weights="none"), n_classes),
+        create_model(replace(config.affinity, weights="none")),
+        create_model(replace(config.segmenter, weights="none"), n_classes),
     )
     rebuilt = (
         cam_from_bundle(packaged),
@@ -183,7 +181,7 @@ def test_split_attention_goes_round(packaged: Bundle, tmp_path: Path) -> None:
     # Convolutions with a bias before their norm, others without a norm, groups; a head without taps.
     config = CamConfig(backbone="resnest14d", weights="none", taps=(), scales=(1.0,))
     torch.manual_seed(0)
-    network = shuffled(build_cam_network(config, 4))
+    network = shuffled(create_model(config, 4))
     module = MultiScaleCAM(FoldedMultiSACAM(network), scales=config.scales)
     bundle = bundle_of(packaged, tmp_path, TrainConfig(cam=config), exported(CAM, module), 4)
     assert_same_answers(bundle, CAM, photographs())

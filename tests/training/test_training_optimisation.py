@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from multisa.training import loop
+from multisa.training.affinity_net import affinity_loss
 from multisa.training.backbones import Backbone
 from multisa.training.config import Schedule
 from multisa.training.loop import LoopOptions, train_network
-from multisa.training.losses import affinity_loss, multilabel_soft_margin, segmentation_loss
+from multisa.training.multi_sa import multilabel_soft_margin
+from multisa.training.segmenter import segmentation_loss
 
 
 def test_soft_margin_is_equation_10() -> None:
