@@ -86,7 +86,8 @@ def affinity_labels(
 def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path) -> Mapping[str, Any]:
     """Train AffinityNet on the affinity labels of the train images."""
     torch.manual_seed(config.seed)
-    schedule, radius = config.affinity.schedule, config.affinity.training_radius
+    schedule = config.affinity.schedule
+    radius = config.affinity.training_radius
     device = torch_device(config)
     network = create_model(config.affinity).to(device)
     samples = AugmentedImages(

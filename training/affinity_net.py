@@ -96,7 +96,7 @@ def head_stride(head: str) -> int:
 class AffinityNet(nn.Module):
     """A backbone with one of the two heads.
 
-    The boundary head trains on a frozen backbone (irn detaches every level); the feature head trains it, too.
+    The boundary head trains on a frozen backbone (irn detaches every level); the feature head also trains it.
     """
 
     def __init__(self, backbone: Backbone, *, head: str) -> None:
@@ -142,8 +142,9 @@ def inside_grid(like: Tensor, radius: int) -> Tensor:
     offsets = torch.tensor(stencil_offsets(radius), device=like.device)
     rows = torch.arange(height, device=like.device) + offsets[:, :1]
     columns = torch.arange(width, device=like.device) + offsets[:, 1:]
-    below, beside = rows < height, (columns >= 0) & (columns < width)
-    return (below[:, :, None] & beside[:, None, :])[None].to(like.dtype)
+    row_inside = rows < height
+    column_inside = (columns >= 0) & (columns < width)
+    return (row_inside[:, :, None] & column_inside[:, None, :])[None].to(like.dtype)
 
 
 def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:

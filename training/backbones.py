@@ -148,8 +148,8 @@ def _features_of(timm: Any, name: str, pretrained: bool, output_stride: int) -> 
 
 
 def _undilate(convolution: nn.Conv2d) -> None:
-    kernel, dilation = convolution.kernel_size[0], convolution.dilation[0]
-    if dilation > 1:
+    kernel = convolution.kernel_size[0]
+    if convolution.dilation[0] > 1:
         convolution.dilation = (1, 1)
         if not isinstance(convolution.padding, str) and convolution.padding[0] > 0:
             convolution.padding = ((kernel - 1) // 2,) * 2

@@ -56,7 +56,8 @@ def check_ground_truth(items: Iterable[Item], n_classes: int) -> None:
 
 
 def _check_label(config: TrainConfig, dataset: Dataset) -> None:
-    gains, foreground = config.label.class_gain, len(dataset.class_names) - 1
+    gains = config.label.class_gain
+    foreground = len(dataset.class_names) - 1
     if len(gains) not in (0, foreground):
         raise UsageError(
             f"label.class_gain: got {len(gains)} numbers, expected {foreground}, one for each foreground "

@@ -22,7 +22,7 @@ VOC_CLASSES = (
     "tvmonitor",
 )  # fmt: skip
 MAX_CLASSES = 255  # ids of one byte, background counted; 255 itself marks pixels to ignore
-MAX_ANNOTATION_BYTES = 1_000_000  # VOC's own are a few kilobytes; XML parsers need a limit
+MAX_ANNOTATION_BYTES = 1_000_000  # VOC's own annotations have a few kilobytes
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class Dataset:
     root: Path
     class_names: tuple[str, ...]  # background first
     train_images: tuple[Item, ...]  # the networks train on these, with image-level labels
-    train: tuple[
-        Item, ...
-    ]  # VOC's list "train": those of `train_images` with masks to measure on; may be empty
+    train: tuple[Item, ...]  # VOC's list "train": the train images with masks to measure on; may be empty
     val: tuple[Item, ...]  # images with masks that the segmenter is evaluated on at the end; may be empty
 
     @property

@@ -17,6 +17,7 @@ from multisa.training.backbones import Backbone
 MINIMUM_MAGNITUDE = 1e-6  # keeps the gain of a level that is zero everywhere finite
 PEAK_EPSILON = 1e-5  # as in irn: a class without any evidence stays near zero instead of dividing by it
 ATTENTION_GAIN = 0.3  # size of the initial queries and keys relative to their input
+CLASSIFIER_STD = 0.001  # of the initial weights: logits start near zero
 
 
 class SelfAttention(nn.Module):
@@ -29,7 +30,9 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         """Build the three projections for `channels` input channels."""
         super().__init__()
-        self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(3))
+        self.query = nn.Conv2d(channels, channels, 1, bias=False)
+        self.key = nn.Conv2d(channels, channels, 1, bias=False)
+        self.value = nn.Conv2d(channels, channels, 1, bias=False)
         self.beta = nn.Parameter(torch.zeros(()))
         # Small at first: the logits are not scaled, and a softmax that starts one-hot hardly learns.
         for layer in (self.query, self.key):
@@ -72,8 +75,7 @@ class MultiSACAM(nn.Module):
         self.classifier = nn.Conv2d(stacked if taps else backbone.channels[-1], n_classes, 1, bias=False)
         if self.fuse is not None:
             nn.init.kaiming_normal_(self.fuse.weight, nonlinearity="linear")
-        # Small: logits start near zero.
-        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.normal_(self.classifier.weight, std=CLASSIFIER_STD)
         self.register_buffer("level_gain", torch.ones(levels))
 
     def fit_level_gain(self, image: Tensor) -> None:
@@ -149,12 +151,13 @@ class MultiScaleCAM(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N, H, W, 3] -> cam float32 [N, C, ceil(H/4), ceil(W/4)], scores float32 [N, C]."""
-        batch, height, width = image.shape[0], image.shape[1], image.shape[2]
+        batch, height, width, _ = image.shape
         backbone = self.network.backbone
         assert isinstance(backbone, Backbone)
         normalised = backbone.normalise(image)
         grid = ((height + 3) // 4, (width + 3) // 4)
-        maps, logits = [], []
+        maps: list[Tensor] = []
+        logits: list[Tensor] = []
         for scale in self.scales:
             scaled = _rescale(normalised, scale)
             both = self.network(torch.cat([scaled, scaled.flip(-1)]))

@@ -51,7 +51,8 @@ def train_segmenter(
             f"{masks.folder}: the pseudo-masks would be the ground truth; choose another run folder"
         )
     torch.manual_seed(config.seed)
-    n_classes, schedule = len(dataset.class_names), config.segmenter.schedule
+    n_classes = len(dataset.class_names)
+    schedule = config.segmenter.schedule
     device = torch_device(config)
     network = create_model(config.segmenter, n_classes).to(device)
     if config.segmenter.start_from_cam:
@@ -78,7 +79,8 @@ def evaluate_segmenter(
     config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path
 ) -> Mapping[str, Any]:
     """Segment the val list with the PyTorch network, write ID.png and score them."""
-    n_classes, palette = len(dataset.class_names), dataset.mask_palette
+    n_classes = len(dataset.class_names)
+    palette = dataset.mask_palette
     device = torch_device(config)
     network = create_model(config.segmenter, n_classes, checkpoint=trained.folder / CHECKPOINT)
     inference = SegmentImages(network).to(device)

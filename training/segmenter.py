@@ -46,7 +46,8 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> logits [N, n_classes, ceil(H/4), ceil(W/4)]."""
         levels = self.backbone(image)
-        deep, fine = levels[-1], levels[self.fine_level]
+        deep = levels[-1]
+        fine = levels[self.fine_level]
         pooled = self.pooled(deep.mean((-2, -1), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
         mixed = self.project(torch.cat([*(branch(deep) for branch in self.pyramid), pooled], 1))
         raised = functional.interpolate(mixed, size=fine.shape[-2:], mode="bilinear", align_corners=False)

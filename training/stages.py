@@ -172,8 +172,8 @@ def make_pseudo_labels(stages: RunStages, *, paper_protocol: bool = False) -> Ps
 
     When the data set has no masks, nothing is measured, and the plain CAM (which is only measured) is left
     out. The paper's protocol (dense CRF, one background score chosen on the train masks) is measured in
-    addition to the run's own masks when those have class gains chosen on these masks; with `paper_protocol`,
-    whenever those are made in any other way.
+    addition to the run's own masks when those have class gains chosen on the same masks; with
+    `paper_protocol`, whenever those follow any other protocol.
     """
     config, dataset = stages.config, stages.dataset
     measured: list[Measurement] = []

@@ -26,9 +26,8 @@ from multisa.training.stage_cache import Stage
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
-# Background scores compared after the dense CRF, relative to the best one before it: 0.02 apart, which mIoU
-# still tells apart, and further down than up, because the CRF smooths away thin parts that a lower score
-# keeps.
+# Background scores compared after the dense CRF, relative to the best one before it. They reach further down
+# than up, because the CRF smooths away thin parts, which a lower score keeps.
 BACKGROUND_OFFSETS = (-0.08, -0.06, -0.04, -0.02, 0.0, 0.02, 0.04)
 # Images of the train list that this comparison uses at most: each of them runs the dense CRF once per score.
 BACKGROUND_SAMPLE = 128

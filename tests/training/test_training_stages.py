@@ -13,7 +13,7 @@ from torch import nn
 
 from multisa.runtime.cli import root as root_command
 from multisa.runtime.errors import DatasetError, MultisaError, UsageError
-from multisa.runtime.images import read_mask
+from multisa.runtime.images import read_mask, resize_mask
 from multisa.runtime.metrics import confusion_matrix, mean_iou
 from multisa.training.affinity import affinity_labels
 from multisa.training.augment import AugmentedImages, random_crop
@@ -78,6 +78,27 @@ def test_unknown_preset_is_an_error() -> None:
         load_config("resnet9000")
 
 
+LATIN_1 = "caf\xe9\n".encode("latin-1")
+
+
+def test_a_preset_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b'name = "' + LATIN_1.strip() + b'"\n')
+    with pytest.raises(UsageError, match=r"mine\.toml: is not UTF-8 text .*; save it as UTF-8"):
+        load_config(str(path))
+    path.write_text('\ufeffname = "café"\n', encoding="utf-8")  # some editors write a byte order mark
+    assert load_config(str(path)).name == "café"
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "ImageSets/Segmentation/train_aug.txt"])
+def test_a_data_set_that_is_not_utf_8_is_an_error(voc_folder: Path, tmp_path: Path, name: str) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    (root / name).write_bytes((root / name).read_bytes() + b"\n" + LATIN_1)
+    with pytest.raises(DatasetError, match=rf"{name}: is not UTF-8 text .*; save it as UTF-8"):
+        read_dataset(root)
+
+
 def test_voc_layout(voc_folder: Path) -> None:
     dataset = read_dataset(voc_folder)
     assert (len(dataset.train_images), len(dataset.train), len(dataset.val)) == (8, 6, 4)
@@ -134,6 +155,22 @@ def test_samples_depend_only_on_seed_epoch_and_index(voc_folder: Path) -> None:
     assert torch.equal(samples[2][0], image)
     samples.set_epoch(1)
     assert not torch.equal(samples[2][0], image)
+
+
+def test_masks_are_resized_to_the_grid_by_the_dataset(voc_folder: Path) -> None:
+    dataset, folder = read_dataset(voc_folder), voc_folder / "SegmentationClass"
+    schedule = Schedule(crop=66, resize=(48, 128))
+    full, small = (
+        AugmentedImages(
+            dataset.train_images, schedule, TrainConfig(), n_classes=3, masks=folder, mask_stride=stride
+        )
+        for stride in (1, 4)
+    )
+    for index in range(len(full)):
+        image, mask = full[index]
+        same_image, resized = small[index]
+        assert torch.equal(image, same_image) and mask.shape == (66, 66)
+        assert np.array_equal(resized.numpy(), resize_mask(mask.numpy(), (17, 17)))
 
 
 def test_crop_keeps_image_and_mask_together() -> None:

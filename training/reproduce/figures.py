@@ -121,7 +121,8 @@ def _figure4(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
     whole = (network, create_model(plain, n_classes, checkpoint=baseline.folder / CHECKPOINT))
     device = torch_device(config)
     passes = [MultiScaleCAM(part, scales=config.cam.scales).to(device) for part in (*parts, *whole)]
-    strips, shares = [], [torch.empty(0, len(parts))]
+    strips: list[Strip] = []
+    shares = [torch.empty(0, len(parts))]
     for item in items:
         rgb = read_working_image(item, config.long_side)
         with torch.inference_mode():
