@@ -74,7 +74,7 @@ def per_class_rows(names: tuple[str, ...], val: Row) -> list[TableRow]:
         columns = zip(*((row.paper, *row.other_methods) for row in both), strict=True)
         means = _paper_figures([_mean(column) for column in columns])
         ours = val.miou if len(both) == len(rows) else _mean([row.ours for row in both])
-        rows.append(TableRow(f"mean of {len(both)} classes of both", ours, *means))
+        rows.append(TableRow(f"mean of {len(both)} shared classes", ours, *means))
     own = TableRow(f"mIoU (ours {len(names)}, paper {paper.CLASSES})", val.miou, *printed, comparable=False)
     return [*rows, own]
 
