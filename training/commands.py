@@ -62,9 +62,9 @@ def train(data: Path, preset: str, labels: Path | None, output: Path, overrides:
 
     Example: multisa train --data VOC2012 --preset lite0 -o runs/voc
     """
-    from multisa import training
+    from multisa.training import load_config, read_dataset, train
 
-    run = training.train(training.load_config(preset, overrides), training.read_dataset(data, labels), output)
+    run = train(load_config(preset, overrides), read_dataset(data, labels), output)
     click.echo(run.format_table())
     click.echo(f"{run.seconds / 60:.0f} minutes in total; details: {output / 'run.json'}")
 
@@ -112,10 +112,8 @@ def reproduce(
 
     Example: multisa reproduce table2 --data VOC2012 --preset lite0 -o runs/voc
     """
-    from multisa import training
+    from multisa.training import load_config, read_dataset, reproduce_paper
 
-    config, dataset = training.load_config(preset, overrides), training.read_dataset(data, labels)
-    text = training.reproduce_paper(
-        what, config, dataset, output, num_images=num_images, image_list=image_list
-    )
-    click.echo(text)
+    config = load_config(preset, overrides)
+    dataset = read_dataset(data, labels)
+    click.echo(reproduce_paper(what, config, dataset, output, num_images=num_images, image_list=image_list))

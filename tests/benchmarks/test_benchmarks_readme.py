@@ -74,7 +74,7 @@ def files() -> dict[str, Any]:
     return {
         "voc-animals": {
             "rows": [{"measured_on": "train", "miou": 1.0}, {"measured_on": "val", "miou": 61.22}],
-            "photographs": {"val": 223},
+            "images": {"val": 223},
         },
         "segmenting": suite
         | {
