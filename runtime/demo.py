@@ -1,6 +1,5 @@
-"""The demonstration: label and segment the images of the package, side by side on one page."""
+"""`multisa demo`: label and segment the images of the package, and show both results on one page."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
-from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.imaging.decode import read_image, read_mask
 from multisa.runtime.jobs.monitor import check_failures
@@ -25,13 +23,14 @@ from multisa.runtime.report.pictures import (
     clear_pictures,
     picture_path,
     write_image,
+    write_jpeg,
     write_overlay,
 )
 
 IMAGES = Path(__file__).parent / "demo_images"
 RUNS = ("label", "segment")
 CAPTIONS = {PHOTO: "image", "label": "multisa label", "segment": "multisa segment"}
-COLUMN_WIDTH = 360  # pixels of the contact sheet, as the following
+COLUMN_WIDTH = 360  # pixels of the contact sheet, like those below
 CAPTION_HEIGHT = 32
 CAPTION_SIZE = 18
 GAP = 4  # between rows and between columns
@@ -40,8 +39,8 @@ GAP = 4  # between rows and between columns
 def run_demo(out: Path, bundle: Bundle, request: BackendRequest) -> dict[str, RunSummary]:
     """Write OUT/label, OUT/segment, OUT/index.html and the contact sheet OUT/demo.jpg.
 
-    Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
-    TooManyFailures, before it makes page and sheet, if any image failed.
+    Returns the summary of each run. A bundle with other classes than the demo's labels derives them from
+    scores. Raises TooManyFailures, before writing page and sheet, if any image failed.
     """
     labels: Path | None = IMAGES / "labels.csv"
     try:
@@ -71,7 +70,7 @@ def run_demo(out: Path, bundle: Bundle, request: BackendRequest) -> dict[str, Ru
 
 
 def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) -> None:
-    """Write OUT/index.html: the images with the masks of both runs; facts are those of `segment`."""
+    """Write OUT/index.html: the images with the masks of both runs, and the figures of `segment`."""
     clear_pictures(out)
     cards = []
     for record in sorted(records, key=lambda record: (-record["uncertainty"], record["index"])):
@@ -89,7 +88,7 @@ def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) ->
 
 
 def _write_contact_sheet(out: Path, indices: list[int]) -> None:
-    """Write one picture: a captioned column for each panel, a row for each image."""
+    """Write one picture: a captioned column for each kind of picture, a row for each image."""
     rows = [[_read_picture(out, index, kind) for kind in CAPTIONS] for index in indices]
     height = CAPTION_HEIGHT + sum(row[0].height for row in rows) + GAP * (len(rows) - 1)
     sheet = Image.new("RGB", (COLUMN_WIDTH * len(CAPTIONS) + GAP * (len(CAPTIONS) - 1), height), "white")
@@ -101,13 +100,11 @@ def _write_contact_sheet(out: Path, indices: list[int]) -> None:
         for row in rows:
             sheet.paste(row[column], (left, top))
             top += row[column].height + GAP
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=90)
-    write_bytes_atomically(out / "demo.jpg", buffer.getvalue())
+    write_jpeg(out / "demo.jpg", sheet, quality=90)
 
 
 def _read_picture(out: Path, index: int, kind: str) -> Image.Image:
-    """One panel of one image, as wide as its column."""
+    """Read one picture of one image, scaled to the column's width."""
     with Image.open(out / picture_path(index, kind)) as picture:
         height = round(picture.height * COLUMN_WIDTH / picture.width)
         return picture.resize((COLUMN_WIDTH, height), Image.Resampling.LANCZOS)

@@ -1,32 +1,36 @@
-"""How many processors this process may use, which in a container is often fewer than the machine has."""
+"""The machine: usable CPUs, the processor, and the versions of installed packages."""
 
 import math
 import os
+import platform
+import re
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def usable_cpus() -> int:
-    """Processors that the affinity of the process and the quotas of its cgroups leave it, at least 1.
+    """Number of CPUs that this process may use, at least 1; in a container often fewer than the machine has.
 
-    A quota of a part of a processor counts as a whole one. Quotas are those of cgroup v2 (`cpu.max`,
-    https://docs.kernel.org/admin-guide/cgroup-v2.html), which every group above has, too.
+    The limits are the affinity of the process and the quotas of its cgroup and all parents, rounded up
+    (`cpu.max` of cgroup v2, https://docs.kernel.org/admin-guide/cgroup-v2.html).
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min((affinity, *map(math.ceil, _quotas()))))
 
 
 def _quotas() -> Iterator[float]:
-    """Processors that each of the groups of this process may use, where it has a limit."""
+    """The CPU quotas of this process's cgroup and its parents, of those that have one."""
     try:
         lines = _MEMBERSHIP.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
-        if line.startswith("0::"):  # version 2; the others have numbers
+        if line.startswith("0::"):  # cgroup v2; version 1 has numbers
             own = _CGROUPS / line.removeprefix("0::").lstrip("/")
             for folder in (own, *own.parents):
                 if folder.is_relative_to(_CGROUPS):
@@ -38,11 +42,30 @@ def _quota(path: Path) -> Iterator[float]:
         limit, period = path.read_text(encoding="ascii").split()
         if limit != "max":
             yield int(limit) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # the topmost group has none
+    except (OSError, ValueError, ZeroDivisionError):  # the root group has none
         return
 
 
-# Packages that come under several names, which hold the same modules: the name for people, all others.
+def processor_name() -> str:
+    """Model of the processor: "AMD EPYC 9575F 64-Core Processor"."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
+    return match[1] if match else platform.processor() or "unknown processor"
+
+
+def processor_features() -> frozenset[str]:
+    """Instruction-set flags of the processor, as Linux names them ("avx2"); empty if unknown."""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
+    return frozenset(match[1].split() if match else ())
+
+
+def _cpu_info() -> str:
+    try:
+        return _CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ""
+
+
+# Packages that are distributed under several names with the same modules: usual name -> all names.
 _ALIASES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings"),
@@ -51,7 +74,7 @@ _ALIASES = {
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Version of each package that is installed, by the name it is installed under."""
+    """Versions of the installed packages among `names`, by the name they are installed under."""
     found = {}
     for name in names:
         for alias in _ALIASES.get(name, (name,)):

@@ -61,7 +61,7 @@ class SelectedBackend:
 
     def to_json(self) -> dict[str, Any]:
         """For run.json."""
-        record = {"engine": self.backend.name, "precision": self.precision, "reason": self.reason}
+        record = {"backend": self.backend.name, "precision": self.precision, "reason": self.reason}
         return record | ({"detail": self.backend.detail} if isinstance(self.backend, DetailedBackend) else {})
 
 

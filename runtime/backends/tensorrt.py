@@ -173,7 +173,7 @@ class _EngineLoader:
                 "%s: the engine was tuned on %s and may be slow on %s: %s",
                 name, stored.key.gpu, gpu, self.remedy,
             )  # fmt: skip
-        _LOGGER.info("%s: %s on %s", name, stored.path, gpu)
+        _LOGGER.debug("%s: %s on %s", name, stored.path, gpu)
 
 
 def _digest_of_graph(bundle: Bundle, contract: GraphContract, precision: str) -> str:

@@ -21,7 +21,7 @@ from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import FAILURES, RECORDS
 from multisa.runtime.report.pictures import clear_pictures
-from multisa.runtime.report.report import write_report
+from multisa.runtime.report.report import ReportData, write_report
 from multisa.runtime.report.summary import group_failures
 from multisa.runtime.sources.base import Source
 from multisa.runtime.writers.base import Writer, shard_path, tar_key
@@ -162,12 +162,14 @@ def write_page(
         pictures = _Pictures(job, snapshot, shard_size, source)
         write_report(
             job.out,
-            records=_lines(job.out / LABELS_FILE),
-            run=run,
-            failures=_lines(job.out / FAILED_FILE),
-            manifest=manifest,
-            read_image=pictures.image,
-            read_mask=pictures.mask,
+            ReportData(
+                manifest,
+                run,
+                records=_lines(job.out / LABELS_FILE),
+                failures=_lines(job.out / FAILED_FILE),
+                read_image=pictures.image,
+                read_mask=pictures.mask,
+            ),
             report_images=report_images if {"masks", "tar"} & set(job.writers) else 0,
         )
 

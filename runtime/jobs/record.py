@@ -97,7 +97,7 @@ def run_record(
         "stage_workers": {name: summary.width.threads_of(name) for name in sorted(summary.stage_seconds)},
         "cores": summary.width.cores,
         "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
-        "engines": executor.backends(),
+        "backends": executor.backends(),
         "versions": {"python": platform.python_version(), **versions},
     }
 

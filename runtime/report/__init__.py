@@ -1,1 +1,1 @@
-"""What came out of a run: report.html with the uncertain images first, and the run in a few lines of text."""
+"""The report of a run: report.html with the most uncertain images first, and a summary as text."""

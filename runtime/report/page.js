@@ -1,5 +1,5 @@
 "use strict";
-// Filters, order and keys of the gallery. Without this the cards stand as they are, the most uncertain first.
+// Filters, sorting and keyboard control of the gallery. Without scripts the cards stay, most uncertain first.
 (() => {
   const facts = JSON.parse(document.getElementById("facts").textContent);
   const gallery = document.querySelector("main");
@@ -19,7 +19,7 @@
   function apply() {
     const part = control("by-id").value.toLowerCase();
     const name = control("by-class").value;
-    // Uncertainty is shown with two decimals; a limit typed as shown takes in what is shown so.
+    // Uncertainty is shown with two decimals; a typed limit includes what rounds to it.
     const least = number("least", 0) - 0.005;
     const most = number("most", 1) + 0.005;
     const missing = control("only-missing").checked;
@@ -49,7 +49,7 @@
     const here = elements[at];
     if (key === "ArrowRight") return elements[at + 1];
     if (key === "ArrowLeft") return elements[at - 1];
-    // The card of the next row that is nearest sideways.
+    // The horizontally nearest card of the next row.
     const rows = elements.filter((element) =>
       key === "ArrowDown" ? element.offsetTop > here.offsetTop : element.offsetTop < here.offsetTop);
     const tops = rows.map((element) => element.offsetTop);

@@ -1,6 +1,7 @@
-"""The page as one static file: nothing is loaded but the pictures beside it, and it works without scripts.
+"""Render the report as one static file.
 
-Styles and script stand in the page, with a policy that lets no other script run, whatever a name holds.
+It loads nothing but the pictures beside it, and works without scripts. Styles and script are inlined, under a
+content security policy that lets no other script run, whatever the names of images and classes contain.
 """
 
 import base64
@@ -19,9 +20,9 @@ from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.progress import pluralize
 from multisa.runtime.report.summary import (
     BINS,
-    Gathered,
     ReasonGroup,
     RunFigures,
+    RunStatistics,
     busy_shares,
     describe_duration,
     describe_limit,
@@ -29,7 +30,11 @@ from multisa.runtime.report.summary import (
 
 Colours = Mapping[str, Sequence[int]]
 
-SMALLEST_SHARE = 0.0005  # of an image's pixels that the page names a class with: less would be 0.0 %
+MIN_SHARE = 0.0005  # of an image's pixels; classes below are not shown, they would read 0.0%
+
+_ASSETS = Path(__file__).parent
+# Characters that could end a script element or, in older parsers, a line of script.
+_UNSAFE_IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class Picture:
     """One picture of a card."""
 
     caption: str
-    kind: str  # "photo" or "overlay": what the view of the page shows or hides
-    path: str  # below the page's folder, "/" between its parts
+    kind: str  # "photo" or "overlay": what the page's "show" control toggles
+    path: str  # relative to the page's folder, with "/"
 
 
 @dataclass(frozen=True)
@@ -47,45 +52,79 @@ class Card:
 
     record: Mapping[str, Any]  # its line of labels.jsonl
     pictures: tuple[Picture, ...]
-    mask: str  # path of the mask below the page's folder; empty where there is none to link to
-    sample: bool = False  # stands for the images that are not uncertain
+    mask: str  # path of the mask relative to the page's folder; empty if there is no file to link to
+    sample: bool = False  # sampled from all images, not among the most uncertain
+
+
+@dataclass(frozen=True)
+class Page:
+    """The content of one page."""
+
+    title: str
+    subtitle: str  # one line under it, as text
+    cards: tuple[Card, ...]
+    images: int  # of the run; more than there are cards when only some are pictured
+    sections: str = ""  # HTML, already escaped
+
+
+def write_page(path: Path, page: Page, manifest: Manifest) -> None:
+    """Write the page to `path` atomically; the pictures of its cards must lie beside it."""
+    background = manifest.classes[0]
+    colours = dict(zip(manifest.classes, manifest.palette, strict=True))
+    shown = {name for card in page.cards for name in shown_shares(card.record, background)}
+    script = _asset("page.js")
+    text = Template(_asset("page.html")).substitute(
+        title=escape(page.title),
+        subtitle=escape(page.subtitle),
+        style=_asset("page.css"),
+        script=script,
+        script_hash=_hash(script),
+        panels=max((len(card.pictures) for card in page.cards), default=1),
+        legend="".join(render_chip(name, colours) for name in manifest.foreground if name in shown),
+        options="".join(f"<option>{escape(name)}</option>" for name in manifest.foreground if name in shown),
+        sections=page.sections,
+        gallery=_gallery_title(page),
+        cards="\n".join(render_card(card, colours, background) for card in page.cards),
+        facts=json_for_script([card_facts(card, background) for card in page.cards]),
+    )
+    write_bytes_atomically(path, text.encode(errors="replace"))
 
 
 def shown_shares(record: Mapping[str, Any], background: str) -> dict[str, float]:
-    """The classes that the page names of an image, and their shares of its pixels, the largest first."""
+    """The classes shown for an image and their shares of its pixels, largest first."""
     shares = record["pixel_shares"].items()
-    named = [(n, share) for n, share in shares if n != background and share >= SMALLEST_SHARE]
+    named = [(n, share) for n, share in shares if n != background and share >= MIN_SHARE]
     return dict(sorted(named, key=lambda item: (-item[1], item[0])))
 
 
 def render_card(card: Card, colours: Colours, background: str) -> str:
-    """One <article>. colours: of every class of the bundle; background: the name of class 0."""
+    """Render one <article>. colours: of every class of the bundle; background: the name of class 0."""
     record = card.record
     image = escape(str(record["image"]))
     shares = shown_shares(record, background)
     bar = "".join(f'<i style="width:{share:.2%};{_paint(colours, n)}"></i>' for n, share in shares.items())
     chips = "".join(render_chip(n, colours, f"{share:.1%}") for n, share in shares.items())
     missing = "".join(render_chip(str(n), colours) for n in record.get("missing", ()))
-    lost = f'<p class="chips missing"><span>given, not found</span>{missing}</p>' if missing else ""
+    not_found = f'<p class="chips missing"><span>labelled, not found</span>{missing}</p>' if missing else ""
     ratio = f"{int(record['width'])}/{int(record['height'])}"
     pictures = "".join(_picture(picture, image) for picture in card.pictures)
     return (
         f'<article id="card-{int(record["index"])}" tabindex="0" aria-label="{image}">'
         f'<div class="panels" style="--ratio:{ratio}">{pictures}</div><div class="bar">{bar}</div>'
         f'<h3 title="{image}">{image}</h3>{_marks(card)}'
-        f'<p class="chips">{chips or "<span>background only</span>"}</p>{lost}'
+        f'<p class="chips">{chips or "<span>background only</span>"}</p>{not_found}'
         f'<p class="facts">{_facts(card)}</p></article>'
     )
 
 
 def render_chip(name: str, colours: Colours, amount: str = "") -> str:
-    """The name of a class beside its colour, and an amount."""
+    """Render the name of a class beside its colour, with an optional amount."""
     number = f" <b>{amount}</b>" if amount else ""
     return f'<span class="chip"><i style="{_paint(colours, name)}"></i>{escape(name)}{number}</span>'
 
 
 def card_facts(card: Card, background: str) -> dict[str, Any]:
-    """What the filters of the page need of a card, for JSON."""
+    """What the page's filters need to know about a card, as JSON values."""
     record = card.record
     return {
         "index": int(record["index"]),
@@ -108,10 +147,11 @@ def _picture(picture: Picture, image: str) -> str:
 def _marks(card: Card) -> str:
     record = card.record
     uncertainty = float(record["uncertainty"])
-    sample = ' <em title="one of an even spread over the other images">sample</em>' if card.sample else ""
+    sample = ' <em title="sampled evenly from all images">sample</em>' if card.sample else ""
     return (
         f'<p class="marks"><i class="gauge" style="--uncertainty:{uncertainty:.1%}"></i>'
-        f"<span>uncertainty <b>{uncertainty:.2f}</b></span><span>confidence <b>{record['confidence']:.1%}</b></span>"
+        f"<span>uncertainty <b>{uncertainty:.2f}</b></span>"
+        f"<span>confidence <b>{record['confidence']:.1%}</b></span>"
         f"<span>disagreement <b>{record['disagreement']:.1%}</b></span>{sample}</p>"
     )
 
@@ -122,7 +162,7 @@ def _facts(card: Card) -> str:
     if record.get("labels_from"):
         facts.append(f"labels from {escape(str(record['labels_from']))}")
     if not any(picture.kind == "photo" for picture in card.pictures):
-        facts.append("the image cannot be read any more")
+        facts.append("the image can no longer be read")
     if card.mask:
         facts.append(f'<a href="{escape(quote(card.mask, errors="replace"))}" tabindex="-1">mask</a>')
     return " · ".join(facts)
@@ -133,15 +173,15 @@ def _paint(colours: Colours, name: str) -> str:
     return f"background:rgb({int(red)} {int(green)} {int(blue)})"
 
 
-def render_totals(figures: RunFigures, found: Gathered) -> str:
-    """The numbers of the run, large."""
-    of = ", last sitting" if figures.kept else ""  # what was kept was done in another time
+def render_totals(figures: RunFigures, found: RunStatistics) -> str:
+    """Render the main numbers of the run."""
+    scope = ", this run" if figures.kept else ""  # images of earlier, interrupted runs took other time
     numbers = {
         "images": f"{found.images:,}",
         "failed": f"{figures.failed:,}",
-        "passed over": f"{figures.skipped:,}",
-        f"images/s{of}": f"{figures.images_per_second:.2f}",
-        f"duration{of}": describe_duration(figures.seconds),
+        "skipped": f"{figures.skipped:,}",
+        f"images/s{scope}": f"{figures.images_per_second:.2f}",
+        f"duration{scope}": describe_duration(figures.seconds),
         "mean uncertainty": f"{found.uncertainty:.2f}",
         "mean confidence": f"{found.confidence:.1%}",
     }
@@ -149,8 +189,8 @@ def render_totals(figures: RunFigures, found: Gathered) -> str:
     return f'<dl class="totals">{tiles}</dl>'
 
 
-def render_balance(found: Gathered, colours: Colours) -> str:
-    """Images and pixels of each class as bars, the class of most images first."""
+def render_balance(found: RunStatistics, colours: Colours) -> str:
+    """Render images and pixels of each class as bars, most frequent class first."""
     most = max(found.images_of_class.values(), default=0)
     widest = max((found.pixel_shares[name] for name in found.images_of_class), default=0.0)
     rows = "".join(
@@ -161,13 +201,13 @@ def render_balance(found: Gathered, colours: Colours) -> str:
         for name, count in sorted(found.images_of_class.items(), key=lambda item: (-item[1], item[0]))
     )
     head = "".join(
-        f'<th scope="col">{name}</th>' for name in ("class", "images with it", "of all pixels", "not found")
+        f'<th scope="col">{name}</th>' for name in ("class", "images", "share of pixels", "not found")
     )
     return _section("Class balance", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
 
 
 def render_stages(figures: RunFigures) -> str:
-    """The share of its workers' time that each stage was busy; which stage is the limit."""
+    """Render how busy each stage's workers were, and which stage is the bottleneck."""
     workers = {stage.name: stage.workers for stage in figures.stages}
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="number">{workers[name]}</td>'
@@ -182,8 +222,8 @@ def render_stages(figures: RunFigures) -> str:
     return _section("Stages", f"<p>{limit[:1].upper()}{limit[1:]}.</p>{table}")
 
 
-def render_uncertainty(found: Gathered) -> str:
-    """The histogram of uncertainty over all images."""
+def render_uncertainty(found: RunStatistics) -> str:
+    """Render the histogram of uncertainty over all images."""
     most = max(found.uncertainties, default=0)
     columns = "".join(
         f'<li title="uncertainty {i / BINS:.2f} to {(i + 1) / BINS:.2f}: {pluralize(n, "image")}">'
@@ -196,7 +236,7 @@ def render_uncertainty(found: Gathered) -> str:
 
 
 def render_failures(groups: Mapping[str, ReasonGroup]) -> str:
-    """The reasons, and the first images of each."""
+    """Render the reasons of failures, with the first images of each."""
     items = "".join(
         f"<details><summary>{escape(reason)} <b>{pluralize(group.count, 'image')}</b></summary><ul>"
         + "".join(f"<li>{escape(image)}</li>" for image in group.ids)
@@ -207,22 +247,22 @@ def render_failures(groups: Mapping[str, ReasonGroup]) -> str:
     return _section("Failures", items) if items else ""
 
 
-def render_engines(run: Mapping[str, Any]) -> str:
-    """Bundle, engines and why they are these, versions."""
+def render_backends(run: Mapping[str, Any]) -> str:
+    """Render the bundle, the backends and why they were selected, and versions."""
     bundle = run.get("bundle", {})
     facts = [("bundle", f"{bundle.get('name', '')}, sha256 {str(bundle.get('sha256', ''))[:16]}")]
-    for graph, choice in run.get("engines", {}).items():
-        text = ", ".join(str(choice[key]) for key in ("engine", "precision", "reason") if choice.get(key))
+    for graph, choice in run.get("backends", {}).items():
+        text = ", ".join(str(choice[key]) for key in ("backend", "precision", "reason") if choice.get(key))
         facts.append((str(graph), text))
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
     facts += [("versions", versions)] if versions else []
     facts += [("started", str(run["started"]))] if run.get("started") else []
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts)
-    return _section("Bundle and engines", f'<dl class="engines">{rows}</dl>')
+    return _section("Bundle and backends", f'<dl class="backends">{rows}</dl>')
 
 
 def join_sections(sections: Sequence[str]) -> str:
-    """The sections beside each other; those without content are left out."""
+    """Lay out the sections side by side, without the empty ones."""
     return f'<div class="sections">{"".join(section for section in sections if section)}</div>'
 
 
@@ -235,60 +275,19 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
-_ASSETS = Path(__file__).parent
-# What would end a script element or, in older parsers, a line of script.
-_UNSAFE_IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
-
-
-@dataclass(frozen=True)
-class Page:
-    """Everything on one page."""
-
-    title: str
-    subtitle: str  # one line under it, as text
-    cards: tuple[Card, ...]
-    images: int  # of the run; more than the cards when only some are report_images
-    sections: str = ""  # HTML, already escaped
-
-
-def write_page(path: Path, page: Page, manifest: Manifest) -> None:
-    """Write the page to `path`, atomically; the pictures its cards name must lie beside it."""
-    background = manifest.classes[0]
-    colours = dict(zip(manifest.classes, manifest.palette, strict=True))
-    shown = {name for card in page.cards for name in shown_shares(card.record, background)}
-    script = _asset("page.js")
-    text = Template(_asset("page.html")).substitute(
-        title=escape(page.title),
-        subtitle=escape(page.subtitle),
-        style=_asset("page.css"),
-        script=script,
-        script_hash=_hash(script),
-        panels=max((len(card.pictures) for card in page.cards), default=1),
-        legend="".join(render_chip(name, colours) for name in manifest.foreground if name in shown),
-        options="".join(f"<option>{escape(name)}</option>" for name in manifest.foreground if name in shown),
-        sections=page.sections,
-        gallery=_gallery_title(page),
-        cards="\n".join(render_card(card, colours, background) for card in page.cards),
-        facts=json_for_script([card_facts(card, background) for card in page.cards]),
-    )
-    write_bytes_atomically(path, text.encode(errors="replace"))
-
-
 def json_for_script(value: Sequence[Any]) -> str:
-    """JSON that can stand inside a script element: "</script>" in a name cannot end it."""
+    """JSON that is safe inside a script element: "</script>" in a name cannot end it."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).translate(_UNSAFE_IN_SCRIPT)
 
 
 def _gallery_title(page: Page) -> str:
     if len(page.cards) == page.images:
         return pluralize(len(page.cards), "image")
-    if not page.cards:  # nobody asked for pictures, or the masks are in a form that is not read back
-        return f"no pictures of {pluralize(page.images, 'image')} (they take the sinks masks or tar)"
+    if not page.cards:  # no pictures requested, or no writer whose masks can be read back
+        return f"no pictures of {pluralize(page.images, 'image')} (they need the writer masks or tar)"
     samples = sum(card.sample for card in page.cards)
     uncertain = len(page.cards) - samples
-    return (
-        f"the {uncertain} most uncertain of {page.images:,} images, and {samples} of the others as a sample"
-    )
+    return f"the {uncertain} most uncertain of {page.images:,} images, and a sample of {samples} others"
 
 
 def _asset(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of the page: images, shrunk, and masks laid over them."""
+"""The pictures of the report: shrunk images, and masks drawn over them, as JPEG."""
 
 import io
 import re
@@ -16,54 +16,56 @@ from multisa.runtime.imaging.png import overlay_mask
 
 UInt8 = npt.NDArray[np.uint8]
 
-FOLDER, PAGE = "report", "report.html"  # below OUT
-LONG_SIDE = 640  # of the pictures on the page
-PHOTO, OVERLAY = "photo", "overlay"
+FOLDER = "report"  # below OUT
+PAGE = "report.html"  # below OUT
+LONG_SIDE = 640  # pixels of a picture
+PHOTO = "photo"  # kind of a picture: the image
+OVERLAY = "overlay"  # kind of a picture: the mask over the image
 
 _JPEG_QUALITY = 88
-_GREY = 128  # behind the mask of an image that is gone
-_OURS = re.compile(r"[0-9]{6,20}\.[a-z]+\.jpg")
+_GREY = 128  # background of a mask whose image is gone
+_PICTURE_NAME = re.compile(r"[0-9]{6,20}\.[a-z]+\.jpg")
 
 
 def picture_path(index: int, kind: str) -> str:
-    """Path below OUT of one picture of image `index`; kind: a plain word, PHOTO or OVERLAY for a run's."""
+    """Path below OUT of a picture of image `index`. kind: a lower-case word; runs use PHOTO and OVERLAY."""
     return f"{FOLDER}/{index:06d}.{kind}.jpg"
 
 
 def write_image(out: Path, index: int, rgb: UInt8, kind: str = PHOTO) -> None:
-    """Write an image, uint8 [H, W, 3], shrunk to 640 pixels, as JPEG."""
+    """Write an image, uint8 [H, W, 3], shrunk to LONG_SIDE, as JPEG."""
     size = working_size(rgb.shape[0], rgb.shape[1], LONG_SIDE)
-    _write_jpeg(out / picture_path(index, kind), resize_image(rgb, size))
+    write_jpeg(out / picture_path(index, kind), Image.fromarray(resize_image(rgb, size)))
 
 
 def write_overlay(
     out: Path, index: int, rgb: UInt8 | None, mask: UInt8, manifest: Manifest, kind: str = OVERLAY
 ) -> None:
-    """Write a mask over its image, shrunk to 640 pixels, as JPEG; over grey where that is gone.
+    """Write a mask drawn over its image, or over grey without one, shrunk to LONG_SIDE, as JPEG.
 
     rgb: uint8 [H, W, 3] or None; mask: uint8 [H, W] of the same size.
     """
     size = working_size(mask.shape[0], mask.shape[1], LONG_SIDE)
     under = np.full((*size, 3), _GREY, np.uint8) if rgb is None else resize_image(rgb, size)
-    _write_jpeg(
-        out / picture_path(index, kind), overlay_mask(under, resize_mask(mask, size), manifest.mask_palette())
-    )
+    drawn = overlay_mask(under, resize_mask(mask, size), manifest.mask_palette())
+    write_jpeg(out / picture_path(index, kind), Image.fromarray(drawn))
 
 
 def clear_pictures(out: Path) -> None:
-    """Remove the pictures of earlier reports: every file in OUT/report that is named as ours.
+    """Remove the pictures of earlier reports: every file in OUT/report with the name of a picture.
 
-    Raises UsageError where OUT/report is a link or no folder: the pictures would land elsewhere.
+    Raises UsageError if OUT/report is a link or not a folder, where pictures would be written elsewhere.
     """
     folder = out / FOLDER
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"{folder}: is a link or no folder, expected the report's own: remove it")
+        raise UsageError(f"{folder}: is a link or not a folder, expected the report's own folder: remove it")
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _OURS.fullmatch(path.name):
+        if _PICTURE_NAME.fullmatch(path.name):
             path.unlink()
 
 
-def _write_jpeg(path: Path, rgb: UInt8) -> None:
+def write_jpeg(path: Path, image: Image.Image, quality: int = _JPEG_QUALITY) -> None:
+    """Write a picture as JPEG, atomically."""
     buffer = io.BytesIO()
-    Image.fromarray(rgb).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    image.save(buffer, "JPEG", quality=quality)
     write_bytes_atomically(path, buffer.getvalue())

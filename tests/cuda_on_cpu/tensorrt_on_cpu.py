@@ -413,7 +413,7 @@ def test_the_library_with_an_engine_is_taken(
 def test_an_engine_of_this_gpu_comes_first(
     bundle: Bundle, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "multisa.runtime.tensorrt")
     cache = store(SEGMENTER, gpu="Another GPU")
     with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)):
         assert "tuned on Another GPU and may be slow on CPU" in caplog.text
@@ -670,7 +670,7 @@ def test_pseudo_masks_that_are_made_on_the_device(
     settings = json.loads((tmp_path / library / ".multisa" / "config.json").read_text())
     assert settings["masks are made on"] == "gpu"
     record = json.loads((tmp_path / library / ".multisa" / "run.json").read_text())
-    assert record["engines"]["affinity"]["detail"]["gpu"] == "CPU"
+    assert record["backends"]["affinity"]["detail"]["gpu"] == "CPU"
     assert "pycuda" in record["versions"]
 
 

@@ -261,7 +261,7 @@ def test_summary(tmp_path: Path) -> None:
         reasons={"the file is empty": 2},
     )
     lines = describe_summary(summary, report_images=5).splitlines()
-    assert lines[0] == "8 images in 4.0 s (2.00/s), 2 failed, 1 kept from before, 3 passed over"
+    assert lines[0] == "8 images in 4.0 s (2.00/s), 2 failed, 1 done earlier, 3 skipped"
     assert lines[1] == "busy: crf 38%, read 12%"
     assert "failed, 2 images: the file is empty" in lines
     assert lines[-5:-1] == [

@@ -1,4 +1,4 @@
-"""The doctor: what it finds, that it tries what it says, and that nothing broken ends it."""
+"""The doctor: what it finds, that it really tries the backends, and that broken packages do not end it."""
 
 import json
 import sys
@@ -39,17 +39,17 @@ def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPa
     )
     has = found(diagnosis, "bundle").text
     assert has.startswith("tiny, all files verified; cam (fp32), affinity (fp32), segmenter (fp32); ")
-    assert "plans: none" in has
+    assert "TensorRT engines: none" in has
     assert [backend.name for backend in diagnosis.backends] == list(BACKENDS)
     ran = "ran cam fp32, affinity fp32, segmenter fp32"
     usable = [Finding(name, True, ran) for name in ("onnxruntime-cpu", "openvino")]
     assert [backend for backend in diagnosis.backends if backend.ok] == usable
     assert "no NVIDIA driver here" in found(diagnosis, "tensorrt").text
-    line = "cam, affinity, segmenter: on onnxruntime-cpu, fp32 (auto: no NVIDIA driver here)"
+    line = "cam, affinity, segmenter: onnxruntime-cpu, fp32 (no NVIDIA GPU)"
     assert diagnosis.auto == [line]
 
 
-def test_plans(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = EngineCache(bundle.path / ENGINES_FOLDER)
     bucket = Profile((1, 64, 64), (1, 64, 64), (1, 64, 64))
     key = EngineKey(
@@ -62,7 +62,7 @@ def test_plans(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         path.parent.mkdir()
         path.write_text(text)
     assert (
-        "; plans: tensorrt sm89 (cam fp16), tensorrt-rtx \\x1b[2J (cam fp16), "
+        "; TensorRT engines: tensorrt sm89 (cam fp16), tensorrt-rtx \\x1b[2J (cam fp16), "
         "tensorrt-rtx sm89 (affinity fp16, cam fp16), "
         "unreadable (0000000000000000, 0000000000000001, 0000000000000002); "
     ) in found(examine(bundle.path), "bundle").text
@@ -74,7 +74,7 @@ def test_plans(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    assert doctor._plans(cache.folder) == "unreadable (Permission denied)"
+    assert doctor._describe_engines(cache.folder) == "unreadable (Permission denied)"
 
 
 def test_a_gpu_and_its_precisions(bundle_of_precisions: Bundle, cuda_on_cpu: None) -> None:
@@ -92,7 +92,7 @@ def test_the_packaged_bundle_is_the_default() -> None:
 def test_the_driver_says_what_is_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = gpus.GpuProbe("13.2", (gpus.Gpu("NVIDIA A", "sm89"), gpus.Gpu("NVIDIA B", "sm120")))
     monkeypatch.setattr(gpus, "probe_gpus", lambda: probe)
-    text = "NVIDIA A (sm89), NVIDIA B (sm120); the driver runs CUDA up to 13.2"
+    text = "NVIDIA A (sm89), NVIDIA B (sm120); the driver supports CUDA up to 13.2"
     assert found(examine(bundle.path), "GPU") == Finding("GPU", True, text)
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_bundle(bundle: Bundle) -> None:
         ("multisa.kernels.cpu", ("CPU kernels",)),
         ("multisa.kernels.cuda.build", ("CUDA kernels",)),
         ("multisa.runtime.backends.gpus", ("GPU",)),
-        ("multisa.runtime.bundle.storage", ("bundle",)),
+        ("multisa.runtime.bundle", ("bundle",)),
     ],
 )
 def test_a_module_that_cannot_be_imported(
@@ -125,7 +125,7 @@ def test_a_module_that_cannot_be_imported(
 
 
 def test_an_onnxruntime_that_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a folder is that was left behind: it can be imported and holds nothing."""
+    """As from a folder that was left behind: it can be imported, but is empty."""
     monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
     diagnosis = examine(bundle.path)
     assert "get_available_providers" in found(diagnosis, "onnxruntime").text
@@ -153,8 +153,8 @@ def test_cuda_kernels(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path:
         said.append((finding.ok, finding.text.partition(": run python -m multisa")[0]))
     assert said[:3] == [
         (False, "not compiled"),
-        (True, "for sm75, sm120, and later ones from PTX of sm120; nvcc 13.0.88"),
-        (False, "made of other sources than these"),
+        (True, "for sm75, sm120, and later GPUs from PTX of sm120; nvcc 13.0.88"),
+        (False, "compiled from other sources than these"),
     ]
     assert [ok for ok, _ in said[3:]] == [False, False]
     fatbin.with_suffix(".json").unlink()
@@ -175,7 +175,7 @@ def test_command(bundle: Bundle, no_gpu: None) -> None:
     assert "\n  onnxruntime-cpu   usable: ran cam fp32" in result.stdout
     result = CliRunner().invoke(root, ["doctor", "--bundle", str(bundle.path), "--json"])
     assert result.exit_code == 0
-    assert [backend["name"] for backend in json.loads(result.stdout)["engines"]] == list(BACKENDS)
+    assert [backend["name"] for backend in json.loads(result.stdout)["backends"]] == list(BACKENDS)
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["page", "json"])

@@ -15,8 +15,8 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.png import overlay_mask
 from multisa.runtime.report.page import json_for_script, shown_shares
-from multisa.runtime.report.report import write_report
-from multisa.runtime.report.summary import gather
+from multisa.runtime.report.report import ReportData, write_report
+from multisa.runtime.report.summary import collect_statistics
 
 HOSTILE = "\"><script>alert(1)</script>&'</script><!--.jpg"
 CLASSES = ("background", "red thing", "green")
@@ -30,7 +30,7 @@ RUN = {
     "skipped": 1_234,
     "stage_seconds": {"cam": 1.9, "decode": 0.1},
     "bundle": {"name": "tiny", "sha256": "0" * 64},
-    "engines": {"cam": {"engine": "onnxruntime-cpu", "precision": "fp32", "reason": "<no GPU>"}},
+    "backends": {"cam": {"backend": "onnxruntime-cpu", "precision": "fp32", "reason": "<no GPU>"}},
 }
 
 
@@ -77,12 +77,14 @@ def report(
         Image.fromarray(mask).save(out / str(item["mask"]))
     write_report(
         out,
-        records=iter(records),
-        run=RUN,
-        failures=more.get("failures", ()),
-        manifest=manifest,
-        read_image=lambda r: None if r["index"] == gone else np.full((60, 80, 3), 90, np.uint8),
-        read_mask=lambda r: mask,
+        ReportData(
+            manifest,
+            RUN,
+            records=iter(records),
+            failures=more.get("failures", ()),
+            read_image=lambda r: None if r["index"] == gone else np.full((60, 80, 3), 90, np.uint8),
+            read_mask=lambda r: mask,
+        ),
         report_images=report_images,
     )
     return (out / "report.html").read_text(encoding="utf-8")
@@ -117,15 +119,17 @@ def test_masks_that_are_no_files_of_the_run_have_no_link(
 ) -> None:
     (tmp_path / "secret.png").touch()
     (tmp_path / "out" / "masks").mkdir(parents=True)
-    found = gather([record(0, 0.5, mask=mask)], CLASSES, 1)
+    found = collect_statistics([record(0, 0.5, mask=mask)], CLASSES, 1)
     write_report(
         tmp_path / "out",
-        records=found.report_images,
-        run=RUN,
-        failures=(),
-        manifest=manifest,
-        read_image=lambda _: None,
-        read_mask=lambda _: np.zeros((60, 80), np.uint8),
+        ReportData(
+            manifest,
+            RUN,
+            records=found.report_images,
+            failures=(),
+            read_image=lambda _: None,
+            read_mask=lambda _: np.zeros((60, 80), np.uint8),
+        ),
     )
     links = Tags((tmp_path / "out/report.html").read_text()).links
     assert links == ["report/000000.overlay.jpg"] * 2
@@ -156,15 +160,15 @@ def test_what_the_page_says(tmp_path: Path, manifest: Manifest) -> None:
     text = report(tmp_path, manifest, records, failures=failures, gone=1)
     words = " ".join(Tags(text).text)
     for part in (
-        *("multisa label", "tiny · onnxruntime-cpu", "passed over", "given, not found", "labels from scores"),
+        *("multisa label", "tiny · onnxruntime-cpu", "skipped", "labelled, not found", "labels from scores"),
         *(
-            "The limit is cam",
+            "The bottleneck is cam",
             "95%",
             "cut at byte …",
             "25 images",
             "1,234",
             "and 5 more",
-            "the image cannot be read",
+            "the image can no longer be read",
         ),
         *("25.00%", "uncertainty", "Gallery: 2 images"),
     ):
@@ -181,7 +185,7 @@ def test_one_pass_and_an_even_sample() -> None:
         for index in range(10_000):
             yield record(index, (index * 7919 % 10_000) / 10_000)
 
-    found = gather(records(), CLASSES, 200)
+    found = collect_statistics(records(), CLASSES, 200)
     assert len(passes) == 1 and found.images == 10_000 and len(found.report_images) == 200
     assert len(found.samples) == 20
     uncertain = [r for r in found.report_images if r["index"] not in found.samples]
@@ -194,7 +198,7 @@ def test_one_pass_and_an_even_sample() -> None:
 @pytest.mark.parametrize("images", [0, 1, 9, 10, 11, 19, 20, 21, 300])
 @pytest.mark.parametrize("most", [0, 1, 10])
 def test_never_more_and_never_twice(images: int, most: int) -> None:
-    found = gather((record(i, 0.5) for i in range(images)), CLASSES, most)
+    found = collect_statistics((record(i, 0.5) for i in range(images)), CLASSES, most)
     indices = [r["index"] for r in found.report_images]
     assert len(set(indices)) == len(indices) == min(images, most)
     assert len(found.samples) == (most // 10 if images > most else 0)
@@ -204,7 +208,7 @@ def test_memory_does_not_grow_with_the_run() -> None:
     peaks = []
     for images in (2_000, 20_000):
         tracemalloc.start()
-        gather((record(i, i % 97 / 97) for i in range(images)), CLASSES, 50)
+        collect_statistics((record(i, i % 97 / 97) for i in range(images)), CLASSES, 50)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
@@ -215,7 +219,7 @@ def test_balance_counts_images_and_pixels() -> None:
         record(0, 0.0, pixel_shares={"background": 1.0}, missing=["green"]),
         record(1, 0.0, pixel_shares={"red thing": 0.5, "green": 0.5}, width=160, height=120),
     ]
-    found = gather(records, CLASSES, 0)
+    found = collect_statistics(records, CLASSES, 0)
     assert found.images_of_class == {"red thing": 1, "green": 1} and found.report_images == []
     assert found.pixel_shares == {"background": 0.2, "red thing": 0.4, "green": 0.4}
     assert found.missing_of_class == {"red thing": 0, "green": 1}
@@ -250,12 +254,14 @@ def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path, manifest: Mani
 def test_pictures_are_shrunk(tmp_path: Path, manifest: Manifest) -> None:
     write_report(
         tmp_path,
-        records=[record(12, 0.5, width=1280, height=960)],
-        run=RUN,
-        failures=(),
-        manifest=manifest,
-        read_image=lambda _: np.zeros((960, 1280, 3), np.uint8),
-        read_mask=lambda _: np.ones((960, 1280), np.uint8),
+        ReportData(
+            manifest,
+            RUN,
+            records=[record(12, 0.5, width=1280, height=960)],
+            failures=(),
+            read_image=lambda _: np.zeros((960, 1280, 3), np.uint8),
+            read_mask=lambda _: np.ones((960, 1280), np.uint8),
+        ),
     )
     for kind in ("photo", "overlay"):
         with Image.open(tmp_path / f"report/000012.{kind}.jpg") as image:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.report.report import write_report
+from multisa.runtime.report.report import ReportData, write_report
 
 BROWSER = next(
     (path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None
@@ -29,7 +29,7 @@ const focused = (key) => { press(key); return document.activeElement.id; };
 const seen = { start: shown(), tools: !document.querySelector(".tools").hidden };
 seen.by_id = set("by-id", "SCRIPT"); set("by-id", "");
 seen.red = set("by-class", "red thing"); set("by-class", "");
-seen.uncertaintyful = set("least", "0.5"); seen.between = set("most", "0.7"); seen.none = set("least", "0.69");
+seen.uncertain = set("least", "0.5"); seen.between = set("most", "0.7"); seen.none = set("least", "0.69");
 seen.told = !document.querySelector(".none").hidden;
 $("reset").click(); seen.reset = shown();
 $("only-missing").checked = true; seen.missing = set("only-missing", "on"); $("reset").click();
@@ -58,12 +58,14 @@ def page(tmp_path: Path, manifest: Manifest) -> Path:
     ]
     write_report(
         tmp_path,
-        records=records,
-        run={},
-        failures=(),
-        manifest=manifest,
-        read_image=lambda _: np.full((60, 80, 3), 90, np.uint8),
-        read_mask=lambda _: np.ones((60, 80), np.uint8),
+        ReportData(
+            manifest,
+            {},
+            records=records,
+            failures=(),
+            read_image=lambda _: np.full((60, 80, 3), 90, np.uint8),
+            read_mask=lambda _: np.ones((60, 80), np.uint8),
+        ),
     )
     return tmp_path / "report.html"
 

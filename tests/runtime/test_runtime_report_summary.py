@@ -1,9 +1,9 @@
-"""The run in words: rates, the limit and why, failures of one kind together."""
+"""The run as text: rates, the bottleneck, failures grouped by reason."""
 
 import pytest
 
 from multisa.runtime.report.summary import (
-    MOST_GROUPS,
+    MAX_GROUPS,
     OTHER,
     RunFigures,
     StageTime,
@@ -31,13 +31,16 @@ def test_busy_share_is_of_the_time_of_all_workers() -> None:
     [
         (
             figures(("cam", 180, 2), ("decode", 10, 1), cores=8),
-            "the limit is cam: its 2 workers had work for 90% of the time; more workers",
+            "the bottleneck is cam: its 2 workers were busy 90% of the time; more workers",
         ),
         (
             figures(("cam", 60, 1), ("crf", 59, 1), ("decode", 55, 1), cores=2),
-            "the limit is the processor, in cam",
+            "the bottleneck is the CPU, mostly in cam",
         ),
-        (figures(("cam", 40, 1), ("decode", 41, 1), cores=4), "no stage is the limit: decode is the busiest"),
+        (
+            figures(("cam", 40, 1), ("decode", 41, 1), cores=4),
+            "no stage is the bottleneck: decode is the busiest",
+        ),
         (figures(), ""),
     ],
 )
@@ -62,10 +65,10 @@ def test_text_of_a_run() -> None:
         )
     )
     assert text.splitlines() == [
-        "980 images in 4 min 10 s (3.92/s), 20 failed, 100 kept from before, 3 passed over",
+        "980 images in 4 min 10 s (3.92/s), 20 failed, 100 done earlier, 3 skipped",
         "busy: segmenter 96%, decode 10%",
-        "the limit is segmenter: its 1 worker had work for 96% of the time; more workers for it, or a faster "
-        "engine, would be felt",
+        "the bottleneck is segmenter: its worker was busy 96% of the time; more workers or a faster backend "
+        "would help",
         "failed, 19 images: cannot be decoded",
         "failed, 1 image: the file is empty",
         "look at out/report.html",
@@ -75,7 +78,7 @@ def test_text_of_a_run() -> None:
 def test_many_reasons_and_no_time() -> None:
     text = describe_run(RunFigures("label", 0, 8, 0.0, reasons={f"reason {c}": 1 for c in "abcdefgh"}))
     assert text.startswith("0 images in 0.0 s (0.00/s), 8 failed\n")
-    assert text.endswith("failed, 3 images: 3 further reasons")
+    assert text.endswith("failed, 3 images: 3 other reasons")
 
 
 def test_figures_of_a_run_record() -> None:
@@ -121,5 +124,5 @@ def test_failures_of_a_kind_are_one_group() -> None:
 def test_reasons_that_never_end_are_bounded() -> None:
     letters = ({"image": "a", "reason": "x" * (i % 299) + "y" * (i // 299)} for i in range(50_000))
     groups = group_failures(letters, ids=2)
-    assert len(groups) == MOST_GROUPS + 1 and next(iter(groups)) == OTHER
+    assert len(groups) == MAX_GROUPS + 1 and next(iter(groups)) == OTHER
     assert sum(group.count for group in groups.values()) == 50_000

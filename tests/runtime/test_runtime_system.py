@@ -1,14 +1,14 @@
-"""Processors of a process: of its affinity, and of the quotas of a container."""
+"""CPUs of a process: its affinity, and the quotas of a container. The name of the processor."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from multisa.runtime import system as cpus
+from multisa.runtime import system
 from multisa.runtime.doctor import examine
 from multisa.runtime.jobs.spec import RunOptions
-from multisa.runtime.system import usable_cpus
+from multisa.runtime.system import processor_features, processor_name, usable_cpus
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Eight processors, and a tree of cgroups in which nothing is limited."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(cpus, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(cpus, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(system, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(system, "_MEMBERSHIP", tmp_path / "membership")
     (tmp_path / "cgroup/pod/box").mkdir(parents=True)
     (tmp_path / "membership").write_text("4:memory:/pod\n0::/pod/box\n")
     return tmp_path / "cgroup"
@@ -45,7 +45,7 @@ def test_usable_cpus(eight: Path, limits: dict[str, str], expected: int) -> None
 
 
 def test_without_cgroups(eight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpus, "_MEMBERSHIP", eight / "absent")
+    monkeypatch.setattr(system, "_MEMBERSHIP", eight / "absent")
     assert usable_cpus() == 8
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_cpus() == 64
@@ -56,3 +56,12 @@ def test_who_asks(eight: Path, tmp_path: Path) -> None:
     assert RunOptions().workers == 2
     (processor,) = (f for f in examine(tmp_path / "none").machine if f.name == "processor")
     assert ", 2 cores to use of 64, " in processor.text
+
+
+def test_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(system, "_CPU_INFO", info)
+    assert processor_name() and processor_features() == frozenset()  # not Linux
+    info.write_text("processor\t: 0\nmodel name\t: Fast CPU 9\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\n")
+    assert processor_name() == "Fast CPU 9"
+    assert processor_features() == {"fpu", "avx2", "fma"}
