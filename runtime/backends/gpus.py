@@ -12,6 +12,7 @@ from multisa.kernels.cuda.driver import LIBRARY
 # CUdevice_attribute
 _MAJOR, _MINOR = 75, 76
 _NAME_BYTES = 256
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class GpuProbe:
 class _RefusedError(Exception):
     """The driver refused a call; the message quotes it."""
 
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status  # CUresult
+
 
 def probe_gpus() -> GpuProbe:
     """Ask the driver for its version and its GPUs. Raises nothing."""
@@ -49,7 +54,10 @@ def probe_gpus() -> GpuProbe:
     except OSError:
         return GpuProbe(problem=f"no NVIDIA driver here: {LIBRARY} cannot be loaded", is_absent=True)
     except (AttributeError, _RefusedError) as error:
-        return GpuProbe(problem=f"no usable NVIDIA GPU here: {error}; check the driver by running nvidia-smi")
+        return GpuProbe(
+            problem=f"no usable NVIDIA GPU here: {error}; check the driver by running nvidia-smi",
+            is_absent=isinstance(error, _RefusedError) and error.status == _NO_DEVICE,
+        )
     driver = f"{version.value // 1000}.{version.value % 1000 // 10}"  # 13020 is 13.2
     if not gpus:
         return GpuProbe(driver, problem="no NVIDIA GPU here: the driver knows of none", is_absent=True)
@@ -66,7 +74,7 @@ def _caller(library: ctypes.CDLL) -> _Call:
             text = ctypes.c_char_p()
             library.cuGetErrorString(status, ctypes.byref(text))
             reason = text.value.decode(errors="replace") if text.value else "unknown error"
-            raise _RefusedError(f"{name}: {reason} (CUDA error {status})")
+            raise _RefusedError(f"{name}: {reason} (CUDA error {status})", status)
 
     return call
 

@@ -1,10 +1,10 @@
-"""Makes a libcuda.so.1 for machines without a driver, so that pycuda can be built, imported and run.
+"""Build a libcuda.so.1 for machines without a driver, so that pycuda can be built, imported and run.
 
     python tests/cuda_on_cpu/fake_driver.py /usr/local/cuda/include build/fake_driver          # no device
     python tests/cuda_on_cpu/fake_driver.py /usr/local/cuda/include build/cpu_driver --device  # one: the CPU
 
-The first one answers every call by "no device", as a machine without a GPU does; `pip install pycuda` links
-against it. The second one carries out, on the CPU, what PycudaDevice needs (driver_on_cpu.cpp).
+The first answers every call with "no device", like a machine without a GPU; `pip install pycuda` links
+against it. The second implements on the CPU what PycudaDevice needs (driver_on_cpu.cpp).
 """
 
 import argparse
@@ -48,7 +48,7 @@ def make_fake_driver(headers: Path, folder: Path, *, device: bool = False) -> Pa
 
 
 def cuda_headers() -> Path:
-    """The folder with cuda.h; skips the test that asks where there is none, or no pycuda to run."""
+    """The folder with cuda.h. Skips the calling test if there is none, or no pycuda."""
     import importlib.util
     import os
 
@@ -59,12 +59,12 @@ def cuda_headers() -> Path:
     if importlib.util.find_spec("pycuda") is None:
         pytest.skip("pycuda is not installed")
     try:
-        # Through a link or a wrapper, nvcc itself knows where it lives.
+        # nvcc may be a link or a wrapper; it reports the location of its toolkit.
         command = [str(find_nvcc()), "--dryrun", "-x", "cu", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        dry_run = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     except BuildError as error:
         pytest.skip(str(error))
-    (top,) = (line.split("TOP=")[1] for line in said.splitlines() if "TOP=" in line)
+    (top,) = (line.split("TOP=")[1] for line in dry_run.splitlines() if "TOP=" in line)
     folder = Path(top) / "include"
     if not (folder / "cuda.h").is_file():
         pytest.skip(f"{folder} has no cuda.h")
@@ -74,7 +74,7 @@ def cuda_headers() -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a libcuda.so.1 that needs no GPU.")
     parser.add_argument("headers", type=Path, help="the folder with cuda.h")
-    parser.add_argument("folder", type=Path, help="where the library goes")
+    parser.add_argument("folder", type=Path, help="where to write the library")
     parser.add_argument("--device", action="store_true", help="pretend that the CPU is a device")
     options = parser.parse_args()
     print(make_fake_driver(options.headers, options.folder, device=options.device))

@@ -1,11 +1,11 @@
-"""A TensorRT that runs plans on the CPU: ONNX Runtime computes them, on the driver of driver_on_cpu.cpp.
+"""A fake TensorRT on the CPU: ONNX Runtime runs its engines, on the driver of driver_on_cpu.cpp.
 
-    module = make_library("tensorrt", "11.4.0.106")          # what `import tensorrt` would give
-    plan = make_engine(onnx_bytes, [((1, 64, 64), (1, 128, 128), (2, 256, 256))])
+    module = make_library("tensorrt", "11.4.0.106")          # what `import tensorrt` would return
+    data = make_engine(onnx_bytes, [((1, 64, 64), (1, 128, 128), (2, 256, 256))])
 
-Each class bears the name of the true one and has no public member that the true one lacks, so what runs here
-calls nothing that is not there (test_runtime_tensorrt.py compares them). Calls in an order that TensorRT
-forbids return False, as they do there; what TensorRT leaves undefined is noted in `Runtime._broken_rules`.
+Each class has the name of the real one and no public member that the real one lacks, so that code which runs
+here calls nothing that does not exist (test_runtime_tensorrt.py compares them). Calls in an order that
+TensorRT forbids return False, as in TensorRT; undefined behaviour is reported in `Runtime._broken_rules`.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ Shape = tuple[int, int, int]
 
 
 def make_engine(model: bytes, profiles: list[tuple[Shape, Shape, Shape]], **changes: Any) -> bytes:
-    """A plan for `make_library`: the graph behind a line of JSON. `changes` break it on purpose."""
+    """An engine for `make_library`: a line of JSON, then the graph. `changes` break it on purpose."""
     return json.dumps({"profiles": profiles, **changes}).encode() + b"\n" + model
 
 
@@ -60,7 +60,7 @@ class ILogger:
 
 
 class _Driver:
-    """The driver underneath, asked as the library would."""
+    """The driver, called as the library would."""
 
     def __init__(self) -> None:
         self._calls = ctypes.CDLL("libcuda.so.1")
@@ -237,7 +237,7 @@ class IExecutionContext:
 
             def compute(_: Any) -> None:
                 if change != self._changes and capturing:
-                    self._runtime._broken_rules.append("a context was changed under its recording")
+                    self._runtime._broken_rules.append("a context was changed after its graph was captured")
                 self._compute(shape, addresses)
 
             self._functions.append(_HOST_FUNCTION(compute))
@@ -259,7 +259,7 @@ class IExecutionContext:
         engine._in_use.discard(activations)
 
     def _alone(self) -> Any:
-        """Notes a context that is used by two threads at once, or without CUDA's."""
+        """Report a context that is used by two threads at once, or without a current CUDA context."""
         if not self._runtime._driver.has_context():
             self._runtime._broken_rules.append("a call without a current CUDA context")
         if self._lock.locked():
@@ -298,7 +298,7 @@ def interface(name: str) -> dict[str, type]:
 
 
 def make_library(name: str, version: str) -> ModuleType:
-    """What importing `name` would give."""
+    """What importing `name` would return."""
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None, origin="tests")
     classes = interface(name)

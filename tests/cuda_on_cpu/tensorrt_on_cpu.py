@@ -385,12 +385,12 @@ def test_no_engine(bundle: Bundle, store: Store, tmp_path: Path) -> None:
     store(SEGMENTER, onnx_sha256="0" * 64)
     with pytest.raises(BackendUnavailable) as caught:
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache))
-    said = str(caught.value)
+    message = str(caught.value)
     assert caught.value.exit_code == 5
     for name, version in VERSIONS.items():
-        assert f"{name} {version}: no engine for sm89 (CPU)" in said
+        assert f"{name} {version}: no engine for sm89 (CPU)" in message
         build = f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name}"
-        assert f"{build} --engine-cache {cache}" in said
+        assert f"{build} --engine-cache {cache}" in message
     with pytest.raises(BackendUnavailable, match=r"^tensorrt 11\.4\.0\.106: no engine for sm89 [^;]*$"):
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=tmp_path / "none"))
 
@@ -449,7 +449,7 @@ def test_the_next_engine_is_tried(bundle: Bundle, store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "error", "remedy"),
+    ("refusal", "error", "remedy"),
     [
         ("[defaultAllocator] CUDA Out of Memory", BackendError, "free memory of CPU"),
         ("CUDA driver version is insufficient", BackendUnavailable, "update the NVIDIA driver"),
@@ -457,11 +457,11 @@ def test_the_next_engine_is_tried(bundle: Bundle, store: Store) -> None:
     ids=["memory", "driver"],
 )
 def test_a_good_engine_stays(
-    bundle: Bundle, store: Store, said: str, error: type[Exception], remedy: str
+    bundle: Bundle, store: Store, refusal: str, error: type[Exception], remedy: str
 ) -> None:
     """If the machine is at fault, the engine is not quarantined."""
-    cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=said))
-    with pytest.raises(error, match=f"{said.replace('[', '.').replace(']', '.')}[;:] {remedy}"):
+    cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=refusal))
+    with pytest.raises(error, match=f"{refusal.replace('[', '.').replace(']', '.')}[;:] {remedy}"):
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
     assert list(cache.glob("[0-9a-f]*/model.plan"))
 
@@ -533,7 +533,7 @@ def test_an_engine_for_another_machine_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    ("said", "is_moved"),
+    ("refusal", "is_moved"),
     [
         ("Error Code 1: Serialization (stdVersionRead == kSERIALIZATION_VERSION failed)", True),
         ("The engine plan file is not compatible with this version of TensorRT, got 10", True),
@@ -543,14 +543,14 @@ def test_an_engine_for_another_machine_is_left_alone(
     ],
 )
 def test_only_an_engine_that_is_at_fault_is_quarantined(
-    bundle: Bundle, store: Store, said: str, is_moved: bool
+    bundle: Bundle, store: Store, refusal: str, is_moved: bool
 ) -> None:
-    cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=said))
+    cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=refusal))
     with pytest.raises(BackendUnavailable) as caught:
         open_tensorrt(
             bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache, may_repair=False)
         )
-    assert said in str(caught.value)
+    assert refusal in str(caught.value)
     assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
     with pytest.raises(BackendUnavailable):
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
@@ -645,9 +645,9 @@ def test_pseudo_masks_that_are_made_on_the_device(
     batches: list[tuple[int, ...]] = []
     label = GpuPipeline.label
 
-    def noted(chain: GpuPipeline, images: np.ndarray, *rest: object) -> object:
+    def noted(pipeline: GpuPipeline, images: np.ndarray, *rest: object) -> object:
         batches.append(images.shape)
-        return label(chain, images, *rest)
+        return label(pipeline, images, *rest)
 
     monkeypatch.setattr(GpuPipeline, "label", noted)
     images = tmp_path / "images"

@@ -92,7 +92,7 @@ def test_ground_truth_counts_where_it_is_given(small: Bundle, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--backend", "opencv"), 2, "got the engine 'opencv', expected auto or one of tensorrt"),
+        (("--backend", "opencv"), 2, "got the backend 'opencv', expected auto or one of tensorrt"),
         (("--backend", "onnxruntime-cpu", "--precision", "int8"), 2, "has cam in fp32, got --precision int8"),
         (("--backend", "onnxruntime-cpu", "--report", "{bundle}/r.json"), 2, "inside the bundle's folder"),
         (("--backend", "tensorrt-rtx"), 5, "tensorrt-rtx cannot run cam here: "),

@@ -60,7 +60,7 @@ def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
 
 
 def test_what_cannot_be_used_makes_no_folder(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="got the engine 'abacus'"):
+    with pytest.raises(UsageError, match="got the backend 'abacus'"):
         run_segment(photos, tmp_path / "out", bundle, request=BackendRequest("abacus"))
     assert not (tmp_path / "out").exists()
 

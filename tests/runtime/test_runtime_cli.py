@@ -289,7 +289,7 @@ def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_pa
     result = run_cli("label", photos / "a.jpg", *run, "--precision", "int8", "--overwrite")
     assert result.exit_code == 2 and "has cam in fp32 and fp16, got --precision int8" in result.stderr
     result = run_cli("demo", *run, "--backend", "opencv")
-    assert result.exit_code == 2 and "got the engine 'opencv'" in result.stderr
+    assert result.exit_code == 2 and "got the backend 'opencv'" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["label", "segment"])

@@ -144,19 +144,19 @@ def test_cuda_kernels(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path:
     fatbin = tmp_path / "kernels.fatbin"
     monkeypatch.setattr(build, "FATBIN", fatbin)
     record = {"nvcc": "13.0.88", "sources": build.source_digest(), "architectures": [75, 120], "ptx": [120]}
-    said = []
+    findings = []
     for text in (None, json.dumps(record), json.dumps(record | {"sources": "others"}), "{}", "no json"):
         if text is not None:
             fatbin.write_bytes(b"code")
             fatbin.with_suffix(".json").write_text(text)
         finding = doctor._cuda_kernels()
-        said.append((finding.ok, finding.text.partition(": run python -m multisa")[0]))
-    assert said[:3] == [
+        findings.append((finding.ok, finding.text.partition(": run python -m multisa")[0]))
+    assert findings[:3] == [
         (False, "not compiled"),
         (True, "for sm75, sm120, and later GPUs from PTX of sm120; nvcc 13.0.88"),
         (False, "compiled from other sources than these"),
     ]
-    assert [ok for ok, _ in said[3:]] == [False, False]
+    assert [ok for ok, _ in findings[3:]] == [False, False]
     fatbin.with_suffix(".json").unlink()
     assert not doctor._cuda_kernels().ok
 

@@ -69,8 +69,8 @@ def test_no_gpu(tmp_path: Path) -> None:
     """The driver is asked first; TensorRT is not even imported."""
     result = run(make_fake_driver(cuda_headers(), tmp_path), "-c", OPEN)
     assert result.returncode == 0, result.stderr
-    said = "5 TensorRT cannot run: cuInit failed: no CUDA-capable device is detected: "
-    assert result.stdout == f"{said}check the driver by running nvidia-smi\n[]\n"
+    message = "5 TensorRT cannot run: cuInit failed: no CUDA-capable device is detected: "
+    assert result.stdout == f"{message}check the driver by running nvidia-smi\n[]\n"
 
 
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
