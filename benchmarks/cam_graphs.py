@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
+from multisa.export.attention import OPSET, QUERY_BLOCK, attention_translation, expand_attention
 from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.to_onnx import OPSET, onnx_from_module
+from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.engines.contract import CAM
 from multisa.training.cams import build_cam_network

@@ -37,7 +37,7 @@ from multisa.benchmarks.harness import Times, environment, interleave, results_f
 from multisa.export.attention import QUERY_BLOCK
 from multisa.export.cost import Cost, costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.unfold import cam_from_bundle
+from multisa.export.to_torch import cam_from_bundle
 from multisa.kernels.native import native
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.engines.contract import CAM, graph_file

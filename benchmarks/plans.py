@@ -25,9 +25,8 @@ from torch import nn
 
 from multisa.benchmarks.harness import RESULTS, environment, save_results
 from multisa.export.bundle import Graph
-from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AffinityPhotographs
-from multisa.export.tensorrt.build import BuildOptions, build_plans
+from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
+from multisa.export.tensorrt.build import BuildOptions, build_engines
 from multisa.export.tensorrt.builder import TURING_PRODUCT
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
@@ -78,7 +77,7 @@ def random_graphs(config: TrainConfig) -> Iterator[Graph]:
     )
     affinity = build_affinity_net(replace(config.affinity, weights="none"))
     settle(affinity.backbone)
-    wrapped = AffinityPhotographs(affinity, config.label.walk_radius).eval()
+    wrapped = AffinityFromImages(affinity, config.label.walk_radius).eval()
     yield Graph(AFFINITY, wrapped, wrapped)
     segmenter = build_segmenter(replace(config.segmenter, weights="none"), CLASSES)
     settle(segmenter)
@@ -164,7 +163,7 @@ def plan_rows(bundle: Bundle, options: BuildOptions) -> Iterator[dict[str, Any]]
             continue
         for target in options.targets:
             cpu = time.process_time()
-            report = build_plans(bundle, replace(options, targets=(target,), graphs=(contract.name,)))
+            report = build_engines(bundle, replace(options, targets=(target,), graphs=(contract.name,)))
             cpu = time.process_time() - cpu
             for failure in report.failures:
                 yield {
@@ -232,7 +231,7 @@ def main() -> None:
         tuple(options.targets.split(",")),
         precision=options.precision,
         library=options.library,
-        cache=options.work / "cache",
+        engine_cache=options.work / "cache",
     )
     for row in plan_rows(bundle, asked):
         entry["plans"].append(row)

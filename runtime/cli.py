@@ -25,9 +25,9 @@ COMMANDS = {
     "reproduce": ("multisa.training.commands:reproduce", "Make the paper's tables and figures anew."),
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),
     "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
-    "parity": ("multisa.export.commands:parity", "Compare an engine's answers with the fp32 graphs'."),
+    "parity": ("multisa.export.commands:parity", "Compare a backend's results with the fp32 graphs'."),
     "bench": ("multisa.benchmarks.commands:bench", "Measure every engine, and PyTorch beside it."),
-    "build": ("multisa.export.tensorrt.commands:build", "Build TensorRT plans of a bundle's graphs."),
+    "build": ("multisa.export.commands:build", "Build TensorRT engines of a bundle's graphs."),
 }
 INTERRUPTED = 130
 

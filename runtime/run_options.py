@@ -31,7 +31,7 @@ def plans_option(command: Command) -> Command:
         "--plans",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         metavar="DIR",
-        help="Look for TensorRT plans here, too, besides BUNDLE/engines: the --cache of `multisa build`.",
+        help="Look for TensorRT plans here, too, besides BUNDLE/engines: `multisa build --engine-cache`.",
     )(command)
 
 

@@ -7,8 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from multisa.export.convert import Settings, convert_bundle
-from multisa.export.photographs import read_photographs
+from multisa.export.quantize import QuantizeOptions, quantize_bundle
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.cpus import usable_cpus
 from multisa.runtime.engines.choice import bundle_precisions
@@ -26,9 +25,9 @@ def make_bundle(bundle: Bundle, output: Path, photographs: Path, count: int, rep
     """
     refused = None
     if any(HALF not in bundle_precisions(bundle, contract) for contract in CONTRACTS):
-        chosen = read_photographs(photographs, bundle.manifest.classes, count=count, masks=None)
+        options = QuantizeOptions((HALF,), num_images=count, threads=usable_cpus(), report=report)
         try:
-            convert_bundle(bundle, chosen, output, Settings((HALF,), usable_cpus(), report=report))
+            quantize_bundle(bundle, photographs, output, options)
             return
         except ParityError as error:
             refused = error

@@ -210,15 +210,15 @@ def _build(settings: Settings, library: str, precision: str, report: Path) -> Co
     if reason:
         return LeftOut(reason)
     asked = ("--target", machine.target, "--precision", precision, "--library", library)
-    return [Command((settings.multisa, "build", str(settings.made_bundle), *asked, "--json", str(report)))]
+    return [Command((settings.multisa, "build", str(settings.made_bundle), *asked, "--report", str(report)))]
 
 
 def _parity(settings: Settings, engine: str, precision: str, report: Path) -> Commands:
     reason = _why_not(settings, read_machine(settings.output), engine, precision)
     if reason:
         return LeftOut(reason)
-    asked = ("--engine", engine, "--precision", precision, "--photographs", str(settings.photographs))
-    told = ("--count", settings.count, "--report", str(report))
+    asked = ("--backend", engine, "--precision", precision, "--images", str(settings.photographs))
+    told = ("--num-images", settings.count, "--report", str(report))
     return [Command((settings.multisa, "parity", str(settings.made_bundle), *asked, *told))]
 
 

@@ -57,7 +57,7 @@ def how_to_convert(bundle: Path, contract: GraphContract, precision: str) -> str
     if precision in ("int8", "bf16") and contract != SEGMENTER:
         return f"only the segmenter is made in {precision}, expected fp32 or fp16"
     return (
-        f"make a bundle that has it: multisa convert {bundle} --precision {precision} --photographs DIR "
+        f"make a bundle that has it: multisa convert {bundle} --precision {precision} --images DIR "
         "-o NEW_BUNDLE"
     )
 

@@ -13,7 +13,7 @@ from multisa.benchmarks.gpu import driver, graphs, kernels, look
 from multisa.benchmarks.gpu.runner import Row
 from multisa.benchmarks.gpu.settings import ROOT, read_machine
 from multisa.benchmarks.gpu.summary import Results, write_summary
-from multisa.export import convert
+from multisa.export import quantize
 from multisa.runtime import versions
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.engines.gpus import Gpu, GpuProbe
@@ -98,7 +98,7 @@ def test_a_refused_conversion_leaves_a_copy(tmp_path: Path, monkeypatch: pytest.
     def refuse(*_: Any) -> None:
         raise ParityError("fp16: labels differ")
 
-    monkeypatch.setattr(graphs, "convert_bundle", refuse)
+    monkeypatch.setattr(graphs, "quantize_bundle", refuse)
     words = ["--photographs", str(ROOT / "runtime" / "demo_photos"), "--report", str(tmp_path / "fp16.json")]
     assert graphs.main([*words, "--output", str(tmp_path / "bundle")]) == 3
     assert (
@@ -116,7 +116,7 @@ def test_a_converted_bundle_names_the_onnxruntime_that_is_there(monkeypatch: pyt
 
     monkeypatch.setattr(versions, "version", version)
     manifest = load_bundle(default_bundle_path()).manifest
-    made = convert._manifest(manifest, {}, {"fp16": {}}, convert.Settings(("fp16",)))
+    made = quantize._manifest(manifest, {}, {"fp16": {}}, quantize.QuantizeOptions(("fp16",)))
     assert made.provenance["fp16 graphs"]["versions"]["onnxruntime-gpu"] == "1.2"
 
 

@@ -378,7 +378,8 @@ def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
     for name, version in VERSIONS.items():
         assert f"{name} {version}: no plan for sm89 (CPU)" in said
         build = (
-            f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name} --cache {cache}"
+            f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name} "
+            f"--engine-cache {cache}"
         )
         assert build in said
     with pytest.raises(EngineUnavailable, match=r"^tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"):
@@ -492,7 +493,7 @@ def test_the_bundles_own_plans(bundle: Bundle, store: Store, tmp_path: Path) -> 
 
 
 def test_plans_are_looked_for_in_both_folders(bundle: Bundle, store: Store, tmp_path: Path) -> None:
-    """Those of `multisa build --cache DIR`, and the bundle's own."""
+    """Those of `multisa build --engine-cache DIR`, and the bundle's own."""
     store(SEGMENTER).rename(tmp_path / "engines")
     moved = dataclasses.replace(bundle, path=tmp_path)
     cache = store(SEGMENTER, gpu="")

@@ -12,16 +12,15 @@ from made_bundles import bundle_of
 from torch import nn
 
 from multisa.export.cost import cost_of
-from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AffinityPhotographs
+from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.to_onnx import onnx_from_module
-from multisa.export.unfold import (
+from multisa.export.to_torch import (
     affinity_from_bundle,
     cam_from_bundle,
     config_from_bundle,
+    head_from_folded,
     segmenter_from_bundle,
 )
-from multisa.export.unfold_head import unfolded_head
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
@@ -52,7 +51,7 @@ def module_of(bundle: Bundle, contract: GraphContract) -> nn.Module:
     if contract is SEGMENTER:
         return SegmentPhotographs(segmenter_from_bundle(bundle))
     if contract is AFFINITY:
-        return AffinityPhotographs(affinity_from_bundle(bundle), parameters.label.walk_radius)
+        return AffinityFromImages(affinity_from_bundle(bundle), parameters.label.walk_radius)
     return MultiScaleCAM(cam_from_bundle(bundle), scales=parameters.cam_scales)
 
 
@@ -134,7 +133,7 @@ def test_folding_an_unfolded_head_gives_it_back(
     }
 
     again = MultiSACAM(backbone, taps=taps, n_classes=n_classes)
-    missing, unexpected = again.load_state_dict(unfolded_head(folded, len(taps)), strict=False)
+    missing, unexpected = again.load_state_dict(head_from_folded(folded, len(taps)), strict=False)
     assert not unexpected and all("backbone" in key or key == "level_gain" for key in missing)
     refolded = FoldedMultiSACAM(again).state_dict()
     for key, value in folded.items():
@@ -147,7 +146,7 @@ def test_a_value_that_is_no_product_is_refused() -> None:
     folded = {f"levels.0.{name}.weight": torch.randn(6, 4, 1, 1) for name in ("direct", "value")}
     folded["levels.0.query.weight"] = torch.randn(4, 4, 1, 1)
     with pytest.raises(ValueError, match=r"levels\.0: no projection"):
-        unfolded_head(folded, 1)
+        head_from_folded(folded, 1)
 
 
 # --- other backbones ---

@@ -1,27 +1,25 @@
-"""PyTorch networks out of a bundle, with the layers they were trained with: what eager PyTorch would run.
+"""Rebuild a bundle's PyTorch networks, with the layers they were trained with.
 
     network = segmenter_from_bundle(load_bundle(path))
-    labels, confidence = SegmentPhotographs(network)(photographs)
+    labels, confidence = SegmentPhotographs(network)(images)
 
-A bundle's graphs are folded: batch norms are gone into the convolutions before them, the head of Multi-SA is
-multiplied out. The networks rebuilt here have every layer again, at the cost of the ones that were trained,
-and compute what the graphs compute: a folded convolution keeps its weights, and its batch norm becomes one
-that adds the bias and nothing else. Which layer of the graph belongs to which module is found by running the
-network on PyTorch's meta device, without data: the graph has its layers in the order they run.
+The graphs of a bundle are folded: batch norms are part of the convolutions before them, and the Multi-SA head
+is multiplied out. The rebuilt networks have all trained layers again, cost as much to run, and compute the
+same outputs: a folded convolution keeps its weights, and its batch norm only adds the bias. Running the
+network on PyTorch's meta device, without data, tells which module a layer of the graph belongs to: the graph
+lists its layers in the order they run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AffinityPhotographs
+from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.layer_match import layers_run, state_of_graph
 from multisa.export.stored_layers import PREFIX, StoredGraph, read_graph
-from multisa.export.unfold_head import unfolded_head
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.engines.contract import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.errors import BundleError
@@ -37,18 +35,22 @@ from multisa.training.segmenter import DeepLabV3Plus, SegmentPhotographs
 
 Network = TypeVar("Network", MultiSACAM, AffinityNet, DeepLabV3Plus)
 
+# Largest part of value, relative to its norm, that no W_3 may give. Networks that were folded have an exact
+# W_3; where there are more classes than channels, rounding to float16 leaves some 5e-4.
+MAX_RESIDUAL = 0.01
+
 
 def config_from_bundle(bundle: Bundle) -> TrainConfig:
     """Read the configuration that the bundle's networks were trained with, from its provenance.
 
-    Raises BundleError where it is not there, is not of this version, or says other scales than the graphs.
+    Raises BundleError if it is missing, of another version, or has other scales than the graphs.
     """
     place = "provenance.config"
     value = bundle.manifest.provenance.get("config")
     if value is None:
         raise BundleError(
-            f"{bundle.path}: no {place} in the manifest, expected the configuration of the training: without "
-            "it no PyTorch network can be rebuilt; export the bundle again, `multisa export` writes it"
+            f"{bundle.path}: no {place} in the manifest, expected the training configuration: it is needed "
+            "to rebuild the PyTorch networks; export the bundle again, `multisa export` writes it"
         )
     try:
         config = record_from_dict(TrainConfig, value, where=place)
@@ -66,13 +68,13 @@ def config_from_bundle(bundle: Bundle) -> TrainConfig:
 def segmenter_from_bundle(bundle: Bundle) -> DeepLabV3Plus:
     """Rebuild DeepLabV3+ from segmenter.onnx, in evaluation mode: for `SegmentPhotographs`.
 
-    Raises BundleError where graph and configuration are not of one network, UsageError for a backbone that
-    timm does not have; so do the other two.
+    Raises BundleError if the graph does not belong to the configuration, UsageError for a backbone that timm
+    does not have. So do `affinity_from_bundle` and `cam_from_bundle`.
     """
     config = replace(config_from_bundle(bundle).segmenter, weights="none")
     n_classes = len(bundle.manifest.classes)
     stored = read_graph(bundle, SEGMENTER)
-    if len(config.atrous_rates) > len(stored.layers):  # not to build what the file cannot hold
+    if len(config.atrous_rates) > len(stored.layers):  # do not build a network that the file cannot hold
         raise stored.error(
             f"{len(stored.layers)} layers, expected those for {len(config.atrous_rates)} rates"
         )
@@ -85,18 +87,18 @@ def segmenter_from_bundle(bundle: Bundle) -> DeepLabV3Plus:
 
 
 def affinity_from_bundle(bundle: Bundle) -> AffinityNet:
-    """Rebuild AffinityNet from affinity.onnx, in evaluation mode: called with normalised images."""
+    """Rebuild AffinityNet from affinity.onnx, in evaluation mode: called with normalized images."""
     config = replace(config_from_bundle(bundle).affinity, weights="none")
     radius = bundle.manifest.parameters.label.walk_radius
     stored = read_graph(bundle, AFFINITY)
-    state = _matched(stored, lambda: AffinityPhotographs(build_affinity_net(config), radius))
+    state = _matched(stored, lambda: AffinityFromImages(build_affinity_net(config), radius))
     return _loaded(build_affinity_net(config), state, stored)
 
 
 def cam_from_bundle(bundle: Bundle) -> MultiSACAM:
     """Rebuild Multi-SA from cam.onnx, not folded, in evaluation mode: for `MultiScaleCAM`.
 
-    Its layers are those of the trained network, their weights others with the same products.
+    It has the layers of the trained network, with other weights that have the same products.
     """
     config = replace(config_from_bundle(bundle).cam, weights="none")
     n_classes = len(bundle.manifest.classes)
@@ -111,15 +113,15 @@ def cam_from_bundle(bundle: Bundle) -> MultiSACAM:
     backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
     network = build_cam_network(config, n_classes)
     try:
-        head = unfolded_head(state, len(config.taps))
+        head = head_from_folded(state, len(config.taps))
     except ValueError as error:
         raise stored.error(str(error)) from error
     return _loaded(network, {**backbone, **head, "level_gain": network.level_gain}, stored)
 
 
 def _matched(stored: StoredGraph, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """State of the network inside the module that `build` makes, from the graph that was exported of it."""
-    # Nothing is computed and no weight has memory until the graph is known to hold all of them.
+    """State of the network inside the module that `build` makes, read from the graph exported from it."""
+    # On the meta device: nothing is computed or allocated before the graph is known to hold every weight.
     try:
         with torch.device("meta"):
             module = build().eval()
@@ -135,7 +137,7 @@ def _loaded(network: Network, state: dict[str, Tensor], stored: StoredGraph) -> 
     network.load_state_dict(state, strict=True)
     assert isinstance(network.backbone, Backbone)
     for key in ("mean", "std"):
-        # One of the two where all their numbers are equal: the exporter stores equal values once.
+        # The graph may lack one of the two: the exporter stores equal values once.
         name = f"{PREFIX}backbone.{key}"
         expected: Tensor = getattr(network.backbone, key)
         if name in stored.tensors:
@@ -145,3 +147,55 @@ def _loaded(network: Network, state: dict[str, Tensor], stored: StoredGraph) -> 
                     f"{name}: got {got.flatten().tolist()}, the backbone has {expected.flatten().tolist()}"
                 )
     return network.eval()
+
+
+def head_from_folded(folded: Mapping[str, Tensor], n_levels: int) -> dict[str, Tensor]:
+    """Rebuild the state of `MultiSACAM`'s head from that of `FoldedMultiSACAM`; the inverse of fold.py.
+
+    Folding multiplies matrices, so the trained factors are lost. Any factors with the same products compute
+    the same function at the same cost:
+
+        query = M^T g^2,  M = W_1^T W_2       W_1 = query, W_2 = 1, g = 1
+        direct = P g                          fusion 1, the classifier's columns of a level = direct
+        value = beta P W_3 g                  beta = 1, W_3 = the least-squares solution of direct W_3 = value
+
+    folded: float32 levels.I.{query,direct,value}.weight [c or C, c, 1, 1] of the `n_levels` taps, or
+    classifier.weight without taps. Raises ValueError, naming the level, where value has no such factor.
+    """
+    if not n_levels:
+        return {"classifier.weight": folded["classifier.weight"]}
+    state: dict[str, Tensor] = {}
+    projections = []
+    for level in range(n_levels):
+        query, direct, value = (
+            folded[f"levels.{level}.{name}.weight"].double()[:, :, 0, 0]
+            for name in ("query", "direct", "value")
+        )
+        state |= {
+            f"attention.{level}.query.weight": _weight(query),
+            f"attention.{level}.key.weight": _weight(torch.eye(len(query), dtype=torch.float64)),
+            f"attention.{level}.value.weight": _weight(_factor(direct, value, level)),
+            f"attention.{level}.beta": torch.ones(()),
+        }
+        projections.append(direct)
+    classifier = torch.cat(projections, 1)
+    state["fuse.weight"] = _weight(torch.eye(classifier.shape[1], dtype=torch.float64))
+    state["classifier.weight"] = _weight(classifier)
+    return state
+
+
+def _factor(direct: Tensor, value: Tensor, level: int) -> Tensor:
+    """Solve direct W = value, float64 [C, c] both, for W [c, c], the smallest where there are many."""
+    factor = torch.linalg.lstsq(direct, value, driver="gelsd").solution
+    residual = float(torch.linalg.norm(direct @ factor - value))
+    size = float(torch.linalg.norm(value))
+    if not residual <= MAX_RESIDUAL * size:
+        raise ValueError(
+            f"levels.{level}: no projection maps direct to value: got a residual of {residual:.3g} for "
+            f"a norm of {size:.3g}, expected at most {MAX_RESIDUAL:g} of it"
+        )
+    return torch.as_tensor(factor)
+
+
+def _weight(matrix: Tensor) -> Tensor:
+    return matrix.float()[:, :, None, None]
