@@ -160,6 +160,20 @@ def test_where_no_bundle_can_be_written_nothing_is_done_first(
         export_bundle(trained[1], dataset, tmp_path)
 
 
+def test_the_command_prints_one_json_object(
+    trained: tuple[RunRecord, Path], voc_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    arguments = ["export", str(trained[1]), "--data", str(voc_folder), "-o", str(output)]
+    result = CliRunner().invoke(root_command, [*arguments, "--num-images", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"] and found["bundle"] == str(output) and found["parity"]["fp32"]["passed"]
+    assert [graph["bytes"] for graph in found["graphs"]] == [
+        load_bundle(output).manifest.files[graph["file"]].bytes for graph in found["graphs"]
+    ]
+
+
 def test_another_data_set_than_the_runs_is_refused(
     trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path
 ) -> None:

@@ -66,6 +66,16 @@ def test_a_backend_against_itself(small: Bundle, tmp_path: Path) -> None:
     assert entry["figures"]["labels"]["agreement"] == entry["figures"]["pseudo_mask"]["agreement"] == 1
 
 
+def test_json_is_one_object_and_nothing_else(small: Bundle, tmp_path: Path) -> None:
+    altered = with_fp16_segmenter(small, tmp_path / "altered", shift=1.0)
+    result = parity(altered, "--backend", "onnxruntime-cpu", "--precision", "fp16", "--json")
+    assert result.exit_code == 3 and "error: fp16 on onnxruntime-cpu" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["passed"] is False and found["backend"] == "onnxruntime-cpu" and found["seconds"] > 0
+    assert found["bundle"] == str(altered.path) and found["precision"] == "fp16"
+    assert found["parity"]["fp16 on onnxruntime-cpu"]["problems"]
+
+
 def test_a_graph_of_other_weights_is_exit_code_3_and_reported(small: Bundle, tmp_path: Path) -> None:
     true = with_fp16_segmenter(small, tmp_path / "true")
     options = ("--backend", "onnxruntime-cpu", "--precision", "fp16")

@@ -19,6 +19,7 @@ from multisa.export import quantize as quantize_module
 from multisa.export.calibration_images import read_image_sets
 from multisa.export.parity import LIMITS
 from multisa.export.precision import ConvertedGraph
+from multisa.export.quantize import QuantizeOptions
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.cli import root as root_command
 from multisa.runtime.engines.contract import CONTRACTS, SEGMENTER, GraphContract, graph_file
@@ -120,6 +121,31 @@ def test_a_graph_beyond_its_limits_is_not_written_but_reported(
     kept = convert(bundle, voc_folder, tmp_path / "new", "--precision", "fp16", "--keep")
     assert kept.exit_code == 0 and "kept despite: fp16: labels" in kept.stderr
     assert json.loads((tmp_path / "new" / "parity.json").read_text())["fp16"]["passed"] is False
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_json_is_one_object_and_nothing_else(bundle: Bundle, voc_folder: Path, tmp_path: Path) -> None:
+    result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "int8", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"] and found["bundle"] == str(tmp_path / "new") and set(found["parity"]) == {"int8"}
+    (graph,) = found["graphs"]
+    assert (graph["file"], graph["precision"]) == ("segmenter.int8.onnx", "int8")
+    assert graph["bytes"] == (tmp_path / "new" / "segmenter.int8.onnx").stat().st_size
+    assert found["speed"][0]["ratio"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (QuantizeOptions(()), "precision: got none, expected one of fp16, int8"),
+        (QuantizeOptions(("fp8",)), "precision: got 'fp8', expected one of fp16, int8"),
+        (QuantizeOptions(("int8",), int8_for="gpu"), "int8_for: got 'gpu', expected one of cpu, tensorrt"),
+    ],
+)
+def test_options_that_do_not_exist(bundle: Bundle, options: QuantizeOptions, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        quantize_module.quantize_bundle(bundle, "images", "output", options)
 
 
 @pytest.mark.parametrize(

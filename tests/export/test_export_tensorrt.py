@@ -197,6 +197,9 @@ def test_plans_of_each_target_and_the_cache(rtx: Library, packaged: Bundle, tmp_
         assert all(re.search(rf"segmenter +{t} +fp32 +1 .* {said}\n", result.output) for t in TARGETS)
         reports.append(json.loads((tmp_path / "engines.json").read_text()))
         assert f"engine cache: {tmp_path / 'engines'}\n" in result.output
+    printed = CliRunner().invoke(root, [*command, "--json"])
+    found = json.loads(printed.stdout)
+    assert {**found, "seconds": 0} == {**reports[1], "seconds": 0}
     built, cached = (report["engines"] for report in reports)
     assert [row["target"] for row in built] == list(TARGETS)
     assert [row["cached"] for row in built + cached] == [False] * 5 + [True] * 5
