@@ -133,7 +133,8 @@ def export_bundle(
     """
     start = time.perf_counter()
     options = options or ExportOptions()
-    run, output = Path(run), Path(output)
+    run = Path(run)
+    output = Path(output)
     record = load_run(run)
     check_destinations(output, options.report)
     if dataset.class_names != record.classes or dataset.weak_digest() != record.data_digest:
@@ -165,7 +166,8 @@ def compare_with_networks(
         with Progress(len(items), "parity") as bar:
             for item in items:
                 image = read_working_image(item, run.config.long_side)
-                expected, got = _network_outputs(graphs, image), {}
+                expected = _network_outputs(graphs, image)
+                got: Outputs = {}
                 for graph in graphs:
                     got.update(engines[graph.file].run(image[None]))
                 for outputs in (expected, got):

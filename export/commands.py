@@ -36,7 +36,14 @@ def _json_option(command: Command) -> Command:
 def _image_options(command: Command) -> Command:
     """The options of `convert` and `parity` that tell which images are compared."""
     for decorate in (
-        click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="CPU threads."),
+        click.option(
+            "--threads",
+            default=2,
+            show_default=True,
+            type=click.IntRange(1),
+            metavar="N",
+            help="CPU threads.",
+        ),
         click.option(
             "--num-images",
             default=128,
@@ -56,8 +63,7 @@ def _image_options(command: Command) -> Command:
             required=True,
             type=_PATH,
             metavar="DIR",
-            help="Images to compare on (`convert` also calibrates on some): a data set in VOC layout, or a "
-            "folder.",
+            help="Data set in VOC layout, or folder of images, to measure on.",
         ),
     ):
         command = decorate(command)

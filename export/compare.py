@@ -212,11 +212,13 @@ def add_pseudo_mask(
     if np.isfinite(cam).all() and np.isfinite(affinity).all():
         walked = walk_scores(cam, affinity, parameters) if classes else cam
         made = pseudo_mask(image, walked, classes, parameters)
-        mask, confidence = made.mask, 255 * made.confidence
+        mask = made.mask
+        confidence = 255 * made.confidence
     else:
         # The walk refuses such maps. They are counted as not finite, and no label agrees.
         size = (image.shape[0], image.shape[1])
-        mask, confidence = np.full(size, IGNORE_INDEX, np.uint8), np.zeros(size, np.float32)
+        mask = np.full(size, IGNORE_INDEX, np.uint8)
+        confidence = np.zeros(size, np.float32)
     # A NaN in a map that is left out still counts.
     finite = bool(np.isfinite(np.asarray(outputs["cam"], np.float32)).all())
     outputs["cam"] = cam[None] if finite else np.full_like(cam[None], np.nan)

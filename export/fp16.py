@@ -37,7 +37,8 @@ def read_fp32_graph(data: bytes) -> Fp32Graph:
     model = onnx.load_from_string(data)
     graph = model.graph
     initializers = {initializer.name: initializer for initializer in graph.initializer}
-    float16_weights, kept = set(), []
+    float16_weights = set()
+    kept = []
     for node in graph.node:
         source = initializers.get(node.input[0]) if node.op_type == "Cast" else None
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -92,7 +93,8 @@ def fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.ModelProto:
     model.CopyFrom(fp32.model)
     graph = model.graph
     fp16_values: set[str] = set()  # values that their node produces in fp16
-    fp16_wanted, fp32_wanted = set(), {output.name for output in graph.output}
+    fp16_wanted: set[str] = set()
+    fp32_wanted = {output.name for output in graph.output}
     for node in graph.node:
         if node.op_type in SHAPE_OPERATORS and node.input[0] in fp16_values:
             node.input[0] += _SUFFIX  # takes any type, so no cast is needed
@@ -110,7 +112,8 @@ def fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.ModelProto:
             for place, name in enumerate(names):
                 if name in chosen:
                     names[place] = name + _SUFFIX
-    nodes, initializers = [], []
+    nodes = []
+    initializers = []
     for initializer in graph.initializer:
         name = initializer.name
         as_float16 = name in fp16_wanted or name in fp32.float16_weights
@@ -149,7 +152,8 @@ def emulated_fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.Mod
         if node.name not in converted:
             nodes.append(node)
             continue
-        before, after = [], []
+        before = []
+        after = []
         for place, name in enumerate(node.input):
             if name.endswith(_SUFFIX):
                 node.input[place] = f"{name}.in.{node.name}.{place}"

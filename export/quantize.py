@@ -163,7 +163,8 @@ def quantize_bundle(
     sets = read_image_sets(
         Path(images), source.manifest.classes, num_images=options.num_images, masks=options.masks
     )
-    converted, graphs = {}, []
+    converted: dict[str, dict[str, ConvertedGraph]] = {}
+    graphs: list[GraphFile] = []
     for precision in options.precisions:
         converted[precision], files = _convert(source, precision, sets, options)
         graphs += files

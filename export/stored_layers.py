@@ -110,7 +110,8 @@ def read_graph(bundle: Bundle, contract: GraphContract) -> StoredGraph:
     Raises BundleError for a file that is not an ONNX graph or has layers that no trained network has.
     """
     file = graph_file(contract)
-    data, path = bundle.read_file(file), bundle.path / file
+    path = bundle.path / file
+    data = bundle.read_file(file)
     try:
         check_onnx(data, file)
         model = onnx.load_from_string(data)
