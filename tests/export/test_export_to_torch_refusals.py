@@ -102,7 +102,7 @@ def with_another_mean(graph: Graph) -> None:
         (with_another_convolution, "1 layers the network does not have, starting with again"),
         (of_another_shape, f"{CLASSIFIER}: got shape .8, 128, 1, 1., expected .7, 128, 1, 1."),
         (of_another_type, f"{CLASSIFIER}: got ONNX data type 11, expected float32 or float16"),
-        (too_short, f"no ONNX graph|{MIX}: got 32766 bytes, expected 32768"),
+        (too_short, f"not an ONNX graph|{MIX}: got 32766 bytes, expected 32768"),
         (not_finite, f"{CLASSIFIER}: got numbers that are not finite"),
         (exchanged, "network.pyramid.*found in place of network.pyramid"),
         (with_another_dilation, "dilations: got .5, 5., expected .* for network.pyramid.1.0"),
