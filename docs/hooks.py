@@ -1,0 +1,134 @@
+"""What `mkdocs build` generates: the command line and API pages, and pages for files outside docs/.
+
+docs/cli.md and docs/api.md hold markers such as `<!-- cli -->` and `<!-- api: multisa.export -->`. They are replaced
+by tables of the click commands, and by one mkdocstrings directive for each public name.
+"""
+
+import importlib
+import inspect
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+# mkdocstrings reads the sources as a package of this folder. It gets copies: in the repository itself, `multisa` is
+# the root folder, and walking through that would also read .venv and build.
+SOURCE = ROOT / "build" / "docs-source"
+PACKAGES = ("kernels", "runtime", "training", "export")
+# Files of the root folder that become pages of the site, and folders whose JSON files it gets.
+OUTSIDE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/results/": "results/",
+}
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Copy the sources for mkdocstrings."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    for package in PACKAGES:
+        target = SOURCE / "multisa" / package
+        shutil.copytree(
+            ROOT / package, target, ignore=lambda folder, names: [n for n in names if _skip(folder, n)]
+        )
+    for path in ROOT.glob("__init__.py"):
+        shutil.copy(path, SOURCE / "multisa")
+
+
+def _skip(folder: str, name: str) -> bool:
+    return Path(folder, name).is_file() and not name.endswith(".py")
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the pages and files that lie outside docs/."""
+    for outside, target in OUTSIDE.items():
+        path = ROOT / outside
+        for source in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            name = target + source.name if path.is_dir() else target
+            files.append(File.generated(config, name, content=source.read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Expand the markers, and let links lead to where files of the root folder are in the site."""
+    for outside, target in {**OUTSIDE, "docs/": "", "README.md": "index.md"}.items():
+        markdown = re.sub(rf"\]\((?:\.\./)?{re.escape(outside)}", f"]({target}", markdown)
+    markdown = re.sub(r"<!-- api: (\S+) -->", lambda found: api_of(found[1]), markdown)
+    return markdown.replace("<!-- cli -->", command_line()) if "<!-- cli -->" in markdown else markdown
+
+
+def api_of(package: str) -> str:
+    """One mkdocstrings directive for each name in `__all__` of a package."""
+    names = importlib.import_module(package).__all__
+    return "\n\n".join(f"::: {package}.{name}" for name in names if not name.startswith("__"))
+
+
+def command_line() -> str:
+    """Every command of `multisa`: what it does, examples, arguments and options."""
+    from multisa.runtime.cli.main import COMMANDS, root
+
+    parent = click.Context(root, info_name="multisa")
+    parts = [_describe("multisa", root, parent, help_text=False)]
+    for name in COMMANDS:
+        command = root.get_command(parent, name)
+        assert command is not None
+        parts.append(
+            _describe(f"multisa {name}", command, click.Context(command, info_name=name, parent=parent))
+        )
+    return "\n\n".join(parts)
+
+
+def _describe(title: str, command: click.Command, context: click.Context, *, help_text: bool = True) -> str:
+    usage = " ".join([title, *command.collect_usage_pieces(context)])
+    records = [param.get_help_record(context) for param in command.get_params(context)]
+    rows = [f"| `{_cell(record[0])}` | {_cell(record[1])} |" for record in records if record]
+    table = "\n".join(["| option | |", "|---|---|", *rows])
+    text = _help_as_markdown(inspect.cleandoc(command.help or "")) if help_text else ""
+    return f"## {title}\n\n```text\n{usage}\n```\n\n{text}\n\n{table}"
+
+
+def _cell(text: str) -> str:
+    r"""A cell of a table: `|` would end it, even inside code."""
+    return " ".join(text.split()).replace("|", "&#124;" if "`" in text else r"\|")
+
+
+def _help_as_markdown(text: str) -> str:
+    r"""Paragraphs of a command's help; those that click keeps as they are (`\b`) become code blocks."""
+    parts = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = paragraph.splitlines()
+        if lines[0].strip() != "\b":
+            parts.append(paragraph)
+        elif lines[1].startswith("Example"):
+            parts.append("\n".join(["Example:", "", "```bash", *(line[2:] for line in lines[2:]), "```"]))
+        else:
+            parts.append("\n".join(["```text", *lines[1:], "```"]))
+    return "\n\n".join(parts)
+
+
+class ReadableDocstrings(griffe.Extension):
+    """Shows `name: description` lines as lists, and the comments of dataclass fields as their descriptions."""
+
+    def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
+        """Make a list item of every sentence that describes a parameter."""
+        names = "|".join(re.escape(parameter.name.lstrip("*")) for parameter in func.parameters)
+        if func.docstring and names:
+            item = rf"(?:^|(?<=\. ))((?:{names})(?:, (?:{names}))*): "
+            func.docstring.value = re.sub(item, r"\n\n- **\1**: ", func.docstring.value, flags=re.MULTILINE)
+
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Take the comment that ends the line of a field."""
+        in_class = attr.parent is not None and attr.parent.is_class
+        if attr.docstring or not in_class or attr.lineno is None or not isinstance(attr.filepath, Path):
+            return
+        line = attr.filepath.read_text(encoding="utf-8").splitlines()[(attr.endlineno or attr.lineno) - 1]
+        _, mark, comment = line.partition("  # ")
+        if mark:
+            attr.docstring = griffe.Docstring(comment, parent=attr)
