@@ -1,9 +1,10 @@
 """What `mkdocs build` generates: the command line and API pages, and pages for files outside docs/.
 
-docs/cli.md and docs/api.md hold markers such as `<!-- cli -->` and `<!-- api: multisa.export -->`. They are replaced
-by tables of the click commands, and by one mkdocstrings directive for each public name.
+docs/cli.md and docs/api.md hold markers such as `<!-- cli -->` and `<!-- api: multisa.export -->`. They are
+replaced by tables of the click commands, and by one mkdocstrings directive for each public name.
 """
 
+import html
 import importlib
 import inspect
 import re
@@ -18,8 +19,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-# mkdocstrings reads the sources as a package of this folder. It gets copies: in the repository itself, `multisa` is
-# the root folder, and walking through that would also read .venv and build.
+# mkdocstrings reads copies of the sources here, as a package. In the repository the package is the root
+# folder itself, and walking through that would also read .venv and build.
 SOURCE = ROOT / "build" / "docs-source"
 PACKAGES = ("kernels", "runtime", "training", "export")
 # Files of the root folder that become pages of the site, and folders whose JSON files it gets.
@@ -66,8 +67,14 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 def api_of(package: str) -> str:
     """One mkdocstrings directive for each name in `__all__` of a package."""
-    names = importlib.import_module(package).__all__
-    return "\n\n".join(f"::: {package}.{name}" for name in names if not name.startswith("__"))
+    names = [name for name in importlib.import_module(package).__all__ if not name.startswith("__")]
+    return "\n\n".join(f"::: {_path_of(package, name)}" for name in names)
+
+
+def _path_of(package: str, name: str) -> str:
+    """A function is hidden by a module of its own name, so it is found through that."""
+    is_module = (SOURCE / package.replace(".", "/") / f"{name}.py").is_file()
+    return f"{package}.{name}.{name}" if is_module else f"{package}.{name}"
 
 
 def command_line() -> str:
@@ -88,15 +95,20 @@ def command_line() -> str:
 def _describe(title: str, command: click.Command, context: click.Context, *, help_text: bool = True) -> str:
     usage = " ".join([title, *command.collect_usage_pieces(context)])
     records = [param.get_help_record(context) for param in command.get_params(context)]
-    rows = [f"| `{_cell(record[0])}` | {_cell(record[1])} |" for record in records if record]
-    table = "\n".join(["| option | |", "|---|---|", *rows])
+    # Arguments have no help of their own: the text explains them.
+    rows = [
+        f"| <code>{_cell(record[0])}</code> | {_cell(record[1])} |"
+        for record in records
+        if record and record[1]
+    ]
+    table = "\n".join(["| option | description |", "|---|---|", *rows])
     text = _help_as_markdown(inspect.cleandoc(command.help or "")) if help_text else ""
     return f"## {title}\n\n```text\n{usage}\n```\n\n{text}\n\n{table}"
 
 
 def _cell(text: str) -> str:
-    r"""A cell of a table: `|` would end it, even inside code."""
-    return " ".join(text.split()).replace("|", "&#124;" if "`" in text else r"\|")
+    """One cell of a table, on one line, without its separator."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
 
 
 def _help_as_markdown(text: str) -> str:
@@ -114,7 +126,7 @@ def _help_as_markdown(text: str) -> str:
 
 
 class ReadableDocstrings(griffe.Extension):
-    """Shows `name: description` lines as lists, and the comments of dataclass fields as their descriptions."""
+    """Shows `name: description` lines, and dataclass fields with their comments, as lists."""
 
     def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
         """Make a list item of every sentence that describes a parameter."""
@@ -123,12 +135,17 @@ class ReadableDocstrings(griffe.Extension):
             item = rf"(?:^|(?<=\. ))((?:{names})(?:, (?:{names}))*): "
             func.docstring.value = re.sub(item, r"\n\n- **\1**: ", func.docstring.value, flags=re.MULTILINE)
 
-    def on_attribute(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
-        """Take the comment that ends the line of a field."""
-        in_class = attr.parent is not None and attr.parent.is_class
-        if attr.docstring or not in_class or attr.lineno is None or not isinstance(attr.filepath, Path):
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """List the fields that have a comment at the end of their line."""
+        if not isinstance(cls.filepath, Path):
             return
-        line = attr.filepath.read_text(encoding="utf-8").splitlines()[(attr.endlineno or attr.lineno) - 1]
-        _, mark, comment = line.partition("  # ")
-        if mark:
-            attr.docstring = griffe.Docstring(comment, parent=attr)
+        lines = cls.filepath.read_text(encoding="utf-8").splitlines()
+        fields = []
+        for attribute in cls.attributes.values():
+            if attribute.is_alias or attribute.docstring or attribute.name.startswith("_"):
+                continue
+            _, mark, comment = lines[(attribute.endlineno or attribute.lineno or 1) - 1].partition("  # ")
+            if mark:
+                fields.append(f"- **{attribute.name}**: {comment}")
+        if fields and cls.docstring:
+            cls.docstring.value += "\n\n" + "\n".join(fields)
