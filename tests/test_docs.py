@@ -23,6 +23,7 @@ from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli.main import COMMANDS, root
 from multisa.training.checks import check_networks
 from multisa.training.config import load_config
+from multisa.training.thresholds import BACKGROUND_SAMPLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -95,6 +96,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_code_runs(page: str, workspace: Path) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
@@ -203,6 +205,20 @@ def test_accuracy_is_that_of_the_training() -> None:
         assert fact in README
     assert f"({counts['val']} val images)" in README
     assert f"({counts['train']} train images)" in README
+
+
+def test_sample_is_the_one_that_thresholds_are_chosen_on() -> None:
+    run = json.loads((ROOT / "benchmarks/results/voc-animals.json").read_text(encoding="utf-8"))
+    train = (run.get("images") or run["photographs"])["train"]
+    sample = len(range(0, train, -(-train // BACKGROUND_SAMPLE)))
+    assert f"the masks of {sample} train images" in README
+    assert f"on a sample of {sample} train images" in PAGES["docs/training.md"]
+
+
+def test_tables_are_those_of_the_results() -> None:
+    script = ROOT / "benchmarks" / "tables.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_settings_can_be_used() -> None:
