@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # folder itself, and walking through that would also read .venv and build.
 SOURCE = ROOT / "build" / "docs-source"
 PACKAGES = ("kernels", "runtime", "training", "export")
+OTHER_OPTIONS = "Options"  # of no group
 # Files of the root folder that become pages of the site, and folders whose JSON files it gets.
 OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
@@ -94,16 +95,19 @@ def command_line() -> str:
 
 def _describe(title: str, command: click.Command, context: click.Context, *, help_text: bool = True) -> str:
     usage = " ".join([title, *command.collect_usage_pieces(context)])
-    records = [param.get_help_record(context) for param in command.get_params(context)]
-    # Arguments have no help of their own: the text explains them.
-    rows = [
-        f"| <code>{_cell(record[0])}</code> | {_cell(record[1])} |"
-        for record in records
-        if record and record[1]
+    groups: dict[str, list[str]] = {}
+    for param in command.get_params(context):
+        name, text = param.get_help_record(context) or ("", "")
+        if text:  # arguments have none: the help of the command explains them
+            group = groups.setdefault(getattr(param, "group", OTHER_OPTIONS), [])
+            group.append(f"| <code>{_cell(name)}</code> | {_cell(text)} |")
+    others = groups.pop(OTHER_OPTIONS, [])
+    tables = [
+        "\n".join([f"| {group} | |", "|---|---|", *rows])
+        for group, rows in [*groups.items(), (OTHER_OPTIONS, others)]
     ]
-    table = "\n".join(["| option | description |", "|---|---|", *rows])
-    text = _help_as_markdown(inspect.cleandoc(command.help or "")) if help_text else ""
-    return f"## {title}\n\n```text\n{usage}\n```\n\n{text}\n\n{table}"
+    paragraphs = _help_as_markdown(inspect.cleandoc(command.help or "")) if help_text else ""
+    return "\n\n".join([f"## {title}", f"```text\n{usage}\n```", paragraphs, *tables])
 
 
 def _cell(text: str) -> str:
@@ -115,18 +119,18 @@ def _help_as_markdown(text: str) -> str:
     r"""Paragraphs of a command's help; those that click keeps as they are (`\b`) become code blocks."""
     parts = []
     for paragraph in re.split(r"\n\s*\n", text):
-        lines = paragraph.splitlines()
-        if lines[0].strip() != "\b":
+        first, *lines = paragraph.splitlines()
+        if first.strip() != "\b":
             parts.append(paragraph)
-        elif lines[1].startswith("Example"):
-            parts.append("\n".join(["Example:", "", "```bash", *(line[2:] for line in lines[2:]), "```"]))
+        elif lines[0].endswith(":"):
+            parts.append("\n".join([lines[0], "", "```bash", *(line[2:] for line in lines[1:]), "```"]))
         else:
-            parts.append("\n".join(["```text", *lines[1:], "```"]))
+            parts.append("\n".join(["```text", *lines, "```"]))
     return "\n\n".join(parts)
 
 
 class ReadableDocstrings(griffe.Extension):
-    """Shows `name: description` lines, and dataclass fields with their comments, as lists."""
+    """Shows `name: description` lines, and fields with their comments, as lists, and examples as code."""
 
     def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
         """Make a list item of every sentence that describes a parameter."""
@@ -134,6 +138,7 @@ class ReadableDocstrings(griffe.Extension):
         if func.docstring and names:
             item = rf"(?:^|(?<=\. ))((?:{names})(?:, (?:{names}))*): "
             func.docstring.value = re.sub(item, r"\n\n- **\1**: ", func.docstring.value, flags=re.MULTILINE)
+        _examples_as_code(func)
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         """List the fields that have a comment at the end of their line."""
@@ -149,3 +154,14 @@ class ReadableDocstrings(griffe.Extension):
                 fields.append(f"- **{attribute.name}**: {comment}")
         if fields and cls.docstring:
             cls.docstring.value += "\n\n" + "\n".join(fields)
+        _examples_as_code(cls)
+
+
+def _examples_as_code(item: griffe.Object) -> None:
+    """Fence the lines that begin with the prompt of Python, without the prompt."""
+    if item.docstring:
+        parts = re.split(r"((?:^(?:>>>|\.\.\.).*\n?)+)", item.docstring.value, flags=re.MULTILINE)
+        for index in range(1, len(parts), 2):
+            code = "\n".join(line[4:] for line in parts[index].splitlines())
+            parts[index] = f"```python\n{code}\n```\n"
+        item.docstring.value = "".join(parts)

@@ -131,8 +131,7 @@ def test_options_exist(page: str) -> None:
     """Every option that a text names is one of some command, or of another program's."""
     known = {"--help", "--fresh", "--tensorrt"}  # of click, and of benchmarks/gpu.sh
     with click.Context(root) as context:
-        for name in COMMANDS:
-            command = root.get_command(context, name)
+        for command in (root, *(root.get_command(context, name) for name in COMMANDS)):
             assert command is not None
             known |= {option for param in command.params for option in param.opts}
     named = set(re.findall(r"`(--[a-z0-9-]+)", PAGES[page]))
