@@ -82,7 +82,7 @@ def command_line() -> str:
     """Every command of `multisa`: what it does, examples, arguments and options."""
     from multisa.runtime.cli.main import COMMANDS, root
 
-    parent = click.Context(root, info_name="multisa")
+    parent = click.Context(root, info_name="multisa", **root.context_settings)
     parts = [_describe("multisa", root, parent, help_text=False)]
     for name in COMMANDS:
         command = root.get_command(parent, name)
