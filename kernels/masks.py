@@ -68,7 +68,8 @@ def deflate_mask(mask: UInt8) -> bytes:
 
 def histogram(values: UInt8) -> Int64:
     """Count the values of a uint8 array of any shape: int64 [256]. Raises TypeError for another dtype."""
-    return native.histogram(_checked_bytes("values", values))
+    check_dtype("values", values, np.uint8, "an array of uint8")
+    return native.histogram(np.ravel(values))
 
 
 def joint_histogram(rows: UInt8, columns: UInt8) -> Int64:
@@ -79,7 +80,10 @@ def joint_histogram(rows: UInt8, columns: UInt8) -> Int64:
     """
     if np.shape(rows) != np.shape(columns):
         raise ValueError(f"got shapes {np.shape(rows)} and {np.shape(columns)}, expected one shape for both")
-    return native.joint_histogram(_checked_bytes("rows", rows), _checked_bytes("columns", columns))
+    for name, array in (("rows", rows), ("columns", columns)):
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+            raise TypeError(f"{name}: got {getattr(array, 'dtype', type(array).__name__)}, expected uint8")
+    return native.joint_histogram(np.ravel(rows), np.ravel(columns))
 
 
 def confidence_levels(probabilities: Float32) -> UInt8:
@@ -97,8 +101,3 @@ def _checked_mask(mask: UInt8) -> UInt8:
         raise ValueError(f"mask: got shape {list(mask.shape)}, expected [H, W] with H, W >= 1")
     return np.ascontiguousarray(mask)
 
-
-def _checked_bytes(name: str, array: UInt8) -> UInt8:
-    """Return the array flat and contiguous; raise TypeError unless it is uint8."""
-    check_dtype(name, array, np.uint8, "an array of uint8")
-    return np.ascontiguousarray(array).reshape(-1)

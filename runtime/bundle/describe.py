@@ -87,15 +87,14 @@ def _parameters(manifest: Manifest) -> list[str]:
 
 
 def _metrics(manifest: Manifest) -> list[str]:
-    measured = manifest.metrics.get("training", {})
-    if not isinstance(measured, dict):
-        return []
     rows = [
-        (stage, f"{values['miou']:.2f}")
-        for stage, values in measured.items()
-        if isinstance(values, dict) and isinstance(values.get("miou"), (int, float))
+        (name, f"{value:g}") for name, value in manifest.metrics.items() if isinstance(value, (int, float))
     ]
-    return table(("measured when trained", "mIoU %"), rows) if rows else []
+    training = manifest.metrics.get("training", {})
+    for stage, values in training.items() if isinstance(training, dict) else ():
+        if isinstance(values, dict) and isinstance(values.get("miou"), (int, float)):
+            rows.append((f"mIoU %, {stage}", f"{values['miou']:.2f}"))
+    return table(("metric", "value"), rows) if rows else []
 
 
 def _provenance(manifest: Manifest) -> list[str]:

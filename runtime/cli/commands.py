@@ -188,9 +188,9 @@ def _finish(summary: "RunSummary", arguments: Mapping[str, Any]) -> None:
 
 
 def _load_bundle(path: Path | None) -> "Bundle":
-    from multisa.runtime.bundle import default_bundle_path, load_bundle
+    from multisa.runtime.bundle import load_bundle
     from multisa.runtime.errors import UsageError
 
     if path and not path.exists():
         raise UsageError(f"{path}: does not exist, expected a bundle folder as `multisa export` writes")
-    return load_bundle(path or default_bundle_path())
+    return load_bundle(path)
