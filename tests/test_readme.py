@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from multisa.benchmarks import readme_results
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli import COMMANDS
-from multisa.training.calibration import BACKGROUND_SAMPLE
 from multisa.training.checks import check_networks
 from multisa.training.config import load_config
 
@@ -19,13 +17,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_results_are_those_of_the_results_files() -> None:
-    script = ROOT / "benchmarks" / "readme_results.py"
+    script = ROOT / "benchmarks" / "tables.py"
     result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_the_sample_is_the_one_that_is_calibrated_on() -> None:
-    assert readme_results.BACKGROUND_SAMPLE == BACKGROUND_SAMPLE
 
 
 def test_what_is_said_of_the_packaged_bundle() -> None:

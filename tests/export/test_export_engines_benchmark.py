@@ -1,0 +1,84 @@
+"""benchmarks/engines.py: which options reach the builder, and which failures end the run."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from multisa.benchmarks import engines
+from multisa.export.half import half_candidates, half_graph, model_bytes, plain_graph
+from multisa.export.tensorrt.build import BuildOptions, BuildReport
+from multisa.runtime.bundle import default_bundle_path, load_bundle, write_bundle
+from multisa.runtime.engines.tensorrt_library import Library, import_library
+from multisa.runtime.errors import EngineUnavailable
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    return engines
+
+
+def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, work: Path, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["engines.py", "--work", str(work), "--results", str(work), *options])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    return int(stop.value.code or 0)
+
+
+def test_turing_fails_for_cam_as_is_known(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    try:
+        import_library("tensorrt-rtx")
+    except EngineUnavailable as error:
+        pytest.skip(str(error))
+    assert "sm75" in script.TARGETS
+    packaged = load_bundle(default_bundle_path())
+    plain = plain_graph(packaged.read_file("segmenter.onnx"))
+    files = {name: packaged.read_file(name) for name in packaged.manifest.files}
+    files["segmenter.fp16.onnx"] = model_bytes(half_graph(plain, half_candidates(plain)))
+    # Of the smallest photographs the three default profiles are one.
+    parameters = replace(packaged.manifest.parameters, long_side=64)
+    write_bundle(tmp_path / "bundle", replace(packaged.manifest, parameters=parameters), files)
+    monkeypatch.setattr(script, "default_bundle_path", lambda: tmp_path / "bundle")
+    assert run(script, monkeypatch, tmp_path, "--targets", "sm75") == 0
+    assert run(script, monkeypatch, tmp_path, "--targets", "sm75", "--precision", "fp16") == 0
+    entries = json.loads((tmp_path / "engines.json").read_text())["bundles"]
+    cam, affinity, segmenter = entries[packaged.manifest.name]["engines"]
+    assert cam["known"] is True and "FP32 GEMM is not supported" in cam["failure"]
+    assert (affinity["graph"], segmenter["graph"]) == ("affinity", "segmenter")
+    assert affinity["megabytes"] > 1 and "failure" not in segmenter
+    (half,) = entries[f"{packaged.manifest.name}, fp16"]["engines"]
+    assert (half["graph"], half["precision"]) == ("segmenter", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("target", "failure", "code"),
+    [
+        ("sm75", "FP32 GEMM is not supported", 0),
+        ("sm89", "FP32 GEMM is not supported", 1),  # Turing's alone
+        ("sm75", "out of memory", 1),
+    ],
+)
+def test_other_failures_end_the_run(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    target: str,
+    failure: str,
+    code: int,
+) -> None:
+    seen: list[BuildOptions] = []
+
+    def failing(bundle: object, options: BuildOptions) -> BuildReport:
+        seen.append(options)
+        failures = (failure,) if options.graphs == ("cam",) else ()
+        return BuildReport("bundle", Library("tensorrt", None, "0"), (), failures)
+
+    monkeypatch.setattr(script, "build_plans", failing)
+    assert run(script, monkeypatch, tmp_path, "--targets", target, "--library", "tensorrt") == code
+    assert [options.graphs for options in seen] == [("cam",), ("affinity",), ("segmenter",)]
+    assert {(o.library, o.targets, o.precision) for o in seen} == {("tensorrt", (target,), "fp32")}
