@@ -11,12 +11,10 @@ and the peak memory of a process. ResNet-50 and ResNeSt-101 have random weights,
 ones. Writes benchmarks/results/cam_head.json.
 """
 
-import argparse
 import copy
 import json
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,11 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from multisa.benchmarks.harness import (
-    Times,
-    environment,
-    interleave,
-    make_parser,
-    peak_memory_mib,
-    save_results,
-)
+from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
+from multisa.benchmarks.suite.worker_process import WorkerProcess
 from multisa.benchmarks.synthetic_images import image_bytes
 from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
-from multisa.export.cost import Cost, costs_of_parts
+from multisa.export.cost import costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.export.unfold import cam_from_bundle
@@ -221,7 +213,13 @@ def costs(network: MultiSACAM) -> list[dict[str, Any]]:
         rows.append(
             {
                 "scale": scale,
-                **{name.replace(" ", "_"): _json(cost) for name, cost in parts.items()},
+                **{
+                    name.replace(" ", "_"): {
+                        "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
+                        "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
+                    }
+                    for name, cost in parts.items()
+                },
                 "folded_over_unfolded": round((backbone + after) / (backbone + head), 3),
                 "head_is_largest": after > backbone,
             }
@@ -229,30 +227,24 @@ def costs(network: MultiSACAM) -> list[dict[str, Any]]:
     return rows
 
 
-def _json(cost: Cost) -> dict[str, float]:
-    return {
-        "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
-        "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
-    }
+class _MemoryProbe:
+    """Runs a graph once per call; constructed in a worker process."""
+
+    def __init__(self, graph: bytes, threads: int) -> None:
+        self._backend = OnnxRuntimeEngine(graph, threads=threads, contract=CAM)
+
+    def run(self, side: int) -> None:
+        self._backend.run(square_image(side).numpy())
 
 
-def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[str, float]:
+def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[str, Any]:
     """MiB of a fresh process before and after one image, attention in blocks or with a whole matrix."""
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(graph if blocks else with_whole_matrix(graph))
-        file.flush()
-        command = [sys.executable, __file__, "--memory-of", file.name, str(side), "--threads", str(threads)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    measured: dict[str, float] = json.loads(printed)
-    return measured
-
-
-def measure_memory(path: str, side: int, threads: int) -> dict[str, float]:
-    """Run the graph once, in its own process."""
-    with OnnxRuntimeEngine(Path(path), threads=threads, contract=CAM) as backend:
-        loaded = peak_memory_mib()
-        backend.run(square_image(side).numpy())
-    return {"loaded_mib": round(loaded or 0), "peak_mib": round(peak_memory_mib() or 0)}
+    graph = graph if blocks else with_whole_matrix(graph)
+    with WorkerProcess(_MemoryProbe, graph, threads) as worker:
+        loaded = worker.peak_mib
+        worker.call("run", side)
+        peaks = {"loaded_mib": round(loaded or 0), "peak_mib": round(worker.peak_mib or 0)}
+    return {"size": side, "blocks": blocks, **peaks}
 
 
 def measure_heads(
@@ -265,11 +257,9 @@ def measure_heads(
 
 def count_costs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
     """Costs of the networks, and of ResNeSt-101 and lite0 with 20 classes."""
-    others = {
-        "lite0-20-classes": random_network("lite0"),
-        "resnest101": random_network("paper-resnest101"),
-    }
-    return {name: costs(network) for name, network in (networks | others).items()}
+    others = {"lite0-20-classes": "lite0", "resnest101": "paper-resnest101"}
+    networks = networks | {name: random_network(preset) for name, preset in others.items()}
+    return {name: costs(network) for name, network in networks.items()}
 
 
 def measure_graphs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
@@ -292,15 +282,17 @@ def measure_memories(networks: dict[str, MultiSACAM], threads: int) -> dict[str,
         "packaged": (packaged, ((large, False), (large, True))),
     }
     return {
-        name: [
-            {"size": side, "blocks": blocks, **peak_memory(graph, side, threads, blocks=blocks)}
-            for side, blocks in sizes
-        ]
+        name: [peak_memory(graph, side, threads, blocks=blocks) for side, blocks in sizes]
         for name, (graph, sizes) in cases.items()
     }
 
 
-PARTS = {"head": measure_heads, "cost": count_costs, "whole": measure_graphs, "memory": measure_memories}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "head": measure_heads,
+    "cost": count_costs,
+    "whole": measure_graphs,
+    "memory": measure_memories,
+}
 
 
 def main() -> None:
@@ -308,13 +300,8 @@ def main() -> None:
     parser = make_parser(__doc__, quick="the heads alone, fewer repeats; other results are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=list(PARTS), help="measure one part; other results are kept")
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    threads = options.threads
-    torch.set_num_threads(threads)
-    if options.memory_of:
-        print(json.dumps(measure_memory(options.memory_of[0], int(options.memory_of[1]), threads)))
-        return
+    torch.set_num_threads(options.threads)
     if options.quick and options.only:
         parser.error("--quick measures the heads alone; give either --quick or --only")
     only = options.only or ("head" if options.quick else None)
@@ -324,12 +311,9 @@ def main() -> None:
     networks = {"lite0": packaged, "resnet50": random_network("paper-resnet50")}
     for part in (only,) if only else PARTS:
         described = environment("torch", "onnxruntime", "timm", quick=options.quick)
-        measured = (
-            measure_heads(networks, threads, QUICK_REPEATS)
-            if options.quick
-            else PARTS[part](networks, threads)
-        )
-        results[part] = {"environment": described, "threads": threads, "networks": measured}
+        repeats = (QUICK_REPEATS,) if options.quick else ()
+        measured = PARTS[part](networks, options.threads, *repeats)
+        results[part] = {"environment": described, "threads": options.threads, "networks": measured}
     results |= {"scales": list(paper_scales()), "query_block": QUERY_BLOCK}
     save_results("cam_head", results, options.results)
 

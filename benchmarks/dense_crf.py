@@ -6,7 +6,6 @@ Writes benchmarks/results/dense_crf.json.
 """
 
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,25 +59,6 @@ def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[s
     }
 
 
-def scaling(repeats: int) -> list[dict[str, float]]:
-    """Time per pixel over sizes and labels."""
-    rows = []
-    for size, labels in ((32, 3), (64, 3), (128, 3), (256, 3), (512, 3), (256, 8), (256, 16), (256, 24)):
-        image = image_bytes(size, size)
-        probabilities = class_probabilities(labels, size, size)
-        times = interleave({"ours": partial(dense_crf, image, probabilities)}, repeats=repeats)
-        seconds = times["ours"].median
-        rows.append(
-            {
-                "size": size,
-                "labels": labels,
-                "median_ms": round(1000 * seconds, 2),
-                "ns_per_pixel": round(1e9 * seconds / (size * size), 1),
-            }
-        )
-    return rows
-
-
 def comparisons(*, quick: bool, machine: dict[str, float] | None = None) -> list[dict[str, Any]]:
     """Ours and pydensecrf over labels and parameters, and our distance from the roofline."""
     machine = machine or peaks()
@@ -114,7 +94,6 @@ def main() -> None:
         "image": [HEIGHT, WIDTH],
         "settings": {name: asdict(parameters) for name, parameters in SETTINGS.items()},
         "comparisons": comparisons(quick=options.quick, machine=machine),
-        "scaling": scaling(_repeats(options.quick)),
     }
     save_results("dense_crf", results, options.results)
 

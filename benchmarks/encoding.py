@@ -208,12 +208,7 @@ def main() -> None:
         jpegs[name] = compare_jpegs(files, long_side, (REPEATS_ENLARGED if size else REPEATS) // fewer)
     results = {
         "environment": described,
-        "parameters": {
-            "threads": 1,
-            "encoder": png_encoder(),
-            "long_side": long_side,
-            "quality": QUALITY,
-        },
+        "parameters": {"threads": 1, "encoder": png_encoder(), "long_side": long_side, "quality": QUALITY},
         "masks": masks,
         "jpegs": jpegs,
         "labels_alike_with_scaled_decoding": agreement,

@@ -1,35 +1,29 @@
 #!/usr/bin/env bash
 # Tests and measures everything that needs an NVIDIA GPU, on any Linux machine that has one:
 #     bash benchmarks/gpu.sh [--data VOC_LAYOUT] [--bundle BUNDLE] [--output DIR] [--quick]
+# --data VOC_LAYOUT   data set for `multisa bench` and for parity; without it, bench is skipped
+# --bundle BUNDLE     bundle to test; default: the packaged one
+# --output DIR        results folder; default: gpu-results
+# --environment DIR   use this virtual environment as it is; default: install into .venv-gpu
+# --quick             fewer sizes, images and repeats
+# --skip-tests        leave out tests/gpu
+# --tensorrt          also test TensorRT itself (installs tensorrt-cu13)
+# --fresh             forget the steps that earlier runs finished
 # Each step has a log in DIR/logs; a failing step does not stop the others. DIR gets summary.md and results.json.
-# A step that succeeded is not repeated by the same command; --fresh starts from scratch.
+# A step that succeeded is not repeated by the same command.
 # Exit codes: 0 ok, 3 a gate failed (tests, parity, kernels), 5 no usable GPU, 1 another step failed.
 set -uo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 data='' bundle="$root/runtime/bundles/voc-animals" output=gpu-results environment='' tests=yes tensorrt=no fresh=no
 quick=()
 
-usage() {
-    cat << 'HELP'
-usage: gpu.sh [options]
-  --data VOC_LAYOUT   data set for `multisa bench` and for parity; without it, bench is skipped
-  --bundle BUNDLE     bundle to test; default: the packaged one
-  --output DIR        results folder; default: gpu-results
-  --environment DIR   use this virtual environment as it is; default: install into .venv-gpu
-  --quick             fewer sizes, images and repeats
-  --skip-tests        leave out tests/gpu
-  --tensorrt          also test TensorRT itself (installs tensorrt-cu13)
-  --fresh             forget the steps that earlier runs finished
-HELP
-}
+usage() { sed -n '2,/^set/s/^# //p' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
     case $1 in
         --data | --bundle | --output | --environment)
             [ $# -ge 2 ] || { echo "error: $1: expected a value" >&2; exit 1; }
-            printf -v "${1#--}" %s "$(realpath -m -- "$2")"
-            shift
-            ;;
+            printf -v "${1#--}" %s "$(realpath -m -- "$2")" && shift ;;
         --quick) quick=(--quick) ;;
         --skip-tests) tests=no ;;
         --tensorrt) tensorrt=yes ;;
@@ -68,9 +62,8 @@ step() {
     shift
     log=$output/logs/$name.log
     if [ -e "$output/done/$name" ]; then
-        note "$name" 0 0 "done before"
-        echo "$name: done before"
-        return 0
+        note "$name" 0 0 "done before" && echo "$name: done before"
+        return
     fi
     PATH=$(path_with_nvcc) "$@" > "$log" 2>&1 || code=$?
     [ $code -ne 0 ] || touch "$output/done/$name"
@@ -79,10 +72,7 @@ step() {
     return $code
 }
 
-skip() {
-    note "$1" skipped 0 "$2"
-    echo "$1: skipped: $2"
-}
+skip() { note "$1" skipped 0 "$2" && echo "$1: skipped: $2"; }
 
 finish() {
     [ -x "$python" ] || exit "${1:-1}" # not even an environment
@@ -90,9 +80,10 @@ finish() {
     exit
 }
 
+pip() { "$python" -m pip install --quiet "$@"; }
+
 install_environment() (
     set -e
-    pip() { "$python" -m pip install --quiet "$@"; }
     for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && break
     done
@@ -100,13 +91,12 @@ install_environment() (
     pip --constraint constraints.txt torch
     command -v nvcc > /dev/null || pip nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-profiler-api
     PATH=$(path_with_nvcc) tests/cuda_on_cpu/install_pycuda.sh "$python" # no wheel; needs no driver to build
-    if [ "$(uname -m)" = x86_64 ]; then
-        pip --constraint constraints.txt --editable '.[bench,gpu,rtx]' pytest
+    pip --constraint constraints.txt --editable '.[bench,gpu]' pytest
+    if [ "$(uname -m)" = x86_64 ]; then # for others there are no wheels
+        pip --constraint constraints.txt --editable '.[rtx]'
         # onnxruntime and onnxruntime-gpu are one module: with both removed, what is installed is complete.
         "$python" -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
         pip 'onnxruntime-gpu[cuda,cudnn]'
-    else
-        pip --constraint constraints.txt --editable '.[bench,gpu]' pytest
     fi
     "$python" -m pip list
 )
@@ -126,16 +116,16 @@ make_bundle() {
     return $code
 }
 
-if [ -z "$environment" ]; then step install install_environment || finish 1; fi
+if [ -z "$environment" ]; then
+    step install install_environment || finish 1
+    [ $tensorrt = no ] || step install-tensorrt pip tensorrt-cu13
+fi
 step kernels "$python" -m multisa.kernels.cuda.build || finish 1
 rm -f "$output/done/driver" # cheap, and the answer may change
 step driver "$python" -m multisa.benchmarks.gpu_report driver --output "$output/driver.json" || finish $?
 step doctor sh -c "multisa doctor --json > '$output/doctor.json'"
-if [ $tests = yes ]; then
-    step tests "$python" -m multisa.benchmarks.gpu_report tests --output "$output/tests.json" -m gpu tests/gpu
-else
-    skip tests --skip-tests
-fi
+[ $tests = yes ] || skip tests --skip-tests
+[ $tests = no ] || step tests "$python" -m multisa.benchmarks.gpu_report tests --output "$output/tests.json" -m gpu tests/gpu
 step kernel-times "$python" -m multisa.benchmarks.gpu_kernels --output "$output/kernels.json" "${quick[@]}"
 [ -e "$output/done/bundle" ] || rm -rf "$output"/done/{engines,parity,bench}*
 step bundle make_bundle
@@ -155,9 +145,6 @@ for precision in fp32 fp16; do
             --photographs "$images" --count "$count" --report "$output/parity-$backend-$precision.json"
     done
 done
-if [ -n "$data" ]; then
-    step bench multisa bench --bundle "$made" --data "$data" -o "$output/bench" "${quick[@]}"
-else
-    skip bench "no --data"
-fi
+[ -n "$data" ] || skip bench "no --data"
+[ -z "$data" ] || step bench multisa bench --bundle "$made" --data "$data" -o "$output/bench" "${quick[@]}"
 finish

@@ -9,7 +9,6 @@ too far from its reference, 5 without a usable GPU.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +69,8 @@ def wait(device: Device, array: DeviceArray) -> None:
 
 def walk_row(device: Device, images: int, channels: int, side: int, repeats: int) -> dict[str, Any]:
     """The random walk of a batch on one grid: times, ratios to the resident call, error against float64."""
+    import torch
+
     one = affinity_from_features(image_features(side, side), radius=SETTINGS.radius)
     affinity = np.repeat(one[None], images, axis=0)
     scores = np.stack([smooth_scores(channels, side, side, seed=seed) for seed in range(images)])
@@ -85,7 +86,7 @@ def walk_row(device: Device, images: int, channels: int, side: int, repeats: int
         "host": lambda: calls.random_walk_on_device(scores, affinity, SETTINGS, None, device),
         ON_CPU: lambda: random_walk(scores, affinity),
     }
-    if side <= DENSE_SIDE and _torch_sees_gpu():
+    if side <= DENSE_SIDE and torch.cuda.is_available():
         ways["dense squaring, PyTorch on the GPU"] = dense_squaring(one, scores)
     times = interleave(ways, repeats=repeats, slow={ON_CPU: min(repeats, SLOW_REPEATS)})
     resident()
@@ -109,13 +110,12 @@ def dense_squaring(affinity: Float32, scores: Float32) -> Callable[[], object]:
     """The literature's walk of each image in PyTorch on the GPU, until it is finished."""
     import torch
 
-    matrix = transition(affinity, SETTINGS.beta, SETTINGS.radius).toarray()
-    resident = torch.from_numpy(matrix).cuda()
+    matrix = torch.from_numpy(transition(affinity, SETTINGS.beta, SETTINGS.radius).toarray()).cuda()
     flat = torch.from_numpy(scores.reshape(len(scores), scores.shape[1], -1)).cuda()
 
     def run() -> None:
         for image in flat:
-            power = resident
+            power = matrix
             for _ in range(SETTINGS.steps.bit_length() - 1):
                 power = power @ power
             torch.matmul(image, power.T)
@@ -154,29 +154,19 @@ def crf_row(device: Device, labels: int, height: int, width: int, repeats: int) 
     }
 
 
-def _torch_sees_gpu() -> bool:
+def copied_bytes_per_second() -> float:
+    """Bytes per second that a copy in GPU memory reads and writes, in PyTorch."""
     import torch
 
-    return torch.cuda.is_available()
-
-
-def copied_bytes_per_second() -> float | None:
-    """Bytes per second that a copy in GPU memory reads and writes; None where PyTorch sees no GPU."""
-    import torch
-
-    if not _torch_sees_gpu():
-        return None
     source = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def copy() -> None:
         for _ in range(16):
             target.copy_(source)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return float(16 * 2 * source.numel() / min(seconds))
+
+    return 16 * 2 * source.numel() / min(interleave({"copy": copy}, repeats=6)["copy"].seconds)
 
 
 def problems(rows: list[dict[str, Any]]) -> list[str]:
@@ -193,14 +183,15 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def measure(device: Device, *, quick: bool) -> dict[str, Any]:
-    """All rows, with the walk's roofline on the GPU: the bytes it moves over the rate of a copy."""
+    """All rows; where PyTorch sees the GPU, with the walk's roofline: its bytes over the rate of a copy."""
+    import torch
+
     repeats = 5 if quick else 20
     rows = [walk_row(device, *shape, repeats) for shape in (WALKS[:2] if quick else WALKS)]
     rows += [crf_row(device, *shape, repeats) for shape in (CRFS[:1] if quick else CRFS)]
-    rate = copied_bytes_per_second()
-    for row in rows:
-        if rate and "bytes" in row:
-            row["bytes_roofline_ms"] = round(1000 * row["bytes"] / rate, 4)
+    rate = copied_bytes_per_second() if torch.cuda.is_available() else None
+    for row in (row for row in rows if rate and "bytes" in row):
+        row["bytes_roofline_ms"] = round(1000 * row["bytes"] / rate, 4)
     return {
         "environment": environment("torch", "pycuda", "pydensecrf2", quick=quick),
         "settings": {"walk": asdict(SETTINGS), "crf": asdict(CRF)},

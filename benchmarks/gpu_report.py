@@ -109,23 +109,16 @@ def summary(output: Path, ended: int | None = None) -> int:
     gpu = results.get("driver", {})
     lines += [f"GPU: {gpu.get('gpu', 'none')}, {gpu.get('target', '')}", ""]
     lines += _table(("step", "exit code", "seconds", "remark"), steps)
-    kernels = [
-        (row["kernel"], row["shape"], way, times["median_ms"], times["times_ours"], row["max_error"])
-        for row in results.get("kernels", {}).get("rows", ())
-        for way, times in row["ways"].items()
+    reports = [results[name] for name in results if name.startswith("parity-")]
+    rows = [
+        (title, report[title]) for report in reports for title in report if isinstance(report[title], dict)
     ]
-    lines += _table(("kernel", "shape", "way", "ms", "× resident", "error of resident"), kernels)
-    parity = [
-        (title, "passed" if figures.get("passed") else "failed", "; ".join(figures.get("problems", ())))
-        for name, report in results.items()
-        if name.startswith("parity-")
-        for title, figures in report.items()
-        if isinstance(figures, dict)
-    ]
-    lines += _table(("parity with fp32 on the CPU", "gate", "problems"), parity)
-    keys = ("backend", "precision", "device", "images_per_second", "miou", "label_agreement", "problem")
-    rows = [[row.get(key) for key in keys] for row in results.get("bench", {}).get("segment", ())]
-    lines += _table(keys, rows)
+    parity = [(title, found.get("passed"), "; ".join(found.get("problems", ()))) for title, found in rows]
+    lines += _table(("parity with fp32 on the CPU", "passed", "problems"), parity)
+    kernels = results.get("kernels", {}).get("rows", ())
+    lines += _columns(("kernel", "shape", "max_error", "label_agreement", "ways"), kernels)
+    names = ("backend", "precision", "device", "images_per_second", "miou", "label_agreement", "problem")
+    lines += _columns(names, results.get("bench", {}).get("segment", ()))
     write_bytes_atomically(output / "summary.md", "\n".join(lines).encode())
     print(output / "summary.md")
     return code
@@ -146,6 +139,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     cells = [["" if cell is None else str(cell).replace("|", "/") for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
     return [*lines, ""] if rows else []
+
+
+def _columns(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    return _table(names, [[row.get(name) for name in names] for row in rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

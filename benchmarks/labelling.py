@@ -2,8 +2,8 @@
 
     python benchmarks/labelling.py --data VOC_LAYOUT [--quick] [--backends onnxruntime-cpu,pytorch-eager]
 
-The recipe runs once with a sparse transition matrix, everything else equal, and once squaring the dense one as
-psa and irn do. All label the same images alternately, given their image-level labels. Writes
+The recipe runs once with a sparse transition matrix, everything else equal, and once squaring the dense one
+as psa and irn do. All label the same images alternately, given their image-level labels. Writes
 benchmarks/results/labelling.json; the same as `multisa bench --stages label`.
 """
 

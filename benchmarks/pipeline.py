@@ -66,12 +66,7 @@ class StagesAlone:
     """The stages of the pipeline, one after the other over the same images, in as many threads each."""
 
     def __init__(
-        self,
-        job: Job,
-        bundle: Bundle,
-        method: Method,
-        files: Sequence[Path],
-        labels: Sequence[Labels | None],
+        self, job: Job, bundle: Bundle, method: Method, files: Sequence[Path], labels: Sequence[Labels | None]
     ) -> None:
         self._method = method
         self._long_side = bundle.manifest.parameters.long_side

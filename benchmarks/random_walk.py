@@ -6,12 +6,7 @@ psa, irn and PuzzleCAM square the transition matrix of the whole grid eight time
 does the same walk as ours on a sparse matrix. Writes benchmarks/results/random_walk.json.
 """
 
-import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +23,7 @@ from multisa.benchmarks.harness import (
     save_results,
     with_ratios,
 )
+from multisa.benchmarks.suite.worker_process import WorkerProcess
 from multisa.benchmarks.synthetic_images import image_features, smooth_scores
 from multisa.kernels import affinity_from_features, random_walk, random_walk_reference, stencil_offsets
 from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree
@@ -103,25 +99,22 @@ def dense_squaring(
     return np.asarray((flat @ matrix.T).cpu().numpy().reshape(scores.shape), np.float32)
 
 
-def flushed_dense_squaring(size: int, channels: int) -> Times:
-    """Dense squaring with denormal numbers, which squares of small weights become, flushed to zero.
+class _FlushedDense:
+    """Dense squaring in a worker process whose threads flush denormal numbers: they take it when they start.
 
-    The literature's code does not do that. Runs in its own process: threads take the setting when they start.
+    Squares of small weights become denormal. The literature's code does not flush them.
     """
-    command = [sys.executable, __file__, "--flushed-dense", str(size), str(channels)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return Times(tuple(json.loads(result.stdout)))
 
+    def __init__(self) -> None:
+        import torch
 
-def time_flushed(size: int, channels: int) -> list[float]:
-    """Seconds of dense squarings in this process, whose threads have not started yet."""
-    import torch
+        torch.set_flush_denormal(True)
 
-    torch.set_flush_denormal(True)
-    affinity = affinity_from_features(image_features(size, size))
-    scores = smooth_scores(channels, size, size)
-    ways = {"dense": lambda: dense_squaring(affinity, scores)}
-    return list(interleave(ways, repeats=0, slow={"dense": SLOW_REPEATS})["dense"].seconds)
+    def seconds(self, size: int, channels: int) -> tuple[float, ...]:
+        affinity = affinity_from_features(image_features(size, size))
+        scores = smooth_scores(channels, size, size)
+        ways = {"dense": lambda: dense_squaring(affinity, scores)}
+        return interleave(ways, repeats=0, slow={"dense": SLOW_REPEATS})["dense"].seconds
 
 
 def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str, Any]:
@@ -147,7 +140,8 @@ def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str,
             "argmax_changes": int((walked.argmax(axis=0) != reference.argmax(axis=0)).sum()),
         }
     if dense:
-        flushed = flushed_dense_squaring(size, channels)
+        with WorkerProcess(_FlushedDense) as worker:
+            flushed = Times(worker.call("seconds", size, channels))
         ratio = round(flushed.median / times["multisa"].median, 2)
         rows["dense squaring, denormals flushed"] = {**flushed.to_json(), "times_ours": ratio}
     return {"size": size, "channels": channels, "ways": rows}
@@ -204,33 +198,9 @@ def roofline(times: dict[str, Any], machine: dict[str, float]) -> dict[str, Any]
     }
 
 
-def scaling(repeats: int) -> list[dict[str, float]]:
-    """Time per pixel and channel over sizes and channels: constant means linear cost."""
-    rows = []
-    for size, channels in ((32, 4), (64, 1), (64, 4), (64, 16), (128, 4), (256, 4), (512, 4)):
-        affinity = affinity_from_features(image_features(size, size), radius=RADIUS)
-        scores = smooth_scores(channels, size, size)
-        times = interleave({"ours": partial(random_walk, scores, affinity)}, repeats=repeats)
-        seconds = times["ours"].median
-        rows.append(
-            {
-                "size": size,
-                "channels": channels,
-                "median_ms": round(1000 * seconds, 3),
-                "ns_per_pixel_and_channel": round(1e9 * seconds / (size * size * channels), 1),
-            }
-        )
-    return rows
-
-
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = make_parser(__doc__, quick="without the dense squaring, fewer repeats")
-    parser.add_argument("--flushed-dense", nargs=2, type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.flushed_dense:
-        print(json.dumps(time_flushed(*options.flushed_dense)))
-        return
+    options = make_parser(__doc__, quick="without the dense squaring, fewer repeats").parse_args()
     described = environment("scipy", "torch", quick=options.quick)
     machine = peaks()
     threads = "1; dense squaring all cores"
@@ -239,7 +209,6 @@ def main() -> None:
         "peaks": machine,
         "parameters": {"radius": RADIUS, "beta": BETA, "steps": STEPS, "threads": threads},
         "comparisons": comparisons(quick=options.quick, machine=machine),
-        "scaling": scaling(_repeats(options.quick)),
     }
     save_results("random_walk", results, options.results)
 

@@ -1,7 +1,9 @@
 """bench.json as a page with tables and figures (bench.html, figures/*.svg) and as text for the terminal."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from multisa.benchmarks.compare import aligned
 from multisa.runtime.files import write_bytes_atomically
 
 FIGURES = "figures"  # folder beside the page
+_LEGEND: dict[str, Any] = {"fontsize": 7, "loc": "upper left", "bbox_to_anchor": (0, -0.15), "ncols": 2}
+_LONGEST_NAME = 48  # characters of a row's name in a figure
 _FAR_APART = 20  # values further apart than this factor are drawn on a logarithmic axis
 _STYLE = """
 body { margin: 0 auto; max-width: 1400px; padding: 12px; color: #1c2127; background: #fff;
@@ -61,7 +65,26 @@ _HOW = (
     "measured peak of the machine; its share is how much of the time taken that is."
 )
 
-Cell = Callable[[Row], str]
+# Columns as "title|key/key"; those with * are also shown in the terminal.
+_SHARED = "*mIoU|miou;*labels alike|label_agreement;*peak MiB|peak_mib/host;device MiB|peak_mib/device"
+_SHARED += ";start-up s|startup_seconds"
+_ROOFLINE = ";roofline ms|limit/roofline_ms;*share of roofline|limit/share"
+_COLUMNS = {
+    "segment": "*images/s|images_per_second;*×|end_to_end/times_baseline;*images/s, loop|loop/median;"
+    "*× loop|loop/times_baseline;*p50 ms|latency_ms/p50;p90 ms|latency_ms/p90;p99 ms|latency_ms/p99;"
+    f"*× p50|times_baseline;{_SHARED};model bytes|model_bytes{_ROOFLINE}",
+    "label": "*images/s|images_per_second;*default faster by|default_times_as_fast;images|images;"
+    f"*pixels each|mean_pixels;{_SHARED}{_ROOFLINE}",
+    "kernels": "*median ms|median_ms;min ms|min_ms;max ms|max_ms;repeats|repeats;*× ours|times_ours;"
+    f"largest error|max_error{_ROOFLINE}",
+}
+# Significant digits: more where the last ones count, 1 for whole numbers.
+_DIGITS = {"miou": 4, "label_agreement": 5, "images": 1, "repeats": 1, "model_bytes": 1}
+_CURVES = (  # key, x, y, title, label of y
+    ("batches", "batch", "images_per_second", "images/s by batch size", "images/s"),
+    ("cores", "cores", "images_per_second", "images/s by cores", "images/s"),
+    ("sizes", "pixels", "latency_ms", "ms by pixels of the image", "ms"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,75 +94,8 @@ class Table:
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    is_default: tuple[bool, ...]
+    is_default: tuple[bool, ...] = ()
     brief: tuple[int, ...] = ()  # columns that the terminal shows
-
-
-def _figure(*keys: str, digits: int = 3, scale: float = 1.0) -> Cell:
-    def cell(row: Row) -> str:
-        found = value(row, *keys)
-        return NOTHING if found is None else number(found * scale, digits)
-
-    return cell
-
-
-def _percent(*keys: str, digits: int) -> Cell:
-    def cell(row: Row) -> str:
-        found = value(row, *keys)
-        return NOTHING if found is None else f"{100 * found:.{digits}f} %"
-
-    return cell
-
-
-_SHARED: dict[str, Cell] = {
-    "*mIoU": lambda row: NOTHING if (miou := value(row, "miou")) is None else f"{miou:.2f}",
-    "*labels alike": _percent("label_agreement", digits=3),
-    "*peak MiB": _figure("peak_mib", "host"),
-    "device MiB": _figure("peak_mib", "device"),
-    "start-up s": _figure("startup_seconds"),
-}
-_ROOFLINE: dict[str, Cell] = {
-    "roofline ms": _figure("limit", "roofline_ms"),
-    "*of roofline": _percent("limit", "share", digits=0),
-}
-# Title to cell; those with * are also shown in the terminal.
-_COLUMNS: dict[str, dict[str, Cell]] = {
-    "segment": {
-        "*images/s": lambda row: number(end_to_end(row)),
-        "*×": _figure("end_to_end", "times_baseline"),
-        "*images/s, loop": lambda row: number(loop_rate(row)),
-        "*× loop": _figure("loop", "times_baseline"),
-        "*p50 ms": _figure("latency_ms", "p50"),
-        "p90 ms": _figure("latency_ms", "p90"),
-        "p99 ms": _figure("latency_ms", "p99"),
-        "*× p50": _figure("times_baseline"),
-        **_SHARED,
-        "model MB": _figure("model_bytes", scale=1e-6),
-        **_ROOFLINE,
-    },
-    "label": {
-        "*images/s": lambda row: number(end_to_end(row)),
-        "*default faster by": _figure("default_times_as_fast"),
-        "images": _figure("images"),
-        "*pixels each": _figure("mean_pixels"),
-        **_SHARED,
-        **_ROOFLINE,
-    },
-    "kernels": {
-        "*median ms": _figure("median_ms"),
-        "min ms": _figure("min_ms"),
-        "max ms": _figure("max_ms"),
-        "repeats": _figure("repeats"),
-        "*× ours": _figure("times_ours"),
-        "largest error": _figure("max_error", digits=2),
-        **_ROOFLINE,
-    },
-}
-_CURVES = (  # key, x, y, title, label of y
-    ("batches", "batch", "images_per_second", "images/s by batch size", "images/s"),
-    ("cores", "cores", "images_per_second", "images/s by cores", "images/s"),
-    ("sizes", "pixels", "latency_ms", "ms by pixels of the image", "ms"),
-)
 
 
 def write_report(bench: Bench, folder: Path) -> Path:
@@ -165,34 +121,39 @@ def summary_lines(bench: Bench) -> list[str]:
 def stage_tables(bench: Bench, stage: str) -> list[Table]:
     """The main table of a stage, and one for each curve; none for a stage that did not run."""
     rows = rows_of(bench, stage)
-    tables = [_table(stage, STAGES[stage], rows, _COLUMNS[stage])]
-    for key, x, y, title, _ in _CURVES if stage == "segment" else ():
-        curves = {id(row): curve(row, key, x, y) for row in rows}
-        places = sorted({place for points in curves.values() for place in points})
-        columns: dict[str, Cell] = {
-            f"{place:,.0f}": (lambda row, at=place, of=curves: number(of[id(row)].get(at)))
-            for place in places
-        }
-        tables.append(_table(stage, title, [row for row in rows if curves[id(row)]], columns))
-    stages = [row for row in rows if isinstance(row.get("stages_ms"), Mapping)]
-    names = dict.fromkeys(name for row in stages for name in row["stages_ms"])
-    steps = {one_line(str(name)): _figure("stages_ms", name) for name in names}
-    tables.append(_table(stage, "ms of work per image and step", stages, steps))
-    return [table for table in tables if table.rows]
-
-
-def _table(stage: str, title: str, rows: Sequence[Row], columns: Mapping[str, Cell]) -> Table:
-    """The table without columns that have no value."""
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    kept = {name: texts for name, texts in cells.items() if set(texts) - {NOTHING}}
-    marks = [[m for m in ("default", "baseline") if row.get(m)] for row in rows]
-    names = [
-        row_name(stage, row) + (f" ({', '.join(m)})" if m else "") for row, m in zip(rows, marks, strict=True)
+    specs = [spec.split("|") for spec in _COLUMNS[stage].split(";")]
+    tables = [
+        _table(stage, STAGES[stage], rows, [{title: _at(row, path) for title, path in specs} for row in rows])
     ]
+    for key, x, y, title, _ in _CURVES if stage == "segment" else ():
+        curves = [curve(row, key, x, y) for row in rows]
+        places = sorted({place for points in curves for place in points})
+        cells = [{f"{place:,.0f}": number(points.get(place)) for place in places} for points in curves]
+        tables.append(_table(stage, title, rows, cells))
+    stages = [row.get("stages_ms") for row in rows]
+    names = dict.fromkeys(name for found in stages if isinstance(found, Mapping) for name in found)
+    steps = [{one_line(str(n)): number(value(row, "stages_ms", n)) for n in names} for row in rows]
+    tables.append(_table(stage, "ms of work per image and step", rows, steps))
+    return [table for table in tables if table.rows and (table is tables[0] or len(table.head) > 1)]
+
+
+def _at(row: Row, path: str) -> str:
+    if path == "loop/median":
+        return number(loop_rate(row))
+    return number(value(row, *path.split("/")), _DIGITS.get(path, 3))
+
+
+def _table(stage: str, title: str, rows: Sequence[Row], cells: Sequence[Mapping[str, str]]) -> Table:
+    """The table without columns that have no value."""
+    kept = [name for name in (cells[0] if cells else ()) if {row[name] for row in cells} - {NOTHING}]
+    names = []
+    for row in rows:
+        marks = ", ".join(mark for mark in ("default", "baseline") if row.get(mark))
+        names.append(row_name(stage, row) + (f" ({marks})" if marks else ""))
     return Table(
         title,
         (stage, *(name.removeprefix("*") for name in kept)),
-        tuple(zip(names, *kept.values(), strict=True)),
+        tuple((name, *(row[key] for key in kept)) for name, row in zip(names, cells, strict=True)),
         tuple(bool(row.get("default")) for row in rows),
         tuple(index for index, name in enumerate(kept, 1) if name.startswith("*")),
     )
@@ -219,15 +180,14 @@ def page(bench: Bench, figures: Sequence[tuple[str, str]]) -> str:
             parts += [f"<h3>{escape(table.title)}</h3>" if index else "", _html_table(table)]
         missing = [(row_name(stage, row), reason) for row, reason in _problems(bench, stage)]
         if missing:
-            table = Table("", ("not measured", "reason"), tuple(missing), (False,) * len(missing))
-            parts.append(_html_table(table, long=True))
+            parts.append(_html_table(Table("", ("not measured", "reason"), tuple(missing)), long=True))
         names = [escape(name) for of, name in figures if of == stage]
         parts += [f'<figure><img src="{FIGURES}/{name}" alt="{name}"></figure>' for name in names]
     if not figures:
         parts.append("<p>No figures: install matplotlib to draw them.</p>")
-    facts = tuple((one_line(str(key)), one_line(str(fact))) for key, fact in environment.items())
+    facts = tuple((one_line(str(key)), _fact(fact)) for key, fact in environment.items())
     parts += ["<h2>How it was measured</h2>", f"<p>{escape(_HOW)}</p>", "<h2>Environment</h2>"]
-    parts.append(_html_table(Table("", ("environment", ""), facts, (False,) * len(facts)), long=True))
+    parts.append(_html_table(Table("", ("environment", ""), facts), long=True))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -237,10 +197,16 @@ def page(bench: Bench, figures: Sequence[tuple[str, str]]) -> str:
     )
 
 
+def _fact(fact: object) -> str:
+    if isinstance(fact, Mapping):
+        return one_line(", ".join(f"{key} {_fact(value)}" for key, value in fact.items()))
+    return one_line(", ".join(map(str, fact)) if isinstance(fact, list) else str(fact))
+
+
 def _html_table(table: Table, *, long: bool = False) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in table.head)
     lines = []
-    for cells, is_default in zip(table.rows, table.is_default, strict=True):
+    for cells, is_default in zip(table.rows, table.is_default or (False,) * len(table.rows), strict=True):
         body = "".join(
             f"<td{' class=long' * (long and i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(cells)
         )
@@ -258,7 +224,9 @@ def draw(bench: Bench, folder: Path) -> list[tuple[str, str]]:
         return []
     drawn: list[tuple[str, str]] = []
     # Names from a file are no formulas; a fixed salt and no date give the same bytes for the same report.
-    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "multisa", "font.size": 9}):
+    settings = {"text.parse_math": False, "svg.hashsalt": "multisa", "font.size": 9}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names too long for the figure, or letters that the font lacks
         for stage, name, plot in _plots(bench):
             figure = Figure(figsize=(6.4, 4.0), layout="constrained")
             plot(figure.add_subplot())
@@ -289,7 +257,7 @@ def _plots(bench: Bench) -> list[tuple[str, str, Callable[[Any], None]]]:
     for key, x, y, title, unit in _CURVES:
         lines = [(row_name("segment", row), curve(row, key, x, y)) for row in segment]
         if any(len(line) > 1 for _, line in lines):
-            found.append(("segment", key, lambda axes, a=(title, x, unit, lines): _lines(axes, *a)))
+            found.append(("segment", key, partial(_lines, title=title, x=x, unit=unit, lines=lines)))
     faster = [(row, value(row, "default_times_as_fast")) for row in label]
     bars("label", "recipes", "Labelling: times as long as the default", "×", faster)
     others = [r for r in rows_of(bench, "kernels") if not str(r["way"]).startswith(OURS)]
@@ -305,29 +273,41 @@ def _bars(axes: Any, title: str, unit: str, pairs: Sequence[tuple[str, float]]) 
     names, figures = zip(*pairs, strict=True)
     drawn = axes.barh(range(len(names)), figures)
     axes.bar_label(drawn, [number(figure) for figure in figures], padding=3)
-    axes.set_yticks(range(len(names)), [name[:60] for name in names])
+    axes.set_yticks(range(len(names)), [name[:_LONGEST_NAME] for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(title=title, xlabel=unit)
     if max(figures) > _FAR_APART * min(figures):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(_plain_tick)
 
 
 def _scatter(axes: Any, points: Sequence[tuple[Row, float | None, float | None]]) -> None:
     for row, latency, miou in points:
         if latency and miou:
             axes.scatter(
-                latency, miou, label=row_name("segment", row), marker="*" if row.get("default") else "o"
+                latency,
+                miou,
+                label=row_name("segment", row)[:_LONGEST_NAME],
+                marker="*" if row.get("default") else "o",
             )
     axes.set(title="Latency against mIoU (star: default)", xlabel="median ms of one image", ylabel="mIoU, %")
-    axes.legend(fontsize=7)
+    axes.legend(**_LEGEND)
 
 
 def _lines(axes: Any, title: str, x: str, unit: str, lines: Sequence[tuple[str, dict[float, float]]]) -> None:
     for name, points in lines:
         if points:
-            axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
+            axes.plot(
+                list(points), list(points.values()), marker="o", markersize=3, label=name[:_LONGEST_NAME]
+            )
     axes.set(title=title, xlabel=x, ylabel=unit)
     if x == "pixels":
         axes.loglog()
-    axes.legend(fontsize=7)
+        axes.xaxis.set_major_formatter(_plain_tick)
+        axes.yaxis.set(major_formatter=_plain_tick, minor_formatter=lambda *_: "")
+    axes.legend(**_LEGEND)
+
+
+def _plain_tick(tick: float, _: object) -> str:
+    return f"{tick:,g}"

@@ -101,7 +101,7 @@ class Segmenting:
     def measure(self) -> None:
         """Fill the rows.
 
-        A candidate that fails at a figure every row has is not measured further, and its row has the reason as
+        A candidate that fails at a figure every row has is not measured further; its row has the reason as
         "problem". One that fails at a curve, for example with too large a batch, has it among its "notes".
         """
         steps: list[Callable[[_Measured], object]] = [self._warm_up]
@@ -179,10 +179,7 @@ class Segmenting:
     def _cores(self, each: _Measured) -> None:
         cores = usable_cpus()
         rows = [
-            {
-                "cores": cores,
-                "images_per_second": each.worker.call("images_per_second", self._effort.repeats),
-            }
+            {"cores": cores, "images_per_second": each.worker.call("images_per_second", self._effort.repeats)}
         ]
         # torch.compile would compile again for each number of cores, for minutes.
         only_all = each.candidate.device != "cpu" or each.candidate.backend == COMPILED

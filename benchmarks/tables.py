@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from multisa.benchmarks import start_up
+from multisa.benchmarks.bench_file import number
 from multisa.benchmarks.harness import RESULTS
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.manifest import MANIFEST_NAME
@@ -46,9 +47,9 @@ def table(head: str, rows: Sequence[Cells]) -> str:
     return "\n".join(f"| {' | '.join('-' if c is None else str(c) for c in line)} |" for line in lines)
 
 
-def grid(head: str, rows: Sequence[tuple[Cells, Row]], *columns: str) -> str:
-    """A table of given cells, then columns "title|key/key|format" of each row's figures."""
-    specs = [column.split("|") for column in columns]
+def grid(head: str, rows: Sequence[tuple[Cells, Row]], columns: str) -> str:
+    """A table of given cells, then of each row's figures; columns: "title|key/key|format; ..."."""
+    specs = [column.split("|") for column in columns.split("; ")]
     lines = [(*cells, *(text(at(row, path), style) for _, path, style in specs)) for cells, row in rows]
     return table("|".join([head, *(title for title, _, _ in specs)]), lines)
 
@@ -116,19 +117,11 @@ def segmenting(files: Files) -> str:
     """Every way to segment that ran, fastest from file to file first."""
     rows = sorted(ran(files["segmenting"]["segment"]), key=lambda row: -float(row["images_per_second"] or 0))
     return grid(
-        "backend|precision|images/s, file to file (× eager)|images/s, plain loop (× eager)|model MB",
-        [
-            ((_backend(r), r["precision"], _rate(r, "end_to_end"), _rate(r, "loop"), _megabytes(r)), r)
-            for r in rows
-        ],
-        "p50 ms|latency_ms/p50|.0f",
-        "p90 ms|latency_ms/p90|.0f",
-        "p99 ms|latency_ms/p99|.0f",
-        "mIoU|miou|.2f",
-        "labels alike|label_agreement|.2%",
-        "start-up s|startup_seconds|.1f",
-        "peak MiB|peak_mib/host|,.0f",
-        "of roofline|limit/share|.0%",
+        "backend|precision|images/s, file to file (× eager)|images/s, plain loop (× eager)",
+        [((_backend(r), r["precision"], _rate(r, "end_to_end"), _rate(r, "loop")), r) for r in rows],
+        "p50 ms|latency_ms/p50|.0f; p90 ms|latency_ms/p90|.0f; p99 ms|latency_ms/p99|.0f; mIoU|miou|.2f; "
+        "labels alike|label_agreement|.2%; start-up s|startup_seconds|.1f; peak MiB|peak_mib/host|,.0f; "
+        "model bytes|model_bytes|,; of roofline|limit/share|.0%",
     )
 
 
@@ -138,15 +131,9 @@ def labelling(files: Files) -> str:
     return grid(
         "recipe|backend|precision|images/s, file to file",
         [((r["recipe"], _backend(r), r["precision"], f"{r['images_per_second']:.3g}"), r) for r in rows],
-        "default is faster by|default_times_as_fast|,.1f",
-        "mIoU|miou|.2f",
-        "labels alike|label_agreement|.2%",
-        "images|images|d",
-        "pixels each|mean_pixels|,",
-        "cam ms|stages_ms/cam|,.0f",
-        "affinity ms|stages_ms/affinity|,.0f",
-        "walk ms|stages_ms/walk|,.0f",
-        "CRF ms|stages_ms/crf|,.0f",
+        "default is faster by|default_times_as_fast|,.1f; mIoU|miou|.2f; labels alike|label_agreement|.2%; "
+        "images|images|d; pixels each|mean_pixels|,; cam ms|stages_ms/cam|,.0f; "
+        "affinity ms|stages_ms/affinity|,.0f; walk ms|stages_ms/walk|,.0f; CRF ms|stages_ms/crf|,.0f; "
         "peak MiB|peak_mib/host|,.0f",
     )
 
@@ -160,10 +147,6 @@ def _rate(row: Row, key: str) -> str | None:
     """Images per second, the median of the rounds, and the speedup over the baseline."""
     rates = at(row, f"{key}/images_per_second")
     return f"{median(rates):.1f} ({text(at(row, f'{key}/times_baseline'), '.2f')})" if rates else None
-
-
-def _megabytes(row: Row) -> str | None:
-    return text(row["model_bytes"] / 1e6, ".1f") if row.get("model_bytes") else None
 
 
 def starts(files: Files) -> str:
@@ -184,10 +167,8 @@ def runs(files: Files) -> str:
     return grid(
         "command|slowest stage|of all stages together|peak MiB",
         rows,
-        "memory against a tenth of the images|memory_ratio|.2f",
-        "images|images|,",
-        "images/s|images_per_second|.1f",
-        "of the slowest stage alone|efficiency|.2f",
+        "memory against a tenth of the images|memory_ratio|.2f; images|images|,; "
+        "images/s|images_per_second|.1f; of the slowest stage alone|efficiency|.2f",
     )
 
 
@@ -201,7 +182,10 @@ def recovery(files: Files) -> str:
         ("runs killed with SIGKILL at random moments, then resumed", kills["points"]),
         ("... byte-identical to the uninterrupted run", kills["identical"]),
         ("... committed shards that were computed again", kills["recomputed"]),
-        (f"reading the journal of {journal['images']:,} images, shards of 256", f"{read[0]:.3g} ms per million"),
+        (
+            f"reading the journal of {journal['images']:,} images, shards of 256",
+            f"{read[0]:.3g} ms per million",
+        ),
         ("... one image per shard", f"{read[1]:.3g} ms per million"),
         ("writing the list of images", f"{written:.1f} s per million"),
     )
@@ -215,8 +199,8 @@ def uncertainty(files: Files) -> str:
     return grid(
         "masks of|ranked by",
         [((method, name), found[by]) for method, found in methods for by, name in names.items()],
-        "correlation with 1 - IoU|spearman_with_1_minus_iou|.2f",
-        "... with wrong pixels|spearman_with_wrong_pixels|.2f",
+        "correlation with 1 - IoU|spearman_with_1_minus_iou|.2f; "
+        "... with wrong pixels|spearman_with_wrong_pixels|.2f; "
         "error of the first tenth, × average|times_the_average|.2f",
     )
 
@@ -230,9 +214,7 @@ def walk(files: Files) -> str:
     return grid(
         f"256 steps, {case['size']} x {case['size']} pixels, {case['channels']} channels",
         [*rows, ((f"roofline: {binding['text']}",), roofline)],
-        "ms|median_ms|,.1f",
-        "× ours|times_ours|,.2f",
-        "largest error against float64|max_error|.0e",
+        "ms|median_ms|,.1f; × ours|times_ours|,.2f; largest error against float64|max_error|.0e",
     )
 
 
@@ -241,13 +223,9 @@ def crf(files: Files) -> str:
     return grid(
         "parameters",
         [((row["parameters"],), row) for row in files["dense_crf"]["comparisons"]],
-        "labels|labels|d",
-        "present|present|d",
-        "multisa ms|ways/multisa/median_ms|.0f",
-        "pydensecrf ms|ways/pydensecrf/median_ms|.0f",
-        "speedup|speedup|.1f",
-        "labels alike|argmax_agreement|.4%",
-        "of roofline|roofline/share_of_roofline|.0%",
+        "labels|labels|d; present|present|d; multisa ms|ways/multisa/median_ms|.0f; "
+        "pydensecrf ms|ways/pydensecrf/median_ms|.0f; speedup|speedup|.1f; "
+        "labels alike|argmax_agreement|.4%; of roofline|roofline/share_of_roofline|.0%",
     )
 
 
@@ -288,7 +266,7 @@ def memory(files: Files) -> str:
     found = files["cam_head"]["memory"]["networks"].items()
     attention = {True: "blocks", False: "one matrix"}
     rows = [((name, attention[row["blocks"]]), row) for name, measured in found for row in measured]
-    return grid("cam.onnx|attention", rows, "pixels|size|d", "peak MiB|peak_mib|,")
+    return grid("cam.onnx|attention", rows, "pixels|size|d; peak MiB|peak_mib|,")
 
 
 def precisions(files: Files) -> str:
@@ -301,10 +279,8 @@ def precisions(files: Files) -> str:
     return grid(
         "precision|× fp32 (threads)",
         rows,
-        "labels alike|labels/agreement|.3%",
-        "... of confident pixels|labels/firm_agreement|.3%",
-        "mIoU|labels/miou|.2f",
-        "mIoU of fp32|labels/miou_reference|.2f",
+        "labels alike|labels/agreement|.3%; ... of confident pixels|labels/firm_agreement|.3%; "
+        "mIoU|labels/miou|.2f; mIoU of fp32|labels/miou_reference|.2f; "
         "pseudo-masks alike|pseudo_mask/agreement|.3%",
     )
 
@@ -373,35 +349,39 @@ def document(files: Files, template: str) -> str:
 def summary(files: Files) -> str:
     """The README's table."""
     segment = ran(files["segmenting"]["segment"])
-    default = next(row for row in segment if row["default"])
-    eager = next(row for row in segment if row["backend"] == "pytorch-eager")
     label = ran(files["labelling"]["label"])
-    ours = next(row for row in label if row["default"])
-    recipes = [row for row in label if row["recipe"].startswith("PyTorch")]
-    starts = files["start_up"]["ways"]
-    start, eager_start = starts[start_up.OURS], starts[start_up.EAGER_START]
-    case = files["random_walk"]["comparisons"][0]
-    first = files["dense_crf"]["comparisons"][0]
-    rates = [f"{row['images_per_second']:.3g} images/s" for row in (default, eager, ours)]
-    seconds = [f"{way['median_ms'] / 1000:.2f} s" for way in (start, eager_start)]
-    crfs = [f"{first['ways'][way]['median_ms']:.0f} ms" for way in ("multisa", "pydensecrf")]
-    walked = f"{case['ways']['multisa']['median_ms']:.1f} ms"
-    dense = text(at(case, "ways/dense squaring/times_ours"), ",.0f")
-    speedups = [text(at(row, "default_times_as_fast"), ",.1f") for row in recipes]
-    segmented = text(at(default, "end_to_end/times_baseline"), ".1f")
-    started = f"{eager_start['times_ours']:.1f}"
-    walk_name = f"random walk, {case['size']} x {case['size']}, one thread"
-    crf_name = f"dense CRF, {first['labels']} labels, one thread"
-    rows: list[Cells] = [
-        ("`segment`, file to file", rates[0], f"PyTorch eager, {rates[1]}", segmented),
-        *(("`label`, file to file", rates[2], r["recipe"], s) for r, s in zip(recipes, speedups, strict=True)),
-        ("command to first mask", seconds[0], f"PyTorch eager, {seconds[1]}", started),
-        (walk_name, walked, "dense squaring, all cores", dense),
-        (crf_name, crfs[0], f"pydensecrf, {crfs[1]}", f"{first['speedup']:.1f}"),
+    default, ours = (next(row for row in rows if row["default"]) for rows in (segment, label))
+    eager = next(row for row in segment if row["backend"] == "pytorch-eager")
+    ways = files["start_up"]["ways"]
+    walked = files["random_walk"]["comparisons"][0]
+    refined = files["dense_crf"]["comparisons"][0]
+    rows = [("`segment`, file to file", default, eager, at(default, "end_to_end/times_baseline"))]
+    rows += [
+        ("`label`, file to file", ours, row, row.get("default_times_as_fast"))
+        for row in label
+        if row["recipe"].startswith("PyTorch")
     ]
+    eager_start = ways[start_up.EAGER_START]
+    rows += [("command to first mask", ways[start_up.OURS], eager_start, eager_start["times_ours"])]
+    dense = at(walked, "ways/dense squaring") or {}
+    walk_name = f"random walk, {walked['size']} x {walked['size']}; dense squaring on all cores"
+    rows += [(walk_name, walked["ways"]["multisa"], dense, dense.get("times_ours"))]
+    crf_ways = [{"recipe": name, **refined["ways"][name]} for name in ("multisa", "pydensecrf")]
+    rows += [(f"dense CRF, {refined['labels']} labels, one thread", *crf_ways, refined["speedup"])]
+    cells = [(name, _speed(a), _speed(b, named=True), text(times, ",.1f")) for name, a, b, times in rows]
     machine = _facts(files["segmenting"]["environment"])
     measured = f"Measured on {machine}. All results: [docs/benchmarks.md](docs/benchmarks.md)."
-    return f"{table('what|multisa|compared with|speedup', rows)}\n\n{measured}"
+    return f"{table('what|multisa|compared with|speedup', cells)}\n\n{measured}"
+
+
+def _speed(row: Row, *, named: bool = False) -> str | None:
+    """Images per second or time of a row, with the name of what was measured."""
+    rate = row.get("images_per_second")
+    milliseconds = row.get("median_ms")
+    name = f"{row.get('recipe') or row.get('backend') or 'PyTorch'}, " if named else ""
+    if rate is not None:
+        return f"{name}{number(rate)} images/s"
+    return None if milliseconds is None else f"{name}{number(milliseconds)} ms"
 
 
 def disagreements(files: Files, manifest_sha256: str) -> list[str]:

@@ -34,8 +34,8 @@ class BaselineLabelling:
     def __init__(self, bundle: Path, walk: str, device: str, weights: Path) -> None:
         """walk: "sparse" or "dense"; device: of the networks and the dense walk, "cpu" or "cuda"; weights:
         where `WeightFiles` wrote."""
-        # Squares of small weights are denormal numbers, which CPUs multiply slowly. The literature's code does
-        # not flush them; doing so keeps the comparison fair. Set before the threads start: they inherit it.
+        # Squares of small weights are denormal numbers, which CPUs multiply slowly. The literature's code
+        # does not flush them, but the comparison would not be fair. Threads inherit it when they start.
         torch.set_flush_denormal(True)
         torch.set_num_threads(usable_cpus())
         opened = load_bundle(bundle)

@@ -19,64 +19,30 @@ from multisa.runtime.manifest import MANIFEST_NAME
 from multisa.training.data import DataSet, Item, read_dataset
 
 PACKAGES = (
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx",
-    "torch",
-    "timm",
-    "scipy",
-    "pydensecrf2",
-    "pillow",
+    "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "timm", "scipy", "pydensecrf2", "pillow",
     "simplejpeg",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How many images and repeats."""
+    """How many images and repeats; the defaults are a full run's."""
 
-    latency_images: int  # timed one by one, in `latency_rounds` rounds
-    latency_rounds: int
-    masks: int  # images for mIoU and agreement
-    end_to_end: int  # images from file to file, in `end_to_end_rounds` rounds
-    end_to_end_rounds: int
-    batches: tuple[int, ...]
-    sides: tuple[int, ...]  # long sides in pixels
-    repeats: int  # of each point of a curve
-    labelled: int  # images through the labelling recipes
-    is_quick: bool  # kernels: fewer repeats, no dense matrix; torch.compile only where --backends names it
-    dense_side: (
-        int  # pixels: long side of the one image whose matrix is squared; cost grows with its 6th power
-    )
+    latency_images: int = 24  # timed one by one, in `latency_rounds` rounds
+    latency_rounds: int = 5
+    masks: int = 10_000  # images for mIoU and agreement
+    end_to_end: int = 96  # images from file to file, in `end_to_end_rounds` rounds
+    end_to_end_rounds: int = 3
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    sides: tuple[int, ...] = (256, 512, 768, 1024)  # long sides in pixels
+    repeats: int = 5  # of each point of a curve
+    labelled: int = 48  # images through the labelling recipes
+    is_quick: bool = False  # no dense matrix of kernels; torch.compile only where --backends names it
+    dense_side: int = 512  # pixels: of the image whose matrix is squared; cost grows with its 6th power
 
 
-FULL = Effort(
-    latency_images=24,
-    latency_rounds=5,
-    masks=10_000,
-    end_to_end=96,
-    end_to_end_rounds=3,
-    batches=(1, 2, 4, 8),
-    sides=(256, 512, 768, 1024),
-    repeats=5,
-    labelled=48,
-    is_quick=False,
-    dense_side=512,
-)
-QUICK = Effort(
-    latency_images=8,
-    latency_rounds=3,
-    masks=32,
-    end_to_end=24,
-    end_to_end_rounds=3,
-    batches=(1, 4),
-    sides=(256, 512),
-    repeats=3,
-    labelled=9,
-    is_quick=True,
-    dense_side=192,
-)
+FULL = Effort()
+QUICK = Effort(8, 3, 32, 24, 3, (1, 4), (256, 512), 3, 9, is_quick=True, dense_side=192)
 
 
 @dataclass(frozen=True)

@@ -57,23 +57,22 @@ class WeightFiles:
 def load_segmenter(bundle: Bundle, weights: Path) -> DeepLabV3Plus:
     """DeepLabV3+ as trained, in evaluation mode."""
     config = replace(config_from_bundle(bundle).segmenter, weights="none")
-    network = build_segmenter(config, len(bundle.manifest.classes))
-    return _with_state(network, weights / "segmenter.safetensors")
+    return _load(build_segmenter(config, len(bundle.manifest.classes)), weights / "segmenter.safetensors")
 
 
 def load_cam(bundle: Bundle, weights: Path) -> MultiSACAM:
     """The Multi-SA network, not folded, in evaluation mode."""
     config = replace(config_from_bundle(bundle).cam, weights="none")
-    return _with_state(build_cam_network(config, len(bundle.manifest.classes)), weights / "cam.safetensors")
+    return _load(build_cam_network(config, len(bundle.manifest.classes)), weights / "cam.safetensors")
 
 
 def load_affinity(bundle: Bundle, weights: Path) -> AffinityNet:
     """AffinityNet in evaluation mode."""
     config = replace(config_from_bundle(bundle).affinity, weights="none")
-    return _with_state(build_affinity_net(config), weights / "affinity.safetensors")
+    return _load(build_affinity_net(config), weights / "affinity.safetensors")
 
 
-def _with_state(network: Network, path: Path) -> Network:
+def _load(network: Network, path: Path) -> Network:
     network.load_state_dict(load_file(path))
     # The default layout of PyTorch; the trainers' networks are channels_last.
     plain: Network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -93,7 +92,7 @@ class PyTorchSegmenter:
     """The network as trained: not folded, batch normalisation computed."""
 
     def __init__(self, bundle: Bundle, candidate: Candidate, threads: int, weights: Path) -> None:
-        """Load the network from `weights`. Raises EngineUnavailable where the GPU is asked for and missing."""
+        """Load the network from `weights`. Raises EngineUnavailable where a requested GPU is missing."""
         if candidate.device == "cuda" and not torch.cuda.is_available():
             raise EngineUnavailable(f"torch {torch.__version__} sees no GPU")
         torch.set_num_threads(threads)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,26 +26,14 @@ from multisa.runtime.engines.choice import EngineRequest, choose_engine
 from multisa.runtime.engines.contract import SEGMENTER, graph_file
 from multisa.runtime.metrics import mean_iou
 
+if TYPE_CHECKING:
+    from multisa.benchmarks.suite.pytorch import PyTorchSegmenter
+
 UInt8 = npt.NDArray[np.uint8]
 
 
-class Runner(Protocol):
-    """Runs the segmenter: a backend of the runtime, or PyTorch (`PyTorchSegmenter`)."""
-
-    model_bytes: int
-
-    def labels(self, images: UInt8) -> UInt8:
-        """Labels uint8 [N, H, W] of uint8 [N, H, W, 3]."""
-
-    def use_one_thread_per_image(self) -> bool:
-        """Run each image on one thread from now on; False where that is not possible."""
-
-    def device_mib(self) -> float | None:
-        """GPU memory of the process in MiB; None without a GPU."""
-
-
 class BackendRunner:
-    """A backend of the runtime; methods as in `Runner`."""
+    """A backend of the runtime, with the methods of `PyTorchSegmenter`."""
 
     def __init__(self, bundle: Bundle, candidate: Candidate, threads: int, engine_cache: Path | None) -> None:
         self._bundle = bundle
@@ -57,6 +45,7 @@ class BackendRunner:
         self.model_bytes = files[name if name in files else graph_file(SEGMENTER)].bytes
 
     def labels(self, images: UInt8) -> UInt8:
+        """Labels uint8 [N, H, W] of uint8 [N, H, W, 3]."""
         return np.asarray(self._backend.run(images)["labels"], np.uint8)
 
     def use_one_thread_per_image(self) -> bool:
@@ -166,7 +155,7 @@ class SegmentCandidate:
 
 def _open(
     bundle: Bundle, candidate: Candidate, threads: int, engine_cache: Path | None, weights: Path
-) -> Runner:
+) -> "BackendRunner | PyTorchSegmenter":
     if candidate.is_ours:
         return BackendRunner(bundle, candidate, threads, engine_cache)
     from multisa.benchmarks.suite.pytorch import PyTorchSegmenter

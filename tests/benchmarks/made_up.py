@@ -28,10 +28,7 @@ def _segment(
             "images_per_second": [0.98 * speed, speed, 1.01 * speed],
             "times_baseline": speed / 12,
         },
-        "loop": {
-            "images_per_second": [0.99 * loop, loop, 1.01 * loop],
-            "times_baseline": loop / 12,
-        },
+        "loop": {"images_per_second": [0.99 * loop, loop, 1.01 * loop], "times_baseline": loop / 12},
         "latency_ms": {
             "p50": p50,
             "p90": 1.2 * p50,
@@ -164,11 +161,7 @@ def made_up_report() -> dict[str, Any]:
                 default_times_as_fast=117.0,
                 mean_pixels=4096,
                 images=1,
-                end_to_end={
-                    "by": "loop",
-                    "images": 1,
-                    "images_per_second": [0.9 / 21, 1 / 21, 1.1 / 21],
-                },
+                end_to_end={"by": "loop", "images": 1, "images_per_second": [0.9 / 21, 1 / 21, 1.1 / 21]},
             ),
         ],
         "kernels": [

@@ -56,8 +56,7 @@ def test_an_error_is_raised_and_the_worker_survives(capfd: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("start", "reason"),
-    [(-1, "nothing is there"), (101, "a_package_that_does_not_exist is not installed")],
+    ("start", "reason"), [(-1, "nothing is there"), (101, "a_package_that_does_not_exist is not installed")]
 )
 def test_one_that_cannot_start_says_why(start: int, reason: str) -> None:
     with pytest.raises(WorkerFailedError, match=reason):
