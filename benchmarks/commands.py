@@ -34,6 +34,7 @@ from multisa.runtime.run_options import PATH, bundle_option
 )
 @click.option("--quick", is_flag=True, help="Fewer images and repeats: minutes, and more noise.")
 @click.option("--compare", type=PATH, metavar="FILE", help="Exit with 3 if worse than this bench.json.")
+# more than six parameters: click passes one for each option
 def bench(
     data: Path,
     output: Path,
@@ -54,7 +55,6 @@ def bench(
       multisa bench --data VOC2012 -o bench-out
       multisa bench --data VOC2012 -o bench-new --stages segment --compare bench-out/bench.json
     """
-    # more than six parameters: click passes each option as one
     from multisa.benchmarks.bench_file import read_bench
     from multisa.benchmarks.compare import check_against
     from multisa.benchmarks.report import summary_lines, write_report

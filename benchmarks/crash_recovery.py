@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from multisa.benchmarks.harness import environment, make_parser, save_results
+from multisa.benchmarks.harness import CLI, environment, make_parser, save_results
 from multisa.runtime.bulk.finish import FINISHED
 from multisa.runtime.bulk.folder import CONFIG, INVENTORY, JOURNAL, LOCK
 from multisa.runtime.bulk.shards import FILES, listed_files, part_path
@@ -86,7 +86,7 @@ class KilledRuns:
         make_images(work / "images")
         options = ("--shard-size", SHARD_SIZE, "--sink", ",".join(WRITERS), "--workers", 2, "--batch", 3)
         words = (command, work / "images", "--bundle", bundle, "--max-failures", "10%", "--report", 0)
-        self._command = [sys.executable, "-m", "multisa.runtime.cli", *map(str, (*words, *options)), "-o"]
+        self._command = [sys.executable, *CLI, *map(str, (*words, *options)), "-o"]
         out = work / "uninterrupted"
         with self._process(out) as process:
             _wait(process, (out / LOCK).exists)

@@ -28,6 +28,7 @@ from multisa.runtime.files import write_json_atomically
 from multisa.runtime.versions import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
+CLI = ("-m", "multisa.runtime.cli")  # arguments of Python that start the `multisa` command
 _COPIED_BYTES = 1 << 28  # 256 MiB: larger than every cache
 _NVIDIA_SMI_SECONDS = 10
 

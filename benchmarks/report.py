@@ -224,8 +224,10 @@ def draw(bench: Bench, folder: Path) -> list[tuple[str, str]]:
         return []
     drawn: list[tuple[str, str]] = []
     # Names from a file are no formulas; a fixed salt and no date give the same bytes for the same report.
-    settings = {"text.parse_math": False, "svg.hashsalt": "multisa", "font.size": 9}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "multisa", "font.size": 9}),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # names too long for the figure, or letters that the font lacks
         for stage, name, plot in _plots(bench):
             figure = Figure(figsize=(6.4, 4.0), layout="constrained")

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import environment, interleave, make_parser, save_results, with_ratios
+from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results, with_ratios
 from multisa.benchmarks.suite.candidates import COMPILED, EAGER, REFERENCE, Candidate
 from multisa.benchmarks.suite.context import write_weights
 from multisa.benchmarks.suite.worker_process import WorkerProcess
@@ -54,12 +54,10 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
     backends = [name for name, package in ON_CPUS.items() if importlib.util.find_spec(package)]
     ways = {
         INTERPRETER: ["-c", "import numpy"],
-        "multisa --help": ["-m", "multisa.runtime.cli", "--help"],
-        "multisa inspect": ["-m", "multisa.runtime.cli", "inspect", str(bundle)],
-        OURS: ["-m", "multisa.runtime.cli", *command],
-        **{
-            with_backend(name): ["-m", "multisa.runtime.cli", *command, "--engine", name] for name in backends
-        },
+        "multisa --help": [*CLI, "--help"],
+        "multisa inspect": [*CLI, "inspect", str(bundle)],
+        OURS: [*CLI, *command],
+        **{with_backend(name): [*CLI, *command, "--engine", name] for name in backends},
         "the backend alone, one image": program(REFERENCE),
         EAGER_START: program(Candidate(EAGER, "fp32", "cpu")),
     }

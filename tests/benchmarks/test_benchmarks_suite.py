@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from multisa.benchmarks import labelling, segmenting
 from multisa.benchmarks.bench_file import read_bench
+from multisa.benchmarks.harness import CLI
 from multisa.benchmarks.suite.candidates import PYTORCH, Candidate, baseline_of, list_candidates
 from multisa.benchmarks.suite.context import BenchContext
 from multisa.runtime.bundle import default_bundle_path, load_bundle
@@ -159,7 +160,7 @@ def test_without_torch_the_backends_are_measured(
 def test_sigterm_ends_a_run_and_leaves_no_files(demo_data: Path, tmp_path: Path) -> None:
     words = ["bench", "--data", str(demo_data), "-o", str(tmp_path / "out"), "--quick", "--stages", "segment"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "multisa.runtime.cli", *words, "--backends", "onnxruntime-cpu"],
+        [sys.executable, *CLI, *words, "--backends", "onnxruntime-cpu"],
         env=os.environ | {"TMPDIR": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
