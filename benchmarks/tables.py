@@ -320,6 +320,9 @@ def values(files: Files) -> dict[str, str]:
     step = -(-images["train"] // BACKGROUND_SAMPLE)
     gains = zip(run["classes"][1:], run["label"]["class_gain"] or (), strict=False)
     alike = files["encoding"]["labels_alike_with_scaled_decoding"]
+    default = next(row for row in ran(files["segmenting"]["segment"]) if row["default"])
+    few, *_, many = default.get("cores") or [None, None]
+    faster = many["images_per_second"] / few["images_per_second"] if few and many else None
     return {
         "foreground": str(len(run["classes"]) - 1),
         "weak": str(images["weak"]),
@@ -333,6 +336,7 @@ def values(files: Files) -> dict[str, str]:
         "minutes": f"{run['seconds'] / 60:.0f}",
         "gains": ", ".join(f"{name} {gain:g}" for name, gain in gains),
         "betas": ", ".join(f"{beta:.3f}" for beta in run["betas"]),
+        "scaling": f"{faster:.2f} from {few['cores']} to {many['cores']}" if faster else "not measured",
         "scaled_alike": f"{alike['mean']:.2%}",
         "scaled_images": str(alike["images"]),
         "scaled_enlarged": str(alike["enlarged"]),
