@@ -10,7 +10,7 @@ OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py
 
 .PHONY: demo test check docs bench train clean
 
-demo: $(VENV)/base  ## label and segment the photographs that come with the package
+demo: $(VENV)/base  ## label and segment the images that come with the package
 	$(BIN)/multisa demo -o demo-out
 
 test: $(VENV)/dev $(VENV)-importers/ready  ## static checks, then the test suite
