@@ -8,9 +8,9 @@ QUICK ?= --quick
 # In a process of its own: behind torch, Ray and TensorRT's builder in one process, OpenVINO crashed it once.
 OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py
 
-.PHONY: demo test check bench train clean
+.PHONY: demo test check docs bench train clean
 
-demo: $(VENV)/base  ## label and segment the photographs that come with the package
+demo: $(VENV)/base  ## label and segment the images that come with the package
 	$(BIN)/multisa demo -o demo-out
 
 test: $(VENV)/dev $(VENV)-importers/ready  ## static checks, then the test suite
@@ -24,6 +24,9 @@ check: $(VENV)/dev  ## format, lint and types
 	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/multisa
 	MYPYPATH=build/typecheck $(BIN)/mypy -p multisa.kernels -p multisa.runtime -p multisa.training -p multisa.export -p multisa.benchmarks
 
+docs: $(VENV)/dev  ## build the pages of docs/ into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; make bench QUICK= takes an hour
 	$(BIN)/python benchmarks/segmenting.py $(QUICK) --data $(DATA)
 	$(BIN)/python benchmarks/labelling.py $(QUICK) --data $(DATA)
@@ -32,7 +35,7 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; m
 	$(BIN)/python benchmarks/cam_head.py $(QUICK)
 	$(BIN)/python benchmarks/encoding.py $(QUICK) --data $(DATA)
 	$(BIN)/python benchmarks/start_up.py $(QUICK)
-	$(BIN)/python benchmarks/readme_results.py
+	$(BIN)/python benchmarks/tables.py
 
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder
 	$(BIN)/multisa train --data $(DATA) --preset lite0 --set name=voc-animals --set background_from=train-masks-per-class -o $(RUN)
