@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data/voc-animals
 RUN ?= runs/voc-animals
 QUICK ?= --quick
-# In a process of its own: behind torch, Ray and TensorRT's builder in one process, OpenVINO crashed it once.
+# In a process of its own: after torch, Ray and TensorRT's builder in one process, OpenVINO once ended with a
+# segmentation fault. Four repetitions of that order did not.
 OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py
 
 .PHONY: demo test check docs bench train clean
