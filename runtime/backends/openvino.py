@@ -33,7 +33,7 @@ from multisa.runtime.system import usable_cpus
 FILE_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "int8": "int8"}
 # Known bug in OpenVINO 2026.1 to 2026.3, and perhaps later (openvinotoolkit/openvino issue 37577): on Intel
 # processors with AMX, int8 graphs of dynamic shape, like ours, may end the process with a segmentation fault.
-# The environment variable ONEDNN_MAX_CPU_ISA, set to an instruction set below AMX, avoids it.
+# The environment variable ONEDNN_MAX_CPU_ISA, set to an instruction set below AMX, is reported to avoid it.
 
 # Precisions that only some graphs support. In bf16, OpenVINO 2026.4 returns different cam scores for the same
 # image in every call, and bf16 affinities are useless without cam.
