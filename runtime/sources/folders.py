@@ -130,7 +130,7 @@ class FolderSource(SourceBase):
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
         try:
-            return self._store.read(join(self._root, inside(item.place)), item.size, item.version)
+            return self._store.read(join(self._root, inside(item.uri)), item.size, item.version)
         except OSError as error:
             raise ImageError(why(error)) from error
 

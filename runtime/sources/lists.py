@@ -13,7 +13,7 @@ from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.image_labels import split_classes
 from multisa.runtime.sources.base import Listed, SourceItem
 from multisa.runtime.sources.folders import SourceBase
-from multisa.runtime.sources.names import Seen, printable, safe_id, unique_id
+from multisa.runtime.sources.names import SeenHashes, printable, safe_id, unique_id
 from multisa.runtime.sources.remote import protocol_of
 from multisa.runtime.sources.storage import Store, join, why
 
@@ -248,7 +248,7 @@ class ListSource(SourceBase):
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""
-        identities, ids = Seen(), Seen()
+        identities, ids = SeenHashes(), SeenHashes()
         for row in rows_of(self._store_of(self._protocol), self._path, self._columns):
             where = f"{self.description}, {row.place}"
             found = self._find(row.image, where)
@@ -262,26 +262,26 @@ class ListSource(SourceBase):
 
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
-        protocol = protocol_of(item.place)
+        protocol = protocol_of(item.uri)
         try:
             if protocol:
-                return self._store_of(protocol).read(item.place, item.size, item.version)
-            return self._store_of(self._protocol).read(self._absolute(item.place), item.size, item.version)
+                return self._store_of(protocol).read(item.uri, item.size, item.version)
+            return self._store_of(self._protocol).read(self._absolute(item.uri), item.size, item.version)
         except OSError as error:
             raise ImageError(why(error)) from error
 
     def exists(self, item: SourceItem) -> bool:
         """See Source; it is about the disk or the server of the item, of which a list may name many."""
-        protocol = protocol_of(item.place)
+        protocol = protocol_of(item.uri)
         if protocol:
-            return self._store_of(protocol).reaches(item.place)
+            return self._store_of(protocol).is_reachable(item.uri)
         store = self._store_of(self._protocol)
         if not self._protocol:
             if item.size < 0:
                 return True  # it was not there when it was listed: of its disk nothing is known
-            if not item.place.startswith("/") and not store.exists(self._home):
+            if not item.uri.startswith("/") and not store.exists(self._home):
                 return False
-        return store.reaches(self._absolute(item.place))
+        return store.is_reachable(self._absolute(item.uri))
 
     def _find(self, image: str, where: str) -> _Found:
         if "\0" in image or printable(image) != image:

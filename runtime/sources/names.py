@@ -5,7 +5,7 @@ import re
 from array import array
 from pathlib import PurePosixPath
 
-from multisa.runtime.imaging.decode import EXTENSIONS
+from multisa.runtime.imaging.decode import EXTENSIONS, MAX_FILE_BYTES
 
 LONGEST_NAME = 255  # bytes, of one file or folder on every usual file system
 LONGEST_PATH = 2000  # bytes; half of what Linux takes, OUT needs some, too
@@ -64,6 +64,18 @@ def unsafe_path(path: str) -> str:
     return ""
 
 
+def relative_member_name(name: str) -> str:
+    """The name of an archive's member without the "./" that some programs put before it."""
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return name
+
+
+def size_problem(size: int) -> str:
+    """Why a member of this many bytes is not taken, or ""."""
+    return f"got {size} bytes, expected at most {MAX_FILE_BYTES}" if size > MAX_FILE_BYTES else ""
+
+
 def safe_id(path: str) -> str:
     """An id made of any path: relative, with nothing that `unsafe_path` refuses.
 
@@ -88,7 +100,7 @@ def unique_id(wanted: str, place: str, attempt: int = 0) -> str:
     return made if len(made.encode()) <= LONGEST_PATH else mark + suffix
 
 
-class Seen:
+class SeenHashes:
     """A set of texts to which can only be added, of 8 to 24 bytes each: a million take a set 100 MB.
 
     It keeps 64 bits of a digest, so of n texts two are taken for one with a probability of n^2 / 2^65 (one in

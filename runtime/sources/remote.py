@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -21,84 +21,102 @@ from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import unsafe_path
 from multisa.runtime.sources.storage import CHANGED, Blob, Entry, Wanted, check_size
 
+Result = TypeVar("Result")
+
 _PIECE = 2**20  # bytes
+_NO_RANGES = "the server sends whole files only, expected parts: copy the file here"
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
 _PARTIAL = 206  # HTTP status of an answer that keeps to the range it was asked for
 
 
 class Part(NamedTuple):
-    """Bytes of a file, and its version (as in SourceItem) where the answer to the request told it."""
+    """Bytes of a file, and its version (as in SourceItem) if the answer to the request named it."""
 
     data: bytes
     version: str = ""  # its ETag
 
 
-PartRequest = Callable[[Any, str, int, int], Awaitable[Part]]
+PartRequest = Callable[[Any, str, int, int], Part]
 
 
-async def web_part(files: Any, url: str, start: int, end: int) -> Part:
-    """Bytes `start` to `end` of a file, fewer where it ends; no more is taken, whatever the server sends.
+def web_part(files: Any, url: str, start: int, end: int) -> Part:
+    """Bytes `start` to `end` of a file, fewer at its end; reads no more, whatever the server sends.
 
-    Raises ImageError where it does not begin at `start`, and what aiohttp raises.
+    `cat_file` of fsspec would return neither the ETag nor stop at `end`. Raises ImageError when the answer
+    does not begin at `start`, and what aiohttp raises.
     """
-    session = await files.set_session()
-    options = dict(files.kwargs)
-    # Compressed on the way, it would have other bytes and another ETag.
-    headers = {"Accept-Encoding": "identity", **options.pop("headers", {})}
-    headers["Range"] = f"bytes={start}-{end - 1}"
-    async with session.get(files.encode_url(url), headers=headers, **options) as answer:
-        answer.raise_for_status()
-        if start and answer.status != _PARTIAL:
-            raise ImageError("the server sends whole files only, expected parts: copy the file here")
-        return Part(await _at_most(answer.content, end - start), _tag_of(answer.headers))
+
+    async def request() -> Part:
+        session = await files.set_session()
+        options = dict(files.kwargs)
+        # A compressed transfer would have other bytes and another ETag.
+        headers = {"Accept-Encoding": "identity", **options.pop("headers", {})}
+        headers["Range"] = f"bytes={start}-{end - 1}"
+        async with session.get(files.encode_url(url), headers=headers, **options) as answer:
+            answer.raise_for_status()
+            if start and answer.status != _PARTIAL:
+                raise ImageError(_NO_RANGES)
+            return Part(await _at_most(answer.content, end - start), _tag_of(answer.headers))
+
+    return _run(files, request)
 
 
-async def s3_part(files: Any, url: str, start: int, end: int) -> Part:
-    """Bytes `start` to `end` of an object, fewer where it ends. Raises what s3fs raises."""
+def s3_part(files: Any, url: str, start: int, end: int) -> Part:
+    """Bytes `start` to `end` of an object, fewer at its end. Raises what s3fs raises.
+
+    `cat_file` of s3fs would not return the ETag, and `info` would cost a second request for every image.
+    """
     bucket, key, version_id = files.split_path(url)
     options = {"VersionId": version_id} if version_id else {}
-    answer = await files._call_s3(
-        "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options
-    )
-    body = answer["Body"]
-    try:
-        return Part(await _at_most(body, end - start), _tag_of(answer))
-    finally:
-        body.close()
+    answer = files.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options)
+
+    async def read_body() -> bytes:
+        try:
+            return await _at_most(answer["Body"], end - start)
+        finally:
+            answer["Body"].close()
+
+    return Part(_run(files, read_body), _tag_of(answer))
 
 
-async def s3_folder(files: Any, url: str) -> dict[str, Entry]:
-    """The names below a prefix. One page of answers is held at a time, of a key its name and version are.
+def s3_folder(files: Any, url: str) -> dict[str, Entry]:
+    """The names below a prefix; holds one page of answers at a time, and name and version of every key.
 
-    Raises FileNotFoundError where there is nothing, and what s3fs raises.
+    `ls` of s3fs would hold all answers, of 2 kB for a key. Raises FileNotFoundError where there is nothing,
+    and what s3fs raises.
     """
     bucket, key, _ = files.split_path(url)
     prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
-    here = len(f"{bucket}/{prefix}")
     entries: dict[str, Entry] = {}
     found = False
-    async for info in files._iterdir(bucket, delimiter="/", prefix=prefix):
-        found = True
-        add_entry(entries, str(info["name"])[here:], info)
+    page: dict[str, Any] = {"IsTruncated": True}
+    options: dict[str, str] = {}
+    while page.get("IsTruncated"):
+        page = files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **options)
+        for folder in page.get("CommonPrefixes", ()):
+            add_entry(entries, folder["Prefix"][len(prefix) :], {"type": "directory"}, 0)
+        for info in page.get("Contents", ()):
+            add_entry(entries, info["Key"][len(prefix) :], info, info["Size"])
+        found = found or bool(page.get("CommonPrefixes") or page.get("Contents"))
+        options["ContinuationToken"] = page.get("NextContinuationToken", "")
     if prefix and not found:
         raise FileNotFoundError(errno.ENOENT, "no key begins so")
     return entries
 
 
-def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any]) -> None:
-    """Put what a listing says of a name to the others; the folder stays where a file has its name, too."""
+def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any], size: int | None) -> None:
+    """Add one name of a listing; where a file and a folder share it, the folder is kept."""
     name = name.removesuffix("/")
     # Some stores keep an empty object for the folder itself.
     if not name or (name in entries and entries[name].is_folder):
         return
     problem = unsafe_path(name) or ("more than one name where one was asked for" if "/" in name else "")
-    size = info.get("size")
     is_folder = info.get("type") == "directory"
     entries[name] = Entry(name, is_folder, -1 if size is None else int(size), version_of(info), problem)
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """The version that an entry of a listing tells; "" where it tells none."""
+    """The version in an entry of a listing; "" where there is none."""
     for key in _VERSIONS:
         if info.get(key) is not None:
             return str(info[key]).strip('"')
@@ -116,10 +134,14 @@ async def _at_most(stream: Any, length: int) -> bytes:
     return bytes(data)
 
 
+def _run(files: Any, request: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run a request in the event loop of an fsspec filesystem."""
+    from fsspec.asyn import sync
+
+    return cast(Result, sync(files.loop, request))
+
+
 PARTS: dict[str, PartRequest] = {"http": web_part, "https": web_part, "s3": s3_part, "s3a": s3_part}
-
-
-Result = TypeVar("Result")
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _WAITS = (0.2, 1.0)  # seconds before the second and the third attempt; packages retry by themselves, too
@@ -187,14 +209,16 @@ class RemoteStore:
     def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
         """See Store."""
         if self._protocol in ("s3", "s3a") and _host(path):
-            return _in_order(self._call(self._sync, s3_folder, path))
+            return _in_order(self._call(s3_folder, self._files, path))
+        from fsspec.core import strip_protocol
+
         entries: dict[str, Entry] = {}
-        here = str(self._files._strip_protocol(path)).rstrip("/") + "/"
+        here = str(strip_protocol(path)).rstrip("/") + "/"
         for info in self._call(self._files.ls, path, detail=True):
             name = str(info["name"])
             name = name.removeprefix(here) if name.startswith(here) else name.lstrip("/")
             if f"{name.removesuffix('/')}/" not in (here, here.lstrip("/")):
-                add_entry(entries, name, info)
+                add_entry(entries, name, info, info.get("size"))
         return _in_order(entries)
 
     @contextmanager
@@ -233,7 +257,7 @@ class RemoteStore:
             return b""
         part = self._call(self._part, path, start, start + length)
         if len(part.data) > length:
-            raise ImageError("the server sends whole files only, expected parts: copy the file here")
+            raise ImageError(_NO_RANGES)
         _check_version(part, version)
         return part.data
 
@@ -252,7 +276,7 @@ class RemoteStore:
             self._answered[path] = now
         return True
 
-    def reaches(self, path: str) -> bool:
+    def is_reachable(self, path: str) -> bool:
         """See Store. One file of each of the last few hosts that gave one is asked for again."""
         with self._lock:
             served = list(self._served.values())
@@ -280,12 +304,7 @@ class RemoteStore:
         request = PARTS.get(self._protocol)
         if request is None:
             return Part(cast(bytes, self._files.cat_file(path, start=start, end=end)))
-        return self._sync(request, path, start, end)
-
-    def _sync(self, request: Callable[..., Awaitable[Result]], *args: Any) -> Result:
-        from fsspec.asyn import sync
-
-        return cast(Result, sync(self._files.loop, request, self._files, *args))
+        return request(self._files, path, start, end)
 
     def _call(self, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
         for wait in (*_WAITS, None):

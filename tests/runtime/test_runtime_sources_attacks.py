@@ -145,6 +145,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "bad checksum": (b"x" + HEADER[1:], "checksum"),
     "half a header": (HEADER[:300], "the file ends in a header"),
     "no size": (with_field(HEADER, 124, b"9" * 11), "a header without a size"),
+    "negative size": (with_field(HEADER, 124, b"\xff" * 11 + b"\xf0"), "a header without a size"),
     "huge long name": (
         with_field(with_field(HEADER, 156, b"L"), 124, b"%011o" % 2**30),
         "a header of 1073741824",
@@ -200,7 +201,7 @@ def test_an_empty_tar_and_one_that_shrinks(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="changed"):
         source.read(item)
     with pytest.raises(ImageError, match="ends after 88 of the image's 660 bytes"):
-        source.read(SourceItem(item.id, item.place, item.size))
+        source.read(SourceItem(item.id, item.uri, item.size))
 
 
 def test_a_thousand_long_names_in_a_row_are_no_recursion(tmp_path: Path) -> None:
@@ -282,14 +283,17 @@ def test_members_of_a_zip_that_turn_out_to_be_others(tmp_path: Path, data: bytes
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"", "too short"),
-        (b"PK\3\4" + bytes(500), "no directory at its end"),
-        (zip_of()[:-40], "no directory at its end"),
+        (b"", "not a zip file"),
+        (b"PK\3\4" + bytes(500), "not a zip file"),
+        (zip_of()[:-40], "not a zip file"),
         (b"PK\5\6" * 20_000, "cannot be read"),
-        (zip_of()[:-10] + struct.pack("<I", 2**30) + zip_of()[-6:], "not where its end says"),
-        (zip_of().replace(b"PK\1\2", b"PK\1\1"), "its directory is damaged"),
+        (zip_of()[:-10] + struct.pack("<I", 2**30) + zip_of()[-6:], "central directory"),
+        (zip_of().replace(b"PK\1\2", b"PK\1\1"), "central directory"),
         (zip_of()[:-18] + b"\1\0" + zip_of()[-16:], "one part of several"),
-        (zip_of()[:-6] + b"\xff" * 4 + zip_of()[-2:], "zip64"),
+        (zip_of()[:-6] + b"\xff" * 4 + zip_of()[-2:], "not where its end record says"),
+        (zip_of()[:-2] + b"\x08\0PK\5\6 end", "not a zip file"),  # which end is the archive's?
+        (patched(zip_of(), 6, "<H", 99), "zip file version"),
+        (patched(zip_of(), 8, "<H", 0x0800).replace(b"a.jpg", b"\xff.jpg"), "utf-8"),
     ],
 )
 def test_zips_that_cannot_be_read(tmp_path: Path, data: bytes, match: str) -> None:
