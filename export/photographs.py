@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from multisa.export.parity import Outputs
 from multisa.runtime.bundle import LabelParameters
-from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.sources.folders import list_images
 from multisa.training.data import Item, read_dataset
 
 UInt8 = npt.NDArray[np.uint8]
@@ -73,7 +73,7 @@ def read_photographs(
         return Photographs(
             tuple(map(_of_item, seen)), tuple(map(_of_item, labelled)), tuple(map(_of_item, segmented))
         )
-    corpus = find_images(root).images
+    corpus = list_images(root).images
     found = [
         Photograph(image.path, None, _mask(masks / f"{image.name}.png" if masks else None))
         for image in corpus
