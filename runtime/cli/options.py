@@ -74,9 +74,9 @@ _HOW = (
         "writers",
         multiple=True,
         metavar="NAME",
-        # The names of runtime/sinks/choice.py, which help does not load.
+        # The names of runtime/writers/registry.py, which help does not load.
         help="What to write, repeated or separated by commas: masks (the default), tar, coco, cvat, "
-        "label-studio, datumaro, parquet, confidence, soft.",
+        "label-studio, datumaro, parquet, confidence, probabilities.",
     ),
     click.option(
         "--shard-size",

@@ -75,7 +75,7 @@ def open_segmenter(
     """
     if probabilities:
         raise UsageError(
-            "segment has no soft maps: argmax and confidence are in the graph; leave out --writer soft"
+            "segment has no class probabilities: the graph ends in the argmax; leave out --writer probabilities"
         )
     with selected_backends(bundle, (SEGMENTER,), request) as chosen:
         yield Segmenter(bundle.manifest.classes, chosen)
