@@ -3,8 +3,8 @@
 To add a format:
 
 1. Write a subclass of `WriterBase` in a module of its own. `encode` turns one image into a small payload,
-   `write_shard` turns the payloads of a shard into files, and `finalize` writes the files that cover the whole
-   run. Override `results` if files are named after images, and `needs_probabilities` if it needs those.
+   `write_shard` turns the payloads of a shard into files, and `finalize` writes the files of the whole run.
+   Override `results` if files are named after images, and `needs_probabilities` if it needs those.
 2. Add its name and a line of help to `WRITERS` and its class to `open_writers` in `registry.py`.
 3. Read its files back in `tests/runtime/test_runtime_writers.py`, with the library that users read them with.
 

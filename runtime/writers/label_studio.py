@@ -108,7 +108,7 @@ class LabelStudioWriter(WriterBase):
 def encode_label_studio_rle(runs: RowRuns, pixels: int) -> bytes:
     """Encode the mask of one class of an image of `pixels` pixels: 255 inside the class, 0 elsewhere.
 
-    Label Studio packs run lengths of four widths into bits; the bytes equal those of its own encoder (`mask2rle`
+    Run lengths of four widths, packed into bits. The bytes equal those of Label Studio's encoder (`mask2rle`
     of label-studio-sdk). Raises ValueError for more pixels than the header of the format can count.
     """
     if pixels > _MAX_PIXELS:

@@ -130,10 +130,11 @@ def mask_from_probabilities(
 ) -> UInt8:
     """Choose the class of each pixel again, uint8 [H, W] at the image's own size.
 
-    background_weight: factor of the background's probability before the argmax. Without a CRF, the mask equals
-    that of a run whose background score is multiplied by it. At 1, the mask is the run's, except where two
-    probabilities round to the same half-precision number. minimum_confidence: pixels whose class has a lower
-    share of the probabilities become 255, "ignore". Raises UsageError for values out of range.
+    background_weight: factor of the background's probability before the argmax. Without a CRF, the result is
+    the mask of a run whose background score is multiplied by it. At 1, the result is the mask of the run,
+    except where two probabilities round to the same half-precision number.
+    minimum_confidence: pixels whose class has a lower share of the probabilities become 255, "ignore".
+    Raises UsageError for values out of range.
     """
     _check_thresholds(background_weight, minimum_confidence)
     ids = np.array(image.probabilities.class_ids, np.uint8)

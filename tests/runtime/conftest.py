@@ -215,7 +215,7 @@ def _segmenter_graph(low: float = 85) -> bytes:
 
 @dataclass
 class WriterFolder:
-    """A run's folder as writers see it: files below OUT, parts in memory. `shard` is the one being written."""
+    """A run's folder as writers see it: files below OUT, parts in memory. `shard` is being written."""
 
     out: Path
     kept: dict[str, dict[int, bytes]] = field(default_factory=dict)
