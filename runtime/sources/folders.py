@@ -119,12 +119,8 @@ class FolderSource(SourceBase):
         self._root = root
         self._store = store
         self._pattern = pattern
-
-    @property
-    def description(self) -> str:
-        """See Source."""
-        shown = printable(self._root)
-        return f"files {join(shown, self._pattern.text)}" if self._pattern else f"folder {shown}"
+        shown = printable(root)
+        self.description = f"files {join(shown, pattern.text)}" if pattern else f"folder {shown}"
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""
@@ -159,11 +155,7 @@ class OneFileSource(SourceBase):
     def __init__(self, path: str, store: Store) -> None:
         self._path = path
         self._store = store
-
-    @property
-    def description(self) -> str:
-        """See Source."""
-        return f"image {printable(self._path.partition('?')[0])}"
+        self.description = f"image {printable(path.partition('?')[0])}"
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""

@@ -1,8 +1,8 @@
-"""Buckets and web servers, through fsspec.
+"""Buckets and web servers, through the public interface of fsspec and its packages.
 
     store = RemoteStore("s3", {"endpoint_url": "http://127.0.0.1:9000"})
 
-Paths are whole URLs. Keys and secrets come from fsspec's own configuration, the environment, or the options.
+Paths are whole URLs. Credentials come from fsspec's configuration, the environment, or the options.
 """
 
 import errno
@@ -19,14 +19,41 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import unsafe_path
-from multisa.runtime.sources.storage import CHANGED, Blob, Entry, Wanted, check_size
+from multisa.runtime.sources.storage import Blob, Entry, Wanted, check_size, check_version
 
 Result = TypeVar("Result")
 
 _PIECE = 2**20  # bytes
 _NO_RANGES = "the server sends whole files only, expected parts: copy the file here"
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
-_PARTIAL = 206  # HTTP status of an answer that keeps to the range it was asked for
+_PARTIAL = 206  # HTTP status of an answer that respects the requested range
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_WAITS = (0.2, 1.0)  # seconds before the second and the third attempt; packages also retry on their own
+_WINDOW = 4 * 2**20  # bytes per request: the latency of a request equals some megabytes
+# The packages that fsspec needs, by protocol.
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+}
+# What these packages raise besides OSError: module and class.
+_FOREIGN = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("azure.core.exceptions", "AzureError"),
+)
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_REMEMBERED = 30.0  # seconds for which a successful check is not repeated
+_WITNESSES = 3  # hosts or buckets, of each of which one readable file is remembered
+
+
+def protocol_of(path: str) -> str:
+    """The protocol of a URL in lower case, or "" for a path of this machine."""
+    match = _URL.match(path)
+    return match[1].lower() if match else ""
 
 
 class Part(NamedTuple):
@@ -42,8 +69,8 @@ PartRequest = Callable[[Any, str, int, int], Part]
 def web_part(files: Any, url: str, start: int, end: int) -> Part:
     """Bytes `start` to `end` of a file, fewer at its end; reads no more, whatever the server sends.
 
-    `cat_file` of fsspec would return neither the ETag nor stop at `end`. Raises ImageError when the answer
-    does not begin at `start`, and what aiohttp raises.
+    `cat_file` of fsspec neither returns the ETag nor stops at `end`. Raises ImageError when the answer does
+    not begin at `start`, and what aiohttp raises.
     """
 
     async def request() -> Part:
@@ -64,7 +91,7 @@ def web_part(files: Any, url: str, start: int, end: int) -> Part:
 def s3_part(files: Any, url: str, start: int, end: int) -> Part:
     """Bytes `start` to `end` of an object, fewer at its end. Raises what s3fs raises.
 
-    `cat_file` of s3fs would not return the ETag, and `info` would cost a second request for every image.
+    `cat_file` of s3fs does not return the ETag, and `info` would cost a second request for every image.
     """
     bucket, key, version_id = files.split_path(url)
     options = {"VersionId": version_id} if version_id else {}
@@ -80,10 +107,10 @@ def s3_part(files: Any, url: str, start: int, end: int) -> Part:
 
 
 def s3_folder(files: Any, url: str) -> dict[str, Entry]:
-    """The names below a prefix; holds one page of answers at a time, and name and version of every key.
+    """The names directly below a prefix; holds one page of answers and an `Entry` for every key.
 
-    `ls` of s3fs would hold all answers, of 2 kB for a key. Raises FileNotFoundError where there is nothing,
-    and what s3fs raises.
+    `ls` of s3fs would hold all answers, 2 kB for each key. Raises FileNotFoundError if there is no key, and
+    what s3fs raises.
     """
     bucket, key, _ = files.split_path(url)
     prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
@@ -100,7 +127,7 @@ def s3_folder(files: Any, url: str) -> dict[str, Entry]:
         found = found or bool(page.get("CommonPrefixes") or page.get("Contents"))
         options["ContinuationToken"] = page.get("NextContinuationToken", "")
     if prefix and not found:
-        raise FileNotFoundError(errno.ENOENT, "no key begins so")
+        raise FileNotFoundError(errno.ENOENT, "no key has this prefix")
     return entries
 
 
@@ -110,7 +137,7 @@ def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any], siz
     # Some stores keep an empty object for the folder itself.
     if not name or (name in entries and entries[name].is_folder):
         return
-    problem = unsafe_path(name) or ("more than one name where one was asked for" if "/" in name else "")
+    problem = unsafe_path(name) or ("more than one name where one was expected" if "/" in name else "")
     is_folder = info.get("type") == "directory"
     entries[name] = Entry(name, is_folder, -1 if size is None else int(size), version_of(info), problem)
 
@@ -143,40 +170,12 @@ def _run(files: Any, request: Callable[[], Coroutine[Any, Any, Result]]) -> Resu
 
 PARTS: dict[str, PartRequest] = {"http": web_part, "https": web_part, "s3": s3_part, "s3a": s3_part}
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_WAITS = (0.2, 1.0)  # seconds before the second and the third attempt; packages retry by themselves, too
-_WINDOW = 4 * 2**20  # bytes of one request: a request takes as long as some megabytes do
-# Packages that fsspec asks for, by protocol.
-_PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
-    **dict.fromkeys(("http", "https"), "aiohttp"),
-}
-# What such packages raise besides OSError, by the module it is in.
-_FOREIGN = (
-    ("aiohttp", "ClientError"),
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("gcsfs.retry", "HttpError"),
-    ("azure.core.exceptions", "AzureError"),
-)
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_REMEMBERED = 30.0  # seconds that what answered is taken to answer
-_WITNESSES = 3  # hosts, or buckets, of which one file each is remembered
-
-
-def protocol_of(path: str) -> str:
-    """The protocol of a URL in lower case, or "" for a path of this machine."""
-    match = _URL.match(path)
-    return match[1].lower() if match else ""
-
 
 class RemoteStore:
-    """See Store. Transient errors are tried again, three times in all.
+    """See Store. Requests that fail for the moment are sent three times in all.
 
-    A file's version is looked at where it is known and the answer to the read tells it, too: in S3, and on
-    web servers that send an ETag. Elsewhere a change that leaves the size is not seen.
+    A read compares versions if the answer names one, as from S3 and web servers that send an ETag. Elsewhere,
+    a change that keeps the size goes unnoticed.
     """
 
     def __init__(self, protocol: str, options: Mapping[str, Any]) -> None:
@@ -188,8 +187,8 @@ class RemoteStore:
             ) from error
         self._protocol = protocol
         self._lock = threading.Lock()
-        self._answered: dict[str, float] = {}  # paths, and when they were there
-        self._served: dict[str, str] = {}  # the last file read of the last few hosts
+        self._answered: dict[str, float] = {}  # paths, and when they last existed
+        self._served: dict[str, str] = {}  # the file read last from each of the last few hosts
         try:
             kind = fsspec.get_filesystem_class(protocol)
             self._files = kind(**{"use_listings_cache": False, **options})
@@ -228,26 +227,26 @@ class RemoteStore:
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         if info.get("size") is None:
-            raise OSError(errno.EINVAL, "the server does not tell its size")
+            raise OSError(errno.EINVAL, "the server does not report its size")
         yield _RemoteBlob(self, path, int(info["size"]), version_of(info))
 
     @contextmanager
     def stream(self, path: str) -> Iterator[BinaryIO]:
         """See Store."""
         with _translated(), self._files.open(path, "rb", block_size=_WINDOW) as file:
-            yield io.BufferedReader(file)  # whose lines can be limited
+            yield io.BufferedReader(file)  # supports readline with a limit
 
     def read(self, path: str, size: int, version: str) -> bytes:
         """See Store."""
         if size > MAX_FILE_BYTES:
             check_size(size, size)
         if size == 0:
-            return b""  # no server has a range of that
-        # One byte more than it should have, to see whether it has.
+            return b""  # there is no range of 0 bytes
+        # One byte more than expected, to detect a longer file.
         end = (MAX_FILE_BYTES if size < 0 else size) + 1
         part = self._call(self._part, path, 0, end)
         check_size(len(part.data), size)
-        _check_version(part, version)
+        check_version(part.version, version)
         self._note(path)
         return part.data
 
@@ -258,11 +257,11 @@ class RemoteStore:
         part = self._call(self._part, path, start, start + length)
         if len(part.data) > length:
             raise ImageError(_NO_RANGES)
-        _check_version(part, version)
+        check_version(part.version, version)
         return part.data
 
     def exists(self, path: str) -> bool:
-        """See Store; one request, and none for a while after it was answered."""
+        """See Store; one request, which is not repeated for a while if it succeeds."""
         now = time.monotonic()
         with self._lock:
             if now - self._answered.get(path, -_REMEMBERED) < _REMEMBERED:
@@ -277,17 +276,17 @@ class RemoteStore:
         return True
 
     def is_reachable(self, path: str) -> bool:
-        """See Store. One file of each of the last few hosts that gave one is asked for again."""
+        """See Store; checks the files that were read last, one for each of the last few hosts."""
         with self._lock:
             served = list(self._served.values())
         if served:
             return any(self.exists(one) for one in served)
         if self._protocol in ("http", "https"):
-            return True  # of many hosts some are always down
+            return True  # among many hosts, some are always down
         try:
             self._call(self._files.info, f"{self._protocol}://{_host(path)}")
         except FileNotFoundError:
-            return True  # there is no such bucket, says who would know
+            return True  # the server answers: there is no such bucket
         except OSError:
             return False
         return True
@@ -338,7 +337,7 @@ class _RemoteBlob:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Everything that says no to a request becomes an OSError; EINVAL where asking again is of no use."""
+    """Turn every error of a request into an OSError, with EINVAL if a retry is pointless."""
     foreign = tuple(getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules)
     try:
         yield
@@ -350,20 +349,15 @@ def _translated() -> Iterator[None]:
         refused = status is not None and 400 <= status < 500 and status not in (408, 429)
         if status == 404:
             raise FileNotFoundError(errno.ENOENT, "not found") from error
-        # No address: it may hold a signature.
+        # No query string: it may hold a signature.
         text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
         text = re.sub(r"\?\S*", "?...", str(text) or type(error).__name__)
         number = errno.EINVAL if refused or isinstance(error, ValueError) else errno.EIO
         raise OSError(number, f"{status} {text}" if status else text) from error
 
 
-def _check_version(part: Part, version: str) -> None:
-    if version and part.version and part.version != version:
-        raise ImageError(CHANGED)
-
-
 def _in_order(entries: dict[str, Entry]) -> Iterator[Entry]:
-    """By name; what is given out is forgotten."""
+    """Entries by name; each is freed when it is yielded."""
     names = sorted(entries, reverse=True)
     while names:
         yield entries.pop(names.pop())

@@ -140,6 +140,12 @@ def check_size(got: int, expected: int) -> None:
         raise ImageError(f"got {got} bytes, expected at most {MAX_FILE_BYTES}")
 
 
+def check_version(got: str, expected: str) -> None:
+    """Raise ImageError if both versions are known and differ."""
+    if got and expected and got != expected:
+        raise ImageError(CHANGED)
+
+
 @dataclass(frozen=True)
 class _LocalBlob:
     descriptor: int
@@ -196,13 +202,13 @@ class LocalStore:
         """See Store."""
         with self.open(path) as blob:
             check_size(blob.size, size)
-            _check_version(blob, version)
+            check_version(blob.version, version)
             return blob.read_at(0, blob.size)
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
         """See Store."""
         with self.open(path) as blob:
-            _check_version(blob, version)
+            check_version(blob.version, version)
             return blob.read_at(start, length)
 
     def exists(self, path: str) -> bool:
@@ -270,8 +276,3 @@ class LocalStore:
 def _holds_any(folder: str) -> bool:
     with os.scandir(folder) as found:
         return next(found, None) is not None
-
-
-def _check_version(blob: Blob, version: str) -> None:
-    if version and blob.version != version:
-        raise ImageError(CHANGED)

@@ -16,7 +16,7 @@ from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.folders import Pattern, SourceBase, inside, walk
-from multisa.runtime.sources.lists import CellReader
+from multisa.runtime.sources.lists import LabelReader
 from multisa.runtime.sources.names import (
     LONGEST_PATH,
     SeenHashes,
@@ -251,18 +251,13 @@ class TarSource(SourceBase):
         store: Store,
         shards: Callable[[], Iterable[Entry]],
         description: str,
-        cells: CellReader,
+        labels: LabelReader,
     ) -> None:
         self._root = root
         self._store = store
         self._shards = shards
-        self._cells = cells
-        self._description = description
-
-    @property
-    def description(self) -> str:
-        """See Source."""
-        return self._description
+        self._reader = labels
+        self.description = description
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""
@@ -337,7 +332,7 @@ class TarSource(SourceBase):
             if not problem and len(id_.encode()) > LONGEST_PATH:
                 problem = "its name is too long"
             if not problem and not seen.add(id_):
-                problem = "another member has the same name: the first is taken"
+                problem = "another member has the same name: the first is used"
             if problem:
                 yield Skipped(printable(id_), problem)
             else:
@@ -359,7 +354,7 @@ class TarSource(SourceBase):
                 problem = f"got {member.size} bytes of labels, expected at most {_LARGEST_SIDECAR}"
             try:
                 if not problem:
-                    labels = self._cells.from_file(kind, blob.read_at(member.offset, member.size))
+                    labels = self._reader.from_file(kind, blob.read_at(member.offset, member.size))
                     if labels is not None:
                         return labels, problems
             except ValueError as error:

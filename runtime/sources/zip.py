@@ -42,11 +42,7 @@ class ZipSource(SourceBase):
     def __init__(self, path: str, store: Store) -> None:
         self._path = path
         self._store = store
-
-    @property
-    def description(self) -> str:
-        """See Source."""
-        return f"zip file {printable(self._path.partition('?')[0])}"
+        self.description = f"zip file {printable(path.partition('?')[0])}"
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""
@@ -61,7 +57,7 @@ class ZipSource(SourceBase):
                         continue
                     problem = unsafe_path(name) or problem or size_problem(member.file_size)
                     if not problem and not seen.add(name):
-                        problem = "another member has the same name: the first is taken"
+                        problem = "another member has the same name: the first is used"
                     yield Skipped(printable(name), problem) if problem else _item(member)
         except _BROKEN as error:
             raise UsageError(f"{self.description}: cannot be read as a zip file: {error}") from error

@@ -132,12 +132,12 @@ def test_the_first_of_equal_names_is_taken(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_of(member("a.jpg"), member("b.jpg"), member("a.jpg", b"other")))
     data, skipped = look(tmp_path / "t.tar")
     assert data == {"t/a.jpg": GOOD, "t/b.jpg": GOOD}
-    assert "the first is taken" in skipped["t/a.jpg"]
+    assert "the first is used" in skipped["t/a.jpg"]
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("a.jpg", GOOD)
         archive.writestr("a.jpg", b"other")
     data, skipped = look(tmp_path / "z.zip")
-    assert data == {"a.jpg": GOOD} and "the first is taken" in skipped["a.jpg"]
+    assert data == {"a.jpg": GOOD} and "the first is used" in skipped["a.jpg"]
 
 
 HEADER = tar_of(member("a.jpg"))[:512]
