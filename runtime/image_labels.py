@@ -38,9 +38,9 @@ class ImageLabels:
         """Match images one by one.
 
         relatives: all images, if they are known; read once. A row that names one image by its path then never
-        matches another one by its file name. Without `relatives`, that is an error if the other one comes first.
+        matches another one by its file name. Without them, that is an error if the other one comes first.
         """
-        return LabelMatcher(self, {key for relative in relatives for key in self._exact_keys(relative)})
+        return LabelMatcher(self, {key for relative in relatives for key in self.exact_keys(relative)})
 
     def match(self, relatives: Sequence[str]) -> dict[str, Labels]:
         """The classes of each image that has a row, by posix path below the images' folder.
@@ -51,12 +51,13 @@ class ImageLabels:
         found = ((relative, matcher.find(relative)) for relative in relatives)
         return {relative: labels for relative, labels in found if labels is not None}
 
-    def _keys(self, relative: str, taken: Collection[str]) -> list[str]:
+    def matching_keys(self, relative: str, taken: Collection[str]) -> list[str]:
         """The keys that match an image; `taken` ones only by path."""
-        exact = self._exact_keys(relative)
+        exact = self.exact_keys(relative)
         return exact or [key for key in self._named_keys(relative) if key not in taken]
 
-    def _exact_keys(self, relative: str) -> list[str]:
+    def exact_keys(self, relative: str) -> list[str]:
+        """The keys that name an image by its path, with or without extension."""
         spellings = dict.fromkeys((relative, PurePosixPath(relative).with_suffix("").as_posix()))
         return [key for key in spellings if key in self.rows]
 
@@ -88,7 +89,7 @@ class LabelMatcher:
         image by its path. Raises UsageError when several rows with different labels match, or when a row has
         matched another image before.
         """
-        keys = self._labels._keys(relative, self._taken)
+        keys = self._labels.matching_keys(relative, self._taken)
         if not keys:
             return None
         rows = self._labels.rows
@@ -97,13 +98,13 @@ class LabelMatcher:
                 f"{self._labels.path}: {relative} matches several rows with different labels "
                 f"({', '.join(keys)}), expected one: write its path relative to the images' folder"
             )
-        self._taken.update(self._labels._exact_keys(relative))
+        self._taken.update(self._labels.exact_keys(relative))
         for key in keys:
             other = self._users.setdefault(key, relative)
             if other != relative:
                 raise UsageError(
-                    f"{self._labels.path}: row {key!r} matches several images ({other}, {relative}), expected "
-                    "one: write their paths relative to the images' folder"
+                    f"{self._labels.path}: row {key!r} matches several images ({other}, {relative}), "
+                    "expected one: write their paths relative to the images' folder"
                 )
         return rows[keys[0]]
 
@@ -158,8 +159,8 @@ def _csv_rows(path: Path, text: str, classes: Collection[str]) -> Iterator[tuple
                 continue
             if len(cells) != len(HEADER):
                 raise UsageError(
-                    f"{path}, {position}: got {len(cells)} columns, expected 2 (image,labels): separate classes "
-                    "by spaces or semicolons"
+                    f"{path}, {position}: got {len(cells)} columns, expected 2 (image,labels): separate "
+                    "classes by spaces or semicolons"
                 )
             yield position, cells[0], split_classes(cells[1], classes)
     except csv.Error as error:
