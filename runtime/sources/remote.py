@@ -47,7 +47,7 @@ _FOREIGN = (
 )
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _REMEMBERED = 30.0  # seconds for which a successful check is not repeated
-_WITNESSES = 3  # hosts or buckets, of each of which one readable file is remembered
+_WITNESSES = 3  # hosts or buckets; of each, the file that was read last is remembered
 
 
 def protocol_of(path: str) -> str:

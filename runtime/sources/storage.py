@@ -36,7 +36,7 @@ class Entry(NamedTuple):
     is_folder: bool
     size: int = -1
     version: str = ""
-    problem: str = ""  # why it is not taken
+    problem: str = ""  # why it is skipped
 
 
 class Blob(Protocol):

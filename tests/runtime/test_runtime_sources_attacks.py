@@ -1,4 +1,4 @@
-"""Archives that nobody vouches for: each attack is a row, passed over with a reason or one clear error."""
+"""Hostile archives: each attack is a row, and ends in a skipped member with a reason or one clear error."""
 
 import io
 import random
@@ -39,7 +39,7 @@ UNSAFE = {
 
 
 def look(path: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """What can be read, and what is passed over, by id."""
+    """What can be read, and what is skipped, by id."""
     with open_source(str(path)) as source:
         entries = list(source.listing())
         data = {entry.id: source.read(entry) for entry in entries if isinstance(entry, SourceItem)}
@@ -128,7 +128,7 @@ def test_sparse_by_pax(tmp_path: Path) -> None:
     assert "sparse" in skipped["t/bad.jpg"]
 
 
-def test_the_first_of_equal_names_is_taken(tmp_path: Path) -> None:
+def test_the_first_of_equal_names_is_used(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_of(member("a.jpg"), member("b.jpg"), member("a.jpg", b"other")))
     data, skipped = look(tmp_path / "t.tar")
     assert data == {"t/a.jpg": GOOD, "t/b.jpg": GOOD}
@@ -244,14 +244,14 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("make", "reason"), ZIPS.values(), ids=ZIPS)
-def test_members_of_a_zip_that_are_not_taken(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
+def test_members_of_a_zip_that_are_skipped(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
     (tmp_path / "z.zip").write_bytes(make())
     data, skipped = look(tmp_path / "z.zip")
     assert data == {"good.jpg": GOOD}
     assert reason in skipped["a.jpg"]
 
 
-def test_members_that_overlap_are_not_taken(tmp_path: Path) -> None:
+def test_members_that_overlap_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "z.zip").write_bytes(_second_offset(zip_of()))
     data, skipped = look(tmp_path / "z.zip")
     assert data == {} and set(skipped) == {"a.jpg", "good.jpg"}

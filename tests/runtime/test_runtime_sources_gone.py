@@ -65,7 +65,7 @@ def test_a_disk_that_is_unplugged(tmp_path: Path, disk: Path, spec: str, leaves:
             disk.mkdir()
         gone = [is_gone(source, item) for item in found]
         if (spec, leaves) == ("list.txt", "nothing"):
-            # Nothing tells a folder that was removed from a disk that was, but for the link.
+            # Only the link tells a folder that was removed from a disk that was unplugged.
             assert gone == [False, True]
             return
         assert all(gone)
