@@ -16,7 +16,7 @@ from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import EXTENSIONS
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.names import LONGEST_PATH, is_image, printable
-from multisa.runtime.sources.storage import Entry, LocalStore, Store, Wanted, join, why
+from multisa.runtime.sources.storage import Entry, LocalStore, Store, Wanted, join, reason_of
 
 
 class Pattern:
@@ -84,7 +84,7 @@ def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> It
                 try:
                     stack.append((path + "/", store.folder(join(root, path), wanted)))
                 except OSError as error:
-                    problem = why(error)
+                    problem = reason_of(error)
             if problem:
                 yield entry._replace(name=path, problem=problem)
         elif pattern and not pattern.matches(path):
@@ -134,7 +134,7 @@ class FolderSource(SourceBase):
                     yield SourceItem(entry.name, entry.name, entry.size, entry.version)
         except OSError as error:
             raise UsageError(
-                f"{printable(self._root)}: cannot be listed ({why(error)}), expected a folder of images"
+                f"{printable(self._root)}: cannot be listed ({reason_of(error)}), expected a folder of images"
             ) from error
 
     def exists(self, item: SourceItem) -> bool:
@@ -146,7 +146,7 @@ class FolderSource(SourceBase):
         try:
             return self._store.read(join(self._root, inside(item.uri)), item.size, item.version)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
 
 
 class OneFileSource(SourceBase):
@@ -165,14 +165,14 @@ class OneFileSource(SourceBase):
             with self._store.open(self._path) as blob:
                 yield SourceItem(name, "", blob.size, blob.version)
         except OSError as error:
-            raise UsageError(f"{self.description}: cannot be read ({why(error)})") from error
+            raise UsageError(f"{self.description}: cannot be read ({reason_of(error)})") from error
 
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
         try:
             return self._store.read(self._path, item.size, item.version)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
 
     def exists(self, item: SourceItem) -> bool:
         """See Source."""

@@ -18,7 +18,7 @@ from multisa.runtime.sources.base import Listed, SourceItem
 from multisa.runtime.sources.folders import SourceBase
 from multisa.runtime.sources.names import SeenHashes, printable, safe_id, unique_id
 from multisa.runtime.sources.remote import protocol_of
-from multisa.runtime.sources.storage import Store, join, why
+from multisa.runtime.sources.storage import Store, join, reason_of
 
 MOST_LABELS = 10_000  # of one image
 LONGEST_LINE = 2**20  # bytes
@@ -87,7 +87,9 @@ def read_rows(store: Store, path: str, labels: LabelReader) -> Iterator[Row]:
         with store.stream(path) as file:
             yield from reader(file, shown, labels)
     except OSError as error:
-        raise UsageError(f"{shown}: cannot be read ({why(error)}), expected a list of images") from error
+        raise UsageError(
+            f"{shown}: cannot be read ({reason_of(error)}), expected a list of images"
+        ) from error
 
 
 def _lines(file: BinaryIO, shown: str) -> Iterator[tuple[str, str]]:
@@ -247,7 +249,7 @@ class ListSource(SourceBase):
         try:
             return store.read(path, item.size, item.version)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
 
     def exists(self, item: SourceItem) -> bool:
         """See Source; looks at the disk or the server of the item, as a list may name many."""

@@ -1,6 +1,6 @@
 """Stores: what the sources need of a disk or a bucket, and the store of local disks.
 
-Stores raise OSError; `why` puts one into words.
+Stores raise OSError; `reason_of` puts one into words.
 """
 
 import errno
@@ -123,7 +123,7 @@ def join(root: str, relative: str) -> str:
     return f"{root.rstrip('/')}/{relative}" if root else relative
 
 
-def why(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """The reason without the path, which messages name themselves."""
     kinds = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}
     for kind, number in kinds.items():
@@ -249,7 +249,7 @@ class LocalStore:
             try:
                 yield self._entry(entry, wanted)
             except OSError as error:  # deleted since the folder was listed
-                yield Entry(entry.name, False, problem=why(error))
+                yield Entry(entry.name, False, problem=reason_of(error))
 
     def _entry(self, entry: "os.DirEntry[str]", wanted: Wanted) -> Entry:
         problem = bad_name(entry.name)

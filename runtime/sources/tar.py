@@ -28,7 +28,7 @@ from multisa.runtime.sources.names import (
     size_problem,
     unsafe_path,
 )
-from multisa.runtime.sources.storage import Blob, BlobFile, Entry, Store, join, why
+from multisa.runtime.sources.storage import Blob, BlobFile, Entry, Store, join, reason_of
 
 MOST_SHARDS = 1_000_000
 _LONGEST_HEADER = 2**20  # bytes of a long name or of pax records: a path has some hundreds
@@ -237,7 +237,7 @@ def found_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
                 count += not entry.problem
                 yield entry
     except OSError as error:
-        raise UsageError(f"{printable(root)}: cannot be listed ({why(error)})") from error
+        raise UsageError(f"{printable(root)}: cannot be listed ({reason_of(error)})") from error
     if not count:
         raise UsageError(f"{printable(join(root, pattern.text))}: no file of this name, expected tar files")
 
@@ -288,7 +288,7 @@ class TarSource(SourceBase):
             path = join(self._root, inside(path))
             data = self._store.read_range(path, int(offset), item.size, item.version)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
         if len(data) != item.size:
             raise ImageError(f"the tar file ends after {len(data)} of the image's {item.size} bytes")
         return data
@@ -313,7 +313,7 @@ class TarSource(SourceBase):
             reason = f"damaged at byte {error.offset}: {error}; what follows is not read"
             yield Skipped(printable(name), reason)
         except OSError as error:
-            raise UsageError(f"{shown}: cannot be read ({why(error)}), expected a tar file") from error
+            raise UsageError(f"{shown}: cannot be read ({reason_of(error)}), expected a tar file") from error
 
     def _sample(self, shard: str, members: list[Member], blob: Blob, seen: SeenHashes) -> Iterator[Listed]:
         """The entries of one sample of the tar file `shard`."""

@@ -17,7 +17,7 @@ from multisa.runtime.sources.names import (
     size_problem,
     unsafe_path,
 )
-from multisa.runtime.sources.storage import CHANGED, Blob, BlobFile, Store, why
+from multisa.runtime.sources.storage import CHANGED, Blob, BlobFile, Store, reason_of
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LOCAL_MAGIC = b"PK\x03\x04"
@@ -62,7 +62,7 @@ class ZipSource(SourceBase):
         except _BROKEN as error:
             raise UsageError(f"{self.description}: cannot be read as a zip file: {error}") from error
         except OSError as error:
-            raise UsageError(f"{self.description}: cannot be read ({why(error)})") from error
+            raise UsageError(f"{self.description}: cannot be read ({reason_of(error)})") from error
         if others:
             yield OtherFiles(others)
 
@@ -74,7 +74,7 @@ class ZipSource(SourceBase):
         try:
             data = self._read_compressed(header, compressed, method)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
         if method == zipfile.ZIP_DEFLATED:
             data = _inflate(data, item.size)
         if len(data) != item.size:
