@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 SOURCES = Path("kernels/csrc/cpu")
@@ -49,6 +50,14 @@ class BuildKernels(build_ext):
             print(f"without the CUDA kernels: {error}", file=sys.stderr)
 
 
+class BuildModules(build_py):
+    """The package `multisa` is the folder of this file, which is no module of it."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[:2] != ("multisa", "setup")]
+
+
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -62,5 +71,5 @@ setup(
             extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi", "-fno-schedule-insns2"],
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildModules},
 )

@@ -38,7 +38,7 @@ from multisa.export.attention import QUERY_BLOCK
 from multisa.export.cost import Cost, costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.unfold import cam_from_bundle
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 from multisa.runtime.backends.base import CAM, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path, load_bundle

@@ -15,7 +15,7 @@ import numpy as np
 from multisa.benchmarks.harness import environment, interleave, peaks, results_folder, save_results
 from multisa.benchmarks.scenes import class_probabilities, photograph_bytes
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
-from multisa.kernels.dense_crf import forget_lattices
+from multisa.kernels.cpu import forget_lattices
 
 PSA = CrfParameters()
 SETTINGS = {
@@ -30,25 +30,24 @@ def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[s
     """Both on one photograph: whole calls, from the image to the refined probabilities."""
     image, parameters = photograph_bytes(HEIGHT, WIDTH), SETTINGS[name]
     probabilities = class_probabilities(labels, HEIGHT, WIDTH, present)
-    numbers = asdict(parameters)
     crf = DenseCRF(image, parameters)
 
     def alone() -> object:
         # Without the spatial lattice of an earlier call on this size: pydensecrf makes its own each time.
         forget_lattices()
-        return dense_crf(image, probabilities, **numbers)
+        return dense_crf(image, probabilities, parameters)
 
     times = interleave(
         {
             "multisa": alone,
-            "multisa, next photograph of this size": lambda: dense_crf(image, probabilities, **numbers),
+            "multisa, next photograph of this size": lambda: dense_crf(image, probabilities, parameters),
             "multisa, second call on the image": lambda: crf.infer(probabilities),
-            "pydensecrf": lambda: dense_crf(image, probabilities, backend="pydensecrf", **numbers),
+            "pydensecrf": lambda: dense_crf(image, probabilities, parameters, backend="pydensecrf"),
         },
         repeats=repeats,
     )
-    ours = dense_crf(image, probabilities, **numbers)
-    theirs = dense_crf(image, probabilities, backend="pydensecrf", **numbers)
+    ours = dense_crf(image, probabilities, parameters)
+    theirs = dense_crf(image, probabilities, parameters, backend="pydensecrf")
     return {
         "parameters": name,
         "labels": labels,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.system import installed_versions, usable_cpus
 

@@ -29,8 +29,8 @@ from multisa.benchmarks.harness import (
 )
 from multisa.benchmarks.scenes import photograph, smooth_scores
 from multisa.kernels import affinity_from_features, random_walk, random_walk_reference, stencil_offsets
-from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree
-from multisa.kernels.stencil import pair_slices
+from multisa.kernels.common.stencil import pair_slices
+from multisa.kernels.common.walk import chebyshev_coefficients, chebyshev_degree
 
 Float32 = npt.NDArray[np.float32]
 STEPS, BETA, RADIUS = 256, 8.0, 5

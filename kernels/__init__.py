@@ -1,20 +1,38 @@
-"""The kernels of multisa: affinities, random walk, dense CRF, class maps, codecs of masks; NumPy in and out.
+"""The kernels of multisa: affinities, random walk, dense CRF, statistics and codecs of masks.
 
-For example:
+NumPy arrays in and out. The first three also run on an NVIDIA GPU and take device arrays. Importing this
+package loads neither PyTorch nor CUDA.
 
     from multisa.kernels import affinity_from_boundary, random_walk
-    walked = random_walk(cam, affinity_from_boundary(boundary))
+    walked = random_walk(cam, affinity_from_boundary(boundary))     # [C, h, w] scores, [h, w] boundary
+
+| name | what it does | source |
+|---|---|---|
+| `affinity_from_features`, `affinity_from_boundary` | affinities of pixel pairs | AffinityNet, irn |
+| `stencil_offsets`, `path_offsets` | the pairs of an affinity array, the path between two pixels | psa, irn |
+| `random_walk`, `random_walk_reference` | spread class scores along affinities; in float64 | AffinityNet |
+| `dense_crf`, `DenseCRF`, `CrfParameters` | refine probabilities along image edges | pydensecrf |
+| `histogram`, `joint_histogram` | count the values of masks | numpy.bincount |
+| `encode_rle`, `ClassRuns` | run lengths of every class | pycocotools |
+| `deflate_mask` | the image data of a palette PNG | zlib |
+| `confidence_levels` | probabilities to uint8 | the segmenter's graph |
+
+Shapes, dtypes, ranges and errors are in the docstring of each function.
 """
 
 from multisa.kernels.affinity import affinity_from_boundary, affinity_from_features
-from multisa.kernels.deflate import deflate_mask
-from multisa.kernels.dense_crf import CrfParameters, DenseCRF, dense_crf
-from multisa.kernels.histogram import histogram, joint_histogram
-from multisa.kernels.label_maps import argmax_labels, resize_maps, scores_to_probabilities
-from multisa.kernels.random_walk import random_walk
-from multisa.kernels.reference import random_walk_reference
-from multisa.kernels.rle import ClassRuns, encode_rle
-from multisa.kernels.stencil import path_offsets, stencil_offsets
+from multisa.kernels.common.crf import CrfParameters
+from multisa.kernels.common.stencil import path_offsets, stencil_offsets
+from multisa.kernels.dense_crf import DenseCRF, dense_crf
+from multisa.kernels.masks import (
+    ClassRuns,
+    confidence_levels,
+    deflate_mask,
+    encode_rle,
+    histogram,
+    joint_histogram,
+)
+from multisa.kernels.random_walk import random_walk, random_walk_reference
 
 __all__ = [
     "ClassRuns",
@@ -22,7 +40,7 @@ __all__ = [
     "DenseCRF",
     "affinity_from_boundary",
     "affinity_from_features",
-    "argmax_labels",
+    "confidence_levels",
     "deflate_mask",
     "dense_crf",
     "encode_rle",
@@ -31,7 +49,5 @@ __all__ = [
     "path_offsets",
     "random_walk",
     "random_walk_reference",
-    "resize_maps",
-    "scores_to_probabilities",
     "stencil_offsets",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from multisa.runtime.api import RunSettings, label_images, segment_images
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import Manifest
@@ -16,8 +17,6 @@ from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.imaging.decode import read_image, read_mask
 from multisa.runtime.jobs.monitor import check_failures
 from multisa.runtime.jobs.record import RunSummary
-from multisa.runtime.jobs.run import annotate_images
-from multisa.runtime.jobs.spec import RunOptions
 from multisa.runtime.progress import log
 from multisa.runtime.report.page import Card, Page, Picture, write_page
 from multisa.runtime.report.pictures import (
@@ -38,31 +37,29 @@ CAPTION_SIZE = 18
 GAP = 4  # between rows and between columns
 
 
-def run_demo(out: Path, bundle: Bundle, request: BackendRequest | None = None) -> dict[str, RunSummary]:
+def run_demo(out: Path, bundle: Bundle, request: BackendRequest) -> dict[str, RunSummary]:
     """Write OUT/label, OUT/segment, OUT/index.html and the contact sheet OUT/demo.jpg.
 
     Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
     TooManyFailures, before it makes page and sheet, if any image failed.
     """
-    # The other files of the folder are the package's own; the page is about both runs.
-    options = RunOptions(tell_other_files=False, overwrite=True, report_images=0)
     labels: Path | None = IMAGES / "labels.csv"
     try:
         read_image_labels(IMAGES / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
         log.info(f"{error}; the images are labelled from scores")
         labels = None
+    settings = RunSettings(
+        bundle=bundle,
+        backend=request.backend,
+        precision=request.precision,
+        engine_cache=request.engine_cache,
+        overwrite=True,
+        report_images=0,  # the page of the demo is about both runs
+    )
     summaries = {
-        run: annotate_images(
-            run,
-            IMAGES,
-            out / run,
-            bundle=bundle,
-            labels=labels if run == "label" else None,
-            options=options,
-            backend=request,
-        )
-        for run in RUNS
+        "label": label_images(IMAGES / "*.jpg", out / "label", labels, **settings),
+        "segment": segment_images(IMAGES / "*.jpg", out / "segment", **settings),
     }
     for name, summary in summaries.items():
         check_failures(summary.failures, summary.images, None, out / name)

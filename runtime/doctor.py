@@ -150,7 +150,7 @@ def _onnxruntime() -> Finding:
 
 def _kernels() -> Finding:
     try:
-        from multisa.kernels.native import native
+        from multisa.kernels.cpu import native
     except _BROKEN as error:
         return Finding("CPU kernels", False, _line(error))
     there = ", ".join(native.instruction_sets())

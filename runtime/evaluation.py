@@ -4,7 +4,7 @@ Protocol of PASCAL VOC: one confusion matrix over the whole set, pixels marked 2
 IoU = TP / (TP + FP + FN) per class, mIoU their mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from multisa.runtime.bundle import load_bundle
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.files import read_user_text
 from multisa.runtime.imaging.decode import MAX_PIXELS, read_mask
@@ -96,20 +97,46 @@ class Evaluation:
 
 
 def evaluate_masks(
-    prediction: Path,
-    truth: Path,
-    classes: tuple[str, ...],
+    predictions: str | Path,
+    ground_truth: str | Path,
+    classes: Sequence[str] | str | Path | None = None,
     *,
-    names: tuple[str, ...] | None = None,
+    names: Sequence[str] | str | Path | None = None,
     allow_missing: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
-    """Compare the masks of two folders.
+    """Compare the PNG masks of two folders: IoU of each class, mIoU, pixel accuracy (PASCAL VOC's protocol).
 
-    names: relative names without extension to look at; every PNG of `truth` when None. Pixels of truth 255
-    are left out. Raises UsageError for missing files, ImageError for a mask that cannot be read or does not
-    fit its truth.
+    classes: names in the order of their ids, or a file with one name a line; those of the packaged bundle by
+    default. names: relative names of the masks to compare, or a file with one a line; every mask of
+    `ground_truth` by default. Pixels of the ground truth that are 255 are left out.
+
+    Raises UsageError for missing files, and for missing predictions unless `allow_missing`; ImageError for a
+    mask that cannot be read or does not fit its ground truth.
     """
+    if classes is None:
+        classes = load_bundle().manifest.classes
+    class_names = read_class_names(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
+    listed = read_mask_names(Path(names)) if isinstance(names, (str, Path)) else names
+    return _evaluate(
+        Path(predictions),
+        Path(ground_truth),
+        class_names,
+        listed,
+        allow_missing=allow_missing,
+        max_pixels=max_pixels,
+    )
+
+
+def _evaluate(
+    prediction: Path,
+    truth: Path,
+    classes: tuple[str, ...],
+    names: Sequence[str] | None,
+    *,
+    allow_missing: bool,
+    max_pixels: int,
+) -> Evaluation:
     for folder in (prediction, truth):
         if not folder.is_dir():
             raise UsageError(f"{folder}: is no folder, expected one with PNG masks")

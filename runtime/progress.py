@@ -40,14 +40,14 @@ class ConsoleHandler(logging.Handler):
 @contextmanager
 def console(*, quiet: bool = False) -> Iterator[None]:
     """Show messages and progress on stderr; with `quiet` only warnings and errors."""
-    handler = ConsoleHandler()
+    handlers = log.handlers[:]
     level = log.level
-    log.addHandler(handler)
+    log.handlers = [*(h for h in handlers if not isinstance(h, ConsoleHandler)), ConsoleHandler()]
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        log.handlers = handlers
         log.setLevel(level)
 
 

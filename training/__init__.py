@@ -1,1 +1,63 @@
-"""PyTorch: the networks, the data readers and every training stage of the pipeline."""
+"""Training in PyTorch: from image-level labels to a trained segmenter, and the networks on their own.
+
+    from pathlib import Path
+    from multisa.training import create_model, load_config, read_dataset, train
+
+    if __name__ == "__main__":  # the processes that load samples import this script
+        config = load_config("lite0", ["cam.schedule.epochs=4"])
+        run = train(config, read_dataset(Path("VOC2012")), Path("runs/voc"))
+        print(run.format_table())
+
+        segmenter = create_model(config.segmenter, n_classes=21)
+
+`load_config` reads a preset or a TOML file into a `TrainConfig`, `read_dataset` a folder into a `Dataset`.
+`train` runs every stage and returns a `RunRecord`, which `load_run` reads again from the output folder.
+`create_model` builds one network. `reproduce_paper` makes the tables and figures of the paper. Importing this
+package loads nothing else; each name loads its module, and with it torch where needed, when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multisa.training.config import TrainConfig, load_config
+    from multisa.training.data import Dataset, read_dataset
+    from multisa.training.models import create_model
+    from multisa.training.pipeline import RunRecord, load_run, train
+    from multisa.training.reproduce.command import reproduce_paper
+
+__all__ = [
+    "Dataset",
+    "RunRecord",
+    "TrainConfig",
+    "create_model",
+    "load_config",
+    "load_run",
+    "read_dataset",
+    "reproduce_paper",
+    "train",
+]
+
+_MODULES = {
+    "Dataset": "multisa.training.data",
+    "RunRecord": "multisa.training.pipeline",
+    "TrainConfig": "multisa.training.config",
+    "create_model": "multisa.training.models",
+    "load_config": "multisa.training.config",
+    "load_run": "multisa.training.pipeline",
+    "read_dataset": "multisa.training.data",
+    "reproduce_paper": "multisa.training.reproduce.command",
+    "train": "multisa.training.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

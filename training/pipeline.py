@@ -1,4 +1,4 @@
-"""All stages in order: weak labels -> CAMs -> affinities -> pseudo-masks -> segmenter -> table."""
+"""All stages in order: image-level labels -> CAMs -> affinities -> pseudo-masks -> segmenter -> results."""
 
 import json
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from multisa.runtime.files import write_json_atomically
 from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.checks import check_run
 from multisa.training.config import TrainConfig
-from multisa.training.data import DataSet
-from multisa.training.labelling import Labelled, label_photographs
+from multisa.training.data import Dataset
 from multisa.training.segmentation import evaluate_segmenter, train_segmenter
-from multisa.training.workspace import Stage, Workspace
+from multisa.training.stage_cache import Stage, StageCache
+from multisa.training.stages import PseudoLabels, RunStages, make_pseudo_labels
 
-SEGMENTER = "DeepLabV3+ on pseudo-masks"
+SEGMENTER = "DeepLabV3+ on pseudo-masks"  # name of the row of the results
 RUN_RECORD = "run.json"
 
 
@@ -42,27 +42,27 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Photographs:
-    """How many photographs each list of the data set has."""
+class ImageCounts:
+    """How many images each list of the data set has."""
 
-    weak: int  # trained on, by image-level labels
-    train: int  # those of them with masks, which measure the pseudo-masks
+    train_images: int  # trained on, with image-level labels
+    train: int  # those of them with masks, which the pseudo-masks are measured on
     val: int
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run made and measured: `run.json`, all that the exporter needs beside the checkpoints."""
+    """Settings and results of a finished run: `run.json`, all that export needs beside the checkpoints."""
 
     config: TrainConfig
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # background first
     palette: tuple[tuple[int, int, int], ...]
-    photographs: Photographs
+    images: ImageCounts
     data_digest: str  # of what was trained on
     label: LabelParameters  # as used for the pseudo-masks
     score_thresholds: tuple[float, ...]  # one for each foreground class
     betas: tuple[float, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # empty when the data set has no masks
     stages: tuple[StageRecord, ...]
     seconds: float
     torch: str
@@ -72,30 +72,53 @@ class RunRecord:
         """Folder of the stage `name` of this run."""
         return root / next(stage.folder for stage in self.stages if stage.name == name)
 
+    def format_table(self) -> str:
+        """The table of mIoU per stage and class, in percent."""
+        if not self.rows:
+            return "no masks in this data set: nothing was measured"
+        names = [name[:10] for name in self.classes]
+        width = max(len(row.stage) for row in self.rows) + 2
+        header = "".join(f"{name:>11}" for name in names)
+        lines = [f"{'stage':<{width}}{'list':<7}{'mIoU':>7}  {header}"]
+        for row in self.rows:
+            ious = "".join(f"{'-' if value is None else f'{value:.2f}':>11}" for value in row.iou)
+            lines.append(f"{row.stage:<{width}}{row.measured_on:<7}{row.miou:>7.2f}  {ious}")
+        return "\n".join(lines)
 
-def run_pipeline(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord:
-    """Run every stage that is not made already (`make_run`) and write `root/run.json`."""
-    record = make_run(config, dataset, root)
-    write_json_atomically(root / RUN_RECORD, record_to_dict(record))
+
+def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
+    """Run every stage that is not finished yet in the folder `output`, and write `output/run.json`.
+
+    What `multisa train` does: class activation network, affinities, pseudo-masks and segmenter, in that
+    order, each in a folder of its own. After an interruption the same call resumes; stages whose inputs did
+    not change are skipped. When the data set has no masks, nothing is measured. Progress is reported on
+    stderr.
+
+    `config.workers` processes load the samples. They import the calling script, which must therefore keep
+    this call below `if __name__ == "__main__":`.
+
+    Raises UsageError for a configuration that does not fit the data set or the networks, and DatasetError for
+    ground truth that cannot be used, both before any training; CheckpointError for a damaged checkpoint;
+    BackendUnavailable for `device="cuda"` without a GPU; MultisaError when a loss is not finite.
+    """
+    record = run_stages(config, dataset, output)
+    write_json_atomically(output / RUN_RECORD, record_to_dict(record))
     return record
 
 
-def make_run(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord:
-    """Run every stage that is not made already.
-
-    Without masks in the data set nothing is measured, and the plain CAM (which is only measured) is left out.
-    """
+def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
+    """Run every stage as `train` does, without writing `run.json`."""
     check_run(config, dataset)
-    space = Workspace(root)
-    labelled = label_photographs(space, config, dataset)
-    masks, cam = labelled.masks, labelled.cam
-    segmenter = space.stage(
+    cache = StageCache(output)
+    stages = RunStages(cache, config, dataset)
+    labels = make_pseudo_labels(stages)
+    segmenter = cache.stage(
         "segmenter",
         record_to_dict(config.segmenter),
-        [masks],
-        lambda folder: train_segmenter(config, dataset, masks, cam, folder),
+        [labels.masks],
+        lambda folder: train_segmenter(config, dataset, labels.masks, labels.cam, folder),
     )
-    val = dataset.val and space.stage(
+    val = dataset.val and cache.stage(
         "val",
         {"truth": dataset.masks_digest(dataset.val)},
         [segmenter],
@@ -105,22 +128,22 @@ def make_run(config: TrainConfig, dataset: DataSet, root: Path) -> RunRecord:
         config=config,
         classes=dataset.class_names,
         palette=dataset.palette,
-        photographs=Photographs(len(dataset.weak), len(dataset.train), len(dataset.val)),
-        data_digest=labelled.data_digest,
-        label=labelled.label,
-        score_thresholds=tuple(labelled.cams.results["score_thresholds"]),
-        betas=tuple(cam.results["betas"]),
-        rows=tuple(_rows(labelled, val or None)),
-        stages=tuple(StageRecord(s.name, s.folder.name, s.digest, round(s.seconds, 1)) for s in space.stages),
-        seconds=round(sum(stage.seconds for stage in space.stages), 1),
+        images=ImageCounts(len(dataset.train_images), len(dataset.train), len(dataset.val)),
+        data_digest=stages.images_digest,
+        label=labels.label,
+        score_thresholds=tuple(labels.cams.results["score_thresholds"]),
+        betas=tuple(labels.cam.results["betas"]),
+        rows=tuple(_rows(labels, val or None)),
+        stages=tuple(StageRecord(s.name, s.folder.name, s.digest, round(s.seconds, 1)) for s in cache.stages),
+        seconds=round(sum(stage.seconds for stage in cache.stages), 1),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
     )
 
 
-def load_run(root: Path) -> RunRecord:
-    """Read what `run_pipeline` wrote. Raises UsageError for a folder that holds no finished run."""
-    path = root / RUN_RECORD
+def load_run(output: Path) -> RunRecord:
+    """Read the `run.json` that `train` wrote. Raises UsageError for a folder without a finished run."""
+    path = output / RUN_RECORD
     if not path.is_file():
         raise UsageError(f"{path}: missing; expected the output folder of a finished `multisa train`")
     try:
@@ -129,23 +152,10 @@ def load_run(root: Path) -> RunRecord:
         raise UsageError(f"{error}; run `multisa train` again with this version") from error
 
 
-def format_table(run: RunRecord) -> str:
-    """The table of mIoU per stage and class, in percent."""
-    if not run.rows:
-        return "no masks in this data set: nothing was measured"
-    names = [name[:10] for name in run.classes]
-    width = max(len(row.stage) for row in run.rows) + 2
-    lines = [f"{'stage':<{width}}{'list':<7}{'mIoU':>7}  " + "".join(f"{name:>11}" for name in names)]
-    for row in run.rows:
-        ious = "".join(f"{'-' if value is None else f'{value:.2f}':>11}" for value in row.iou)
-        lines.append(f"{row.stage:<{width}}{row.measured_on:<7}{row.miou:>7.2f}  {ious}")
-    return "\n".join(lines)
-
-
-def _rows(labelled: Labelled, val: Stage | None) -> list[Row]:
+def _rows(labels: PseudoLabels, val: Stage | None) -> list[Row]:
     rows = [
         Row(f"{m.name} (background {m.background:.2f})", "train", m.scores["miou"], tuple(m.scores["iou"]))
-        for m in labelled.measured
+        for m in labels.measured
     ]
     if val:
         rows.append(Row(SEGMENTER, "val", val.results["miou"], tuple(val.results["iou"])))

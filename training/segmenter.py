@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.training.backbones import Backbone
 
 LOW_LEVEL_CHANNELS = 48  # of the stride-4 features in the decoder
@@ -45,7 +46,8 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> logits [N, n_classes, ceil(H/4), ceil(W/4)]."""
         levels = self.backbone(image)
-        deep, fine = levels[-1], levels[self.fine_level]
+        deep = levels[-1]
+        fine = levels[self.fine_level]
         pooled = self.pooled(deep.mean((-2, -1), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
         mixed = self.project(torch.cat([*(branch(deep) for branch in self.pyramid), pooled], 1))
         raised = functional.interpolate(mixed, size=fine.shape[-2:], mode="bilinear", align_corners=False)
@@ -53,8 +55,17 @@ class DeepLabV3Plus(nn.Module):
         return torch.as_tensor(self.classifier(self.dropout(decoded)))
 
 
-class SegmentPhotographs(nn.Module):
-    """uint8 photographs -> labels and confidence at full size: what is deployed."""
+def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy; pixels of 255 do not count.
+
+    logits: float [N, K, h, w], resized here to the mask's size; mask: uint8 [N, H, W]. Returns a scalar.
+    """
+    resized = functional.interpolate(logits, size=mask.shape[-2:], mode="bilinear", align_corners=False)
+    return functional.cross_entropy(resized, mask.to(torch.int64), ignore_index=IGNORE_INDEX)
+
+
+class SegmentImages(nn.Module):
+    """uint8 images -> labels and confidence at full size: the module that is exported and deployed."""
 
     def __init__(self, network: DeepLabV3Plus) -> None:
         """Wrap a trained network."""
@@ -66,16 +77,28 @@ class SegmentPhotographs(nn.Module):
         logits = self.network(self.network.backbone.normalise(image))
         size = (image.shape[1], image.shape[2])
         full = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        # The softmax of the winner alone: 1 / sum exp(l - max), without a tensor of all probabilities.
+        # The softmax of the winning class alone is 1 / sum exp(l - max): no tensor of all probabilities is
+        # needed.
         highest, labels = full.max(1)
         confidence = 1 / torch.exp(full - highest[:, None]).sum(1)
         return labels.to(torch.uint8), (confidence * 255 + 0.5).to(torch.uint8)
 
 
-def _pointwise(given: int, made: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(given, made, 1, bias=False), nn.BatchNorm2d(made), nn.ReLU(inplace=True))
+def _pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
 
 
-def _separable(given: int, made: int, rate: int) -> nn.Sequential:
-    depthwise = nn.Conv2d(given, given, 3, padding=rate, dilation=rate, groups=given, bias=False)
-    return nn.Sequential(depthwise, nn.BatchNorm2d(given), nn.ReLU(inplace=True), *_pointwise(given, made))
+def _separable(in_channels: int, out_channels: int, rate: int) -> nn.Sequential:
+    depthwise = nn.Conv2d(
+        in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False
+    )
+    return nn.Sequential(
+        depthwise,
+        nn.BatchNorm2d(in_channels),
+        nn.ReLU(inplace=True),
+        *_pointwise(in_channels, out_channels),
+    )

@@ -27,13 +27,12 @@ from multisa.kernels import (
     random_walk_reference,
     stencil_offsets,
 )
+from multisa.kernels.common.stencil import pair_slices
+from multisa.kernels.common.walk import WalkSettings, chebyshev_degree
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.device import Device
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError
-from multisa.kernels.cuda.walk import WalkSettings
-from multisa.kernels.random_walk import chebyshev_degree
-from multisa.kernels.stencil import pair_slices
 from multisa.runtime.errors import BackendUnavailable, ParityError
 from multisa.runtime.files import write_json_atomically
 

@@ -11,8 +11,8 @@ from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.guest import Guest, GuestFailedError
 from multisa.benchmarks.suite.setting import Setting
 from multisa.kernels import stencil_offsets
-from multisa.kernels.native import native
-from multisa.kernels.random_walk import chebyshev_degree
+from multisa.kernels.common.walk import chebyshev_degree
+from multisa.kernels.cpu import native
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.system import usable_cpus
 

@@ -8,7 +8,6 @@ sparse one instead, which is the same walk.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,7 @@ class PeersLabelling:
             gains = np.array([parameters.class_gain[i - 1] for i in ids] if parameters.class_gain else 1.0)
             scores = scores * gains.astype(np.float32).reshape(-1, 1, 1)
             probabilities = background_and_foreground(scores, parameters.background)
-            refined = dense_crf(image, probabilities, **asdict(parameters.crf), backend="pydensecrf")
+            refined = dense_crf(image, probabilities, parameters.crf, backend="pydensecrf")
             ids_of_rows: UInt8 = np.array((0, *ids), np.uint8)
             return np.asarray(ids_of_rows[refined.argmax(axis=0)], np.uint8)
 

@@ -2,7 +2,7 @@
 
 affinity = DeviceAffinity(device, GridShape(images=16, height=64, width=64))
 affinity.from_boundary(boundary, out, stream)     # device addresses; queues work and returns
-affinity.check(stream)                            # waits; raises ValueError if the input was not valid
+affinity.check(stream)                            # waits; raises ValueError if the input was invalid
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.cuda.device import Argument, Device, Workspace, divide_up
-from multisa.kernels.cuda.limits import LARGEST_GRID_YZ, MAX_RADIUS, ErrorWord, check_positive
-from multisa.kernels.stencil import check_integer, path_offsets, stencil_offsets
+from multisa.kernels.common.checks import check_integer
+from multisa.kernels.common.stencil import path_offsets, stencil_offsets
+from multisa.kernels.cuda.device import (
+    LARGEST_GRID_YZ,
+    MAX_RADIUS,
+    STENCIL_ERRORS,
+    Argument,
+    Device,
+    ErrorWord,
+    Workspace,
+    check_positive,
+    divide_up,
+)
 
-# As in affinity.cuh: pixels of a block and of a thread, features in shared memory, the radius it unrolls.
-TILE_WIDTH, TILE_HEIGHT, RUN = 32, 8, 4
-FEATURE_CHUNK, UNROLLED_RADIUS = 16, 5
+# As in affinity.cuh.
+TILE_WIDTH = 32  # pixels of a block
+TILE_HEIGHT = 8
+RUN = 4  # pixels of a thread
+FEATURE_CHUNK = 16  # features in shared memory at once
+UNROLLED_RADIUS = 5
 THREADS = 256
 
 
@@ -33,13 +46,15 @@ class GridShape:
 
 
 class DeviceAffinity:
-    """Both affinities for one shape and radius; the tables of the stencil are uploaded here, once."""
+    """Both affinities for one shape and radius. The tables of the stencil are uploaded once."""
 
     def __init__(self, device: Device, shape: GridShape, radius: int = 5) -> None:
         """Upload the tables. Raises ValueError for a radius above MAX_RADIUS or too large a batch."""
         if check_integer("radius", radius, minimum=1) > MAX_RADIUS:
             raise ValueError(f"radius: got {radius}, expected at most {MAX_RADIUS} on a device")
-        self._device, self._shape, self._radius = device, shape, radius
+        self._device = device
+        self._shape = shape
+        self._radius = radius
         offsets = stencil_offsets(radius)
         self._pairs = len(offsets)
         rows = divide_up(shape.height, TILE_HEIGHT)
@@ -54,10 +69,10 @@ class DeviceAffinity:
         self._memory = Workspace(device, {name: table.nbytes for name, table in tables.items()})
         for name, table in tables.items():
             device.upload(self._memory[name], table)
-        self._errors = ErrorWord(device)
+        self._errors = ErrorWord(device, STENCIL_ERRORS)
 
     def from_features(self, features: int, depth: int, out: int, stream: int = 0) -> None:
-        """Queue exp(-mean over D of |f_i - f_j|) (Ahn & Kwak 2018, equation 1); nothing waits.
+        """Queue exp(-mean over D of |f_i - f_j|) (Ahn & Kwak 2018, equation 1). Does not wait.
 
         features: address of float32 [images, depth, height, width], finite; out: of float32 [images, P,
         height, width], both contiguous. Raises ValueError unless depth is at least 1.
@@ -71,8 +86,7 @@ class DeviceAffinity:
             tile = (TILE_WIDTH + 2 * RUN) * (TILE_HEIGHT + UNROLLED_RADIUS - 1)
             shared_bytes = 4 * min(depth, FEATURE_CHUNK) * tile
             arguments = [features, out, self._errors.pointer, *sizes]
-            launch = self._device.launch
-            launch(
+            self._device.launch(
                 "affinity_features", self._tiles, block, arguments, shared_bytes=shared_bytes, stream=stream
             )
             return
@@ -83,7 +97,7 @@ class DeviceAffinity:
         self._device.launch("affinity_features_any", grid, (THREADS, 1, 1), arguments, stream=stream)
 
     def from_boundary(self, boundary: int, out: int, stream: int = 0) -> None:
-        """Queue 1 - max over the straight path (Ahn et al. 2019); nothing waits.
+        """Queue 1 - max over the straight path (Ahn et al. 2019). Does not wait.
 
         boundary: address of float32 [images, height, width] in [0, 1]; out: of float32 [images, P, height,
         width], both contiguous.
@@ -95,11 +109,13 @@ class DeviceAffinity:
         sizes = (self._shape.height, self._shape.width, self._pairs, reach)
         arguments: list[Argument] = [boundary, self._memory["paths"], self._memory["points"], out]
         arguments += [self._errors.pointer, *(np.int32(size) for size in sizes)]
-        launch, block = self._device.launch, (TILE_WIDTH * TILE_HEIGHT, 1, 1)
-        launch("affinity_boundary", self._tiles, block, arguments, shared_bytes=shared_bytes, stream=stream)
+        block = (TILE_WIDTH * TILE_HEIGHT, 1, 1)
+        self._device.launch(
+            "affinity_boundary", self._tiles, block, arguments, shared_bytes=shared_bytes, stream=stream
+        )
 
     def check(self, stream: int = 0) -> None:
-        """Wait for `stream`; raise ValueError if a call since the last check met invalid values."""
+        """Wait for `stream`. Raise ValueError if a call since the last check met invalid values."""
         self._errors.check(stream)
 
 

@@ -2,7 +2,7 @@
 
     python -m multisa.kernels.cuda.build              # needs nvcc, no GPU
 
-Uses the standard library alone, so that a build script can run this file before the package is there.
+Imports the standard library only, so that setup.py can run this file before the package is installed.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+TOOLKIT = Path("/usr/local/cuda")  # where NVIDIA's installers put CUDA, not always on PATH
 FATBIN = Path(__file__).resolve().with_name("kernels.fatbin")
 
-# Machine code for these (Turing to Blackwell); from the PTX a driver makes code for any later device.
+# Machine code for Turing to Blackwell. Drivers compile the PTX for any later device.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PTX_ARCHITECTURES = (75, 120)
 FLAGS = ("-O3", "-std=c++17", "--fatbin")
@@ -33,7 +34,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class FatbinRecord:
-    """What a fatbin was made of and for; kept as JSON beside it."""
+    """Sources and targets of a fatbin, stored as JSON beside it."""
 
     nvcc: str
     sources: str
@@ -42,24 +43,25 @@ class FatbinRecord:
 
 
 def find_nvcc() -> Path:
-    """Return nvcc from CUDA_HOME, from PATH, or from the package nvidia-cuda-nvcc; raise BuildError."""
+    """Return nvcc from CUDA_HOME, PATH, /usr/local/cuda or the package nvidia-cuda-nvcc; raise BuildError."""
     home = os.environ.get("CUDA_HOME")
     on_path = shutil.which("nvcc")
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
     candidates += [Path(on_path)] if on_path else []
+    candidates.append(TOOLKIT / "bin" / "nvcc")
     candidates += sorted(packages.glob("cu*/bin/nvcc"))
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     raise BuildError(
-        "nvcc: not found in CUDA_HOME, on PATH or as the package nvidia-cuda-nvcc; install CUDA 12.8 or "
-        "later, or set CUDA_HOME"
+        f"nvcc: not found in CUDA_HOME, on PATH, in {TOOLKIT} or as the package nvidia-cuda-nvcc; install "
+        "CUDA 12.8 or later, or set CUDA_HOME"
     )
 
 
 def source_digest(sources: Path = SOURCES) -> str:
-    """Return the SHA-256 of all CUDA sources, names included."""
+    """Return the SHA-256 over names and contents of all CUDA sources."""
     digest = hashlib.sha256()
     for path in sorted(sources.glob("*.cu*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -67,7 +69,7 @@ def source_digest(sources: Path = SOURCES) -> str:
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """Return the version that nvcc tells, such as "13.0.88"; raise BuildError."""
+    """Return the version that nvcc reports, such as "13.0.88"; raise BuildError."""
     text = _run([str(nvcc), "--version"])
     found = re.search(r"\bV(\d+\.\d+\.\d+)", text)
     if not found:
@@ -85,7 +87,7 @@ def build_fatbin(
 ) -> FatbinRecord:
     """Compile kernels.cu of `sources` into `target`, and write its record beside it (.json).
 
-    Both files appear whole or not at all. Raises BuildError with what nvcc says when it fails.
+    Both files appear complete or not at all. Raises BuildError with the messages of nvcc if it fails.
     """
     if not (sources / "kernels.cu").is_file():
         raise BuildError(f"{sources}: has no kernels.cu; compile the kernels in a checkout of the project")
@@ -94,17 +96,18 @@ def build_fatbin(
     codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made, written = Path(folder) / target.name, Path(folder) / "record.json"
+        fatbin = Path(folder) / target.name
+        json_file = Path(folder) / "record.json"
         threads = f"--threads={os.cpu_count() or 1}"
-        _run([str(nvcc), *FLAGS, threads, *codes, str(sources / "kernels.cu"), "-o", str(made)])
-        written.write_text(json.dumps(asdict(record), indent=2) + "\n")
-        written.replace(target.with_suffix(".json"))
-        made.replace(target)
+        _run([str(nvcc), *FLAGS, threads, *codes, str(sources / "kernels.cu"), "-o", str(fatbin)])
+        json_file.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+        json_file.replace(target.with_suffix(".json"))
+        fatbin.replace(target)
     return record
 
 
 def _run(command: list[str]) -> str:
-    """Run a compiler and return what it printed; raise BuildError with its messages when it fails."""
+    """Run a compiler and return its output; raise BuildError with its messages if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -1,9 +1,8 @@
 """The kernels as one call on arrays: NumPy arrays go to the device and back, device arrays stay there.
 
-`multisa.kernels.random_walk` and the others come here with backend="cuda", those of label_maps.py to
-label_calls.py. Memory and graphs are made once for each shape and setting and kept for the next call. A
-program that wants to choose streams itself, or to check at a moment of its own, uses `DeviceWalk`,
-`DeviceAffinity`, `DeviceCRF` and `DeviceLabelMaps` instead.
+The operations of `multisa.kernels` call these functions for backend="cuda". Memory and graphs are created
+once for each shape and setting and kept for the next call. Programs that choose streams themselves, or check
+errors later, use `DeviceWalk`, `DeviceAffinity`, `DeviceCRF` and `DeviceLabelMaps` instead.
 """
 
 import contextlib
@@ -15,22 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.backend import is_device_array
+from multisa.kernels.common.checks import Float32, Int32, check_out, is_device_array
+from multisa.kernels.common.crf import PROBABILITY_FLOOR, CrfParameters
+from multisa.kernels.common.stencil import stencil_offsets
+from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda.affinity import DeviceAffinity, GridShape
-from multisa.kernels.cuda.crf import DeviceCRF
+from multisa.kernels.cuda.crf import CrfShape, DeviceCRF
 from multisa.kernels.cuda.device import Buffer, Device, DeviceMemory
-from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
-from multisa.kernels.dense_crf import PROBABILITY_FLOOR, CrfParameters
-from multisa.kernels.random_walk import check_out
-from multisa.kernels.stencil import stencil_offsets
+from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 
-KEPT = 8  # shapes and settings of walk and affinities whose memory is kept
-KEPT_CRFS = 2  # of the dense CRF, which needs hundreds of megabytes for a photograph
-# What __cuda_array_interface__ calls the default stream; all work here is queued on it.
-LEGACY_STREAM = 1
+CACHED_SHAPES = 8  # shapes and settings of walk and affinities whose memory is kept
+CACHED_CRFS = 2  # of the dense CRF, which needs hundreds of megabytes per image
+LEGACY_STREAM = 1  # the default stream in __cuda_array_interface__; all calls here use it
 
 # Calls share memory and the default stream, so one thread at a time queues its work.
-_ONE_AT_A_TIME = threading.RLock()
+_QUEUE_LOCK = threading.RLock()
 
 
 class DeviceArray:
@@ -39,8 +37,9 @@ class DeviceArray:
     def __init__(
         self, device: DeviceMemory, shape: tuple[int, ...], dtype: type[np.generic] = np.float32
     ) -> None:
-        """Allocate; what it holds is not defined."""
-        self.shape, self.dtype = shape, np.dtype(dtype)
+        """Allocate; the contents are undefined."""
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
         self._device = device
         self._buffer: Buffer = device.allocate(int(np.prod(shape)) * self.dtype.itemsize)
 
@@ -67,116 +66,41 @@ class DeviceArray:
         return array
 
 
-@functools.lru_cache(maxsize=1)
-def default_device() -> Device:
-    """The first GPU, opened once; raises DeviceUnavailableError, which says what is missing."""
-    from multisa.kernels.cuda.pycuda_device import PycudaDevice
-
-    return PycudaDevice()
-
-
-def queued_alone(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one thread at a time run a call."""
-
-    @functools.wraps(call)
-    def alone(*arguments: Any) -> Any:
-        with _ONE_AT_A_TIME:
-            return call(*arguments)
-
-    return alone
-
-
-@queued_alone
-def random_walk_on_device(
-    scores: Any, affinity: Any, settings: WalkSettings, out: Any, device: Device
-) -> Any:
-    """`multisa.kernels.random_walk` on a device; scores and affinity both on the host or both there."""
-    scores_in, affinity_in = View(device, "scores", scores), View(device, "affinity", affinity)
-    batch, (channels, height, width) = _batch("scores", scores_in.shape, 3)
-    expected = (*scores_in.shape[:-3], len(stencil_offsets(settings.radius)), height, width)
-    affinity_in.expect_shape(expected)
-    walk = _walk_of(device, WalkShape(batch, channels, height, width), settings)
-    return _answer(
-        device,
-        scores_in,
-        scores_in.shape,
-        out,
-        lambda target: walk.walk(scores_in.pointer, affinity_in.pointer, target),
-        walk.check,
-    )
-
-
-@queued_alone
-def affinity_on_device(name: str, array: Any, radius: int, device: Device) -> Any:
-    """`affinity_from_features` or `affinity_from_boundary`, by the name of their argument, on a device."""
-    view = View(device, name, array)
-    batch, shape = _batch(name, view.shape, 3 if name == "features" else 2)
-    height, width = shape[-2:]
-    kernel = _affinity_of(device, GridShape(batch, height, width), radius)
-
-    def run(target: int) -> None:
-        if name == "features":
-            kernel.from_features(view.pointer, shape[0], target)
-        else:
-            kernel.from_boundary(view.pointer, target)
-
-    leading = view.shape[: len(view.shape) - len(shape)]
-    planes = len(stencil_offsets(radius))
-    return _answer(device, view, (*leading, planes, height, width), None, run, kernel.check)
-
-
-@queued_alone
-def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameters, device: Device) -> Any:
-    """`multisa.kernels.dense_crf` on a device; absent labels take no part where the host can see them."""
-    pixels = View(device, "image", image, np.uint8)
-    maps = View(device, "probabilities", probabilities)
-    batch, (labels, height, width) = _batch("probabilities", maps.shape, 3)
-    pixels.expect_shape((*maps.shape[:-3], height, width, 3))
-    channels = None
-    taking_part = labels
-    if not is_device_array(probabilities):
-        channels = _present_labels(np.asarray(probabilities).reshape(batch, labels, height, width))
-        taking_part = channels.shape[-1]
-    crf = _crf_of(device, batch, height, width, taking_part, parameters)
-    listed = View(device, "channels", channels, np.int32) if channels is not None else None
-
-    def run(target: int) -> None:
-        crf.set_images(pixels.pointer)
-        if listed is None:
-            crf.infer(maps.pointer, target)
-        else:
-            crf.infer(maps.pointer, target, channels=listed.pointer, classes=labels)
-
-    return _answer(device, maps, maps.shape, None, run, crf.check)
-
-
-class View:
-    """An argument where the device can read it: an array that is there, or a copy of a NumPy array."""
+class DeviceInput:
+    """An argument that the device can read: a device array, or a copy of a NumPy array."""
 
     def __init__(self, device: Device, name: str, array: Any, dtype: type[np.generic] = np.float32) -> None:
-        self._name, expected = name, np.dtype(dtype)
+        """Copy NumPy arrays. Raises TypeError for another dtype, ValueError for strided device arrays."""
+        self._name = name
         self.on_device = is_device_array(array)
         if self.on_device:
-            interface = array.__cuda_array_interface__
-            self.shape = tuple(int(size) for size in interface["shape"])
-            self._check_dtype(np.dtype(interface["typestr"]), expected)
-            self._check_contiguous(interface.get("strides"), expected.itemsize)
-            self.pointer, self._kept = int(interface["data"][0]), array
-            stream = interface.get("stream")
-            if stream not in (None, LEGACY_STREAM):
-                device.download(self.pointer, np.empty(0, dtype), stream)  # waits for who is still writing it
+            self._read_interface(device, array, np.dtype(dtype))
             return
         if not isinstance(array, np.ndarray):
-            raise TypeError(f"{name}: got {type(array).__name__}, expected a {expected} array")
-        self._check_dtype(array.dtype, expected)
-        self.shape = array.shape
+            raise TypeError(f"{name}: got {type(array).__name__}, expected a {np.dtype(dtype)} array")
+        self._check_dtype(array.dtype, np.dtype(dtype))
         copy = DeviceArray(device, array.shape, dtype)
         device.upload(copy.pointer, np.ascontiguousarray(array))
-        self.pointer, self._kept = copy.pointer, copy
+        self.shape = array.shape
+        self.pointer = copy.pointer
+        self._owner: Any = copy  # keeps the memory alive
 
-    def expect_shape(self, expected: tuple[int, ...]) -> None:
+    def check_shape(self, expected: tuple[int, ...]) -> None:
+        """Raise ValueError unless the array has the expected shape."""
         if self.shape != expected:
             raise ValueError(f"{self._name}: got shape {list(self.shape)}, expected {list(expected)}")
+
+    def _read_interface(self, device: Device, array: Any, dtype: np.dtype[Any]) -> None:
+        """Take shape and address from `__cuda_array_interface__`, and wait for the stream that writes it."""
+        interface = array.__cuda_array_interface__
+        self.shape = tuple(int(size) for size in interface["shape"])
+        self._check_dtype(np.dtype(interface["typestr"]), dtype)
+        self._check_contiguous(interface.get("strides"), dtype.itemsize)
+        self.pointer = int(interface["data"][0])
+        self._owner = array
+        stream = interface.get("stream")
+        if stream not in (None, LEGACY_STREAM):
+            device.download(self.pointer, np.empty(0, dtype), stream)
 
     def _check_dtype(self, got: np.dtype[Any], expected: np.dtype[Any]) -> None:
         if got != expected:
@@ -190,7 +114,93 @@ class View:
             step *= size
 
 
-def _batch(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, tuple[int, ...]]:
+@functools.lru_cache(maxsize=1)
+def default_device() -> Device:
+    """Open the first GPU once. Raises DeviceUnavailableError, which says what is missing."""
+    from multisa.kernels.cuda.pycuda_device import PycudaDevice
+
+    return PycudaDevice()
+
+
+def _serialized(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one thread at a time run a call."""
+
+    @functools.wraps(call)
+    def locked(*arguments: Any) -> Any:
+        with _QUEUE_LOCK:
+            return call(*arguments)
+
+    return locked
+
+
+@_serialized
+def random_walk_on_device(
+    scores: Any, affinity: Any, settings: WalkSettings, out: Any, device: Device
+) -> Any:
+    """Run `multisa.kernels.random_walk`. Scores and affinity may each be a NumPy or a device array.
+
+    The result, and `out`, are where the scores are.
+    """
+    scores_in = DeviceInput(device, "scores", scores)
+    affinity_in = DeviceInput(device, "affinity", affinity)
+    batch, (channels, height, width) = _split_batch("scores", scores_in.shape, 3)
+    affinity_in.check_shape((*scores_in.shape[:-3], len(stencil_offsets(settings.radius)), height, width))
+    walk = _cached_walk(device, WalkShape(batch, channels, height, width), settings)
+    return _run(
+        device,
+        scores_in,
+        scores_in.shape,
+        out,
+        lambda target: walk.walk(scores_in.pointer, affinity_in.pointer, target),
+        walk.check,
+    )
+
+
+@_serialized
+def affinity_on_device(name: str, array: Any, radius: int, device: Device) -> Any:
+    """Run `affinity_from_features` or `affinity_from_boundary`, by the name of its argument."""
+    maps = DeviceInput(device, name, array)
+    batch, shape = _split_batch(name, maps.shape, 3 if name == "features" else 2)
+    height, width = shape[-2:]
+    kernel = _cached_affinity(device, GridShape(batch, height, width), radius)
+
+    def queue(target: int) -> None:
+        if name == "features":
+            kernel.from_features(maps.pointer, shape[0], target)
+        else:
+            kernel.from_boundary(maps.pointer, target)
+
+    leading = maps.shape[: len(maps.shape) - len(shape)]
+    planes = len(stencil_offsets(radius))
+    return _run(device, maps, (*leading, planes, height, width), None, queue, kernel.check)
+
+
+@_serialized
+def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameters, device: Device) -> Any:
+    """Run `multisa.kernels.dense_crf`. For probabilities on the host, absent labels are left out."""
+    pixels = DeviceInput(device, "image", image, np.uint8)
+    maps = DeviceInput(device, "probabilities", probabilities)
+    batch, (labels, height, width) = _split_batch("probabilities", maps.shape, 3)
+    pixels.check_shape((*maps.shape[:-3], height, width, 3))
+    present: DeviceInput | None = None
+    count = labels
+    if not maps.on_device:
+        channels = _present_labels(np.asarray(probabilities).reshape(batch, labels, height, width))
+        present = DeviceInput(device, "channels", channels, np.int32)
+        count = channels.shape[-1]
+    crf = _cached_crf(device, CrfShape(batch, height, width, count), parameters)
+
+    def queue(target: int) -> None:
+        crf.set_images(pixels.pointer)
+        if present is None:
+            crf.infer(maps.pointer, target)
+        else:
+            crf.infer(maps.pointer, target, channels=present.pointer, classes=labels)
+
+    return _run(device, maps, maps.shape, None, queue, crf.check)
+
+
+def _split_batch(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, tuple[int, ...]]:
     """Split a shape of `rank` dimensions, or one more in front, into the batch and the rest."""
     if len(shape) not in (rank, rank + 1) or 0 in shape:
         raise ValueError(
@@ -199,28 +209,31 @@ def _batch(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, tuple[int
     return (shape[0] if len(shape) > rank else 1), shape[-rank:]
 
 
-def _answer(
+def _run(
     device: Device,
-    like: View,
+    source: DeviceInput,
     shape: tuple[int, ...],
     out: Any,
-    run: Callable[[int], None],
+    queue: Callable[[int], None],
     check: Callable[[], None],
 ) -> Any:
-    """Run into `out` or new memory, which is where the input was; a result for the host is checked."""
-    if like.on_device:
+    """Queue a kernel into `out`, or into new memory, on the side of its source.
+
+    A result for the host is checked; one on the device is not, since that would wait.
+    """
+    if source.on_device:
         target = DeviceArray(device, shape) if out is None else out
-        view = View(device, "out", target)
-        if not view.on_device:
+        output = DeviceInput(device, "out", target)
+        if not output.on_device:
             raise TypeError("out: got a NumPy array for input on a device, expected a device array")
-        view.expect_shape(shape)
-        run(view.pointer)
+        output.check_shape(shape)
+        queue(output.pointer)
         return target
     check_out(out, shape)
     with contextlib.suppress(ValueError):
-        check()  # of an earlier call on device arrays, which nobody asked about
+        check()  # clears errors of an earlier, unchecked call on device arrays
     memory = DeviceArray(device, shape)
-    run(memory.pointer)
+    queue(memory.pointer)
     check()
     result = memory.numpy()
     if out is None:
@@ -229,8 +242,8 @@ def _answer(
     return out
 
 
-def _present_labels(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-    """List the labels of each image that are anywhere above the floor, -1 after the last: [1, N, most]."""
+def _present_labels(maps: Float32) -> Int32:
+    """List the labels of each image that exceed the floor anywhere, then -1: int32 [1, N, most]."""
     present = maps.max(axis=(2, 3)) > PROBABILITY_FLOOR
     present[~present.any(axis=1)] = True
     channels = np.full((1, len(maps), int(present.sum(axis=1).max())), -1, dtype=np.int32)
@@ -239,18 +252,16 @@ def _present_labels(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     return channels
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _walk_of(device: Device, shape: WalkShape, settings: WalkSettings) -> DeviceWalk:
+@functools.lru_cache(maxsize=CACHED_SHAPES)
+def _cached_walk(device: Device, shape: WalkShape, settings: WalkSettings) -> DeviceWalk:
     return DeviceWalk(device, shape, settings)
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _affinity_of(device: Device, shape: GridShape, radius: int) -> DeviceAffinity:
+@functools.lru_cache(maxsize=CACHED_SHAPES)
+def _cached_affinity(device: Device, shape: GridShape, radius: int) -> DeviceAffinity:
     return DeviceAffinity(device, shape, radius)
 
 
-@functools.lru_cache(maxsize=KEPT_CRFS)
-def _crf_of(
-    device: Device, images: int, height: int, width: int, labels: int, parameters: CrfParameters
-) -> DeviceCRF:
-    return DeviceCRF(device, images, height, width, labels, parameters)
+@functools.lru_cache(maxsize=CACHED_CRFS)
+def _cached_crf(device: Device, shape: CrfShape, parameters: CrfParameters) -> DeviceCRF:
+    return DeviceCRF(device, shape, parameters)

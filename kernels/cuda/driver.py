@@ -1,7 +1,7 @@
 """The calls of the CUDA driver that pycuda does not offer: streams, launches on a caller's stream, graphs.
 
-pycuda wraps only streams of its own making, which it can give back only in the thread that made them, and has
-no graphs; these functions go to the libcuda that it has loaded. Contexts and memory remain with pycuda.
+pycuda wraps only streams that it created, destroys them only in the thread that created them, and has no
+graphs. These functions call the libcuda that pycuda has loaded. Contexts and memory remain with pycuda.
 """
 
 import ctypes
@@ -13,14 +13,17 @@ import numpy as np
 from multisa.kernels.cuda.device import Argument, Dim3
 
 LIBRARY = "libcuda.so.1"
-# Relaxed: a first launch of a kernel may load its code, which the stricter modes forbid during a capture.
+# Relaxed: the first launch of a kernel may load its code, which stricter modes forbid during a capture.
 CAPTURE_MODE_RELAXED = 2
 NUM_REGS = 4  # CUfunction_attribute
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the stream and the default stream do not wait for each other
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
-BLOCKING_SYNC = 1  # CU_EVENT_BLOCKING_SYNC: who waits for the event leaves its core to others
+BLOCKING_SYNC = 1  # CU_EVENT_BLOCKING_SYNC: a thread that waits for the event releases its core
 
-_pointer, _int, _unsigned, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
+_pointer = ctypes.c_void_p
+_int = ctypes.c_int
+_unsigned = ctypes.c_uint
+_size = ctypes.c_size_t
 _SIGNATURES: dict[str, list[Any]] = {
     "cuModuleLoadData": [_pointer, ctypes.c_char_p],
     "cuModuleUnload": [_pointer],
@@ -53,13 +56,13 @@ class DriverError(RuntimeError):
 
 
 class Driver:
-    """Thin, typed calls; handles are plain integers. Every call raises DriverError when the driver refuses.
+    """Thin, typed calls; handles are plain integers. Every call raises DriverError if the driver fails.
 
-    All but the constructor need a current context.
+    All except the constructor need a current context.
     """
 
     def __init__(self) -> None:
-        """Bind to the driver's library; raises DriverError when there is none."""
+        """Bind to the driver's library. Raises DriverError if there is none."""
         try:
             library = ctypes.CDLL(LIBRARY)
             self._calls = {name: getattr(library, name) for name in _SIGNATURES}
@@ -76,14 +79,15 @@ class Driver:
         return _handle(module)
 
     def unload_module(self, module: int) -> None:
-        """Unload it."""
+        """Unload a module."""
         self._call("cuModuleUnload", module)
 
     def function(self, module: int, name: str) -> int:
-        """Return a kernel of the module, its code loaded."""
-        function, registers = ctypes.c_void_p(), ctypes.c_int()
+        """Load the code of a kernel of the module and return the kernel."""
+        function = ctypes.c_void_p()
+        registers = ctypes.c_int()
         self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-        # Asking for an attribute makes the driver load the code now rather than at the first launch.
+        # Reading an attribute makes the driver load the code now rather than at the first launch.
         self._call("cuFuncGetAttribute", ctypes.byref(registers), NUM_REGS, function)
         return _handle(function)
 
@@ -114,40 +118,40 @@ class Driver:
         self._call("cuMemcpyDtoHAsync_v2", target, source, size, stream)
 
     def create_stream(self) -> int:
-        """Return a new stream, which does not wait for the default stream."""
+        """Return a new stream that does not wait for the default stream."""
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
         return _handle(stream)
 
     def destroy_stream(self, stream: int) -> None:
-        """Give a stream back; its work is still done."""
+        """Destroy a stream. The driver still finishes its queued work."""
         self._call("cuStreamDestroy_v2", stream)
 
     def queue_after(self, later: int, earlier: int) -> None:
-        """Let what is queued on `later` from now on wait for what `earlier` has been given; does not wait."""
+        """Let future work on `later` wait for the work queued on `earlier` so far. Does not wait itself."""
         event = self.create_event()
         try:
             self.record_event(event, earlier)
             self._call("cuStreamWaitEvent", later, event, 0)
         finally:
-            self.destroy_event(event)  # freed by the driver once it has happened
+            self.destroy_event(event)  # the driver frees it once it has completed
 
     def create_event(self) -> int:
-        """Return a new event, which a thread may wait for."""
+        """Return a new event that a thread can wait for."""
         event = ctypes.c_void_p()
         self._call("cuEventCreate", ctypes.byref(event), DISABLE_TIMING | BLOCKING_SYNC)
         return _handle(event)
 
     def record_event(self, event: int, stream: int) -> None:
-        """Let the event stand for all that the stream has been given so far."""
+        """Make the event complete when all work queued on the stream so far is done."""
         self._call("cuEventRecord", event, stream)
 
     def synchronise_event(self, event: int) -> None:
-        """Wait until what the event stands for is done; at once where it was never recorded."""
+        """Wait until the event is complete. Returns at once if it was never recorded."""
         self._call("cuEventSynchronize", event)
 
     def destroy_event(self, event: int) -> None:
-        """Give an event back."""
+        """Destroy an event."""
         self._call("cuEventDestroy_v2", event)
 
     def synchronise(self, stream: int) -> None:
@@ -155,25 +159,25 @@ class Driver:
         self._call("cuStreamSynchronize", stream)
 
     def begin_capture(self, stream: int) -> None:
-        """Record what is queued on the stream from now on, instead of running it; not for stream 0."""
+        """Record future work on the stream instead of running it. Not for stream 0."""
         self._call("cuStreamBeginCapture_v2", stream, CAPTURE_MODE_RELAXED)
 
     def end_capture(self, stream: int) -> int:
-        """End the recording; return its graph."""
+        """End the recording and return its graph."""
         graph = ctypes.c_void_p()
         self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
         return _handle(graph)
 
     def abandon_capture(self, stream: int) -> None:
-        """End a recording that failed, whatever is in it."""
+        """End a failed recording and discard its graph."""
         graph = ctypes.c_void_p()
-        # The status says again that the recording failed.
+        # Not checked: the status repeats that the recording failed.
         self._calls["cuStreamEndCapture"](stream, ctypes.byref(graph))
         if graph.value:
             self._call("cuGraphDestroy", graph)
 
     def instantiate(self, graph: int) -> int:
-        """Turn a graph into one that can be launched, and give the graph itself back."""
+        """Return an executable graph, and destroy the graph itself."""
         executable = ctypes.c_void_p()
         try:
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, 0)
@@ -186,19 +190,19 @@ class Driver:
         self._call("cuGraphLaunch", executable, stream)
 
     def destroy_graph(self, executable: int) -> None:
-        """Free a graph made by `instantiate`."""
+        """Destroy an executable graph of `instantiate`."""
         self._call("cuGraphExecDestroy", executable)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        """Call the driver; raise DriverError with its own words for the status."""
+        """Call the driver; raise DriverError with the driver's text for a status other than 0."""
         status = self._calls[name](*arguments)
         if status:
             text = ctypes.c_char_p()
             self._calls["cuGetErrorString"](status, ctypes.byref(text))
-            said = text.value.decode() if text.value else "unknown error"
-            raise DriverError(f"{name}: {said} (CUDA error {status})")
+            message = text.value.decode() if text.value else "unknown error"
+            raise DriverError(f"{name}: {message} (CUDA error {status})")
 
 
 def _handle(pointer: ctypes.c_void_p) -> int:
-    """Return the address in a handle that the driver has filled."""
+    """Return the address in a handle that the driver has written."""
     return pointer.value or 0

@@ -1,8 +1,8 @@
 """The permutohedral lattice of images of one size, built and filtered on a device without a synchronisation.
 
-The host schedule of lattice.cuh and crf.cuh. `LatticeGeometry` holds what follows from the sizes alone; the
-number of vertices stays on the device, so memory and grids are those of a bound and threads stride over what
-exists.
+The host schedule of lattice.cuh, crf.cuh and sort.cuh. `LatticeGeometry` holds what follows from the sizes
+alone. The number of vertices stays on the device, so memory and grids have the size of an upper bound, and
+threads stride over the vertices that exist.
 """
 
 import math
@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.kernels.cuda.device import Device, Workspace, divide_up
-from multisa.kernels.cuda.sort import Sorter
 
 # As in csrc/cpu/lattice.cpp: the norm below which a pixel is not divided further, and the largest feature.
 NORM_FLOOR = 1e-20
@@ -20,16 +19,18 @@ FEATURE_LIMIT = 2.0**16  # standard deviations
 THREADS = 256  # a block, in all kernels of the lattice
 SPLAT_VERTICES = 32  # splat_vertices
 STRIDING_BLOCKS = 2048  # enough to fill a device; threads stride over the rest
-STRIDES = 8  # of a thread, were all vertices of the bound there; images have a tenth of them
+STRIDES = 8  # of a thread if all vertices of the bound existed; images have a tenth of them
 ALL_ONES = 0xFFFFFFFF
 FLOAT_ONE = 0x3F800000  # the bits of 1.0f
 MAX_TOUCHES = 2**31 - 2**16  # indices of touches, and of the threads of their last block, are int
 MAX_CELLS = 2**30  # four-label cells of one copy of the values
+SORT_TILE = 2048  # sort_tile of sort.cuh
+DIGIT_BITS = 8  # log2 of sort_digits
 
 
 @dataclass(frozen=True)
 class LatticeGeometry:
-    """Everything about the lattice of `images` images that their colours do not change."""
+    """Everything about the lattice of `images` images that does not depend on their colours."""
 
     images: int
     height: int
@@ -70,10 +71,11 @@ def lattice_geometry(
 ) -> LatticeGeometry:
     """Lay out the lattice of features (x, y) or (x, y, r, g, b) with the given standard deviations.
 
-    Raises ValueError when the deviations are too small for 64-bit keys, or the pixels or the values of
-    `lanes` padded labels too many to index.
+    Raises ValueError if the deviations are too small for 64-bit keys, or if there are too many pixels, or
+    values of `lanes` padded labels, to index.
     """
-    dimension, corners = len(deviations), len(deviations) + 1
+    dimension = len(deviations)
+    corners = dimension + 1
     pixels = height * width
     if images * pixels * corners > MAX_TOUCHES:
         raise ValueError(
@@ -124,11 +126,14 @@ def _vertex_bound(extents: npt.NDArray[np.float64]) -> int:
 def _codes(images: int, elevations: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Choose the digits of the vertex keys: strides [d], lowest [d], steps [d + 1], stride of the image.
 
-    A coordinate ranges over what the elevated features can reach and, on both sides, d + 1 each for the
-    nearest origin, its correction, the corners of the simplex and their neighbours.
+    A coordinate ranges over the reach of the elevated features and, on both sides, d + 1 each for the nearest
+    origin, its correction, the corners of the simplex and their neighbours.
     """
-    dimension, corners = len(elevations), len(elevations) + 1
-    lowest, strides, stride = [], [], 1
+    dimension = len(elevations)
+    corners = dimension + 1
+    lowest = []
+    strides = []
+    stride = 1
     for axis in range(dimension):
         # Coordinate `axis` is the sum of the later features less `axis` times its own (section 3.1).
         low = -axis * elevations[axis - 1] if axis else 0.0
@@ -149,8 +154,61 @@ def _striding_blocks(bound: int, size: int) -> int:
     return min(divide_up(bound, size * STRIDES), STRIDING_BLOCKS)
 
 
+class Sorter:
+    """Prefix sums and a stable radix sort of up to `largest` pairs of a uint32 key and a uint32 value.
+
+    `sort` takes the pairs at `keys` and `values`, in memory of this object.
+    """
+
+    def __init__(self, device: Device, largest: int) -> None:
+        """Allocate for `largest` pairs, at least 1."""
+        counts = divide_up(largest, SORT_TILE) << DIGIT_BITS
+        sizes = dict.fromkeys(("keys0", "values0", "keys1", "values1"), 4 * largest)
+        sizes |= {"counts": 4 * counts, "sums": 4 * divide_up(max(largest, counts), SORT_TILE), "total": 4}
+        self._device = device
+        self._memory = Workspace(device, sizes)
+        self.size = self._memory.size
+        self.keys = self._memory["keys0"]
+        self.values = self._memory["values0"]
+        self.total = self._memory["total"]
+
+    def sort(self, count: int, below: int, stream: int) -> tuple[int, int]:
+        """Queue a stable sort by key. Return the addresses that will hold the sorted keys and values.
+
+        All keys must be less than `below`: the sort looks at the bits of that number only.
+        """
+        memory = self._memory
+        source = (self.keys, self.values)
+        target = (memory["keys1"], memory["values1"])
+        bits = max((below - 1).bit_length(), 1)
+        width = divide_up(bits, divide_up(bits, DIGIT_BITS))
+        tiles = divide_up(count, SORT_TILE)
+        grid = (tiles, 1, 1)
+        block = (THREADS, 1, 1)
+        for shift in range(0, bits, width):
+            digit = (np.int32(count), np.int32(shift), np.int32(width), memory["counts"])
+            self._device.launch("radix_count", grid, block, (source[0], *digit), stream=stream)
+            self.scan(memory["counts"], tiles << width, stream)
+            self._device.launch("radix_scatter", grid, block, (*source, *digit, *target), stream=stream)
+            source, target = target, source
+        return source
+
+    def scan(self, values: int, count: int, stream: int) -> None:
+        """Queue replacing uint32 [count] by its exclusive prefix sums, and `total` by the sum.
+
+        `count` is at most the larger of `largest` and the number of counts of its sort.
+        """
+        sums = self._memory["sums"]
+        block = (THREADS, 1, 1)
+        tiles = divide_up(count, SORT_TILE)
+        whole = (values, np.int32(count), sums)
+        self._device.launch("scan_tiles", (tiles, 1, 1), block, whole, stream=stream)
+        self._device.launch("scan_sums", (1, 1, 1), block, (sums, np.int32(tiles), self.total), stream=stream)
+        self._device.launch("scan_add", (tiles, 1, 1), block, whole, stream=stream)
+
+
 class LatticeBuilder:
-    """Memory that is needed only while a lattice is built; lattices built one after another share it."""
+    """Builds lattices, one after another, in scratch memory that they share."""
 
     def __init__(self, device: Device, geometries: tuple[LatticeGeometry, ...], error: int) -> None:
         """Allocate for the largest of `geometries`; `error` is the device address of the error word."""
@@ -170,60 +228,68 @@ class LatticeBuilder:
 
     def insert(self, lattice: "Lattice", image: int, stream: int) -> None:
         """Queue finding the simplex of every pixel; `image` is uint8 [images, height, width, 3]."""
-        of, scratch, memory = lattice.geometry, self._scratch, lattice.memory
-        self._device.fill(scratch["table"], ALL_ONES, 2 * of.slots, stream)
-        self._device.fill(scratch["first"], ALL_ONES, of.slots, stream)
-        pixels = of.height * of.width
-        sizes = (np.int32(of.points), np.int32(pixels), np.int32(of.width))
-        table = (scratch["table"], np.uint32(of.slots - 1), scratch["first"], scratch["slots"])
+        geometry = lattice.geometry
+        scratch = self._scratch
+        memory = lattice.memory
+        self._device.fill(scratch["table"], ALL_ONES, 2 * geometry.slots, stream)
+        self._device.fill(scratch["first"], ALL_ONES, geometry.slots, stream)
+        pixels = geometry.height * geometry.width
+        sizes = (np.int32(geometry.points), np.int32(pixels), np.int32(geometry.width))
+        table = (scratch["table"], np.uint32(geometry.slots - 1), scratch["first"], scratch["slots"])
         self._launch(
-            f"lattice_insert_{of.dimension}",
-            of.points,
+            f"lattice_insert_{geometry.dimension}",
+            geometry.points,
             (image, *sizes, memory["numbers"], memory["codes"], *table, memory["weights"], self._error),
             stream,
         )
 
     def finish(self, lattice: "Lattice", beliefs: int, stream: int) -> None:
-        """Queue the rest after `insert`; `beliefs` is memory for float32 [points, 4] that is overwritten."""
+        """Queue the rest after `insert`. Overwrites `beliefs`, memory for float32 [points, 4]."""
         self._number(lattice, stream)
         self._link(lattice, stream)
-        of, memory = lattice.geometry, lattice.memory
-        touches = self._sorter.sort(of.touches, of.capacity, stream)
-        count = np.int32(of.touches)
+        geometry = lattice.geometry
+        memory = lattice.memory
+        touches = self._sorter.sort(geometry.touches, geometry.capacity, stream)
+        count = np.int32(geometry.touches)
         starts = (touches[0], count, memory["vertices"], memory["starts"])
-        self._launch("lattice_starts", of.touches, starts, stream)
-        sizes = (count, np.int32(of.points), np.int32(of.dimension + 1))
+        self._launch("lattice_starts", geometry.touches, starts, stream)
+        sizes = (count, np.int32(geometry.points), np.int32(geometry.dimension + 1))
         entries = (touches[1], *sizes, memory["weights"], memory["entries"])
-        self._launch("crf_entries", of.touches, entries, stream)
-        self._device.fill(beliefs, FLOAT_ONE, 4 * of.points, stream)
+        self._launch("crf_entries", geometry.touches, entries, stream)
+        self._device.fill(beliefs, FLOAT_ONE, 4 * geometry.points, stream)
         lattice.filter(beliefs, 1, 4, stream)
         norm = (memory["vertex_of"], lattice.values, *sizes[1:], np.float32(NORM_FLOOR), memory["weights"])
-        self._launch("crf_normalise", of.points, norm, stream)
-        self._launch("crf_entries", of.touches, entries, stream)
+        self._launch("crf_normalise", geometry.points, norm, stream)
+        self._launch("crf_entries", geometry.touches, entries, stream)
 
     def _number(self, lattice: "Lattice", stream: int) -> None:
-        """Number the vertices by their first touch and tell every touch the number of its vertex."""
-        of, scratch, memory = lattice.geometry, self._scratch, lattice.memory
-        count, capacity = np.int32(of.touches), np.int32(of.capacity)
+        """Number the vertices by their first touch, and store the number of its vertex with every touch."""
+        geometry = lattice.geometry
+        scratch = self._scratch
+        memory = lattice.memory
+        count = np.int32(geometry.touches)
+        capacity = np.int32(geometry.capacity)
         order = self._sorter.keys  # free until the sort
         first = (scratch["slots"], scratch["first"])
-        self._launch("lattice_mark", of.touches, (*first, count, order), stream)
-        self._sorter.scan(order, of.touches, stream)
+        self._launch("lattice_mark", geometry.touches, (*first, count, order), stream)
+        self._sorter.scan(order, geometry.touches, stream)
         table = (scratch["table"], self._sorter.total, capacity, scratch["ids"], scratch["keys"])
         number = (*first, order, count, *table, memory["vertices"], self._error)
-        self._launch("lattice_number", of.touches, number, stream)
-        sizes = (np.int32(of.points), np.int32(of.dimension + 1), capacity)
+        self._launch("lattice_number", geometry.touches, number, stream)
+        sizes = (np.int32(geometry.points), np.int32(geometry.dimension + 1), capacity)
         targets = (memory["vertex_of"], memory["weights"], self._sorter.keys, self._sorter.values)
         self._launch(
-            "lattice_assign", of.touches, (scratch["slots"], scratch["ids"], *sizes, *targets), stream
+            "lattice_assign", geometry.touches, (scratch["slots"], scratch["ids"], *sizes, *targets), stream
         )
 
     def _link(self, lattice: "Lattice", stream: int) -> None:
         """Find the neighbours of every vertex."""
-        of, scratch, memory = lattice.geometry, self._scratch, lattice.memory
-        steps = memory["codes"] + of.codes.itemsize * 2 * of.dimension
-        table = (scratch["table"], np.uint32(of.slots - 1), scratch["ids"], np.int32(of.capacity))
-        grid = (_striding_blocks(of.capacity, THREADS), of.dimension + 1, 1)
+        geometry = lattice.geometry
+        scratch = self._scratch
+        memory = lattice.memory
+        steps = memory["codes"] + geometry.codes.itemsize * 2 * geometry.dimension
+        table = (scratch["table"], np.uint32(geometry.slots - 1), scratch["ids"], np.int32(geometry.capacity))
+        grid = (_striding_blocks(geometry.capacity, THREADS), geometry.dimension + 1, 1)
         arguments = (scratch["keys"], memory["vertices"], steps, *table, memory["neighbours"])
         self._device.launch("lattice_neighbours", grid, (THREADS, 1, 1), arguments, stream=stream)
 
@@ -252,7 +318,7 @@ class Lattice:
 
     @property
     def values(self) -> int:
-        """Return where `filter` leaves its result: each of the d + 1 blurs swaps two memories."""
+        """Return the address of the result of `filter`: each of the d + 1 blurs swaps two regions."""
         return self.memory[f"values{(self.geometry.dimension + 1) % 2}"]
 
     def filter(self, beliefs: int, copies: int, lanes: int, stream: int) -> None:
@@ -260,23 +326,26 @@ class Lattice:
 
         `values` are then float32 [copies, capacity, lanes], to be sliced with `vertex_of` and `weights`.
         """
-        of, memory = self.geometry, self.memory
-        quads, rows = np.int32(lanes // 4), np.int32(of.capacity)
+        geometry = self.geometry
+        memory = self.memory
+        quads = np.int32(lanes // 4)
+        rows = np.int32(geometry.capacity)
         # Blurring with (1/2, 1, 1/2) along d + 1 axes amplifies; the factor is pydensecrf's.
-        scale = np.float32(1 / (1 + 2.0**-of.dimension))
-        values, blurred = memory["values0"], memory["values1"]
+        scale = np.float32(1 / (1 + 2.0**-geometry.dimension))
+        values = memory["values0"]
+        blurred = memory["values1"]
         lists = (memory["entries"], memory["starts"], memory["vertices"])
-        blocks = _striding_blocks(of.capacity, SPLAT_VERTICES)
+        blocks = _striding_blocks(geometry.capacity, SPLAT_VERTICES)
         self._device.launch(
             "crf_splat_4" if lanes == 4 else "crf_splat_8",
             (blocks, copies, max(lanes // 8, 1)),
             (THREADS, 1, 1),
-            (*lists, beliefs, np.int32(of.points), quads, scale, rows, values),
+            (*lists, beliefs, np.int32(geometry.points), quads, scale, rows, values),
             stream=stream,
         )
-        blocks = _striding_blocks(of.capacity * lanes // 4, THREADS)
-        for axis in range(of.dimension + 1):
-            along = memory["neighbours"] + 8 * axis * of.capacity
+        blocks = _striding_blocks(geometry.capacity * lanes // 4, THREADS)
+        for axis in range(geometry.dimension + 1):
+            along = memory["neighbours"] + 8 * axis * geometry.capacity
             arguments = (along, memory["vertices"], values, rows, quads, blurred)
             grid = (blocks, copies, 1)
             self._device.launch("crf_blur", grid, (THREADS, 1, 1), arguments, stream=stream)

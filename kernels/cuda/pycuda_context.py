@@ -1,12 +1,11 @@
-"""`PrimaryContext`: a GPU's primary context and its memory, from any thread; needs pycuda and the driver.
-
-For example:
+"""`PrimaryContext`: the primary context of a GPU and its memory, for use from any thread.
 
     gpu = PrimaryContext()
     with gpu.active():
         ...                              # calls of the driver, and of libraries that use the current context
 
-Frameworks share the primary context of a GPU, so an address from one of them is good in another.
+Needs pycuda and the NVIDIA driver. Frameworks share the primary context of a GPU, so an address from one of
+them is valid in another.
 """
 
 import contextlib
@@ -21,27 +20,27 @@ from multisa.kernels.cuda.driver import Driver, DriverError
 
 
 class DeviceUnavailableError(RuntimeError):
-    """Nothing can run on a GPU here; the message says what is missing."""
+    """No GPU can be used; the message says what is missing."""
 
 
 class PycudaBuffer:
-    """Memory of the device, freed with this object."""
+    """Device memory, freed with this object."""
 
     def __init__(self, context: "PrimaryContext", allocation: Any, size: int) -> None:
-        """Keep pycuda's DeviceAllocation."""
+        """Take ownership of a DeviceAllocation of pycuda."""
         self.pointer = int(allocation)
         self.size = size
         weakref.finalize(self, _free, context, allocation)
 
 
 class PinnedBuffer:
-    """Memory of the host that the device copies from and to by itself, freed with this object.
+    """Pinned host memory, which the device copies from and to asynchronously. Freed with this object.
 
-    `array` is uint8 [size]; no view of it may outlive the buffer.
+    `array` is uint8 [size]. No view of it may outlive the buffer.
     """
 
     def __init__(self, context: "PrimaryContext", array: npt.NDArray[np.uint8]) -> None:
-        """Keep what pycuda's pagelocked_empty gave."""
+        """Take ownership of an array of pycuda's pagelocked_empty."""
         self.array = array
         self.size = array.size
         weakref.finalize(self, _free, context, array.base)
@@ -53,9 +52,9 @@ class PinnedBuffer:
 
 
 class PrimaryContext:
-    """GPU `ordinal`: its primary context, memory, and copies; `driver` has the calls on streams.
+    """Primary context, memory and copies of GPU `ordinal`; `driver` has the calls on streams.
 
-    It may be used by several threads; one buffer by one at a time.
+    Several threads may use it; each buffer serves one thread at a time.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -68,7 +67,7 @@ class PrimaryContext:
                 raise DeviceUnavailableError(f"GPU {ordinal}: got {count} GPUs, expected more than {ordinal}")
             gpu = cuda.Device(ordinal)
             self._context = gpu.retain_primary_context()
-            # At exit, after all that was made in it; pycuda's own destructor makes the wrong call for it.
+            # At exit, after everything created in it. pycuda's own destructor makes the wrong call for it.
             weakref.finalize(cuda, _release, self._context)
             self.name = str(gpu.name())
             major, minor = gpu.compute_capability()
@@ -78,26 +77,26 @@ class PrimaryContext:
         except DriverError as error:
             raise DeviceUnavailableError(str(error)) from error
         self.compute_capability: tuple[int, int] = (int(major), int(minor))
-        # What pycuda, a module without types, raises; callers that name it need not import pycuda.
+        # What calls raise, so that callers can catch it without importing pycuda.
         self.errors: tuple[type[Exception], ...] = (cuda.Error, DriverError)
 
     def allocate(self, size: int) -> PycudaBuffer:
-        """Allocate device memory; raises pycuda's MemoryError when there is not enough."""
+        """Allocate device memory; raises the MemoryError of pycuda if there is not enough."""
         with self.active():
             return PycudaBuffer(self, self._cuda.mem_alloc(max(size, 1)), size)
 
     def allocate_pinned(self, size: int) -> PinnedBuffer:
-        """Allocate pinned host memory; raises pycuda's MemoryError when there is not enough."""
+        """Allocate pinned host memory; raises the MemoryError of pycuda if there is not enough."""
         with self.active():
             return PinnedBuffer(self, self._cuda.pagelocked_empty(max(size, 1), np.uint8))
 
     def upload(self, target: int, array: npt.NDArray[Any]) -> None:
-        """Copy to the device; returns when it is there for every stream."""
+        """Copy to the device and wait until every stream sees the copy."""
         if not array.size:
             return
         with self.active():
             self._cuda.memcpy_htod(target, np.ascontiguousarray(array))
-            # From pageable memory the copy may still be under way for streams that do not wait for stream 0.
+            # A copy from pageable memory may still run when another, non-blocking stream reads its target.
             self._cuda.Context.synchronize()
 
     def download(self, source: int, array: npt.NDArray[Any], stream: int = 0) -> None:
@@ -108,13 +107,13 @@ class PrimaryContext:
                 self._cuda.memcpy_dtoh(array, source)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Return a `with` block in which the primary context is current, and afterwards whichever was."""
+        """Return a context manager that makes the primary context current, and restores the previous one."""
         return current(self._cuda, self._context)
 
 
 @contextlib.contextmanager
 def current(cuda: Any, context: Any) -> Iterator[None]:
-    """Push a context of pycuda, and pop it."""
+    """Push a context of pycuda, and pop it at the end."""
     context.push()
     try:
         yield
@@ -128,7 +127,7 @@ def _release(context: Any) -> None:
 
 
 def _free(context: PrimaryContext, allocation: Any) -> None:
-    # pycuda cannot free in another thread than the context's unless the context is current there.
+    # In another thread, pycuda can free only if the context is current there.
     with context.active():
         allocation.free()
 

@@ -1,10 +1,8 @@
-"""`PycudaDevice`: carries out host schedules on an NVIDIA GPU, in the primary context that frameworks share.
-
-For example:
+"""`PycudaDevice` runs host schedules on an NVIDIA GPU, in the primary context that frameworks share.
 
     device = PycudaDevice()
 
-It needs pycuda, the NVIDIA driver, a GPU, and kernels.fatbin (made by multisa.kernels.cuda.build).
+Needs pycuda, the NVIDIA driver, a GPU, and kernels.fatbin (built by multisa.kernels.cuda.build).
 """
 
 import json
@@ -24,7 +22,7 @@ __all__ = ["DeviceUnavailableError", "PycudaDevice"]
 class PycudaDevice(PrimaryContext):
     """A `Device`: pycuda holds context and memory, the driver launches on the caller's streams.
 
-    Not to be shared by threads that record at the same time.
+    Threads that share it must not record at the same time.
     """
 
     def __init__(self, ordinal: int = 0, fatbin: Path = FATBIN) -> None:
@@ -42,8 +40,9 @@ class PycudaDevice(PrimaryContext):
                 raise DeviceUnavailableError(f"{fatbin}: {self.name} cannot load it: {error}") from error
             self._capture_stream = self.driver.create_stream()
         self._functions: dict[str, int] = {}
-        owned = self.driver, self._module, self._capture_stream
-        weakref.finalize(self, _unload, self._cuda, self._context, *owned)
+        weakref.finalize(
+            self, _unload, self._cuda, self._context, self.driver, self._module, self._capture_stream
+        )
 
     def fill(self, target: int, value: int, count: int, stream: int = 0) -> None:
         """Queue writing 32-bit words."""
@@ -60,15 +59,16 @@ class PycudaDevice(PrimaryContext):
         shared_bytes: int = 0,
         stream: int = 0,
     ) -> None:
-        """Queue one launch; raises DriverError when the driver refuses it."""
+        """Queue one launch. Raises DriverError if the driver fails."""
         with self.active():
             if name not in self._functions:
                 self._functions[name] = self.driver.function(self._module, name)
             self.driver.launch(self._functions[name], grid, block, arguments, shared_bytes, stream)
 
     def record(self, schedule: Schedule) -> Schedule:
-        """Capture the schedule as a CUDA graph; what is returned launches it."""
-        driver, stream = self.driver, self._capture_stream
+        """Capture the schedule as a CUDA graph, and return a function that launches it."""
+        driver = self.driver
+        stream = self._capture_stream
         with self.active():
             driver.begin_capture(stream)
             try:
@@ -85,25 +85,25 @@ class PycudaDevice(PrimaryContext):
         return replay
 
     def _destroy_graph(self, executable: int) -> None:
-        """Free a recording that nobody holds any more."""
+        """Destroy the graph of a recording that is no longer referenced."""
         with self.active():
             self.driver.destroy_graph(executable)
 
 
 def _unload(cuda: Any, context: Any, driver: Driver, module: int, stream: int) -> None:
-    """Unload the kernels of a device that nobody holds any more."""
+    """Unload the kernels of a device that is no longer referenced."""
     with current(cuda, context):
         driver.destroy_stream(stream)
         driver.unload_module(module)
 
 
 def _check_current(fatbin: Path) -> None:
-    """Refuse kernels of other sources than those beside them: their arguments may be others."""
+    """Raise DeviceUnavailableError for kernels built from other sources: their arguments may differ."""
     record = fatbin.with_suffix(".json")
     if not (record.is_file() and SOURCES.is_dir()):
         return
     if json.loads(record.read_text(encoding="utf-8")).get("sources") != source_digest():
         raise DeviceUnavailableError(
-            f"{fatbin}: made of other sources than those in {SOURCES}; run "
+            f"{fatbin}: built from other sources than those in {SOURCES}; run "
             "python -m multisa.kernels.cuda.build"
         )

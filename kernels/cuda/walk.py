@@ -2,25 +2,37 @@
 
     walk = DeviceWalk(device, WalkShape(images=16, channels=4, height=64, width=64))
     walk.walk(scores, affinity, out, stream)     # device addresses; queues work and returns
-    walk.check(stream)                           # waits; raises ValueError if the input was not valid
+    walk.check(stream)                           # waits; raises ValueError if the input was invalid
 
-The transition matrix is kept as fp16 weights of the half stencil, and D is made of these rounded weights, so
-every step is an average (rows sum to one); states are float32.
+The transition matrix is stored as fp16 weights of the half stencil. D is computed from the rounded weights,
+so every step is an average (rows sum to one). States are float32.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from multisa.kernels.cuda.device import Argument, Device, Workspace, divide_up
-from multisa.kernels.cuda.limits import LARGEST_GRID_YZ, MAX_RADIUS, ErrorWord, check_positive
-from multisa.kernels.random_walk import chebyshev_coefficients, chebyshev_degree, check_walk_numbers
-from multisa.kernels.stencil import Boundary, check_boundary, check_integer, stencil_offsets
+from multisa.kernels.common.stencil import stencil_offsets
+from multisa.kernels.common.walk import WalkSettings
+from multisa.kernels.cuda.device import (
+    LARGEST_GRID_YZ,
+    MAX_RADIUS,
+    STENCIL_ERRORS,
+    Argument,
+    Device,
+    ErrorWord,
+    Workspace,
+    check_positive,
+    divide_up,
+)
 
-# As in walk.cuh: pixels of a block, pixels of a thread, and the radius whose steps are unrolled.
-TILE_WIDTH, TILE_HEIGHT, RUN = 32, 16, 4
+# As in walk.cuh.
+TILE_WIDTH = 32  # pixels of a block
+TILE_HEIGHT = 16
+RUN = 4  # pixels of a thread
 STEP_THREADS = TILE_WIDTH // RUN * TILE_HEIGHT
-UNROLLED_RADIUS, LARGEST_GROUP = 5, 4
+UNROLLED_RADIUS = 5
+LARGEST_GROUP = 4  # channels of a block with unrolled steps
 THREADS = 256  # of the kernels around the steps
 
 
@@ -37,41 +49,28 @@ class WalkShape:
         check_positive(self)
 
 
-@dataclass(frozen=True)
-class WalkSettings:
-    """What `multisa.kernels.random_walk` takes under the same names; radius at most MAX_RADIUS here."""
-
-    radius: int = 5
-    beta: float = 8.0
-    steps: int = 256
-    exact: bool = False
-    boundary: Boundary = "full"
-
-    def __post_init__(self) -> None:
-        check_integer("radius", self.radius, minimum=1)
-        if self.radius > MAX_RADIUS:
-            raise ValueError(f"radius: got {self.radius}, expected at most {MAX_RADIUS} on a device")
-        check_walk_numbers(self.beta, self.steps)
-        check_boundary(self.boundary)
-
-
 class DeviceWalk:
-    """The walk for one shape and one setting: memory is allocated and the steps are recorded here, once.
+    """The walk for one shape and one setting. Allocates its memory and records its steps once.
 
-    Walks of one object share that memory: queue them on one stream, or make one object for each stream.
+    Walks of one object share that memory: queue them on one stream, or create one object per stream.
     """
 
     def __init__(self, device: Device, shape: WalkShape, settings: WalkSettings | None = None) -> None:
-        """Reserve the memory and record the steps.
+        """Allocate the memory and record the steps.
 
-        Raises ValueError when the batch is larger than a launch can span.
+        Raises ValueError for a radius above MAX_RADIUS or a batch larger than a launch can span.
         """
-        self._device, self._shape = device, shape
-        self._settings = settings = settings or WalkSettings()
+        settings = settings or WalkSettings()
+        if settings.radius > MAX_RADIUS:
+            raise ValueError(f"radius: got {settings.radius}, expected at most {MAX_RADIUS} on a device")
+        self._device = device
+        self._shape = shape
+        self._settings = settings
         offsets = np.array(stencil_offsets(settings.radius), dtype=np.int32).reshape(-1, 2)
         self._pairs = len(offsets)
         self._lay_out()
-        images, states = shape.images, shape.images * self._stored
+        images = shape.images
+        states = images * self._stored
         if max(images * self._pairs, states) > LARGEST_GRID_YZ:
             limit = LARGEST_GRID_YZ // max(self._pairs, self._stored)
             raise ValueError(f"images: got {images}, expected at most {limit} for {shape}; split the batch")
@@ -80,19 +79,20 @@ class DeviceWalk:
         sizes |= {"inverse": 4 * images * plane, "centre": 4 * images * plane, "range": 8 * states}
         sizes |= dict.fromkeys(("first", "second", "total"), 4 * states * plane)
         self._memory = Workspace(device, sizes)
-        self._errors = ErrorWord(device)
+        self._errors = ErrorWord(device, STENCIL_ERRORS)
         device.upload(self._memory["offsets"], offsets)
         self._steps, self._result = self._plan()
         self._run_steps = device.record(self._queue_steps) if self._steps else None
 
     def walk(self, scores: int, affinity: int, out: int, stream: int = 0) -> None:
-        """Queue the walk on `stream`; nothing waits.
+        """Queue the walk on `stream`. Does not wait.
 
         scores: address of float32 [images, channels, height, width], finite; affinity: of float32 [images, P,
-        height, width] in [0, 1], both contiguous; out: of float32 as the scores, which may be the scores
-        themselves. Where an input is not valid the result means nothing and `check` says so.
+        height, width] in [0, 1], both contiguous; out: of float32 as the scores, may equal `scores`. If an
+        input is invalid, the result is undefined and `check` raises.
         """
-        shape, memory = self._shape, self._memory
+        shape = self._shape
+        memory = self._memory
         elements = divide_up(self._rows * self._pitch, THREADS)
         pairs = np.int32(self._pairs)
         if self._pairs:
@@ -115,16 +115,17 @@ class DeviceWalk:
 
     @property
     def error(self) -> int:
-        """Device address of the word that `check` reads (limits.bad_input), for who must not wait for it."""
+        """Device address of the word that `check` reads (STENCIL_ERRORS), for callers that must not wait."""
         return self._errors.pointer
 
     def check(self, stream: int = 0) -> None:
-        """Wait for `stream`; raise ValueError if a walk since the last check met invalid values."""
+        """Wait for `stream`. Raise ValueError if a walk since the last check met invalid values."""
         self._errors.check(stream)
 
     def _lay_out(self) -> None:
-        """Choose the channel groups and the padded planes (walk.cuh says what they look like)."""
-        shape, settings = self._shape, self._settings
+        """Choose the channel groups and the padded planes (walk.cuh shows their layout)."""
+        shape = self._shape
+        settings = self._settings
         self._unrolled = settings.radius == UNROLLED_RADIUS
         groups = divide_up(shape.channels, LARGEST_GROUP) if self._unrolled else shape.channels
         self._group = divide_up(shape.channels, groups)
@@ -140,38 +141,39 @@ class DeviceWalk:
             raise ValueError(f"height, width: got {shape.height}, {shape.width}, expected a smaller grid")
 
     def _plan(self) -> tuple[list[tuple[float, float, float]], str]:
-        """List (scale, carry, coefficient) of every step, and name the region that then holds the result."""
-        steps = self._settings.steps
-        degree = steps if self._settings.exact else chebyshev_degree(steps)
-        if degree >= steps:
+        """List (scale, carry, coefficient) of every step, and name the region that holds the result."""
+        series = self._settings.chebyshev_series()
+        if not series:
+            steps = self._settings.steps
             self._start_coefficient = 0.0
             return [(1.0, 0.0, 0.0)] * steps, "second" if steps % 2 else "first"
-        series = chebyshev_coefficients(steps, degree)
         self._start_coefficient = series[0]
         first = (1.0, 0.0, series[1])  # T_1(P) x = P x; from then on T_k+1 = 2 P T_k - T_k-1
         return [first, *((2.0, 1.0, coefficient) for coefficient in series[2:])], "total"
 
     def _queue_steps(self, stream: int) -> None:
-        """Queue every step; each writes over the state before the one it reads."""
-        memory, rows, pitch = self._memory, self._rows, self._pitch
+        """Queue every step. Each overwrites the state before the one it reads."""
+        memory = self._memory
         name = f"walk_step_{self._group}" if self._unrolled else "walk_step_any"
         extra = [] if self._unrolled else [np.int32(self._settings.radius), np.int32(self._pairs)]
         tile = (TILE_HEIGHT + 2 * self._halo_y) * (TILE_WIDTH + 2 * self._halo_x)
         grid = (*self._tiles, self._shape.images * self._groups)
-        current, following = memory["first"], memory["second"]
+        block = (STEP_THREADS, 1, 1)
+        shared_bytes = 4 * self._group * tile
+        current = memory["first"]
+        following = memory["second"]
         for step in self._steps:
             arguments: list[Argument] = [memory["weights"], memory["inverse"], memory["centre"]]
             arguments += [current, following, memory["total"]]
-            arguments += [np.int32(rows), np.int32(pitch), np.int32(self._groups)]
+            arguments += [np.int32(self._rows), np.int32(self._pitch), np.int32(self._groups)]
             arguments += [*(np.float32(number) for number in step), *extra]
-            block, shared_bytes = (STEP_THREADS, 1, 1), 4 * self._group * tile
             self._device.launch(name, grid, block, arguments, shared_bytes=shared_bytes, stream=stream)
             current, following = following, current
 
     def _plane(self) -> list[Argument]:
-        """The geometry arguments of the kernels in walk_ends.cuh."""
-        height, width = self._shape.height, self._shape.width
-        sizes = (height, width, self._rows, self._pitch, self._halo_y, self._halo_x)
+        """Return the geometry arguments of the kernels in walk_ends.cuh."""
+        shape = self._shape
+        sizes = (shape.height, shape.width, self._rows, self._pitch, self._halo_y, self._halo_x)
         return [np.int32(size) for size in sizes]
 
     def _launch(self, name: str, grid: tuple[int, int, int], arguments: list[Argument], stream: int) -> None:

@@ -4,8 +4,8 @@ choice = select_backend(load_bundle(path), SEGMENTER)
 choice.engine.run(image), choice.reason
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from multisa.runtime.backends.base import (
     CONTRACTS,
     PRECISIONS,
     Backend,
+    Closeable,
     DetailedBackend,
     GraphContract,
     graph_file,
@@ -174,20 +175,36 @@ def select_backend(
     raise BackendUnavailable(f"{request.backend} cannot run {contract.name} here: {causes}{remedy}")
 
 
-@contextmanager
-def selected_backends(
-    bundle: Bundle, contracts: Sequence[GraphContract], request: BackendRequest | None = None
-) -> Iterator[tuple[SelectedBackend, ...]]:
-    """Open an engine for each contract, say on stderr which and why, and close them at the end."""
+class OpenBackends(Closeable):
+    """Open backends, one for each graph; a context manager that closes them."""
+
+    def __init__(self, backends: Sequence[SelectedBackend]) -> None:
+        self.backends = tuple(backends)
+
+    def close(self) -> None:
+        """Free the memory of all graphs."""
+        for selected in self.backends:
+            selected.backend.close()
+
+
+def open_backends(
+    bundle: Bundle,
+    contracts: Sequence[GraphContract],
+    request: BackendRequest | None = None,
+    *,
+    threads: int = 1,
+) -> OpenBackends:
+    """Open a backend for each contract and log which one was selected and why. Raises as `select_backend`."""
     with ExitStack() as stack:
-        choices = []
+        backends = []
         for contract in contracts:
-            choice = select_backend(bundle, contract, request)
-            stack.callback(choice.backend.close)
-            choices.append(choice)
-        for line in describe_selection(choices):
+            selected = select_backend(bundle, contract, request, threads=threads)
+            stack.callback(selected.backend.close)
+            backends.append(selected)
+        for line in describe_selection(backends):
             log.info(line)
-        yield tuple(choices)
+        stack.pop_all()  # the caller closes them from here on
+    return OpenBackends(backends)
 
 
 def describe_selection(choices: Sequence[SelectedBackend]) -> list[str]:

@@ -1,5 +1,6 @@
 """The bundle: one folder with three ONNX graphs and bundle.json, which holds every number of the runtime."""
 
+from multisa.runtime.bundle.describe import bundle_to_json, describe
 from multisa.runtime.bundle.manifest import (
     MANIFEST_NAME,
     BundleParameters,
@@ -12,7 +13,6 @@ from multisa.runtime.bundle.storage import (
     Bundle,
     check_replaceable,
     default_bundle_path,
-    describe,
     load_bundle,
     write_bundle,
 )
@@ -25,6 +25,7 @@ __all__ = [
     "FileEntry",
     "LabelParameters",
     "Manifest",
+    "bundle_to_json",
     "check_replaceable",
     "default_bundle_path",
     "describe",

@@ -1,6 +1,6 @@
 """The bundle: one folder of graphs and bundle.json, read strictly, verified by SHA-256 and written whole.
 
-`multisa inspect FOLDER` prints what `describe` says.
+`multisa inspect FOLDER` verifies a bundle and prints what is in it.
 """
 
 import json
@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from multisa.runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -56,11 +55,12 @@ def default_bundle_path() -> Path:
     return Path(__file__).parents[1] / "bundles" / "voc-animals"
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(path: str | Path | None = None) -> Bundle:
     """Read and verify a bundle folder: the manifest's schema, then name, size and SHA-256 of each file.
 
-    Raises BundleError naming the file or key, what was got and what was expected.
+    path: the folder; None for the packaged bundle. Raises BundleError naming the file or key, what was got and what was expected.
     """
+    path = default_bundle_path() if path is None else Path(path)
     manifest_path = path / MANIFEST_NAME
     if not manifest_path.is_file():
         raise BundleError(
@@ -111,45 +111,6 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
             new.replace(target)
         flush_folder(target.parent)
     return load_bundle(folder)
-
-
-def describe(bundle: Bundle) -> str:
-    """A page about the bundle for people."""
-    manifest = bundle.manifest
-    parameters = manifest.parameters
-    label = parameters.label
-    scales = ", ".join(f"{scale:g}" for scale in parameters.cam_scales)
-    thresholds = ", ".join(f"{name} {parameters.score_thresholds[name]:g}" for name in manifest.foreground)
-    gains = ", ".join(f"{n} {g:g}" for n, g in zip(manifest.foreground, label.class_gain, strict=False))
-    lines = [
-        f"{manifest.name} ({bundle.path})",
-        f"  classes       {', '.join(manifest.classes)}; ignored id {manifest.ignore_index}",
-        f"  image         long side at most {parameters.long_side} pixels",
-        f"  cam           scales {scales}",
-        f"  random walk   radius {label.walk_radius} at stride {parameters.walk_stride}, "
-        f"beta {label.walk_beta:g}, {label.walk_steps} steps",
-        f"  background    {label.background:g}, dense CRF {'on' if label.use_crf else 'off'}",
-        f"  class gains   {gains or 'none'}",
-        f"  thresholds    {thresholds}",
-        *_section("preprocessing", [(str(i), step) for i, step in enumerate(manifest.preprocessing, 1)]),
-        *_section("metrics", list(manifest.metrics.items())),
-        *_section("provenance", list(manifest.provenance.items())),
-        *_section(
-            "files (each as bundle.json says)",
-            [
-                (name, f"{entry.bytes / 1e6:.2f} MB  sha256 {entry.sha256}")
-                for name, entry in manifest.files.items()
-            ],
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def _section(title: str, rows: list[tuple[str, Any]]) -> list[str]:
-    def text(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-    return [f"  {title}", *(f"    {key:<16} {text(value)}" for key, value in rows)] if rows else []
 
 
 def _contained(folder: Path, name: str, entry: FileEntry) -> Path:

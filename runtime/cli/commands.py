@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,21 +10,27 @@ import click
 
 from multisa.runtime.cli.options import (
     PATH,
+    GroupedCommand,
     backend_options,
     bundle_option,
     engine_cache_option,
+    json_option,
     max_pixels_option,
+    option,
+    output_option,
     run_options,
 )
 
 if TYPE_CHECKING:
+    from multisa.runtime.api import RunSettings
     from multisa.runtime.bundle import Bundle
+    from multisa.runtime.jobs.record import RunSummary
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @run_options
-@click.option("--labels", type=PATH, metavar="FILE", help="CSV (image,labels) or JSON ({image: [classes]}).")
-def label(labels: Path | None, **arguments: Any) -> None:
+@option("--labels", type=PATH, metavar="FILE", help="CSV (image,labels) or JSON ({image: [classes]}).")
+def label(images: str, output: Path, labels: Path | None, **arguments: Any) -> None:
     """Turn image-level labels into pixel masks.
 
     IMAGES is a folder, searched to its depth, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
@@ -35,12 +42,14 @@ def label(labels: Path | None, **arguments: Any) -> None:
     Example:
       multisa label photos -o out --labels labels.csv
     """
-    _run("label", labels, **arguments)
+    from multisa.runtime.api import label_images
+
+    _finish(label_images(images, output, labels, **_settings(arguments)), arguments)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @run_options
-def segment(**arguments: Any) -> None:
+def segment(images: str, output: Path, **arguments: Any) -> None:
     """Segment images with the trained segmenter.
 
     IMAGES is a folder, searched to its depth, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
@@ -51,20 +60,20 @@ def segment(**arguments: Any) -> None:
       multisa segment photos -o out
       multisa segment s3://bucket/photos -o out --writer tar,coco
     """
-    _run("segment", None, **arguments)
+    from multisa.runtime.api import segment_images
+
+    _finish(segment_images(images, output, **_settings(arguments)), arguments)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("pred", type=PATH)
 @click.argument("gt", type=PATH)
-@click.option(
-    "--classes", type=PATH, metavar="FILE", help="Names of the classes in the order of ids, one a line."
-)
+@option("--classes", type=PATH, metavar="FILE", help="Names of the classes in the order of ids, one a line.")
 @bundle_option
-@click.option("--list", "names", type=PATH, metavar="FILE", help="Masks to compare, one name a line.")
-@click.option("--allow-missing", is_flag=True, help="Leave out truth without a prediction.")
+@option("--list", "names", type=PATH, metavar="FILE", help="Masks to compare, one name a line.")
+@option("--allow-missing", is_flag=True, help="Leave out truth without a prediction.")
 @max_pixels_option("mask")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def evaluate(
     pred: Path,
     gt: Path,
@@ -85,42 +94,42 @@ def evaluate(
       multisa evaluate voc-out/masks VOC2012/SegmentationClass --classes voc-classes.txt --list val.txt
     """
     from multisa.runtime.errors import UsageError
-    from multisa.runtime.evaluation import evaluate_masks, read_class_names, read_mask_names
+    from multisa.runtime.evaluation import evaluate_masks
     from multisa.runtime.imaging.decode import MAX_PIXELS
 
     if classes and bundle:
         raise UsageError("got both --classes and --bundle, expected one of them")
-    class_names = read_class_names(classes) if classes else _load_bundle(bundle).manifest.classes
-    listed = read_mask_names(names) if names else None
     result = evaluate_masks(
         pred,
         gt,
-        class_names,
-        names=listed,
+        classes or _load_bundle(bundle).manifest.classes,
+        names=names,
         allow_missing=allow_missing,
         max_pixels=max_pixels or MAX_PIXELS,
     )
     click.echo(json.dumps(result.to_json(), indent=2) if as_json else result.table())
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH, required=False)
-def inspect(bundle: Path | None) -> None:
+@json_option
+def inspect(bundle: Path | None, as_json: bool) -> None:
     """Verify every file of BUNDLE and tell what is in it; the one in the package by default.
 
     \b
     Example:
       multisa inspect my-bundle
     """
-    from multisa.runtime.bundle import describe
+    from multisa.runtime.bundle import bundle_to_json, describe
 
-    click.echo(describe(_load_bundle(bundle)))
+    opened = _load_bundle(bundle)
+    click.echo(json.dumps(bundle_to_json(opened), indent=2) if as_json else describe(opened))
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @bundle_option
 @engine_cache_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> None:
     """Tell what this machine can run: versions, processor, kernels, GPUs, and each engine, tried.
 
@@ -139,8 +148,8 @@ def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> Non
     click.get_current_context().exit(diagnosis.exit_code)
 
 
-@click.command()
-@click.option("-o", "--output", type=PATH, default=Path("demo-out"), show_default=True, metavar="OUT")
+@click.command(cls=GroupedCommand)
+@output_option(required=False, default=Path("demo-out"), show_default=True)
 @bundle_option
 @backend_options
 def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine_cache: Path | None) -> None:
@@ -160,26 +169,28 @@ def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine
     click.echo(f"open {output / 'index.html'} in a browser")
 
 
-def _run(command: str, labels: Path | None, **arguments: Any) -> None:
-    from multisa.runtime.jobs.monitor import check_failures, failure_limit
-    from multisa.runtime.jobs.record import describe_summary
-    from multisa.runtime.jobs.request import RunRequest
-    from multisa.runtime.jobs.run import run
+def _settings(arguments: Mapping[str, Any]) -> "RunSettings":
+    """The options that were given, as the library takes them."""
+    from multisa.runtime.api import RunSettings
 
-    allowed = arguments["max_failures"]
-    failure_limit(allowed or "0", images=1)  # a misspelt limit is said now, not after the run
-    request = RunRequest.from_arguments(command, _load_bundle(arguments.pop("bundle")).path, arguments)
-    summary = run(
-        request.job, request.options, request.make_executor, labels=labels, telemetry=request.telemetry()
-    )
-    click.echo(describe_summary(summary, report_images=request.options.report_images))
-    check_failures(summary.failures, summary.images, allowed, request.job.out)
+    return RunSettings(**{**arguments, "bundle": _load_bundle(arguments["bundle"])})  # type: ignore[typeddict-item]
+
+
+def _finish(summary: "RunSummary", arguments: Mapping[str, Any]) -> None:
+    """Print what a run did; images that failed are exit code 4."""
+    from multisa.runtime.jobs.monitor import check_failures
+    from multisa.runtime.jobs.record import describe_summary
+    from multisa.runtime.report.report import REPORT_IMAGES
+
+    shown = arguments.get("report_images")
+    click.echo(describe_summary(summary, report_images=REPORT_IMAGES if shown is None else shown))
+    check_failures(summary.failures, summary.images, arguments["max_failures"], summary.job.out)
 
 
 def _load_bundle(path: Path | None) -> "Bundle":
-    from multisa.runtime.bundle import default_bundle_path, load_bundle
+    from multisa.runtime.bundle import load_bundle
     from multisa.runtime.errors import UsageError
 
     if path and not path.exists():
         raise UsageError(f"{path}: does not exist, expected a bundle folder as `multisa export` writes")
-    return load_bundle(path or default_bundle_path())
+    return load_bundle(path)

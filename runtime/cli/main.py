@@ -3,9 +3,11 @@
 `multisa --help` reads this file and click, and nothing else of the package but its errors.
 """
 
+import difflib
 import errno
 import importlib
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -60,29 +62,49 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; a name that is none brings the closest ones."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            close = difflib.get_close_matches(name, COMMANDS)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands from the map, so that help imports none of them."""
-        with formatter.section("Commands"):
+        with formatter.section(click.style("Commands", bold=True)):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what it raises becomes one line on stderr and an exit code."""
         from multisa.runtime.progress import console
 
-        with _errors_as_exit_codes(ctx, show_traceback=bool(ctx.params.get("traceback"))), console():
+        # What Pillow finds odd in a file that it can read is no news in a run over a million of them.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        shown = console(quiet=bool(ctx.params.get("quiet")))
+        with _errors_as_exit_codes(ctx, show_traceback=bool(ctx.params.get("traceback"))), shown:
             return super().invoke(ctx)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and results only: no messages, no progress.")
 @click.option("--traceback", is_flag=True, help="Show where an error comes from.")
 @click.version_option(package_name="multisa")
-def root(traceback: bool) -> None:
+def root(quiet: bool, traceback: bool) -> None:
     """Weakly supervised semantic segmentation: image-level labels in, pixel masks out.
 
     \b
-    Example:
+    Examples:
       multisa demo
+      multisa segment photos -o out
       multisa label photos -o out --labels labels.csv
+
+    \b
+    Completion of commands, options and their values, for bash (zsh and fish alike):
+      eval "$(_MULTISA_COMPLETE=bash_source multisa)"
     """
 
 
@@ -103,7 +125,8 @@ def _errors_as_exit_codes(ctx: click.Context, *, show_traceback: bool) -> Iterat
         failure = _as_multisa_error(error)
         if show_traceback:
             click.echo(traceback.format_exc(), err=True, nl=False)
-        click.echo(str(failure) if isinstance(failure, Interrupted) else f"error: {failure}", err=True)
+        prefix = "" if isinstance(failure, Interrupted) else click.style("error: ", fg="red", bold=True)
+        click.echo(f"{prefix}{failure}", err=True)
         ctx.exit(failure.exit_code)
 
 

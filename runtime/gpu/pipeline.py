@@ -22,7 +22,7 @@ import numpy as np
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.crf import padded_labels
-from multisa.kernels.cuda.limits import MAX_RADIUS
+from multisa.kernels.cuda.device import MAX_RADIUS
 from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError
 from multisa.kernels.cuda.pycuda_device import PycudaDevice
 from multisa.runtime.backends.base import AsyncBackend, Backend, Closeable, UInt8, check_image

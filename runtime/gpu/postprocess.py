@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from multisa.kernels.cuda.crf import DeviceCRF
+from multisa.kernels.common.walk import WalkSettings
+from multisa.kernels.cuda.crf import CrfShape, DeviceCRF
 from multisa.kernels.cuda.device import Device, Workspace
 from multisa.kernels.cuda.label_maps import DeviceLabelMaps, queue_argmax, queue_take_errors
-from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
+from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 from multisa.runtime.bundle import LabelParameters
 
 Size = tuple[int, int]  # height, width
@@ -46,7 +47,7 @@ class PostprocessOutputs:
 
     mask: int  # uint8 [H, W] class ids
     confidence: int  # uint8 [H, W]: 255 = certain
-    errors: int  # uint32 [2]: error words of the walk (limits.bad_input) and of the CRF (crf.problems_of)
+    errors: int  # uint32 [2]: error words of the walk (STENCIL_ERRORS) and the CRF (CRF_ERRORS)
     probabilities: int = 0  # float16 [1 + count, H, W]; 0: not wanted
 
 
@@ -72,7 +73,7 @@ class GpuPostprocessor:
         sizes = {"resized": maps, "walked": maps, "probabilities": probabilities}
         self._crf: DeviceCRF | None = None
         if parameters.use_crf:
-            self._crf = DeviceCRF(device, 1, *shape.image, shape.labels, parameters.crf)
+            self._crf = DeviceCRF(device, CrfShape(1, *shape.image, shape.labels), parameters.crf)
             sizes |= {"refined": probabilities, "present": 4 * shape.labels * shape.labels}
         self._memory = Workspace(device, sizes)
         if parameters.use_crf:
@@ -116,7 +117,7 @@ class GpuPostprocessor:
             self._pixels,
             outputs.mask,
             outputs.confidence,
-            soft=outputs.probabilities,
+            probabilities_out=outputs.probabilities,
             stream=stream,
         )
         queue_take_errors(

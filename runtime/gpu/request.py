@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.cuda.crf import problems_of
-from multisa.kernels.cuda.device import ALIGNMENT
-from multisa.kernels.cuda.limits import bad_input
+from multisa.kernels.common.stencil import stencil_offsets
+from multisa.kernels.cuda.crf import CRF_ERRORS
+from multisa.kernels.cuda.device import ALIGNMENT, STENCIL_ERRORS, describe_errors
 from multisa.kernels.cuda.pycuda_context import PinnedBuffer, PrimaryContext, PycudaBuffer
-from multisa.kernels.stencil import stencil_offsets
 from multisa.runtime.backends.base import UInt8
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
@@ -231,7 +230,11 @@ class GpuRequest:
         output, start = self.slot.output, index * layout.stride
         walk, crf = output.host(start, (2,), np.uint32).tolist()
         if walk or crf:
-            said = "; ".join(text for text in (bad_input(walk), problems_of(crf)) if text)
+            said = "; ".join(
+                text
+                for text in (describe_errors(walk, STENCIL_ERRORS), describe_errors(crf, CRF_ERRORS))
+                if text
+            )
             return ImageError(f"post-processing: {said}")
         mask = output.host(start + layout.mask, self.size, np.uint8).copy()
         confidence = output.host(start + layout.confidence, self.size, np.uint8).copy()

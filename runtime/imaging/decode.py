@@ -9,13 +9,12 @@ import errno
 import io
 import os
 import struct
-import threading
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,18 +41,56 @@ DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, ArithmeticError),
     *(AttributeError, AssertionError, NotImplementedError, MemoryError, struct.error, zlib.error),
     Image.DecompressionBombError,
+    Warning,  # where the host program turns warnings into errors
 )
-_guard = threading.Lock()
+_PREFIX_BYTES = 16  # of a file, by which plug-ins of Pillow know their format
+
+
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
     """One upright image and what was done to it."""
 
-    rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only where `long_side` was given
+    rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only where a long side was given
     orientation: int  # EXIF orientation as found, 1..8 (1 when absent); `rgb` is upright already
     notes: tuple[str, ...]  # conversions that lose something, in words
     size: tuple[int, int]  # (H, W) of the upright image itself: masks are written in it
+
+
+def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: int | None) -> DecodedImage:
+    """Load an image from what a program has: upright RGB, reduced to the working size of `long_side`.
+
+    image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3]. Without `long_side`
+    the image keeps its size. Raises ImageError for an image that cannot be read, has more than `max_pixels`,
+    or is an array of another shape or dtype.
+    """
+    if isinstance(image, np.ndarray):
+        loaded = _from_array(image, max_pixels)
+    elif isinstance(image, Image.Image):
+        loaded = _from_pillow(image, max_pixels)
+    elif isinstance(image, bytes):
+        loaded = decode_image(image, max_pixels=max_pixels, long_side=long_side)
+    elif isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
+            loaded = decode_image(path.read_bytes(), max_pixels=max_pixels, long_side=long_side)
+        except OSError as error:
+            raise ImageError(f"{path}: {reason_of(error)}") from error
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+    else:
+        raise ImageError(
+            f"got {type(image).__name__}, expected a path, the bytes of an image file, a PIL image, or RGB "
+            "as uint8 [H, W, 3]"
+        )
+    if long_side is None:
+        return loaded
+    return replace(loaded, rgb=resize_image(loaded.rgb, working_size(*loaded.size, long_side)))
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> DecodedImage:
@@ -70,9 +107,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
         raise ImageError("the file is empty")
     try:
         check_metadata(data)
-        with open_image(data, FORMATS) as image:
-            check_size(image, max_pixels)
-            notes = _frame_notes(data, image)
+        with open_image(data, FORMATS, max_pixels) as image:
+            notes = [] if image.format == "JPEG" else _frame_notes(data, image)
             found = _orientation(image)
             rgb = _decode_jpeg(data, image, long_side)
             size = image.size
@@ -80,12 +116,14 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
                 image.load()
                 rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
                 size = image.size  # a TIFF turns itself upright while loading
-            # It also drops the tag then, so what is left to do is asked again.
-            remaining = _orientation(image)
+            # Where it did, it has dropped the tag.
+            remaining = found if found == 1 else _orientation(image)
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error)) from error
     width, height = size if remaining < 5 else size[::-1]
-    return DecodedImage(_upright(rgb, remaining), found, tuple(notes), (height, width))
+    if remaining != 1:
+        rgb = _upright(rgb, remaining)
+    return DecodedImage(rgb, found, tuple(notes), (height, width))
 
 
 def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -100,31 +138,36 @@ def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(data: bytes, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]:
-    """Open an image with Pillow: its header is read, its pixels are not. Raises any of DECODER_ERRORS."""
-    # Pillow's own size guard is a module-wide number that warns or raises before the size can be compared
-    # with the caller's limit; it is lifted while the header is read, and no pixel is decoded in that time.
-    with _guard:
-        # What Pillow finds odd in a file that it can read is not for those who label a million of them. The
-        # filter stays: taking filters back is not safe while other threads decode.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """Open an image with Pillow: its header is read, its pixels are not.
+
+    Raises ImageError for one of more than `max_pixels`, and any of DECODER_ERRORS.
+    """
+    # `Image.open` compares the size with a module-wide limit before the caller can compare it with theirs,
+    # and that limit belongs to the host program. The plug-ins behind it have no limit; no pixel is decoded.
+    Image.init()
+    for name in formats:
+        opener, accepts = Image.OPEN[name]
+        accepted = True if accepts is None else accepts(data[:_PREFIX_BYTES])
+        if accepted is not True and (isinstance(accepted, str) or not accepted):
+            continue
         try:
-            image = Image.open(io.BytesIO(data), formats=formats)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    with image:
-        yield image
+            image = opener(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # another format after all
+            continue
+        with image:
+            if image.width * image.height > max_pixels:
+                raise _too_large(image.width, image.height, max_pixels)
+            yield image
+        return
+    raise UnidentifiedImageError("no plug-in of Pillow takes it")
 
 
-def check_size(image: Image.Image, max_pixels: int) -> None:
-    """Raise ImageError when an image that was opened has more than `max_pixels`."""
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise ImageError(
-            f"{image.width}x{image.height} = {pixels} pixels, expected at most {max_pixels}: "
-            "shrink it or raise the limit (--max-pixels)"
-        )
+def _too_large(width: int, height: int, max_pixels: int) -> ImageError:
+    return ImageError(
+        f"{width}x{height} = {width * height} pixels, expected at most {max_pixels}: "
+        "shrink it or raise the limit (--max-pixels)"
+    )
 
 
 def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
@@ -135,6 +178,30 @@ def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
         reason = os.strerror(error.errno)
         return f"{reason}: check the path" if error.errno == errno.ENOENT else reason
     return f"cannot be decoded: {str(error) or type(error).__name__}"
+
+
+def _from_array(rgb: UInt8, max_pixels: int) -> DecodedImage:
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
+        raise ImageError(f"got {rgb.dtype} {list(rgb.shape)}, expected RGB as uint8 [H, W, 3]")
+    height, width = rgb.shape[:2]
+    if height * width > max_pixels:
+        raise _too_large(width, height, max_pixels)
+    return DecodedImage(np.ascontiguousarray(rgb), 1, (), (height, width))
+
+
+def _from_pillow(image: Image.Image, max_pixels: int) -> DecodedImage:
+    """The pixels of a PIL image, converted and turned upright as those of a file are."""
+    if image.width * image.height > max_pixels:
+        raise _too_large(image.width, image.height, max_pixels)
+    notes: list[str] = []
+    try:
+        found = _orientation(image)
+        image.load()
+        rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
+        rgb = _upright(rgb, _orientation(image))
+    except DECODER_ERRORS as error:
+        raise ImageError(reason_of(error)) from error
+    return DecodedImage(rgb, found, tuple(notes), (rgb.shape[0], rgb.shape[1]))
 
 
 def _frame_notes(data: bytes, image: ImageFile.ImageFile) -> list[str]:
@@ -232,14 +299,8 @@ EXTENSIONS = frozenset(
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Read one image file as upright RGB of its full size, as `decode_image` does.
-
-    Raises ImageError (`PATH: reason`) for a file that is missing, or that cannot be decoded.
-    """
-    try:
-        return decode_image(_read(path), max_pixels=max_pixels)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
+    """Read one image file as upright RGB of its full size. Raises ImageError (`PATH: reason`)."""
+    return load_image(path, max_pixels=max_pixels, long_side=None)
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
@@ -251,8 +312,7 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
         raise ImageError("the file is empty")
     try:
         check_metadata(data)
-        with open_image(data, MASK_FORMATS) as image:
-            check_size(image, max_pixels)
+        with open_image(data, MASK_FORMATS, max_pixels) as image:
             mode = image.mode
             # Pillow stretches grey of 1, 2 or 4 bits to 0..255, which would change the ids.
             raw_mode = str(image.tile[0].args)
@@ -282,19 +342,18 @@ def write_mask(path: Path, mask: UInt8, palette: UInt8) -> None:
 
 def resize_image(rgb: UInt8, size: tuple[int, int]) -> UInt8:
     """Resize uint8 [H, W, 3] to [*size, 3] bilinearly, averaging over the source area when shrinking."""
-    return _resize(rgb, size, Image.Resampling.BILINEAR)
+    if rgb.shape[:2] == size:
+        return rgb
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: UInt8, size: tuple[int, int]) -> UInt8:
     """Resize class ids uint8 [H, W] to `size` by nearest neighbour."""
-    return _resize(mask, size, Image.Resampling.NEAREST)
-
-
-def _resize(array: UInt8, size: tuple[int, int], kernel: Image.Resampling) -> UInt8:
-    if array.shape[:2] == size:
-        return array
-    height, width = size
-    return np.array(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), kernel))
+    if mask.shape[:2] == size:
+        return mask
+    image = Image.fromarray(np.ascontiguousarray(mask))
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def _read(path: Path) -> bytes:
@@ -306,22 +365,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(reason_of(error)) from error
-
-
-@dataclass(frozen=True, eq=False)
-class WorkingImage:
-    """An upright image at its working size; its own pixels are gone."""
-
-    rgb: UInt8  # [h, w, 3]
-    height: int  # of the image itself, upright
-    width: int
-    orientation: int  # EXIF, as found
-    notes: tuple[str, ...]
-
-
-def decode_working_image(data: bytes, *, max_pixels: int, long_side: int) -> WorkingImage:
-    """Decode and shrink to the bundle's long side. Raises ImageError."""
-    image = decode_image(data, max_pixels=max_pixels, long_side=long_side)
-    height, width = image.size
-    rgb = resize_image(image.rgb, working_size(height, width, long_side))
-    return WorkingImage(rgb, height, width, image.orientation, image.notes)

@@ -57,3 +57,28 @@ def png_encoder() -> str:
 def _chunk(kind: bytes, content: bytes) -> bytes:
     checksum = zlib.crc32(content, zlib.crc32(kind))
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def overlay_mask(rgb: UInt8, mask: UInt8, palette: UInt8, *, opacity: float = 0.5) -> UInt8:
+    """Lay the mask's colours over an image and draw the edge of each region in a lighter tone.
+
+    rgb: uint8 [H, W, 3]. mask: class ids, uint8 [H, W]; the background 0 is left as it is. palette: uint8
+    [n, 3] RGB. Returns uint8 [H, W, 3].
+    """
+    colours = palette[mask].astype(np.float32)
+    region = (mask > 0)[..., np.newaxis]
+    blended = np.where(region, rgb * (1 - opacity) + colours * opacity, rgb)
+    edge = (_edges(mask) & (mask > 0))[..., np.newaxis]
+    return np.asarray(np.where(edge, (colours + 255) / 2, blended).round(), dtype=np.uint8)
+
+
+def _edges(mask: UInt8) -> npt.NDArray[np.bool_]:
+    """Pixels with a neighbour of another class, above, below, left or right."""
+    edges = np.zeros(mask.shape, np.bool_)
+    rows = mask[1:] != mask[:-1]
+    columns = mask[:, 1:] != mask[:, :-1]
+    edges[1:] |= rows
+    edges[:-1] |= rows
+    edges[:, 1:] |= columns
+    edges[:, :-1] |= columns
+    return edges

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 from multisa.runtime.backends.base import DetailedBackend
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.backends.registry import BACKENDS, SelectedBackend

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import BackendError, ImageError, MultisaError
-from multisa.runtime.imaging.decode import WorkingImage, decode_working_image
+from multisa.runtime.imaging.decode import DecodedImage
 from multisa.runtime.jobs.encoder import EncodedImage, Encoder
 from multisa.runtime.jobs.snapshot import Sample, Shard
 from multisa.runtime.jobs.stages import (
@@ -56,13 +56,13 @@ class ImageTask:
     open: ShardState
     position: int
     work: Sample
-    decoded: "Future[WorkingImage | StageFailed]" = field(default_factory=Future)  # where it is waited for
+    decoded: "Future[DecodedImage | StageFailed]" = field(default_factory=Future)  # where it is waited for
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedTask:
     fed: ImageTask
-    image: WorkingImage
+    image: DecodedImage
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Pipeline:
 
     def __init__(
         self,
-        method: Predictor,
+        predictor: Predictor,
         source: Source,
         encoder: Encoder,
         *,
@@ -93,11 +93,12 @@ class Pipeline:
         timer: StageTimer,
         watcher: RunObserver,
         max_pixels: int,
-        long_side: int,
     ) -> None:
-        self._method, self._source, self._encoder = method, source, encoder
+        self._predictor = predictor
+        self._source = source
+        self._encoder = encoder
         self._sizes, self._timer, self._watcher = sizes, timer, watcher
-        self._max_pixels, self._long_side = max_pixels, long_side
+        self._max_pixels = max_pixels
         self._permits = threading.Semaphore(sizes.max_in_flight)
         self._open_shards = threading.Semaphore(_OPEN_SHARDS)
         self._feeding, self._counting = threading.Lock(), threading.Lock()
@@ -109,7 +110,7 @@ class Pipeline:
         self._in_flight = 0
         # Where the engines are the processor's own, no other stage can do something meanwhile: an image stays
         # in its thread, which spares it the way through another queue.
-        self._refine_apart = any(choice.backend.name not in _ON_CPU for choice in method.backends)
+        self._refine_apart = any(choice.backend.name not in _ON_CPU for choice in predictor.backends)
         names = ("read", "decode", "infer", "refine", "commit")
         self._stages = [
             Stage(name, sizes.threads_of(name), stopped=self._stopped, failed=self._stop, watcher=watcher)
@@ -202,7 +203,7 @@ class Pipeline:
     def _decode(self, fed: ImageTask, data: bytes) -> None:
         try:
             with self._timer.stage("decode"):
-                image = decode_working_image(data, max_pixels=self._max_pixels, long_side=self._long_side)
+                image = self._predictor.decode(data, max_pixels=self._max_pixels)
         except (ImageError, MemoryError) as error:
             self._decoded(fed, StageFailed("decode", error))
             return
@@ -210,7 +211,7 @@ class Pipeline:
             self._raw.change(-len(data))
         self._decoded(fed, image)
 
-    def _decoded(self, fed: ImageTask, image: WorkingImage | StageFailed) -> None:
+    def _decoded(self, fed: ImageTask, image: DecodedImage | StageFailed) -> None:
         """Hand an image on: to those that wait for others of its size, or to the engine alone."""
         if self._sizes.batch > 1:
             fed.decoded.set_result(image)
@@ -250,7 +251,7 @@ class Pipeline:
             shape = ready.image.rgb.shape if full else next(iter(groups))
             self._backends.start(self._infer, groups.pop(shape))
 
-    def _result(self, decoded: "Future[WorkingImage | StageFailed]") -> WorkingImage | StageFailed | None:
+    def _result(self, decoded: "Future[DecodedImage | StageFailed]") -> DecodedImage | StageFailed | None:
         while not self._stopped.is_set():
             try:
                 return decoded.result(timeout=_PATIENCE)
@@ -279,11 +280,11 @@ class Pipeline:
         images = np.stack([r.image.rgb for r in batch]) if len(batch) > 1 else batch[0].image.rgb[np.newaxis]
         given = [ready.fed.work.labels for ready in batch]
         try:
-            results = self._method.predict_batch(images, given, self._timer)
+            results = self._predictor.predict_batch(images, given, self._timer)
         except BackendError:
             if len(batch) > 1:  # each is tried alone
                 raise
-            results = self._method.predict_batch(
+            results = self._predictor.predict_batch(
                 images, given, self._timer
             )  # memory may be short for a moment
         self._health.works()
@@ -292,10 +293,10 @@ class Pipeline:
     def _postprocess(self, ready: DecodedTask, inferred: Any) -> None:
         fed, stage = ready.fed, "refine"
         try:
-            annotation = self._method.postprocess(inferred, ready.image.rgb, self._timer)
+            prediction = self._predictor.postprocess(inferred, ready.image, self._timer)
             stage = "encode"
             with self._timer.stage("encode"):
-                encoded = self._encoder.encode(fed.work, ready.image, annotation)
+                encoded = self._encoder.encode(fed.work, prediction)
         except (MultisaError, MemoryError) as error:
             self._fail(fed, stage, error)
             return

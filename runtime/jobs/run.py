@@ -12,13 +12,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from multisa.runtime.backends.registry import BackendRequest
-from multisa.runtime.bundle import Bundle, load_bundle
+from multisa.runtime.bundle import load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.jobs.begin import begin
-from multisa.runtime.jobs.executor import Executor, LocalExecutor
+from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.finalize import is_report_written, record_report, remove_page, write_page
 from multisa.runtime.jobs.fingerprint import run_config
 from multisa.runtime.jobs.journal import Journal
@@ -27,7 +26,7 @@ from multisa.runtime.jobs.output import JOURNAL, SNAPSHOT, check_places, output_
 from multisa.runtime.jobs.record import RunSummary, read_record, run_record, write_record
 from multisa.runtime.jobs.session import RunSession
 from multisa.runtime.jobs.snapshot import Snapshot
-from multisa.runtime.jobs.spec import Job, RunOptions, make_job
+from multisa.runtime.jobs.spec import Job, RunOptions
 from multisa.runtime.jobs.telemetry import Telemetry
 from multisa.runtime.writers.registry import writer_folder
 
@@ -88,19 +87,3 @@ def run(
             write_page(job, bundle.manifest, snapshot, options.shard_size, record, options.report_images)
             record_report(job.out, options.report_images)
         return summary
-
-
-def annotate_images(
-    command: str,
-    source: str | Path,
-    out: Path,
-    *,
-    bundle: Bundle,
-    labels: Path | None = None,
-    options: RunOptions | None = None,
-    backend: BackendRequest | None = None,
-) -> RunSummary:
-    """Run "label" or "segment" over a source in this process: `run` for programs. Raises as `run` does."""
-    options = options or RunOptions()
-    job = make_job(command, str(source), out, bundle.path, backend or BackendRequest(), options)
-    return run(job, options, LocalExecutor, labels=labels)

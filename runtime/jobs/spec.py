@@ -1,7 +1,6 @@
 """What a run is, in plain values: the same on every machine that does shards of it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from multisa.runtime.files import sha256_of_file
 from multisa.runtime.imaging.decode import MAX_PIXELS
 from multisa.runtime.jobs.stages import PipelineConfig
 from multisa.runtime.predict.prediction import Predictor
-from multisa.runtime.predict.pseudo_labeler import open_pseudo_labeler
-from multisa.runtime.predict.segmenter import open_segmenter
+from multisa.runtime.predict.pseudo_labeler import PseudoLabeler
+from multisa.runtime.predict.segmenter import Segmenter
 from multisa.runtime.report.report import REPORT_IMAGES
 from multisa.runtime.sources.base import Source
 from multisa.runtime.sources.registry import open_source
@@ -62,14 +61,14 @@ class RunOptions:
 
 _LISTS = (".txt", ".csv", ".jsonl", ".parquet")
 _LOOKED_AT = 1 << 16  # bytes of a list
-METHODS = {"label": open_pseudo_labeler, "segment": open_segmenter}
+THREADS_PER_CALL = 1  # the workers run images side by side, which is faster than one image on all cores
 
 
 @dataclass(frozen=True)
 class Job:
     """Everything a worker needs beside the images of a shard."""
 
-    command: str  # a key of METHODS
+    command: str  # "label" or "segment"
     source: str  # as `open_source` takes it
     out: Path
     bundle: Path
@@ -90,12 +89,30 @@ class Job:
         context = WriterContext(self.out, self.command, bundle.manifest, digest)
         return open_writers(self.writers, context, image_prefix=self.image_prefix)
 
-    @contextmanager
-    def open_predictor(self, bundle: Bundle) -> Iterator[Predictor]:
-        """Open the engines, and close them at the end."""
+    def open_predictor(self, bundle: Bundle) -> Predictor:
+        """Open the predictor of `command`; a context manager.
+
+        Raises UsageError where a writer needs class probabilities and the command has none.
+        """
         probabilities = any(writer.needs_probabilities for writer in self.open_writers(bundle))
-        with METHODS[self.command](bundle, self.request, probabilities=probabilities) as method:
-            yield method
+        backend, precision, cache = self.request.backend, self.request.precision, self.request.engine_cache
+        if self.command == "label":
+            return PseudoLabeler(
+                bundle,
+                backend=backend,
+                precision=precision,
+                threads=THREADS_PER_CALL,
+                engine_cache=cache,
+                probabilities=probabilities,
+            )
+        if probabilities:
+            raise UsageError(
+                "segment has no class probabilities, argmax and confidence are in its graph: leave out "
+                "--writer probabilities"
+            )
+        return Segmenter(
+            bundle, backend=backend, precision=precision, threads=THREADS_PER_CALL, engine_cache=cache
+        )
 
 
 def make_job(

@@ -32,20 +32,19 @@ class Worker:
         with ExitStack() as stack:
             bundle = load_bundle(job.bundle)
             self.source = stack.enter_context(job.open_source())
-            method = stack.enter_context(job.open_predictor(bundle))
-            self.backends: Sequence[SelectedBackend] = method.backends
-            self._device = method.device
+            predictor = stack.enter_context(job.open_predictor(bundle))
+            self.backends: Sequence[SelectedBackend] = predictor.backends
+            self._device = predictor.device
             self.writers: Sequence[Writer] = job.open_writers(bundle)
             self._pipeline = stack.enter_context(
                 Pipeline(
-                    method,
+                    predictor,
                     self.source,
-                    Encoder(job.out, bundle.manifest, self.writers),
+                    Encoder(job.out, self.writers),
                     sizes=job.sizes,
                     timer=self.timer,
                     watcher=watcher,
                     max_pixels=job.max_pixels,
-                    long_side=bundle.manifest.parameters.long_side,
                 )
             )
             self._open = stack.pop_all()

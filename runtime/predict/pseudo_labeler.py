@@ -1,29 +1,33 @@
-"""Pseudo-masks as a method of a run: class activation maps and affinities to masks.
-
-`multisa label IMAGES -o OUT --labels FILE` does this.
-"""
+"""Pseudo-masks from image-level labels: class activation maps, affinities, random walk and dense CRF."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels import stencil_offsets
-from multisa.kernels.label_maps import confidence_levels
+from multisa.kernels import confidence_levels, stencil_offsets
 from multisa.runtime.backends.base import AFFINITY, CAM, AsyncBackend, Backend, DeviceBackend
-from multisa.runtime.backends.registry import BackendRequest, SelectedBackend, selected_backends
-from multisa.runtime.bundle import Bundle
-from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.errors import BackendError, ImageError
+from multisa.runtime.backends.registry import AUTO, BackendRequest, SelectedBackend
+from multisa.runtime.bundle import Bundle, Manifest
+from multisa.runtime.errors import BackendError, ImageError, UsageError
 from multisa.runtime.image_labels import labels_from_scores
+from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
-from multisa.runtime.predict.prediction import DECIMALS, Labels, Prediction, StageTimer
+from multisa.runtime.predict.prediction import (
+    DECIMALS,
+    BundlePredictor,
+    ClassProbabilities,
+    Labels,
+    Prediction,
+    StageTimer,
+    timed,
+)
 from multisa.runtime.predict.uncertainty import no_class_disagreement, segmenter_disagreement
 from multisa.runtime.progress import log
-from multisa.runtime.writers.base import ClassProbabilities
 
 if TYPE_CHECKING:
     from multisa.runtime.gpu.pipeline import GpuPipeline
@@ -33,9 +37,118 @@ UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 
+class PseudoLabeler(BundlePredictor):
+    """Makes pseudo-masks from image-level labels (Multi-SA CAM, AffinityNet, random walk, dense CRF).
+
+    >>> with PseudoLabeler() as label:
+    ...     result = label("photo.jpg", labels=["dog", "person"])
+
+    A labeler may be called from several threads at once. Use it as a context manager, or call `close`.
+    """
+
+    command = "label"
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path | None = None,
+        *,
+        backend: str = AUTO,
+        precision: str = AUTO,
+        threads: int | None = None,
+        engine_cache: str | Path | None = None,
+        probabilities: bool = False,
+    ) -> None:
+        """Load the graphs of the CAM network and of AffinityNet.
+
+        The arguments and errors are those of `Segmenter`. probabilities: whether predictions keep the class
+        probabilities before the argmax. Where both graphs run as TensorRT engines and the CUDA kernels are
+        there, the whole chain stays on the GPU.
+        """
+        request = BackendRequest(backend, precision, Path(engine_cache) if engine_cache else None)
+        super().__init__(bundle, (CAM, AFFINITY), request, threads)
+        with ExitStack() as stack:
+            stack.callback(super().close)
+            self._steps = _make_steps(self._manifest, self.backends, stack, probabilities=probabilities)
+            self._stack = stack.pop_all()
+
+    def __call__(
+        self, image: ImageInput, labels: Sequence[str] | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> Prediction:
+        """Make the pseudo-mask of one image.
+
+        image: as `Segmenter` takes it. labels: the foreground classes that the image shows, in any order;
+        an empty sequence for background only; None to take them from the classifier's scores.
+
+        Raises UsageError for a label that is no class of the bundle, ImageError for an image that cannot be
+        read or processed or has more than `max_pixels`, BackendError where a backend fails.
+        """
+        given = None if labels is None else self._in_order(labels)
+        loaded = load_image(image, max_pixels=max_pixels, long_side=self._long_side)
+        (raw,) = self.predict_batch(loaded.rgb[np.newaxis], (given,))
+        return self.postprocess(raw, loaded)
+
+    @property
+    def device(self) -> str:
+        """Where masks are made, "cpu" or "gpu": their bytes may differ."""
+        return self._steps.device
+
+    def predict_batch(
+        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
+    ) -> Sequence[Any]:
+        """Run CAM network, AffinityNet and random walk on uint8 [N, h, w, 3]; one result for each image.
+
+        labels: for each image its classes in the bundle's order, or None for those of the scores. Raises
+        BackendError where a graph gives other sizes than the bundle says.
+        """
+        return self._steps.predict_batch(images, labels, timer)
+
+    def postprocess(self, raw: Any, image: DecodedImage, timer: StageTimer | None = None) -> Prediction:
+        """Background, dense CRF and argmax of one image. Raises ImageError where a kernel refuses it."""
+        return self._steps.postprocess(raw, image, timer)
+
+    def close(self) -> None:
+        """Free the memory of the graphs; calls are an error afterwards."""
+        self._stack.close()
+
+    def _in_order(self, labels: Sequence[str]) -> Labels:
+        if isinstance(labels, str):
+            raise UsageError(f"labels: got the text {labels!r}, expected a sequence of class names")
+        foreground = self._manifest.foreground
+        unknown = [name for name in labels if name not in foreground]
+        if unknown:
+            raise UsageError(f"labels: unknown class {unknown[0]!r}, expected {', '.join(foreground)}")
+        return tuple(name for name in foreground if name in labels)
+
+
+class _Steps(Protocol):
+    """The two steps of labelling, on the CPU or on a GPU."""
+
+    device: str
+
+    def predict_batch(
+        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
+    ) -> Sequence[Any]: ...
+
+    def postprocess(self, raw: Any, image: DecodedImage, timer: StageTimer | None) -> Prediction: ...
+
+
+def _make_steps(
+    manifest: Manifest, backends: Sequence[SelectedBackend], stack: ExitStack, *, probabilities: bool
+) -> _Steps:
+    """The steps on the GPU where both networks and the kernels can work there, else on the CPU."""
+    cam, affinity = (selected.backend for selected in backends)
+    if isinstance(cam, AsyncBackend) and isinstance(affinity, AsyncBackend):
+        from multisa.runtime.gpu.pipeline import open_gpu_pipeline
+
+        pipeline = open_gpu_pipeline(cam, affinity, manifest, probabilities=probabilities)
+        if pipeline is not None:
+            return _GpuSteps(manifest, stack.enter_context(pipeline))
+    return _CpuSteps(manifest, cam, affinity, probabilities=probabilities)
+
+
 @dataclass(frozen=True, eq=False)
 class WalkResult:
-    """One image after the engines and the random walk."""
+    """One image after the graphs and the random walk."""
 
     classes: Labels
     walked: Float32  # [len(classes), h, w] in [0, 1]
@@ -51,25 +164,23 @@ class _Affinity:
     device_errors: tuple[type[Exception], ...] = ()
 
 
-class PseudoLabeler:
-    """Which classes, roughly where (cam), spread along affinities (walk), sharpened (dense CRF)."""
+class _CpuSteps:
+    """Graphs on any backend; random walk, dense CRF and argmax in the CPU kernels."""
 
-    command, device = "label", "cpu"
+    device = "cpu"
 
-    def __init__(
-        self, manifest: Manifest, backends: Sequence[SelectedBackend], *, probabilities: bool
-    ) -> None:
-        self.backends = backends
-        self._manifest, self._probabilities = manifest, probabilities
+    def __init__(self, manifest: Manifest, cam: Backend, affinity: Backend, *, probabilities: bool) -> None:
+        self._manifest = manifest
+        self._probabilities = probabilities
         self._thresholds = manifest.parameters.score_thresholds
-        self._cam = backends[0].backend
-        self._affinity = _affinity_for_the_walk(backends[1].backend, manifest.parameters.label.walk_radius)
+        self._cam = cam
+        self._affinity = _affinity_for_the_walk(affinity, manifest.parameters.label.walk_radius)
 
     def predict_batch(
-        self, images: UInt8, given: Sequence[Labels | None], timer: StageTimer
+        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
     ) -> Sequence[WalkResult]:
-        """Run cam and affinity on uint8 [N, h, w, 3] and walk."""
-        with timer.stage("cam"):
+        """See `PseudoLabeler.predict_batch`."""
+        with timed(timer, "cam"):
             outputs = self._cam.run(images)
         maps: Float32 = outputs["cam"]
         scores: Float32 = outputs["scores"]
@@ -79,41 +190,45 @@ class PseudoLabeler:
                 f"cam: got {maps.shape[1]} maps, expected one for each of {len(foreground)} classes"
             )
         found = []
-        for image, class_maps, class_scores, names in zip(images, maps, scores, given, strict=True):
+        for image, class_maps, class_scores, names in zip(images, maps, scores, labels, strict=True):
             named = dict(zip(foreground, class_scores.tolist(), strict=True))
             classes = labels_from_scores(named, self._thresholds) if names is None else names
             walked = self._walk(image, class_maps, classes, timer)
             found.append(WalkResult(classes, walked, named, "scores" if names is None else "file"))
         return found
 
-    def postprocess(self, inferred: WalkResult, image: UInt8, timer: StageTimer) -> Prediction:
-        """Background, dense CRF and argmax of one image."""
+    def postprocess(self, raw: WalkResult, image: DecodedImage, timer: StageTimer | None) -> Prediction:
+        """See `PseudoLabeler.postprocess`."""
         parameters = self._manifest.parameters.label
-        ids = tuple(self._manifest.classes.index(name) for name in inferred.classes)
-        with timer.stage("crf"), _kernel_errors_of_the_image():
-            made = pseudo_mask(image, inferred.walked, ids, parameters)
+        ids = tuple(self._manifest.classes.index(name) for name in raw.classes)
+        with timed(timer, "crf"), _kernel_errors_of_the_image():
+            made = pseudo_mask(image.rgb, raw.walked, ids, parameters)
         present = set(np.unique(made.mask).tolist())
-        missing = tuple(name for i, name in zip(ids, inferred.classes, strict=True) if i not in present)
-        by_scores = not inferred.classes and inferred.labels_from == "scores"
+        disagreement = made.disagreement
+        if not raw.classes and raw.labels_from == "scores":
+            disagreement = no_class_disagreement(raw.scores, self._thresholds)
+        probabilities = None
+        if self._probabilities:
+            probabilities = ClassProbabilities((0, *ids), made.probabilities.astype(np.float16))
         return Prediction(
-            mask=made.mask,
-            confidence=confidence_levels(made.confidence),
-            classes=inferred.classes,
-            missing=missing,
-            disagreement=no_class_disagreement(inferred.scores, self._thresholds)
-            if by_scores
-            else made.disagreement,
-            details=_details(inferred.scores, inferred.labels_from),
-            probabilities=ClassProbabilities((0, *ids), made.probabilities.astype(np.float16))
-            if self._probabilities
-            else None,
+            working_mask=made.mask,
+            working_confidence=confidence_levels(made.confidence),
+            size=image.size,
+            classes=raw.classes,
+            manifest=self._manifest,
+            missing=tuple(name for i, name in zip(ids, raw.classes, strict=True) if i not in present),
+            disagreement=disagreement,
+            details=_details(raw.scores, raw.labels_from),
+            probabilities=probabilities,
+            orientation=image.orientation,
+            notes=image.notes,
         )
 
-    def _walk(self, image: UInt8, maps: Float32, classes: Labels, timer: StageTimer) -> Float32:
+    def _walk(self, image: UInt8, maps: Float32, classes: Labels, timer: StageTimer | None) -> Float32:
         parameters, stride = self._manifest.parameters.label, self._manifest.parameters.walk_stride
         if not classes:  # there is nothing to spread
             return np.zeros((0, 1, 1), np.float32)
-        with timer.stage("affinity"):
+        with timed(timer, "affinity"):
             edges: Float32 = self._affinity.run(image[np.newaxis])["affinity"]  # or an array of the device
         expected = len(stencil_offsets(parameters.walk_radius))
         offsets, grid = edges.shape[1], tuple(edges.shape[2:])
@@ -127,76 +242,53 @@ class PseudoLabeler:
                 f"affinity: got a grid of {grid}, expected {wanted} at stride {stride} of {image.shape[:2]}"
             )
         rows = [self._manifest.foreground.index(name) for name in classes]
-        with timer.stage("walk"), _kernel_errors_of_the_image(self._affinity.device_errors):
+        with timed(timer, "walk"), _kernel_errors_of_the_image(self._affinity.device_errors):
             return walk_scores(maps[rows], edges, parameters)
 
 
-class GpuPseudoLabeler:
-    """The same where the whole chain stays on a GPU, and masks are what comes back."""
+class _GpuSteps:
+    """The whole chain on a GPU; masks and confidences are all that comes back."""
 
-    command, device = "label", "gpu"
+    device = "gpu"
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        backends: Sequence[SelectedBackend],
-        chain: "GpuPipeline",
-        *,
-        probabilities: bool,
-    ) -> None:
-        self.backends = backends
-        self._manifest, self._chain, self._probabilities = manifest, chain, probabilities
+    def __init__(self, manifest: Manifest, pipeline: "GpuPipeline") -> None:
+        self._manifest = manifest
+        self._pipeline = pipeline
 
     def predict_batch(
-        self, images: UInt8, given: Sequence[Labels | None], timer: StageTimer
+        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
     ) -> "Sequence[tuple[GpuLabels | ImageError, str]]":
-        """Label uint8 [N, h, w, 3] on the GPU; where an image fails, its error is in its place."""
-        origins = ["scores" if names is None else "file" for names in given]
-        return list(zip(self._chain.label(images, given, timer), origins, strict=True))
+        """See `PseudoLabeler.predict_batch`; where one image fails, its error is in its place."""
+        origins = ["scores" if names is None else "file" for names in labels]
+        return list(zip(self._pipeline.label(images, labels, timer), origins, strict=True))
 
     def postprocess(
-        self, inferred: "tuple[GpuLabels | ImageError, str]", image: UInt8, timer: StageTimer
+        self, raw: "tuple[GpuLabels | ImageError, str]", image: DecodedImage, timer: StageTimer | None
     ) -> Prediction:
-        """Make the annotation of one image. Raises ImageError where the GPU has found one."""
-        labelled, labels_from = inferred
+        """See `PseudoLabeler.postprocess`. Raises the ImageError that the GPU has found."""
+        labelled, labels_from = raw
         if isinstance(labelled, ImageError):
             raise labelled
         present = set(np.unique(labelled.mask).tolist())
         index = self._manifest.classes.index
+        probabilities = None
+        if labelled.probabilities is not None:
+            ids = (0, *map(index, labelled.classes))
+            probabilities = ClassProbabilities(ids, labelled.probabilities)
         return Prediction(
-            mask=labelled.mask,
-            confidence=labelled.confidence,
+            working_mask=labelled.mask,
+            working_confidence=labelled.confidence,
+            size=image.size,
             classes=labelled.classes,
+            manifest=self._manifest,
             missing=tuple(name for name in labelled.classes if index(name) not in present),
-            # What the walk alone would have said stays on the GPU, so it is the mask's own uncertainty here.
+            # The walk's own answer stays on the GPU, so the mask alone is judged here.
             disagreement=segmenter_disagreement(labelled.mask, labelled.confidence),
             details=_details(labelled.scores, labels_from),
-            probabilities=None
-            if labelled.probabilities is None
-            else ClassProbabilities((0, *map(index, labelled.classes)), labelled.probabilities),
+            probabilities=probabilities,
+            orientation=image.orientation,
+            notes=image.notes,
         )
-
-
-@contextmanager
-def open_pseudo_labeler(
-    bundle: Bundle, request: BackendRequest | None = None, *, probabilities: bool = False
-) -> Iterator[PseudoLabeler | GpuPseudoLabeler]:
-    """Open the engines of cam and affinity, chosen and said; close them at the end.
-
-    soft: whether annotations hold the class probabilities. Raises BackendUnavailable and BackendError for an
-    engine that is not there or cannot run the graphs.
-    """
-    with selected_backends(bundle, (CAM, AFFINITY), request) as chosen:
-        cam, affinity = chosen[0].backend, chosen[1].backend
-        if isinstance(cam, AsyncBackend) and isinstance(affinity, AsyncBackend):
-            from multisa.runtime.gpu.pipeline import open_gpu_pipeline
-
-            chain = open_gpu_pipeline(cam, affinity, bundle.manifest, probabilities=probabilities)
-            if chain is not None:
-                with chain:
-                    yield GpuPseudoLabeler(bundle.manifest, chosen, chain, probabilities=probabilities)
-                return
-        yield PseudoLabeler(bundle.manifest, chosen, probabilities=probabilities)
 
 
 def _affinity_for_the_walk(backend: Backend, radius: int) -> _Affinity:
@@ -204,7 +296,7 @@ def _affinity_for_the_walk(backend: Backend, radius: int) -> _Affinity:
     if not isinstance(backend, DeviceBackend):
         return _Affinity(backend.run)
     from multisa.kernels.cuda import calls
-    from multisa.kernels.cuda.limits import MAX_RADIUS
+    from multisa.kernels.cuda.device import MAX_RADIUS
     from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
 
     try:

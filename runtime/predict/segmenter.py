@@ -1,81 +1,120 @@
-"""The trained segmenter as a method of a run: `multisa segment IMAGES -o OUT`."""
+"""The trained segmenter: an image in, its mask out."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from multisa.kernels import joint_histogram
 from multisa.runtime.backends.base import SEGMENTER
-from multisa.runtime.backends.registry import BackendRequest, SelectedBackend, selected_backends
+from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import BackendError, UsageError
-from multisa.runtime.predict.prediction import DECIMALS, Labels, Prediction, StageTimer
+from multisa.runtime.errors import BackendError
+from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
+from multisa.runtime.predict.prediction import (
+    DECIMALS,
+    BundlePredictor,
+    Labels,
+    Prediction,
+    StageTimer,
+)
 from multisa.runtime.predict.uncertainty import histogram_disagreement
 
 UInt8 = npt.NDArray[np.uint8]
-LabelsAndConfidence = tuple[UInt8, UInt8]
 
 
-class Segmenter:
-    """Labels and confidence from the graph; what is left to do is to check and to count."""
+class Segmenter(BundlePredictor):
+    """Segments images with the trained segmenter of a bundle (DeepLabV3+ by default).
 
-    command, device = "segment", "cpu"
+    >>> with Segmenter() as segment:
+    ...     result = segment("photo.jpg")
+    ...     result.save("mask.png")
 
-    def __init__(self, classes: Sequence[str], backends: Sequence[SelectedBackend]) -> None:
-        self._classes, self.backends = tuple(classes), backends
+    A segmenter may be called from several threads at once. Use it as a context manager, or call `close`.
+    """
+
+    command = "segment"
+    device = "cpu"
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path | None = None,
+        *,
+        backend: str = AUTO,
+        precision: str = AUTO,
+        threads: int | None = None,
+        engine_cache: str | Path | None = None,
+    ) -> None:
+        """Load the segmenter's graph.
+
+        bundle: a bundle or its folder; the packaged one by default. backend: what runs the graph
+        (`multisa.available_backends`), "auto" for the first that is usable. precision: "fp32", "fp16",
+        "int8" or "bf16", as far as bundle and backend have it. threads: of the CPU for one call; all usable
+        ones by default. engine_cache: a folder of TensorRT engines besides the bundle's own.
+
+        Raises BundleError for a bundle that is damaged, UsageError for a backend or precision that does not
+        exist, BackendUnavailable and BackendError for a backend that cannot run here.
+        """
+        request = BackendRequest(backend, precision, Path(engine_cache) if engine_cache else None)
+        super().__init__(bundle, (SEGMENTER,), request, threads)
+
+    def __call__(self, image: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Prediction:
+        """Segment one image.
+
+        image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3]. EXIF orientation
+        is applied, and large images are reduced as `multisa segment` does; the mask has the image's own size.
+
+        Raises ImageError for an image that cannot be read or has more than `max_pixels`, BackendError where
+        the backend fails.
+        """
+        loaded = load_image(image, max_pixels=max_pixels, long_side=self._long_side)
+        (raw,) = self.predict_batch(loaded.rgb[np.newaxis], (None,))
+        return self.postprocess(raw, loaded)
 
     def predict_batch(
-        self, images: UInt8, given: Sequence[Labels | None], timer: StageTimer
-    ) -> Sequence[LabelsAndConfidence]:
-        """Run the segmenter on uint8 [N, h, w, 3]; labels and confidence uint8 [h, w] of each image."""
-        with timer.stage("segmenter"):
-            outputs = self.backends[0].backend.run(images)
-        labels, confidence = outputs["labels"], outputs["confidence"]
-        if labels.shape != images.shape[:3]:
-            raise BackendError(
-                f"segmenter: got labels {labels.shape}, expected the images' size {images.shape[:3]}"
-            )
-        if confidence.shape != labels.shape:
-            raise BackendError(
-                f"segmenter: got confidence {confidence.shape}, expected {labels.shape} as the labels"
-            )
-        return list(zip(labels, confidence, strict=True))
+        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
+    ) -> Sequence[tuple[UInt8, UInt8]]:
+        """Run the graph on uint8 [N, h, w, 3]; class ids and confidence, uint8 [h, w], of each image.
 
-    def postprocess(self, inferred: LabelsAndConfidence, image: UInt8, timer: StageTimer) -> Prediction:
-        """The annotation of one image. Raises BackendError for a class that the bundle has not."""
-        mask, confidence = inferred
+        The segmenter takes no image-level labels; `labels` is not looked at. Raises BackendError.
+        """
+        with timer.stage("segmenter") if timer else nullcontext():
+            outputs = self.backends[0].backend.run(images)
+        found, confidence = outputs["labels"], outputs["confidence"]
+        if found.shape != images.shape[:3] or confidence.shape != images.shape[:3]:
+            raise BackendError(
+                f"segmenter: got labels {found.shape} and confidence {confidence.shape}, expected "
+                f"{images.shape[:3]} as the images: export the bundle again"
+            )
+        return list(zip(found, confidence, strict=True))
+
+    def postprocess(
+        self, raw: tuple[UInt8, UInt8], image: DecodedImage, timer: StageTimer | None = None
+    ) -> Prediction:
+        """Count the classes of one mask. Raises BackendError for a class that the bundle does not have."""
+        mask, confidence = raw
+        classes = self._manifest.classes
         histograms = joint_histogram(mask, confidence)
         counts = histograms.sum(axis=1)
         present = np.flatnonzero(counts).tolist()
-        if present[-1] >= len(self._classes):
-            raise BackendError(f"segmenter: got class {present[-1]}, expected 0..{len(self._classes) - 1}")
-        histograms = histograms[: len(self._classes)]
+        if present[-1] >= len(classes):
+            raise BackendError(f"segmenter: got class {present[-1]}, expected 0..{len(classes) - 1}")
+        histograms = histograms[: len(classes)]
         sums = histograms @ np.arange(256)
-        means = {self._classes[i]: float(sums[i] / counts[i]) / 255 for i in present}
+        # Of each class in the mask, the background included: mean confidence over its pixels.
+        scores: dict[str, float] = {}
+        for index in present:
+            scores[classes[index]] = round(float(sums[index] / counts[index]) / 255, DECIMALS)
         return Prediction(
-            mask=mask,
-            confidence=confidence,
-            classes=tuple(self._classes[i] for i in present if i > 0),
+            working_mask=mask,
+            working_confidence=confidence,
+            size=image.size,
+            classes=tuple(scores)[1:] if present[0] == 0 else tuple(scores),
+            manifest=self._manifest,
             disagreement=histogram_disagreement(histograms),
-            # Of each class in the mask, the background too: mean confidence over its pixels.
-            details={"scores": {name: round(mean, DECIMALS) for name, mean in means.items()}},
+            details={"scores": scores},
+            orientation=image.orientation,
+            notes=image.notes,
         )
-
-
-@contextmanager
-def open_segmenter(
-    bundle: Bundle, request: BackendRequest | None = None, *, probabilities: bool = False
-) -> Iterator[Segmenter]:
-    """Open the segmenter's engine, chosen and said; close it at the end.
-
-    Raises UsageError where soft maps are asked for, which the graph does not give; BackendUnavailable and
-    BackendError for an engine that is not there or cannot run the graph.
-    """
-    if probabilities:
-        raise UsageError(
-            "segment has no class probabilities: the graph ends in the argmax; leave out --writer probabilities"
-        )
-    with selected_backends(bundle, (SEGMENTER,), request) as chosen:
-        yield Segmenter(bundle.manifest.classes, chosen)

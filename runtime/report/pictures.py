@@ -12,12 +12,12 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import resize_image, resize_mask, working_size
+from multisa.runtime.imaging.png import overlay_mask
 
 UInt8 = npt.NDArray[np.uint8]
 
 FOLDER, PAGE = "report", "report.html"  # below OUT
 LONG_SIDE = 640  # of the pictures on the page
-OPACITY = 0.5  # of the mask over the image
 PHOTO, OVERLAY = "photo", "overlay"
 
 _JPEG_QUALITY = 88
@@ -28,19 +28,6 @@ _OURS = re.compile(r"[0-9]{6,20}\.[a-z]+\.jpg")
 def picture_path(index: int, kind: str) -> str:
     """Path below OUT of one picture of image `index`; kind: a plain word, PHOTO or OVERLAY for a run's."""
     return f"{FOLDER}/{index:06d}.{kind}.jpg"
-
-
-def overlay(rgb: UInt8, mask: UInt8, palette: UInt8) -> UInt8:
-    """Lay the mask's colours over an image and draw each region's edge in a lighter tone.
-
-    rgb: uint8 [H, W, 3]; mask: uint8 [H, W], background 0 stays as it is; palette: uint8 [n, 3].
-    Returns uint8 [H, W, 3].
-    """
-    colours = palette[mask].astype(np.float32)
-    region = (mask > 0)[..., np.newaxis]
-    blended = np.where(region, rgb * (1 - OPACITY) + colours * OPACITY, rgb)
-    edge = (_edges(mask) & (mask > 0))[..., np.newaxis]
-    return np.asarray(np.where(edge, (colours + 255) / 2, blended).round(), dtype=np.uint8)
 
 
 def write_image(out: Path, index: int, rgb: UInt8, kind: str = PHOTO) -> None:
@@ -59,7 +46,7 @@ def write_overlay(
     size = working_size(mask.shape[0], mask.shape[1], LONG_SIDE)
     under = np.full((*size, 3), _GREY, np.uint8) if rgb is None else resize_image(rgb, size)
     _write_jpeg(
-        out / picture_path(index, kind), overlay(under, resize_mask(mask, size), manifest.mask_palette())
+        out / picture_path(index, kind), overlay_mask(under, resize_mask(mask, size), manifest.mask_palette())
     )
 
 
@@ -74,16 +61,6 @@ def clear_pictures(out: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if _OURS.fullmatch(path.name):
             path.unlink()
-
-
-def _edges(mask: UInt8) -> npt.NDArray[np.bool_]:
-    edges = np.zeros(mask.shape, np.bool_)
-    rows, columns = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
-    edges[1:] |= rows
-    edges[:-1] |= rows
-    edges[:, 1:] |= columns
-    edges[:, :-1] |= columns
-    return edges
 
 
 def _write_jpeg(path: Path, rgb: UInt8) -> None:

@@ -27,17 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.bundle.manifest import Manifest
+from multisa.runtime.predict.prediction import ClassProbabilities
 
 UInt8 = npt.NDArray[np.uint8]
-Float16 = npt.NDArray[np.float16]
-
-
-@dataclass(frozen=True, eq=False)
-class ClassProbabilities:
-    """Class probabilities before the argmax, at the size of the networks' input."""
-
-    class_ids: tuple[int, ...]  # 0 is the background
-    probabilities: Float16  # [len(class_ids), h, w], 0..1
 
 
 @dataclass(frozen=True, eq=False)

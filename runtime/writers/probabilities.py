@@ -25,8 +25,8 @@ import numpy.typing as npt
 from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask, write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.prediction import ClassProbabilities
 from multisa.runtime.writers.base import (
-    ClassProbabilities,
     LabelledImage,
     ShardFiles,
     WriterBase,

@@ -13,7 +13,7 @@ from multisa.benchmarks import cam_head, start_up
 from multisa.benchmarks.harness import Times, interleave, results_folder, save_results
 from multisa.benchmarks.suite.contender import Contender
 from multisa.benchmarks.suite.limits import Floor, peak_of_all_cores
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 from multisa.runtime.bundle import default_bundle_path
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

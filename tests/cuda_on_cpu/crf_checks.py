@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
 from multisa.kernels import CrfParameters, DenseCRF
-from multisa.kernels.cuda.crf import DeviceCRF
+from multisa.kernels.cuda.crf import CrfShape, DeviceCRF
 from multisa.kernels.cuda.device import Buffer, Device
 
 Float32 = npt.NDArray[np.float32]
@@ -68,7 +68,7 @@ def infer_labels(
 ) -> Float32:
     """Refine hard labels [problems, images, h, w] on a DeviceCRF that has its images."""
     labels = put(device, given)
-    result = np.empty((*given.shape[:2], crf.labels, *given.shape[2:]), dtype=np.float32)
+    result = np.empty((*given.shape[:2], crf.shape.labels, *given.shape[2:]), dtype=np.float32)
     out = device.allocate(result.nbytes)
     crf.infer_labels(labels.pointer, n_labels, out.pointer, confidence=confidence)
     crf.check()
@@ -77,22 +77,20 @@ def infer_labels(
 
 
 def prepare(
-    device: Device, images: UInt8, labels: int, parameters: CrfParameters = PSA, **numbers: Any
+    device: Device, images: UInt8, labels: int, parameters: CrfParameters = PSA, problems: int = 1
 ) -> DeviceCRF:
     """Make a DeviceCRF of images [n, h, w, 3]."""
     count, height, width = images.shape[:3]
-    crf = DeviceCRF(device, count, height, width, labels, parameters, **numbers)
+    crf = DeviceCRF(device, CrfShape(count, height, width, labels, problems), parameters)
     stored = put(device, images)
     crf.set_images(stored.pointer)
     crf.check()  # waits: the memory of the images goes with this frame
     return crf
 
 
-def refine(
-    device: Device, image: UInt8, probabilities: Float32, parameters: CrfParameters = PSA, **numbers: Any
-) -> Float32:
+def refine(device: Device, image: UInt8, probabilities: Float32, parameters: CrfParameters = PSA) -> Float32:
     """Refine [labels, h, w] of one image."""
-    crf = prepare(device, image[None], len(probabilities), parameters, **numbers)
+    crf = prepare(device, image[None], len(probabilities), parameters)
     belief: Float32 = infer(device, crf, probabilities[None, None])[0, 0]
     return belief
 
@@ -183,7 +181,7 @@ def check_overflow(device: Device) -> None:
     """Run out of vertices: that is reported once, and no memory but the results suffers."""
     image, probabilities = scene(2, 5, 8)
     parameters = replace(IRN, iterations=1)
-    crf = DeviceCRF(device, 1, 5, 8, 2, parameters, max_vertices=20)
+    crf = DeviceCRF(device, CrfShape(1, 5, 8, 2), parameters, max_vertices=20)
     stored = put(device, image)
     crf.set_images(stored.pointer)
     try:
@@ -193,7 +191,7 @@ def check_overflow(device: Device) -> None:
     else:
         raise AssertionError("nothing was reported")
     infer(device, crf, probabilities[None, None])
-    assert crf.size < DeviceCRF(device, 1, 5, 8, 2, parameters).size
+    assert crf.size < DeviceCRF(device, CrfShape(1, 5, 8, 2), parameters).size
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from crf_checks import put
+from PIL import Image
 
-from multisa.kernels import argmax_labels, resize_maps, scores_to_probabilities
+from multisa.kernels import confidence_levels
 from multisa.kernels.cuda.device import Device
 from multisa.kernels.cuda.label_maps import DeviceLabelMaps, queue_argmax, queue_take_errors
 
@@ -22,7 +23,8 @@ TOLERANCE = 2e-6  # of values up to 1: sums of a few products in float32, of shr
 def scores(count: int, height: int, width: int, seed: int = 0) -> Float32:
     """Class maps in [0, 1] that leave neither end out."""
     maps = np.random.default_rng(seed).random((count, height, width), dtype=np.float32) ** 3
-    maps.flat[0], maps.flat[-1] = 0, 1
+    maps.flat[0] = 0
+    maps.flat[-1] = 1
     return maps
 
 
@@ -33,6 +35,23 @@ def fetch(device: Device, pointer: int, shape: tuple[int, ...], dtype: Any = np.
     return array
 
 
+def resize_reference(maps: Float32, size: tuple[int, int]) -> Float32:
+    """Resize float32 [C, h, w] to [C, *size] with Pillow, whose BILINEAR filter the kernels implement."""
+    images = [Image.fromarray(one).resize(size[::-1], Image.Resampling.BILINEAR) for one in maps]
+    return np.stack([np.asarray(image) for image in images])
+
+
+def probabilities_reference(
+    maps: Float32, size: tuple[int, int], background: float, gains: tuple[float, ...] | None, to_peak: bool
+) -> Float32:
+    """Resize class maps, weigh them, put the background before them and divide by the sum."""
+    peak = float(maps.max()) if to_peak and maps.max() > 0 else 1.0
+    factors = np.ones(len(maps), np.float32) if gains is None else np.array(gains, np.float32)
+    weighed = resize_reference(maps, size) / np.float32(peak) * factors[:, None, None]
+    stacked = np.concatenate([np.full((1, *size), background, np.float32), weighed])
+    return np.asarray(stacked / stacked.sum(axis=0), np.float32)
+
+
 def check_resize(device: Device, count: int, source: tuple[int, int], target: tuple[int, int]) -> None:
     """All maps, and some of them in another order."""
     maps = scores(count, *source)
@@ -40,7 +59,7 @@ def check_resize(device: Device, count: int, source: tuple[int, int], target: tu
     resizer = DeviceLabelMaps(device, source, target)
     out = device.allocate(4 * count * target[0] * target[1])
     resizer.resize(there.pointer, count, out.pointer)
-    expected = resize_maps(maps, target)
+    expected = resize_reference(maps, target)
     np.testing.assert_allclose(fetch(device, out.pointer, expected.shape), expected, rtol=0, atol=TOLERANCE)
     chosen = np.arange(count, dtype=np.int32)[::-2].copy()
     listed = put(device, chosen)
@@ -70,7 +89,7 @@ def check_probabilities(
         gains=factors.pointer if gains else 0,
         to_peak=to_peak,
     )
-    expected = scores_to_probabilities(maps, target, background=0.25, gains=gains, to_peak=to_peak)
+    expected = probabilities_reference(maps, target, 0.25, gains, to_peak)
     got = fetch(device, out.pointer, expected.shape)
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(got.sum(axis=0), 1, atol=1e-6)
@@ -78,21 +97,36 @@ def check_probabilities(
         assert len(np.unique(got.argmax(axis=0))) == 1 + count
 
 
+def check_no_peak(device: Device) -> None:
+    """Maps that are all zero: background everywhere, no division by zero."""
+    maps = put(device, np.zeros((2, 5, 4), np.float32))
+    out = device.allocate(4 * 3 * 9 * 8)
+    DeviceLabelMaps(device, (5, 4), (9, 8)).probabilities(
+        maps.pointer, 2, out.pointer, background=0.3, to_peak=True
+    )
+    got = fetch(device, out.pointer, (3, 9, 8))
+    np.testing.assert_array_equal(got[0], 1)
+    np.testing.assert_array_equal(got[1:], 0)
+
+
 def check_argmax(device: Device, labels: int, height: int, width: int) -> None:
-    """Exactly NumPy's answer, ties included; the soft maps are the probabilities rounded once."""
+    """Exactly NumPy's answer, ties included; the copied probabilities are rounded once."""
     probabilities = scores(labels, height, width)
     # A few values over and over, so that most pixels have a tie.
     probabilities[:, : height // 2] = np.round(probabilities[:, : height // 2] * 3) / np.float32(3)
     ids = np.random.default_rng(1).permutation(256)[:labels].astype(np.int32)
     pixels = height * width
     there, listed = put(device, probabilities), put(device, ids)
-    mask, confidence, soft = (device.allocate(size) for size in (pixels, pixels, 2 * labels * pixels))
+    mask, confidence, copy = (device.allocate(size) for size in (pixels, pixels, 2 * labels * pixels))
     addresses = there.pointer, listed.pointer, labels, pixels, mask.pointer, confidence.pointer
-    queue_argmax(device, *addresses, soft=soft.pointer)
-    expected = argmax_labels(probabilities, ids.tolist())
+    queue_argmax(device, *addresses, probabilities_out=copy.pointer)
+    expected = (
+        ids.astype(np.uint8)[probabilities.argmax(axis=0)],
+        confidence_levels(probabilities.max(axis=0)),
+    )
     for buffer, array in zip((mask, confidence), expected, strict=True):
         np.testing.assert_array_equal(fetch(device, buffer.pointer, array.shape, np.uint8), array)
-    got = fetch(device, soft.pointer, probabilities.shape, np.float16)
+    got = fetch(device, copy.pointer, probabilities.shape, np.float16)
     np.testing.assert_array_equal(got, probabilities.astype(np.float16))
 
 

@@ -11,10 +11,11 @@ import crf_checks
 import numpy as np
 from walk_checks import check_affinities, check_walk, scene, walk
 
+from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda.affinity import GridShape
 from multisa.kernels.cuda.driver import DriverError
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
-from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
+from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 
 
 def run(fatbin: Path) -> None:

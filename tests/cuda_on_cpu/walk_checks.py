@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.kernels import random_walk_reference, stencil_offsets
+from multisa.kernels.common.stencil import pair_slices, path_offsets
+from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda.affinity import DeviceAffinity, GridShape
 from multisa.kernels.cuda.device import Buffer, Device
-from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
-from multisa.kernels.stencil import pair_slices, path_offsets
+from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

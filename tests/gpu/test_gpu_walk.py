@@ -7,11 +7,12 @@ import pytest
 import walk_checks
 from walk_checks import check_affinities, check_walk, scene, walk
 
+from multisa.kernels.common.stencil import Boundary
+from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda.affinity import GridShape
 from multisa.kernels.cuda.device import Device
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
-from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
-from multisa.kernels.stencil import Boundary
+from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 
 
 @pytest.fixture(scope="module")

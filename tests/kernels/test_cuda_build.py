@@ -85,6 +85,7 @@ def test_without_nvcc(
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(build, "TOOLKIT", tmp_path / "toolkit")
     with pytest.raises(BuildError, match=r"install CUDA 12\.8"):
         find_nvcc()
     assert build.main([]) == 1
@@ -95,6 +96,10 @@ def test_without_nvcc(
     packaged.parent.mkdir(parents=True)
     packaged.touch()
     assert find_nvcc() == packaged
+    installed = tmp_path / "toolkit" / "bin" / "nvcc"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert find_nvcc() == installed
 
 
 def test_without_sources(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from multisa.kernels import (
     dense_crf,
     random_walk,
 )
+from multisa.kernels.common.stencil import stencil_offsets
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError
-from multisa.kernels.stencil import stencil_offsets
 
 
 @pytest.fixture
@@ -82,14 +82,13 @@ def test_crf(device: CpuDevice) -> None:
     image, probabilities = crf_scene(3, 14, 17)
     among = np.zeros((9, 14, 17), np.float32)
     among[[1, 4, 8]] = probabilities
-    expected = dense_crf(image, among, iterations=3)
-    np.testing.assert_allclose(dense_crf(image, among, iterations=3, backend="cuda"), expected, atol=1e-4)
+    few = CrfParameters(iterations=3)
+    expected = dense_crf(image, among, few)
+    np.testing.assert_allclose(dense_crf(image, among, few, backend="cuda"), expected, atol=1e-4)
     images, maps = np.stack([image, image[::-1]]), np.stack([among, among])
-    batch = dense_crf(images, maps, iterations=3, backend="cuda")
-    np.testing.assert_allclose(batch, dense_crf(images, maps, iterations=3), atol=1e-4)
-    there: Any = calls.dense_crf_on_device(
-        on(device, image), on(device, probabilities), CrfParameters(iterations=3), device
-    )
+    batch = dense_crf(images, maps, few, backend="cuda")
+    np.testing.assert_allclose(batch, dense_crf(images, maps, few), atol=1e-4)
+    there: Any = calls.dense_crf_on_device(on(device, image), on(device, probabilities), few, device)
     np.testing.assert_allclose(there.numpy(), expected[[1, 4, 8]], atol=1e-4)
 
 

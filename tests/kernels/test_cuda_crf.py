@@ -17,9 +17,8 @@ from crf_checks import IRN, PSA, infer, prepare, refine, scene
 from permutohedral_reference import GaussianFilter
 
 from multisa.kernels import CrfParameters, dense_crf
-from multisa.kernels.cuda.crf import DeviceCRF
-from multisa.kernels.cuda.lattice import lattice_geometry
-from multisa.kernels.cuda.sort import Sorter
+from multisa.kernels.cuda.crf import CrfShape, DeviceCRF
+from multisa.kernels.cuda.lattice import Sorter, lattice_geometry
 
 FEW = replace(PSA, iterations=3)
 
@@ -50,7 +49,7 @@ def test_equals_the_cpu(
 def test_equals_pydensecrf(device: CpuDevice, parameters: CrfParameters) -> None:
     pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 (multisa[reference]) is not installed")
     image, probabilities = scene(2, 13, 15)
-    expected = dense_crf(image, probabilities, backend="pydensecrf", **vars(parameters))
+    expected = dense_crf(image, probabilities, parameters, backend="pydensecrf")
     crf_checks.assert_close(refine(device, image, probabilities, parameters), expected)
 
 
@@ -210,13 +209,15 @@ def test_bad_values_are_reported(device: CpuDevice) -> None:
     ],
 )
 def test_bad_sizes(device: CpuDevice, change: dict[str, Any], message: str) -> None:
-    arguments = {"images": 1, "height": 4, "width": 5, "labels": 2}
+    sizes = {"images": 1, "height": 4, "width": 5, "labels": 2}
+    options = {name: change[name] for name in ("parameters", "max_vertices") if name in change}
+    sizes |= {name: value for name, value in change.items() if name not in options}
     with pytest.raises(ValueError, match=message):
-        DeviceCRF(device, **(arguments | change))
+        DeviceCRF(device, CrfShape(**sizes), **options)
 
 
 def test_bad_calls(device: CpuDevice) -> None:
-    crf = DeviceCRF(device, 1, 2, 3, 2)
+    crf = DeviceCRF(device, CrfShape(1, 2, 3, 2))
     with pytest.raises(ValueError, match="images: got none"):
         crf.infer(0, 0)
     with pytest.raises(ValueError, match="classes: got 5 without channels"):

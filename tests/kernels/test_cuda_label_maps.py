@@ -1,4 +1,4 @@
-"""The CUDA kernels around the walk, run on the CPU: results, order of threads, sanitisers, calls."""
+"""The CUDA kernels around the walk, run on the CPU: results, order of threads, sanitisers, errors."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,10 @@ import label_checks
 import numpy as np
 import pytest
 from cpu_device import CpuDevice, changed_sources
-from label_checks import check_argmax, check_errors, check_probabilities, check_resize, scores
+from label_checks import check_argmax, check_errors, check_no_peak, check_probabilities, check_resize
 from sanitisers import run_sanitised
 
-from multisa.kernels import argmax_labels, resize_maps, scores_to_probabilities
-from multisa.kernels.cuda import calls
-from multisa.kernels.cuda.calls import DeviceArray
-from multisa.kernels.cuda.label_maps import DeviceLabelMaps
+from multisa.kernels.cuda.label_maps import DeviceLabelMaps, bilinear_taps
 
 SCRIPT = Path(label_checks.__file__)
 MAIN = "label_maps.cuh"
@@ -30,10 +27,11 @@ Size = tuple[int, int]
         (5, (13, 17), (29, 31)),
         (2, (31, 64), (13, 15)),
         (2, (8, 40), (33, 10)),  # one axis longer, one shorter
+        (2, (2, 301), (4, 100)),
         (21, (24, 32), (94, 125)),
     ],
 )
-def test_resize_equals_the_reference(device: CpuDevice, count: int, source: Size, target: Size) -> None:
+def test_resize_equals_pillow(device: CpuDevice, count: int, source: Size, target: Size) -> None:
     check_resize(device, count, source, target)
 
 
@@ -62,11 +60,7 @@ def test_errors_are_taken_once(device: CpuDevice) -> None:
 
 
 def test_maps_without_a_peak_stay(device: CpuDevice) -> None:
-    """All zero: background everywhere, no division by zero."""
-    maps = np.zeros((2, 5, 4), np.float32)
-    got = scores_to_probabilities(on(device, maps), (9, 8), background=0.3, to_peak=True).numpy()  # type: ignore
-    np.testing.assert_array_equal(got[0], 1)
-    np.testing.assert_array_equal(got[1:], 0)
+    check_no_peak(device)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -96,48 +90,18 @@ def test_thread_sanitiser_finds_a_missing_barrier(tmp_path: Path) -> None:
     assert "data race" in result.stderr and "maps_peak" in result.stderr
 
 
-@pytest.fixture
-def device(library: Path, monkeypatch: pytest.MonkeyPatch) -> CpuDevice:
-    """Stands for the first GPU in every public function."""
-    device = CpuDevice(library)
-    monkeypatch.setattr(calls, "default_device", lambda: device)
-    return device
-
-
-def on(device: CpuDevice, array: np.ndarray) -> DeviceArray:
-    there = DeviceArray(device, array.shape, array.dtype.type)
-    device.upload(there.pointer, np.ascontiguousarray(array))
-    return there
-
-
-def test_calls_on_arrays(device: CpuDevice) -> None:
-    """Where the input is there the output stays, and has the same values."""
-    maps = scores(3, 9, 11)
-    ids, numbers = (0, 7, 2, 255), {"background": 0.3, "gains": (1.0, 2.0, 0.5), "to_peak": True}
-    here = scores_to_probabilities(maps, (33, 40), **numbers)  # type: ignore[arg-type]
-    there: Any = scores_to_probabilities(on(device, maps), (33, 40), **numbers)  # type: ignore[arg-type]
-    back = scores_to_probabilities(maps, (33, 40), backend="cuda", **numbers)  # type: ignore[arg-type]
-    assert isinstance(there, DeviceArray) and isinstance(back, np.ndarray)
-    np.testing.assert_array_equal(there.numpy(), back)
-    np.testing.assert_allclose(back, here, atol=label_checks.TOLERANCE)
-    resized: Any = resize_maps(on(device, maps), (5, 40))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(resized.numpy(), resize_maps(maps, (5, 40), backend="cuda"))
-    np.testing.assert_allclose(resized.numpy(), resize_maps(maps, (5, 40)), atol=label_checks.TOLERANCE)
-    for got, got_back, expected in zip(
-        argmax_labels(there, ids),
-        argmax_labels(back, ids, backend="cuda"),
-        argmax_labels(back, ids),
-        strict=True,
-    ):
-        assert isinstance(got, DeviceArray) and isinstance(got_back, np.ndarray)
-        np.testing.assert_array_equal(got.numpy(), expected)
-        np.testing.assert_array_equal(got_back, expected)
-
-
 def test_sizes_that_cannot_be(device: CpuDevice) -> None:
     with pytest.raises(ValueError, match="expected fewer pixels"):
         DeviceLabelMaps(device, (1, 1), (50_000, 50_000))
     with pytest.raises(ValueError, match="count: got 65536 maps"):
         DeviceLabelMaps(device, (1, 1), (1, 1)).resize(0, 65_536, 0)
-    with pytest.raises(ValueError, match=r"maps: got shape \[3, 4\], expected \[C, h, w\]"):
-        resize_maps(on(device, np.zeros((3, 4), np.float32)), (2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="outputs: got 0"):
+        DeviceLabelMaps(device, (3, 4), (0, 1))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (30_000, 7_500), (7, 30_000), (5, 5), (9, 8)])
+def test_taps_stay_inside_and_sum_to_one(inputs: int, outputs: int) -> None:
+    taps = bilinear_taps(inputs, outputs)
+    assert taps.first.min() == 0 and (taps.count >= 1).all()
+    assert (taps.first + taps.count).max() == inputs
+    np.testing.assert_allclose(taps.weights.sum(axis=1), 1, atol=1e-6)

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from cuda_code import compiled, kernel_names
 
+from multisa.kernels.common.stencil import stencil_offsets
 from multisa.kernels.cuda.build import ARCHITECTURES
-from multisa.kernels.stencil import stencil_offsets
 
 KERNEL = re.compile(r"^\.text\.(\w+):$", re.MULTILINE)
 OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)

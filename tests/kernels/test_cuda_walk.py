@@ -10,7 +10,8 @@ from cpu_device import CpuDevice, build, changed_sources
 from sanitisers import run_sanitised
 from walk_checks import check_walk, put, scene, walk
 
-from multisa.kernels.cuda.walk import DeviceWalk, WalkSettings, WalkShape
+from multisa.kernels.common.walk import WalkSettings
+from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 
 SCRIPT = Path(walk_checks.__file__)
 MAIN = "walk_ends.cuh"

@@ -42,11 +42,6 @@ def scene(labels: int, height: int, width: int, seed: int = 0) -> tuple[UInt8, F
     return noisy.clip(0, 255).astype(np.uint8), probabilities.astype(np.float32)
 
 
-def numbers(parameters: CrfParameters) -> dict[str, Any]:
-    """Return the fields as keyword arguments of dense_crf."""
-    return vars(parameters)
-
-
 def require_pydensecrf() -> None:
     """Skip the test where the reference package is missing."""
     pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed")
@@ -60,8 +55,8 @@ def require_pydensecrf() -> None:
 def test_parity_with_pydensecrf(parameters: CrfParameters, labels: int, height: int, width: int) -> None:
     require_pydensecrf()
     image, probabilities = scene(labels, height, width)
-    expected = dense_crf(image, probabilities, backend="pydensecrf", **numbers(parameters))
-    belief = dense_crf(image, probabilities, **numbers(parameters))
+    expected = dense_crf(image, probabilities, parameters, backend="pydensecrf")
+    belief = dense_crf(image, probabilities, parameters)
     assert belief.dtype == np.float32 and belief.shape == probabilities.shape
     assert np.abs(belief - expected).max() < 1e-4
     assert (belief.argmax(axis=0) == expected.argmax(axis=0)).all()
@@ -219,13 +214,7 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         ({"probabilities": np.zeros((0, 4, 4), np.float32)}, ValueError, "L >= 1"),
         ({"probabilities": np.ones((257, 4, 4), np.float32)}, ValueError, "got 257 labels"),
         ({"probabilities": np.full((2, 4, 4), np.nan, np.float32)}, ValueError, "got NaN"),
-        ({"iterations": -1}, ValueError, "iterations: got -1"),
-        ({"iterations": 1001}, ValueError, "iterations: got 1001, expected 0..1000"),
-        ({"iterations": 1.5}, TypeError, "iterations: got float"),
-        ({"spatial_sxy": 0.0}, ValueError, "spatial_sxy: got 0"),
-        ({"bilateral_srgb": float("nan")}, ValueError, "bilateral_srgb: got nan"),
-        ({"bilateral_compat": -1.0}, ValueError, "bilateral_compat: got -1"),
-        ({"spatial_sxy": 1e-6}, ValueError, "use larger standard deviations"),
+        ({"parameters": replace(PSA, spatial_sxy=1e-6)}, ValueError, "use larger standard deviations"),
         ({"backend": "gpu"}, ValueError, "auto, cpu, cuda, pydensecrf"),
     ],
 )
@@ -236,6 +225,22 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     }
     with pytest.raises(error, match=message):
         dense_crf(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"iterations": -1}, ValueError, "iterations: got -1"),
+        ({"iterations": 1001}, ValueError, "iterations: got 1001, expected 0..1000"),
+        ({"iterations": 1.5}, TypeError, "iterations: got float"),
+        ({"spatial_sxy": 0.0}, ValueError, "spatial_sxy: got 0"),
+        ({"bilateral_srgb": float("nan")}, ValueError, "bilateral_srgb: got nan"),
+        ({"bilateral_compat": -1.0}, ValueError, "bilateral_compat: got -1"),
+    ],
+)
+def test_bad_parameters(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CrfParameters(**change)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from multisa.kernels import (
     random_walk,
     random_walk_reference,
 )
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "kernels" / "csrc" / "cpu"

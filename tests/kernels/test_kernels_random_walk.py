@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multisa.kernels import affinity_from_boundary, random_walk, random_walk_reference, stencil_offsets
-from multisa.kernels.random_walk import CHEBYSHEV_TOLERANCE, chebyshev_coefficients, chebyshev_degree
-from multisa.kernels.stencil import Boundary, edge_mask
+from multisa.kernels.common.stencil import Boundary, edge_mask
+from multisa.kernels.common.walk import CHEBYSHEV_TOLERANCE, chebyshev_coefficients, chebyshev_degree
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

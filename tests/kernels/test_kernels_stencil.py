@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from multisa.kernels import path_offsets, stencil_offsets
-from multisa.kernels.stencil import check_integer, edge_mask, pair_slices
+from multisa.kernels.common.checks import check_integer
+from multisa.kernels.common.stencil import edge_mask, pair_slices
 
 
 @pytest.mark.parametrize(("radius", "count"), [(1, 0), (2, 4), (3, 12), (5, 34), (10, 152)])

@@ -21,7 +21,8 @@ from multisa.kernels import CrfParameters
 from multisa.runtime.backends import registry as choice
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import Bundle, BundleParameters, LabelParameters, Manifest, write_bundle
-from multisa.runtime.writers.base import ClassProbabilities, LabelledImage, WriterContext
+from multisa.runtime.predict.prediction import ClassProbabilities
+from multisa.runtime.writers.base import LabelledImage, WriterContext
 from multisa.runtime.writers.registry import open_writers
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, cast
 import pytest
 from bulk_runs import public_bytes, reasons, records, run_label, run_segment
 
-from multisa.kernels.native import native
+from multisa.kernels.cpu import native
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.backends.registry import SelectedBackend
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle

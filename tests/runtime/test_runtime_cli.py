@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from multisa.runtime import api
 from multisa.runtime.backends.base import PRECISIONS
-from multisa.runtime.backends.registry import BACKENDS
-from multisa.runtime.bundle import Bundle
+from multisa.runtime.backends.registry import ALL_PRECISIONS, BACKENDS, BackendRequest
+from multisa.runtime.bundle import Bundle, default_bundle_path
 from multisa.runtime.bundle import storage as bundle_module
-from multisa.runtime.cli import commands
+from multisa.runtime.cli import commands, options
 from multisa.runtime.cli.main import COMMANDS, root
-from multisa.runtime.jobs import run as run_module
 from multisa.runtime.jobs.spec import RunOptions
 
 INSTALL_EXPORT = 'is not installed: pip install ".[export]" in a clone of the project'
@@ -94,7 +94,7 @@ def test_the_help_names_the_threads_that_read() -> None:
     (readers,) = (option for option in commands.label.params if option.name == "readers")
     sizes = {remote: RunOptions(workers=5).sizes(remote=remote).readers for remote in (False, True)}
     assert sizes == {False: 5, True: 16}
-    assert "as many as --workers by default, 16 where the images are behind a URL" in readers.help
+    assert "as many as --workers by default, 16 where images are behind a URL" in readers.help
 
 
 def test_a_bundle_that_is_not_there_is_a_usage_error(tmp_path: Path, photos: Path) -> None:
@@ -130,7 +130,9 @@ def test_the_first_few_failures_are_said(bundle: Bundle, tmp_path: Path) -> None
 
 def test_inspect(bundle: Bundle) -> None:
     result = run_cli("inspect", bundle.path)
-    assert result.exit_code == 0 and "files (each as bundle.json says)" in result.stdout
+    assert result.exit_code == 0 and "file (verified)" in result.stdout
+    values = json.loads(run_cli("inspect", bundle.path, "--json").stdout)
+    assert values["path"] == str(bundle.path) and values["classes"] == list(bundle.manifest.classes)
     (bundle.path / "cam.onnx").write_bytes(b"")
     result = run_cli("inspect", bundle.path)
     assert result.exit_code == 1 and "cam.onnx" in result.stderr
@@ -170,7 +172,7 @@ def test_demo_takes_the_label_file_if_the_bundle_has_its_classes(
     monkeypatch.setattr(demo, "IMAGES", photos)
     for classes, source in (("green", "file"), ("green cat", "scores")):
         (photos / "labels.csv").write_text(f"image,labels\nb.png,\na.jpg,{classes}\n")
-        demo.run_demo(tmp_path / source, bundle)
+        demo.run_demo(tmp_path / source, bundle, BackendRequest())
         first = json.loads((tmp_path / source / "label/labels.jsonl").read_text().splitlines()[0])
         assert first["image"] == "a.jpg" and first["labels_from"] == source
 
@@ -183,12 +185,12 @@ def test_demo_stops_at_a_failure_before_it_draws(
     monkeypatch.setattr(demo, "IMAGES", photos)
     (photos / "labels.csv").write_text("image,labels\na.jpg,green\n")
     result = run_cli("demo", "-o", tmp_path / "demo", "--bundle", bundle.path)
-    assert result.exit_code == 4 and "1 of 6 images failed" in result.stderr
+    assert result.exit_code == 4 and "1 of 3 images failed" in result.stderr
     assert not (tmp_path / "demo" / "demo.jpg").exists()
 
 
 def test_demo_images_have_sources() -> None:
-    folder = Path(commands.__file__).parent / "demo_images"
+    folder = default_bundle_path().parents[1] / "demo_images"
     sources = (folder / "SOURCES.md").read_text()
     assert all(path.name in sources for path in folder.glob("*.jpg"))
 
@@ -213,7 +215,7 @@ def test_what_ends_a_run(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(run_module, "run", fail)
+    monkeypatch.setattr(api, "run", fail)
     result = run_cli("segment", "photos", "-o", "out", "--bundle", bundle.path)
     assert result.exit_code == code
     assert text in result.stderr
@@ -225,7 +227,7 @@ def test_a_missing_module_of_our_own_is_not_explained_away(
     def fail(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("no such", name="multisa.lost")
 
-    monkeypatch.setattr(run_module, "run", fail)
+    monkeypatch.setattr(api, "run", fail)
     result = run_cli("segment", "photos", "-o", "out", "--bundle", bundle.path)
     assert isinstance(result.exception, ModuleNotFoundError)
 
@@ -302,6 +304,22 @@ def test_an_engine_that_is_not_there(
 
 @pytest.mark.parametrize("command", ["label", "segment", "demo"])
 def test_help_names_every_engine_and_precision(command: str) -> None:
-    page = " ".join(run_cli(command, "--help").stdout.split())
+    page = " ".join(run_cli(command, "--help").stdout.split()).replace("- ", "-")
     for name in (*BACKENDS, *PRECISIONS):
         assert name in page
+
+
+def test_names_that_are_completed_are_those_of_the_library() -> None:
+    assert tuple(BACKENDS) == options.BACKENDS
+    assert set(options.PRECISIONS) == set(ALL_PRECISIONS)
+
+
+def test_a_misspelt_command_brings_the_closest_one() -> None:
+    result = run_cli("segmnt", "photos")
+    assert result.exit_code == 2 and "Did you mean segment?" in result.stderr
+
+
+def test_quiet_prints_results_and_nothing_else(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    run = ("segment", photos / "a.jpg", "-o", tmp_path / "out", "--bundle", bundle.path)
+    result = run_cli("--quiet", *run)
+    assert result.exit_code == 0 and result.stderr == "" and "1 image in" in result.stdout

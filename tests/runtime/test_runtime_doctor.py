@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
-import multisa.kernels.native as native_module
+import multisa.kernels.cpu as native_module
 from multisa.kernels.cuda import build
 from multisa.runtime import doctor, system
 from multisa.runtime.backends import gpus
@@ -108,7 +108,7 @@ def test_a_damaged_bundle(bundle: Bundle) -> None:
     ("module", "names"),
     [
         ("onnxruntime", ("onnxruntime", "onnxruntime-cpu")),
-        ("multisa.kernels.native", ("CPU kernels",)),
+        ("multisa.kernels.cpu", ("CPU kernels",)),
         ("multisa.kernels.cuda.build", ("CUDA kernels",)),
         ("multisa.runtime.backends.gpus", ("GPU",)),
         ("multisa.runtime.bundle.storage", ("bundle",)),

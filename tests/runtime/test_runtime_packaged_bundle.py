@@ -6,10 +6,9 @@ from pathlib import Path
 from bulk_runs import run_label, run_segment
 
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.cli import commands
 from multisa.runtime.imaging.decode import read_mask
 
-IMAGES = Path(commands.__file__).parent / "demo_images"
+IMAGES = default_bundle_path().parents[1] / "demo_images"
 
 
 def test_the_cat_is_found(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
+from multisa.runtime.imaging.png import overlay_mask
 from multisa.runtime.report.page import json_for_script, shown_shares
-from multisa.runtime.report.pictures import overlay
 from multisa.runtime.report.report import write_report
 from multisa.runtime.report.summary import gather
 
@@ -266,7 +266,7 @@ def test_overlay_blends_regions_and_outlines_them() -> None:
     rgb = np.full((9, 9, 3), 100, np.uint8)
     mask = np.zeros((9, 9), np.uint8)
     mask[2:7, 2:7] = 1
-    result = overlay(rgb, mask, np.array([[9, 9, 9], [200, 0, 0]], np.uint8))
+    result = overlay_mask(rgb, mask, np.array([[9, 9, 9], [200, 0, 0]], np.uint8))
     assert result[0, 0].tolist() == [100, 100, 100]
     assert result[4, 4].tolist() == [150, 50, 50]
     assert result[2, 4].tolist() == [228, 128, 128]

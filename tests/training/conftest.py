@@ -6,12 +6,12 @@ import pytest
 
 from multisa.training.config import load_config
 from multisa.training.data import read_dataset
-from multisa.training.pipeline import run_pipeline
+from multisa.training.pipeline import train
 
 
 @pytest.fixture(scope="session")
 def tiny_run(voc_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run of tiny.toml on the synthetic photographs."""
+    """Folder of a run of tiny.toml on the synthetic images."""
     root = tmp_path_factory.mktemp("tiny") / "run"
-    run_pipeline(load_config(str(Path(__file__).with_name("tiny.toml"))), read_dataset(voc_folder), root)
+    train(load_config(str(Path(__file__).with_name("tiny.toml"))), read_dataset(voc_folder), root)
     return root

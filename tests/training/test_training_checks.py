@@ -1,4 +1,4 @@
-"""Mistakes that are said before the first stage, and not hours into the run."""
+"""Mistakes that are reported before the first stage, and not hours into the run."""
 
 import shutil
 from pathlib import Path
@@ -11,11 +11,11 @@ from PIL import Image
 from multisa.runtime.errors import CheckpointError, DatasetError, UsageError
 from multisa.training import pipeline
 from multisa.training.backbones import in_order
-from multisa.training.checkpoint import load_checkpoint, save_checkpoint
 from multisa.training.checks import check_networks, check_run
 from multisa.training.config import load_config, preset_names
 from multisa.training.data import read_dataset
-from multisa.training.pipeline import run_pipeline
+from multisa.training.loop import load_checkpoint, save_checkpoint
+from multisa.training.pipeline import train
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -42,7 +42,7 @@ def test_configurations_that_cannot_go_to_the_end(
     voc_folder: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        run_pipeline(load_config(str(TINY), overrides), read_dataset(voc_folder), tmp_path / "run")
+        train(load_config(str(TINY), overrides), read_dataset(voc_folder), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -75,7 +75,7 @@ def test_lists_that_contradict_each_other(voc_folder: Path, tmp_path: Path) -> N
     root = tmp_path / "voc"
     shutil.copytree(voc_folder, root)
     write_list(root, "val", 7, 8)
-    with pytest.raises(DatasetError, match=r"val\.txt: 1 names are trained on, too, among them photo_07"):
+    with pytest.raises(DatasetError, match=r"val\.txt: 1 names are also trained on, for example photo_07"):
         read_dataset(root)
     write_list(root, "val", 10, 11)
     write_list(root, "train", 0, 9)
@@ -83,7 +83,7 @@ def test_lists_that_contradict_each_other(voc_folder: Path, tmp_path: Path) -> N
         read_dataset(root)
 
 
-def test_photographs_without_a_mask_are_told(
+def test_images_without_a_mask_are_reported(
     voc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "voc"
@@ -91,10 +91,10 @@ def test_photographs_without_a_mask_are_told(
     for number in (1, 2, 8):
         (root / "SegmentationClass" / f"photo_{number:02d}.png").unlink()
     dataset = read_dataset(root)
-    assert (len(dataset.weak), len(dataset.train), len(dataset.val)) == (8, 4, 3)
+    assert (len(dataset.train_images), len(dataset.train), len(dataset.val)) == (8, 4, 3)
     errors = capsys.readouterr().err
-    assert "train: 2 of 6 photographs have no mask" in errors
-    assert "val: 1 of 4 photographs have no mask" in errors
+    assert "train: 2 of 6 images have no mask" in errors
+    assert "val: 1 of 4 images have no mask" in errors
 
 
 def test_the_pipeline_checks_first(voc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_the_pipeline_checks_first(voc_folder: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(pipeline, "check_run", refuse)
     with pytest.raises(UsageError, match="checked"):
-        run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), tmp_path / "run")
+        train(load_config(str(TINY)), read_dataset(voc_folder), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

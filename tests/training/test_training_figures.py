@@ -1,4 +1,4 @@
-"""The paper's figures from a small run: levels, heat maps, sheets, columns with and without truth."""
+"""The paper's figures from a small run: levels, heat maps, sheets, columns with and without ground truth."""
 
 import io
 import json
@@ -16,12 +16,11 @@ from multisa.runtime.imaging.decode import read_mask
 from multisa.runtime.imaging.png import voc_palette
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
-from multisa.training.data import DataSet, read_dataset
-from multisa.training.multi_sa import MultiSACAM
+from multisa.training.data import Dataset, read_dataset
+from multisa.training.multi_sa import MultiSACAM, SingleLevel, shares_at_peak
 from multisa.training.pipeline import load_run
 from multisa.training.reproduce.command import reproduce_paper
-from multisa.training.reproduce.figures import FIGURES, choose_photographs
-from multisa.training.reproduce.levels import OneLevel, shares_at_peak
+from multisa.training.reproduce.figures import FIGURES, choose_images
 from multisa.training.reproduce.pictures import (
     PANEL,
     Legend,
@@ -41,9 +40,9 @@ def run_folder(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("figures") / "run"))
 
 
-def without_masks(dataset: DataSet) -> DataSet:
-    weak = tuple(replace(item, mask=None) for item in dataset.weak)
-    return replace(dataset, weak=weak, train=(), val=())
+def without_masks(dataset: Dataset) -> Dataset:
+    images = tuple(replace(item, mask=None) for item in dataset.train_images)
+    return replace(dataset, train_images=images, train=(), val=())
 
 
 def network(taps: tuple[int, ...]) -> MultiSACAM:
@@ -58,7 +57,7 @@ def network(taps: tuple[int, ...]) -> MultiSACAM:
 @pytest.mark.parametrize("taps", [(4,), (1, 4), (2, 3, 4)])
 def test_levels_add_up_to_the_whole_network(taps: tuple[int, ...]) -> None:
     whole = network(taps)
-    parts = [OneLevel(whole, index) for index in range(len(taps))]
+    parts = [SingleLevel(whole, index) for index in range(len(taps))]
     image = torch.randn(2, 3, 65, 70, dtype=torch.float64)
     with torch.inference_mode():
         terms = [part(image) for part in parts]
@@ -69,7 +68,7 @@ def test_levels_add_up_to_the_whole_network(taps: tuple[int, ...]) -> None:
 
 def test_shares_are_those_at_the_highest_point() -> None:
     whole = network((2, 3, 4))
-    parts = [OneLevel(whole, index) for index in range(3)]
+    parts = [SingleLevel(whole, index) for index in range(3)]
     image = torch.randint(0, 256, (1, 65, 70, 3), dtype=torch.uint8)
     with torch.inference_mode():
         shares = shares_at_peak(parts, image, (1, 3))
@@ -81,14 +80,14 @@ def test_shares_are_those_at_the_highest_point() -> None:
     torch.testing.assert_close(shares[1, 0], first)
 
 
-def test_heat_goes_from_blue_to_red_over_the_photograph() -> None:
+def test_heat_goes_from_blue_to_red_over_the_image() -> None:
     rgb = np.full((8, 12, 3), 100, np.uint8)
     scores = np.zeros((8, 12), np.float32)
     scores[:, 4:8], scores[:, 8:] = 0.5, 1.0
     heat = heat_map(rgb, scores)
     cold, warm, hot = heat[0, 0].tolist(), heat[0, 6].tolist(), heat[0, 11].tolist()
     assert cold == [50, 50, 114] and warm == [114, 178, 114] and hot == [114, 50, 50]
-    # The photograph can still be seen, and maps of another size are brought to its own.
+    # The image stays visible, and maps of another size are resized to its size.
     assert not np.array_equal(heat_map(rgb // 2, scores), heat)
     assert heat_map(rgb, scores[::2, ::2]).shape == rgb.shape
 
@@ -120,16 +119,16 @@ def test_masks_are_in_the_palettes_colours() -> None:
 
 def test_figure4_has_a_map_for_each_level_and_class(voc_folder: Path, run_folder: Path) -> None:
     config, dataset = load_config(str(TINY)), read_dataset(voc_folder)
-    items = dataset.weak[1:3]  # one class and two
-    drawn = FIGURES["figure4"](config, dataset, run_folder, items)
-    assert [strip.name for strip in drawn.strips] == [
+    items = dataset.train_images[1:3]  # one class and two
+    figure = FIGURES["figure4"](config, dataset, run_folder, items)
+    assert [strip.name for strip in figure.strips] == [
         "photo_01: disc",
         "photo_02: square",
         "photo_02: disc",
     ]
-    assert drawn.captions[1:4] == ("SA1 (stride 8)", "SA2 (stride 16)", "SA3 (stride 16)")
-    for strip in drawn.strips:
-        assert len(strip.panels) == len(drawn.captions) == 6
+    assert figure.captions[1:4] == ("SA1 (stride 8)", "SA2 (stride 16)", "SA3 (stride 16)")
+    for strip in figure.strips:
+        assert len(strip.panels) == len(figure.captions) == 6
         assert {panel.shape for panel in strip.panels} == {strip.panels[0].shape}
         maps = strip.panels[1:]
         for one in range(len(maps)):
@@ -140,24 +139,24 @@ def test_figure4_has_a_map_for_each_level_and_class(voc_folder: Path, run_folder
 
 def test_figure5_shows_the_masks_of_the_run(voc_folder: Path, run_folder: Path) -> None:
     config, dataset, run = load_config(str(TINY)), read_dataset(voc_folder), load_run(run_folder)
-    drawn = FIGURES["figure5"](config, dataset, run_folder, dataset.train[:3])
-    assert drawn.captions[3:] == ("mask without dCRF", "mask with dCRF", "ground truth")
+    figure = FIGURES["figure5"](config, dataset, run_folder, dataset.train[:3])
+    assert figure.captions[3:] == ("mask without dCRF", "mask with dCRF", "ground truth")
     unlike = 0
-    for item, strip in zip(dataset.train, drawn.strips, strict=False):
+    for item, strip in zip(dataset.train, figure.strips, strict=False):
         assert item.mask is not None
         made = read_mask(run.folder(run_folder, "pseudo-masks") / f"{item.id}.png")
         assert np.array_equal(strip.panels[4], fitted(dataset.mask_palette[made]))
         assert np.array_equal(strip.panels[5], fitted(dataset.mask_palette[read_mask(item.mask)]))
         unlike += int((strip.panels[3] != strip.panels[4]).any())
     assert unlike, "the dense CRF changed nothing anywhere"
-    assert drawn.shown >= {1, 2}
+    assert figure.shown >= {1, 2}
 
 
 def test_figure6_shows_what_the_run_measured(voc_folder: Path, run_folder: Path) -> None:
     config, dataset, run = load_config(str(TINY)), read_dataset(voc_folder), load_run(run_folder)
-    drawn = FIGURES["figure6"](config, dataset, run_folder, dataset.val)
-    assert drawn.captions == ("photograph", "DeepLabV3+", "ground truth")
-    for item, strip in zip(dataset.val, drawn.strips, strict=True):
+    figure = FIGURES["figure6"](config, dataset, run_folder, dataset.val)
+    assert figure.captions == ("image", "DeepLabV3+", "ground truth")
+    for item, strip in zip(dataset.val, figure.strips, strict=True):
         made = read_mask(run.folder(run_folder, "val") / f"{item.id}.png")
         assert np.array_equal(strip.panels[1], fitted(dataset.mask_palette[made]))
 
@@ -169,7 +168,7 @@ def test_figures_are_written_with_what_they_are_of(
     before = {path.parent.name for path in run_folder.glob("*/stage.json")}
     chosen = tmp_path / "ids.txt"
     chosen.write_text("photo_11\nphoto_08\nphoto_11\n")
-    text = reproduce_paper("figure6", config, dataset, run_folder, chosen=chosen)
+    text = reproduce_paper("figure6", config, dataset, run_folder, image_list=chosen)
     assert {path.parent.name for path in run_folder.glob("*/stage.json")} == before
     assert str(run_folder / "reproduce" / "figure6.png") in text
     with Image.open(run_folder / "reproduce" / "figure6.png") as picture:
@@ -179,30 +178,30 @@ def test_figures_are_written_with_what_they_are_of(
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_without_masks_there_is_no_truth(voc_folder: Path, run_folder: Path, name: str) -> None:
+def test_without_masks_there_is_no_ground_truth(voc_folder: Path, run_folder: Path, name: str) -> None:
     dataset = without_masks(read_dataset(voc_folder))
     config = load_config(str(TINY), ["segmenter.schedule.epochs=1"])
-    drawn = FIGURES[name](config, dataset, run_folder, choose_photographs(name, dataset, 2, None))
-    assert "ground truth" not in drawn.captions
-    assert all(len(strip.panels) == len(drawn.captions) for strip in drawn.strips)
+    figure = FIGURES[name](config, dataset, run_folder, choose_images(name, dataset, 2, None))
+    assert "ground truth" not in figure.captions
+    assert all(len(strip.panels) == len(figure.captions) for strip in figure.strips)
 
 
-def test_photographs_are_chosen_along_the_list(voc_folder: Path, tmp_path: Path) -> None:
+def test_images_are_spread_over_the_list(voc_folder: Path, tmp_path: Path) -> None:
     dataset = read_dataset(voc_folder)
-    assert [i.id for i in choose_photographs("figure5", dataset, 3, None)] == [
+    assert [i.id for i in choose_images("figure5", dataset, 3, None)] == [
         "photo_00",
         "photo_02",
         "photo_04",
     ]
-    assert len(choose_photographs("figure6", dataset, 32, None)) == 4
+    assert len(choose_images("figure6", dataset, 32, None)) == 4
     classless = replace(dataset, train=tuple(replace(item, classes=()) for item in dataset.train))
-    with pytest.raises(UsageError, match="expected one with"):
+    with pytest.raises(UsageError, match="expected at least one"):
         reproduce_paper("figure4", load_config(str(TINY)), classless, tmp_path / "run")
     ids = tmp_path / "ids.txt"
     for text, message in (
-        ("photo_08", "'photo_08' is none of the 6 photographs of the train list"),
-        ("", "got 0 photographs, expected 1..32"),
+        ("photo_08", "'photo_08' is not one of the 6 train images"),
+        ("", "got 0 images, expected 1..32"),
     ):
         ids.write_text(text)
         with pytest.raises(UsageError, match=message):
-            choose_photographs("figure4", dataset, 4, ids)
+            choose_images("figure4", dataset, 4, ids)

@@ -10,7 +10,7 @@ from multisa.training import affinity_net
 from multisa.training.affinity_net import AffinityNet, pair_targets
 from multisa.training.backbones import Backbone, import_timm
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM, SelfAttention
-from multisa.training.segmenter import DeepLabV3Plus, SegmentPhotographs
+from multisa.training.segmenter import DeepLabV3Plus, SegmentImages
 
 BACKBONES = ("test_efficientnet", "test_resnet", "tf_efficientnet_lite0")
 ODD_SIZES = ((64, 64), (65, 97), (79, 64))
@@ -111,7 +111,7 @@ def test_multi_sa_with_any_taps(taps: tuple[int, ...]) -> None:
     )
 
 
-def test_calibrated_levels_weigh_alike() -> None:
+def test_level_gains_make_levels_weigh_alike() -> None:
     backbone = tiny_backbone()
     with torch.no_grad():
         for module in backbone.network.modules():
@@ -119,7 +119,7 @@ def test_calibrated_levels_weigh_alike() -> None:
                 module.weight.mul_(3.0)
     network = MultiSACAM(backbone, taps=(2, 3, 4), n_classes=3).eval()
     image = torch.randn(2, 3, 64, 64)
-    network.calibrate(image)
+    network.fit_level_gain(image)
     for level, gain in zip(backbone(image), network.level_gain, strict=True):
         assert (level * gain).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
     assert "level_gain" in network.state_dict()  # a checkpoint carries it
@@ -197,7 +197,7 @@ def test_segmenter_labels_and_confidence() -> None:
     network = DeepLabV3Plus(tiny_backbone(), n_classes=4, channels=8, atrous_rates=(2, 4), dropout=0.1).eval()
     image = torch.randint(0, 256, (2, 65, 70, 3), dtype=torch.uint8)
     with torch.inference_mode():
-        labels, confidence = SegmentPhotographs(network)(image)
+        labels, confidence = SegmentImages(network)(image)
         logits = network(network.backbone.normalise(image))
     assert labels.shape == confidence.shape == (2, 65, 70)
     assert labels.dtype == confidence.dtype == torch.uint8

@@ -1,5 +1,6 @@
 """Losses against their formulas; the optimiser's momentum, groups and schedule; frozen statistics."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,14 @@ import torch
 from torch import nn
 
 from multisa.training import loop
+from multisa.training.affinity_net import affinity_loss
+from multisa.training.augment import AugmentedImages
 from multisa.training.backbones import Backbone
-from multisa.training.config import Schedule
+from multisa.training.config import Schedule, TrainConfig
+from multisa.training.data import read_dataset
 from multisa.training.loop import LoopOptions, train_network
-from multisa.training.losses import affinity_loss, multilabel_soft_margin, segmentation_loss
+from multisa.training.multi_sa import multilabel_soft_margin
+from multisa.training.segmenter import segmentation_loss
 
 
 def test_soft_margin_is_equation_10() -> None:
@@ -70,6 +75,23 @@ def test_momentum_groups_and_poly_rate(tmp_path: Path, monkeypatch: pytest.Monke
     assert [group["momentum"] for group in made[0].param_groups] == [0.9, 0.9]
     expected = [(1 - step / 4) ** 0.9 for step in range(4)]
     np.testing.assert_allclose(rates, [[0.1 * rate, 0.5 * rate] for rate in expected])
+
+
+def test_worker_processes_give_the_same_batches_and_are_not_forked(voc_folder: Path, tmp_path: Path) -> None:
+    context = loop._worker_context()
+    assert context.get_start_method() in ("forkserver", "spawn")
+    schedule = Schedule(batch_size=3, crop=64, resize=(64, 96))
+    samples = AugmentedImages(read_dataset(voc_folder).train_images, schedule, TrainConfig(), n_classes=3)
+    assert pickle.loads(pickle.dumps(samples)).items == samples.items
+    batches = {
+        workers: list(
+            loop._batches(samples, schedule, LoopOptions(tmp_path / "c", 3, workers, "batches"), epoch=1)
+        )
+        for workers in (0, 2)
+    }
+    assert len(batches[0]) == len(batches[2]) == 2
+    for alone, loaded in zip(batches[0], batches[2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(alone, loaded, strict=True))
 
 
 def test_frozen_statistics_stay_while_the_affine_part_learns(tmp_path: Path) -> None:

@@ -11,16 +11,16 @@ from click.testing import CliRunner
 from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.training import stages
-from multisa.training.commands import WHAT
+from multisa.training.commands import PAPER_ITEMS
 from multisa.training.config import load_config
 from multisa.training.data import VOC_CLASSES, read_dataset
-from multisa.training.labelling import CLASS_GAINS, DENSE_CRF, MULTI_SA_CAM, PLAIN_CAM, RANDOM_WALK
 from multisa.training.pipeline import Row, load_run
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES
 from multisa.training.reproduce.report import protocol
 from multisa.training.reproduce.tables import TABLES, attention_counts, per_class_rows, reproduce_table
+from multisa.training.stages import CLASS_GAINS, DENSE_CRF, MULTI_SA_CAM, PLAIN_CAM, RANDOM_WALK
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -62,7 +62,7 @@ def test_only_classes_of_both_are_compared() -> None:
     assert [row.paper for row in classes] == [89.6, 41.0, None, 87.1]
     assert [row.difference for row in classes] == [0.4, 19.0, None, None]
     assert (means.ours, means.paper) == (75.0, 65.3)
-    assert means.rivals[0] == round((90.0 + 52.9) / 2, 2)
+    assert means.other_methods[0] == round((90.0 + 52.9) / 2, 2)
     assert (own.ours, own.paper, own.difference) == (40.0, 69.7, None)
 
 
@@ -73,17 +73,19 @@ def test_with_the_papers_classes_its_own_mean_stands_beside_ours() -> None:
     assert (rows[-1].paper, rows[-1].difference) == (69.7, 0.8)
 
 
-def test_what_is_unlike_the_paper_is_said(voc_folder: Path) -> None:
+def test_differences_from_the_paper_are_noted(voc_folder: Path) -> None:
     dataset, config = read_dataset(voc_folder), load_config("paper-resnest101")
     others = replace(dataset, class_names=VOC_CLASSES)
-    assert "its classes and photographs are others" in protocol(config, dataset, "val", "ResNeSt-101")[-1]
-    assert "its photographs are others" in protocol(config, others, "val", "ResNeSt-101")[-1]
-    assert "its backbone and photographs are" in protocol(config, others, "train", "ResNet-50")[-1]
-    alike = replace(others, weak=dataset.weak[:1] * paper.TRAINED_ON, val=dataset.val[:1] * paper.VAL)
+    assert "its classes and images are different" in protocol(config, dataset, "val", "ResNeSt-101")[-1]
+    assert "its images are different" in protocol(config, others, "val", "ResNeSt-101")[-1]
+    assert "its backbone and images are" in protocol(config, others, "train", "ResNet-50")[-1]
+    alike = replace(
+        others, train_images=dataset.train_images[:1] * paper.TRAINED_ON, val=dataset.val[:1] * paper.VAL
+    )
     assert not any("comparison" in note for note in protocol(config, alike, "val", "ResNeSt-101"))
 
 
-def test_table1_trains_what_is_missing_and_goes_on_where_it_was(
+def test_table1_trains_what_is_missing_and_resumes(
     voc_folder: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, dataset = load_config(str(TINY)), read_dataset(voc_folder)
@@ -99,7 +101,7 @@ def test_table1_trains_what_is_missing_and_goes_on_where_it_was(
     monkeypatch.setattr(stages, "train_cam", train_or_stop)
     with pytest.raises(KeyboardInterrupt):
         reproduce_table("table1", config, dataset, run_folder)
-    assert trained_taps == [(4,)]  # the CAM without attention is there from the run
+    assert trained_taps == [(4,)]  # the run has trained the CAM without attention
     trained_taps.append(())
     table = reproduce_table("table1", config, dataset, run_folder)
     assert trained_taps == [(4,), (), (3, 4)]
@@ -168,11 +170,11 @@ def test_table2_keeps_the_papers_protocol_beside_other_masks(
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_without_truth_are_refused_before_any_training(
+def test_tables_without_masks_are_refused_before_any_training(
     voc_folder: Path, tmp_path: Path, name: str
 ) -> None:
     dataset = replace(read_dataset(voc_folder), train=(), val=())
-    with pytest.raises(DatasetError, match=f"has a mask, which {name} needs; expected a VOC layout"):
+    with pytest.raises(DatasetError, match=f"has a mask, but {name} needs masks; expected a VOC layout"):
         reproduce_table(name, load_config(str(TINY)), dataset, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -210,9 +212,9 @@ def test_the_command_prints_ours_beside_the_papers(voc_folder: Path, run_folder:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table1", "--photographs", "3"], "expected a figure"),
-        (["figure6", "--photographs", "3", "--list", "ids.txt"], "got both"),
-        (["figure6", "--photographs", "0"], "got 0 photographs, expected 1..32"),
+        (["table1", "--num-images", "3"], "expected a figure"),
+        (["figure6", "--num-images", "3", "--list", "ids.txt"], "got both"),
+        (["figure6", "--num-images", "0"], "got 0 images, expected 1..32"),
         (["figure5", "--list", "nowhere.txt"], "nowhere.txt: not found"),
         (["figure7"], "'figure7' is not one of 'table1', 'table2'"),
     ],
@@ -225,4 +227,4 @@ def test_command_errors(voc_folder: Path, tmp_path: Path, arguments: list[str], 
 
 
 def test_the_command_knows_every_table_and_figure() -> None:
-    assert (*TABLES, *FIGURES) == WHAT
+    assert (*TABLES, *FIGURES) == PAPER_ITEMS

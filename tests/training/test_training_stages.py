@@ -14,15 +14,15 @@ from torch import nn
 from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, MultisaError, UsageError
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
-from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.training.affinity import affinity_labels
-from multisa.training.augment import AugmentedPhotographs, random_crop
-from multisa.training.calibration import MapsWithTruth, choose_class_gains
+from multisa.training.augment import AugmentedImages, random_crop
 from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, load_config, preset_names
 from multisa.training.data import read_dataset
 from multisa.training.evaluation import ThresholdSweep
 from multisa.training.loop import LoopOptions, train_network
-from multisa.training.pipeline import format_table, load_run, run_pipeline
+from multisa.training.pipeline import load_run, train
+from multisa.training.thresholds import ScoredMaps, choose_class_gains
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -78,10 +78,31 @@ def test_unknown_preset_is_an_error() -> None:
         load_config("resnet9000")
 
 
+LATIN_1 = "caf\xe9\n".encode("latin-1")
+
+
+def test_a_preset_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b'name = "' + LATIN_1.strip() + b'"\n')
+    with pytest.raises(UsageError, match=r"mine\.toml: is not UTF-8 text .*; save it as UTF-8"):
+        load_config(str(path))
+    path.write_text('\ufeffname = "café"\n', encoding="utf-8")  # some editors write a byte order mark
+    assert load_config(str(path)).name == "café"
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "ImageSets/Segmentation/train_aug.txt"])
+def test_a_data_set_that_is_not_utf_8_is_an_error(voc_folder: Path, tmp_path: Path, name: str) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(voc_folder, root)
+    (root / name).write_bytes((root / name).read_bytes() + b"\n" + LATIN_1)
+    with pytest.raises(DatasetError, match=rf"{name}: is not UTF-8 text .*; save it as UTF-8"):
+        read_dataset(root)
+
+
 def test_voc_layout(voc_folder: Path) -> None:
     dataset = read_dataset(voc_folder)
-    assert (len(dataset.weak), len(dataset.train), len(dataset.val)) == (8, 6, 4)
-    assert dataset.weak[2].classes == (1, 2)
+    assert (len(dataset.train_images), len(dataset.train), len(dataset.val)) == (8, 6, 4)
+    assert dataset.train_images[2].classes == (1, 2)
     assert dataset.class_names == ("background", "square", "disc")
 
 
@@ -95,7 +116,7 @@ def test_labels_from_voc_annotations(voc_folder: Path, tmp_path: Path) -> None:
         objects = "".join(f"<object><name>{c}</name></object>" for c in [*classes, *classes, "sofa"])
         (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
     read, expected = read_dataset(root), read_dataset(voc_folder)
-    assert [item.classes for item in read.weak] == [item.classes for item in expected.weak]
+    assert [item.classes for item in read.train_images] == [item.classes for item in expected.train_images]
 
 
 def test_plain_folder_with_a_table(voc_folder: Path, tmp_path: Path) -> None:
@@ -104,7 +125,7 @@ def test_plain_folder_with_a_table(voc_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("background\nsquare\ndisc\n")
     (tmp_path / "labels.csv").write_text("image,labels\nphoto_00.jpg,square\nphoto_01.jpg,disc square\n")
     dataset = read_dataset(tmp_path)
-    assert [item.classes for item in dataset.weak] == [(1,), (1, 2)]
+    assert [item.classes for item in dataset.train_images] == [(1,), (1, 2)]
     assert dataset.train == dataset.val == ()
 
 
@@ -125,15 +146,31 @@ def test_data_set_errors(voc_folder: Path, tmp_path: Path) -> None:
 
 def test_samples_depend_only_on_seed_epoch_and_index(voc_folder: Path) -> None:
     dataset = read_dataset(voc_folder)
-    photographs = AugmentedPhotographs(
-        dataset.weak, Schedule(crop=64, resize=(48, 128)), TrainConfig(), n_classes=3
+    samples = AugmentedImages(
+        dataset.train_images, Schedule(crop=64, resize=(48, 128)), TrainConfig(), n_classes=3
     )
-    image, target = photographs[2]
+    image, target = samples[2]
     assert image.shape == (64, 64, 3) and image.dtype == torch.uint8
     assert target.tolist() == [1.0, 1.0]
-    assert torch.equal(photographs[2][0], image)
-    photographs.set_epoch(1)
-    assert not torch.equal(photographs[2][0], image)
+    assert torch.equal(samples[2][0], image)
+    samples.set_epoch(1)
+    assert not torch.equal(samples[2][0], image)
+
+
+def test_masks_are_resized_to_the_grid_by_the_dataset(voc_folder: Path) -> None:
+    dataset, folder = read_dataset(voc_folder), voc_folder / "SegmentationClass"
+    schedule = Schedule(crop=66, resize=(48, 128))
+    full, small = (
+        AugmentedImages(
+            dataset.train_images, schedule, TrainConfig(), n_classes=3, masks=folder, mask_stride=stride
+        )
+        for stride in (1, 4)
+    )
+    for index in range(len(full)):
+        image, mask = full[index]
+        same_image, resized = small[index]
+        assert torch.equal(image, same_image) and mask.shape == (66, 66)
+        assert np.array_equal(resized.numpy(), resize_mask(mask.numpy(), (17, 17)))
 
 
 def test_crop_keeps_image_and_mask_together() -> None:
@@ -246,9 +283,9 @@ def test_pipeline_measures_every_stage(run_folder: Path, voc_folder: Path) -> No
     run = load_run(run_folder)
     assert [row.measured_on for row in run.rows] == ["train"] * 4 + ["val"]
     assert len(run.betas) == 3 and len(run.score_thresholds) == 2
-    assert "DeepLabV3+" in format_table(run)
+    assert "DeepLabV3+" in run.format_table()
     masks = run.folder(run_folder, "pseudo-masks")
-    item = read_dataset(voc_folder).weak[0]
+    item = read_dataset(voc_folder).train_images[0]
     mask = read_mask(masks / f"{item.id}.png")
     assert mask.shape == (96, 96)
     assert set(np.unique(mask)) <= {0, *item.classes}
@@ -262,7 +299,7 @@ def test_background_score_is_chosen_by_the_masks_it_makes(run_folder: Path, voc_
     assert len(list(run.folder(run_folder, "calibration").glob("*.npy"))) == len(dataset.train)
     assert run.label.background == stage["results"]["background"]
     assert curve[run.label.background] == max(curve.values())
-    # With all train photographs asked, the winner's score is that of the pseudo-masks themselves.
+    # With all train images in the sample, the winner's score is that of the pseudo-masks themselves.
     assert run.rows[-2].miou == curve[run.label.background]
 
 
@@ -271,7 +308,7 @@ def test_a_gain_for_each_class_is_measured_beside_one_background(
 ) -> None:
     config = load_config(str(TINY), ["background_from=train-masks-per-class"])
     shutil.copytree(run_folder, tmp_path / "run")
-    run = run_pipeline(config, read_dataset(voc_folder), tmp_path / "run")
+    run = train(config, read_dataset(voc_folder), tmp_path / "run")
     assert len(run.label.class_gain) == 2
     names = [row.stage.split(" (")[0] for row in run.rows]
     assert names[-3:] == ["+ dense CRF", "+ gains of classes", "DeepLabV3+ on pseudo-masks"]
@@ -284,18 +321,18 @@ def test_a_class_that_spreads_gets_a_gain_below_one() -> None:
     truth[:5] = 1
     compact, spread = np.zeros((1, 10, 10), np.float32), np.full((1, 10, 10), 0.35, np.float32)
     compact[0, :5], spread[0, :5] = 0.26, 0.9
-    photographs = [MapsWithTruth(compact, (1,), truth), MapsWithTruth(spread, (2,), truth * 2)]
-    gains = choose_class_gains(photographs, 0.3, 3)
+    images = [ScoredMaps(compact, (1,), truth), ScoredMaps(spread, (2,), truth * 2)]
+    gains = choose_class_gains(images, 0.3, 3)
     assert gains[0] > 1.15 and gains[1] < 0.86
-    assert choose_class_gains(photographs, 0.3, 4)[2] == 1  # a class that no photograph has
+    assert choose_class_gains(images, 0.3, 4)[2] == 1  # a class that no image has
 
 
 def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, voc_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
     first = load_run(run_folder)
-    again = run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), run_folder)
+    again = train(load_config(str(TINY)), read_dataset(voc_folder), run_folder)
     assert again == first
-    changed = run_pipeline(
+    changed = train(
         load_config(str(TINY), ["segmenter.decoder_channels=8"]), read_dataset(voc_folder), run_folder
     )
     after = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
@@ -307,7 +344,7 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
     assert changed.folder(run_folder, "walk") == first.folder(run_folder, "walk")
 
 
-def test_a_lost_output_is_made_again(run_folder: Path, voc_folder: Path) -> None:
+def test_a_missing_or_changed_output_is_made_again(run_folder: Path, voc_folder: Path) -> None:
     run = load_run(run_folder)
     altered = run.folder(run_folder, "pseudo-masks") / "photo_01.png"
     gone = [run.folder(run_folder, "cam-maps") / f"photo_0{n}" for n in ("1.npy", "2.scores.npy")]
@@ -315,7 +352,7 @@ def test_a_lost_output_is_made_again(run_folder: Path, voc_folder: Path) -> None
     altered.write_bytes(b"half a fil")
     for path in gone:
         path.unlink()
-    assert run_pipeline(load_config(str(TINY)), read_dataset(voc_folder), run_folder).rows == run.rows
+    assert train(load_config(str(TINY)), read_dataset(voc_folder), run_folder).rows == run.rows
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -324,45 +361,45 @@ def test_columns_of_the_table_stand_below_each_other(run_folder: Path) -> None:
     long = replace(
         run, rows=(replace(run.rows[0], stage="a stage with a name of over forty characters"), *run.rows)
     )
-    header, *rows = format_table(long).splitlines()
+    header, *rows = long.format_table().splitlines()
     assert {row.index(mark) for row in rows for mark in (" train ", " val ") if mark in row} == {
         header.index(" list ")
     }
 
 
-def test_other_photographs_or_labels_train_anew_other_masks_do_not(voc_folder: Path, tmp_path: Path) -> None:
+def test_other_images_or_labels_train_again_other_masks_do_not(voc_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "voc"
     shutil.copytree(voc_folder, root)
     dataset = read_dataset(root)
     mask = root / "SegmentationClass" / "photo_00.png"
     shutil.copy(root / "SegmentationClass" / "photo_01.png", mask)
-    assert read_dataset(root).weak_digest() == dataset.weak_digest()
+    assert read_dataset(root).train_images_digest() == dataset.train_images_digest()
     assert read_dataset(root).masks_digest(dataset.train) != dataset.masks_digest(
         read_dataset(voc_folder).train
     )
     labels = json.loads((root / "labels.json").read_text())
     (root / "labels.json").write_text(json.dumps({**labels, "photo_00": ["disc"]}))
-    assert read_dataset(root).weak_digest() != dataset.weak_digest()
+    assert read_dataset(root).train_images_digest() != dataset.train_images_digest()
 
 
 def test_a_plain_folder_goes_all_the_way(voc_folder: Path, tmp_path: Path) -> None:
-    photographs = tmp_path / "photographs"
-    photographs.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     rows = ["image,labels"]
     labels = json.loads((voc_folder / "labels.json").read_text())
     for name in sorted(labels)[:4]:
-        shutil.copy(voc_folder / "JPEGImages" / f"{name}.jpg", photographs / f"{name}.jpg")
+        shutil.copy(voc_folder / "JPEGImages" / f"{name}.jpg", images / f"{name}.jpg")
         rows.append(f"{name}.jpg,{' '.join(labels[name])}")
-    (photographs / "labels.csv").write_text("\n".join(rows))
-    (photographs / "classes.txt").write_text("background\nsquare\ndisc\n")
+    (images / "labels.csv").write_text("\n".join(rows))
+    (images / "classes.txt").write_text("background\nsquare\ndisc\n")
     settings = ["cam.schedule.epochs=1", "segmenter.schedule.epochs=1", "affinity.head=features"]
-    arguments = ["train", "--data", str(photographs), "--preset", str(TINY), "-o", str(tmp_path / "run")]
+    arguments = ["train", "--data", str(images), "--preset", str(TINY), "-o", str(tmp_path / "run")]
     for setting in settings:
         arguments += ["--set", setting]
     result = CliRunner().invoke(root_command, arguments)
     assert result.exit_code == 0, result.output
     assert "nothing was measured" in result.stdout
-    assert "background_from=train-masks: no mask of the train list" in result.stderr
+    assert "background_from=train-masks: the train list has no masks" in result.stderr
     assert load_run(tmp_path / "run").rows == ()
 
 

@@ -1,4 +1,4 @@
-"""One table or figure of the paper by its name: what `multisa reproduce` runs."""
+"""One table or figure of the paper by name: what `multisa reproduce` runs."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.progress import log
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
-from multisa.training.data import DataSet
+from multisa.training.data import Dataset
 from multisa.training.pipeline import RUN_RECORD, load_run
-from multisa.training.reproduce.figures import FIGURES, PHOTOGRAPHS, reproduce_figure
+from multisa.training.reproduce.figures import FIGURES, NUM_IMAGES, reproduce_figure
 from multisa.training.reproduce.report import FOLDER, format_text
 from multisa.training.reproduce.tables import TABLES, reproduce_table
 
@@ -16,42 +16,45 @@ from multisa.training.reproduce.tables import TABLES, reproduce_table
 def reproduce_paper(
     what: str,
     config: TrainConfig,
-    dataset: DataSet,
-    root: Path,
-    photographs: int | None = None,
-    chosen: Path | None = None,
+    dataset: Dataset,
+    output: Path,
+    *,
+    num_images: int | None = None,
+    image_list: Path | None = None,
 ) -> str:
-    """Make `what` below `root` and return what is to be printed.
+    """Make a table or figure of the paper below `output`/reproduce and return the text to print.
 
-    photographs, chosen: of a figure, as `reproduce_figure` takes them; at most one of the two. Raises
-    UsageError where they are given for a table, or both, and as `reproduce_table` and `reproduce_figure`.
+    what: "table1" to "table3" or "figure4" to "figure6". num_images (default 4), or image_list, a file of
+    ids, one per line: the images of a figure. Finished stages in `output` are reused and missing ones are
+    run. Raises UsageError for both, for either of them with a table, and for a name that does not exist;
+    otherwise as `reproduce_table`, `reproduce_figure` and `multisa.training.train`.
     """
-    if what in TABLES and (photographs is not None or chosen is not None):
+    if what not in TABLES and what not in FIGURES:
+        raise UsageError(f"got {what!r}, expected one of {', '.join((*TABLES, *FIGURES))}")
+    if what in TABLES and (num_images is not None or image_list is not None):
         raise UsageError(
-            f"--photographs and --list: got one with {what}, expected a figure: a table has none"
+            f"--num-images and --list: got one with {what}, expected a figure: tables show no images"
         )
-    if photographs is not None and chosen is not None:
-        raise UsageError("--photographs and --list: got both, expected one of them")
-    _say_what_differs(config, root)
+    if num_images is not None and image_list is not None:
+        raise UsageError("--num-images and --list: got both, expected one of them")
+    _log_differences(config, output)
     if what in TABLES:
-        text = format_text(reproduce_table(what, config, dataset, root))
-        return f"{text}\n\nwritten: {root / FOLDER / what}.json and .md"
-    assert what in FIGURES
-    count = PHOTOGRAPHS if photographs is None else photographs
-    path, text = reproduce_figure(what, config, dataset, root, count=count, chosen=chosen)
+        text = format_text(reproduce_table(what, config, dataset, output))
+        return f"{text}\n\nwritten: {output / FOLDER / what}.json and .md"
+    count = NUM_IMAGES if num_images is None else num_images
+    path, text = reproduce_figure(what, config, dataset, output, count=count, chosen=image_list)
     return f"{text}\n\nwritten: {path} and .json"
 
 
-def _say_what_differs(config: TrainConfig, root: Path) -> None:
-    """Tell of settings that are not those of the finished run in `root`: its stages will not be reused."""
-    if not (root / RUN_RECORD).is_file():
+def _log_differences(config: TrainConfig, output: Path) -> None:
+    """Log the settings that differ from those of the finished run in `output`."""
+    if not (output / RUN_RECORD).is_file():
         return
-    kept, asked = (_flat(record_to_dict(c)) for c in (load_run(root).config, config))
-    differing = [f"{key} {asked[key]} (there: {kept[key]})" for key in asked if asked[key] != kept[key]]
+    before, now = (_flat(record_to_dict(c)) for c in (load_run(output).config, config))
+    differing = [f"{key} {now[key]} (there: {before[key]})" for key in now if now[key] != before[key]]
     if differing:
-        log.info(
-            f"{root / RUN_RECORD}: other settings, what depends on them is made anew: {', '.join(differing)}"
-        )
+        changes = ", ".join(differing)
+        log.info(f"{output / RUN_RECORD}: other settings, stages that depend on them run again: {changes}")
 
 
 def _flat(values: dict[str, object], before: str = "") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Figures 4 to 6: the CAM of each level, the stages of a mask, segmentations; as strips of pictures."""
+"""Figures 4 to 6: the CAM of each level, the stages of a mask, and segmentations, as sheets of strips."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,116 +13,116 @@ from multisa.runtime.files import read_user_text, write_bytes_atomically, write_
 from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import pseudo_mask
-from multisa.training.cams import CHECKPOINT, load_cam_network
 from multisa.training.checks import check_run
 from multisa.training.config import TrainConfig
-from multisa.training.data import DataSet, Item
-from multisa.training.device import torch_device
-from multisa.training.inference import as_batch, load_maps, read_working_image
-from multisa.training.labelling import label_photographs
-from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
+from multisa.training.data import Dataset, Item
+from multisa.training.inference import as_batch, load_maps, read_working_image, torch_device
+from multisa.training.loop import CHECKPOINT
+from multisa.training.models import create_model
+from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM, SingleLevel, shares_at_peak
 from multisa.training.reproduce import paper
-from multisa.training.reproduce.levels import OneLevel, shares_at_peak
 from multisa.training.reproduce.pictures import Legend, Strip, coloured, draw_sheet, fitted, heat_map
-from multisa.training.reproduce.report import FOLDER, provenance
-from multisa.training.reproduce.whole import whole_run
-from multisa.training.segmentation import load_segmenter
-from multisa.training.segmenter import SegmentPhotographs
-from multisa.training.stages import BASELINE, CAM, cam_network
-from multisa.training.workspace import Workspace
+from multisa.training.reproduce.report import FOLDER, full_run, provenance
+from multisa.training.segmenter import SegmentImages
+from multisa.training.stage_cache import StageCache
+from multisa.training.stages import BASELINE, CAM, RunStages, make_pseudo_labels
 
 UInt8 = npt.NDArray[np.uint8]
 
-PHOTOGRAPHS = 4  # of a figure, where nothing else is said
-MAX_PHOTOGRAPHS = 32  # a sheet is in memory as a whole
+NUM_IMAGES = 4  # shown in a figure by default
+MAX_IMAGES = 32  # the whole sheet is held in memory
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a figure shows, and the digests of what it was made from."""
+class Figure:
+    """The contents of a figure, and the digests of what it was made from."""
 
     title: str
     captions: tuple[str, ...]
     strips: tuple[Strip, ...]
     notes: tuple[str, ...]
     digests: Mapping[str, str]
-    shown: frozenset[int] = frozenset()  # ids of the classes whose colours are to be named
+    shown: frozenset[int] = frozenset()  # class ids that the legend names
 
 
 def reproduce_figure(
     name: str,
     config: TrainConfig,
-    dataset: DataSet,
+    dataset: Dataset,
     root: Path,
     *,
-    count: int = PHOTOGRAPHS,
+    count: int = NUM_IMAGES,
     chosen: Path | None = None,
 ) -> tuple[Path, str]:
-    """Run what `name` ("figure4" to "figure6") needs and is not made already; draw it for some photographs.
+    """Run the stages that `name` ("figure4" to "figure6") needs, and draw the figure for some images.
 
-    count: photographs at even distances in the list; chosen: a file of their ids instead, one a line. Figures
-    4 and 5 are of the train list, Figure 6 of val; where a list has no masks, of the photographs trained on
-    and without truth. Writes NAME.png and NAME.json below `root`/reproduce; returns the picture's path and
-    what is to be said of it. Raises UsageError for photographs that are not in the list; else as `check_run`.
+    count: number of images, evenly spaced in the list; chosen: a file of their ids instead, one per line.
+    Figures 4 and 5 show images of the train list, figure 6 of val; if the list has no masks, images trained
+    on, without ground truth. Writes NAME.png and NAME.json below `root`/reproduce; returns the path of the
+    PNG and a description to print. Raises UsageError for images that are not in the list, and whatever
+    `check_run` raises.
     """
-    items = choose_photographs(name, dataset, count, chosen)
+    items = choose_images(name, dataset, count, chosen)
     if name == "figure4" and not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     if name == "figure4" and not any(item.classes for item in items):
         raise UsageError(
-            "figure4: got photographs without a class, expected one with: choose others (--list)"
+            "figure4: got no image with a class, expected at least one; choose other images with --list"
         )
     check_run(config, dataset)
-    drawn = FIGURES[name](config, dataset, root, items)
-    legend = [_legend(i, dataset) for i in sorted(drawn.shown)]
+    figure = FIGURES[name](config, dataset, root, items)
+    legend = [_legend(i, dataset) for i in sorted(figure.shown)]
     path = root / FOLDER / f"{name}.png"
-    write_bytes_atomically(path, draw_sheet(drawn.captions, drawn.strips, legend))
+    write_bytes_atomically(path, draw_sheet(figure.captions, figure.strips, legend))
     record = {
         "what": name,
-        "title": drawn.title,
-        "columns": drawn.captions,
-        "rows": [strip.name for strip in drawn.strips],
-        "notes": drawn.notes,
+        "title": figure.title,
+        "columns": figure.captions,
+        "rows": [strip.name for strip in figure.strips],
+        "notes": figure.notes,
     }
-    write_json_atomically(path.with_suffix(".json"), {**record, **provenance(config, dataset, drawn.digests)})
-    return path, "\n".join([drawn.title, f"Columns: {', '.join(drawn.captions)}.", *drawn.notes])
+    write_json_atomically(
+        path.with_suffix(".json"), {**record, **provenance(config, dataset, figure.digests)}
+    )
+    return path, "\n".join([figure.title, f"Columns: {', '.join(figure.captions)}.", *figure.notes])
 
 
-def choose_photographs(name: str, dataset: DataSet, count: int, chosen: Path | None) -> tuple[Item, ...]:
-    """The photographs of a figure, as `reproduce_figure` says."""
-    items = (dataset.val if name == "figure6" else dataset.train) or dataset.weak
+def choose_images(name: str, dataset: Dataset, count: int, chosen: Path | None) -> tuple[Item, ...]:
+    """The images of a figure, as `reproduce_figure` describes."""
+    items = (dataset.val if name == "figure6" else dataset.train) or dataset.train_images
     if chosen is None:
-        if not 1 <= count <= MAX_PHOTOGRAPHS:
-            raise UsageError(f"got {count} photographs, expected 1..{MAX_PHOTOGRAPHS}")
+        if not 1 <= count <= MAX_IMAGES:
+            raise UsageError(f"got {count} images, expected 1..{MAX_IMAGES}")
         number = min(count, len(items))
         return tuple(items[i * len(items) // number] for i in range(number))
     by_id = {item.id: item for item in items}
     ids = list(dict.fromkeys(read_user_text(chosen).split()))
     unknown = next((i for i in ids if i not in by_id), None)
     if unknown is not None:
-        which = "val" if items is dataset.val else "train" if items is dataset.train else "weak"
+        which = "val" if items is dataset.val else "train" if items is dataset.train else "training"
         raise UsageError(
-            f"{chosen}: {unknown[:80]!r} is none of the {len(items)} photographs of the {which} list that "
-            f"{name} is drawn for; expected ids such as {items[0].id}"
+            f"{chosen}: {unknown[:80]!r} is not one of the {len(items)} {which} images that {name} can show; "
+            f"expected ids such as {items[0].id}"
         )
-    if not 1 <= len(ids) <= MAX_PHOTOGRAPHS:
-        raise UsageError(f"{chosen}: got {len(ids)} photographs, expected 1..{MAX_PHOTOGRAPHS}")
+    if not 1 <= len(ids) <= MAX_IMAGES:
+        raise UsageError(f"{chosen}: got {len(ids)} images, expected 1..{MAX_IMAGES}")
     return tuple(by_id[i] for i in ids)
 
 
-def _figure4(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[Item]) -> Drawn:
-    """Fig. 4: the photograph, the CAM of each level, of all of them, and of a network without attention."""
-    space, weak = Workspace(root), dataset.weak_digest()
+def _figure4(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[Item]) -> Figure:
+    """Fig. 4: the image, the CAM of each level, of all levels, and of a network without attention."""
+    stages = RunStages(StageCache(root), config, dataset)
     plain = replace(config.cam, taps=())
-    trained = cam_network(space, config.cam, config, dataset, weak, CAM)
-    baseline = cam_network(space, plain, config, dataset, weak, BASELINE)
+    trained = stages.cam_network(config.cam, CAM)
+    baseline = stages.cam_network(plain, BASELINE)
     n_classes = len(dataset.class_names)
-    network = load_cam_network(config.cam, n_classes, trained.folder / CHECKPOINT)
-    parts = [OneLevel(network, index) for index in range(len(network.taps))]
-    whole = (network, load_cam_network(plain, n_classes, baseline.folder / CHECKPOINT))
+    network = create_model(config.cam, n_classes, checkpoint=trained.folder / CHECKPOINT)
+    parts = [SingleLevel(network, index) for index in range(len(network.taps))]
+    whole = (network, create_model(plain, n_classes, checkpoint=baseline.folder / CHECKPOINT))
     device = torch_device(config)
     passes = [MultiScaleCAM(part, scales=config.cam.scales).to(device) for part in (*parts, *whole)]
-    strips, shares = [], [torch.empty(0, len(parts))]
+    strips: list[Strip] = []
+    shares = [torch.empty(0, len(parts))]
     for item in items:
         rgb = read_working_image(item, config.long_side)
         with torch.inference_mode():
@@ -133,76 +133,78 @@ def _figure4(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[
             panels = (rgb, *(heat_map(rgb, cam[class_id - 1]) for cam in maps))
             strips.append(_strip(f"{item.id}: {dataset.class_names[class_id]}", panels))
     medians = ", ".join(f"{share:.0%}" for share in torch.cat(shares).quantile(0.5, dim=0).tolist())
-    return Drawn(
+    return Figure(
         "Figure 4: class activation maps at the levels of Multi-SA",
-        ("photograph", *_level_captions(network), "Multi-SA CAM", "CAM without SA"),
+        ("image", *_level_captions(network), "Multi-SA CAM", "CAM without SA"),
         tuple(strips),
         (
-            "Each map is divided by its own maximum, so levels show where, not how much; before that, and "
-            "before the ReLU, they add up to the Multi-SA CAM.",
-            f"Share of each level where the sum is highest, at scale 1, median of the rows: {medians}.",
-            f"Betas, finest level first: ours {_betas(network.betas())}; the paper's, of "
+            "Each map is divided by its own maximum, so it shows where a level is active, not how much. "
+            "Before that division and the ReLU, the levels add up to the Multi-SA CAM.",
+            f"Share of each level at the maximum of the sum, at scale 1, median over the rows: {medians}.",
+            f"Betas, finest level first: ours {_betas(network.betas())}; the paper's, with "
             f"{paper.TABLE2_BACKBONE}, {_betas(paper.BETAS)}.",
         ),
-        {"weak": weak, "cam": trained.digest, "cam-baseline": baseline.digest},
+        {"train_images": stages.images_digest, "cam": trained.digest, "cam-baseline": baseline.digest},
     )
 
 
-def _figure5(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[Item]) -> Drawn:
-    """Fig. 5: the photograph, its CAM, that after the random walk, the mask without and with dCRF, truth."""
-    space = Workspace(root)
-    labelled = label_photographs(space, config, dataset)
-    label, palette = labelled.label, dataset.mask_palette
-    strips, shown = [], set()
-    truths = [item.mask is not None for item in items]
+def _figure5(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[Item]) -> Figure:
+    """Fig. 5: the image, its CAM before and after the walk, masks without and with CRF, ground truth."""
+    stages = RunStages(StageCache(root), config, dataset)
+    labels = make_pseudo_labels(stages)
+    label, palette = labels.label, dataset.mask_palette
+    strips: list[Strip] = []
+    shown: set[int] = set()
+    has_masks = all(item.mask is not None for item in items)
     for item in items:
         rgb = read_working_image(item, config.long_side)
-        cams, walked = (load_maps(s.folder / f"{item.id}.npy") for s in (labelled.cams, labelled.walked))
+        cams, walked = (load_maps(s.folder / f"{item.id}.npy") for s in (labels.cams, labels.walked))
         masks = [
             pseudo_mask(rgb, walked, item.classes, replace(label, use_crf=use_crf)).mask
             for use_crf in (False, True)
         ]
-        masks += _truth(item, rgb) if all(truths) else []
+        masks += [_ground_truth(item, rgb)] if has_masks else []
         shown |= _ids(masks)
         heat = [heat_map(rgb, _strongest(maps)) for maps in (cams, walked)]
         panels = (rgb, *heat, *(coloured(mask, palette) for mask in masks))
         strips.append(_strip(_named(item, dataset), panels))
-    truth = ("ground truth",) if all(truths) else ()
-    gains = ", a gain for each class" if label.class_gain else ""
-    return Drawn(
+    ground_truth = ("ground truth",) if has_masks else ()
+    gains = ", with gains of classes" if label.class_gain else ""
+    return Figure(
         "Figure 5: from the class activation maps to pseudo-masks",
-        ("photograph", "Multi-SA CAM", "after random walk", "mask without dCRF", "mask with dCRF", *truth),
+        ("image", "Multi-SA CAM", "after random walk", "mask without dCRF", "mask with dCRF", *ground_truth),
         tuple(strips),
         (
-            "Heat is that of the strongest class of the image-level label at each pixel. Masks: background "
+            "Heat maps show the strongest class of the image-level labels at each pixel. Masks: background "
             f"score {label.background:.2f}{gains}.",
         ),
-        {"weak": labelled.data_digest, **{stage.name: stage.digest for stage in space.stages}},
+        {"train_images": stages.images_digest, **{s.name: s.digest for s in stages.cache.stages}},
         frozenset(shown),
     )
 
 
-def _figure6(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[Item]) -> Drawn:
-    """Fig. 6: the photograph, the segmenter's answer, truth."""
-    run = whole_run(config, dataset, root)
+def _figure6(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[Item]) -> Figure:
+    """Fig. 6: the image, the output of the segmenter, ground truth."""
+    run = full_run(config, dataset, root)
     checkpoint = run.folder(root, "segmenter") / CHECKPOINT
     device = torch_device(config)
-    network = load_segmenter(config.segmenter, len(dataset.class_names), checkpoint)
-    inference = SegmentPhotographs(network).to(device)
-    strips, shown = [], set()
-    truths = [item.mask is not None for item in items]
+    network = create_model(config.segmenter, len(dataset.class_names), checkpoint=checkpoint)
+    inference = SegmentImages(network).to(device)
+    strips: list[Strip] = []
+    shown: set[int] = set()
+    has_masks = all(item.mask is not None for item in items)
     for item in items:
         rgb = read_working_image(item, config.long_side)
         with torch.inference_mode():
             labels, _ = inference(as_batch(rgb).to(device))
-        masks = [labels[0].cpu().numpy(), *(_truth(item, rgb) if all(truths) else [])]
+        masks = [labels[0].cpu().numpy(), *([_ground_truth(item, rgb)] if has_masks else [])]
         shown |= _ids(masks)
         panels = (rgb, *(coloured(mask, dataset.mask_palette) for mask in masks))
         strips.append(_strip(_named(item, dataset), panels))
-    which = "val" if dataset.val else "the photographs trained on"
-    return Drawn(
+    which = "val" if dataset.val else "the images trained on"
+    return Figure(
         f"Figure 6: segmentations of {which}",
-        ("photograph", "DeepLabV3+", *(("ground truth",) if all(truths) else ())),
+        ("image", "DeepLabV3+", *(("ground truth",) if has_masks else ())),
         tuple(strips),
         (),
         {stage.name: stage.digest for stage in run.stages},
@@ -210,7 +212,7 @@ def _figure6(config: TrainConfig, dataset: DataSet, root: Path, items: Sequence[
     )
 
 
-FIGURES: Mapping[str, Callable[[TrainConfig, DataSet, Path, Sequence[Item]], Drawn]] = {
+FIGURES: Mapping[str, Callable[[TrainConfig, Dataset, Path, Sequence[Item]], Figure]] = {
     "figure4": _figure4,
     "figure5": _figure5,
     "figure6": _figure6,
@@ -235,22 +237,22 @@ def _strongest(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return maps.max(axis=0) if len(maps) else np.zeros(maps.shape[1:], np.float32)
 
 
-def _truth(item: Item, rgb: UInt8) -> list[UInt8]:
+def _ground_truth(item: Item, rgb: UInt8) -> UInt8:
     assert item.mask is not None
-    return [resize_mask(read_mask(item.mask), (rgb.shape[0], rgb.shape[1]))]
+    return resize_mask(read_mask(item.mask), (rgb.shape[0], rgb.shape[1]))
 
 
 def _ids(masks: Sequence[UInt8]) -> set[int]:
-    """What is in masks beside background: ids of classes, and 255 where truth leaves pixels out."""
+    """Ids in the masks except background: classes, and 255 for pixels that the ground truth ignores."""
     return {int(i) for mask in masks for i in np.unique(mask)} - {0}
 
 
-def _legend(class_id: int, dataset: DataSet) -> Legend:
+def _legend(class_id: int, dataset: Dataset) -> Legend:
     red, green, blue = dataset.mask_palette[class_id].tolist()
-    name = "left out of the truth" if class_id == IGNORE_INDEX else dataset.class_names[class_id]
+    name = "ignored" if class_id == IGNORE_INDEX else dataset.class_names[class_id]
     return Legend(name, (red, green, blue))
 
 
-def _named(item: Item, dataset: DataSet) -> str:
+def _named(item: Item, dataset: Dataset) -> str:
     classes = ", ".join(dataset.class_names[i] for i in item.classes)
     return f"{item.id}: {classes}" if classes else item.id

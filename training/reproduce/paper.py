@@ -1,21 +1,23 @@
-"""Every figure of the paper that ours are put beside, in percent of mIoU, by the number of its table.
+"""The paper's results that ours are shown beside, in percent of mIoU, by table.
 
-Yaganapu and Kang, Multi-layered self-attention mechanism for weakly supervised semantic segmentation. Nothing
-is imported here: those that only print need not wait for torch.
+Yaganapu and Kang, Multi-layered self-attention mechanism for weakly supervised semantic segmentation. This
+module imports nothing, so that code which only prints the numbers does not load torch.
 """
 
-# What the paper measured with: VOC 2012, 20 classes and background; trained on SBD with image-level labels.
+# The paper's data: VOC 2012, 20 classes and background; trained on SBD with image-level labels.
 CLASSES = 21
-TRAINED_ON, TRAIN, VAL = 10582, 1464, 1449  # photographs
+TRAINED_ON = 10582  # images
+TRAIN = 1464  # images
+VAL = 1449  # images
 
-# Backbones by their names in the paper, and what timm calls them.
+# Names of the backbones in the paper -> in timm.
 BACKBONES = {"ResNet-50": "resnet50", "ResNeSt-101": "resnest101e"}
 
 # Table 1, ResNet-50, train: without self-attention, then with one, two and three of them.
 TABLE1_BACKBONE = "ResNet-50"
 TABLE1 = (46.30, 47.60, 47.01, 47.93)
 
-# Table 2, ResNeSt-101, train: by the names of our rows (training/labelling.py).
+# Table 2, ResNeSt-101, train: by the names of our rows (training/stages.py).
 TABLE2_BACKBONE = "ResNeSt-101"
 TABLE2 = {"CAM, k = 0": 50.64, "Multi-SA CAM": 51.49, "+ random walk": 67.54, "+ dense CRF": 68.07}
 
@@ -75,13 +77,13 @@ _SPELLINGS = {
 
 
 def paper_class(name: str) -> str | None:
-    """The paper's name of a class, whatever its spelling; None for a class that the paper has not."""
+    """The paper's name of a class, whatever its spelling; None for a class that the paper does not have."""
     plain = "".join(letter for letter in name.lower() if letter.isalnum())
     known = _SPELLINGS.get(plain, plain)
     return known if known in TABLE3_CLASSES else None
 
 
 def table3_figure(method: str, name: str) -> float | None:
-    """IoU of a class, by any spelling of its name, in the row `method` of Table 3; None without one."""
+    """IoU of a class, by any spelling of its name, in the row `method` of Table 3; None if it has none."""
     known = paper_class(name)
     return None if known is None else TABLE3[method][TABLE3_CLASSES.index(known)]

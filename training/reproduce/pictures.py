@@ -1,4 +1,4 @@
-"""Drawing: heat maps over photographs, masks in the palette's colours, sheets of captioned strips."""
+"""Drawing: heat maps over images, masks in the colours of a palette, sheets of captioned strips."""
 
 import io
 from bisect import bisect_right
@@ -18,21 +18,26 @@ Float32 = npt.NDArray[np.float32]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pixels of a sheet.
-PANEL = (240, 240)  # width of every panel, and the most height
-CAPTION_HEIGHT, CAPTION_SIZE = 30, 15
-NAME_HEIGHT, NAME_SIZE = 22, 13
-LEGEND_HEIGHT, SWATCH = 26, 14
+PANEL = (240, 240)  # width of a column, and maximum height of a panel
+CAPTION_HEIGHT = 30
+CAPTION_SIZE = 15  # of the font
+NAME_HEIGHT = 22
+NAME_SIZE = 13  # of the font
+LEGEND_HEIGHT = 26  # of one line
+SWATCH = 14  # side of a colour sample
+SWATCH_GAP = 6  # above a swatch, and between it and its name
+ENTRY_GAP = 18  # between the entries of a legend
 GAP = 6  # between panels, and around the sheet
 
-HEAT = 0.5  # share of the heat map's colours over the photograph
+HEAT = 0.5  # opacity of the heat map over the image
 
 
 @dataclass(frozen=True)
 class Strip:
     """One row of a sheet."""
 
-    name: str  # the photograph, and what else the row is about
-    panels: tuple[UInt8, ...]  # RGB [H, W, 3] as `fitted` leaves them, one for each column
+    name: str  # the id of the image, and its classes
+    panels: tuple[UInt8, ...]  # RGB [H, W, 3], sized by `fitted`, one per column
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Legend:
 
 
 def heat_map(rgb: UInt8, scores: Float32) -> UInt8:
-    """Lay class activations float32 [h, w] in [0, 1] over a photograph uint8 [H, W, 3], blue to red."""
+    """Blend class activations float32 [h, w] in [0, 1], blue to red, over an image uint8 [H, W, 3]."""
     full = resize_maps(scores[None], (rgb.shape[0], rgb.shape[1]))[0].clip(0, 1)
-    # The "jet" of the literature's figures: three tents over 0..1, a quarter apart.
+    # The "jet" colour map, usual for CAMs: three tents over 0..1, a quarter apart.
     colours = [1.5 - np.abs(4 * full - centre) for centre in (3, 2, 1)]
     heat = 255 * np.stack(colours, axis=-1).clip(0, 1)
     return np.asarray((1 - HEAT) * rgb + HEAT * heat + 0.5, dtype=np.uint8)
@@ -58,7 +63,7 @@ def coloured(mask: UInt8, palette: UInt8) -> UInt8:
 
 
 def fitted(panel: UInt8) -> UInt8:
-    """RGB [H, W, 3] as wide as a column of the sheet, or narrower where it would be too high."""
+    """Resize RGB [H, W, 3] to the width of a column, or less if it would be too high."""
     height, width = panel.shape[:2]
     scale = min(PANEL[0] / width, PANEL[1] / height)
     return resize_image(panel, (max(round(height * scale), 1), max(round(width * scale), 1)))
@@ -72,7 +77,7 @@ def sheet_size(columns: int, strips: Sequence[Strip], legend: Sequence[Legend] =
 
 
 def draw_sheet(captions: Sequence[str], strips: Sequence[Strip], legend: Sequence[Legend] = ()) -> bytes:
-    """PNG: a caption over each column, each strip below its name, the colours' names at the foot."""
+    """PNG bytes: a caption over each column, each strip below its name, the legend at the bottom."""
     size = sheet_size(len(captions), strips, legend)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -92,10 +97,10 @@ def draw_sheet(captions: Sequence[str], strips: Sequence[Strip], legend: Sequenc
         top += _height(strip) + GAP
     for line in _legend_lines(legend, size[0]):
         for left, entry in line:
-            box = (left, top + 6, left + SWATCH, top + 6 + SWATCH)
+            box = (left, top + SWATCH_GAP, left + SWATCH, top + SWATCH_GAP + SWATCH)
             draw.rectangle(box, fill=entry.colour, outline="black")
             draw.text(
-                (left + SWATCH + 6, top + 6 + SWATCH / 2),
+                (left + SWATCH + SWATCH_GAP, top + SWATCH_GAP + SWATCH / 2),
                 entry.name,
                 fill="black",
                 font=_font(NAME_SIZE),
@@ -119,9 +124,9 @@ def _legend_lines(legend: Sequence[Legend], width: int) -> list[list[tuple[int, 
     """Entries with their left edges, broken into lines that fit."""
     lines: list[list[tuple[int, Legend]]] = []
     left = width
-    for given in legend:
-        entry = replace(given, name=_shortened(given.name, _font(NAME_SIZE), PANEL[0]))
-        taken = SWATCH + 6 + int(_font(NAME_SIZE).getlength(entry.name)) + 18
+    for full in legend:
+        entry = replace(full, name=_shortened(full.name, _font(NAME_SIZE), PANEL[0]))
+        taken = SWATCH + SWATCH_GAP + int(_font(NAME_SIZE).getlength(entry.name)) + ENTRY_GAP
         if not lines or left + taken > width:
             lines.append([])
             left = GAP
@@ -131,8 +136,8 @@ def _legend_lines(legend: Sequence[Legend], width: int) -> list[list[tuple[int, 
 
 
 def _shortened(text: str, font: Font, width: int) -> str:
-    """The text on one line, or as much of its start as fits the width with three dots."""
-    text = " ".join(text[:width].split())  # a name from a file may have any length, and line breaks
+    """The text on one line, or as much of its start as fits into `width` pixels before three dots."""
+    text = " ".join(text[:width].split())  # a name may be of any length and hold line breaks
     if font.getlength(text) <= width:
         return text
     fitting = bisect_right(range(len(text)), width, key=lambda n: int(font.getlength(f"{text[:n]}...")))

@@ -1,4 +1,4 @@
-"""A table of ours beside the paper's: as text, Markdown and JSON, with the conditions of both."""
+"""The record of a full run, and tables of our figures beside the paper's: text, Markdown and JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ import torch
 from multisa.runtime.files import write_bytes_atomically, write_json_atomically
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
-from multisa.training.data import DataSet
+from multisa.training.data import Dataset
+from multisa.training.pipeline import RUN_RECORD, RunRecord, load_run, run_stages
 from multisa.training.reproduce import paper
 
 FOLDER = "reproduce"  # below the run's folder
@@ -23,14 +24,16 @@ class TableRow:
     name: str
     ours: float | None
     paper: float | None
-    rivals: tuple[float | None, ...] = ()  # of the paper's table, in the order of the table's `rivals`
-    background: float | None = None  # score of the background class that ours is measured at
+    other_methods: tuple[
+        float | None, ...
+    ] = ()  # in the paper's table, in the order of `Table.other_methods`
+    background: float | None = None  # score of the background class that ours is measured with
     iou: tuple[float | None, ...] = ()  # of each class of the data set
-    comparable: bool = True  # False where the two are of different things
+    comparable: bool = True  # False when ours and the paper's measure different things
 
     @property
     def difference(self) -> float | None:
-        """Ours less the paper's."""
+        """Ours minus the paper's."""
         if self.ours is None or self.paper is None or not self.comparable:
             return None
         return round(self.ours - self.paper, 2)
@@ -38,20 +41,34 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper and ours."""
+    """Our version of a table of the paper."""
 
     name: str  # "table1"
     title: str
     heading: str  # of the first column
     rows: tuple[TableRow, ...]
     notes: tuple[str, ...]
-    rivals: tuple[str, ...] = ()
+    other_methods: tuple[str, ...] = ()  # names of the methods that the paper compares with
 
 
-def protocol(config: TrainConfig, dataset: DataSet, measured: str, paper_backbone: str) -> tuple[str, ...]:
-    """What ours and the paper's figures were measured with, and whether the two can be compared.
+def full_run(config: TrainConfig, dataset: Dataset, root: Path) -> RunRecord:
+    """Run every stage that is not finished yet, as `multisa train` does, and write the record of the run.
 
-    measured: the list, "train" or "val"; paper_backbone: as the paper names it.
+    The record goes to `root/run.json`, or to `root/reproduce/run.json` when the one in `root` is of other
+    settings or other data: that one stays, because the exporter reads it. Raises UsageError, before any
+    training, when the record in `root` cannot be read.
+    """
+    existing = load_run(root) if (root / RUN_RECORD).is_file() else None
+    run = run_stages(config, dataset, root)
+    own = existing is None or (existing.config, existing.data_digest) == (run.config, run.data_digest)
+    write_json_atomically((root if own else root / FOLDER) / RUN_RECORD, record_to_dict(run))
+    return run
+
+
+def protocol(config: TrainConfig, dataset: Dataset, measured: str, paper_backbone: str) -> tuple[str, ...]:
+    """Notes on how our figures and the paper's were measured, and whether the two can be compared.
+
+    measured: the list, "train" or "val"; paper_backbone: the paper's name for its backbone.
     """
     backbone = config.segmenter.backbone if measured == "val" else config.cam.backbone
     items, paper_items = (dataset.val, paper.VAL) if measured == "val" else (dataset.train, paper.TRAIN)
@@ -61,7 +78,7 @@ def protocol(config: TrainConfig, dataset: DataSet, measured: str, paper_backbon
         for aspect, alike in (
             ("backbone", backbone.partition(".")[0] == paper.BACKBONES[paper_backbone]),
             ("classes", len(names) == paper.CLASSES and set(names) == set(paper.TABLE3_CLASSES)),
-            ("photographs", (len(dataset.weak), len(items)) == (paper.TRAINED_ON, paper_items)),
+            ("images", (len(dataset.train_images), len(items)) == (paper.TRAINED_ON, paper_items)),
         )
         if not alike
     ]
@@ -69,22 +86,23 @@ def protocol(config: TrainConfig, dataset: DataSet, measured: str, paper_backbon
     if measured == "val":
         epochs += f", {config.segmenter.schedule.epochs} for DeepLabV3+"
     notes = [
-        f"Ours: {backbone}, {len(names) - 1} classes and background, {len(dataset.weak):,} photographs with "
-        f"image-level labels to train on, {len(items):,} of {measured} with masks to measure on, {epochs}.",
-        f"Paper: {paper_backbone}, {paper.CLASSES - 1} classes of VOC 2012 and background, "
-        f"{paper.TRAINED_ON:,} photographs trained on, {paper_items:,} of {measured} measured on.",
+        f"Ours: {backbone}, {len(names) - 1} classes and background, trained on "
+        f"{len(dataset.train_images):,} images with image-level labels, measured on "
+        f"{len(items):,} {measured} images, {epochs}.",
+        f"Paper: {paper_backbone}, {paper.CLASSES - 1} classes of VOC 2012 and background, trained on "
+        f"{paper.TRAINED_ON:,} images, measured on {paper_items:,} {measured} images.",
     ]
     if differing:
         listed = " and ".join(filter(None, (", ".join(differing[:-1]), differing[-1])))
         notes.append(
-            "The paper's figures stand beside for their order, not for comparison: its "
-            f"{listed} {'is another' if differing == ['backbone'] else 'are others'}."
+            f"The paper's figures are context, not a comparison: its {listed} "
+            f"{'is' if differing == ['backbone'] else 'are'} different."
         )
     return tuple(notes)
 
 
 def format_text(table: Table) -> str:
-    """The table in columns for a terminal, its notes below."""
+    """The table in columns for a terminal, with its notes below."""
     cells = _cells(table)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [
@@ -103,11 +121,11 @@ def format_markdown(table: Table) -> str:
 
 
 def write_table(
-    table: Table, config: TrainConfig, dataset: DataSet, digests: Mapping[str, str], root: Path
+    table: Table, config: TrainConfig, dataset: Dataset, digests: Mapping[str, str], root: Path
 ) -> Path:
     """Write NAME.json and NAME.md below `root`/reproduce; returns the path of the JSON file.
 
-    digests: of what was trained on and measured on, and of the stages, by name.
+    digests: of the data trained on and measured on, and of the stages, by name.
     """
     folder = root / FOLDER
     rows = [
@@ -116,7 +134,11 @@ def write_table(
             "ours": row.ours,
             "paper": row.paper,
             "difference": row.difference,
-            **({"rivals": dict(zip(table.rivals, row.rivals, strict=True))} if row.rivals else {}),
+            **(
+                {"other_methods": dict(zip(table.other_methods, row.other_methods, strict=True))}
+                if row.other_methods
+                else {}
+            ),
             **({"background": row.background} if row.background is not None else {}),
             **({"iou": dict(zip(dataset.class_names, row.iou, strict=True))} if row.iou else {}),
         }
@@ -128,11 +150,15 @@ def write_table(
     return folder / f"{table.name}.json"
 
 
-def provenance(config: TrainConfig, dataset: DataSet, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What a table or a figure was made from, as JSON holds it."""
+def provenance(config: TrainConfig, dataset: Dataset, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What a table or a figure was made from, as JSON values."""
     return {
         "classes": dataset.class_names,
-        "photographs": {"weak": len(dataset.weak), "train": len(dataset.train), "val": len(dataset.val)},
+        "images": {
+            "train_images": len(dataset.train_images),
+            "train": len(dataset.train),
+            "val": len(dataset.val),
+        },
         "digests": dict(digests),
         "config": record_to_dict(config),
         "torch": torch.__version__,
@@ -141,13 +167,20 @@ def provenance(config: TrainConfig, dataset: DataSet, digests: Mapping[str, str]
 
 
 def _cells(table: Table) -> list[list[str]]:
-    """Rows of text, the heading first; columns that no row fills are left out."""
+    """Cells as text, the heading first; columns without any value are left out."""
     columns: list[tuple[str, Sequence[float | None], str]] = [
         ("background", [row.background for row in table.rows], ".2f"),
         ("ours", [row.ours for row in table.rows], ".2f"),
-        (f"paper{f' ({paper.MULTI_SA})' if table.rivals else ''}", [row.paper for row in table.rows], ".2f"),
+        (
+            f"paper{f' ({paper.MULTI_SA})' if table.other_methods else ''}",
+            [row.paper for row in table.rows],
+            ".2f",
+        ),
         ("difference", [row.difference for row in table.rows], "+.2f"),
-        *((name, [row.rivals[i] for row in table.rows], ".1f") for i, name in enumerate(table.rivals)),
+        *(
+            (name, [row.other_methods[i] for row in table.rows], ".1f")
+            for i, name in enumerate(table.other_methods)
+        ),
     ]
     filled = [column for column in columns if any(value is not None for value in column[1])]
     body = [

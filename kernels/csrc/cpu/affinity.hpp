@@ -1,7 +1,7 @@
 // Affinities of the pairs of one image, the half stencil, without a tensor of gathered features.
 //
-// The map is read through a copy with room around it, so that a vector may start at any column and reach past
-// the last one; what it computes there is not stored.
+// The map is read through a padded copy, so that a vector may start at any column and reach past the last one.
+// Results there are not stored.
 #pragma once
 
 #include "problems.hpp"

@@ -11,15 +11,15 @@ namespace multisa {
 
 class DenseCrf {
 public:
-    // The bilateral lattice is of the image, the spatial one of its size; `compat` are the kernels' weights.
+    // The bilateral lattice depends on the image, the spatial one on its size; `compat` are the kernels' weights.
     DenseCrf(Lattice bilateral, const Lattice& spatial, float bilateral_compat, float spatial_compat);
 
     std::int32_t points() const { return static_cast<std::int32_t>(position_.size()); }
 
-    // Refine probabilities: planes of one float a pixel in, and out.
+    // Refine probabilities: planes of one float per pixel, in and out.
     void infer(const std::vector<const float*>& probabilities, const std::vector<float*>& out, long iterations) const;
 
-    // Refine hard labels, trusted with `confidence`; the others share what is left.
+    // Refine hard labels, trusted with `confidence`; the others share the rest.
     void infer_labels(const std::uint8_t* labels, float confidence, const std::vector<float*>& out,
                       long iterations) const;
 

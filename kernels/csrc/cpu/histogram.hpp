@@ -1,4 +1,4 @@
-// How often each byte is in an array, and each pair of bytes in two arrays.
+// Counts of each byte of an array, and of each pair of bytes of two arrays.
 #pragma once
 
 #include <array>
@@ -7,7 +7,7 @@
 
 namespace multisa {
 
-// Neighbours in a mask are mostly equal: four tables keep one count from waiting for the one before.
+// Neighbours in a mask are mostly equal: four tables avoid a dependency of each increment on the one before.
 inline std::array<std::int64_t, 256> histogram(const std::uint8_t* values, std::size_t count) {
     std::vector<std::uint32_t> tables(4 * 256);
     std::array<std::int64_t, 256> total = {};

@@ -1,4 +1,4 @@
-// Huffman codes of deflate (RFC 1951 3.2): made from counts, and written bit by bit.
+// Huffman codes of deflate (RFC 1951 3.2): built from counts, and written bit by bit.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ struct BitWriter {
         filled_ -= 32;
     }
 
-    // Fill the byte that was begun with zeros.
+    // Pad the current byte with zeros.
     void align() {
         for (; filled_ > 0; filled_ = filled_ > 8 ? filled_ - 8 : 0, held_ >>= 8)
             bytes.push_back(static_cast<char>(held_));
@@ -39,12 +39,12 @@ private:
 // A prefix code for symbols with these counts; `lengths` are 0 for symbols that do not occur.
 struct HuffmanCode {
     std::vector<std::uint8_t> lengths;
-    std::vector<std::uint16_t> bits;  // turned round: the first bit of the code is the lowest
+    std::vector<std::uint16_t> bits;  // reversed: the first bit of the code is the lowest
 
     HuffmanCode(const std::uint32_t* counts, std::size_t symbols, unsigned longest)
         : lengths(symbols), bits(symbols) {
         std::vector<std::uint32_t> weights(counts, counts + symbols);
-        // Halving brings counts together, so that the code gets flatter; equal counts need 9 bits at most.
+        // Halving brings counts closer, so that the code gets flatter; equal counts need at most 9 bits.
         while (depth_of(weights) > longest)
             for (std::uint32_t& weight : weights) weight = (weight + 1) / 2;
         number(longest);
@@ -59,7 +59,7 @@ private:
         std::fill(lengths.begin(), lengths.end(), std::uint8_t{0});
         if (leaves.size() == 1) return lengths[leaves[0].second] = 1;
         std::sort(leaves.begin(), leaves.end());
-        // Nodes: the leaves in order of weight, then the merged ones, which come in order of weight, too.
+        // Nodes: the leaves in order of weight, then the merged nodes, which are created in order of weight.
         const std::size_t count = leaves.size();
         std::vector<std::uint64_t> merged;
         std::vector<std::size_t> parent(2 * count);

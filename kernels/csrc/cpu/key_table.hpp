@@ -1,4 +1,4 @@
-// A hash table that numbers 64-bit keys in the order in which they first come.
+// A hash table that numbers 64-bit keys in order of first occurrence.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +9,12 @@ namespace multisa {
 
 class KeyTable {
 public:
-    // For about `expected` keys; it grows when there are more.
+    // For about `expected` keys; it grows if there are more.
     explicit KeyTable(std::size_t expected) {
         while (slots_.size() < 2 * expected) slots_.resize(slots_.size() * 2), --shift_;
     }
 
-    // The number of a key, a new one when it was never seen; 2^64 - 1 is no key.
+    // The number of a key, a new number if the key is new; 2^64 - 1 is not a valid key.
     std::int32_t number_of(std::uint64_t key) {
         if (2 * static_cast<std::size_t>(count_) >= slots_.size()) grow();
         for (std::size_t at = slot_of(key);; at = (at + 1) & (slots_.size() - 1)) {
@@ -36,7 +36,7 @@ public:
         }
     }
 
-    // Say that a key will be asked for soon.
+    // Prefetch the slot of a key.
     void expect(std::uint64_t key) const { __builtin_prefetch(&slots_[slot_of(key)]); }
 
 private:

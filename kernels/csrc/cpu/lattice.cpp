@@ -23,7 +23,7 @@ constexpr int RANK_BITS = 15, REMAINDER_BITS = 3;
 // The widest vector; rows of features are repeated up to a multiple of it.
 constexpr long LARGEST_VECTOR = 16;
 
-// Where each point lies: the remainder-0 vertex of its simplex, and the order of its coordinates.
+// The position of each point: the remainder-0 vertex of its simplex, and the order of its coordinates.
 struct Places {
     int dimension;
     std::vector<std::int32_t> origin[5];
@@ -81,7 +81,7 @@ Strides strides_of(const Places& places) {
     for (int axis = 0; axis < places.dimension; ++axis) {
         strides.of[axis] = static_cast<std::uint64_t>(product);
         strides.sum += strides.of[axis];
-        // Room for the vertices of the simplices, one below the origins, and for the neighbours of those.
+        // Range of the vertices of the simplices, one below the origins, and of their neighbours.
         product *= static_cast<double>(places.highest[axis]) - places.lowest[axis] + 5;
     }
     if (product >= std::ldexp(1.0, 64 - RANK_BITS - 1))
@@ -91,10 +91,10 @@ Strides strides_of(const Places& places) {
     return strides;
 }
 
-// Look-ups under way at once, so that they do not wait for memory one after the other.
+// Look-ups in flight at once, to hide the latency of memory.
 constexpr std::size_t AHEAD = 12;
 
-// Number the simplices that occur, in that order; returns their keys.
+// Number the simplices in order of first occurrence; returns their keys.
 std::vector<std::uint64_t> number_simplices(const Places& places, const Strides& strides, Lattice& lattice) {
     std::vector<std::uint64_t> keys(lattice.simplex_of.size()), distinct;
     std::uint64_t offset = 0;

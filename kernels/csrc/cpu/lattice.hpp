@@ -6,11 +6,11 @@
 
 namespace multisa {
 
-// The lattice of N points in `dimension` features: which vertices exist, who their neighbours are, and how much
-// each point gives to and takes from the corners of its simplex.
+// The lattice of N points in `dimension` features: its vertices, their neighbours, and the weights with
+// which each point is splatted to and sliced from the corners of its simplex.
 //
-// Points with the same simplex have the same vertices, so the simplices are what is stored, numbered as they
-// first occur; the numbers of vertices that are used together then lie together.
+// Points of one simplex share its vertices, so simplices are stored, numbered in order of first occurrence. Vertices
+// that are used together then have nearby numbers.
 struct Lattice {
     int corners = 0;  // dimension + 1
     std::int32_t points = 0, simplices = 0, vertices = 0;
@@ -23,7 +23,7 @@ struct Lattice {
 };
 
 // The lattice of an image, uint8 [height][width][3] RGB, in (x, y) / sxy and colour / srgb; without an image in
-// (x, y) / sxy alone. Throws std::invalid_argument when the deviations are too small for a lattice.
+// (x, y) / sxy alone. Throws std::invalid_argument if the deviations are too small for a lattice.
 Lattice build_lattice(const std::uint8_t* image, long height, long width, float sxy, float srgb);
 
 }  // namespace multisa

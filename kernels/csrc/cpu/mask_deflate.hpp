@@ -1,9 +1,9 @@
 // The image data of a PNG that holds a mask: filter Up (each row minus the one above, PNG 9.2), deflated (RFC 1951)
 // into a zlib stream (RFC 1950).
 //
-// A filtered mask is zero but where an outline moves, so nothing but runs of one byte is looked for: a match of
-// distance 1. Runs come from comparing eight bytes at a time, their checksum is a formula, and what costs time in a
-// general deflate, the search for matches, is not there. The stream depends on the mask alone.
+// A filtered mask is zero except along outlines, so the encoder looks for runs of one byte only: matches of
+// distance 1. It finds runs by comparing eight bytes at a time, computes their checksum by a formula, and skips the
+// search for matches, which dominates a general deflate. The stream depends on the mask alone.
 #pragma once
 
 #include <array>
@@ -64,7 +64,7 @@ inline const std::array<LengthCode, 259>& length_codes() {
     return codes;
 }
 
-// Collects literals and matches, and writes a block with Huffman codes of its own when it is full.
+// Collects literals and matches, and writes a block with its own Huffman codes when it is full.
 class MaskDeflater {
 public:
     explicit MaskDeflater(std::size_t pixels) {

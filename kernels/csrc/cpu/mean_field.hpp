@@ -1,8 +1,8 @@
 // Mean field of the dense CRF (Kraehenbuehl & Koltun 2011, algorithm 1) on two lattices.
 //
-// An iteration is one pass over the points and one blur of each lattice. The pass goes in blocks that stay in the
-// first cache: slice both lattices, softmax, splat the new belief; the belief of all points is never in memory.
-// Points come sorted by their bilateral simplex: its corners are loaded once for all of its points, and their new
+// An iteration is one pass over the points and one blur of each lattice. The pass works on blocks that fit the
+// L1 cache: slice both lattices, softmax, splat the new belief. The belief of all points is never in memory at once.
+// Points are sorted by their bilateral simplex: its corners are loaded once for all of its points, and their new
 // values are summed in registers.
 #pragma once
 
@@ -13,9 +13,9 @@ namespace MULTISA_ISA {
 
 using multisa::MeanFieldProblem;
 
-// The energy of the labels that pad a row: their belief vanishes.
+// The energy of the labels that pad a row, so that their belief vanishes.
 constexpr float PADDING_ENERGY = 1e4f;
-// Probabilities below this count as this in the unary energy (pydensecrf's unary_from_softmax).
+// The unary energy treats probabilities below this as this value (unary_from_softmax of pydensecrf).
 constexpr float PROBABILITY_FLOOR = 1e-5f;
 
 // Floats of a row: vectors of 4 or 8 lanes where the labels fit them badly otherwise.
@@ -52,12 +52,12 @@ static MeanFieldMemory lay_out_memory(const MeanFieldProblem& problem, float* wo
     return memory;
 }
 
-// Points of a block: their rows fit the first cache beside the rest.
+// Points of a block: their rows fit the L1 cache beside the other data.
 constexpr long BLOCK_POINTS = 128;
-// The most labels, as many as uint8 label maps can tell apart.
+// The maximum number of labels: as many as uint8 label maps can tell apart.
 constexpr long MAX_ROW = 256;
 
-// Write the unary energies, each row where its point went.
+// Write the unary energies, each row at the position of its point.
 static void write_energies(const MeanFieldProblem& problem, float* rows) {
     const long row = row_length(problem.labels);
     float block[WIDTH * MAX_ROW];  // [WIDTH][row], so that rows are moved whole
@@ -183,7 +183,7 @@ MULTISA_INLINE void slice(const MeanFieldProblem& problem, const MeanFieldMemory
             const multisa::CrfPoint& point = problem.point[at];
 #pragma GCC unroll 4
             for (int v = 0; v < COUNT; ++v) {
-                // Two sums: one chain of additions would wait twice as long.
+                // Two sums: a single chain of additions would have twice the latency.
                 V near = value[0][v] * point.bilateral_weight[0] - load<V>(energy + at * row + v * LANES);
                 V far = value[1][v] * point.bilateral_weight[1];
 #pragma GCC unroll 6
@@ -198,7 +198,7 @@ MULTISA_INLINE void slice(const MeanFieldProblem& problem, const MeanFieldMemory
     }
 }
 
-// Give the belief of a block to the next values of both lattices.
+// Splat the belief of a block into the next values of both lattices.
 template <class V, int COUNT>
 MULTISA_INLINE void splat(const MeanFieldProblem& problem, const MeanFieldMemory& memory, const Block& block, long row,
                           long offset, const float* belief) {
@@ -264,7 +264,7 @@ static void pass_over_points(const MeanFieldProblem& problem, const MeanFieldMem
     }
 }
 
-// Blur what was splatted, and make room for the next.
+// Blur the splatted values, and clear the next ones.
 template <class V>
 static void exchange(Values& values, const int32_t* neighbours, int axes, long vertices, long row) {
     blur<V>(values, neighbours, axes, vertices, row);

@@ -1,5 +1,5 @@
-// multisa.kernels._native: the kernels on the CPU for Python. Arrays are checked and made contiguous by the
-// Python side; what must be read value by value (NaN, ranges) is checked here, in the pass that reads it.
+// multisa.kernels._native: the kernels on the CPU for Python. The Python side checks arrays and makes
+// them contiguous. Values (NaN, ranges) are checked here, in the pass that reads them.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -89,7 +89,7 @@ std::unique_ptr<multisa::DenseCrf> dense_crf(const Bytes& image, const multisa::
     return std::make_unique<multisa::DenseCrf>(std::move(bilateral), spatial, bilateral_compat, spatial_compat);
 }
 
-// The planes of those labels of an array [labels][height][width] that take part.
+// The planes of the present labels of an array [labels][height][width].
 template <class Value>
 std::vector<Value*> planes_of(Value* values, long points, const std::vector<long>& labels) {
     std::vector<Value*> planes;

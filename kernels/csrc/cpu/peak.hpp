@@ -1,4 +1,4 @@
-// How many multiply-adds this processor can do: the floor that the benchmarks compare with.
+// The peak rate of multiply-adds of this processor: the roofline of the benchmarks.
 #pragma once
 
 #include "vector.hpp"
@@ -9,7 +9,7 @@ namespace MULTISA_ISA {
 static double multiply_adds(long rounds) {
     const Vec factor = broadcast(0.999f);
     Vec a = factor, b = factor, c = factor, d = factor, e = factor, f = factor, g = factor, h = factor;
-    // Rounded apart from each other, or the compiler would see what comes of it.
+    // MULTISA_ROUNDED keeps the compiler from computing the result in advance.
 #define MULTISA_CHAIN(sum)       \
     sum = sum * factor + factor; \
     MULTISA_ROUNDED(sum)

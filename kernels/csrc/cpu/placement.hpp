@@ -49,7 +49,7 @@ MULTISA_INLINE void place_vector(const PlacementProblem& problem, long at, IntVe
             rank[i] -= less;
             rank[j] += less + 1;
         }
-    // Rounding each coordinate for itself can leave the plane; the outermost coordinates step back.
+    // Rounding each coordinate separately can leave the plane; the outermost coordinates move back.
     for (int i = 0; i < CORNERS; ++i) {
         rank[i] += excess;
         const IntVec low = rank[i] < 0, high = rank[i] >= CORNERS;

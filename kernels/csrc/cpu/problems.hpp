@@ -1,4 +1,4 @@
-// What the kernels are asked for: plain structures, shared by the code of every instruction set.
+// Arguments of the kernels: plain structures, shared by the code of every instruction set.
 //
 // No inline function of the standard library: see vector.hpp.
 #pragma once

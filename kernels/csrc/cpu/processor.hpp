@@ -1,4 +1,4 @@
-// What the processor can do, and how a thread that runs the kernels is set up.
+// Instruction sets of the processor, and the set-up of a thread that runs the kernels.
 #pragma once
 
 #include <string>
@@ -17,9 +17,9 @@ std::vector<std::string> available_instruction_sets();
 // Use the named instruction set from now on, in every thread; throws std::invalid_argument for an unknown one.
 void choose_instruction_set(const std::string& name);
 
-// Memory of this thread for so many floats, aligned to a cache line, one at a time; the same memory for the next, so
-// that a run over many images asks the system once. What it holds is not defined. Memory that is large goes back
-// to the system at the end: one huge image should not be held for ever.
+// Scratch memory of this thread for `floats` floats, aligned to a cache line, one at a time. It is reused, so that a
+// run over many images allocates once. Its contents are undefined. Large memory is freed at the end, so that one huge
+// image does not hold it for ever.
 class Workspace {
 public:
     explicit Workspace(long floats);
@@ -33,8 +33,8 @@ private:
     float* floats_;
 };
 
-// Denormal numbers count as zero while this lives: they are far below any result, and processors take a
-// hundred times longer for them.
+// Treats denormal numbers as zero during its lifetime: they are far below any result, and processors take a hundred
+// times longer for them.
 class FlushDenormals {
 public:
     FlushDenormals();

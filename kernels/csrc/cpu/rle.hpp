@@ -1,4 +1,4 @@
-// Run lengths of every class of a mask, from one pass in each direction whatever the number of classes: COCO's
+// Run lengths of every class of a mask, from one pass in each direction for any number of classes: COCO's
 // (column by column, with the compressed string of its API) and those in reading order.
 #pragma once
 
@@ -20,7 +20,7 @@ struct ClassRuns {
     std::uint64_t columns_end = 0, rows_end = 0;    // where the last run inside ended
 };
 
-// Columns become rows, in tiles that stay in the first-level cache.
+// Transpose, in tiles that fit the L1 cache.
 inline void transpose(const std::uint8_t* from, long height, long width, std::uint8_t* to) {
     constexpr long TILE = 64;
     for (long top = 0; top < height; top += TILE)
@@ -59,7 +59,7 @@ inline std::vector<ClassRuns> encode_runs(const std::uint8_t* mask, long height,
         ClassRuns& one = classes[id];
         const std::uint64_t last = start + length - 1;
         const long first_column = static_cast<long>(start / height), last_column = static_cast<long>(last / height);
-        // A run that goes on in the next column holds the foot of one and the head of the other.
+        // A run that continues in the next column covers the bottom of one column and the top of the other.
         const bool turns = first_column != last_column;
         const long top = turns ? 0 : static_cast<long>(start % height);
         const long bottom = turns ? height - 1 : static_cast<long>(last % height);

@@ -1,8 +1,8 @@
 // Vectors of floats for one instruction set, in the compiler's own vector types (GCC and Clang, any processor).
 //
 // The files that include this are compiled once per instruction set, each with MULTISA_ISA (a namespace) and
-// MULTISA_WIDTH (floats a vector). They use no inline function of the standard library: compiled for AVX-512
-// it could be the copy the linker keeps for every processor.
+// MULTISA_WIDTH (floats a vector). They use no inline function of the standard library: the
+// linker might keep its AVX-512 copy for every processor.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,7 @@ namespace MULTISA_ISA {
 
 constexpr int WIDTH = MULTISA_WIDTH;
 
-// A vector of so many floats, and the same from an address that is a multiple of 4 bytes only.
+// A vector of floats, and the same at an address that is a multiple of 4 bytes only.
 template <int LANES>
 struct VectorOf {
     typedef float Aligned __attribute__((vector_size(LANES * 4)));
@@ -20,7 +20,7 @@ struct VectorOf {
 };
 using Vec = VectorOf<WIDTH>::Aligned;
 
-// The whole numbers beside a vector of floats: what a comparison of two gives, 0 or -1 in each lane.
+// The vector of integers of the same size: the result of a comparison, 0 or -1 in each lane.
 template <class V>
 using IntOf = decltype(V{} < V{});
 using IntVec = IntOf<Vec>;
@@ -31,7 +31,7 @@ constexpr int LANES_OF = sizeof(V) / 4;
 #define MULTISA_INLINE static inline __attribute__((always_inline))
 #define MULTISA_MEMBER inline __attribute__((always_inline))
 
-// Keep a product apart from the sum that follows it: not to be fused into one operation of another rounding.
+// Keep a product from being fused with the sum that follows it, which would round differently.
 #if defined(__x86_64__)
 #define MULTISA_ROUNDED(vector) __asm__("" : "+x"(vector))
 #elif defined(__aarch64__)
@@ -66,7 +66,7 @@ MULTISA_INLINE V absolute(V a) {
 }
 
 // A load and a multiply-add that stay where they are written. In long unrolled code GCC moves loads far ahead of
-// their use, and spills what does not fit the registers. Sanitizers see into plain C++ only.
+// their use, and spills what does not fit the registers. Sanitizers check plain C++ only.
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #if MULTISA_WIDTH >= 8
 #define MULTISA_MOVE "vmovups %1, %0"

@@ -1,14 +1,14 @@
 // The random walk on one image: (D^-1 W)^steps on every channel, without a matrix; W is A^beta and the identity.
 //
 // Operator. One product is P x = r (W' x) + c x: W' holds the pairs, r is 1 / D in float32 and c is 1 - r D', with
-// D' the row sums of W' as this very code adds them up. Rows of P therefore sum to one as nearly as float32 can
-// say, and no step shifts a constant but by its own rounding. P is similar to the symmetric D^-1/2 W D^-1/2, so
+// D' the row sums of W' as this same code adds them up. Rows of P therefore sum to one up to float32 rounding,
+// and a step changes a constant only by its own rounding. P is similar to the symmetric D^-1/2 W D^-1/2, so
 // its eigenvalues are real and in [-1, 1], and the Chebyshev series of x^steps applies to it.
 //
 // Layout. The image is cut into WIDTH upright strips of equal width, one for each lane: lane i of vector (y, x) is
 // the pixel (y, i * strip + x), or nothing past the last column. A neighbour at a fixed offset is then the vector
-// at a fixed distance, so every load is whole, and what a row of pixels needs lies in a few rows of vectors: the
-// cache holds them until the rows below have used them too. The channels of a group lie side by side.
+// at a fixed distance, so every load is whole, and a row of pixels reads a few rows of vectors only: the cache
+// holds them until the rows below have used them too. The channels of a group are adjacent.
 //   State: around its strip every row has halo columns, those of the strip's other side with the lanes moved by
 // one and zero where there is no lane; above and below the image lie rows of zeros.
 //   Weights: of each pair only one is stored, at its source; the target finds it there. Where the source lies in
@@ -28,14 +28,14 @@ namespace MULTISA_ISA {
 using multisa::WalkProblem;
 
 constexpr int MAX_RADIUS = 64;
-// Channels taken at once: each weight is loaded once for all of them.
+// Channels processed together: each weight is loaded once for all of them.
 constexpr int CHANNEL_GROUP = 4;
 // Rows of a block for a group of so many channels. The sums hide the latency of a multiply-add and fit, with what
 // they are made from, in 16 registers. Taller blocks share more loads, but more rows have to stay in the cache.
 constexpr int block_rows(int channels) { return channels == 1 ? 6 : channels == 2 ? 4 : channels == 3 ? 3 : 2; }
-// What the rows that several steps work on may take of the second cache.
+// The share of the L2 cache for the rows that several steps work on.
 constexpr long CACHE_BYTES = 1200 << 10;
-// Edges below this count as none: far under the resolution of a float32 sum with the self-loop of 1.
+// Edges below this are dropped: far below the resolution of a float32 sum with the self-loop of 1.
 constexpr float NEGLIGIBLE_EDGE = 1e-20f;
 
 // The plane of the pair (dy, 0); (dy, dx) lies dx further. In the row of the pixel itself only pairs to the right
@@ -97,7 +97,7 @@ static Grid grid_of(const WalkProblem& problem) {
     return grid;
 }
 
-// Vectors from a row of the state to the next. Odd, or the rows of a block would share few sets of the cache.
+// Vectors from a row of the state to the next. Odd, so that the rows of a block spread over the sets of the cache.
 MULTISA_INLINE long state_pitch(const Grid& grid, int channels) {
     return ((grid.strip + 2 * grid.halo) * channels) | 1;
 }
@@ -203,7 +203,7 @@ static bool lay_out_weights(const WalkProblem& problem, const Grid& grid, float*
     return valid;
 }
 
-// Where in a row the weights of each column are; see Grid.
+// Position of the weights of each column in a row; see Grid.
 static void find_sources(const Grid& grid, long* source) {
     for (long x = -grid.halo; x < grid.strip + grid.halo; ++x) {
         long column = x, lanes = 0;
@@ -213,7 +213,7 @@ static void find_sources(const Grid& grid, long* source) {
     }
 }
 
-// What a block at (y, x) reads. Above the image it finds the weights of the first row, which meet zeros.
+// Inputs of a block at (y, x). Above the image it reads the weights of the first row, which meet zeros.
 struct Neighbourhood {
     const Vec* state;        // at (y, x)
     long state_pitch;        // vectors
@@ -233,7 +233,7 @@ static constexpr bool is_neighbour_5(int dy, int dx) {
     return (dy != 0 || dx != 0) && dy * dy + dx * dx < 25;
 }
 
-// The neighbours in one row for radius 5, the one everybody uses, written out: ROW counts from the block's first.
+// The neighbours in one row for radius 5, the usual one, unrolled: ROW counts from the block's first.
 template <int CHANNELS, int BLOCK, int ROW>
 MULTISA_INLINE void pull_row_5(Vec (&acc)[CHANNELS][BLOCK], const Vec* state, const float* weights, long pitch,
                                const float* above, const long (&source)[9]) {
@@ -320,7 +320,7 @@ MULTISA_INLINE void fill_halo(Vec* row, const Grid& grid) {
     for (long i = strip; i < strip + halo; ++i) row[i] = moved<1>(row[i - strip]);
 }
 
-// Make the step of a block at (y, x) from the sums over its neighbours.
+// Complete the step of a block at (y, x) from the sums over its neighbours.
 template <int CHANNELS, int BLOCK>
 MULTISA_INLINE void finish(Vec (&acc)[CHANNELS][BLOCK], const Grid& grid, const Vec* current, Vec* next, long pitch,
                            Vec* total, long pixel, const Step step) {
@@ -373,14 +373,14 @@ static Step step_of(const WalkProblem& problem, long k) {
 // Blocks that a step stays behind the one before.
 MULTISA_INLINE long lag_of(const Grid& grid, int block) { return (grid.halo + block - 1) / block; }
 
-// Steps that go down the image together: as many as find room for their rows in the cache.
+// Steps that go down the image together: as many as fit their rows into the cache.
 static long steps_together(const Grid& grid, int channels, int block) {
     const long row_bytes = (grid.planes + 3 * channels) * grid.strip * (long)sizeof(Vec);
     const long apart = lag_of(grid, block) * block, left = CACHE_BYTES / row_bytes - block - grid.halo;
     return apart > 0 && left >= apart ? 1 + left / apart : 1;
 }
 
-// Take the products first..last-1 in one sweep. When step k takes a block, step k - 1 has done at least the rows
+// Compute the products first..last-1 in one sweep. When step k takes a block, step k - 1 has done at least the rows
 // that its neighbourhood reaches, and reads none of this block's any more: what lies below is read from `lag`
 // blocks on. So the next state can take the place of the last but one, as if the steps came one by one.
 template <int CHANNELS>
@@ -397,7 +397,7 @@ static void sweep(const WalkProblem& problem, const Grid& grid, const States& st
     }
 }
 
-// Divide the workspace for a group of channels, and clear what is never written: the rows around the image.
+// Divide the workspace for a group of channels, and clear the rows around the image, which are never written.
 static States states_of(const Grid& grid, Vec* workspace, int channels) {
     States states;
     states.pitch = state_pitch(grid, channels);
@@ -518,8 +518,8 @@ static void walk_group(const WalkProblem& problem, const Grid& grid, Vec* worksp
     }
 }
 
-// Walk one image; `workspace` has walk_workspace() floats and is aligned to a vector. Returns false, with
-// nothing written, for scores that are not finite or an affinity outside [0, 1].
+// Walk one image; `workspace` has walk_workspace() floats and is aligned to a vector. Returns false and
+// writes nothing for scores that are not finite or an affinity outside [0, 1].
 static bool walk(const WalkProblem& problem, float* workspace) {
     if (!all_finite(problem.scores, problem.channels * problem.height * problem.width)) return false;
     Grid grid = grid_of(problem);

@@ -3,15 +3,15 @@
 // A copy is one field of beliefs: images x problems (several label sets of one image). Beliefs and lattice
 // values are rows of `lanes` floats, the labels padded to a multiple of four; padding carries zeros.
 //   beliefs [copies][pixels][lanes]   values [copies of the lattice][rows][lanes]   unary [copies][labels][pixels]
-// The bilateral lattice holds all images of a problem, its copies being problems; the spatial lattice holds one
-// image and has a copy for each image of each problem. Sums run in an order that depends on the data alone.
+// The bilateral lattice holds all images of a problem, so its copies are problems; the spatial lattice holds one
+// image and has a copy for each image of each problem. The order of sums depends on the data alone.
 #pragma once
 
 #include "lattice.cuh"
 
 namespace multisa {
 
-// One touch of a vertex: whose belief it takes in and with which weight.
+// One touch of a vertex: the point whose belief it adds, and its weight.
 struct alignas(8) Entry {
     unsigned point;
     float weight;
@@ -34,7 +34,7 @@ __device__ __forceinline__ float exchange(float value, int distance) {
 
 // Sum weighted beliefs over entries begin + first, begin + first + step, ... below end, then over the threads of
 // the group that hold the same labels; `quads` (1 or 2) neighbouring threads hold one row. Each exchange halves
-// what a thread still has to sum: in the end thread 2 c + q of a group holds component c of quad q.
+// what a thread still has to sum: at the end thread 2 c + q of a group holds component c of quad q.
 template <int quads>
 __device__ __forceinline__ float gather(const Entry *entries, int begin, int end, int first, int step,
                                         const float4 *beliefs, int row_quads) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ float gather(const Entry *entries, int begin, int end
     return quads == 1 ? component + exchange(component, 1) : component;
 }
 
-// Gather the beliefs at every vertex. A group of threads takes a vertex; the block together one of more than
+// Gather the beliefs at every vertex. A group of threads takes a vertex; a whole block takes one with more than
 // hot_entries. blockIdx.y is the copy, blockIdx.z the group of `quads` quads of labels; blocks stride over the
 // vertices. partial [splat_vertices * 4 * quads] is shared memory.
 template <int quads>
@@ -95,8 +95,8 @@ __device__ __forceinline__ void splat(const Entry *entries, const int *starts, c
     const multisa::Entry *entries, const int *starts, const int *vertices, const float4 *beliefs,            \
         int points, int row_quads, float scale, int rows, float *values
 
-// Splat for rows of four labels. Four blocks to a multiprocessor: asked for none, the compiler aims at more and
-// spills.
+// Splat for rows of four labels. Four blocks per multiprocessor: without this bound, the compiler aims at more
+// and spills.
 extern "C" __global__ void __launch_bounds__(256, 4) crf_splat_4(MULTISA_SPLAT_PARAMETERS) {
     __shared__ float partial[4 * multisa::splat_vertices];
     multisa::splat<1>(entries, starts, vertices, beliefs, points, row_quads, scale, rows, values, partial);
@@ -131,7 +131,7 @@ crf_blur(const int2 *neighbours, const int *vertices, const float4 *values, int 
 }
 
 // Divide the weights [corners][points] by the root of the filtered ones, whose lattice values are given in rows
-// of four equal lanes: from then on splat and slice together are the symmetrically normalised kernel.
+// of four equal lanes. Splat and slice together then apply the symmetrically normalised kernel.
 extern "C" __global__ void __launch_bounds__(256)
 crf_normalise(const int *vertex_of, const float4 *values, int points, int corners, float floor,
               float *weights) {
@@ -148,7 +148,7 @@ crf_normalise(const int *vertex_of, const float4 *values, int points, int corner
     }
 }
 
-// List the touches [count] in the order of the sort, with the weights of slicing. One thread an entry.
+// List the touches [count] in sorted order, with the weights of slicing. One thread per entry.
 extern "C" __global__ void __launch_bounds__(256)
 crf_entries(const unsigned *touches, int count, int points, int corners, const float *weights,
             multisa::Entry *entries) {

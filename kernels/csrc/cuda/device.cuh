@@ -1,12 +1,12 @@
-// The few words that the kernels use beyond CUDA itself, and the one place that knows the two ways to compile
-// them: by nvcc for a device, or with MULTISA_ON_CPU by a C++ compiler whose header stands for CUDA's.
+// The few helpers that kernels use beyond CUDA itself, and the only place that knows both ways to compile them:
+// with nvcc for a device, or with MULTISA_ON_CPU and a C++ compiler, whose header emulates CUDA.
 //
-// Kernels keep to blocks, shared memory, `_sync` shuffles and atomics.
+// Kernels use only blocks, shared memory, `_sync` shuffles and atomics.
 #pragma once
 
 #ifdef MULTISA_ON_CPU
 #include "cuda_on_cpu.hpp"
-// The memory that the launch asked for, given out per block.
+// The shared memory of a block, of the size given at launch.
 #define MULTISA_DYNAMIC_SHARED(type, name) type *const name = static_cast<type *>(cuda_on_cpu::dynamic_shared())
 #else
 #include <cuda_fp16.h>

@@ -1,7 +1,7 @@
 // From class maps to labels: bilinear resizing, the background and the division by the sum, argmax.
 //
-// Resizing is Pillow's BILINEAR, a triangle filter that is widened when an image shrinks. Its taps come from the
-// host, which makes them in double: `first` and `count` for every output row or column, `weights` [output][taps].
+// Resizing is Pillow's BILINEAR, a triangle filter that is widened when an image shrinks. The host computes its
+// taps in double: `first` and `count` for every output row or column, `weights` [output][taps].
 #pragma once
 
 #include "device.cuh"
@@ -15,7 +15,7 @@ struct Taps {
     int most;  // weights kept for each output
 };
 
-// One output of a map [.][width]: rows and columns are weighted in one go, a handful of products when enlarging.
+// One output of a map [.][width]: weighs rows and columns together, a few products when enlarging.
 __device__ __forceinline__ float resampled(const float *map, int width, const Taps &rows, const Taps &columns,
                                            int y, int x) {
     const int left = columns.first[x], across = columns.count[x], down = rows.count[y];
@@ -23,7 +23,7 @@ __device__ __forceinline__ float resampled(const float *map, int width, const Ta
     const float *const column_weights = columns.weights + static_cast<size_t>(x) * columns.most;
     const float *from = map + static_cast<size_t>(rows.first[y]) * width + left;
     float sum = 0;
-    // Two taps an axis when enlarging: more of the loop in a row would be registers for nothing.
+    // Enlarging has two taps per axis: unrolling further would waste registers.
 #pragma unroll 1
     for (int j = 0; j < down; ++j, from += width) {
         float row = 0;
@@ -44,8 +44,8 @@ __device__ __forceinline__ float resampled(const float *map, int width, const Ta
     const multisa::Taps rows{row_first, row_count, row_weights, row_most}; \
     const multisa::Taps columns{column_first, column_count, column_weights, column_most};
 
-// A thread: one pixel of one map. maps fp32 [.][height][width]; out [gridDim.y][to_height][to_width], the map of
-// which is channels[blockIdx.y], or blockIdx.y where `channels` is null.
+// A thread: one pixel of one map. maps fp32 [.][height][width]; out [gridDim.y][to_height][to_width], of map
+// channels[blockIdx.y], or of map blockIdx.y if `channels` is null.
 extern "C" __global__ void __launch_bounds__(256)
 maps_resize(const float *__restrict__ maps, const int *__restrict__ channels, MULTISA_TAPS, int height, int width,
             int to_height, int to_width, float *out) {
@@ -58,7 +58,7 @@ maps_resize(const float *__restrict__ maps, const int *__restrict__ channels, MU
         multisa::resampled(map, width, rows, columns, i / to_width, i % to_width);
 }
 
-// One block: the highest of `count` values, or 0 where none is above it. The order of comparisons changes nothing.
+// One block: the highest of `count` values, or 0 if none is above 0. The order of comparisons does not matter.
 extern "C" __global__ void __launch_bounds__(1024) maps_peak(const float *__restrict__ maps, int count, float *peak) {
     __shared__ float highest[32];
     float high = 0;
@@ -98,7 +98,7 @@ maps_to_probabilities(const float *__restrict__ maps, int count, MULTISA_TAPS, i
 }
 
 // A thread: one pixel. probabilities fp32 [labels][pixels]; mask: ids[label] of the highest, the first of equals;
-// confidence: 255 times the highest, rounded. `soft`, where not null, gets the probabilities as fp16.
+// confidence: 255 times the highest, rounded. `soft`, unless null, receives the probabilities as fp16.
 extern "C" __global__ void __launch_bounds__(256)
 labels_argmax(const float *__restrict__ probabilities, const int *__restrict__ ids, int labels, int pixels,
               unsigned char *mask, unsigned char *confidence, __half *soft) {
@@ -119,7 +119,7 @@ labels_argmax(const float *__restrict__ probabilities, const int *__restrict__ i
     confidence[i] = static_cast<unsigned char>(fminf(fmaxf(highest, 0.0f), 1.0f) * 255 + 0.5f);
 }
 
-// One thread: what the kernels before it found wrong, and clears it for the next image. Either may be null.
+// One thread: copies the error words of the kernels before it and clears them. Either may be null.
 extern "C" __global__ void __launch_bounds__(32)
 take_errors(unsigned *walk_error, unsigned *crf_error, unsigned *out) {
     if (threadIdx.x > 0) return;

@@ -1,8 +1,8 @@
 // The permutohedral lattice (Adams, Baek & Davis 2010) of the pixels of one or more images of one size.
 //
-// A vertex is known by one 64-bit key: its coordinates less the last, and the image, as digits of a mixed-radix
+// A 64-bit key identifies a vertex: its coordinates less the last, and the image, as digits of a mixed-radix
 // number, so that a step along a lattice axis is one addition. Vertices are numbered in the order of the first
-// touch (pixel, corner) that meets them, whatever the order in which threads insert them into the hash table.
+// touch (pixel, corner), whatever the order in which threads insert them into the hash table.
 //
 // Shapes: points = images * height * width; corners = d + 1; touch = point * corners + corner;
 // weights and ids [corners][points]; neighbours [corners][capacity]. Arithmetic that decides in which simplex a
@@ -29,7 +29,7 @@ __device__ __forceinline__ unsigned hash_slot(unsigned long long key, unsigned m
     return static_cast<unsigned>(key) & mask;
 }
 
-// Return the slot of a key, which is put there if new; -1 when the table has no room for it.
+// Return the slot of a key, inserting it if it is new; -1 if the table is full.
 __device__ inline int insert_key(unsigned long long *table, unsigned mask, unsigned long long key) {
     unsigned slot = hash_slot(key, mask);
     for (int probe = 0; probe < max_probes; ++probe) {
@@ -40,7 +40,7 @@ __device__ inline int insert_key(unsigned long long *table, unsigned mask, unsig
     return -1;
 }
 
-// Return the slot of a key in a table that no longer changes; -1 when it is not there.
+// Return the slot of a key in a table that no longer changes; -1 if it is absent.
 __device__ inline int find_key(const unsigned long long *table, unsigned mask, unsigned long long key) {
     unsigned slot = hash_slot(key, mask);
     for (int probe = 0; probe < max_probes; ++probe) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ Simplex<d> enclosing_simplex(const float *feature, co
     float ordered[corners];
 #pragma unroll
     for (int i = 0; i < corners; ++i) {
-        // Rounding can leave the plane of zero sum; the farthest coordinates are brought back.
+        // Rounding can leave the plane of zero sum; this moves the farthest coordinates back.
         const int wrap = simplex.rank[i] < 0 ? 1 : simplex.rank[i] >= corners ? -1 : 0;
         simplex.rank[i] += wrap * corners;
         simplex.origin[i] += static_cast<float>(wrap * corners);
@@ -108,7 +108,7 @@ __device__ __forceinline__ Simplex<d> enclosing_simplex(const float *feature, co
     }
 #pragma unroll
     for (int k = 0; k < corners; ++k) {
-        // A selection instead of an index, so that the array stays in registers.
+        // Selection instead of indexing keeps the array in registers.
         ordered[k] = difference[0];
 #pragma unroll
         for (int i = 1; i < corners; ++i) ordered[k] = simplex.rank[i] == k ? difference[i] : ordered[k];
@@ -119,8 +119,8 @@ __device__ __forceinline__ Simplex<d> enclosing_simplex(const float *feature, co
     return simplex;
 }
 
-// Insert the corners of every point's simplex. One thread a point; a warp is 32 points in a row, which mostly
-// share vertices, so that one lane inserts for its followers.
+// Insert the corners of every point's simplex. One thread per point. The 32 consecutive points of a warp mostly
+// share vertices, so one lane inserts for the others.
 //   image    uint8 [images][pixels][3], unused where d = 2
 //   numbers  divisors [d], scales [d] of the features x, y, r, g, b
 //   codes    strides [d], lowest digits [d], steps [d + 1], stride of the image
@@ -193,9 +193,9 @@ __device__ __forceinline__ void insert_points(const unsigned char *image, int po
     multisa::insert_points<d>(image, points, pixels, width, numbers, codes, table, mask, first, slots,       \
                               weights, error)
 
-// Four blocks to a multiprocessor: asked for none, the compiler aims at more and spills.
+// Four blocks per multiprocessor: without this bound, the compiler aims at more and spills.
 
-// The spatial lattice (x, y): it depends on the size alone, `image` is not read.
+// The spatial lattice (x, y). It depends on the size alone; `image` is not read.
 extern "C" __global__ void __launch_bounds__(256, 4) lattice_insert_2(MULTISA_INSERT_PARAMETERS) {
     MULTISA_INSERT(2);
 }
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) lattice_insert_5(MULTISA_IN
 #undef MULTISA_INSERT
 #undef MULTISA_INSERT_PARAMETERS
 
-// Mark with 1 the touches [count] that met their vertex first. One thread a touch.
+// Mark with 1 the touches [count] that met their vertex first. One thread per touch.
 extern "C" __global__ void __launch_bounds__(256)
 lattice_mark(const int *slots, const unsigned *first, int count, unsigned *leads) {
     const int touch = blockIdx.x * blockDim.x + threadIdx.x;
@@ -217,7 +217,7 @@ lattice_mark(const int *slots, const unsigned *first, int count, unsigned *leads
 }
 
 // Number the vertices by `order`, the exclusive sums of the marks: ids [slots], keys [capacity], and their count
-// into `vertices`. One thread a touch.
+// into `vertices`. One thread per touch.
 extern "C" __global__ void __launch_bounds__(256)
 lattice_number(const int *slots, const unsigned *first, const unsigned *order, int count,
                const unsigned long long *table, const unsigned *total, int capacity, int *ids,
@@ -236,8 +236,8 @@ lattice_number(const int *slots, const unsigned *first, const unsigned *order, i
     if (id < capacity) keys[id] = table[slot];
 }
 
-// Give each touch [points * corners] the id of its vertex: once for slicing, once as a key to sort touches by.
-// A touch without room for its vertex gets weight 0 at vertex 0, which keeps every later index in range.
+// Store the vertex id of each touch [points * corners] twice: for slicing, and as the key that sorts touches.
+// A touch whose vertex exceeds the capacity gets weight 0 at vertex 0, which keeps every later index in range.
 extern "C" __global__ void __launch_bounds__(256)
 lattice_assign(const int *slots, const int *ids, int points, int corners, int capacity, int *vertex_of,
                float *weights, unsigned *sort_keys, unsigned *sort_values) {
@@ -273,7 +273,7 @@ lattice_neighbours(const unsigned long long *keys, const int *vertices, const lo
     }
 }
 
-// Note where the touches of each vertex start among the sorted ones [count]: starts [vertices + 1].
+// Store where the touches of each vertex start among the sorted ones [count]: starts [vertices + 1].
 extern "C" __global__ void __launch_bounds__(256)
 lattice_starts(const unsigned *sorted_ids, int count, const int *vertices, int *starts) {
     const int entry = blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,12 +1,12 @@
 // The pixel side of the mean field: unary energies, and the update that slices both lattices and normalises.
-// Shapes and words are those of crf.cuh. One thread a pixel; blockIdx.y is the copy.
+// Shapes and terms are those of crf.cuh. One thread per pixel; blockIdx.y is the copy.
 #pragma once
 
 #include "crf.cuh"
 
 namespace multisa {
 
-// What one lattice has to say about one pixel of one copy.
+// The message of one lattice to one pixel of one copy.
 struct Sliced {
     const int *vertex_of;  // [corners][points]
     const float *weights;  // [corners][points]
@@ -43,7 +43,7 @@ __device__ __forceinline__ void add_messages(const Sliced &spatial, const Sliced
     add_message<6, quads>(bilateral, lanes, first, message);
 }
 
-// Where the last update leaves its result: a plane of `out` a label.
+// Where the last update writes its result: one plane of `out` per label.
 struct Output {
     const int *channels;  // [labels] plane of each label of this copy, -1 for none; null: label l is plane l
     int classes;
@@ -118,8 +118,8 @@ __device__ __forceinline__ void update_any(const Sliced &spatial, const Sliced &
 
 }  // namespace multisa
 
-// The arguments of an update and what they mean for one pixel. `filtered` is 0 for the first update, which is the
-// softmax of the unary; `out` is null for all but the last, which writes there instead of `beliefs`.
+// The arguments of an update, resolved for one pixel. `filtered` is 0 for the first update, which is the
+// softmax of the unary; `out` is null except for the last, which writes there instead of `beliefs`.
 #define MULTISA_UPDATE_PARAMETERS                                                                            \
     const int *spatial_vertex_of, const float *spatial_weights, const float *spatial_values,                 \
         int spatial_rows, float spatial_compat, const int *bilateral_vertex_of,                              \
@@ -172,8 +172,8 @@ extern "C" __global__ void __launch_bounds__(128) crf_update_any(MULTISA_UPDATE_
 #undef MULTISA_UPDATE_PARAMETERS
 
 // Energies -log of the probabilities [copies][classes][pixels] clipped to [floor, 1]: unaries
-// [copies][labels][pixels]. channels [copies][labels] says which class each label is, -1 for none, whose energy is
-// infinite; null: label l is class l.
+// [copies][labels][pixels]. channels [copies][labels] says the class of each label, -1 for none with infinite
+// energy; null: label l is class l.
 extern "C" __global__ void __launch_bounds__(128)
 crf_unary(const float *probabilities, const int *channels, int classes, int labels, int pixels, float floor,
           float *unaries, unsigned *error) {
@@ -194,8 +194,8 @@ crf_unary(const float *probabilities, const int *channels, int classes, int labe
     }
 }
 
-// Energies of hard labels [copies][pixels], values below n_labels: one for the label that is given, one for the
-// others; labels from n_labels on do not take part.
+// Energies of hard labels [copies][pixels], values below n_labels: one for the given label, one for the
+// others. Labels from n_labels on are left out.
 extern "C" __global__ void __launch_bounds__(128)
 crf_unary_of_labels(const unsigned char *given, int n_labels, float same, float other, int labels, int pixels,
                     float *unaries, unsigned *error) {

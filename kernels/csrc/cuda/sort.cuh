@@ -1,5 +1,6 @@
-// Exclusive prefix sums and a stable radix sort of (key, value) pairs, both with one result whatever the order
-// in which threads run: counts are integers, and the place of every element follows from its index alone.
+// Exclusive prefix sums and a stable radix sort of (key, value) pairs, both with
+// results that do not depend on the order in which threads run: counts are integers, and the position of every
+// element follows from its index.
 #pragma once
 
 #include "device.cuh"
@@ -22,7 +23,7 @@ __device__ __forceinline__ unsigned warp_inclusive_sum(unsigned value) {
     return value;
 }
 
-// Exclusive sum over the sort_threads threads of a block; `total` gets the sum of all. Every thread calls it.
+// Exclusive sum over the sort_threads threads of a block; `total` receives the sum. Every thread must call it.
 __device__ __forceinline__ unsigned block_exclusive_sum(unsigned value, unsigned *warp_sums, unsigned &total) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const unsigned inclusive = warp_inclusive_sum(value);
@@ -108,7 +109,7 @@ radix_count(const unsigned *keys, int count, int shift, int bits, unsigned *coun
     if (threadIdx.x <= mask) counts[threadIdx.x * gridDim.x + blockIdx.x] = histogram[threadIdx.x];
 }
 
-// Move each pair to its place, counts [2^bits][blocks] being the exclusive sums of radix_count's. A warp takes
+// Move each pair to its position; counts [2^bits][blocks] are the exclusive sums of radix_count. A warp takes
 // 256 consecutive pairs, 32 at a time; lanes of one digit find each other by ballots, so pairs of equal digits
 // keep their order.
 extern "C" __global__ void __launch_bounds__(256)

@@ -1,4 +1,4 @@
-// What the random walk and the affinities share: the half stencil, pixels of a thread, bits of the error word.
+// Shared by the random walk and the affinities: the half stencil, pixels of a thread, bits of the error word.
 #pragma once
 
 #include "device.cuh"
@@ -7,7 +7,7 @@ namespace multisa {
 
 constexpr int run = 4;  // pixels of a thread, side by side: one vector load
 
-// Input that a kernel is not defined for; a kernel cannot raise, so it sets a bit.
+// Invalid input. Kernels cannot raise, so they set a bit.
 constexpr unsigned bad_affinity = 1, bad_scores = 2, bad_boundary = 4, bad_features = 8;
 
 // The stencil of one radius at compile time, in the order of stencil_offsets().

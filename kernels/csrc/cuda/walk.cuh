@@ -1,8 +1,8 @@
-// The random walk: T = D^-1 A^beta applied again and again to every channel, one launch a step for all images.
+// The random walk: T = D^-1 A^beta applied repeatedly to every channel, one launch per step for all images.
 //
-// Everything lives in padded planes: `pitch` columns by `rows` rows, the image at (halo_y, halo_x), zeros
+// Everything is stored in padded planes: `pitch` columns by `rows` rows, the image at (halo_y, halo_x), zeros
 // around it up to whole tiles. A weight that leads out of the grid is zero, so the step needs no bounds check,
-// and whatever it writes into the padding is zero again.
+// and it writes only zeros into the padding.
 //   weights  fp16 [images, pairs, rows, pitch]   affinity^beta of the pair (y, x) -> (y + dy, x + dx)
 //   inverse  fp32 [images, rows, pitch]          1 / D, D = 1 + sum of the weights at the pixel as stored
 //   centre   fp32 [images, rows, pitch]          1 - inverse * sum: rows sum to one whatever the rounding
@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_rows(float (&sum)[channels][run], const floa
     }
 }
 
-// What follows the neighbours' sum: the centre last (first, it would swallow small neighbours one by one), then
+// After the sum over neighbours: the centre comes last (first, it would absorb small neighbours), then
 //   next = scale * average - carry * previous,  total += coefficient * next.
 struct StepTail {
     const float *inverse, *centre, *current;

@@ -1,5 +1,5 @@
 // Before and after the steps of the random walk: the weights and row sums from the affinities, the scores into
-// padded planes with their range, and the result out of them. Layouts are those of walk.cuh.
+// padded planes with their range, and the result from them. walk.cuh describes the layouts.
 #pragma once
 
 #include "walk.cuh"
@@ -31,7 +31,7 @@ walk_weights(const float *__restrict__ affinity, const int *__restrict__ offsets
 }
 
 // A thread: one element of the padded grid of image blockIdx.y. Sums in double are exact: a sum of fp16 values
-// up to 1 has fewer than 53 bits. So both directions of a pair see one and the same rounded weight.
+// up to 1 has fewer than 53 bits. So both directions of a pair use the same rounded weight.
 extern "C" __global__ void __launch_bounds__(256)
 walk_row_sums(const __half *__restrict__ weights, const int *__restrict__ offsets, float *inverse, float *centre,
               MULTISA_WALK_PLANE, int pairs) {

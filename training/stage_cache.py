@@ -1,8 +1,8 @@
-"""A run's folder: one folder a stage, named by the digest of all it was made from.
+"""The folder of a run: one folder per stage, named by a digest of everything the stage depends on.
 
-A stage whose folder holds `stage.json`, and every file it lists as it was written, is done and is skipped;
-any other is gone on with, item by item. A changed configuration or data set gives another digest and so
-another folder: nothing stale is reused and nothing is deleted.
+A stage is finished when its folder holds `stage.json` and every file listed there is unchanged; it is then
+skipped. Any other stage is continued, item by item. Another configuration or data set gives another digest
+and so another folder: stale results are never reused and nothing is deleted.
 """
 
 import json
@@ -15,9 +15,10 @@ from typing import Any
 from multisa.runtime.files import sha256_of_bytes, sha256_of_file, write_json_atomically
 from multisa.runtime.progress import log
 
-# Part of every digest: raise it when a stage's code comes to mean something else by the same inputs.
+# Part of every digest. Raise it when the code of a stage gives other results for the same inputs.
 FORMAT = 2
-MARKER, CLOCK = "stage.json", "clock.json"
+MARKER = "stage.json"
+CLOCK = "clock.json"
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Stage:
     seconds: float = 0.0
 
 
-class Workspace:
+class StageCache:
     """The stages of one run below `root`."""
 
     def __init__(self, root: Path) -> None:
-        """Stages are kept in folders below `root`."""
+        """Keep stages in folders below `root`."""
         self.root = root
-        self.stages: list[Stage] = []
+        self.stages: list[Stage] = []  # in the order they were asked for
 
     def stage(
         self,
@@ -46,51 +47,51 @@ class Workspace:
         after: list[Stage],
         work: Callable[[Path], Mapping[str, Any]],
     ) -> Stage:
-        """Run `work` in the stage's folder, unless it is done already from the same inputs.
+        """Run `work` in the folder of the stage, unless it is finished already from the same inputs.
 
-        inputs: JSON values that determine the stage's output; `after`: the stages it reads. What `work`
-        returns is kept as the stage's results.
+        inputs: JSON values that determine the output of the stage; after: the stages it reads. What `work`
+        returns is stored as the results of the stage.
         """
         digest = stage_digest(name, inputs, [stage.digest for stage in after])
         folder = self.root / f"{name}-{digest[:10]}"
         stage = _finished(name, folder, digest)
         if stage is None:
             folder.mkdir(parents=True, exist_ok=True)
-            before, started = _spent(folder), time.time()
+            before, started = _seconds_spent(folder), time.time()
             write_json_atomically(folder / CLOCK, {"seconds": before, "started": started})
             results = work(folder)
             seconds = before + time.time() - started
             stage = Stage(name, folder, digest, results, seconds)
-            made = {"digest": digest, "inputs": inputs, "seconds": seconds, "results": results}
-            write_json_atomically(folder / MARKER, {**made, "files": _files(folder)})
+            record = {"digest": digest, "inputs": inputs, "seconds": seconds, "results": results}
+            write_json_atomically(folder / MARKER, {**record, "files": _files(folder)})
             log.info(f"{name}: done, {seconds:.0f} s")
         else:
-            log.info(f"{name}: made already from the same inputs")
+            log.info(f"{name}: skipped, already done with the same inputs")
         self.stages.append(stage)
         return stage
 
 
 def stage_digest(name: str, inputs: Mapping[str, Any], after: list[str]) -> str:
-    """Digest of everything a stage is made from: its name, its inputs, the digests of the stages it reads."""
+    """Digest of everything a stage depends on: its name, its inputs, the digests of the stages it reads."""
     described = {"format": FORMAT, "stage": name, "inputs": inputs, "after": after}
     return sha256_of_bytes(json.dumps(described, sort_keys=True).encode())
 
 
 def _finished(name: str, folder: Path, digest: str) -> Stage | None:
-    """The stage as it was kept; None when it is not done, or when one of its files is gone or altered."""
+    """The stage as stored; None when it is not finished, or one of its files is missing or changed."""
     marker = folder / MARKER
     if not marker.exists():
         return None
-    kept = json.loads(marker.read_text(encoding="utf-8"))
+    stored = json.loads(marker.read_text(encoding="utf-8"))
     wrong = [
         file
-        for file, sha256 in kept["files"].items()
+        for file, sha256 in stored["files"].items()
         if not (folder / file).is_file() or sha256_of_file(folder / file) != sha256
     ]
-    if kept["digest"] == digest and not wrong:
-        return Stage(name, folder, digest, kept["results"], kept["seconds"])
+    if stored["digest"] == digest and not wrong:
+        return Stage(name, folder, digest, stored["results"], stored["seconds"])
     log.info(
-        f"{name}: made again, {f'{wrong[0]} is gone or altered' if wrong else 'it was of another digest'}"
+        f"{name}: repeated, {f'{wrong[0]} is missing or changed' if wrong else 'its inputs are different'}"
     )
     marker.unlink()
     for file in wrong:
@@ -103,8 +104,8 @@ def _files(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name not in own}
 
 
-def _spent(folder: Path) -> float:
-    """Seconds that interrupted attempts have cost: each until it wrote its last file."""
+def _seconds_spent(folder: Path) -> float:
+    """Seconds of the interrupted attempts, each counted until it wrote its last file."""
     path = folder / CLOCK
     if not path.exists():
         return 0.0

@@ -1,9 +1,9 @@
-"""Histograms of bytes against NumPy's."""
+"""Histograms of masks against NumPy, and the rounding of confidences."""
 
 import numpy as np
 import pytest
 
-from multisa.kernels import histogram, joint_histogram
+from multisa.kernels import confidence_levels, histogram, joint_histogram
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (3,), (37, 41), (2, 5, 7), (257, 263)])
@@ -20,10 +20,16 @@ def test_counts_are_those_of_numpy(shape: tuple[int, ...]) -> None:
 
 
 def test_other_arrays_are_refused() -> None:
-    bytes_, numbers = np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.int64)
+    bytes_ = np.zeros((2, 3), np.uint8)
+    numbers = np.zeros((2, 3), np.int64)
     with pytest.raises(TypeError, match="values: got int64, expected an array of uint8"):
         histogram(numbers)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="columns: got int64"):
         joint_histogram(bytes_, numbers)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"got shapes \(2, 3\) and \(3, 2\)"):
         joint_histogram(bytes_, bytes_.T)
+
+
+def test_confidence_levels_are_clipped_and_rounded() -> None:
+    given = np.array([-1, 0, 0.2, 0.5, 0.6, 1, 2], np.float32)
+    assert confidence_levels(given).tolist() == [0, 0, 51, 128, 153, 255, 255]

@@ -1,29 +1,30 @@
-"""The half stencil of pixel pairs, in the one order that every affinity array of the project uses.
+"""The half stencil of pixel pairs. Every affinity array of the project stores its planes in this order.
 
 A pair is stored once, at its upper (or left) pixel: plane p of an affinity array [P, h, w] holds, at (y, x),
 the pair (y, x) -> (y + dy, x + dx) with (dy, dx) = stencil_offsets(radius)[p].
 """
 
 import functools
-import operator
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels.common.checks import check_integer
+
 Boundary = Literal["full", "psa"]
 
-# The compiled kernels keep tables of this many stencil rows; 64 already means 6,000 planes.
+# The compiled kernels keep tables of this many stencil rows. A radius of 64 already means 6,000 planes.
 MAX_RADIUS = 64
 
 
 @functools.lru_cache(maxsize=32)
 def stencil_offsets(radius: int) -> tuple[tuple[int, int], ...]:
-    """List the offsets (dy, dx) of the half stencil: dx^2 + dy^2 < radius^2, forwards in reading order.
+    """List the offsets (dy, dx) of the half stencil, dx^2 + dy^2 < radius^2, in reading order.
 
-    First (0, 1..radius-1), then for dy = 1..radius-1 each dx from -(radius-1) to radius-1 (Ahn & Kwak 2018).
-    Radius 5 gives 34 offsets, radius 1 none. Raises TypeError or ValueError unless radius is an integer in
-    1..MAX_RADIUS.
+    The order is (0, 1..radius-1), then for dy = 1..radius-1 each dx from -(radius-1) to radius-1 (Ahn & Kwak
+    2018). Radius 5 gives 34 offsets, radius 1 none. Raises TypeError or ValueError unless radius is an
+    integer in 1..MAX_RADIUS.
     """
     radius = check_integer("radius", radius, minimum=1)
     if radius > MAX_RADIUS:
@@ -38,9 +39,9 @@ def stencil_offsets(radius: int) -> tuple[tuple[int, int], ...]:
 def path_offsets(dy: int, dx: int) -> tuple[tuple[int, int], ...]:
     """List the integer points of the straight path from (0, 0) to (dy, dx), both ends included.
 
-    A point belongs to the path when its squared distance to the segment is below 1 (the rule of irn, Ahn et
-    al. 2019). Such points lie in the box spanned by the two ends, so a path never leaves the grid. The order
-    is that of reading.
+    A point belongs to the path if its squared distance to the segment is below 1, as in irn (Ahn et al.
+    2019). Such points lie in the box spanned by the two ends, so a path never leaves the grid. Points are in
+    reading order.
     """
     length_squared = max(dy * dy + dx * dx, 1)
     rows = range(min(0, dy), max(0, dy) + 1)
@@ -51,13 +52,14 @@ def path_offsets(dy: int, dx: int) -> tuple[tuple[int, int], ...]:
 def pair_slices(
     offset: tuple[int, int], shape: tuple[int, int]
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Return index pairs (source, target) that select both pixels of every in-grid pair of one offset.
+    """Return indices (source, target) that select the two pixels of every in-grid pair of one offset.
 
-    Both select arrays of equal shape from an [h, w] grid; they are empty where the offset does not fit.
+    Both select arrays of equal shape from an [h, w] grid. They are empty if the offset does not fit the grid.
     """
     dy, dx = offset
     height, width = shape
-    rows, columns = max(height - dy, 0), max(width - abs(dx), 0)
+    rows = max(height - dy, 0)
+    columns = max(width - abs(dx), 0)
     left = max(-dx, 0)
     source = (slice(0, rows), slice(left, left + columns))
     target = (slice(dy, dy + rows), slice(left + dx, left + dx + columns))
@@ -67,13 +69,13 @@ def pair_slices(
 
 
 def check_boundary(boundary: Boundary) -> None:
-    """Raise ValueError unless `boundary` is one of the conventions."""
+    """Raise ValueError unless `boundary` is "full" or "psa"."""
     if boundary not in get_args(Boundary):
         raise ValueError(f"boundary: got {boundary!r}, expected one of {', '.join(get_args(Boundary))}")
 
 
 def edge_mask(radius: int, shape: tuple[int, int], boundary: Boundary) -> npt.NDArray[np.bool_]:
-    """Mark the pairs that exist, as bool [P, h, w].
+    """Mark the pairs that exist: bool [P, h, w].
 
     "full" keeps every pair whose target lies in the grid. "psa" also drops the pairs whose source lies within
     radius-1 pixels of the left, right or bottom border, as the code of Ahn & Kwak (2018) does.
@@ -91,16 +93,3 @@ def edge_mask(radius: int, shape: tuple[int, int], boundary: Boundary) -> npt.ND
         kept[: max(height - margin, 0), margin : max(width - margin, margin)] = True
         mask &= kept
     return mask
-
-
-def check_integer(name: str, value: int, *, minimum: int) -> int:
-    """Return `value` as an int, or raise TypeError (not an integer) or ValueError (below `minimum`)."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name}: got {type(value).__name__}, expected an integer; pass int({name})"
-        ) from None
-    if number < minimum:
-        raise ValueError(f"{name}: got {number}, expected at least {minimum}")
-    return number

@@ -1,0 +1,1 @@
+"""Shared by the operations and their CPU and CUDA implementations; imports no other part of kernels."""
