@@ -8,7 +8,7 @@ QUICK ?= --quick
 # In a process of its own: behind torch, Ray and TensorRT's builder in one process, OpenVINO crashed it once.
 OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py
 
-.PHONY: demo test check bench train clean
+.PHONY: demo test check docs bench train clean
 
 demo: $(VENV)/base  ## label and segment the photographs that come with the package
 	$(BIN)/multisa demo -o demo-out
@@ -23,6 +23,9 @@ check: $(VENV)/dev  ## format, lint and types
 	$(BIN)/ruff format --check .
 	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/multisa
 	MYPYPATH=build/typecheck $(BIN)/mypy -p multisa.kernels -p multisa.runtime -p multisa.training -p multisa.export -p multisa.benchmarks
+
+docs: $(VENV)/dev  ## build the pages of docs/ into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; make bench QUICK= takes an hour
 	$(BIN)/python benchmarks/segmenting.py $(QUICK) --data $(DATA)

@@ -1,13 +1,11 @@
-"""Attention in exported graphs: a loop over blocks of queries, so that no (h w)^2 matrix is ever made.
+"""Attention in exported graphs: a loop over blocks of queries, so that no (h w)^2 matrix is ever allocated.
 
-The exporter writes one placeholder for each attention; `expand_attention` puts a Loop in its place. An
-iteration takes QUERY_BLOCK queries against all keys: memory grows with h w and not with its square. The block
-is a constant because TensorRT reserves memory for the largest shape of a profile, and can tell how large a
-block gets only where no division is in the way.
+The exporter writes one placeholder per attention layer; `expand_attention` replaces it by a Loop. Each
+iteration compares QUERY_BLOCK queries with all keys, so memory grows with h w, not with its square.
 
 Precision: the logits are not scaled by 1 / sqrt(c) and exceed float16's 65504 with features of ordinary size;
-the maximum that Softmax subtracts comes too late for a product that is infinite already. In a graph of lower
-precision the loops stay float32, inputs and all: their nodes are named attention_N.loop, and inside them
+by the time Softmax subtracts the maximum, the product is already infinite. In graphs of lower precision the
+loops therefore stay float32, inputs included. Their nodes are named attention_N.loop, and inside them
 attention_N.logits, attention_N.softmax and attention_N.attended.
 """
 
@@ -23,12 +21,18 @@ from onnxscript import values
 
 from multisa.runtime.errors import ParityError
 
+# 18: the newest opset whose Resize every execution provider of ONNX Runtime has.
+OPSET = 18
+# Queries per iteration. A block of 256 x 16,384 logits (a stride-4 grid at 512 pixels) takes 16 MiB. It is a
+# constant, not a share of the tokens: TensorRT reserves memory for the largest shape of a profile, and cannot
+# bound a block whose size is the result of a division.
 QUERY_BLOCK = 256
-_DOMAIN, _NAME = "multisa.export", "Attention"
-# query, key: [N, 1, T, c]; value, attended: [N, 1, T, v]. Where the tokens end, the last block repeats the
-# last query: a Gather by computed indices works in every engine's loops, unlike a Slice that moves.
+_DOMAIN = "multisa.export"
+_NAME = "Attention"
+# query, key: [N, 1, T, c]; value, attended: [N, 1, T, v]. The last block repeats the last query where the
+# tokens end: a Gather by computed indices works inside the loops of every backend, a moving Slice does not.
 _FUNCTION = f"""
-<domain: "{_DOMAIN}", opset_import: ["" : 18]>
+<domain: "{_DOMAIN}", opset_import: ["" : {OPSET}]>
 {_NAME} (query, key, value) => (attended)
 {{
     minus_one = Constant <value_ints = [-1]> ()
@@ -83,22 +87,22 @@ _SCHEMA = OpSchema(
 _PLACEHOLDER = values.Op(values.Opset(_DOMAIN, 1), _NAME, _SCHEMA)
 
 
-def _place(query: Any, key: Any, value: Any, *, scale: float | None = None, **unused: Any) -> Any:
-    # The arguments are those of scaled_dot_product_attention; our networks use no other than these.
+def _placeholder(query: Any, key: Any, value: Any, *, scale: float | None = None, **unused: Any) -> Any:
+    # The arguments of scaled_dot_product_attention; our networks use these alone.
     if scale != 1.0 or unused:
         raise ParityError(
-            f"attention with scale {scale} and {sorted(unused)}: expected scale 1.0 and no mask"
+            f"attention: got scale {scale} and {sorted(unused)}, expected scale 1.0 and no mask"
         )
     return _PLACEHOLDER(query, key, value)
 
 
 def attention_translation() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch.onnx.export(custom_translation_table=...): placeholders that `expand_attention` resolves."""
-    return {torch.ops.aten.scaled_dot_product_attention.default: _place}
+    return {torch.ops.aten.scaled_dot_product_attention.default: _placeholder}
 
 
 def expand_attention(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Put the loop over blocks of queries in the place of every placeholder; returns another model."""
+    """Replace every placeholder by the loop over blocks of queries; returns a new model."""
     if all(node.domain != _DOMAIN for node in model.graph.node):
         return model
     model.functions.append(onnx.parser.parse_function(_FUNCTION))
@@ -115,6 +119,6 @@ def expand_attention(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _readable(name: str) -> str:
-    # The inliner has numbered what it wrote, from 1: loop__1, logits__1, ...
+    # The inliner numbers the nodes it writes from 1: loop__1, logits__1, ...
     numbered = re.fullmatch(r"(\w+)__(\d+)", name)
     return f"attention_{int(numbered[2]) - 1}.{numbered[1]}" if numbered else name

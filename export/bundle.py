@@ -1,39 +1,52 @@
-"""From a finished training run to a bundle: fold, convert, compare, and only then write."""
+"""Export a finished training run to a bundle: fold, convert to ONNX, compare, and only then write.
+
+result = export_bundle("runs/voc", read_dataset(Path("VOC2012")), "bundles/voc")
+print(result.describe())
+"""
 
 import platform
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AffinityPhotographs
+from multisa.export.compare import add_pseudo_mask, truth_of
+from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.parity import Compared, Outputs, ParityReport, measure_parity
-from multisa.export.photographs import add_pseudo_mask, truth_of
-from multisa.export.report import REPORT_NAME, check_destinations, report_to_bytes
+from multisa.export.report import (
+    REPORT_NAME,
+    GraphFile,
+    check_destinations,
+    describe_graphs,
+    describe_parity,
+    graphs_as_json,
+    report_to_bytes,
+)
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
+from multisa.runtime.bundle.manifest import SCHEMA_VERSION
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.progress import Progress, log
+from multisa.runtime.progress import Progress
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import installed_versions
-from multisa.training.affinity import load_affinity_net
 from multisa.training.affinity_net import head_stride
-from multisa.training.cams import CHECKPOINT, load_cam_network
-from multisa.training.data import DataSet, Item
+from multisa.training.data import Dataset, Item
 from multisa.training.inference import as_batch, read_working_image
+from multisa.training.loop import CHECKPOINT
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM
-from multisa.training.pipeline import RunRecord
-from multisa.training.segmentation import load_segmenter
-from multisa.training.segmenter import SegmentPhotographs
+from multisa.training.pipeline import RunRecord, load_run
+from multisa.training.segmenter import SegmentImages
 
 UInt8 = npt.NDArray[np.uint8]
 PREPROCESSING = (
@@ -45,8 +58,48 @@ PREPROCESSING = (
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """How to export a run."""
+
+    num_images: int = 32  # images of the weak list to compare graphs and networks on
+    full_weights: bool = (
+        False  # store weights as float32 instead of float16; arithmetic is float32 either way
+    )
+    report: Path | None = None  # also write the parity report here, even if a figure is beyond its limit
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A new bundle, and how its graphs compare with the PyTorch networks."""
+
+    bundle: Bundle
+    graphs: tuple[GraphFile, ...]
+    parity: ParityReport
+    seconds: float
+
+    def describe(self) -> str:
+        """Tables of graphs and figures for people, then the bundle's folder."""
+        parts = (
+            describe_graphs(self.graphs),
+            describe_parity("fp32 against PyTorch", self.parity),
+            f"time: {self.seconds:.1f} s\nbundle: {self.bundle.path}",
+        )
+        return "\n\n".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; sizes in bytes, times in seconds."""
+        return {
+            "bundle": str(self.bundle.path),
+            "passed": not self.parity.problems(),
+            "graphs": graphs_as_json(self.graphs),
+            "parity": {"fp32": self.parity.full_json()},
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@dataclass(frozen=True)
 class Graph:
-    """One file of the bundle: what it answers, the module as trained, what is exported of it."""
+    """One graph of the bundle: its contract, the network as trained, and the module to export."""
 
     contract: GraphContract
     reference: nn.Module
@@ -64,48 +117,46 @@ class Graph:
 
 
 def export_bundle(
-    run: RunRecord,
-    root: Path,
-    dataset: DataSet,
-    output: Path,
-    *,
-    photographs: int,
-    half_weights: bool = True,
-    report: Path | None = None,
-) -> Bundle:
-    """Write the bundle of the run in `root` to `output`.
+    run: str | Path, dataset: Dataset, output: str | Path, options: ExportOptions | None = None
+) -> ExportResult:
+    """Export the three networks of a training run to ONNX and write them as a bundle to `output`.
 
-    Every graph is compared with its PyTorch network (not folded) on `photographs` photographs of the weak
-    list. Raises ParityError, and writes nothing but the parity report to the file `report`, when one of them
-    answers differently, UsageError for another data set than the run's, and what `check_destinations` raises.
+    run: the output folder of a finished `multisa train`. dataset: the data set it was trained on, as
+    `multisa.training.read_dataset` reads it. Every graph is compared with its PyTorch network (not folded) on
+    images of the weak list. The bundle holds the figures in bundle.json and the whole report in parity.json;
+    a bundle already in `output` is replaced.
+
+    Raises ParityError, and writes nothing but `options.report`, if a figure is beyond its limit. Raises
+    UsageError for a folder without a finished run or another data set than the run's, CheckpointError for
+    missing networks, BundleError for an `output` that holds anything but a bundle.
     """
-    check_destinations(output, report)
-    if dataset.class_names != run.classes or dataset.weak_digest() != run.data_digest:
-        raise UsageError(f"{dataset.root}: not the data set that {root} was trained on; give the same one")
-    graphs = graphs_of_run(run, root)
-    files: dict[str, bytes] = {}
-    with Progress(len(graphs), "export", "graph") as bar:
-        for graph in graphs:
-            notes = {"name": run.config.name, "classes": list(run.classes), "graph": graph.file}
-            files[graph.file] = onnx_from_module(
-                graph.exported, graph.outputs, notes, half_weights=half_weights
-            )
-            bar.advance(note=graph.file)
-    # Spread over the weak list: its photographs have the image-level labels that pseudo-masks need.
-    items = dataset.weak[:: max(len(dataset.weak) // photographs, 1)][:photographs]
-    parity = compare_with_networks(run, graphs, files, items)
+    start = time.perf_counter()
+    options = options or ExportOptions()
+    run = Path(run)
+    output = Path(output)
+    record = load_run(run)
+    check_destinations(output, options.report)
+    if dataset.class_names != record.classes or dataset.train_images_digest() != record.data_digest:
+        raise UsageError(f"{dataset.root}: not the data set that {run} was trained on; give the same one")
+    graphs = graphs_of_run(record, run)
+    files, written = _convert(record, graphs, half_weights=not options.full_weights)
+    # Evenly over the weak list, whose images have the image-level labels that pseudo-masks need.
+    items = dataset.train_images[:: max(len(dataset.train_images) // options.num_images, 1)][
+        : options.num_images
+    ]
+    parity = compare_with_networks(record, graphs, files, items)
     files[REPORT_NAME] = report_to_bytes({"fp32": parity.full_json()})
-    if report:
-        write_bytes_atomically(report, files[REPORT_NAME])
+    if options.report:
+        write_bytes_atomically(options.report, files[REPORT_NAME])
     parity.require("the exported graphs answer differently from the networks")
-    log.info(f"parity on {parity.photographs} photographs: every figure within its limit")
-    return write_bundle(output, _manifest(run, parity), files)
+    bundle = write_bundle(output, _manifest(record, parity), files)
+    return ExportResult(bundle, written, parity, time.perf_counter() - start)
 
 
 def compare_with_networks(
     run: RunRecord, graphs: tuple[Graph, ...], files: dict[str, bytes], items: tuple[Item, ...]
 ) -> ParityReport:
-    """Compare the graphs with the networks on photographs, the pseudo-masks made from both included."""
+    """Compare the graphs, ONNX `files` by name, with the networks, including the pseudo-masks of both."""
     threads = torch.get_num_threads()
     engines = {
         graph.file: OnnxRuntimeBackend(files[graph.file], threads=threads, contract=graph.contract)
@@ -116,7 +167,8 @@ def compare_with_networks(
         with Progress(len(items), "parity") as bar:
             for item in items:
                 image = read_working_image(item, run.config.long_side)
-                expected, got = _network_outputs(graphs, image), {}
+                expected = _network_outputs(graphs, image)
+                got: Outputs = {}
                 for graph in graphs:
                     got.update(engines[graph.file].run(image[None]))
                 for outputs in (expected, got):
@@ -129,12 +181,15 @@ def compare_with_networks(
 
 def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     """Load the three trained networks of the run in `root`, each as trained and as it is exported."""
-    config, n_classes = run.config, len(run.classes)
-    cam = load_cam_network(config.cam, n_classes, run.folder(root, "cam") / CHECKPOINT)
-    affinity = load_affinity_net(config.affinity, run.folder(root, "affinity") / CHECKPOINT)
-    segmenter = load_segmenter(config.segmenter, n_classes, run.folder(root, "segmenter") / CHECKPOINT)
-    affinities = AffinityPhotographs(affinity, run.label.walk_radius).eval()
-    segment = SegmentPhotographs(segmenter).eval()
+    config = run.config
+    n_classes = len(run.classes)
+    cam = create_model(config.cam, n_classes, checkpoint=run.folder(root, "cam") / CHECKPOINT)
+    affinity = create_model(config.affinity, checkpoint=run.folder(root, "affinity") / CHECKPOINT)
+    segmenter = create_model(
+        config.segmenter, n_classes, checkpoint=run.folder(root, "segmenter") / CHECKPOINT
+    )
+    affinities = AffinityFromImages(affinity, run.label.walk_radius).eval()
+    segment = SegmentImages(segmenter).eval()
     scales = config.cam.scales
     return (
         Graph(
@@ -145,6 +200,24 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
         Graph(AFFINITY, affinities, affinities),
         Graph(SEGMENTER, segment, segment),
     )
+
+
+def _convert(
+    run: RunRecord, graphs: tuple[Graph, ...], *, half_weights: bool
+) -> tuple[dict[str, bytes], tuple[GraphFile, ...]]:
+    """The ONNX file of each graph by name, and what to tell about it."""
+    files: dict[str, bytes] = {}
+    written = []
+    with Progress(len(graphs), "export", "graph") as bar:
+        for graph in graphs:
+            start = time.perf_counter()
+            metadata = {"name": run.config.name, "classes": list(run.classes), "graph": graph.file}
+            data = onnx_from_module(graph.exported, graph.outputs, metadata, half_weights=half_weights)
+            files[graph.file] = data
+            seconds = time.perf_counter() - start
+            written.append(GraphFile(graph.contract.name, "fp32", graph.file, len(data), seconds))
+            bar.advance(note=graph.file)
+    return files, tuple(written)
 
 
 def _network_outputs(graphs: tuple[Graph, ...], image: UInt8) -> Outputs:
@@ -160,7 +233,7 @@ def _network_outputs(graphs: tuple[Graph, ...], image: UInt8) -> Outputs:
 def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
     measured = {f"{row.stage} ({row.measured_on})": {"miou": row.miou, "iou": row.iou} for row in run.rows}
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         name=run.config.name,
         classes=run.classes,
         palette=run.palette,

@@ -1,206 +1,251 @@
-"""`multisa export`, `multisa convert`, `multisa parity`: the command line of the exporter."""
+"""`multisa export`, `convert`, `parity` and `build`: parse options, call the library, print the result."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import click
 
-# Options of `convert` and `parity`.
-_photographs_option = click.option(
-    "--photographs",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Data set in VOC layout, or a folder of photographs: compared on, and calibrated by `convert`.",
-)
-_masks_option = click.option(
-    "--masks",
-    type=click.Path(path_type=Path),
-    help="Ground truth for a folder of photographs: PNG masks of the same names.",
-)
-_count_option = click.option(
-    "--count",
-    default=128,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Photographs to compare cam and affinity on at most; the segmenter on eight times as many.",
-)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=Path)
+
+
+class _Result(Protocol):
+    def describe(self) -> str: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+def _report_option(command: Command) -> Command:
+    return click.option(
+        "--report",
+        type=_PATH,
+        metavar="FILE",
+        help="Also write the parity report to FILE, even if it fails.",
+    )(command)
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")(
+        command
+    )
+
+
+def _image_options(command: Command) -> Command:
+    """The options of `convert` and `parity` that tell which images are compared."""
+    for decorate in (
+        click.option(
+            "--threads",
+            default=2,
+            show_default=True,
+            type=click.IntRange(1),
+            metavar="N",
+            help="CPU threads.",
+        ),
+        click.option(
+            "--num-images",
+            default=128,
+            show_default=True,
+            type=click.IntRange(1),
+            metavar="N",
+            help="Most images to compare cam and affinity on; the segmenter gets 8 N.",
+        ),
+        click.option(
+            "--masks",
+            type=_PATH,
+            metavar="DIR",
+            help="Ground truth for a folder of images: PNG masks of the same names.",
+        ),
+        click.option(
+            "--images",
+            required=True,
+            type=_PATH,
+            metavar="DIR",
+            help="Data set in VOC layout, or folder of images, to measure on.",
+        ),
+    ):
+        command = decorate(command)
+    return command
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=_PATH)
 @click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="The data set: its photographs are compared on.",
+    "--data", required=True, type=_PATH, metavar="DIR", help="The data set that RUN was trained on."
+)
+@click.option("--labels", type=_PATH, metavar="FILE", help="The label file given to `multisa train`, if any.")
+@click.option(
+    "-o", "--output", required=True, type=_PATH, metavar="DIR", help="Folder to write the bundle to."
 )
 @click.option(
-    "--labels",
-    type=click.Path(path_type=Path),
-    help="The label file that `multisa train` was given.",
-)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
-@click.option(
-    "--photographs",
+    "--num-images",
     default=32,
     show_default=True,
     type=click.IntRange(1),
-    help="How many photographs to compare on.",
+    metavar="N",
+    help="Images to compare on.",
 )
 @click.option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="Write the parity report here, too, even if it fails."
-)
+@_report_option
+@_json_option
 def export(
-    run: Path,
-    data: Path,
-    labels: Path | None,
-    output: Path,
-    photographs: int,
-    full_weights: bool,
-    report: Path | None,
+    run: Path, data: Path, labels: Path | None, output: Path, *, as_json: bool, **options: Any
 ) -> None:
-    """Convert the networks of the training run RUN to ONNX and write a bundle.
+    """Export the networks of the training run RUN to ONNX and write a bundle.
 
-    Every graph is compared with its PyTorch network; one that answers differently is exit code 3, no bundle.
+    Every graph is compared with its PyTorch network. If a figure is beyond its limit, no bundle is
+    written and the exit code is 3.
 
-    Example: multisa export runs/voc --data VOC2012 -o bundles/voc
+    \b
+    Example:
+      multisa export runs/voc --data VOC2012 -o bundles/voc
     """
-    from multisa.export.bundle import export_bundle
-    from multisa.runtime.bundle import describe
+    from multisa.export.bundle import ExportOptions, export_bundle
     from multisa.training.data import read_dataset
-    from multisa.training.pipeline import load_run
 
-    bundle = export_bundle(
-        load_run(run),
-        run,
-        read_dataset(data, labels),
-        output,
-        photographs=photographs,
-        half_weights=not full_weights,
-        report=report,
-    )
-    click.echo(describe(bundle))
+    _print(export_bundle(run, read_dataset(data, labels), output, ExportOptions(**options)), as_json)
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_PATH)
 @click.option(
     "--precision",
     "precisions",
     required=True,
     multiple=True,
     type=click.Choice(["fp16", "int8"]),
-    help="What to make; can be given twice. fp16: all three graphs, int8: the segmenter.",
+    help="fp16 converts all three graphs, int8 the segmenter. Can be given twice.",
 )
-@_photographs_option
-@_masks_option
+@_image_options
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."
+    "-o", "--output", required=True, type=_PATH, metavar="DIR", help="Folder to write the new bundle to."
 )
-@_count_option
 @click.option(
     "--int8-for",
     type=click.Choice(["cpu", "tensorrt"]),
-    help="Unsigned values and zero points for a CPU (the default), signed ones without for TensorRT.",
+    help="cpu (default): unsigned with zero points; tensorrt: signed without.",
 )
-@click.option(
-    "--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads to measure with."
-)
-@click.option("--keep", is_flag=True, help="Write the bundle although a figure is beyond its limit.")
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="Write the parity report here, too, even if it fails."
-)
-def convert(
-    bundle: Path,
-    precisions: tuple[str, ...],
-    photographs: Path,
-    masks: Path | None,
-    output: Path,
-    count: int,
-    int8_for: str | None,
-    threads: int,
-    keep: bool,
-    report: Path | None,
-) -> None:
-    """Add fp16 and int8 graphs to BUNDLE, written as a new bundle.
+@click.option("--keep", is_flag=True, help="Write the bundle even if a figure is beyond its limit.")
+@_report_option
+@_json_option
+def convert(bundle: Path, images: Path, output: Path, *, as_json: bool, **options: Any) -> None:
+    """Write a new bundle: BUNDLE with fp16 or int8 graphs added.
 
-    Which nodes stay in fp32 is measured on the photographs, and the new graphs are compared with the fp32
-    ones: a figure beyond its limit, or an int8 graph that is not faster on this CPU, is exit code 3.
+    Measurements on the images decide which nodes stay in fp32. Every new graph is compared with the fp32 one.
+    If a figure is beyond its limit, or int8 is not faster than fp32 on this CPU, no bundle is written and the
+    exit code is 3.
 
     \b
     Example:
-      multisa convert bundles/voc --precision fp16 --precision int8 --photographs VOC2012 -o bundles/voc-all
+      multisa convert bundles/voc --precision fp16 --precision int8 \\
+        --images VOC2012 -o bundles/voc-all
     """
-    from multisa.export.convert import Settings, convert_bundle
-    from multisa.export.photographs import read_photographs
-    from multisa.runtime.bundle import describe, load_bundle
-    from multisa.runtime.errors import UsageError
+    from multisa.export.quantize import QuantizeOptions, quantize_bundle
 
-    if int8_for and "int8" not in precisions:
-        raise UsageError(f"--int8-for {int8_for}: no int8 graph is made, expected --precision int8 with it")
-    loaded = load_bundle(bundle)
-    chosen = read_photographs(photographs, loaded.manifest.classes, count=count, masks=masks)
-    settings = Settings(tuple(dict.fromkeys(precisions)), threads, int8_for == "tensorrt", keep, report)
-    click.echo(describe(convert_bundle(loaded, chosen, output, settings)))
+    _print(quantize_bundle(bundle, images, output, QuantizeOptions(**options)), as_json)
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_PATH)
 @click.option(
     "--backend",
     required=True,
     metavar="NAME",
-    # The names of runtime/engines/choice.py, which help does not load.
-    help="What is compared: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or openvino.",
+    # The names of the runtime's registry of backends, which help does not load.
+    help="What to compare: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or openvino.",
 )
 @click.option(
     "--precision",
     default="fp32",
     show_default=True,
     type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
-    help="Of its graphs; bf16, of which there is no file, for the segmenter on openvino.",
+    help="Precision of the graphs; bf16 for the segmenter on openvino.",
 )
-@_photographs_option
-@_masks_option
-@_count_option
+@_image_options
 @click.option(
     "--engine-cache",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Look for TensorRT plans here, too: the --cache of `multisa build`.",
+    metavar="DIR",
+    help="TensorRT engines built with `multisa build --engine-cache DIR`.",
 )
-@click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads of the CPU.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write the report here, even if it fails.")
-def parity(
-    bundle: Path,
-    backend: str,
-    precision: str,
-    photographs: Path,
-    masks: Path | None,
-    count: int,
-    plans: Path | None,
-    threads: int,
-    report: Path | None,
-) -> None:
-    """Compare an engine's answers on BUNDLE's graphs with those of the fp32 graphs on ONNX Runtime's CPU.
+@_report_option
+@_json_option
+def parity(bundle: Path, backend: str, images: Path, *, as_json: bool, **options: Any) -> None:
+    """Compare BUNDLE's graphs on a backend with its fp32 graphs on ONNX Runtime's CPU.
 
-    A figure beyond the limits of the precision is exit code 3, an engine that cannot run here 5.
+    The exit code is 3 if a figure is beyond its limit, and 5 if the backend cannot run here.
 
     \b
     Example:
-      multisa parity bundles/voc-all --backend tensorrt-rtx --precision fp16 --photographs VOC2012
+      multisa parity bundles/voc-all --backend tensorrt-rtx --precision fp16 \\
+        --images VOC2012
     """
-    from multisa.export.compare import compare_engine, describe_figures
-    from multisa.export.photographs import read_photographs
-    from multisa.export.report import check_report, report_to_bytes
-    from multisa.runtime.backends.registry import BackendRequest
-    from multisa.runtime.bundle import load_bundle
-    from multisa.runtime.files import write_bytes_atomically
+    from multisa.export.compare import ParityOptions, check_parity
 
-    check_report(report, bundle)
-    loaded = load_bundle(bundle)
-    chosen = read_photographs(photographs, loaded.manifest.classes, count=count, masks=masks, calibrate=False)
-    title, found = compare_engine(loaded, BackendRequest(backend, precision, plans), chosen, threads=threads)
+    result = check_parity(bundle, backend, images, ParityOptions(**options))
+    _print(result, as_json)
+    result.require()
+
+
+@click.command()
+@click.argument("bundle", type=_PATH)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    required=True,
+    metavar="SM[,SM...]",
+    help="Compute capabilities of the GPUs: sm89, or sm80,sm86,sm89.",
+)
+@click.option(
+    "--precision", default="fp32", show_default=True, metavar="fp32|fp16|int8", help="Of the graphs."
+)
+@click.option(
+    "--graph",
+    "graphs",
+    multiple=True,
+    metavar="NAME",
+    help="cam, affinity or segmenter. Can be repeated; all by default.",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="MIN:OPT:MAX",
+    help="Image sizes NxHxW: 1x64x64:1x384x512:8x512x512. By default three profiles for one image at a time.",
+)
+@click.option(
+    "--library",
+    default="tensorrt-rtx",
+    show_default=True,
+    metavar="tensorrt-rtx|tensorrt",
+    help="tensorrt-rtx builds without a GPU, tensorrt for the GPU of this machine.",
+)
+@click.option(
+    "--engine-cache", type=_PATH, metavar="DIR", help="Folder of the engines; BUNDLE/engines by default."
+)
+@click.option("--report", type=_PATH, metavar="FILE", help="Also write the JSON object to FILE.")
+@_json_option
+def build(bundle: Path, report: Path | None, *, as_json: bool, **options: Any) -> None:
+    """Build TensorRT engines of BUNDLE's graphs, or find them in the engine cache.
+
+    \b
+    Example:
+      multisa build bundles/voc --target sm86,sm89
+      multisa build bundles/voc --target sm89 --precision fp16 \\
+        --profile 1x64x64:1x512x512:4x512x512
+    """
+    from multisa.export.tensorrt.build import BuildOptions, build_engines
+    from multisa.runtime.files import write_json_atomically
+
+    result = build_engines(bundle, BuildOptions(**options))
+    _print(result, as_json)
     if report:
-        write_bytes_atomically(report, report_to_bytes({title: found.full_json()}))
-    click.echo(f"{title}\n{describe_figures(found)}")
-    found.require(f"{title} answers differently from fp32 on onnxruntime-cpu")
+        write_json_atomically(report, result.as_json())
+    result.raise_failures()
+
+
+def _print(result: _Result, as_json: bool) -> None:
+    click.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False) if as_json else result.describe())

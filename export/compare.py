@@ -1,18 +1,22 @@
-"""Graphs and engines against the bundle's fp32 graphs on ONNX Runtime's CPU; no PyTorch, no onnx.
+"""Run graphs beside the bundle's fp32 graphs on ONNX Runtime's CPU and compare; no PyTorch, no onnx.
 
-`multisa parity BUNDLE --backend tensorrt-rtx --precision fp16 --photographs FOLDER`
+result = check_parity("bundles/voc", "tensorrt-rtx", "VOC2012", ParityOptions(precision="fp16"))
+print(result.describe())
 """
 
-import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from multisa.export.calibration_images import ImageSets, LabelledImage, read_image_sets, working_image
 from multisa.export.parity import Compared, Outputs, ParityReport
-from multisa.export.photographs import Photograph, Photographs, add_pseudo_mask, truth_of, working_image
+from multisa.export.report import check_report, describe_parity, open_bundle, report_to_bytes
 from multisa.runtime.backends.base import (
     AFFINITY,
     CAM,
@@ -29,23 +33,127 @@ from multisa.runtime.backends.registry import (
     describe_selection,
     select_backend,
 )
-from multisa.runtime.bundle import Bundle
+from multisa.runtime.bundle import Bundle, LabelParameters
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.progress import Progress, log, pluralize
+from multisa.runtime.files import write_bytes_atomically
+from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
+from multisa.runtime.progress import Progress, log
 
 UInt8 = npt.NDArray[np.uint8]
 
-_TOGETHER = (CAM, AFFINITY)  # pseudo-masks are made of both, and cam is compared where they have classes
+_TOGETHER = (CAM, AFFINITY)  # pseudo-masks need both
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """How to compare a backend."""
+
+    precision: str = "fp32"  # of the graphs; "bf16", which has no file, for the segmenter on openvino
+    masks: Path | None = None  # ground truth for a folder of images: PNG masks of the same names
+    num_images: int = 128  # most images for cam and affinity; the segmenter gets eight times as many
+    engine_cache: Path | None = None  # TensorRT engines, besides those in the bundle
+    threads: int = 2  # of the CPU
+    report: Path | None = None  # also write the report here, as JSON, even if a limit is exceeded
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """A backend compared with the fp32 graphs."""
+
+    title: str  # "fp16 on tensorrt-rtx"
+    backend: str  # what ran the graphs
+    bundle: Path
+    report: ParityReport
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is within its limit."""
+        return not self.report.problems()
+
+    def describe(self) -> str:
+        """A table of figures and limits, then the bundle that was compared."""
+        table = describe_parity(self.title, self.report)
+        return f"{table}\n\ntime: {self.seconds:.1f} s\nbundle: {self.bundle}"
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; times in seconds."""
+        return {
+            "bundle": str(self.bundle),
+            "backend": self.backend,
+            "precision": self.report.precision,
+            "passed": self.passed,
+            "parity": {self.title: self.report.full_json()},
+            "seconds": round(self.seconds, 2),
+        }
+
+    def require(self) -> None:
+        """Raise ParityError that names every figure beyond its limit."""
+        self.report.require(f"{self.title} answers differently from fp32 on onnxruntime-cpu")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Graphs of one precision as one way of running them: what one report compares."""
+    """Graphs of one precision and one way of running them; each variant gets a report of its own."""
 
     title: str
     precision: str
-    contracts: tuple[GraphContract, ...]  # of the graphs there are
+    contracts: tuple[GraphContract, ...]  # of the graphs it has
     open: Callable[[GraphContract], Backend]
+
+
+def check_parity(
+    bundle: Bundle | str | Path,
+    backend: str,
+    images: str | Path,
+    options: ParityOptions | None = None,
+) -> ParityResult:
+    """Compare a bundle's graphs in one precision, on one backend, with its fp32 graphs on the CPU.
+
+    backend: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or openvino. images: a data set in VOC
+    layout, or a folder of images. Writes `options.report` and nothing else.
+
+    Figures beyond their limits are in the result: see `passed`, or call `require` to have them raised. Raises
+    UsageError for an unknown backend, a precision that the bundle lacks, or images that do not fit;
+    BackendUnavailable if the backend cannot run here; ParityError for outputs that are missing or have another
+    shape than those of fp32.
+    """
+    start = time.perf_counter()
+    options = options or ParityOptions()
+    opened = open_bundle(bundle)
+    check_report(options.report, opened.path)
+    sets = read_image_sets(
+        Path(images),
+        opened.manifest.classes,
+        num_images=options.num_images,
+        masks=options.masks,
+        calibrate=False,
+    )
+    request = BackendRequest(backend, options.precision, options.engine_cache)
+    available = [c for c in CONTRACTS if options.precision in backend_precisions(opened, c, backend)]
+    alone = [c for c in available if c in _TOGETHER]
+    if len(alone) == 1:
+        log.info(
+            f"{alone[0].name}: left out, cam and affinity are compared through the masks they make together"
+        )
+        available.remove(alone[0])
+    with ExitStack() as stack:
+        choices = []
+        for contract in available or CONTRACTS:  # if there are none, the first raises the error
+            choices.append(select_backend(opened, contract, request, threads=options.threads))
+            stack.callback(choices[-1].backend.close)
+        for line in describe_selection(choices):
+            log.info(line)
+        engines = {choice.graph: choice.backend for choice in choices}
+        name = choices[0].backend.name
+        title = f"{options.precision} on {name}"
+        variant = Variant(title, options.precision, tuple(available), lambda c: engines[c.name])
+        report = compare_variants(opened, [variant], sets, threads=options.threads)[title]
+    if options.report:
+        write_bytes_atomically(options.report, report_to_bytes({title: report.full_json()}))
+    return ParityResult(title, name, opened.path, report, time.perf_counter() - start)
 
 
 def on_cpu(graphs: Mapping[str, bytes], threads: int) -> Callable[[GraphContract], Backend]:
@@ -54,74 +162,70 @@ def on_cpu(graphs: Mapping[str, bytes], threads: int) -> Callable[[GraphContract
 
 
 def compare_variants(
-    bundle: Bundle, variants: Sequence[Variant], photographs: Photographs, *, threads: int
+    bundle: Bundle, variants: Sequence[Variant], sets: ImageSets, *, threads: int
 ) -> dict[str, ParityReport]:
-    """Compare every variant with the bundle's fp32 graphs, pseudo-masks and ground truth included."""
+    """Compare each variant with the bundle's fp32 graphs, with pseudo-masks and ground truth; by title."""
     reports = {variant.title: ParityReport(variant.precision) for variant in variants}
-    n_classes, label = len(bundle.manifest.classes), bundle.manifest.parameters.label
-    for contracts, chosen in ((_TOGETHER, photographs.labelled), ((SEGMENTER,), photographs.segmented)):
+    n_classes = len(bundle.manifest.classes)
+    label = bundle.manifest.parameters.label
+    for contracts, images in ((_TOGETHER, sets.labelled), ((SEGMENTER,), sets.segmenter)):
         taking = [v for v in variants if all(contract in v.contracts for contract in contracts)]
         if not taking:
             continue
         graphs = {contract.name: bundle.read_file(graph_file(contract)) for contract in contracts}
-        names = ", ".join(graphs)
-        with ExitStack() as stack, Progress(len(chosen), f"parity of {names}") as bar:
+        with ExitStack() as stack, Progress(len(images), f"parity of {', '.join(graphs)}") as bar:
             reference = _opened(stack, on_cpu(graphs, threads), contracts)
-            engines = {variant.title: _opened(stack, variant.open, contracts) for variant in taking}
-            for photograph in chosen:
-                image = working_image(photograph, bundle.manifest.parameters.long_side)
-                expected = _answers(reference, image)
-                classes = _classes(bundle.manifest, photograph, expected)
-                add_pseudo_mask(image, classes, expected, label)
-                truth = truth_of(photograph.mask, image)
-                for title, runners in engines.items():
-                    got = _answers(runners, image)
-                    add_pseudo_mask(image, classes, got, label)
+            runners = {variant.title: _opened(stack, variant.open, contracts) for variant in taking}
+            for image in images:
+                rgb = working_image(image.path, bundle.manifest.parameters.long_side)
+                expected = _answers(reference, rgb)
+                classes = _classes(bundle.manifest, image, expected)
+                add_pseudo_mask(rgb, classes, expected, label)
+                truth = truth_of(image.mask, rgb)
+                for title, engines in runners.items():
+                    got = _answers(engines, rgb)
+                    add_pseudo_mask(rgb, classes, got, label)
                     reports[title].add(Compared(expected, got, truth), n_classes=n_classes)
                 bar.advance()
     return reports
 
 
-def compare_engine(
-    bundle: Bundle, request: BackendRequest, photographs: Photographs, *, threads: int
-) -> tuple[str, ParityReport]:
-    """Compare the bundle's graphs in one precision, on one engine, with its fp32 graphs on the CPU.
+def truth_of(mask: Path | None, image: UInt8) -> dict[str, UInt8]:
+    """Ground truth of the outputs that are labels, uint8 [H, W] of the size of `image`; none without mask."""
+    if mask is None:
+        return {}
+    truth = resize_mask(read_mask(mask), (image.shape[0], image.shape[1]))
+    return {"labels": truth, "pseudo_mask": truth}
 
-    Returns what was compared, "fp16 on tensorrt-rtx", and the report, which says whether every figure is
-    within the limits of the precision. Raises as `select_backend` does, ParityError for outputs that are
-    missing or of another shape.
+
+def add_pseudo_mask(
+    image: UInt8, classes: tuple[int, ...], outputs: Outputs, parameters: LabelParameters
+) -> None:
+    """Add the pseudo-mask of cam and affinity and its confidence, 0..255; reduce cam to `classes`.
+
+    The maps of absent classes are left out: each is divided by a maximum close to 0, so rounding alone
+    decides their values, and nothing reads them.
     """
-    there = [c for c in CONTRACTS if request.precision in backend_precisions(bundle, c, request.backend)]
-    alone = [c for c in there if c in _TOGETHER]
-    if len(alone) == 1:
-        log.info(f"{alone[0].name}: left out, cam and affinity are compared by the masks that both make")
-        there.remove(alone[0])
-    with ExitStack() as stack:
-        choices = []
-        for contract in there or CONTRACTS:  # without any, what is missing is said by the first
-            choices.append(select_backend(bundle, contract, request, threads=threads))
-            stack.callback(choices[-1].backend.close)
-        for line in describe_selection(choices):
-            log.info(line)
-        opened = {choice.graph: choice.backend for choice in choices}
-        title = f"{request.precision} on {choices[0].backend.name}"
-        variant = Variant(title, request.precision, tuple(there), lambda contract: opened[contract.name])
-        return title, compare_variants(bundle, [variant], photographs, threads=threads)[title]
-
-
-def describe_figures(report: ParityReport) -> str:
-    """A line of figures for each output, for people."""
-
-    def text(key: str, value: float) -> str:
-        if not math.isfinite(value):
-            return f"{key} unknown"
-        return f"{key} {value:.4%}" if key.endswith("agreement") else f"{key} {value:.4g}"
-
-    return "\n".join(
-        f"{name:<12} {', '.join(text(*pair) for pair in difference.figures().items())} "
-        f"({pluralize(difference.photographs, 'photograph')})"
-        for name, difference in report.differences.items()
-    )
+    if "cam" not in outputs or "affinity" not in outputs:
+        return
+    present = np.array(classes, np.intp) - 1
+    cam = np.asarray(outputs["cam"], np.float32)[0, present]
+    affinity = np.asarray(outputs["affinity"], np.float32)[0]
+    if np.isfinite(cam).all() and np.isfinite(affinity).all():
+        walked = walk_scores(cam, affinity, parameters) if classes else cam
+        made = pseudo_mask(image, walked, classes, parameters)
+        mask = made.mask
+        confidence = 255 * made.confidence
+    else:
+        # The walk refuses such maps. They are counted as not finite, and no label agrees.
+        size = (image.shape[0], image.shape[1])
+        mask = np.full(size, IGNORE_INDEX, np.uint8)
+        confidence = np.zeros(size, np.float32)
+    # A NaN in a map that is left out still counts.
+    finite = bool(np.isfinite(np.asarray(outputs["cam"], np.float32)).all())
+    outputs["cam"] = cam[None] if finite else np.full_like(cam[None], np.nan)
+    outputs["pseudo_mask"] = mask
+    outputs["pseudo_mask_confidence"] = confidence
 
 
 def _opened(
@@ -134,10 +238,10 @@ def _answers(engines: Sequence[Backend], image: UInt8) -> Outputs:
     return {name: values for backend in engines for name, values in backend.run(image[None]).items()}
 
 
-def _classes(manifest: Manifest, photograph: Photograph, reference: Outputs) -> tuple[int, ...]:
-    """Classes of the photograph's label; without one, those the reference scores above their thresholds."""
-    if photograph.classes is not None or "scores" not in reference:
-        return photograph.classes or ()
+def _classes(manifest: Manifest, image: LabelledImage, reference: Outputs) -> tuple[int, ...]:
+    """Classes of the image's labels; without labels, those the reference scores above their thresholds."""
+    if image.classes is not None or "scores" not in reference:
+        return image.classes or ()
     thresholds = [manifest.parameters.score_thresholds[name] for name in manifest.foreground]
     found = np.asarray(reference["scores"], np.float32)[0] >= thresholds
     return tuple((np.flatnonzero(found) + 1).tolist())

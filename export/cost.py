@@ -1,6 +1,7 @@
-"""What a network costs at one size of image, counted without computing: multiply-adds and activations.
+"""Count the multiply-adds and activation bytes of a network at one image size, without computing.
 
-before, after = cost_of(network, (512, 512)), cost_of(FoldedMultiSACAM(network), (512, 512))
+before = cost_of(network, (512, 512))
+after = cost_of(FoldedMultiSACAM(network), (512, 512))
 """
 
 from collections.abc import Callable
@@ -21,18 +22,18 @@ from multisa.training.multi_sa import MultiSACAM
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass."""
+    """The cost of one forward pass."""
 
     multiply_adds: int  # of convolutions, matrix products and attention
-    activation_bytes: int  # written by all operators; no attention matrix, which is never whole
+    activation_bytes: int  # written by all operators, without attention matrices, which are never whole
 
     def __sub__(self, other: "Cost") -> "Cost":
-        """Return what remains without a part."""
+        """Return the cost without that of a part."""
         return Cost(self.multiply_adds - other.multiply_adds, self.activation_bytes - other.activation_bytes)
 
 
 def cost_of(module: nn.Module, size: tuple[int, int]) -> Cost:
-    """Count for one image of `size` (height, width), float32 [1, 3, height, width], without data."""
+    """Count for one image of `size` (height, width), float32 [1, 3, height, width], on fake tensors."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(1, 3, *size)
         with _Counter() as counter, _WholeAttention(counter):
@@ -51,7 +52,7 @@ def costs_of_parts(network: MultiSACAM, folded: nn.Module, size: tuple[int, int]
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up every operator that runs inside."""
+    """Adds up the cost of every operator that runs inside."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,7 +63,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
-        # PyTorch counts operations, two to a multiply-add.
+        # PyTorch counts two operations per multiply-add.
         count: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.multiply_adds += count(*args, **(kwargs or {}), out_val=made) // 2
@@ -72,7 +73,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _WholeAttention(TorchFunctionMode):
-    """Counts attention as one operator, whichever way PyTorch would choose to take it apart."""
+    """Counts attention as one operator, however PyTorch would implement it."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Exact folding of the Multi-SA head: the same function with far less work.
+"""The networks in the form in which they are exported.
+
+`AffinityFromImages` gives AffinityNet the interface of a bundle's graph. `FoldedMultiSACAM` folds the
+Multi-SA head exactly: the same function with far less work.
 
 No non-linearity stands between the attention outputs and the classifier, so with P_l = W_c W[:, l], the
 classifier W_c times the columns of the fusion W that belong to level l (C x c_l):
@@ -8,12 +11,13 @@ classifier W_c times the columns of the fusion W that belong to level l (C x c_l
     A = softmax(F^T M F),  M = W_1^T W_2                   one product matrix; the keys are F itself
 
 With F = g G, the constant gain g times what the backbone gives, P_l and W_3 take g and M takes g^2.
-Products are taken once, in float64.
+All products are computed once, in float64.
 
-All classes are computed even where labels are known. What grows with 20 classes is 1 % of the multiply-adds
-of the ResNet-50 and ResNeSt-101 graphs at 512 pixels, 2 % and 1.5 % at twice that; 8 % for
-EfficientNet-Lite0, whose first tap has 40 channels (2.5 % with six classes). A second input for every engine
-is not worth that, and the scores need every class. `multisa label` drops the absent ones before the walk.
+The graph computes every class, even where image-level labels are known. With 20 classes that costs 1 % of the
+multiply-adds of the ResNet-50 and ResNeSt-101 graphs at 512 pixels (2 % and 1.5 % at 1024), and 8 % for
+EfficientNet-Lite0, whose first tap has 40 channels (2.5 % with six classes). Saving it would take a second
+input in every backend, and the scores need every class anyway. `multisa label` drops absent classes before
+the walk.
 """
 
 from typing import cast
@@ -22,8 +26,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone
 from multisa.training.multi_sa import MultiSACAM, SelfAttention
+
+
+class AffinityFromImages(nn.Module):
+    """uint8 [N, H, W, 3] -> affinity float32 [N, P, h, w] for one radius, on the head's grid."""
+
+    def __init__(self, network: AffinityNet, radius: int) -> None:
+        """Wrap a trained AffinityNet."""
+        super().__init__()
+        self.network = network
+        self.radius = radius
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Affinity of every pixel with each of its P neighbours in the half stencil."""
+        affinity: Tensor = self.network(self.network.backbone.normalise(image), self.radius)
+        return affinity
 
 
 class FoldedLevel(nn.Module):
@@ -44,7 +64,7 @@ class FoldedLevel(nn.Module):
             maps.flatten(2).transpose(1, 2)[:, None]
             for maps in (self.query(features), features, self.value(features))
         )
-        # In an exported graph, a loop over blocks of queries: export/attention.py.
+        # The exported graph has a loop over blocks of queries here: export/attention.py.
         attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
         direct = self.direct(features)
         return torch.as_tensor(direct + attended[:, 0].transpose(1, 2).reshape(direct.shape))

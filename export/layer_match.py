@@ -1,4 +1,4 @@
-"""Layers of a module and layers of the graph exported of it, matched in the order they run."""
+"""Match the layers of a module with those of the graph exported from it, in the order they run."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,20 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multisa.export.stored_layers import (
-    BATCH_NORM,
-    CONVOLUTION,
-    GROUP_NORM,
-    PREFIX,
-    StoredGraph,
-    StoredLayer,
-)
+from multisa.export.stored_layers import BATCH_NORM, CONVOLUTION, GROUP_NORM, PREFIX, StoredGraph, StoredLayer
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.training.backbones import FixedSameConv2d
 
-# What batch_norm.py and to_onnx.py append to the name of a weight.
+# What to_onnx.py appends to the name of a weight.
 _APPENDED = re.compile(r"(\.folded_\d+)?(\.half)?$")
-# Of ONNX, for attributes that a node leaves out.
+# ONNX's defaults for attributes that a node leaves out.
 _DEFAULTS = {"strides": (1, 1), "dilations": (1, 1), "group": (1,), "epsilon": (1e-5,), "groups": (0,)}
 _BUFFERS = (f"{PREFIX}backbone.mean", f"{PREFIX}backbone.std")  # the module has its own
 _COUNTER = "num_batches_tracked"  # of batch norms; only training reads it
@@ -42,11 +35,11 @@ class RunLayer:
 
 
 def state_of_graph(module: nn.Module, run: Sequence[RunLayer], stored: StoredGraph) -> dict[str, Tensor]:
-    """`state_dict` of a module, float32, from the graph that was exported of it.
+    """Read the float32 `state_dict` of a module from the graph exported from it.
 
-    run: what `layers_run` says of the module. A batch norm that was folded becomes one that only adds: scale
-    1, mean 0, variance 1 - eps. Raises BundleError, naming layers and what was expected, unless the graph has
-    the module's layers, each with its shapes and settings, and no other weights.
+    run: the module's layers, from `layers_run`. A folded batch norm becomes one that only adds its bias:
+    scale 1, mean 0, variance 1 - eps. Raises BundleError, naming layers and what was expected, unless the
+    graph has exactly the module's layers, each with its shapes and settings, and no other weights.
     """
     found = _Found(stored)
     queue = _Queue(stored)
@@ -73,17 +66,17 @@ def state_of_graph(module: nn.Module, run: Sequence[RunLayer], stored: StoredGra
 
 
 def layers_run(module: nn.Module, stored: StoredGraph) -> list[RunLayer]:
-    """Layers with weights in the order in which a module on the meta device calls them.
+    """Run a module on the meta device and list its layers with weights in the order they are called.
 
-    Raises BundleError as soon as there are more than the graph has.
+    Raises BundleError as soon as the module calls more layers than the graph can have.
     """
     run: list[RunLayer] = []
-    made: dict[int, tuple[str, Tensor]] = {}  # outputs of convolutions, kept so that no identity comes again
+    made: dict[int, tuple[str, Tensor]] = {}  # outputs of convolutions; kept alive, so ids stay unique
 
     def note(name: str, kind: str, layer: nn.Module, given: Any) -> None:
         follows = made.get(id(given), (None, None))[0] if kind == BATCH_NORM else None
         run.append(RunLayer(name, kind, layer, follows))
-        # A folded norm is a layer of the module alone: at most one for each convolution.
+        # Folded norms are missing in the graph: at most one per convolution.
         if len(run) > 2 * len(stored.layers):
             raise stored.error(f"{len(stored.layers)} layers with weights, the network has more")
 
@@ -108,13 +101,14 @@ def layers_run(module: nn.Module, stored: StoredGraph) -> list[RunLayer]:
 
 
 class _Queue:
-    """The layers of a graph, taken one after the other."""
+    """The layers of a graph, taken in order."""
 
     def __init__(self, stored: StoredGraph) -> None:
-        self.stored, self.place = stored, 0
+        self.stored = stored
+        self.place = 0
 
     def take(self, layer: RunLayer) -> StoredLayer:
-        """Return the next one, which must be of the kind and settings of the module's."""
+        """Return the next layer, which must have the kind and settings of the module's `layer`."""
         if self.place == len(self.stored.layers):
             raise self.stored.error(f"no layer for {layer.name}, expected {layer.kind}")
         taken = self.stored.layers[self.place]
@@ -125,7 +119,7 @@ class _Queue:
             )
         for name, expected in _settings(layer):
             got = taken.attributes.get(name, _DEFAULTS[name])
-            # Epsilon is a float32 there.
+            # The graph stores epsilon as float32.
             if len(got) != len(expected) or not np.allclose(got, expected, rtol=1e-6, atol=0):
                 raise self.stored.error(
                     f"{taken.output}: {name}: got {list(got)}, expected {list(expected)} for {layer.name}"
@@ -137,11 +131,11 @@ class _Queue:
         return any(layer.kind == BATCH_NORM and layer.reads == convolution.output for layer in rest)
 
     def finish(self) -> None:
-        """Raise BundleError for layers that are left."""
+        """Raise BundleError if layers are left."""
         left = self.stored.layers[self.place :]
         if left:
             raise self.stored.error(
-                f"{len(left)} layers the network does not have, {left[0].output} the first"
+                f"{len(left)} layers the network does not have, starting with {left[0].output}"
             )
 
 
@@ -157,23 +151,23 @@ def _settings(layer: RunLayer) -> Iterator[tuple[str, tuple[float, ...]]]:
 
 @dataclass
 class _Found:
-    """The state as it grows, and which initialiser each part of it came from ("" for none)."""
+    """The state so far, and the initializer that each part came from ("" for none)."""
 
     stored: StoredGraph
     state: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
     def put_convolution(self, layer: RunLayer, taken: StoredLayer, norm: RunLayer | None) -> None:
-        """Set a convolution and, where it was folded into it, the batch norm behind."""
+        """Set a convolution and, if `norm` was folded into it, that batch norm."""
         module = layer.module
         assert isinstance(module, nn.Conv2d)
-        # Others compute their weights from those they hold (standardised, mixed), the graph has the result.
+        # Other classes derive the weights they use from those they store; the graph has the result.
         if type(module).forward not in (nn.Conv2d.forward, FixedSameConv2d.forward):
             raise self.stored.error(
                 f"{layer.name}: {type(module).__name__} does not use its weights as they are"
             )
         self._put(f"{layer.name}.weight", module.weight, taken.weights[0])
-        # The exporter leaves a bias out that is zero.
+        # The exporter omits a bias of zeros.
         bias = taken.weights[1] if len(taken.weights) > 1 else ""
         if norm is not None:
             self._put_adding_norm(norm, bias)
@@ -184,7 +178,7 @@ class _Found:
             raise self.stored.error(f"{bias}: {layer.name} has no bias")
 
     def put_norm(self, layer: RunLayer, taken: StoredLayer) -> None:
-        """Set a norm that the graph has too."""
+        """Set a norm that the graph has as well."""
         module = layer.module
         assert isinstance(module, _NORM)
         names = ("weight", "bias", "running_mean", "running_var")
@@ -214,7 +208,7 @@ class _Found:
             )
 
     def complete(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the state, with what no layer above holds taken by name, once all of it is there."""
+        """Return the whole state; parameters outside the layers are found by name. Raises BundleError."""
         expected = module.state_dict()
         for key, like in expected.items():
             source = self.stored.named(key)
@@ -233,11 +227,11 @@ class _Found:
         return self.state
 
     def _check_names(self) -> None:
-        # Equal weights are stored once, under the name of one of them; else the name is the weight's own.
+        # Equal weights are stored once, under the name of one of them; all others have their own name.
         for key, source in self.sources.items():
             owner = _APPENDED.sub("", source)
             if key.endswith(".weight") and owner in self.state and self.sources.get(owner) != source:
-                raise self.stored.error(f"{source}: found in the place of {key}")
+                raise self.stored.error(f"{source}: found in place of {key}")
 
 
 def _some(names: list[str]) -> str:

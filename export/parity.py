@@ -1,11 +1,12 @@
-"""Does a graph answer as what it was made from? Measured elementwise, on labels and on ground truth.
+"""The parity gate: how far a graph's outputs may be from its reference's, and how far they are.
 
-The reference is PyTorch at `multisa export` and the bundle's fp32 graphs at `multisa convert`. A figure
-passes when it is known to be within its limit: one that is NaN does not.
+Outputs are compared elementwise, as labels, and against ground truth. The reference is PyTorch in
+`multisa export`, and the bundle's fp32 graphs on ONNX Runtime in `multisa convert` and `multisa parity`. A
+figure passes only if it is known to be within its limit: NaN fails.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -21,22 +22,21 @@ Array = npt.NDArray[np.generic]
 UInt8 = npt.NDArray[np.uint8]
 Outputs = dict[str, Array]
 
-# A pixel is away from ties when the reference gives its winner at least this probability, in 255ths as in
-# the graphs: the runner-up then has at most 0.45, so the winner leads by 0.1 or more.
-FIRM = round(0.55 * 255)
-# cam is compared on the classes of a photograph's label, where there is one.
-# Labels -> the output with their confidence, 0..255; pseudo_mask is post-processing's of cam and affinity.
+# Confidence, in 255ths, from which a pixel is confident: the winning class has a probability of at least
+# 0.55, the next one at most 0.45, so rounding alone should not exchange them.
+CONFIDENT = round(0.55 * 255)
+# Output with labels -> output with their confidence, 0..255. pseudo_mask is made from cam and affinity.
 CONFIDENCE = {"labels": "confidence", "pseudo_mask": "pseudo_mask_confidence"}
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What one output may differ by; None where a figure does not apply."""
+    """The largest difference allowed for one output; None where a figure does not apply."""
 
     max_error: float | None = None
     mean_error: float | None = None
-    agreement: float | None = None  # share of equal labels, at least
-    firm_agreement: float | None = None  # the same among pixels away from ties
+    agreement: float | None = None  # smallest share of equal labels
+    confident_agreement: float | None = None  # the same among confident pixels
     miou_loss: float | None = None  # points of mIoU, where there is ground truth
 
 
@@ -47,68 +47,72 @@ LIMITS: dict[str, dict[str, Limit]] = {
         "cam": Limit(max_error=0.05, mean_error=2e-3),
         "scores": Limit(max_error=0.01),
         "affinity": Limit(max_error=0.1, mean_error=2e-3),
-        "labels": Limit(agreement=0.999, firm_agreement=0.9995, miou_loss=0.05),
+        "labels": Limit(agreement=0.999, confident_agreement=0.9995, miou_loss=0.05),
         "confidence": Limit(mean_error=1.0),  # of 255
-        "pseudo_mask": Limit(agreement=0.998, firm_agreement=0.999, miou_loss=0.1),
+        "pseudo_mask": Limit(agreement=0.998, confident_agreement=0.999, miou_loss=0.1),
     },
-    # The fp32 graph with every value between two nodes rounded to 8 bits, by the engine.
+    # The backend runs the fp32 graph and rounds each value between two nodes to 8 bits.
     "bf16": {
-        "labels": Limit(agreement=0.99, firm_agreement=0.999, miou_loss=0.2),
+        "labels": Limit(agreement=0.99, confident_agreement=0.999, miou_loss=0.2),
         "confidence": Limit(mean_error=2.5),
     },
-    # Every value between two nodes is rounded to 11 bits.
+    # Each value between two nodes is rounded to 11 bits.
     "fp16": {
         "cam": Limit(max_error=0.1, mean_error=3e-3),
         "scores": Limit(max_error=0.02),
         "affinity": Limit(max_error=0.1, mean_error=3e-3),
-        "labels": Limit(agreement=0.998, firm_agreement=0.999, miou_loss=0.1),
+        "labels": Limit(agreement=0.998, confident_agreement=0.999, miou_loss=0.1),
         "confidence": Limit(mean_error=1.0),
-        "pseudo_mask": Limit(agreement=0.997, firm_agreement=0.999, miou_loss=0.1),
+        "pseudo_mask": Limit(agreement=0.997, confident_agreement=0.999, miou_loss=0.1),
     },
-    # Labels may move; what they are worth may not.
+    # Single labels may change, the mIoU may not.
     "int8": {
-        "labels": Limit(agreement=0.95, firm_agreement=0.98, miou_loss=0.5),
+        "labels": Limit(agreement=0.95, confident_agreement=0.98, miou_loss=0.5),
         "confidence": Limit(mean_error=8.0),
     },
 }
 
 
 class Compared(NamedTuple):
-    """What reference and graph gave for one photograph, with equal names, and ground truth where known."""
+    """Outputs of reference and graph for one image, by name, with ground truth where it is known."""
 
     expected: Outputs
     got: Outputs
     truth: dict[str, UInt8] = {}  # noqa: RUF012  by output name, [H, W] class ids, 255 = not counted
 
 
-class Breach(NamedTuple):
-    """One figure beyond its limit, in words."""
+class FigureRow(NamedTuple):
+    """One figure of one output beside its limit."""
 
-    text: str
-    share: float  # of the limit
+    output: str
+    images: int
+    figure: str  # name of a field of Limit, or "not_finite"
+    measured: float  # NaN if nothing was measured
+    limit: float
+    passed: bool
 
 
 @dataclass
 class Difference:
-    """Running comparison of one output over many photographs."""
+    """Running comparison of one output over many images."""
 
-    photographs: int = 0
-    labels: bool = False  # class ids, of which only equality means something
+    images: int = 0
+    labels: bool = False  # class ids: only equality means anything
     max_error: float = 0.0
     total_error: float = 0.0
     equal: int = 0
     count: int = 0
-    firm: int = 0  # pixels away from ties
-    firm_equal: int = 0
+    confident: int = 0  # confident pixels of the reference
+    confident_equal: int = 0
     not_finite: int = 0  # values of either side that are NaN or infinite
-    truths: int = 0  # photographs with ground truth
+    truths: int = 0  # images with ground truth
     confusions: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of the reference and of the graph
 
     def add(self, reference: Array, answer: Array) -> None:
         """Count two arrays of one shape."""
         if reference.shape != answer.shape:
             raise ParityError(f"shapes differ: reference {reference.shape}, graph {answer.shape}")
-        self.photographs += 1
+        self.images += 1
         self.count += reference.size
         self.equal += int((reference == answer).sum())
         first, second = reference.astype(np.float64), answer.astype(np.float64)
@@ -118,14 +122,14 @@ class Difference:
         self.max_error = max(self.max_error, float(wide.max(initial=0.0)))
         self.total_error += float(wide.sum())
 
-    def add_firm(self, reference: Array, answer: Array, confidence: Array) -> None:
-        """Compare labels where the reference's confidence, 0..255, is away from ties."""
-        firm = np.asarray(confidence, np.float64) >= FIRM
-        self.firm += int(firm.sum())
-        self.firm_equal += int(((reference == answer) & firm).sum())
+    def add_confident(self, reference: Array, answer: Array, confidence: Array) -> None:
+        """Compare labels at the confident pixels; confidence: the reference's, 0..255."""
+        confident = np.asarray(confidence, np.float64) >= CONFIDENT
+        self.confident += int(confident.sum())
+        self.confident_equal += int(((reference == answer) & confident).sum())
 
     def add_truth(self, reference: UInt8, answer: UInt8, truth: UInt8, n_classes: int) -> None:
-        """Count both against the ground truth, [H, W] each; an answer that is no class is one more class."""
+        """Count both against the ground truth, [H, W] each; labels of no class count as one extra class."""
         beyond = int(truth[truth != IGNORE_INDEX].max(initial=0))
         if beyond >= n_classes:
             raise UsageError(
@@ -140,7 +144,7 @@ class Difference:
         self.truths += 1
 
     def figures(self) -> dict[str, float]:
-        """Every figure that applies, by the name of its limit; mIoU in points, NaN where nothing is known."""
+        """Each figure that applies, by the name of its limit; mIoU in points; NaN if nothing was measured."""
         if not self.labels:
             finite = self.count - self.not_finite
             return {
@@ -148,15 +152,15 @@ class Difference:
                 "mean_error": self.total_error / finite if finite else math.nan,
             }
         found = {"agreement": self.equal / self.count if self.count else math.nan}
-        if self.firm:
-            found["firm_agreement"] = self.firm_equal / self.firm
+        if self.confident:
+            found["confident_agreement"] = self.confident_equal / self.confident
         if self.truths:
             reference, answer = (100 * mean_iou(counts) for counts in self.confusions)
             found |= {"miou_reference": reference, "miou": answer, "miou_loss": reference - answer}
         return found
 
     def shares(self, limit: Limit) -> dict[str, float]:
-        """How much of its limit each figure takes; infinite when values are not finite, or there are none."""
+        """The share of its limit that each figure uses; infinite if values are missing or not finite."""
         if not self.count:
             return {"count": math.inf} if any(v is not None for v in asdict(limit).values()) else {}
         found = self.figures()
@@ -170,12 +174,12 @@ class Difference:
         return shares
 
     def breaches(self, name: str, limit: Limit) -> list[str]:
-        """What exceeds the limit of the output `name`, in words."""
+        """Messages about what exceeds the limit of the output `name`."""
         found = self.figures()
         words = {
             "count": lambda: (
-                f"no value was compared on {pluralize(self.photographs, 'photograph')}; give others: cam is "
-                "compared on the classes that are in them"
+                f"no value was compared on {pluralize(self.images, 'image')}; give other images: cam is "
+                "compared on the classes they show"
             ),
             "not_finite": lambda: f"{self.not_finite} values are not finite",
             "max_error": lambda: f"largest difference {found['max_error']:.3g}, allowed {limit.max_error:g}",
@@ -183,9 +187,9 @@ class Difference:
             "agreement": lambda: (
                 f"{found['agreement']:.4%} of the labels agree, needed {limit.agreement:.2%}"
             ),
-            "firm_agreement": lambda: (
-                f"{found['firm_agreement']:.4%} of the labels away from ties agree, "
-                f"needed {limit.firm_agreement:.2%}"
+            "confident_agreement": lambda: (
+                f"{found['confident_agreement']:.4%} of the labels of confident pixels agree, "
+                f"needed {limit.confident_agreement:.2%}"
             ),
             "miou_loss": lambda: (
                 f"mIoU {found['miou']:.2f}, the reference's {found['miou_reference']:.2f}, "
@@ -197,14 +201,14 @@ class Difference:
 
 @dataclass
 class ParityReport:
-    """Differences by output name over `photographs` photographs."""
+    """Differences by output name, over `images` images."""
 
     precision: str = "fp32"
-    photographs: int = 0
+    images: int = 0
     differences: dict[str, Difference] = field(default_factory=dict)
 
     def add(self, pair: Compared, *, n_classes: int = 255) -> None:
-        """Count one photograph. Raises ParityError where a graph lacks an output or gives another shape."""
+        """Count one image. Raises ParityError if the graph lacks an output or gives another shape."""
         for name in LIMITS[self.precision]:
             if name not in pair.expected:
                 continue
@@ -215,42 +219,55 @@ class ParityReport:
             difference.add(reference, answer)
             confidence = pair.expected.get(CONFIDENCE.get(name, ""))
             if confidence is not None:
-                difference.add_firm(reference, answer, confidence)
+                difference.add_confident(reference, answer, confidence)
             if name in pair.truth:
                 truth = pair.truth[name]
                 labels = [np.asarray(values, np.uint8).reshape(truth.shape) for values in (reference, answer)]
                 difference.add_truth(labels[0], labels[1], truth, n_classes)
-        self.photographs += 1
+        self.images += 1
 
     def problems(self) -> list[str]:
-        """Everything beyond its limit; empty when the graphs may be shipped."""
+        """Messages about everything beyond its limit; empty if the graphs pass."""
         limits = LIMITS[self.precision]
         found = [line for name, d in self.differences.items() for line in d.breaches(name, limits[name])]
-        return found if self.photographs else ["no photograph to compare on; give at least one"]
+        return found if self.images else ["no image to compare on; give at least one"]
 
     def share(self) -> float:
-        """The largest share of its limit that any figure takes; above 1 the gate is closed."""
+        """The largest share of its limit that any figure uses; above 1 the graphs fail."""
         limits = LIMITS[self.precision]
         each = [s for name, d in self.differences.items() for s in d.shares(limits[name]).values()]
         return max(each, default=math.inf)
 
+    def rows(self) -> Iterator[FigureRow]:
+        """Every figure that has a limit, and the number of values that are not finite where there are any."""
+        for name, difference in self.differences.items():
+            limit = LIMITS[self.precision][name]
+            figures = difference.figures()
+            shares = difference.shares(limit)
+            if difference.not_finite:
+                yield FigureRow(name, difference.images, "not_finite", difference.not_finite, 0, False)
+            for figure, allowed in asdict(limit).items():
+                if allowed is not None and figure in figures:
+                    passed = shares.get(figure, math.inf) <= 1
+                    yield FigureRow(name, difference.images, figure, figures[figure], allowed, passed)
+
     def as_json(self) -> dict[str, object]:
         """Figures for the bundle's manifest."""
         return {
-            "photographs": self.photographs,
+            "images": self.images,
             **{
                 name: {
                     **{key: _number(value) for key, value in d.figures().items()},
-                    **({"photographs_with_truth": d.truths} if d.truths else {}),
+                    **({"images_with_truth": d.truths} if d.truths else {}),
                     "not_finite": d.not_finite,
-                    "photographs": d.photographs,
+                    "images": d.images,
                 }
                 for name, d in self.differences.items()
             },
         }
 
     def full_json(self) -> dict[str, object]:
-        """The report: figures, what they may be, what is beyond it."""
+        """The whole report: figures, their limits, and messages about those beyond."""
         limits = {
             name: {
                 key: value for key, value in asdict(LIMITS[self.precision][name]).items() if value is not None
@@ -263,11 +280,11 @@ class ParityReport:
             "problems": self.problems(),
             "figures": self.as_json(),
             "limits": limits,
-            "away_from_ties": f"pixels whose reference confidence is at least {FIRM} of 255",
+            "confident_pixels": f"pixels whose reference confidence is at least {CONFIDENT} of 255",
         }
 
     def require(self, what: str) -> None:
-        """Raise ParityError, naming every figure beyond its limit and `what` answers differently."""
+        """Raise ParityError, `what` and then every figure beyond its limit, if there is one."""
         problems = self.problems()
         if problems:
             raise ParityError(f"{what}: " + "; ".join(problems))
@@ -276,9 +293,9 @@ class ParityReport:
 def measure_parity(
     pairs: Iterable[Compared], precision: str = "fp32", *, n_classes: int = 255
 ) -> ParityReport:
-    """Compare what reference and graphs gave for each photograph, output by output.
+    """Compare the outputs of reference and graphs for each image.
 
-    Whether they are within their limits the report says. Raises ParityError as `ParityReport.add` does.
+    The report tells whether they are within their limits. Raises ParityError as `ParityReport.add` does.
     """
     report = ParityReport(precision)
     for pair in pairs:

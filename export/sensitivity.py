@@ -1,48 +1,55 @@
-"""Which nodes of a graph a lower precision harms: measured in groups, a bounded number of times.
+"""Find the nodes of a graph that a lower precision harms, with a bounded number of measurements.
 
-The graph is run with one group of nodes lowered and all others as they were; groups that take more than their
-share of what may differ are halved until the nodes at fault stand alone, and those keep their precision.
+Each measurement runs the graph with one group of nodes converted and all others in fp32. Groups that use more
+than their share of the parity limits are halved until the harmful nodes stand alone; those stay in fp32.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-GROUPS = 8  # to start with
-MAX_RUNS = 40
+GROUPS = 8  # the search starts with this many
+MAX_RUNS = 40  # measurements before whole groups are kept; each runs the graph on a few images
+# Share of the parity limits that the measured images may use: the other half is left for images unlike them.
+ALLOWED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement: these nodes lowered, `lowered` of them in number, from `first` to `last`."""
+    """One measurement, with `converted` nodes from `first` to `last` in the lower precision."""
 
     first: str
     last: str
-    lowered: int
-    share: float  # of what the parity gate allows, 1 = its limit; infinite where values were not finite
+    converted: int
+    share: float  # of the parity limits, 1 = at the limit; infinite if values were not finite
 
 
 @dataclass(frozen=True)
-class SelectedBackend:
-    """The nodes that keep their precision, with the share that lowering them alone takes, and all trials."""
+class SearchResult:
+    """The nodes that stay in fp32, and every measurement that led to them."""
 
-    kept: dict[str, float]
-    share: float  # with all other nodes lowered
+    kept: dict[str, float]  # node -> share of the limits used when it (or its group) alone is converted
+    share: float  # used when all other nodes are converted
     trials: tuple[Trial, ...]
 
     def as_json(self) -> dict[str, object]:
-        """Values for a report; an infinite share is null."""
+        """JSON values for a report; an infinite share is null."""
         return {
             "kept": self.kept_json(),
             "share_of_limit": _number(self.share),
             "trials": [
-                {"first": t.first, "last": t.last, "lowered": t.lowered, "share_of_limit": _number(t.share)}
+                {
+                    "first": t.first,
+                    "last": t.last,
+                    "converted": t.converted,
+                    "share_of_limit": _number(t.share),
+                }
                 for t in self.trials
             ],
         }
 
     def kept_json(self) -> dict[str, float | None]:
-        """The nodes kept and their shares, infinite ones as null."""
+        """The kept nodes and their shares; an infinite share is null."""
         return {name: _number(share) for name, share in self.kept.items()}
 
 
@@ -55,30 +62,30 @@ class _Search:
         if not nodes:
             return 0.0
         share = self.share_of(nodes)
-        # A NaN compares as neither more nor less than anything, so it is never let through as a number.
+        # NaN compares as neither more nor less than any number, so it becomes infinite.
         share = share if math.isfinite(share) else math.inf
         self.trials.append(Trial(nodes[0], nodes[-1], len(nodes), share))
         return share
 
 
-def choose_kept(
+def find_sensitive_nodes(
     nodes: Sequence[str],
     share_of: Callable[[Sequence[str]], float],
     *,
-    allowed: float = 0.5,
+    allowed: float = ALLOWED_SHARE,
     max_runs: int = MAX_RUNS,
-) -> SelectedBackend:
-    """Choose what of `nodes`, in the order they run, keeps its precision.
+) -> SearchResult:
+    """Choose which of `nodes`, in the order they run, stay in fp32.
 
-    share_of: the share of the parity limits used when only the given nodes are lowered. The choice is done
-    when lowering all that are left takes at most `allowed`. After `max_runs` measurements whole groups are
-    kept, the worse half of them at a time, so that at most 2 log2(len(nodes)) more are made.
+    share_of: measures the share of the parity limits used when only the given nodes are converted. The
+    search ends when converting all remaining nodes uses at most `allowed`. After `max_runs` measurements
+    whole groups are kept, the worse half at a time, so at most 2 log2(len(nodes)) more measurements follow.
     """
     search = _Search(share_of)
     kept: dict[str, float] = {}
     share = search.measure(nodes)
     if share <= allowed:
-        return SelectedBackend({}, share, tuple(search.trials))
+        return SearchResult({}, share, tuple(search.trials))
     size = max(math.ceil(len(nodes) / GROUPS), 1)
     groups = [(search.measure(part), part) for part in _split(nodes, size)]
     while share > allowed and groups:
@@ -93,7 +100,7 @@ def choose_kept(
             kept.update(dict.fromkeys(part, single))
         del groups[: len(worst)]
         share = search.measure([name for name in nodes if name not in kept])
-    return SelectedBackend(kept, share, tuple(search.trials))
+    return SearchResult(kept, share, tuple(search.trials))
 
 
 def _split(nodes: Sequence[str], size: int) -> list[Sequence[str]]:

@@ -1,10 +1,10 @@
-"""The layers of a bundle's graph that hold weights, in the order they run, and their values, checked.
+"""Read the layers with weights from a bundle's graph, in the order they run, and check every value.
 
     stored = read_graph(bundle, SEGMENTER)
     stored.layers[0].weights          # ("network.backbone.network.conv_stem.weight", "... .weight_bias")
     stored.values(name, (32, 3, 3, 3))
 
-A bundle may come from anywhere: every number is compared with what a network expects before it is used.
+A bundle may come from anywhere, so every value is checked against what the network expects.
 """
 
 import math
@@ -25,7 +25,9 @@ from multisa.runtime.errors import BackendError, BundleError
 
 Float32 = npt.NDArray[np.float32]
 
-CONVOLUTION, BATCH_NORM, GROUP_NORM = "Conv", "BatchNormalization", "GroupNorm"
+CONVOLUTION = "Conv"
+BATCH_NORM = "BatchNormalization"
+GROUP_NORM = "GroupNorm"
 
 PREFIX = "network."  # of the names of weights: the network inside the module that is exported
 
@@ -37,9 +39,9 @@ _STORED_TYPES: Mapping[int, type[np.floating]] = {
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One convolution or normalisation of a graph.
+    """One convolution or normalization of a graph.
 
-    weights are names of initialisers: weight and perhaps bias of a convolution; scale, bias, mean and
+    weights are names of initializers: weight and perhaps bias of a convolution; scale, bias, mean and
     variance of a batch norm; scale and bias of a group norm.
     """
 
@@ -52,23 +54,23 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class StoredGraph:
-    """Layers and initialisers of one file of a bundle."""
+    """Layers and initializers of one file of a bundle."""
 
     path: Path  # for messages
     layers: tuple[StoredLayer, ...]
     tensors: Mapping[str, TensorProto]
 
     def error(self, problem: str) -> BundleError:
-        """Return the error to raise for what is wrong with this file."""
+        """Return the error to raise for a problem of this file."""
         return BundleError(
             f"{self.path}: {problem}; its PyTorch network cannot be rebuilt: get the bundle again, or export "
             "it with this version of multisa"
         )
 
     def values(self, name: str, shape: tuple[int, ...]) -> Float32:
-        """Numbers of an initialiser as float32 of `shape`, which it may have with ones behind it.
+        """Values of an initializer as float32 [*shape]; its own shape may have trailing ones.
 
-        Raises BundleError for another shape or type, bytes that do not fit it, or a number not finite.
+        Raises BundleError for another shape or type, a wrong number of bytes, or values that are not finite.
         """
         tensor = self.tensors[name]
         kind = _STORED_TYPES.get(tensor.data_type)
@@ -86,13 +88,13 @@ class StoredGraph:
         return numbers.reshape(shape)
 
     def named(self, name: str) -> str | None:
-        """Name of the initialiser that holds the parameter `name`, whole or as float16, if there is one."""
+        """Name of the initializer that holds the parameter `name` as float32 or float16, if there is one."""
         return next((stored for stored in (name, f"{name}.half") if stored in self.tensors), None)
 
     def weight_names(self) -> list[str]:
-        """Initialisers that hold weights, not constants of the arithmetic.
+        """Initializers that hold weights rather than constants of the arithmetic.
 
-        Those named after a parameter, and whatever else has several floating-point numbers.
+        These are the ones named after a parameter, and all others with several floating-point values.
         """
         return [
             name
@@ -105,16 +107,17 @@ class StoredGraph:
 def read_graph(bundle: Bundle, contract: GraphContract) -> StoredGraph:
     """Read the fp32 graph of `contract` out of a bundle, its digest verified.
 
-    Raises BundleError for a file that is no ONNX graph or has layers that training does not make.
+    Raises BundleError for a file that is not an ONNX graph or has layers that no trained network has.
     """
     file = graph_file(contract)
-    data, path = bundle.read_file(file), bundle.path / file
+    path = bundle.path / file
+    data = bundle.read_file(file)
     try:
         check_onnx(data, file)
         model = onnx.load_from_string(data)
         onnx.checker.check_model(model)
     except (BackendError, DecodeError, onnx.checker.ValidationError) as error:
-        raise BundleError(f"{path}: is no ONNX graph ({error}): get the bundle again") from error
+        raise BundleError(f"{path}: is not an ONNX graph ({error}): get the bundle again") from error
     return _stored(model.graph, path)
 
 
@@ -129,10 +132,11 @@ def _stored(graph: onnx.GraphProto, path: Path) -> StoredGraph:
 
 
 class _Reader:
-    """Finds the layers of a graph; `constants` are initialisers that are no weights."""
+    """Finds the layers of a graph; `constants` are initializers that are not weights."""
 
     def __init__(self, graph: onnx.GraphProto, stored: StoredGraph) -> None:
-        self.graph, self.stored = graph, stored
+        self.graph = graph
+        self.stored = stored
         self.constants: set[str] = set()
         self.casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -154,12 +158,12 @@ class _Reader:
         for attribute in node.attribute:
             single = {onnx.AttributeProto.INT: (attribute.i,), onnx.AttributeProto.FLOAT: (attribute.f,)}
             attributes[attribute.name] = single.get(attribute.type, tuple(attribute.ints))
-        names = tuple(self._initialiser(name, node) for name in weights)
+        names = tuple(self._initializer(name, node) for name in weights)
         return StoredLayer(kind, names, node.input[0], output, attributes)
 
     def _group_norm(self, node: onnx.NodeProto) -> StoredLayer:
-        # As the exporter writes it: the groups as channels, normalised, and back; then scale and bias.
-        ones, zeros = (self._initialiser(name, node) for name in node.input[1:3])
+        # The exporter reshapes groups to channels, normalizes them, reshapes back, then scales and shifts.
+        ones, zeros = (self._initializer(name, node) for name in node.input[1:3])
         groups = tuple(self.stored.tensors[ones].dims)
         plain = self.stored.values(ones, groups), self.stored.values(zeros, groups)
         if len(groups) != 1 or (plain[0] != 1).any() or plain[1].any():
@@ -177,12 +181,11 @@ class _Reader:
         readers = self.readers.get(name, [])
         if len(readers) != 1 or readers[0].op_type != operator:
             raise self.stored.error(
-                f"{norm.output[0]}: an instance norm that is no part of a group norm, expected {operator} "
-                f"after {name}"
+                f"{norm.output[0]}: an instance norm outside a group norm, expected {operator} after {name}"
             )
         return readers[0]
 
-    def _initialiser(self, name: str, node: onnx.NodeProto) -> str:
+    def _initializer(self, name: str, node: onnx.NodeProto) -> str:
         stored: str = self.casts.get(name, name)
         if stored not in self.stored.tensors:
             raise self.stored.error(f"{node.op_type} {node.output[0]}: {name or 'a weight'} is not stored")

@@ -1,1 +1,1 @@
-"""TensorRT plans from the graphs of a bundle; neither torch nor onnx is needed."""
+"""Build TensorRT engines from a bundle's graphs; neither torch nor onnx is needed."""

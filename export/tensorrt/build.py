@@ -1,22 +1,21 @@
-"""`multisa build`: plans of a bundle's graphs for several targets, from the cache where they are in it."""
+"""Build TensorRT engines of a bundle's graphs for several GPUs, or find them in the engine cache.
+
+result = build_engines("bundles/voc", BuildOptions(targets=("sm86", "sm89"), precision="fp16"))
+result.raise_failures()
+"""
 
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multisa.export.report import INT8_FOR
-from multisa.export.tensorrt.builder import build_plan, check_targets
+from multisa.export.report import INT8_FOR, format_table, open_bundle
+from multisa.export.tensorrt.builder import build_engine, check_targets
 from multisa.export.tensorrt.profiles import parse_profiles
-from multisa.runtime.backends.base import (
-    CONTRACTS,
-    PRECISIONS,
-    GraphContract,
-    graph_file,
-    how_to_convert,
-)
+from multisa.runtime.backends.base import CONTRACTS, PRECISIONS, GraphContract, graph_file, how_to_convert
 from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
 from multisa.runtime.backends.gpus import Gpu, probe_gpus
 from multisa.runtime.backends.tensorrt_runtime import TENSORRT_RTX, Library, import_library
@@ -28,82 +27,146 @@ from multisa.runtime.progress import Progress, log, pluralize
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `multisa build` was asked for."""
+    """Which engines to build."""
 
-    targets: tuple[str, ...]
-    precision: str = "fp32"
-    graphs: tuple[str, ...] = ()  # names of contracts; all that have the precision when empty
-    profiles: tuple[str, ...] = ()  # as `parse_profiles` takes them; the default ones when empty
-    library: str = TENSORRT_RTX
-    cache: Path | None = None  # the bundle's own folder by default
+    targets: tuple[str, ...]  # compute capabilities of the GPUs: "sm89", or several as "sm80,sm89"
+    precision: str = "fp32"  # of the graphs: fp32, fp16 or int8
+    graphs: tuple[str, ...] = ()  # cam, affinity, segmenter; empty: all that have the precision
+    profiles: tuple[str, ...] = ()  # texts like "1x64x64:1x384x512:8x512x512"; empty: the default ones
+    library: str = TENSORRT_RTX  # builds without a GPU; "tensorrt" builds for the GPU of this machine
+    engine_cache: Path | None = None  # folder of the engines; BUNDLE/engines by default
 
 
 @dataclass(frozen=True)
-class PlanRow:
-    """One plan that was built or found."""
+class EngineRow:
+    """One engine that was built or found in the cache."""
 
     graph: str
     target: str
     precision: str
     profiles: tuple[Profile, ...]
     bytes: int
-    build_seconds: float  # of the build, also where it was found in the cache
+    build_seconds: float  # of the build, which may have been an earlier one
     is_cached: bool
     path: Path
 
 
 @dataclass(frozen=True)
-class BuildReport:
-    """Everything one run of `multisa build` has done."""
+class BuildResult:
+    """The engines that were built or found, and why others could not be built."""
 
-    bundle: str
+    bundle: str  # its name
     library: Library
-    rows: tuple[PlanRow, ...]
+    engine_cache: Path
+    rows: tuple[EngineRow, ...]
     failures: tuple[str, ...]
+    seconds: float
 
     def raise_failures(self) -> None:
-        """Raise BackendError with the reasons of all plans that could not be built."""
+        """Raise BackendError with the reasons of all engines that could not be built."""
         if self.failures:
-            number = pluralize(len(self.failures), "plan")
+            number = pluralize(len(self.failures), "engine")
             raise BackendError("\n".join((f"{number} could not be built", *self.failures)))
 
+    def describe(self) -> str:
+        """A table of the engines for people, then the folder they are in."""
+        header = ("graph", "target", "precision", "profiles", "MB", "seconds", "")
+        rows = [
+            (
+                row.graph,
+                row.target,
+                row.precision,
+                str(len(row.profiles)),
+                f"{row.bytes / 1e6:.1f}",
+                f"{row.build_seconds:.1f}",
+                "from the cache" if row.is_cached else "built",
+            )
+            for row in self.rows
+        ]
+        table = format_table(header, rows, right=("profiles", "MB", "seconds"))
+        end = f"time: {self.seconds:.1f} s\nengine cache: {self.engine_cache}"
+        return f"{self.bundle}, {self.library}\n{table}\n\n{end}"
 
-def build_plans(bundle: Bundle, options: BuildOptions) -> BuildReport:
-    """Build every graph for every target, or find it in the cache; graphs are verified as they are read.
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; sizes in bytes, times in seconds."""
+        return {
+            "bundle": self.bundle,
+            "library": self.library.name,
+            "library_version": self.library.version,
+            "engine_cache": str(self.engine_cache),
+            "engines": [
+                {
+                    "graph": row.graph,
+                    "target": row.target,
+                    "precision": row.precision,
+                    "profiles": [str(profile) for profile in row.profiles],
+                    "bytes": row.bytes,
+                    "build_seconds": row.build_seconds,
+                    "cached": row.is_cached,
+                    "path": str(row.path),
+                }
+                for row in self.rows
+            ],
+            "failures": list(self.failures),
+            "seconds": round(self.seconds, 2),
+        }
 
-    A plan that cannot be built does not keep the others from it: its reason is in the report's failures.
-    Raises UsageError for arguments that cannot be, BackendUnavailable without library, driver or GPU.
+
+def build_engines(bundle: Bundle | str | Path, options: BuildOptions) -> BuildResult:
+    """Build an engine of every graph for every target, or find it in the cache.
+
+    Writes KEY/model.plan and KEY/plan.json below `options.engine_cache` for each engine, where KEY depends on
+    everything that decides what the engine computes and where it runs. An engine that cannot be built does
+    not stop the others: its reason is in `failures`, see `BuildResult.raise_failures`.
+
+    Raises UsageError for unknown targets, graphs, precisions, profiles or libraries, BackendUnavailable if the
+    library, the driver or the GPU is missing, BundleError for a damaged bundle.
     """
+    start = time.perf_counter()
+    bundle = open_bundle(bundle)
     targets = parse_targets(options.targets)
     graphs = _graphs(bundle, options)
     if options.precision == "int8" and bundle.manifest.provenance.get(INT8_FOR) == "cpu":
         raise UsageError(
-            f"{bundle.path}: its int8 graphs have the zero points that a CPU is fast with and TensorRT does "
-            f"not take; make others: multisa convert {bundle.path} --precision int8 --int8-for tensorrt "
-            "--photographs DIR -o NEW_BUNDLE"
+            f"{bundle.path}: its int8 graphs are for CPUs, with zero points, which TensorRT does not accept; "
+            f"make a bundle for TensorRT: multisa convert {bundle.path} --precision int8 "
+            "--int8-for tensorrt --images DIR -o NEW_BUNDLE"
         )
     profiles = parse_profiles(options.profiles, bundle.manifest.parameters.long_side)
     library = import_library(options.library)
     check_targets(library, targets)
     gpu = None if library.is_rtx else _gpu_of(targets, library)
-    cache = EngineCache(options.cache or bundle.path / ENGINES_FOLDER)
-    rows: list[PlanRow] = []
+    folder = options.engine_cache or bundle.path / ENGINES_FOLDER
+    cache = EngineCache(folder)
+    rows: list[EngineRow] = []
     failures: list[str] = []
-    with Progress(len(graphs) * len(targets), "build", "plan") as bar:
+    with Progress(len(graphs) * len(targets), "build", "engine") as bar:
         for contract in graphs:
             data = bundle.read_file(graph_file(contract, options.precision))
             for target in targets:
-                key = _key(contract, options.precision, data, library, target, gpu, profiles)
+                key = EngineKey(
+                    graph=contract.name,
+                    precision=options.precision,
+                    onnx_sha256=sha256_of_bytes(data),
+                    library=library.name,
+                    library_version=library.version,
+                    target=target,
+                    gpu=gpu.name if gpu else "",
+                    profiles=profiles,
+                    flags=FLAGS,
+                    platform=this_platform(),
+                )
                 try:
                     rows.append(_build(cache, key, data, contract, library))
                 except BackendError as error:
                     failures.append(str(error))
                 bar.advance(note=f"{contract.name} {target}")
-    return BuildReport(bundle.manifest.name, library, tuple(rows), tuple(failures))
+    seconds = time.perf_counter() - start
+    return BuildResult(bundle.manifest.name, library, folder, tuple(rows), tuple(failures), seconds)
 
 
 def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
-    """Targets as "sm89", several in one text between commas, each once. Raises UsageError."""
+    """Targets like "sm89", several in one text separated by commas; each once. Raises UsageError."""
     targets = [part.strip().lower() for text in texts for part in text.split(",")]
     for target in targets:
         if not re.fullmatch(r"sm\d{2,3}", target):
@@ -113,67 +176,24 @@ def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(targets))
 
 
-def describe_report(report: BuildReport) -> str:
-    """A table for people: a line for each plan."""
-    header = ("graph", "target", "precision", "profiles", "MB", "seconds", "")
-    lines = [
-        (
-            row.graph,
-            row.target,
-            row.precision,
-            str(len(row.profiles)),
-            f"{row.bytes / 1e6:.1f}",
-            f"{row.build_seconds:.1f}",
-            "from the cache" if row.is_cached else "built",
-        )
-        for row in report.rows
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *lines)]
-    return "\n".join((f"{report.bundle}, {report.library}", *table))
-
-
-def report_as_json(report: BuildReport) -> dict[str, Any]:
-    """The report as JSON holds it; sizes in bytes, times in seconds."""
-    return {
-        "bundle": report.bundle,
-        "library": report.library.name,
-        "library_version": report.library.version,
-        "plans": [
-            {
-                "graph": row.graph,
-                "target": row.target,
-                "precision": row.precision,
-                "profiles": [str(profile) for profile in row.profiles],
-                "bytes": row.bytes,
-                "build_seconds": row.build_seconds,
-                "cached": row.is_cached,
-                "path": str(row.path),
-            }
-            for row in report.rows
-        ],
-        "failures": list(report.failures),
-    }
-
-
 def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[GraphContract, ...]:
-    """The graphs to build; those not asked for by name are left out where they lack the precision."""
+    """The graphs to build; graphs without the precision are left out unless they were named."""
     if options.precision not in PRECISIONS:
         raise UsageError(f"precision: got {options.precision!r}, expected one of {', '.join(PRECISIONS)}")
     names = [contract.name for contract in CONTRACTS]
     for name in options.graphs:
         if name not in names:
             raise UsageError(f"graph: got {name!r}, expected one of {', '.join(names)}")
-    asked = [contract for contract in CONTRACTS if not options.graphs or contract.name in options.graphs]
-    there = [c for c in asked if graph_file(c, options.precision) in bundle.manifest.files]
-    lacking = [c for c in asked if c not in there]
+    wanted = [contract for contract in CONTRACTS if not options.graphs or contract.name in options.graphs]
+    available = [c for c in wanted if graph_file(c, options.precision) in bundle.manifest.files]
+    lacking = [c for c in wanted if c not in available]
     missing = ", ".join(graph_file(c, options.precision) for c in lacking)
-    if lacking and (options.graphs or not there):
+    if lacking and (options.graphs or not available):
         remedy = how_to_convert(bundle.path, lacking[0], options.precision)
-        raise UsageError(f"{bundle.path}: no {missing} in it: {remedy}")
+        raise UsageError(f"{bundle.path}: no {missing} in the bundle: {remedy}")
     if lacking:
         log.info(f"{bundle.path}: left out, the bundle has no {missing}")
-    return tuple(there)
+    return tuple(available)
 
 
 def _gpu_of(targets: tuple[str, ...], library: Library) -> Gpu:
@@ -181,55 +201,32 @@ def _gpu_of(targets: tuple[str, ...], library: Library) -> Gpu:
     probe = probe_gpus()
     if probe.problem:
         raise BackendUnavailable(
-            f"{probe.problem}; build with {library.name} on the machine that runs the plan, or with "
+            f"{probe.problem}; build with {library.name} on the machine that runs the engine, or with "
             f"--library {TENSORRT_RTX}, which needs no GPU"
         )
-    gpu = probe.gpus[0]  # the one that plans run on, too
+    gpu = probe.gpus[0]  # the one that engines run on
     if targets != (gpu.target,):
         raise BackendUnavailable(
-            f"{library} builds for the GPU that is here, {gpu.name} ({gpu.target}); got the target "
+            f"{library} builds for the GPU of this machine, {gpu.name} ({gpu.target}); got the target "
             f"{', '.join(targets)}: build on a machine that has it, or with --library {TENSORRT_RTX}"
         )
     return gpu
 
 
-def _key(
-    contract: GraphContract,
-    precision: str,
-    data: bytes,
-    library: Library,
-    target: str,
-    gpu: Gpu | None,
-    profiles: tuple[Profile, ...],
-) -> EngineKey:
-    return EngineKey(
-        graph=contract.name,
-        precision=precision,
-        onnx_sha256=sha256_of_bytes(data),
-        library=library.name,
-        library_version=library.version,
-        target=target,
-        gpu=gpu.name if gpu else "",
-        profiles=profiles,
-        flags=FLAGS,
-        platform=this_platform(),
-    )
-
-
 def _build(
     cache: EngineCache, key: EngineKey, data: bytes, contract: GraphContract, library: Library
-) -> PlanRow:
+) -> EngineRow:
     built = False
 
     def build() -> bytes:
         nonlocal built
         built = True
-        # In a thread of its own: the library swallows what Ctrl-C raises in the midst of a build.
+        # In its own thread: the library swallows the KeyboardInterrupt of Ctrl-C during a build.
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(build_plan, library, data, contract, key.profiles, (key.target,)).result()
+            return pool.submit(build_engine, library, data, contract, key.profiles, (key.target,)).result()
 
     stored = cache.get_or_build(key, build)
-    return PlanRow(
+    return EngineRow(
         graph=key.graph,
         target=key.target,
         precision=key.precision,

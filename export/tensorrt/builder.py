@@ -1,4 +1,4 @@
-"""One plan from one graph: parse, check, configure, build. The same calls for every library and version."""
+"""Build one engine from one graph: parse, check, configure, build; the same calls for every TensorRT."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,21 +9,21 @@ from multisa.runtime.backends.onnx_checks import check_onnx
 from multisa.runtime.backends.tensorrt_runtime import DTYPES, Library, LibraryLog, library_log
 from multisa.runtime.errors import BackendError, UsageError
 
-if TYPE_CHECKING:  # names what is what: a test holds every call below to TensorRT's type stubs
+if TYPE_CHECKING:  # annotations name the classes: a test checks every call below against the type stubs
     import tensorrt as trt
 
-# RTX looks for a GPU in passing, and a build needs none; where plans run, this is what is wrong.
+# TensorRT-RTX looks for a GPU while it builds and logs this where there is none; a build does not need one.
 _NO_GPU = "CUDA driver version is insufficient"
 TURING_PRODUCT = "FP32 GEMM is not supported"
 _REFUSED_NODE = (
-    "export the graph again without such nodes (types of one operator must agree: TensorRT casts nothing by "
-    "itself), or run it on ONNX Runtime"
+    "export the graph again without such nodes (types of one operator must agree: TensorRT inserts no "
+    "casts), or run it on ONNX Runtime"
 )
 _REFUSED_FILE = "the file is malformed: get the bundle again, or export it again"
 
 
 def check_targets(library: Library, targets: Sequence[str]) -> None:
-    """Raise UsageError unless RTX knows every target; TensorRT has none but the GPU it runs on."""
+    """Raise UsageError for a target that TensorRT-RTX does not know; TensorRT builds for its own GPU only."""
     if not library.is_rtx:
         return
     known = _capabilities(library)
@@ -35,17 +35,17 @@ def check_targets(library: Library, targets: Sequence[str]) -> None:
             )
 
 
-def build_plan(
+def build_engine(
     library: Library,
     graph: bytes,
     contract: GraphContract,
     profiles: Sequence[Profile],
     targets: Sequence[str],
 ) -> bytes:
-    """Build the ONNX file `graph` and return the plan, byte for byte as the library gives it.
+    """Build the ONNX file `graph` and return the serialized engine as the library gives it.
 
-    With TensorRT-RTX for all of `targets`, without a GPU; with TensorRT for the GPU that is there. Raises
-    BackendError with all that the parser or the builder has said, or for a graph that breaks the contract,
+    TensorRT-RTX builds for all of `targets`, without a GPU; TensorRT for the GPU of this machine. Raises
+    BackendError with every message of the parser or builder, or for a graph that breaks the contract,
     UsageError for a target that the library does not know.
     """
     label = f"{contract.name} ({', '.join(targets)})"
@@ -57,7 +57,7 @@ def build_plan(
     builder: trt.Builder = module.Builder(logger)
     network: trt.INetworkDefinition = builder.create_network(_network_flags(library))
     parser: trt.OnnxParser = module.OnnxParser(network, logger)
-    # Bytes, not a path: there is nothing beside the graph to look for (check_onnx has seen to it).
+    # Bytes, not a path: check_onnx has made sure that no other file belongs to the graph.
     if not parser.parse(graph):
         raise BackendError(f"{label}: {library} cannot read it:{_parser_errors(parser, module, log)}")
     _check_contract(network, contract, label)
@@ -67,21 +67,21 @@ def build_plan(
         _set_targets(config, library, targets)
     for profile in profiles:
         _add_profile(builder, config, profile, log, label)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise BackendError(f"{label}: {library} builds no plan:{_build_errors(log)}")
-    return bytes(plan)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise BackendError(f"{label}: {library} builds no engine:{_build_errors(log)}")
+    return bytes(engine)
 
 
 def _network_flags(library: Library) -> int:
-    """Types are the graph's own: TensorRT 10 must be told, all others know nothing else."""
+    """The graph decides the types: TensorRT 10 needs a flag for that, the others always do so."""
     if library.is_rtx or library.major > 10:
         return 0
     return 1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 def _set_flags(config: "trt.IBuilderConfig", module: Any) -> None:
-    # That a network is strongly typed is not among them: it is no choice.
+    # Strong typing is not among FLAGS, because it is not a choice.
     for text in FLAGS:
         name, value = text.split("=")
         flag = module.BuilderFlag.__members__[name]
@@ -89,7 +89,7 @@ def _set_flags(config: "trt.IBuilderConfig", module: Any) -> None:
 
 
 def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, label: str) -> None:
-    """Raise BackendError unless the graph takes and gives what its contract says."""
+    """Raise BackendError unless the graph has the inputs and outputs of its contract."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     got = {tensor.name: f"{_dtype(tensor)} {list(tensor.shape)}" for tensor in inputs}
@@ -109,7 +109,7 @@ def _dtype(tensor: "trt.ITensor") -> str:
 
 
 def _set_targets(rtx_config: Any, library: Library, targets: Sequence[str]) -> None:
-    known = _capabilities(library)  # what RTX adds to the interface, and TensorRT's stubs do not have
+    known = _capabilities(library)  # RTX only; TensorRT's stubs do not have it
     rtx_config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
         if not rtx_config.set_compute_capability(known[target], index):
@@ -124,14 +124,14 @@ def _capabilities(library: Library) -> dict[str, Any]:
 def _add_profile(
     builder: "trt.Builder", config: "trt.IBuilderConfig", profile: Profile, log: LibraryLog, label: str
 ) -> None:
-    optimisation: trt.IOptimizationProfile = builder.create_optimization_profile()
+    optimization: trt.IOptimizationProfile = builder.create_optimization_profile()
     problem = ""
     try:
         shapes = [(*shape, 3) for shape in (profile.minimum, profile.optimum, profile.maximum)]
-        optimisation.set_shape(IMAGE, *shapes)
+        optimization.set_shape(IMAGE, *shapes)
     except ValueError as error:
         problem = str(error)
-    if problem or not optimisation or config.add_optimization_profile(optimisation) < 0:
+    if problem or not optimization or config.add_optimization_profile(optimization) < 0:
         raise BackendError(
             f"{label}: input {IMAGE}: profile {profile} is refused: {problem}{_lines(_errors(log))}"
         )
@@ -153,8 +153,8 @@ def _build_errors(log: LibraryLog) -> str:
     text = _lines(_errors(log) or log.warnings)
     if TURING_PRODUCT in text:
         text += (
-            "\n  TensorRT-RTX has no float32 matrix product on Turing, and the attention of cam keeps its "
-            "own in every precision: leave sm75 out for cam (--graph segmenter --graph affinity), or build "
+            "\n  TensorRT-RTX has no float32 matrix product on Turing, and the attention of cam needs one "
+            "in every precision: leave sm75 out for cam (--graph segmenter --graph affinity), or build "
             "it with --library tensorrt on the GPU itself"
         )
     return text
@@ -165,5 +165,5 @@ def _errors(log: LibraryLog) -> list[str]:
 
 
 def _lines(messages: Sequence[str]) -> str:
-    """Every message on a line of its own, in order and once."""
+    """Each message once, on its own line, in order."""
     return "".join(f"\n  {message}" for message in dict.fromkeys(messages)) or " it gives no reason"

@@ -1,4 +1,4 @@
-"""Shape buckets: the sizes of photographs that a plan is legal for, and those it is tuned for."""
+"""Optimization profiles: the image sizes that an engine accepts, and those it is tuned for."""
 
 import re
 from collections.abc import Sequence
@@ -8,31 +8,31 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
 
 _FORM = "NxHxW:NxHxW:NxHxW, as in 1x64x64:1x384x512:8x512x512"
-_GRID = 32  # sides of default buckets are multiples of it, as the strides of every backbone are
+_GRID = 32  # sides of the default profiles are multiples of the largest stride of the backbones
 
 
 def default_profiles(long_side: int) -> tuple[Profile, ...]:
-    """Three buckets for photographs whose long side is at most `long_side`.
+    """Three profiles for images whose long side is at most `long_side` pixels.
 
-    Most photographs are larger and come reduced to just that, in 4:3 or 3:4, which two buckets are tuned for;
-    what is wider than 3:4 takes the first of them. The third is for small ones. All are for one photograph
-    at a time, as the runtime runs them: a plan takes the memory that its largest batch needs.
+    Most images are larger and are reduced to exactly `long_side`, in 4:3 or 3:4: two profiles are tuned for
+    these, and the first also covers everything wider than 3:4. The third is tuned for small images. All have
+    batch 1, as the runtime runs them: an engine reserves the memory of its largest batch.
     """
     short = _on_grid(long_side * 3 // 4, long_side)
     small = _on_grid(long_side * 5 // 8, long_side)
     smallest: Shape = (1, MINIMUM_SIDE, MINIMUM_SIDE)
-    buckets = [
+    profiles = [
         Profile(smallest, (1, short, long_side), (1, long_side, long_side)),
         Profile(smallest, (1, long_side, short), (1, long_side, short)),
         Profile(smallest, (1, small, small), (1, small, small)),
     ]
-    return tuple(dict.fromkeys(buckets))  # they coincide where long_side is the smallest there is
+    return tuple(dict.fromkeys(profiles))  # they coincide for the smallest long_side
 
 
 def parse_profiles(texts: Sequence[str], long_side: int) -> tuple[Profile, ...]:
-    """Profiles from min:opt:max of NxHxW, checked against the bundle; without any, the default ones.
+    """Profiles from texts like "1x64x64:1x384x512:8x512x512" (NxHxW as min:opt:max), or the default ones.
 
-    Raises UsageError that names the profile, what was got and expected.
+    Raises UsageError, naming the profile, for malformed texts and sizes outside 64..`long_side`.
     """
     if not texts:
         return default_profiles(long_side)
@@ -60,12 +60,12 @@ def _check(profile: Profile, long_side: int) -> None:
     if low < MINIMUM_SIDE:
         raise UsageError(
             f"input image: profile {profile}: got a side of {low}, expected at least {MINIMUM_SIDE}: "
-            "the graphs take no smaller photograph"
+            "the graphs take no smaller image"
         )
     if high > long_side:
         raise UsageError(
             f"input image: profile {profile}: got a side of {high}, expected at most {long_side}: the bundle "
-            "reduces every photograph to that long side"
+            "reduces every image to that long side"
         )
 
 

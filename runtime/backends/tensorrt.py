@@ -189,4 +189,4 @@ def _build_command(
     command = f"multisa build {bundle.path} --target {target} --graph {contract.name} --library {library}"
     if precision != "fp32":
         command += f" --precision {precision}"
-    return command if cache is None else f"{command} --cache {cache}"
+    return command if cache is None else f"{command} --engine-cache {cache}"

@@ -65,6 +65,7 @@ def segment(images: str, output: Path, **arguments: Any) -> None:
     _finish(segment_images(images, output, **_settings(arguments)), arguments)
 
 
+# more than six parameters: click passes each option as one
 @click.command(cls=GroupedCommand)
 @click.argument("pred", type=PATH)
 @click.argument("gt", type=PATH)

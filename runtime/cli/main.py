@@ -19,17 +19,17 @@ from multisa.runtime.errors import BackendUnavailable, Interrupted, MultisaError
 COMMANDS = {
     "label": ("multisa.runtime.cli.commands:label", "Turn image-level labels into pixel masks."),
     "segment": ("multisa.runtime.cli.commands:segment", "Segment images with the trained segmenter."),
-    "evaluate": ("multisa.runtime.cli.commands:evaluate", "Compare masks with the truth (IoU, mIoU)."),
-    "inspect": ("multisa.runtime.cli.commands:inspect", "Verify a bundle and tell what is in it."),
-    "doctor": ("multisa.runtime.cli.commands:doctor", "Tell what this machine can run, and what is amiss."),
+    "evaluate": ("multisa.runtime.cli.commands:evaluate", "Compare masks with ground truth (IoU, mIoU)."),
+    "inspect": ("multisa.runtime.cli.commands:inspect", "Verify a bundle and show what is in it."),
+    "doctor": ("multisa.runtime.cli.commands:doctor", "Show what this machine can run, and what is missing."),
     "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the images of the package."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
-    "reproduce": ("multisa.training.commands:reproduce", "Make the paper's tables and figures anew."),
+    "reproduce": ("multisa.training.commands:reproduce", "Reproduce the paper's tables and figures."),
     "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),
     "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
-    "parity": ("multisa.export.commands:parity", "Compare an engine's answers with the fp32 graphs'."),
-    "bench": ("multisa.benchmarks.commands:bench", "Measure every engine, and PyTorch beside it."),
-    "build": ("multisa.export.tensorrt.commands:build", "Build TensorRT plans of a bundle's graphs."),
+    "parity": ("multisa.export.commands:parity", "Compare a backend's results with the fp32 graphs'."),
+    "bench": ("multisa.benchmarks.commands:bench", "Measure every backend, and PyTorch beside it."),
+    "build": ("multisa.export.commands:build", "Build TensorRT engines of a bundle's graphs."),
 }
 INTERRUPTED = 130
 

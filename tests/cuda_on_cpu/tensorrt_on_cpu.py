@@ -379,7 +379,7 @@ def test_no_plan(bundle: Bundle, store: Store, tmp_path: Path) -> None:
     for name, version in VERSIONS.items():
         assert f"{name} {version}: no plan for sm89 (CPU)" in said
         build = (
-            f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name} --cache {cache}"
+            f"multisa build {bundle.path} --target sm89 --graph segmenter --library {name} --engine-cache {cache}"
         )
         assert build in said
     with pytest.raises(BackendUnavailable, match=r"^tensorrt 11\.4\.0\.106: no plan for sm89 [^;]*$"):

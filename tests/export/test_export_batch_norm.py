@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from multisa.export.batch_norm import fold_batch_norms
+from multisa.export.to_onnx import fold_batch_norms
 
 # Two scales through one convolution and one norm, with a bias and groups; then a norm without a convolution
 # before it, and a convolution that is read elsewhere too.

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from torch import nn
 
 from multisa.export import bundle as export_module
-from multisa.export.bundle import export_bundle
-from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AffinityPhotographs
+from multisa.export.attention import OPSET
+from multisa.export.bundle import ExportOptions, export_bundle
+from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.parity import LIMITS
 from multisa.export.report import REPORT_NAME
-from multisa.export.to_onnx import OPSET, onnx_from_module
+from multisa.export.to_onnx import onnx_from_module
 from multisa.kernels import stencil_offsets
 from multisa.runtime.backends.base import AFFINITY, CAM
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -29,46 +29,50 @@ from multisa.runtime.errors import BundleError, ParityError, UsageError
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
-from multisa.training.data import DataSet, read_dataset
+from multisa.training.data import Dataset, read_dataset
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.pipeline import RunRecord, run_pipeline
+from multisa.training.pipeline import RunRecord, train
 
 TINY = Path(__file__).parents[1] / "training" / "tiny.toml"
 
 
 @pytest.fixture(scope="module")
-def dataset(voc_folder: Path) -> DataSet:
+def dataset(voc_folder: Path) -> Dataset:
     return read_dataset(voc_folder)
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
     root = tmp_path_factory.mktemp("run")
     overrides = ["cam_baseline=false", "cam.schedule.epochs=1", "segmenter.schedule.epochs=1"]
-    return run_pipeline(load_config(str(TINY), overrides), dataset, root), root
+    return train(load_config(str(TINY), overrides), dataset, root), root
 
 
 @pytest.fixture(scope="module")
 def exported(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path_factory: pytest.TempPathFactory
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    return export_bundle(*trained, dataset, tmp_path_factory.mktemp("out") / "bundle", photographs=3)
+    output = tmp_path_factory.mktemp("out") / "bundle"
+    result = export_bundle(trained[1], dataset, output, ExportOptions(num_images=3))
+    assert [graph.file for graph in result.graphs] == ["cam.onnx", "affinity.onnx", "segmenter.onnx"]
+    assert result.describe().endswith(f"bundle: {output}")
+    return result.bundle
 
 
-def test_bundle_holds_what_the_runtime_needs(exported: Bundle, dataset: DataSet) -> None:
+def test_bundle_holds_what_the_runtime_needs(exported: Bundle, dataset: Dataset) -> None:
     manifest = load_bundle(exported.path).manifest
     assert manifest.classes == dataset.class_names
-    assert manifest.metrics["parity"]["photographs"] == 3
-    assert set(manifest.metrics["parity"]) == {"photographs", *LIMITS["fp32"]}
+    assert manifest.metrics["parity"]["images"] == 3
+    assert set(manifest.metrics["parity"]) == {"images", *LIMITS["fp32"]}
     assert manifest.parameters.walk_stride == 4
     report = json.loads(exported.read_file(REPORT_NAME))["fp32"]
     assert report["passed"] and report["figures"] == manifest.metrics["parity"]
-    assert report["figures"]["pseudo_mask"]["photographs_with_truth"] == 3
+    assert report["figures"]["pseudo_mask"]["images_with_truth"] == 3
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (130, 71)])
 def test_graphs_take_every_size_and_batch(exported: Bundle, size: tuple[int, int]) -> None:
-    photographs = np.random.default_rng(0).integers(0, 256, (3, *size, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, *size, 3)).astype(np.uint8)
     grid = tuple(-(-side // 4) for side in size)
     expected = {
         "cam.onnx": {"cam": (3, 2, *grid), "scores": (3, 2)},
@@ -77,8 +81,8 @@ def test_graphs_take_every_size_and_batch(exported: Bundle, size: tuple[int, int
     }
     for file, shapes in expected.items():
         with OnnxRuntimeBackend(exported.read_file(file)) as backend:
-            together = backend.run(photographs)
-            alone = backend.run(photographs[1:2])
+            together = backend.run(images)
+            alone = backend.run(images[1:2])
         assert {name: values.shape for name, values in together.items()} == shapes
         for name, values in together.items():
             difference = np.abs(values[1:2].astype(np.float64) - alone[name].astype(np.float64))
@@ -105,7 +109,7 @@ def test_no_batch_norm_and_no_attention_matrix_is_left(exported: Bundle) -> None
 
 
 def test_a_graph_that_answers_differently_is_not_shipped(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Shifted(nn.Module):
         """Answers the next class: right everywhere a test of shapes and types looks."""
@@ -122,7 +126,8 @@ def test_a_graph_that_answers_differently_is_not_shipped(
     wrong = replace(graphs[2], exported=Shifted(graphs[2].exported))
     monkeypatch.setattr(export_module, "graphs_of_run", lambda run, root: (*graphs[:2], wrong))
     with pytest.raises(ParityError, match=r"labels: 0\.0000% of the labels agree") as raised:
-        export_bundle(*trained, dataset, tmp_path / "bundle", photographs=2, report=tmp_path / "parity.json")
+        options = ExportOptions(num_images=2, report=tmp_path / "parity.json")
+        export_bundle(trained[1], dataset, tmp_path / "bundle", options)
     assert raised.value.exit_code == 3
     assert not (tmp_path / "bundle").exists()
     report = json.loads((tmp_path / "parity.json").read_text())["fp32"]
@@ -141,7 +146,7 @@ def test_a_run_without_its_checkpoints_is_one_line(
 
 
 def test_where_no_bundle_can_be_written_nothing_is_done_first(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def not_reached(*_: object) -> None:
         raise AssertionError("networks were loaded")
@@ -149,23 +154,37 @@ def test_where_no_bundle_can_be_written_nothing_is_done_first(
     monkeypatch.setattr(export_module, "graphs_of_run", not_reached)
     with pytest.raises(UsageError, match="inside the bundle's folder"):
         report = tmp_path / "bundle" / "report.json"
-        export_bundle(*trained, dataset, tmp_path / "bundle", photographs=1, report=report)
+        export_bundle(trained[1], dataset, tmp_path / "bundle", ExportOptions(report=report))
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(BundleError, match="is not a bundle alone"):
-        export_bundle(*trained, dataset, tmp_path, photographs=1)
+        export_bundle(trained[1], dataset, tmp_path)
+
+
+def test_the_command_prints_one_json_object(
+    trained: tuple[RunRecord, Path], voc_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    arguments = ["export", str(trained[1]), "--data", str(voc_folder), "-o", str(output)]
+    result = CliRunner().invoke(root_command, [*arguments, "--num-images", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"] and found["bundle"] == str(output) and found["parity"]["fp32"]["passed"]
+    assert [graph["bytes"] for graph in found["graphs"]] == [
+        load_bundle(output).manifest.files[graph["file"]].bytes for graph in found["graphs"]
+    ]
 
 
 def test_another_data_set_than_the_runs_is_refused(
-    trained: tuple[RunRecord, Path], dataset: DataSet, tmp_path: Path
+    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path: Path
 ) -> None:
-    other = replace(dataset, weak=dataset.weak[1:])
+    other = replace(dataset, train_images=dataset.train_images[1:])
     with pytest.raises(UsageError, match="not the data set"):
-        export_bundle(*trained, other, tmp_path / "bundle", photographs=1)
+        export_bundle(trained[1], other, tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(
     ("taps", "head", "stride", "radius"),
-    # With radius 10, pairs of the feature head reach beyond the grid of the photograph below.
+    # With radius 10, pairs of the feature head reach beyond the grid of the image below.
     [((), "boundary", 4, 5), ((4,), "features", 8, 10), ((1, 3), "boundary", 4, 5)],
 )
 def test_other_taps_and_heads_export_alike(
@@ -177,9 +196,9 @@ def test_other_taps_and_heads_export_alike(
     torch.nn.init.normal_(cam.classifier.weight)
     for beta in cam.beta_parameters():
         beta.data.fill_(0.7)
-    affinity = AffinityPhotographs(AffinityNet(backbone, head=head), radius).eval()
+    affinity = AffinityFromImages(AffinityNet(backbone, head=head), radius).eval()
     exported = MultiScaleCAM(FoldedMultiSACAM(cam), scales=(0.5, 1.0)).eval()
-    # Odd sides, the smallest, two photographs at once, and a long one: attention takes it in many blocks.
+    # Odd sides, the smallest, two images at once, and a long one: attention takes it in many blocks.
     shapes = [(1, 97, 66), (2, 64, 64), (2, 65, 131), (1, 64, 1536)]
     random = np.random.default_rng(1)
     images = [random.integers(0, 256, (*shape, 3)).astype(np.uint8) for shape in shapes]

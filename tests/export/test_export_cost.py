@@ -5,8 +5,8 @@ from torch import nn
 from multisa.export.cost import Cost, cost_of, costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
 from multisa.training.backbones import Backbone
-from multisa.training.cams import build_cam_network
 from multisa.training.config import load_config
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, SelfAttention
 
 
@@ -40,7 +40,7 @@ def test_head_as_trained_and_folded() -> None:
 
 
 def test_folding_saves_what_it_is_for() -> None:
-    network = build_cam_network(load_config("paper-resnet50", ["cam.weights=none"]).cam, 21).eval()
+    network = create_model(load_config("paper-resnet50", ["cam.weights=none"]).cam, 21).eval()
     parts = costs_of_parts(network, FoldedMultiSACAM(network), (512, 512))
     backbone, head, folded = (parts[p].multiply_adds for p in ("backbone", "head", "folded head"))
     assert head > backbone > folded

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from multisa.export.parity import FIRM, LIMITS, Compared, Limit, measure_parity
+from multisa.export.parity import CONFIDENT, LIMITS, Compared, Limit, measure_parity
 from multisa.runtime.errors import ParityError, UsageError
 
 
@@ -17,7 +17,7 @@ def labels_of(wrong: int) -> np.ndarray:
 
 def test_figures_are_those_of_the_definition() -> None:
     confidence = np.full((1, 100, 100), 255, np.uint8)
-    confidence.reshape(-1)[:40] = FIRM - 1  # 40 of the 50 wrong pixels are ties
+    confidence.reshape(-1)[:40] = CONFIDENT - 1  # 40 of the 50 wrong pixels are not confident
     truth = labels_of(0)[0]
     truth[-1] = 255
     expected = {"labels": labels_of(0), "confidence": confidence}
@@ -25,13 +25,13 @@ def test_figures_are_those_of_the_definition() -> None:
     report = measure_parity([Compared(expected, got, {"labels": truth})] * 2, "int8", n_classes=2)
     figures = report.differences["labels"].figures()
     assert figures["agreement"] == pytest.approx(1 - 50 / 10000)
-    assert figures["firm_agreement"] == pytest.approx(1 - 10 / 9960)
+    assert figures["confident_agreement"] == pytest.approx(1 - 10 / 9960)
     # 9900 pixels of truth, all background; class 1 occurs only where the graph is wrong.
     assert figures["miou_reference"] == pytest.approx(100)
     assert figures["miou"] == pytest.approx(100 * (9850 / 9900) / 2)
     assert report.differences["confidence"].figures() == {"max_error": 2, "mean_error": 2}
-    assert report.photographs == 2
-    assert report.full_json()["figures"]["labels"]["photographs_with_truth"] == 2
+    assert report.images == 2
+    assert report.full_json()["figures"]["labels"]["images_with_truth"] == 2
     # An error of 2 is a quarter of what int8 may have.
     assert report.differences["confidence"].shares(LIMITS["int8"]["confidence"])["mean_error"] == 0.25
 
@@ -91,7 +91,7 @@ def test_an_output_without_values_does_not_pass(name: str) -> None:
 
 
 def test_what_cannot_be_compared_is_no_parity() -> None:
-    with pytest.raises(ParityError, match="no photograph"):
+    with pytest.raises(ParityError, match="no image"):
         measure_parity([]).require("graphs")
     with pytest.raises(ParityError, match="shapes differ"):
         measure_parity([Compared({"cam": np.zeros(2)}, {"cam": np.zeros(3)})])

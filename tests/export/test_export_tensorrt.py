@@ -1,4 +1,4 @@
-"""Plans, really built by TensorRT-RTX, which needs no GPU for it; TensorRT itself by contract only."""
+"""Engines built by TensorRT-RTX, which needs no GPU for that; TensorRT itself is checked by its interface."""
 
 import ast
 import ctypes
@@ -24,12 +24,12 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from multisa.export.half import half_candidates, half_graph, model_bytes, plain_graph
-from multisa.export.quantise import calibrated_graph, quantised_graph
+from multisa.export.fp16 import fp16_candidates, fp16_graph, model_bytes, read_fp32_graph
+from multisa.export.int8 import calibrate_graph, quantize_graph
 from multisa.export.tensorrt import build as building
 from multisa.export.tensorrt import builder
-from multisa.export.tensorrt.build import BuildOptions, build_plans, parse_targets
-from multisa.export.tensorrt.builder import build_plan
+from multisa.export.tensorrt.build import BuildOptions, build_engines, parse_targets
+from multisa.export.tensorrt.builder import build_engine
 from multisa.export.tensorrt.profiles import default_profiles, parse_profiles
 from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.engine_cache import Profile
@@ -100,23 +100,23 @@ def test_the_packaged_graphs_build_for_every_target(
 ) -> None:
     # All targets in one plan: a build for each takes as long as this one.
     data = packaged.read_file(graph_file(contract))
-    plan = build_plan(rtx, data, contract, ONE, targets)
+    plan = build_engine(rtx, data, contract, ONE, targets)
     assert len(plan) > len(data) / 2  # its weights are in it, as float16 or more
 
 
 def test_turing_has_no_float32_product_and_the_error_says_what_to_do(rtx: Library, packaged: Bundle) -> None:
     with pytest.raises(BackendError, match="FP32 GEMM is not supported") as caught:
-        build_plan(rtx, packaged.read_file("cam.onnx"), CAM, ONE, ("sm75",))
+        build_engine(rtx, packaged.read_file("cam.onnx"), CAM, ONE, ("sm75",))
     said = str(caught.value)
     assert "leave sm75 out for cam (--graph segmenter --graph affinity)" in said
     assert "--library tensorrt" in said and "fp16" not in said  # see below: fp16 is no way out
     with pytest.raises(BackendError, match="FP32 GEMM is not supported"):
-        build_plan(rtx, halved(packaged, CAM), CAM, ONE, ("sm75",))
+        build_engine(rtx, halved(packaged, CAM), CAM, ONE, ("sm75",))
 
 
 def halved(packaged: Bundle, contract: GraphContract) -> bytes:
-    plain = plain_graph(packaged.read_file(graph_file(contract)))
-    return model_bytes(half_graph(plain, half_candidates(plain)))
+    plain = read_fp32_graph(packaged.read_file(graph_file(contract)))
+    return model_bytes(fp16_graph(plain, fp16_candidates(plain)))
 
 
 def test_fp16_graphs_build(rtx: Library, packaged: Bundle) -> None:
@@ -124,16 +124,16 @@ def test_fp16_graphs_build(rtx: Library, packaged: Bundle) -> None:
     kinds = [i.data_type for i in onnx.load_from_string(data).graph.initializer]
     assert kinds.count(TensorProto.FLOAT16) > 50
     # Without sm75, which rounds up to more: every weight once, in 16 bits.
-    plan = build_plan(rtx, data, SEGMENTER, ONE, ("sm89",))
-    assert 0.5 < len(plan) / len(build_plan(rtx, data, SEGMENTER, ONE, ("sm75",))) < 1
+    plan = build_engine(rtx, data, SEGMENTER, ONE, ("sm89",))
+    assert 0.5 < len(plan) / len(build_engine(rtx, data, SEGMENTER, ONE, ("sm75",))) < 1
     assert len(plan) > len(data) / 2
 
 
-def quantised(packaged: Bundle, *, symmetric: bool) -> bytes:
+def quantized(packaged: Bundle, *, symmetric: bool) -> bytes:
     images = [resize_image(read_image(path).rgb, (96, 128)) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]
     data = packaged.read_file(graph_file(SEGMENTER))
-    calibrated = calibrated_graph(data, [images], symmetric=symmetric)
-    return quantised_graph(calibrated, calibrated.candidates)
+    calibrated = calibrate_graph(data, [images], symmetric=symmetric)
+    return quantize_graph(calibrated, calibrated.candidates)
 
 
 def test_int8_graphs_build_in_the_form_that_is_for_tensorrt(
@@ -142,26 +142,26 @@ def test_int8_graphs_build_in_the_form_that_is_for_tensorrt(
     options = BuildOptions(("sm89",), "int8", profiles=("1x64x64:1x96x128:2x128x128",))
     for int8_for in ("tensorrt", "cpu"):
         files = {n: packaged.read_file(n) for n in ("cam.onnx", "affinity.onnx", "segmenter.onnx")}
-        files["segmenter.int8.onnx"] = quantised(packaged, symmetric=int8_for == "tensorrt")
+        files["segmenter.int8.onnx"] = quantized(packaged, symmetric=int8_for == "tensorrt")
         manifest = dataclasses.replace(packaged.manifest, provenance={"int8_for": int8_for})
         bundle = write_bundle(tmp_path / int8_for, manifest, files)
         if int8_for == "cpu":
-            said = r"zero points .* multisa convert .* --precision int8 --int8-for tensorrt --photographs"
+            said = r"zero points, .* multisa convert .* --precision int8 --int8-for tensorrt --images"
             with pytest.raises(UsageError, match=said):
-                build_plans(bundle, options)
+                build_engines(bundle, options)
             with pytest.raises(BackendError, match="Non-zero zero point is not supported"):  # it is true
-                build_plan(rtx, files["segmenter.int8.onnx"], SEGMENTER, ONE, ("sm89",))
+                build_engine(rtx, files["segmenter.int8.onnx"], SEGMENTER, ONE, ("sm89",))
         else:
-            (row,) = build_plans(bundle, options).rows
+            (row,) = build_engines(bundle, options).rows
             assert (row.graph, row.precision) == ("segmenter", "int8")
             assert row.bytes > len(files["segmenter.int8.onnx"]) / 2
 
 
 def test_a_network_builds_with_all_default_profiles(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
-    options = BuildOptions(("sm89",), graphs=("segmenter",), cache=tmp_path)
-    (row,) = build_plans(packaged, options).rows
+    options = BuildOptions(("sm89",), graphs=("segmenter",), engine_cache=tmp_path)
+    (row,) = build_engines(packaged, options).rows
     assert row.profiles == default_profiles(packaged.manifest.parameters.long_side)
-    one = build_plan(rtx, packaged.read_file("segmenter.onnx"), SEGMENTER, row.profiles[:1], ("sm89",))
+    one = build_engine(rtx, packaged.read_file("segmenter.onnx"), SEGMENTER, row.profiles[:1], ("sm89",))
     assert len(row.profiles) == 3 and row.bytes > 1.1 * len(one)  # each has kernels of its own
 
 
@@ -177,7 +177,7 @@ def test_the_flags_of_the_key_are_those_of_the_builder(rtx: Library, monkeypatch
         seen.append(config.get_flag(tf32))
 
     monkeypatch.setattr(builder, "_set_flags", kept)
-    build_plan(rtx, tiny(), SEGMENTER, ONE, ("sm89",))
+    build_engine(rtx, tiny(), SEGMENTER, ONE, ("sm89",))
     assert seen[1:] == [False] and builder.FLAGS == ("TF32=0",)
     config = rtx.module.Builder(library_log(rtx.module)[0]).create_builder_config()
     config.clear_flag(rtx.module.BuilderFlag.TF32)
@@ -188,15 +188,19 @@ def test_the_flags_of_the_key_are_those_of_the_builder(rtx: Library, monkeypatch
 
 def test_plans_of_each_target_and_the_cache(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
     command = ["build", str(packaged.path), "--graph", "segmenter", "--target", ",".join(TARGETS)]
-    command += ["--cache", str(tmp_path / "plans"), "--json", str(tmp_path / "plans.json")]
+    command += ["--engine-cache", str(tmp_path / "engines"), "--report", str(tmp_path / "engines.json")]
     command += ["--profile", "1x64x64:1x96x128:2x128x128"]
     reports = []
     for said in ("built", "from the cache"):
         result = CliRunner().invoke(root, command)
         assert result.exit_code == 0, result.output
         assert all(re.search(rf"segmenter +{t} +fp32 +1 .* {said}\n", result.output) for t in TARGETS)
-        reports.append(json.loads((tmp_path / "plans.json").read_text()))
-    built, cached = (report["plans"] for report in reports)
+        reports.append(json.loads((tmp_path / "engines.json").read_text()))
+        assert f"engine cache: {tmp_path / 'engines'}\n" in result.output
+    printed = CliRunner().invoke(root, [*command, "--json"])
+    found = json.loads(printed.stdout)
+    assert {**found, "seconds": 0} == {**reports[1], "seconds": 0}
+    built, cached = (report["engines"] for report in reports)
     assert [row["target"] for row in built] == list(TARGETS)
     assert [row["cached"] for row in built + cached] == [False] * 5 + [True] * 5
     assert len({row["path"] for row in built}) == 5
@@ -207,9 +211,9 @@ def test_plans_of_each_target_and_the_cache(rtx: Library, packaged: Bundle, tmp_
 def test_equal_graphs_of_other_weights_never_share_a_plan(
     rtx: Library, packaged: Bundle, tmp_path: Path
 ) -> None:
-    options = BuildOptions(("sm89",), graphs=("segmenter",), cache=tmp_path / "plans")
+    options = BuildOptions(("sm89",), graphs=("segmenter",), engine_cache=tmp_path / "plans")
     rows = [
-        build_plans(tiny_bundle(tmp_path / name, packaged, segmenter=tiny(weight=weight)), options).rows[0]
+        build_engines(tiny_bundle(tmp_path / name, packaged, segmenter=tiny(weight=weight)), options).rows[0]
         for name, weight in (("one", 2.0), ("other", 2.5), ("same", 2.0))
     ]
     assert [row.is_cached for row in rows] == [False, False, True]
@@ -224,7 +228,7 @@ def test_one_plan_that_fails_does_not_keep_the_others_from_it(
     result = CliRunner().invoke(root, ["build", str(tmp_path / "bundle"), "--target", "sm89"])
     assert result.exit_code == 1
     assert re.search(r"segmenter +sm89 .* built", result.output)
-    assert "2 plans could not be built" in result.output
+    assert "2 engines could not be built" in result.output
     assert result.output.count("node 'my_bogus' (Bogus)") == 2
     assert [p.name for p in (tmp_path / "bundle" / "engines").glob("*/model.plan")] == ["model.plan"]
 
@@ -256,7 +260,7 @@ def test_parser_errors_name_the_node_and_what_to_do(
     rtx: Library, nodes: tuple[onnx.NodeProto, ...], said: str
 ) -> None:
     with pytest.raises(BackendError, match=said) as caught:
-        build_plan(rtx, tiny(nodes), SEGMENTER, ONE, ("sm89",))
+        build_engine(rtx, tiny(nodes), SEGMENTER, ONE, ("sm89",))
     assert str(caught.value).startswith("segmenter (sm89): tensorrt-rtx 1.")
     assert "CUDA driver" not in str(caught.value)
 
@@ -265,7 +269,7 @@ def test_a_file_of_no_graph_is_said_to_be_malformed(rtx: Library) -> None:
     model = onnx.ModelProto(ir_version=9, opset_import=[helper.make_opsetid("", 18)])
     model.graph.name = "nothing in it"
     with pytest.raises(BackendError, match=r"segmenter \(sm89\): "):
-        build_plan(rtx, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
+        build_engine(rtx, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
 
 
 @pytest.mark.parametrize("location", ["../x", "/etc/passwd", "weights.bin"])
@@ -277,13 +281,13 @@ def test_weights_in_other_files_are_refused_before_the_library_sees_them(locatio
     weight.data_location = TensorProto.EXTERNAL
     weight.external_data.add(key="location", value=location)
     with pytest.raises(BackendError, match="'weight' lie in another file") as caught:
-        build_plan(UNREACHABLE, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
+        build_engine(UNREACHABLE, model.SerializeToString(), SEGMENTER, ONE, ("sm89",))
     assert repr(location) in str(caught.value)
 
 
 def test_a_foreign_opset_is_refused_before_the_library_sees_it() -> None:
     with pytest.raises(BackendError, match="got opset 99, expected 9 to 20"):
-        build_plan(UNREACHABLE, tiny(opset=99), SEGMENTER, ONE, ("sm89",))
+        build_engine(UNREACHABLE, tiny(opset=99), SEGMENTER, ONE, ("sm89",))
 
 
 def test_a_damaged_bundle_is_refused(packaged: Bundle, tmp_path: Path) -> None:
@@ -309,7 +313,7 @@ def test_a_graph_that_breaks_its_contract_is_refused(
         model.graph.input[0].name = model.graph.node[0].input[0] = "photo"
         data = model.SerializeToString()
     with pytest.raises(BackendError, match=said):
-        build_plan(rtx, data, contract, ONE, ("sm89",))
+        build_engine(rtx, data, contract, ONE, ("sm89",))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +327,7 @@ def test_a_graph_that_breaks_its_contract_is_refused(
             "precision: got 'fp8', expected one of fp32, fp16, int8",
         ),
         (["--target", "sm89", "--precision", "fp16"], "no cam.fp16.onnx, affinity.fp16.onnx, segmenter.fp16"),
-        (["--target", "sm89", "--precision", "fp16"], "multisa convert .* --precision fp16 --photographs"),
+        (["--target", "sm89", "--precision", "fp16"], "multisa convert .* --precision fp16 --images"),
         (["--target", "sm89", "--library", "trt"], "library: got 'trt', expected tensorrt or tensorrt-rtx"),
         (["--target", "sm89", "--profile", "64x64"], "profile: got '64x64', expected NxHxW:NxHxW:NxHxW"),
     ],
@@ -345,11 +349,11 @@ def test_graphs_without_the_precision_are_left_out_unless_asked_for(
     rtx: Library, packaged: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = tiny_bundle(tmp_path / "bundle", packaged, segmenter_int8=tiny())
-    rows = build_plans(bundle, BuildOptions(("sm89",), precision="int8")).rows
+    rows = build_engines(bundle, BuildOptions(("sm89",), precision="int8")).rows
     assert [(row.graph, row.precision) for row in rows] == [("segmenter", "int8")]
     assert "left out, the bundle has no cam.int8.onnx, affinity.int8.onnx" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"no cam\.int8\.onnx"):
-        build_plans(bundle, BuildOptions(("sm89",), precision="int8", graphs=("cam", "segmenter")))
+        build_engines(bundle, BuildOptions(("sm89",), precision="int8", graphs=("cam", "segmenter")))
 
 
 def test_an_interrupted_build_ends_with_the_plan_under_way(
@@ -361,7 +365,7 @@ def test_an_interrupted_build_ends_with_the_plan_under_way(
         "multisa.runtime.cli.main",
         "build",
         str(packaged.path),
-        "--cache",
+        "--engine-cache",
         str(tmp_path),
     ]
     command += ["--graph", "affinity", "--target", "sm80,sm86,sm89"]
@@ -436,7 +440,7 @@ def test_a_profile_that_the_library_refuses_is_named(rtx: Library) -> None:
     with pytest.raises(
         BackendError, match="input image: profile 1x64x64:1x96x96:1x80x96 is refused"
     ) as caught:
-        build_plan(rtx, tiny(), SEGMENTER, (backwards,), ("sm89",))
+        build_engine(rtx, tiny(), SEGMENTER, (backwards,), ("sm89",))
     assert "MIN<=OPT<=MAX" in str(caught.value)
 
 
@@ -534,9 +538,11 @@ FOR_TENSORRT = BuildOptions(("sm80",), graphs=("segmenter",), library="tensorrt"
 def test_the_gpu_is_what_the_driver_says(packaged: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "import_library", lambda name: Library(name, None, "11.4.0.106"))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
-    said = r"^tensorrt 11\.4\.0\.106 builds for the GPU that is here, NVIDIA L4 \(sm89\); got the target sm80"
+    said = (
+        r"^tensorrt 11\.4\.0\.106 builds for the GPU of this machine, NVIDIA L4 \(sm89\); got the target sm80"
+    )
     with pytest.raises(BackendUnavailable, match=said):
-        build_plans(packaged, FOR_TENSORRT)
+        build_engines(packaged, FOR_TENSORRT)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +561,7 @@ def test_without_driver_or_gpu_tensorrt_is_unavailable(
     monkeypatch.setattr(ctypes, "cdll", loader)
     monkeypatch.setattr(ctypes, "CDLL", load)
     with pytest.raises(BackendUnavailable, match=said) as caught:
-        build_plans(packaged, FOR_TENSORRT)
+        build_engines(packaged, FOR_TENSORRT)
     assert "--library tensorrt-rtx" in str(caught.value)
 
 
@@ -599,16 +605,14 @@ def test_tensorrt_builds_for_its_gpu_with_the_types_of_the_graph(
     library, seen = enterprise
     bundle = tiny_bundle(tmp_path / "bundle", packaged, segmenter=tiny())
     options = BuildOptions(("sm89",), graphs=("segmenter",), library="tensorrt")
-    (row,) = build_plans(bundle, options).rows
+    (row,) = build_engines(bundle, options).rows
     strongly_typed = int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     assert seen == [flags << strongly_typed]
     key = json.loads(row.path.with_name("plan.json").read_text())["key"]
     assert (key["library"], key["library_version"]) == ("tensorrt", library.version)
     assert (key["target"], key["gpu"]) == ("sm89", "NVIDIA L4")
-    with pytest.raises(
-        BackendUnavailable, match=r"for the GPU that is here, NVIDIA L4 \(sm89\); got .* sm80"
-    ):
-        build_plans(bundle, dataclasses.replace(options, targets=("sm80",)))
+    with pytest.raises(BackendUnavailable, match=r"GPU of this machine, NVIDIA L4 \(sm89\); got .* sm80"):
+        build_engines(bundle, dataclasses.replace(options, targets=("sm80",)))
 
 
 def calls_of_the_builder() -> set[tuple[str, str]]:

@@ -57,7 +57,7 @@ def engine_cache(tmp_path_factory: pytest.TempPathFactory, device: PycudaDevice)
         pytest.skip(f"no GPU or library to run on: {error}")
     options = build.BuildOptions((target,), "fp32", (), (), LIBRARY, cache)
     try:
-        build.build_plans(load_bundle(default_bundle_path()), options).raise_failures()
+        build.build_engines(load_bundle(default_bundle_path()), options).raise_failures()
     except MultisaError as error:
         pytest.skip(f"{LIBRARY} builds nothing for {target}: {error}")
     yield cache

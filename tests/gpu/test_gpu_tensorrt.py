@@ -40,7 +40,7 @@ def built(
         pytest.skip(f"no GPU or library to run on: {error}")
     options = build.BuildOptions((target,), "fp32", (), (), library, cache)
     try:
-        build.build_plans(bundle, options).raise_failures()
+        build.build_engines(bundle, options).raise_failures()
     except MultisaError as error:
         if library == "tensorrt-rtx":  # it does not build for every GPU
             pytest.skip(f"{library} builds nothing for {target}: {error}")

@@ -1,4 +1,4 @@
-"""`multisa convert`: graphs in other precisions are compared, reported and only then written."""
+"""`multisa convert`: new graphs are compared, reported and only then written."""
 
 import json
 import re
@@ -15,10 +15,11 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from multisa.export import convert as convert_module
-from multisa.export.lower import Lowered
+from multisa.export import quantize as quantize_module
+from multisa.export.calibration_images import read_image_sets
 from multisa.export.parity import LIMITS
-from multisa.export.photographs import read_photographs
+from multisa.export.precision import ConvertedGraph
+from multisa.export.quantize import QuantizeOptions
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
@@ -26,7 +27,7 @@ from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_bytes
 
-CLASSES = ("background", "square", "disc")  # of the photographs of `voc_folder`: red squares, blue discs
+CLASSES = ("background", "square", "disc")  # of the images of `voc_folder`: red squares, blue discs
 OFFSETS = 34
 NODE = helper.make_node
 
@@ -44,8 +45,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_bundle(tmp_path_factory.mktemp("bundle") / "tiny", manifest, files)
 
 
-def convert(bundle: Bundle, photographs: Path, output: Path, *options: str) -> Result:
-    arguments = ["convert", str(bundle.path), "--photographs", str(photographs), "-o", str(output), *options]
+def convert(bundle: Bundle, images: Path, output: Path, *options: str) -> Result:
+    arguments = ["convert", str(bundle.path), "--images", str(images), "-o", str(output), *options]
     return CliRunner().invoke(root_command, arguments)
 
 
@@ -53,7 +54,7 @@ def convert(bundle: Bundle, photographs: Path, output: Path, *options: str) -> R
 def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     # Graphs this small take no time in which a difference could be seen.
     rows = [{"threads": 1, "fp32_ms": 2.0, "ms": 1.0, "ratio": 2.0}]
-    monkeypatch.setattr(convert_module, "compare_speed", lambda *_: {"rows": rows})
+    monkeypatch.setattr(quantize_module, "compare_speed", lambda *_: {"rows": rows})
 
 
 @pytest.mark.usefixtures("always_faster")
@@ -73,20 +74,24 @@ def test_a_bundle_with_all_precisions(bundle: Bundle, voc_folder: Path, tmp_path
     for title, entry in report.items():
         assert entry["passed"] and entry["problems"] == [], title
         assert made.manifest.metrics[f"parity of {title}"].items() >= entry["figures"].items()
-        assert entry["figures"]["labels"]["photographs_with_truth"] == 4  # val
-    assert set(report["fp16"]["figures"]) == {"photographs", *LIMITS["fp16"]}
-    assert report["fp16"]["figures"]["pseudo_mask"]["photographs_with_truth"] == 6  # train
+        assert entry["figures"]["labels"]["images_with_truth"] == 4  # val
+    assert set(report["fp16"]["figures"]) == {"images", *LIMITS["fp16"]}
+    assert report["fp16"]["figures"]["pseudo_mask"]["images_with_truth"] == 6  # train
     # The graphs do what they are there for, or agreement would say little.
     assert report["fp16"]["figures"]["labels"]["miou_reference"] > 80
     assert made.manifest.provenance["int8_for"] == "cpu"
-    assert "parity of int8" in result.output and "int8 graphs" in result.output  # as `multisa inspect` shows
-    photograph = np.array(Image.open(next(iter((voc_folder / "JPEGImages").iterdir()))))[None]
+    for line in ("parity: fp16 on onnxruntime-cpu", "parity: int8", f"bundle: {tmp_path / 'new'}"):
+        assert line in result.stdout.splitlines(), result.stdout
+    assert re.search(r"segmenter +int8 +segmenter.int8.onnx +0.00 +\d+ +\d", result.stdout)
+    assert re.search(r"1 thread +2.00 +1.00 +2.00\n", result.stdout)
+    assert max(map(len, result.stdout.splitlines()[:-1])) < 80
+    image = np.array(Image.open(next(iter((voc_folder / "JPEGImages").iterdir()))))[None]
     for contract, precision in ((SEGMENTER, "fp16"), (SEGMENTER, "int8")):
         data = made.read_file(graph_file(contract, precision))
         kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
         assert ("QuantizeLinear" in kinds) == (precision == "int8")
         with OnnxRuntimeBackend(data, contract=contract) as backend:
-            assert len(np.unique(backend.run(photograph)["labels"])) > 1
+            assert len(np.unique(backend.run(image)["labels"])) > 1
     again = convert(made, voc_folder, tmp_path / "again", "--precision", "fp16")
     assert again.exit_code == 0, again.output
     assert load_bundle(tmp_path / "again").manifest.files[fp16[2]] == made.manifest.files[fp16[2]]
@@ -96,15 +101,15 @@ def test_a_bundle_with_all_precisions(bundle: Bundle, voc_folder: Path, tmp_path
 def test_a_graph_beyond_its_limits_is_not_written_but_reported(
     bundle: Bundle, voc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_half_of = convert_module.half_of
+    real_convert = quantize_module.convert_to_fp16
 
-    def wrong_half_of(
+    def convert_wrongly(
         data: bytes, contract: GraphContract, images: list[np.ndarray], *, threads: int
-    ) -> Lowered:
+    ) -> ConvertedGraph:
         wrong = data if contract is not SEGMENTER else segmenter_graph(confused=True)
-        return true_half_of(wrong, contract, images, threads=threads)
+        return real_convert(wrong, contract, images, threads=threads)
 
-    monkeypatch.setattr(convert_module, "half_of", wrong_half_of)
+    monkeypatch.setattr(quantize_module, "convert_to_fp16", convert_wrongly)
     report = tmp_path / "parity.json"
     result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "fp16", "--report", str(report))
     assert result.exit_code == 3
@@ -114,8 +119,33 @@ def test_a_graph_beyond_its_limits_is_not_written_but_reported(
     assert not (tmp_path / "new").exists()
     assert json.loads(report.read_text())["fp16"]["passed"] is False
     kept = convert(bundle, voc_folder, tmp_path / "new", "--precision", "fp16", "--keep")
-    assert kept.exit_code == 0 and "kept all the same: fp16: labels" in kept.stderr
+    assert kept.exit_code == 0 and "kept despite: fp16: labels" in kept.stderr
     assert json.loads((tmp_path / "new" / "parity.json").read_text())["fp16"]["passed"] is False
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_json_is_one_object_and_nothing_else(bundle: Bundle, voc_folder: Path, tmp_path: Path) -> None:
+    result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "int8", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"] and found["bundle"] == str(tmp_path / "new") and set(found["parity"]) == {"int8"}
+    (graph,) = found["graphs"]
+    assert (graph["file"], graph["precision"]) == ("segmenter.int8.onnx", "int8")
+    assert graph["bytes"] == (tmp_path / "new" / "segmenter.int8.onnx").stat().st_size
+    assert found["speed"][0]["ratio"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (QuantizeOptions(()), "precision: got none, expected one of fp16, int8"),
+        (QuantizeOptions(("fp8",)), "precision: got 'fp8', expected one of fp16, int8"),
+        (QuantizeOptions(("int8",), int8_for="gpu"), "int8_for: got 'gpu', expected one of cpu, tensorrt"),
+    ],
+)
+def test_options_that_do_not_exist(bundle: Bundle, options: QuantizeOptions, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        quantize_module.quantize_bundle(bundle, "images", "output", options)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +171,7 @@ def test_what_cannot_be_is_said_before_the_work(
     def not_reached(*_: object) -> None:
         raise AssertionError("graphs were made")
 
-    monkeypatch.setattr(convert_module, "_lower", not_reached)
+    monkeypatch.setattr(quantize_module, "_convert", not_reached)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
@@ -154,7 +184,7 @@ def test_int8_that_is_not_faster_is_not_written(
     bundle: Bundle, voc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"threads": 1, "fp32_ms": 1.0, "ms": 1.0, "ratio": 1.0}]
-    monkeypatch.setattr(convert_module, "compare_speed", lambda *_: {"rows": rows})
+    monkeypatch.setattr(quantize_module, "compare_speed", lambda *_: {"rows": rows})
     report = tmp_path / "parity.json"
     result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "int8", "--report", str(report))
     assert result.exit_code == 3
@@ -184,62 +214,62 @@ def test_speed_is_measured_in_turn(bundle: Bundle, monkeypatch: pytest.MonkeyPat
             calls.append((*self.what, image.shape[1]))
             return super().run(image)
 
-    monkeypatch.setattr(convert_module, "OnnxRuntimeBackend", Recording)
+    monkeypatch.setattr(quantize_module, "OnnxRuntimeBackend", Recording)
     first, second = bundle.read_file("segmenter.onnx"), segmenter_graph(confused=True)
     images = [np.zeros((side, 64, 3), np.uint8) for side in (64, 96)]
-    speed = convert_module.compare_speed(first, second, SEGMENTER, images)
-    # A shared machine slows both alike only if they take turns on every photograph.
+    speed = quantize_module.compare_speed(first, second, SEGMENTER, images)
+    # A shared machine slows both alike only if they take turns on every image.
     turn = [(data, side) for side in (64, 96) for data in (first, second)]
-    turns = 1 + convert_module.REPEATS
+    turns = 1 + quantize_module.REPEATS
     assert calls == [(data, threads, side) for threads in (1, 2) for _ in range(turns) for data, side in turn]
     assert [row["threads"] for row in speed["rows"]] == [1, 2]
     assert all(row["ms"] > 0 for row in speed["rows"])
 
 
 def test_a_folder_is_halved_into_calibration_and_comparison(voc_folder: Path) -> None:
-    found = read_photographs(
-        voc_folder / "JPEGImages", CLASSES, count=2, masks=voc_folder / "SegmentationClass"
+    found = read_image_sets(
+        voc_folder / "JPEGImages", CLASSES, num_images=2, masks=voc_folder / "SegmentationClass"
     )
-    assert not {p.image for p in found.calibrated} & {p.image for p in (*found.labelled, *found.segmented)}
-    assert len(found.calibrated) == len(found.segmented) == 6 and len(found.labelled) == 2
-    assert all(p.mask and p.mask.stem == p.image.stem and p.classes is None for p in found.segmented)
+    assert not {p.path for p in found.calibration} & {p.path for p in (*found.labelled, *found.segmenter)}
+    assert len(found.calibration) == len(found.segmenter) == 6 and len(found.labelled) == 2
+    assert all(p.mask and p.mask.stem == p.path.stem and p.classes is None for p in found.segmenter)
 
 
 def test_a_data_set_is_calibrated_on_what_is_not_compared(voc_folder: Path, tmp_path: Path) -> None:
-    found = read_photographs(voc_folder, CLASSES, count=32, masks=None)
-    # Six of the eight weakly labelled photographs are `train`.
-    assert [p.image.stem for p in found.calibrated] == ["photo_06", "photo_07"]
-    assert (len(found.labelled), len(found.segmented)) == (6, 4)
-    few = read_photographs(voc_folder, CLASSES, count=2, masks=None)
-    assert len(few.calibrated) == 6 and not {p.image for p in few.calibrated} & {
-        p.image for p in few.labelled
+    found = read_image_sets(voc_folder, CLASSES, num_images=32, masks=None)
+    # Six of the eight weakly labelled images are `train`.
+    assert [p.path.stem for p in found.calibration] == ["photo_06", "photo_07"]
+    assert (len(found.labelled), len(found.segmenter)) == (6, 4)
+    few = read_image_sets(voc_folder, CLASSES, num_images=2, masks=None)
+    assert len(few.calibration) == 6 and not {p.path for p in few.calibration} & {
+        p.path for p in few.labelled
     }
     shutil.copytree(voc_folder, tmp_path / "voc")
     lists = tmp_path / "voc" / "ImageSets" / "Segmentation"
-    shutil.copy(lists / "train.txt", lists / "train_aug.txt")  # no other photograph is left
-    same = read_photographs(tmp_path / "voc", CLASSES, count=32, masks=None)
-    assert same.calibrated == same.labelled and len(same.calibrated) == 6
+    shutil.copy(lists / "train.txt", lists / "train_aug.txt")  # no other image is left
+    same = read_image_sets(tmp_path / "voc", CLASSES, num_images=32, masks=None)
+    assert same.calibration == same.labelled and len(same.calibration) == 6
 
 
 @pytest.mark.parametrize(
     ("place", "classes", "masks", "problem"),
     [
         (".", ("background", "cat"), None, "its classes are background, square, disc, expected the bundle's"),
-        ("JPEGImages", CLASSES, "ImageSets", "no mask of a photograph"),
+        ("JPEGImages", CLASSES, "ImageSets", "no mask of an image"),
         (".", CLASSES, "SegmentationClass", "is a data set in VOC layout, which has masks of its own"),
     ],
 )
-def test_photographs_that_do_not_fit_are_refused(
+def test_images_that_do_not_fit_are_refused(
     voc_folder: Path, place: str, classes: tuple[str, ...], masks: str | None, problem: str
 ) -> None:
     folder = voc_folder / masks if masks else None
     with pytest.raises(UsageError, match=problem):
-        read_photographs(voc_folder / place, classes, count=1, masks=folder)
+        read_image_sets(voc_folder / place, classes, num_images=1, masks=folder)
 
 
 def test_no_part_of_converting_needs_pytorch() -> None:
     program = (
-        "import multisa.export.convert, onnxruntime.quantization, sys; assert 'torch' not in sys.modules"
+        "import multisa.export.quantize, onnxruntime.quantization, sys; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
 

@@ -11,7 +11,7 @@ import pytest
 from made_bundles import bundle_of
 from onnx import numpy_helper
 
-from multisa.export.unfold import (
+from multisa.export.to_torch import (
     affinity_from_bundle,
     cam_from_bundle,
     config_from_bundle,
@@ -99,12 +99,12 @@ def with_another_mean(graph: Graph) -> None:
         (without_a_convolution, "got shape .* expected"),
         (without_a_weight, f"{CLASSIFIER} is not stored"),
         (with_another_weight, "weights that the network does not have: network.extra.weight"),
-        (with_another_convolution, "1 layers the network does not have, again the first"),
+        (with_another_convolution, "1 layers the network does not have, starting with again"),
         (of_another_shape, f"{CLASSIFIER}: got shape .8, 128, 1, 1., expected .7, 128, 1, 1."),
         (of_another_type, f"{CLASSIFIER}: got ONNX data type 11, expected float32 or float16"),
-        (too_short, f"no ONNX graph|{MIX}: got 32766 bytes, expected 32768"),
+        (too_short, f"not an ONNX graph|{MIX}: got 32766 bytes, expected 32768"),
         (not_finite, f"{CLASSIFIER}: got numbers that are not finite"),
-        (exchanged, "network.pyramid.*found in the place of network.pyramid"),
+        (exchanged, "network.pyramid.*found in place of network.pyramid"),
         (with_another_dilation, "dilations: got .5, 5., expected .* for network.pyramid.1.0"),
         (with_another_mean, "backbone.mean: got .100.0"),
     ],
@@ -124,7 +124,7 @@ def test_a_graph_of_another_network_is_refused(
 
 def test_what_is_no_graph_is_refused(packaged: Bundle, tmp_path: Path) -> None:
     bundle = bundle_of(packaged, tmp_path, TrainConfig(), {graph_file(SEGMENTER): b"\x08\x08no"})
-    with pytest.raises(BundleError, match="is no ONNX graph"):
+    with pytest.raises(BundleError, match="is not an ONNX graph"):
         segmenter_from_bundle(bundle)
 
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from multisa.benchmarks import plans
-from multisa.export.half import half_candidates, half_graph, model_bytes, plain_graph
-from multisa.export.tensorrt.build import BuildOptions, BuildReport
+from multisa.export.fp16 import fp16_candidates, fp16_graph, model_bytes, read_fp32_graph
+from multisa.export.tensorrt.build import BuildOptions, BuildResult
 from multisa.runtime.backends.tensorrt_runtime import Library, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.errors import BackendUnavailable
@@ -38,9 +38,9 @@ def test_turing_fails_for_cam_as_is_known(
         pytest.skip(str(error))
     assert "sm75" in script.TARGETS
     packaged = load_bundle(default_bundle_path())
-    plain = plain_graph(packaged.read_file("segmenter.onnx"))
+    plain = read_fp32_graph(packaged.read_file("segmenter.onnx"))
     files = {name: packaged.read_file(name) for name in packaged.manifest.files}
-    files["segmenter.fp16.onnx"] = model_bytes(half_graph(plain, half_candidates(plain)))
+    files["segmenter.fp16.onnx"] = model_bytes(fp16_graph(plain, fp16_candidates(plain)))
     # Of the smallest photographs the three default profiles are one.
     parameters = replace(packaged.manifest.parameters, long_side=64)
     write_bundle(tmp_path / "bundle", replace(packaged.manifest, parameters=parameters), files)
@@ -74,12 +74,12 @@ def test_other_failures_end_the_run(
 ) -> None:
     seen: list[BuildOptions] = []
 
-    def failing(bundle: object, options: BuildOptions) -> BuildReport:
+    def failing(bundle: object, options: BuildOptions) -> BuildResult:
         seen.append(options)
         failures = (failure,) if options.graphs == ("cam",) else ()
-        return BuildReport("bundle", Library("tensorrt", None, "0"), (), failures)
+        return BuildResult("bundle", Library("tensorrt", None, "0"), Path("engines"), (), failures, 0.0)
 
-    monkeypatch.setattr(script, "build_plans", failing)
+    monkeypatch.setattr(script, "build_engines", failing)
     assert run(script, monkeypatch, tmp_path, "--targets", target, "--library", "tensorrt") == code
     assert [options.graphs for options in seen] == [("cam",), ("affinity",), ("segmenter",)]
     assert {(o.library, o.targets, o.precision) for o in seen} == {("tensorrt", (target,), "fp32")}

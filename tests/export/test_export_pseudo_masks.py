@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from multisa.export.compare import add_pseudo_mask
 from multisa.export.parity import Compared, Outputs, measure_parity
-from multisa.export.photographs import add_pseudo_mask
 from multisa.kernels import stencil_offsets
 from multisa.runtime.bundle import LabelParameters
 
@@ -45,7 +45,7 @@ def test_no_class_is_background_everywhere() -> None:
     # Of cam nothing was left to compare, which says nothing of a graph; another photograph does.
     report = measure_parity([Compared(values, values)])
     (problem,) = report.problems()
-    assert problem.startswith("cam: no value was compared on 1 photograph;") and report.share() > 1
+    assert problem.startswith("cam: no value was compared on 1 image;") and report.share() > 1
     found = outputs(absent=0.0)
     add_pseudo_mask(IMAGE, (1,), found, LABEL)
     report.add(Compared(found, found))

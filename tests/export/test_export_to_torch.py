@@ -12,29 +12,26 @@ from made_bundles import bundle_of
 from torch import nn
 
 from multisa.export.cost import cost_of
-from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AffinityPhotographs
+from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.to_onnx import onnx_from_module
-from multisa.export.unfold import (
+from multisa.export.to_torch import (
     affinity_from_bundle,
     cam_from_bundle,
     config_from_bundle,
+    head_from_folded,
     segmenter_from_bundle,
 )
-from multisa.export.unfold_head import unfolded_head
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.imaging.decode import read_image, resize_image, working_size
-from multisa.training.affinity import build_affinity_net
 from multisa.training.backbones import Backbone
-from multisa.training.cams import build_cam_network
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.inference import as_batch
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.segmentation import build_segmenter
-from multisa.training.segmenter import SegmentPhotographs
+from multisa.training.segmenter import SegmentImages
 
 LONG_SIDE = 160  # of the photographs here; the networks take every size
 # Largest differences of float32 in another order of additions; labels: share of pixels that may differ.
@@ -50,9 +47,9 @@ def module_of(bundle: Bundle, contract: GraphContract) -> nn.Module:
     """The rebuilt network with the interface of the graph."""
     parameters = bundle.manifest.parameters
     if contract is SEGMENTER:
-        return SegmentPhotographs(segmenter_from_bundle(bundle))
+        return SegmentImages(segmenter_from_bundle(bundle))
     if contract is AFFINITY:
-        return AffinityPhotographs(affinity_from_bundle(bundle), parameters.label.walk_radius)
+        return AffinityFromImages(affinity_from_bundle(bundle), parameters.label.walk_radius)
     return MultiScaleCAM(cam_from_bundle(bundle), scales=parameters.cam_scales)
 
 
@@ -90,9 +87,9 @@ def layers_of(network: nn.Module) -> list[tuple[str, type, list[tuple[str, torch
 def test_packaged_networks_have_the_layers_and_cost_of_trained_ones(packaged: Bundle) -> None:
     config, n_classes = config_from_bundle(packaged), len(packaged.manifest.classes)
     trained = (
-        build_cam_network(replace(config.cam, weights="none"), n_classes),
-        build_affinity_net(replace(config.affinity, weights="none")),
-        build_segmenter(replace(config.segmenter, weights="none"), n_classes),
+        create_model(replace(config.cam, weights="none"), n_classes),
+        create_model(replace(config.affinity, weights="none")),
+        create_model(replace(config.segmenter, weights="none"), n_classes),
     )
     rebuilt = (
         cam_from_bundle(packaged),
@@ -134,7 +131,7 @@ def test_folding_an_unfolded_head_gives_it_back(
     }
 
     again = MultiSACAM(backbone, taps=taps, n_classes=n_classes)
-    missing, unexpected = again.load_state_dict(unfolded_head(folded, len(taps)), strict=False)
+    missing, unexpected = again.load_state_dict(head_from_folded(folded, len(taps)), strict=False)
     assert not unexpected and all("backbone" in key or key == "level_gain" for key in missing)
     refolded = FoldedMultiSACAM(again).state_dict()
     for key, value in folded.items():
@@ -147,7 +144,7 @@ def test_a_value_that_is_no_product_is_refused() -> None:
     folded = {f"levels.0.{name}.weight": torch.randn(6, 4, 1, 1) for name in ("direct", "value")}
     folded["levels.0.query.weight"] = torch.randn(4, 4, 1, 1)
     with pytest.raises(ValueError, match=r"levels\.0: no projection"):
-        unfolded_head(folded, 1)
+        head_from_folded(folded, 1)
 
 
 # --- other backbones ---
@@ -183,7 +180,7 @@ def test_split_attention_goes_round(packaged: Bundle, tmp_path: Path) -> None:
     # Convolutions with a bias before their norm, others without a norm, groups; a head without taps.
     config = CamConfig(backbone="resnest14d", weights="none", taps=(), scales=(1.0,))
     torch.manual_seed(0)
-    network = shuffled(build_cam_network(config, 4))
+    network = shuffled(create_model(config, 4))
     module = MultiScaleCAM(FoldedMultiSACAM(network), scales=config.scales)
     bundle = bundle_of(packaged, tmp_path, TrainConfig(cam=config), exported(CAM, module), 4)
     assert_same_answers(bundle, CAM, photographs())

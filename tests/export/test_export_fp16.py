@@ -1,4 +1,4 @@
-"""fp16 graphs: types are in the file, shapes and coordinates stay exact, and the twin rounds like fp16."""
+"""fp16 graphs: types are in the file, shapes stay exact, and the emulated graph rounds like fp16."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -9,16 +9,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from multisa.export.half import (
-    HALF_LIMIT,
-    half_candidates,
-    half_graph,
+from multisa.export.fp16 import (
+    FP16_MAX,
+    emulated_fp16_graph,
+    fp16_candidates,
+    fp16_graph,
     model_bytes,
-    plain_graph,
-    rounded_graph,
+    read_fp32_graph,
 )
-from multisa.export.lower import half_of, largest_values
 from multisa.export.parity import Compared, measure_parity
+from multisa.export.precision import convert_to_fp16, largest_values
 from multisa.runtime.backends.base import SEGMENTER, GraphContract, TensorContract
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path
@@ -88,12 +88,12 @@ def chain() -> bytes:
     )
 
 
-def test_weights_and_arithmetic_are_half_and_the_contract_is_not(image: np.ndarray) -> None:
-    plain = plain_graph(chain())
-    candidates = half_candidates(plain)
-    # Sizes are arithmetic on what is no photograph: 2049 is no fp16 number.
+def test_weights_and_arithmetic_are_fp16_and_the_contract_is_not(image: np.ndarray) -> None:
+    plain = read_fp32_graph(chain())
+    candidates = fp16_candidates(plain)
+    # Arithmetic on sizes stays in fp32: 2049 has no exact fp16 number.
     assert candidates == ("real", "x", "conv", "raise", "last")
-    model = half_graph(plain, candidates)
+    model = fp16_graph(plain, candidates)
     kinds = {i.name: i.data_type for i in model.graph.initializer}
     assert {kinds[f"{name}.fp16"] for name in ("weight", "bias", "second")} == {TensorProto.FLOAT16}
     assert kinds["twice"] == TensorProto.FLOAT and len(kinds) == 4
@@ -104,35 +104,35 @@ def test_weights_and_arithmetic_are_half_and_the_contract_is_not(image: np.ndarr
 
 
 def test_nodes_left_out_stay_in_fp32(image: np.ndarray) -> None:
-    plain = plain_graph(chain())
-    nothing = half_graph(plain, [])
+    plain = read_fp32_graph(chain())
+    nothing = fp16_graph(plain, [])
     np.testing.assert_array_equal(run(model_bytes(nothing), image)["maps"], run(chain(), image)["maps"])
     assert {i.name for i in nothing.graph.initializer} == {"weight.fp16", "bias", "second", "twice"}
-    some = model_bytes(half_graph(plain, ["conv"]))
+    some = model_bytes(fp16_graph(plain, ["conv"]))
     inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(some), strict_mode=True).graph
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
     assert types["y.fp16"] == TensorProto.FLOAT16 and types["raised"] == TensorProto.FLOAT
     assert 0 < np.abs(run(some, image)["maps"] - run(chain(), image)["maps"]).max() < 0.02
 
 
-def test_the_twin_rounds_after_every_node(image: np.ndarray) -> None:
+def test_the_emulated_graph_rounds_after_every_node(image: np.ndarray) -> None:
     random = np.random.default_rng(2)
     weights = {f"w{i}": random.standard_normal((20, 20)).astype(np.float16) / 5 for i in range(4)}
     nodes = [
         helper.make_node("MatMul", [source, f"w{i}"], [target], f"m{i}")
         for i, (source, target) in enumerate(pairwise(["x", "y1", "y2", "y3", "maps"]))
     ]
-    plain = plain_graph(graph_of(nodes, weights))
+    plain = read_fp32_graph(graph_of(nodes, weights))
     expected = image.transpose(2, 0, 1)[None].astype(np.float16)
     for weight in weights.values():
         expected = (expected.astype(np.float32) @ weight.astype(np.float32)).astype(np.float16)
-    twin = run(model_bytes(rounded_graph(plain, half_candidates(plain))), image)["maps"]
-    error = np.abs(twin - expected.astype(np.float32)).max()
+    emulated = run(model_bytes(emulated_fp16_graph(plain, fp16_candidates(plain))), image)["maps"]
+    error = np.abs(emulated - expected.astype(np.float32)).max()
     # Sums in another order round to a neighbour now and then, of a size like the values' 2^-11.
     assert error <= 2 * np.spacing(np.abs(expected).max().astype(np.float16))
-    exact = run(model_bytes(half_graph(plain, [])), image)["maps"]
-    assert np.abs(twin - exact).max() > 0
-    assert (twin == expected.astype(np.float32)).mean() > 0.95
+    exact = run(model_bytes(fp16_graph(plain, [])), image)["maps"]
+    assert np.abs(emulated - exact).max() > 0
+    assert (emulated == expected.astype(np.float32)).mean() > 0.95
 
 
 def attention(gain: float) -> bytes:
@@ -170,33 +170,34 @@ def as_cam(data: bytes) -> bytes:
 
 def test_values_beyond_fp16_are_found_and_their_nodes_kept(image: np.ndarray) -> None:
     data = as_cam(attention(gain=1.0))
-    plain = plain_graph(data)
+    plain = read_fp32_graph(data)
     peaks = largest_values(plain, [image], threads=1)
-    assert peaks["logits"] > HALF_LIMIT and peaks["real"] == image.max()
-    everything = run(model_bytes(rounded_graph(plain, half_candidates(plain))), image, CAM_OF_ATTENTION)
+    assert peaks["logits"] > FP16_MAX and peaks["real"] == image.max()
+    everything = run(model_bytes(emulated_fp16_graph(plain, fp16_candidates(plain))), image, CAM_OF_ATTENTION)
     assert not np.isfinite(everything["cam"]).all()  # the danger is real
-    lowered = half_of(data, CAM_OF_ATTENTION, [image], threads=1)
-    assert {"logits", "softmax"} <= set(lowered.too_large)
-    assert lowered.too_large["logits"] == pytest.approx(peaks["logits"])
+    converted = convert_to_fp16(data, CAM_OF_ATTENTION, [image], threads=1)
+    assert {"logits", "softmax"} <= set(converted.too_large)
+    assert converted.too_large["logits"] == pytest.approx(peaks["logits"])
     report = measure_parity(
-        [Compared(run(data, image, CAM_OF_ATTENTION), run(lowered.measured, image, CAM_OF_ATTENTION))], "fp16"
+        [Compared(run(data, image, CAM_OF_ATTENTION), run(converted.emulated, image, CAM_OF_ATTENTION))],
+        "fp16",
     )
     assert report.problems() == []
-    assert lowered.choice.share <= 0.5
+    assert converted.search.share <= 0.5
 
 
 def test_sensitive_nodes_are_found_without_overflow(image: np.ndarray) -> None:
     data = as_cam(attention(gain=0.07))
-    assert largest_values(plain_graph(data), [image], threads=1)["logits"] < HALF_LIMIT / 8
-    lowered = half_of(data, CAM_OF_ATTENTION, [image], threads=1)
-    assert not lowered.too_large and len(lowered.choice.trials) > 1
+    assert largest_values(read_fp32_graph(data), [image], threads=1)["logits"] < FP16_MAX / 8
+    converted = convert_to_fp16(data, CAM_OF_ATTENTION, [image], threads=1)
+    assert not converted.too_large and len(converted.search.trials) > 1
     # Logits in the thousands move by more than one when what they are made of is rounded, and Softmax is
     # exponential; what comes after it may be rounded.
-    everything, kept = lowered.choice.trials[0], set(lowered.choice.kept)
+    everything, kept = converted.search.trials[0], set(converted.search.kept)
     assert everything.share > 0.5
     assert kept and kept <= {"features", "queries", "keys", "logits", "softmax"}
-    assert lowered.choice.share <= 0.5
-    assert "Softmax" in {node.op_type for node in onnx.load_from_string(lowered.data).graph.node}
+    assert converted.search.share <= 0.5
+    assert "Softmax" in {node.op_type for node in onnx.load_from_string(converted.data).graph.node}
 
 
 def test_subgraphs_read_what_is_around_them_in_fp32(image: np.ndarray) -> None:
@@ -213,21 +214,21 @@ def test_subgraphs_read_what_is_around_them_in_fp32(image: np.ndarray) -> None:
     ]
     weight = np.random.default_rng(4).standard_normal((CHANNELS, 3, 1, 1)).astype(np.float16)
     data = graph_of(nodes, {"weight": weight / 255, "yes": np.array(True)})
-    plain = plain_graph(data)
-    candidates = half_candidates(plain)
-    # What the branches take from around them is of the photograph, and so is what follows.
+    plain = read_fp32_graph(data)
+    candidates = fp16_candidates(plain)
+    # The branches read values computed from the image, so what follows depends on the image, too.
     assert "if" not in candidates and {"conv", "maps"} <= set(candidates)
-    got = run(model_bytes(half_graph(plain, candidates)), image)["maps"]
+    got = run(model_bytes(fp16_graph(plain, candidates)), image)["maps"]
     np.testing.assert_allclose(got, run(data, image)["maps"], atol=0.01)
 
 
 def test_the_packaged_segmenter_answers_alike_in_fp16() -> None:
-    photograph = read_image(PHOTOGRAPHS / "chelsea.jpg").rgb[::2, ::2]
+    image = read_image(PHOTOGRAPHS / "chelsea.jpg").rgb[::2, ::2]
     data = Path(default_bundle_path(), "segmenter.onnx").read_bytes()
-    plain = plain_graph(data)
-    candidates = half_candidates(plain)
+    plain = read_fp32_graph(data)
+    candidates = fp16_candidates(plain)
     assert {n.op_type for n in plain.model.graph.node if n.name in candidates} >= {"Conv", "Resize", "Exp"}
-    expected = run(data, photograph, SEGMENTER)
-    for made in (half_graph(plain, candidates), rounded_graph(plain, candidates)):
-        got = run(model_bytes(made), photograph, SEGMENTER)
+    expected = run(data, image, SEGMENTER)
+    for made in (fp16_graph(plain, candidates), emulated_fp16_graph(plain, candidates)):
+        got = run(model_bytes(made), image, SEGMENTER)
         assert measure_parity([Compared(expected, got)], "fp16").problems() == []

@@ -1,0 +1,172 @@
+"""Convert one fp32 graph to fp16 or int8, except for the nodes that measurements show to need fp32."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper
+
+from multisa.export.fp16 import (
+    FLOAT,
+    FP16_MAX,
+    Fp32Graph,
+    emulated_fp16_graph,
+    fp16_candidates,
+    fp16_graph,
+    model_bytes,
+    read_fp32_graph,
+)
+from multisa.export.int8 import calibrate_graph, quantize_graph
+from multisa.export.parity import Compared, measure_parity
+from multisa.export.sensitivity import SearchResult, find_sensitive_nodes
+from multisa.runtime.backends.base import IMAGE, GraphContract
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+UInt8 = npt.NDArray[np.uint8]
+
+# A node stays in fp32 if it touches values above FP16_MAX / HEADROOM: other images may give larger values
+# than the few that are measured.
+HEADROOM = 8.0
+MAX_INT8_RUNS = 24  # measurements of the int8 search, each of which quantizes the whole graph again
+
+
+@dataclass(frozen=True)
+class ConvertedGraph:
+    """A graph in a lower precision."""
+
+    data: bytes  # the ONNX file that ships
+    emulated: bytes  # an ONNX file whose results on a CPU are those of hardware with that arithmetic
+    search: SearchResult
+    too_large: dict[str, float]  # nodes kept in fp32 without a trial -> the largest value they touch
+
+    @property
+    def fp32_nodes(self) -> int:
+        """Number of nodes that stay in fp32 although the precision could hold their operator."""
+        return len(self.search.kept) + len(self.too_large)
+
+    def as_json(self) -> dict[str, object]:
+        """JSON values for provenance: the nodes in fp32 and why."""
+        peaks = {name: float(f"{peak:.4g}") for name, peak in self.too_large.items()}
+        return {**self.search.as_json(), "too_large_for_fp16": peaks}
+
+
+def convert_to_fp16(
+    data: bytes, contract: GraphContract, images: Sequence[UInt8], *, threads: int
+) -> ConvertedGraph:
+    """Convert an fp32 graph to fp16, except for the nodes that `images`, uint8 [H, W, 3], show to need fp32.
+
+    A node stays in fp32 if it touches values within HEADROOM of fp16's largest number, or if the search of
+    sensitivity.py finds it harmful.
+    """
+    fp32 = read_fp32_graph(data)
+    candidates = fp16_candidates(fp32)
+    too_large = _nodes_with_large_values(fp32, candidates, images, threads)
+    small = [name for name in candidates if name not in too_large]
+
+    def emulate(converted: Collection[str]) -> bytes:
+        return model_bytes(emulated_fp16_graph(fp32, converted))
+
+    share_of = _share_of(emulate, _Reference(data, contract, images, threads), "fp16")
+    search = find_sensitive_nodes(small, share_of)
+    converted = [name for name in small if name not in search.kept]
+    return ConvertedGraph(model_bytes(fp16_graph(fp32, converted)), emulate(converted), search, too_large)
+
+
+def convert_to_int8(
+    data: bytes,
+    contract: GraphContract,
+    images: Sequence[UInt8],
+    calibration: Iterable[Sequence[UInt8]],
+    *,
+    symmetric: bool,
+    threads: int,
+) -> ConvertedGraph:
+    """Convert an fp32 graph to int8 (Q/DQ), except for the nodes that `images` show to need fp32.
+
+    calibration: images to take ranges from, in chunks of a few. symmetric: see int8.py.
+    """
+    calibrated = calibrate_graph(data, calibration, symmetric=symmetric)
+
+    def quantize(converted: Collection[str]) -> bytes:
+        return quantize_graph(calibrated, converted)
+
+    share_of = _share_of(quantize, _Reference(data, contract, images, threads), "int8")
+    search = find_sensitive_nodes(calibrated.candidates, share_of, max_runs=MAX_INT8_RUNS)
+    result = quantize([name for name in calibrated.candidates if name not in search.kept])
+    return ConvertedGraph(result, result, search, {})
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The fp32 graph and the images that conversions are compared on."""
+
+    data: bytes
+    contract: GraphContract
+    images: Sequence[UInt8]
+    threads: int
+
+
+def _share_of(
+    convert: Callable[[Collection[str]], bytes], reference: _Reference, precision: str
+) -> Callable[[Sequence[str]], float]:
+    def run(data: bytes) -> list[dict[str, npt.NDArray[np.generic]]]:
+        with OnnxRuntimeBackend(data, threads=reference.threads, contract=reference.contract) as backend:
+            return [backend.run(image[None]) for image in reference.images]
+
+    expected = run(reference.data)
+
+    def share(converted: Sequence[str]) -> float:
+        got = run(convert(converted))
+        return measure_parity(
+            (Compared(*pair) for pair in zip(expected, got, strict=True)), precision
+        ).share()
+
+    return share
+
+
+def _nodes_with_large_values(
+    fp32: Fp32Graph, candidates: Sequence[str], images: Sequence[UInt8], threads: int
+) -> dict[str, float]:
+    peaks = largest_values(fp32, images, threads=threads)
+    limit = FP16_MAX / HEADROOM
+    wanted = set(candidates)
+    found = {}
+    for node in fp32.model.graph.node:
+        if node.name in wanted:
+            values = [peaks[name] for name in (*node.input, *node.output) if name in peaks]
+            # `not <=` rather than `>`: NaN counts as large.
+            if any(not value <= limit for value in values):
+                found[node.name] = max(values)
+    return found
+
+
+def largest_values(fp32: Fp32Graph, images: Sequence[UInt8], *, threads: int) -> dict[str, float]:
+    """Largest absolute value, over `images`, of each float32 value that a node of the main graph produces."""
+    import onnxruntime
+
+    model = onnx.ModelProto()
+    model.CopyFrom(fp32.model)
+    graph = model.graph
+    names = [name for node in graph.node for name in node.output if fp32.types.get(name) == FLOAT]
+    for name in names:
+        graph.node.append(helper.make_node("Abs", [name], [f"{name}.abs"], f"{name}.abs"))
+        # ReduceMax without axes reduces all. An empty tensor has no maximum, so a zero is appended first.
+        graph.node.append(helper.make_node("Reshape", [f"{name}.abs", "peak.flat"], [f"{name}.flat"]))
+        graph.node.append(helper.make_node("Concat", [f"{name}.flat", "peak.zero"], [f"{name}.some"], axis=0))
+        graph.node.append(helper.make_node("ReduceMax", [f"{name}.some"], [f"{name}.peak"], keepdims=0))
+        graph.output.append(helper.make_tensor_value_info(f"{name}.peak", FLOAT, []))
+    graph.initializer.append(helper.make_tensor("peak.flat", onnx.TensorProto.INT64, [1], [-1]))
+    graph.initializer.append(helper.make_tensor("peak.zero", FLOAT, [1], [0.0]))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    peaks = np.zeros(len(names))
+    for image in images:
+        found = session.run([f"{name}.peak" for name in names], {IMAGE: image[None]})
+        peaks = np.maximum(peaks, np.array(found, np.float64))  # NaN stays NaN
+    return dict(zip(names, peaks.tolist(), strict=True))
