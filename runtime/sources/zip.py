@@ -106,9 +106,10 @@ class ZipSource(SourceBase):
         return data
 
 
-def list_members(blob: Blob) -> list[tuple[zipfile.ZipInfo, str]]:
+def list_members(blob: Blob) -> Iterator[tuple[zipfile.ZipInfo, str]]:
     """Every member in the order of the directory, with the reason why it cannot be read, or "".
 
+    Memory holds the directory, 0.7 kB per member.
     Raises OSError and what `_BROKEN` lists.
     """
     with zipfile.ZipFile(BlobFile(blob)) as archive:
@@ -120,7 +121,8 @@ def list_members(blob: Blob) -> list[tuple[zipfile.ZipInfo, str]]:
     if any(member.header_offset < 0 for member in members):
         raise zipfile.BadZipFile("its directory is not where its end record says")
     overlapping = _overlapping([member for member in members if _end(member) <= end])
-    return [(member, _problem(member, end, member in overlapping)) for member in members]
+    for member in members:
+        yield member, _problem(member, end, member in overlapping)
 
 
 def _problem(member: zipfile.ZipInfo, end: int, is_overlapping: bool) -> str:

@@ -302,6 +302,15 @@ def test_zips_that_cannot_be_read(tmp_path: Path, data: bytes, match: str) -> No
         look(tmp_path / "z.zip")
 
 
+def test_a_zip_with_a_huge_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        for i in range(2000):
+            archive.writestr(f"{i}.jpg", b"")
+    monkeypatch.setattr("multisa.runtime.sources.storage._LARGEST_READ", 70_000)
+    with pytest.raises(UsageError, match="got a directory of .* expected at most 70000"):
+        look(tmp_path / "z.zip")
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.sampled_from(["t.tar", "z.zip"]))
 def test_mutated_archives_never_do_more_than_say_so(tmp_path: Path, seed: int, name: str) -> None:
