@@ -35,7 +35,7 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; m
 	$(BIN)/python benchmarks/cam_head.py $(QUICK)
 	$(BIN)/python benchmarks/encoding.py $(QUICK) --data $(DATA)
 	$(BIN)/python benchmarks/start_up.py $(QUICK)
-	$(BIN)/python benchmarks/readme_results.py
+	$(BIN)/python benchmarks/tables.py
 
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder
 	$(BIN)/multisa train --data $(DATA) --preset lite0 --set name=voc-animals --set background_from=train-masks-per-class -o $(RUN)

@@ -1,57 +1,125 @@
-"""What folding the Multi-SA head and attention in blocks are worth: PyTorch eager against the exported graph.
+"""What folding the Multi-SA head and attention in blocks gain: PyTorch eager against the exported graph.
 
     python benchmarks/cam_head.py     # a quarter of an hour; --quick: the heads alone
 
-The network as trained (not folded) in PyTorch eager, the exported graph (folded) on ONNX Runtime, on the same
-threads, in turn: the head alone on one pyramid, and the whole CAM graph with the scales of the paper's
-presets, each with its mirror image. Folding is for the graph: in PyTorch its narrow values (a column for each
-class) miss the fused attention, which wants them as wide as the keys, so "eager-folded" may be slower. Beside
-the times: the error of folding, multiply-adds and bytes of activations, what the number of classes costs, and
-the peak memory of a process. ResNet-50 and ResNeSt-101 have random weights, which take as long as trained
+The network as trained (not folded) in PyTorch eager and the exported graph (folded) on ONNX Runtime run
+alternately on the same threads: the head alone on one pyramid, and the whole CAM graph with the scales of the
+paper's presets, each with its mirror image. Folding is meant for the graph: in PyTorch its narrow values (one
+column per class) miss the fused attention, which needs them as wide as the keys, so "eager-folded" may be
+slower. Also measured: the error of folding, multiply-adds and bytes of activations, the cost of more classes,
+and the peak memory of a process. ResNet-50 and ResNeSt-101 have random weights, which take as long as trained
 ones. Writes benchmarks/results/cam_head.json.
 """
 
-import argparse
 import copy
 import json
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from multisa.benchmarks.cam_graphs import (
-    SCALES,
-    exported,
-    head_session,
-    photograph,
-    random_network,
-    with_whole_matrix,
-)
-from multisa.benchmarks.harness import Times, environment, interleave, results_folder, save_results
-from multisa.export.attention import QUERY_BLOCK
-from multisa.export.cost import Cost, costs_of_parts
+from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
+from multisa.benchmarks.suite.worker_process import WorkerProcess
+from multisa.benchmarks.synthetic_images import image_bytes
+from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
+from multisa.export.cost import costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
+from multisa.export.to_onnx import OPSET, onnx_from_module
 from multisa.export.unfold import cam_from_bundle
 from multisa.kernels.cpu import native
 from multisa.runtime.backends.base import CAM, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path, load_bundle
+from multisa.training.config import load_config
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 
-HEAD_REPEATS, QUICK_REPEATS, REPEATS = 31, 7, 5
+HEAD_REPEATS = 31
+QUICK_REPEATS = 7
+REPEATS = 5
 SIZE = 512  # pixels, for heads, costs and the packaged network
-MEMORY_SIZES = (500, 1000)  # pixels; a whole matrix only for the first: 31 GB for the second
+MEMORY_SIZES = (500, 1000)  # pixels; a whole matrix only for the first: the second would take 31 GB
+N_CLASSES = 20  # of VOC, where the weights are random
+BETA = 0.3  # of every self-attention, so that attention affects the output
+
+
+class Head(nn.Module):
+    """The part of a network after its backbone, on a pyramid."""
+
+    def __init__(self, network: MultiSACAM | FoldedMultiSACAM) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        return self.network.head(pyramid)
+
+
+def paper_scales() -> tuple[float, ...]:
+    """The CAM scales of the paper's presets."""
+    return load_config("paper-resnet50").cam.scales
+
+
+def square_image(size: int) -> Tensor:
+    """A packaged image as uint8 [1, size, size, 3]."""
+    return torch.from_numpy(image_bytes(size, size))[None]
+
+
+def random_network(preset: str, n_classes: int = N_CLASSES) -> MultiSACAM:
+    """Network of a preset with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    config = load_config(preset, ["cam.weights=none"]).cam
+    network = create_model(config, n_classes + 1).eval()
+    network.calibrate(network.backbone.normalise(square_image(256)))
+    for beta in network.beta_parameters():
+        beta.data.fill_(BETA)
+    return network
+
+
+def head_session(network: MultiSACAM, pyramid: list[Tensor], threads: int) -> Any:
+    """The folded head as a graph on ONNX Runtime, for pyramids of this one size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.onnx"
+        torch.onnx.export(
+            Head(FoldedMultiSACAM(network)).eval(),
+            (pyramid,),
+            path,
+            input_names=[f"level_{index}" for index in range(len(pyramid))],
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+            custom_translation_table=attention_translation(),
+        )
+        model = expand_attention(onnx.load(path))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def exported(network: MultiSACAM) -> bytes:
+    """The CAM graph of a network with the scales of the paper's presets."""
+    folded = MultiScaleCAM(FoldedMultiSACAM(network), scales=paper_scales())
+    return onnx_from_module(folded, tuple(CAM.outputs), {}, half_weights=False)
+
+
+def with_whole_matrix(graph: bytes) -> bytes:
+    """The CAM graph with attention as one matrix: a block larger than any image makes one iteration."""
+    model = onnx.load_from_string(graph)
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].i == QUERY_BLOCK:
+            node.attribute[0].i = 1 << 40
+    return bytes(model.SerializeToString())
 
 
 def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, Any]:
-    """Times of the head alone on the pyramid of one photograph and its mirror image, and folding's error."""
-    image = network.backbone.normalise(photograph(SIZE))
+    """Times of the head alone on the pyramid of an image and its mirror image, and the error of folding."""
+    image = network.backbone.normalise(square_image(SIZE))
     pyramid = [level.contiguous() for level in network.backbone(torch.cat([image, image.flip(-1)]))]
     single = copy.deepcopy(network)
     single.classifier = nn.Conv2d(network.classifier.in_channels, 1, 1, bias=False)
@@ -60,40 +128,37 @@ def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, 
         "onnxruntime-folded-one-class": head_session(single, pyramid, threads),
     }
     given = {f"level_{index}": level.numpy() for index, level in enumerate(pyramid)}
-    feeds = {
-        name: {i.name: given[i.name] for i in session.get_inputs()} for name, session in sessions.items()
+    runs = {
+        name: partial(session.run, None, {i.name: given[i.name] for i in session.get_inputs()})
+        for name, session in sessions.items()
     }
     folded = FoldedMultiSACAM(network)
     times = interleave(
-        {
-            "eager": lambda: network.head(pyramid),
-            "eager-folded": lambda: folded.head(pyramid),
-            **{name: partial(sessions[name].run, None, feeds[name]) for name in sessions},
-        },
+        {"eager": lambda: network.head(pyramid), "eager-folded": lambda: folded.head(pyramid), **runs},
         repeats=repeats,
     )
     wide = copy.deepcopy(network).double().head([level.double() for level in pyramid]).numpy()
     answers = {
         "eager": network.head(pyramid).numpy(),
         "eager-folded": folded.head(pyramid).numpy(),
-        "onnxruntime-folded": sessions["onnxruntime-folded"].run(None, feeds["onnxruntime-folded"])[0],
+        "onnxruntime-folded": runs["onnxruntime-folded"]()[0],
     }
     graph = times["onnxruntime-folded"].median
-    # Of the pyramid of a photograph and its mirror image.
+    # Of an image and its mirror image.
     operations = 2 * costs_of_parts(network, folded, (SIZE, SIZE))["folded head"].multiply_adds
-    floor = operations / (threads * native.peak_multiply_adds(0.5))
+    roofline = operations / (threads * native.peak_multiply_adds(0.5))
     return {
         "limit": {
             "multiply_adds": operations,
-            "floor_ms": round(1000 * floor, 3),
-            "share": round(floor / graph, 3),
+            "roofline_ms": round(1000 * roofline, 3),
+            "share": round(roofline / graph, 3),
             "text": "multiply-adds over the measured float32 peak of one thread, times the threads",
         },
         "size": SIZE,
         "times": {name: value.to_json() for name, value in times.items()},
         "ratio": round(times["eager"].median / graph, 2),
         **growth(times["onnxruntime-folded"], times["onnxruntime-folded-one-class"]),
-        # Largest difference from the network in float64, not folded, over its largest value.
+        # Largest difference from the unfolded network in float64, over its largest value.
         "relative_error": {
             name: float(f"{np.abs(answer - wide).max() / np.abs(wide).max():.2g}")
             for name, answer in answers.items()
@@ -102,10 +167,9 @@ def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, 
 
 
 def growth(all_classes: Times, one_class: Times) -> dict[str, Any]:
-    """The share of the time that the classes beyond the first take, turn by turn: median and quartiles.
+    """The share of the time that classes beyond the first take, round by round: median and quartiles.
 
-    None where the lower quartile is not above zero: it is lost in the scatter of the times, or in the other
-    way that a product takes to a single column.
+    The median is None where the lower quartile is not above zero: the difference is then within the scatter.
     """
     shares = [1 - one / every for every, one in zip(all_classes.seconds, one_class.seconds, strict=True)]
     low, median, high = (round(float(share), 3) for share in np.quantile(shares, (0.25, 0.5, 0.75)))
@@ -118,9 +182,9 @@ def growth(all_classes: Times, one_class: Times) -> dict[str, Any]:
 def compare_graphs(
     network: MultiSACAM, graph: bytes, size: int, threads: int, repeats: int
 ) -> dict[str, Any]:
-    """Times of the whole CAM graph, four scales and mirror images, for one photograph."""
-    image = photograph(size)
-    eager = MultiScaleCAM(network, scales=SCALES).eval()
+    """Times of the whole CAM graph, four scales and mirror images, on one image."""
+    image = square_image(size)
+    eager = MultiScaleCAM(network, scales=paper_scales()).eval()
     with OnnxRuntimeBackend(graph, threads=threads, contract=CAM) as backend:
         times = interleave(
             {"eager": lambda: eager(image), "onnxruntime-folded": lambda: backend.run(image.numpy())},
@@ -140,7 +204,8 @@ def compare_graphs(
 
 def costs(network: MultiSACAM) -> list[dict[str, Any]]:
     """Multiply-adds and bytes of activations for one image at one scale."""
-    folded, rows = FoldedMultiSACAM(network), []
+    folded = FoldedMultiSACAM(network)
+    rows = []
     for scale in (1.0, 2.0):
         size = (int(SIZE * scale), int(SIZE * scale))
         parts = costs_of_parts(network, folded, size)
@@ -148,7 +213,13 @@ def costs(network: MultiSACAM) -> list[dict[str, Any]]:
         rows.append(
             {
                 "scale": scale,
-                **{name.replace(" ", "_"): _json(cost) for name, cost in parts.items()},
+                **{
+                    name.replace(" ", "_"): {
+                        "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
+                        "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
+                    }
+                    for name, cost in parts.items()
+                },
                 "folded_over_unfolded": round((backbone + after) / (backbone + head), 3),
                 "head_is_largest": after > backbone,
             }
@@ -156,72 +227,24 @@ def costs(network: MultiSACAM) -> list[dict[str, Any]]:
     return rows
 
 
-def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[str, float]:
-    """MiB of a fresh process before and after one photograph, attention in blocks or with a whole matrix."""
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(graph if blocks else with_whole_matrix(graph))
-        file.flush()
-        command = [sys.executable, __file__, "--memory-of", file.name, str(side), "--threads", str(threads)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    measured: dict[str, float] = json.loads(printed)
-    return measured
+class _MemoryProbe:
+    """Runs a graph once per call; constructed in a worker process."""
+
+    def __init__(self, graph: bytes, threads: int) -> None:
+        self._backend = OnnxRuntimeBackend(graph, threads=threads, contract=CAM)
+
+    def run(self, side: int) -> None:
+        self._backend.run(square_image(side).numpy())
 
 
-def measure_memory(path: str, side: int, threads: int) -> dict[str, float]:
-    """Run the graph once, in a process of its own."""
-    with OnnxRuntimeBackend(Path(path), threads=threads, contract=CAM) as backend:
-        loaded = _peak_kib()
-        backend.run(photograph(side).numpy())
-    return {"loaded_mib": round(loaded / 1024), "peak_mib": round(_peak_kib() / 1024)}
-
-
-def _peak_kib() -> int:
-    # Not ru_maxrss, which a process takes over from the one that started it.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def _json(cost: Cost) -> dict[str, float]:
-    return {
-        "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
-        "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
-    }
-
-
-def main() -> None:
-    """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--quick", action="store_true", help="the heads, fewer repeats; other results are kept"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    which.add_argument("--only", choices=list(PARTS), help="measure one part, keep the other results")
-    results_folder(parser)
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    threads = options.threads
-    torch.set_num_threads(threads)
-    if options.memory_of:
-        print(json.dumps(measure_memory(options.memory_of[0], int(options.memory_of[1]), threads)))
-        return
-    only = options.only or ("head" if options.quick else None)
-    path = options.results / "cam_head.json"
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if only and path.is_file() else {}
-    packaged = cam_from_bundle(load_bundle(default_bundle_path()))
-    networks = {"lite0": packaged, "resnet50": random_network("paper-resnet50")}
-    for part in (only,) if only else PARTS:
-        described = environment("torch", "onnxruntime", "timm", quick=options.quick)
-        measured = (
-            measure_heads(networks, threads, QUICK_REPEATS)
-            if options.quick
-            else PARTS[part](networks, threads)
-        )
-        results[part] = {"environment": described, "threads": threads, "networks": measured}
-    results |= {"scales": list(SCALES), "query_block": QUERY_BLOCK}
-    save_results("cam_head", results, options.results)
+def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[str, Any]:
+    """MiB of a fresh process before and after one image, attention in blocks or with a whole matrix."""
+    graph = graph if blocks else with_whole_matrix(graph)
+    with WorkerProcess(_MemoryProbe, graph, threads) as worker:
+        loaded = worker.peak_mib
+        worker.call("run", side)
+        peaks = {"loaded_mib": round(loaded or 0), "peak_mib": round(worker.peak_mib or 0)}
+    return {"size": side, "blocks": blocks, **peaks}
 
 
 def measure_heads(
@@ -233,18 +256,16 @@ def measure_heads(
 
 
 def count_costs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
-    """What they cost, ResNeSt-101 and 20 classes of lite0 too."""
-    others = {
-        "lite0-20-classes": random_network("lite0"),
-        "resnest101": random_network("paper-resnest101"),
-    }
-    return {name: costs(network) for name, network in (networks | others).items()}
+    """Costs of the networks, and of ResNeSt-101 and lite0 with 20 classes."""
+    others = {"lite0-20-classes": "lite0", "resnest101": "paper-resnest101"}
+    networks = networks | {name: random_network(preset) for name, preset in others.items()}
+    return {name: costs(network) for name, network in networks.items()}
 
 
 def measure_graphs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
     """The whole CAM graphs."""
     rows = {}
-    # ResNet-50 on a smaller photograph: at 512 pixels the unfolded network takes minutes.
+    # ResNet-50 on a smaller image: at 512 pixels the unfolded network takes minutes.
     for name, size, repeats in (("lite0", SIZE, REPEATS), ("resnet50", 256, 3)):
         graph = exported(networks[name])
         with torch.inference_mode():
@@ -256,21 +277,45 @@ def measure_memories(networks: dict[str, MultiSACAM], threads: int) -> dict[str,
     """Peak memory of lite0's graph with the scales of the paper's presets, and of the packaged graph."""
     small, large = MEMORY_SIZES
     packaged = load_bundle(default_bundle_path()).read_file(graph_file(CAM))
-    # At twice the larger size, the whole matrix alone would take 31 GB.
     cases = {
         "lite0": (exported(networks["lite0"]), ((small, False), (small, True), (large, True))),
         "packaged": (packaged, ((large, False), (large, True))),
     }
     return {
-        name: [
-            {"size": side, "blocks": blocks, **peak_memory(graph, side, threads, blocks=blocks)}
-            for side, blocks in sizes
-        ]
+        name: [peak_memory(graph, side, threads, blocks=blocks) for side, blocks in sizes]
         for name, (graph, sizes) in cases.items()
     }
 
 
-PARTS = {"head": measure_heads, "cost": count_costs, "whole": measure_graphs, "memory": measure_memories}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "head": measure_heads,
+    "cost": count_costs,
+    "whole": measure_graphs,
+    "memory": measure_memories,
+}
+
+
+def main() -> None:
+    """Measure, print, write the results file; parts that are not measured keep their results."""
+    parser = make_parser(__doc__, quick="the heads alone, fewer repeats; other results are kept")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=list(PARTS), help="measure one part; other results are kept")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.quick and options.only:
+        parser.error("--quick measures the heads alone; give either --quick or --only")
+    only = options.only or ("head" if options.quick else None)
+    path = options.results / "cam_head.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if only and path.is_file() else {}
+    packaged = cam_from_bundle(load_bundle(default_bundle_path()))
+    networks = {"lite0": packaged, "resnet50": random_network("paper-resnet50")}
+    for part in (only,) if only else PARTS:
+        described = environment("torch", "onnxruntime", "timm", quick=options.quick)
+        repeats = (QUICK_REPEATS,) if options.quick else ()
+        measured = PARTS[part](networks, options.threads, *repeats)
+        results[part] = {"environment": described, "threads": options.threads, "networks": measured}
+    results |= {"scales": list(paper_scales()), "query_block": QUERY_BLOCK}
+    save_results("cam_head", results, options.results)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""The dense CRF: ours against pydensecrf on one thread, with the agreement beside the times.
+"""The dense CRF: ours against pydensecrf on one thread, with the agreement of their labels.
 
     python benchmarks/dense_crf.py              # two minutes
 
 Writes benchmarks/results/dense_crf.json.
 """
 
-import argparse
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from multisa.benchmarks.harness import environment, interleave, peaks, results_folder, save_results
-from multisa.benchmarks.scenes import class_probabilities, photograph_bytes
+from multisa.benchmarks.harness import environment, interleave, make_parser, peaks, save_results
+from multisa.benchmarks.synthetic_images import class_probabilities, image_bytes
 from multisa.kernels import CrfParameters, DenseCRF, dense_crf
 from multisa.kernels.cpu import forget_lattices
 
@@ -23,24 +21,26 @@ SETTINGS = {
     "irn": replace(PSA, bilateral_sxy=50.0, bilateral_srgb=5.0),
     "deeplab": replace(PSA, spatial_sxy=1.0, bilateral_sxy=67.0, bilateral_srgb=3.0, bilateral_compat=4.0),
 }
-HEIGHT, WIDTH = 375, 500
+HEIGHT = 375
+WIDTH = 500
 
 
 def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[str, Any]:
-    """Both on one photograph: whole calls, from the image to the refined probabilities."""
-    image, parameters = photograph_bytes(HEIGHT, WIDTH), SETTINGS[name]
+    """Both on one image: whole calls, from the image to the refined probabilities."""
+    image = image_bytes(HEIGHT, WIDTH)
     probabilities = class_probabilities(labels, HEIGHT, WIDTH, present)
-    crf = DenseCRF(image, parameters)
+    numbers = asdict(SETTINGS[name])
+    crf = DenseCRF(image, SETTINGS[name])
 
-    def alone() -> object:
-        # Without the spatial lattice of an earlier call on this size: pydensecrf makes its own each time.
+    def first_call() -> object:
+        # Without the cached spatial lattice of this size: pydensecrf builds its own in each call.
         forget_lattices()
         return dense_crf(image, probabilities, parameters)
 
     times = interleave(
         {
-            "multisa": alone,
-            "multisa, next photograph of this size": lambda: dense_crf(image, probabilities, parameters),
+            "multisa": first_call,
+            "multisa, next image of this size": lambda: dense_crf(image, probabilities, parameters),
             "multisa, second call on the image": lambda: crf.infer(probabilities),
             "pydensecrf": lambda: dense_crf(image, probabilities, parameters, backend="pydensecrf"),
         },
@@ -59,65 +59,41 @@ def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[s
     }
 
 
-def scaling(repeats: int) -> list[dict[str, float]]:
-    """Time for one pixel over sizes and labels."""
-    rows = []
-    for size, labels in ((32, 3), (64, 3), (128, 3), (256, 3), (512, 3), (256, 8), (256, 16), (256, 24)):
-        image, probabilities = photograph_bytes(size, size), class_probabilities(labels, size, size)
-        times = interleave({"ours": partial(dense_crf, image, probabilities)}, repeats=repeats)
-        seconds = times["ours"].median
-        rows.append(
-            {
-                "size": size,
-                "labels": labels,
-                "median_ms": round(1000 * seconds, 2),
-                "ns_per_pixel": round(1e9 * seconds / (size * size), 1),
-            }
-        )
-    return rows
-
-
 def comparisons(*, quick: bool, machine: dict[str, float] | None = None) -> list[dict[str, Any]]:
-    """Ours and pydensecrf over labels and parameters, and how far ours is from the floor."""
+    """Ours and pydensecrf over labels and parameters, and our distance from the roofline."""
     machine = machine or peaks()
     cases = [("psa", 3, None), ("psa", 21, None), ("psa", 21, 3), ("irn", 3, None), ("deeplab", 3, None)]
     rows = [compare(name, labels, present, _repeats(quick)) for name, labels, present in cases]
-    return [{**row, "floor": floor(row, machine)} for row in rows]
+    return [{**row, "roofline": roofline(row, machine)} for row in rows]
 
 
 def _repeats(quick: bool) -> int:
     return 3 if quick else 9
 
 
-def floor(row: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
-    """What the bytes alone would take: each point's record and energies, read once in each iteration."""
+def roofline(row: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
+    """Time of the bytes alone: each point's record and energies, read once per iteration."""
     padded = next(length for length in (4, 8, 16, 24, 32) if row["present"] <= length)
     read = PSA.iterations * HEIGHT * WIDTH * (48 + 4 * padded)
-    seconds = read / machine["copied_bytes_per_second"]
+    milliseconds = 1000 * read / machine["copied_bytes_per_second"]
     return {
         "bytes": read,
-        "floor_ms": round(1000 * seconds, 2),
-        "share_of_floor": round(1000 * seconds / row["ways"]["multisa"]["median_ms"], 3),
+        "roofline_ms": round(milliseconds, 2),
+        "share_of_roofline": round(milliseconds / row["ways"]["multisa"]["median_ms"], 3),
     }
 
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    results_folder(parser)
-    options = parser.parse_args()
-    quick, described = options.quick, environment("pydensecrf2", quick=options.quick)
+    options = make_parser(__doc__, quick="fewer repeats").parse_args()
+    described = environment("pydensecrf2", quick=options.quick)
     machine = peaks()
     results = {
         "environment": described,
         "peaks": machine,
         "image": [HEIGHT, WIDTH],
         "settings": {name: asdict(parameters) for name, parameters in SETTINGS.items()},
-        "comparisons": comparisons(quick=quick, machine=machine),
-        "scaling": scaling(_repeats(quick)),
+        "comparisons": comparisons(quick=options.quick, machine=machine),
     }
     save_results("dense_crf", results, options.results)
 

@@ -1,10 +1,10 @@
-"""What every benchmark here shares: timings taken in turn, the machine, and its peaks.
+"""Shared parts of all benchmarks: interleaved timing, the machine's description, peak rates, results files.
 
     times = interleave({"ours": ours, "theirs": theirs}, repeats=7)
     ratio = times["theirs"].median / times["ours"].median
 
-A machine that is shared slows down and speeds up; cases that run in turn are slowed alike, so their ratio
-holds where their times do not.
+A shared machine slows down and speeds up. Cases that run alternately are slowed down alike, so their ratio is
+reliable even where the absolute times are not.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ from multisa.runtime.files import write_json_atomically
 from multisa.runtime.system import installed_versions, usable_cpus
 
 RESULTS = Path(__file__).parent / "results"
+CLI = ("-m", "multisa.runtime.cli.main")  # arguments of Python that start the `multisa` command
+_COPIED_BYTES = 1 << 28  # 256 MiB: larger than every cache
+_NVIDIA_SMI_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one case, one for each repeat."""
+    """Seconds of one case, one value per repeat."""
 
     seconds: tuple[float, ...]
 
@@ -41,12 +44,11 @@ class Times:
         return statistics.median(self.seconds)
 
     def to_json(self) -> dict[str, float | int]:
-        """Milliseconds: the median, the least and the most, and how many repeats."""
-        low, high = min(self.seconds), max(self.seconds)
+        """Median, minimum and maximum in milliseconds, and the number of repeats."""
         return {
             "median_ms": round(1000 * self.median, 3),
-            "min_ms": round(1000 * low, 3),
-            "max_ms": round(1000 * high, 3),
+            "min_ms": round(1000 * min(self.seconds), 3),
+            "max_ms": round(1000 * max(self.seconds), 3),
             "repeats": len(self.seconds),
         }
 
@@ -54,30 +56,50 @@ class Times:
 def interleave(
     cases: Mapping[str, Callable[[], object]], *, repeats: int, slow: Mapping[str, int] | None = None
 ) -> dict[str, Times]:
-    """Time the cases in turn, `repeats` rounds after one that does not count.
+    """Time the cases alternately: one warm-up round that does not count, then `repeats` rounds.
 
-    `slow` gives some cases fewer rounds, and no warm-up: those that take seconds.
+    slow: repeats of cases that take seconds; they get no warm-up.
     """
-    rounds = {name: (slow or {}).get(name, repeats) for name in cases}
+    slow = slow or {}
+    rounds = {name: slow.get(name, repeats) for name in cases}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for name, case in cases.items():
-        if name not in (slow or {}):
+        if name not in slow:
             case()
-    for turn in range(max(rounds.values())):
+    for index in range(max(rounds.values())):
         for name, case in cases.items():
-            if turn >= rounds[name]:
-                continue
-            start = time.perf_counter()
-            case()
-            seconds[name].append(time.perf_counter() - start)
+            if index < rounds[name]:
+                start = time.perf_counter()
+                case()
+                seconds[name].append(time.perf_counter() - start)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 
-def results_folder(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--results`."""
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="DIR", help="folder to write to: benchmarks/results"
+def with_ratios(times: Mapping[str, Times], ours: str) -> dict[str, dict[str, float | int]]:
+    """`Times.to_json` of each case, plus "times_ours": its median over that of the case `ours`."""
+    base = times[ours].median
+    return {
+        name: {**taken.to_json(), "times_ours": round(taken.median / base, 2)}
+        for name, taken in times.items()
+    }
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over rounds of ours / theirs, for two rates that were measured in the same rounds."""
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+
+
+def make_parser(description: str | None, *, quick: str = "") -> argparse.ArgumentParser:
+    """A parser with `--results`, and with `--quick` where `quick` says what it leaves out."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="folder for the JSON: benchmarks/results"
+    )
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 def save_results(subject: str, results: dict[str, Any], folder: Path = RESULTS) -> None:
@@ -88,9 +110,9 @@ def save_results(subject: str, results: dict[str, Any], folder: Path = RESULTS) 
 
 
 def environment(*packages: str, quick: bool = False) -> dict[str, Any]:
-    """Describe the machine, its load by now, and the versions that take part: ask before measuring.
+    """Describe the machine, its current load and package versions. Call it before measuring.
 
-    quick: is it a run with fewer repeats, or parts?
+    quick: whether the run has fewer repeats or parts than a full one.
     """
     return {
         "processor": processor(),
@@ -107,21 +129,21 @@ def environment(*packages: str, quick: bool = False) -> dict[str, Any]:
 
 
 def peaks() -> dict[str, float]:
-    """Measure what one thread can do: multiply-adds a second in float32, and bytes a second of a copy."""
+    """Peak rates of one thread: float32 multiply-adds per second, and bytes per second of a large copy."""
     return {
         "multiply_adds_per_second": native.peak_multiply_adds(0.5),
-        "copied_bytes_per_second": copied_bytes_per_second(1 << 28),  # 256 MiB, beyond every cache
+        "copied_bytes_per_second": copied_bytes_per_second(_COPIED_BYTES),
     }
 
 
 def copied_bytes_per_second(working_set: int) -> float:
-    """Measure the bytes that a copy reads and writes in a second, over `working_set` bytes again and again.
+    """Bytes per second that a copy reads and writes, repeated over `working_set` bytes.
 
     A working set that fits a cache is copied at that cache's rate.
     """
     source = np.ones(working_set // 8, dtype=np.float32)
     target = np.empty_like(source)
-    copies = max((1 << 26) // working_set, 1)  # enough of them for the clock
+    copies = max((1 << 26) // working_set, 1)  # enough for the resolution of the clock
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -132,7 +154,7 @@ def copied_bytes_per_second(working_set: int) -> float:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """Name of the processor where the system has it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -141,20 +163,48 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def peak_memory_mib(pid: int | str | None = "self") -> float | None:
+    """Peak resident memory of a running process in MiB; None outside Linux or after its end.
+
+    Not from getrusage, where a process inherits the peak of the process that started it.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    _, found, rest = status.partition("VmHWM:")
+    return round(int(rest.split()[0]) / 1024, 1) if found else None
+
+
+def gpu_memory_mib() -> float | None:
+    """GPU memory of this process in MiB; None where nvidia-smi is missing or does not list the process."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    used = [float(row[1]) for row in rows if row[0] == str(os.getpid()) and row[1].isdigit()]
+    return sum(used) if used else None
+
+
 def _memory_gib() -> float | None:
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30), 1)
 
 
 def _commit() -> str | None:
-    """Of the checkout that is run, with a plus where files differ; None for a package that was installed."""
+    """Commit of the checkout, with a plus where files differ; None for an installed package."""
     folder = Path(__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is None or not (folder / ".git").exists():
         return None
+    describe = [git, "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        asked = [git, "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,10 +1,10 @@
-"""Labelling from file to file: `multisa label` on every engine against the literature's recipe in PyTorch.
+"""Labelling from file to file: `multisa label` on every backend against the literature's recipe in PyTorch.
 
-    python benchmarks/labelling.py --data VOC_LAYOUT [--quick] [--engines onnxruntime-cpu,pytorch-eager]
+    python benchmarks/labelling.py --data VOC_LAYOUT [--quick] [--backends onnxruntime-cpu,pytorch-eager]
 
-The recipe once with a sparse matrix of transitions, everything else equal, and once squaring the dense one,
-as psa and irn do. All label the same photographs by turns, by the classes they are said to show. Writes
-benchmarks/results/labelling.json; `multisa bench --stages label` is the same.
+The recipe runs once with a sparse transition matrix, everything else equal, and once squaring the dense one
+as psa and irn do. All label the same images alternately, given their image-level labels. Writes
+benchmarks/results/labelling.json; the same as `multisa bench --stages label`.
 """
 
 import csv
@@ -20,227 +20,220 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from multisa.benchmarks.suite.command import run_on_photographs
-from multisa.benchmarks.suite.contender import EAGER, Contender, auto_contender, contenders
-from multisa.benchmarks.suite.guest import Guest, GuestFailedError
-from multisa.benchmarks.suite.limits import labelling_floor
-from multisa.benchmarks.suite.sample import (
-    Photograph,
+from multisa.benchmarks.harness import median_ratio
+from multisa.benchmarks.suite.candidates import EAGER, Candidate, auto_candidate, list_candidates
+from multisa.benchmarks.suite.context import BenchContext, stage_main
+from multisa.benchmarks.suite.images import (
+    LabelledImage,
     count_confusion,
+    read_plainly,
     read_working,
     settle,
     spread,
 )
-from multisa.benchmarks.suite.setting import Setting
-from multisa.benchmarks.suite.subject import subject_main
-from multisa.benchmarks.suite.turns import ratio_of_turns
+from multisa.benchmarks.suite.roofline import mean_roofline
+from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, working_size
+from multisa.runtime.imaging.decode import read_image, read_mask
 from multisa.runtime.progress import Progress, log
 
 Row = dict[str, Any]
 OURS = "multisa label"
-OF_ONE = 24  # copies of one photograph
+COPIES = 24  # of the image that the dense recipe gets: a run of ours on one image would be all start-up
 DENSE_REPEATS = 3
 WARM_UP_SIDE = 128  # pixels
 RECIPES = {walk: f"PyTorch eager, {walk} walk, pydensecrf" for walk in ("sparse", "dense")}
 
 
 @dataclass(eq=False)
-class _Member:
-    """A way to label, and what is known of it so far."""
+class _Measured:
+    """A way to label and its measurements so far."""
 
-    contender: Contender
+    candidate: Candidate
     walk: str  # of the recipe; empty for ours
     row: Row
-    rates: list[float] = field(default_factory=list)  # images a second, of each turn
+    rates: list[float] = field(default_factory=list)  # images per second, one per round
     stages: dict[str, float] = field(default_factory=dict)  # seconds
-    guest: Guest | None = None
+    worker: WorkerProcess | None = None
 
     @property
     def folder(self) -> str:
-        return f"{self.contender.backend}-{self.contender.precision}-{self.contender.device}-{self.walk}"
+        candidate = self.candidate
+        return f"{candidate.backend}-{candidate.precision}-{candidate.device}-{self.walk}"
 
 
-def measure(setting: Setting) -> list[Row]:
-    """One row for each engine and precision of ours, and for the recipes where torch is."""
+def measure(context: BenchContext) -> list[Row]:
+    """One row per backend and precision of ours, and per recipe where torch is installed."""
     gpu = bool(probe_gpus().gpus)
-    default = auto_contender(setting.bundle.path, CAM.name, setting.plans)
-    members = []
+    default = auto_candidate(context.bundle.path, CAM.name, context.engine_cache)
+    measured = []
     with ExitStack() as stack:
-        for contender in contenders(setting.bundle, CAM, setting.engines, gpu=gpu):
-            if contender.is_ours:
-                members.append(_member(contender, "", contender == default))
-            elif contender.backend == EAGER:
-                members += [_recipe(setting, contender, walk, stack) for walk in RECIPES]
-        PseudoLabeler(setting, members).measure()
-    return [member.row for member in members]
+        for candidate in list_candidates(context.bundle, CAM, context.backends, gpu=gpu):
+            row = candidate.row(is_default=candidate == default)
+            if candidate.is_ours:
+                measured.append(_Measured(candidate, "", row | {"recipe": OURS}))
+            elif candidate.backend == EAGER:
+                for walk, recipe in RECIPES.items():
+                    measured.append(_Measured(candidate, walk, row | {"recipe": recipe}))
+                    _open(context, measured[-1], stack)
+        PseudoLabeler(context, measured).measure()
+    return [each.row for each in measured]
 
 
-def _member(contender: Contender, walk: str, is_default: bool) -> _Member:
-    recipe = RECIPES.get(walk, OURS)
-    return _Member(contender, walk, contender.row(is_default=is_default) | {"recipe": recipe})
-
-
-def _recipe(setting: Setting, contender: Contender, walk: str, stack: ExitStack) -> _Member:
-    member = _member(contender, walk, is_default=False)
+def _open(context: BenchContext, each: _Measured, stack: ExitStack) -> None:
     try:
-        if setting.pytorch_problem:
-            raise GuestFailedError(setting.pytorch_problem)
-        opened = (setting.bundle.path, walk, contender.device, setting.states)
-        member.guest = stack.enter_context(Guest.started_twice(_open_recipe, *opened))
-        member.row["startup_seconds"] = round(member.guest.start_seconds, 3)
-    except GuestFailedError as error:
-        member.row["problem"] = str(error)
-        log.info(f"{member.row['recipe']}: left out: {error}")
-    return member
+        if context.pytorch_problem:
+            raise WorkerFailedError(context.pytorch_problem)
+        opened = (context.bundle.path, each.walk, each.candidate.device, context.weights)
+        each.worker = stack.enter_context(WorkerProcess.started_twice(_open_baseline, *opened))
+        each.row["startup_seconds"] = round(each.worker.start_seconds, 3)
+    except WorkerFailedError as error:
+        each.row["problem"] = str(error)
+        log.info(f"{each.row['recipe']}: skipped: {error}")
 
 
-def _open_recipe(bundle: Path, walk: str, device: str, states: Path) -> object:
-    from multisa.benchmarks.suite.peers import PeersLabelling
+def _open_baseline(bundle: Path, walk: str, device: str, weights: Path) -> object:
+    from multisa.benchmarks.suite.baselines import BaselineLabelling
 
-    return PeersLabelling(bundle, walk, device, states)
+    return BaselineLabelling(bundle, walk, device, weights)
 
 
 class PseudoLabeler:
-    """The steps of the measurement; in each of them the ways take turns."""
+    """The steps of the measurement; in each step the ways run alternately."""
 
-    def __init__(self, setting: Setting, members: list[_Member]) -> None:
-        self._setting, self._members = setting, members
-        self._photographs = spread(setting.train, setting.effort.labelled)
-        self._turns = min(setting.effort.turns, len(self._photographs))
+    def __init__(self, context: BenchContext, measured: list[_Measured]) -> None:
+        self._context = context
+        self._measured = measured
+        self._images = spread(context.train, context.effort.labelled)
+        self._rounds = min(context.effort.end_to_end_rounds, len(self._images))
 
     def measure(self) -> None:
-        """Fill the rows. One that fails on the way has its reason as "problem", and takes no further turn."""
-        many = [member for member in self._members if member.walk != "dense"]
-        one = [member for member in self._members if member.walk == "dense"]
-        with Progress((self._turns + 1) * len(many) + 2 * len(one), "labelling", "step") as bar:
-            self._all([*many, *one], bar, self._warm_up)
-            for turn in range(self._turns):
-                part = self._photographs[turn :: self._turns]
-                self._all(many, bar, partial(self._label, part, turn))
-            self._all(one, bar, self._against_dense)
+        """Fill the rows. One that fails has the reason as "problem" and is not measured further."""
+        many = [each for each in self._measured if each.walk != "dense"]
+        one = [each for each in self._measured if each.walk == "dense"]
+        with Progress((self._rounds + 1) * len(many) + 2 * len(one), "labelling", "step") as bar:
+            self._run([*many, *one], bar, self._warm_up)
+            for index in range(self._rounds):
+                self._run(many, bar, partial(self._label, index))
+            self._run(one, bar, self._against_dense)
         self._summarise(many)
 
-    def _all(self, members: Sequence[_Member], bar: Progress, step: Callable[[_Member], object]) -> None:
-        for member in members:
-            if member.row["problem"] is None:
+    def _run(self, measured: Sequence[_Measured], bar: Progress, step: Callable[[_Measured], object]) -> None:
+        for each in measured:
+            if each.row["problem"] is None:
                 settle()
                 try:
-                    step(member)
-                except GuestFailedError as error:
-                    member.row["problem"] = str(error)
-                    log.info(
-                        f"{member.row['recipe']} on {member.contender.title}: left out from here on: {error}"
-                    )
+                    step(each)
+                except WorkerFailedError as error:
+                    each.row["problem"] = str(error)
+                    log.info(f"{each.row['recipe']} on {each.candidate.title}: skipped from here on: {error}")
             bar.advance()
 
-    def _warm_up(self, member: _Member) -> None:
-        small = _reduced(self._photographs[0], self._setting, WARM_UP_SIDE)
-        self._rate(member, [small], self._masks_of(member) / "warm-up")
+    def _warm_up(self, each: _Measured) -> None:
+        small = _reduced(self._images[0], self._context, WARM_UP_SIDE)
+        self._rate(each, [small], self._masks_of(each) / "warm-up")
 
-    def _label(self, part: Sequence[Photograph], turn: int, member: _Member) -> None:
-        rate, stages = self._rate(member, part, self._masks_of(member) / str(turn))
-        member.rates.append(rate)
+    def _label(self, index: int, each: _Measured) -> None:
+        part = self._images[index :: self._rounds]
+        rate, stages = self._rate(each, part, self._masks_of(each) / str(index))
+        each.rates.append(rate)
         for name, seconds in stages.items():
-            member.stages[name] = member.stages.get(name, 0.0) + seconds
+            each.stages[name] = each.stages.get(name, 0.0) + seconds
 
     def _rate(
-        self, member: _Member, photographs: Sequence[Photograph], out: Path
+        self, each: _Measured, images: Sequence[LabelledImage], out: Path
     ) -> tuple[float, dict[str, float]]:
-        """Images a second from file to file, and seconds of work in each stage."""
-        if member.guest is not None:
-            stages: dict[str, float] = member.guest.call("label", photographs, out / "masks")
-            member.row["peak_mib"] = {"host": member.guest.peak_mib, "device": None}
-            return len(photographs) / sum(stages.values()), stages
-        labels = self._setting.scratch / "labels.csv"
-        _write_labels(labels, photographs)
-        given = ("--labels", str(labels))
-        record = run_on_photographs("label", self._setting, member.contender, photographs, out, *given)
-        known = member.row.get("peak_mib", {}).get("host") or 0
-        member.row["peak_mib"] = {"host": max(known, record["peak_mib"] or 0) or None, "device": None}
+        """Images per second from file to file, and the seconds of work in each stage."""
+        if each.worker is not None:
+            stages: dict[str, float] = each.worker.call("label", images, out / "masks")
+            each.row["peak_mib"] = {"host": each.worker.peak_mib, "device": None}
+            return len(images) / sum(stages.values()), stages
+        labels = self._context.scratch / "labels.csv"
+        _write_labels(labels, images)
+        record = self._context.run_on_images("label", each.candidate, images, out, "--labels", str(labels))
+        known = each.row.get("peak_mib", {}).get("host") or 0
+        each.row["peak_mib"] = {"host": max(known, record["peak_mib"] or 0) or None, "device": None}
         return record["images_per_second"], record["stage_seconds"]
 
-    def _masks_of(self, member: _Member) -> Path:
-        return self._setting.scratch / "labelled" / member.folder
+    def _masks_of(self, each: _Measured) -> Path:
+        return self._context.scratch / "labelled" / each.folder
 
-    def _against_dense(self, member: _Member) -> None:
-        """The dense recipe on one photograph, as large as can be waited for, and ours on the same."""
-        photograph = _reduced(self._photographs[0], self._setting, self._setting.effort.dense_side)
+    def _against_dense(self, each: _Measured) -> None:
+        """The dense recipe on one image, reduced to a bearable size, and ours on copies of the same image."""
+        image = _reduced(self._images[0], self._context, self._context.effort.dense_side)
         ours = self._ours()
-        # A run of one photograph would be all start: of many of the same, what one takes.
-        many = [replace(photograph, id=f"{photograph.id}-{number}") for number in range(OF_ONE)]
-        rates, faster, stages = [], [], dict[str, float]()
+        copies = [replace(image, id=f"{image.id}-{number}") for number in range(COPIES)]
+        rates: list[float] = []
+        our_rates: list[float] = []
+        stages: dict[str, float] = {}
         for _ in range(DENSE_REPEATS):
-            rate, stages = self._rate(member, [photograph], self._masks_of(member))
+            rate, stages = self._rate(each, [image], self._masks_of(each))
             rates.append(rate)
             if ours is not None:
-                faster.append(self._rate(ours, many, self._masks_of(member) / "ours")[0])
-        rate = statistics.median(rates)
-        member.row |= {
-            "images_per_second": round(rate, 5),
+                our_rates.append(self._rate(ours, copies, self._masks_of(each) / "ours")[0])
+        each.row |= {
+            "images_per_second": round(statistics.median(rates), 5),
             "end_to_end": {
                 "by": "loop",
-                "photographs": 1,
+                "images": 1,
                 "images_per_second": [round(rate, 5) for rate in rates],
             },
-            "default_times_as_fast": ratio_of_turns(faster, rates) if faster else None,
-            "photographs": 1,
-            "mean_pixels": _pixels([photograph]),
+            "default_times_as_fast": median_ratio(our_rates, rates) if our_rates else None,
+            "images": 1,
+            "mean_pixels": _mean_pixels([image]),
             "stages_ms": {name: round(1000 * seconds, 1) for name, seconds in stages.items()},
         }
 
-    def _summarise(self, members: Sequence[_Member]) -> None:
-        ran = [member for member in members if member.row["problem"] is None]
+    def _summarise(self, measured: Sequence[_Measured]) -> None:
+        ran = [each for each in measured if each.row["problem"] is None]
         ours = self._ours()
-        recipes = [member for member in ran if member.walk]
-        device = ours.contender.device if ours else ""
-        alike = [member for member in recipes if member.contender.device == device]
-        baseline = next(iter([*alike, *recipes]), ours)
-        images = [(read_working(p.image, self._long_side), p) for p in self._photographs]
-        shapes = [((image.shape[1], image.shape[2]), len(p.classes)) for image, p in images]
-        floor = labelling_floor(self._setting, shapes)
-        for member in ran:
-            count = len(self._photographs)
-            member.row |= {
-                "baseline": member is baseline,
-                "images_per_second": round(statistics.median(member.rates), 3),
+        recipes = [each for each in ran if each.walk]
+        same_device = [each for each in recipes if ours and each.candidate.device == ours.candidate.device]
+        baseline = next(iter([*same_device, *recipes]), ours)
+        shapes = [
+            (read_working(image.path, self._context.long_side).shape[1:3], len(image.classes))
+            for image in self._images
+        ]
+        roofline = mean_roofline(self._context, "labelling", shapes)
+        count = len(self._images)
+        for each in ran:
+            each.row |= {
+                "baseline": each is baseline,
+                "images_per_second": round(statistics.median(each.rates), 3),
                 "end_to_end": {
-                    "by": "loop" if member.walk else OURS,
-                    "photographs": count,
-                    "turns": self._turns,
-                    "images_per_second": [round(rate, 3) for rate in member.rates],
+                    "by": "loop" if each.walk else OURS,
+                    "images": count,
+                    "rounds": self._rounds,
+                    "images_per_second": [round(rate, 3) for rate in each.rates],
                 },
-                "times_baseline": ratio_of_turns(member.rates, baseline.rates) if baseline else None,
-                "default_times_as_fast": ratio_of_turns(ours.rates, member.rates) if ours else None,
-                "photographs": count,
-                "mean_pixels": _pixels(self._photographs),
-                "stages_ms": {k: round(1000 * s / count, 2) for k, s in member.stages.items()},
-                "limit": floor.limit(member.contender, 1 / statistics.median(member.rates)),
-                **self._compare_masks(member, ours),
+                "times_baseline": median_ratio(each.rates, baseline.rates) if baseline else None,
+                "default_times_as_fast": median_ratio(ours.rates, each.rates) if ours else None,
+                "images": count,
+                "mean_pixels": _mean_pixels(self._images),
+                "stages_ms": {name: round(1000 * s / count, 2) for name, s in each.stages.items()},
+                "limit": roofline.limit(each.candidate, 1 / statistics.median(each.rates)),
+                **self._compare_masks(each, ours),
             }
 
-    @property
-    def _long_side(self) -> int:
-        return self._setting.bundle.manifest.parameters.long_side
+    def _ours(self) -> _Measured | None:
+        """The backend that "auto" chooses, else the first of ours that ran."""
+        ran = [each for each in self._measured if not each.walk and each.row["problem"] is None]
+        return next((each for each in ran if each.row["default"]), ran[0] if ran else None)
 
-    def _ours(self) -> _Member | None:
-        """The engine that "auto" takes, else the first of ours that ran."""
-        ran = [member for member in self._members if not member.walk and member.row["problem"] is None]
-        return next((member for member in ran if member.row["default"]), ran[0] if ran else None)
-
-    def _compare_masks(self, member: _Member, ours: _Member | None) -> Row:
-        """mIoU in percent, and the share of pixels at the photographs' size that are as `ours` has them."""
-        n_classes = len(self._setting.bundle.manifest.classes)
-        confusion, same, pixels = np.zeros((n_classes, n_classes), np.int64), 0, 0
-        for turn in range(self._turns):
-            for photograph in self._photographs[turn :: self._turns]:
-                name = Path(str(turn), "masks", f"{photograph.id}.png")
-                mask = read_mask(self._masks_of(member) / name)
-                confusion += count_confusion(mask, photograph.mask, n_classes)
+    def _compare_masks(self, each: _Measured, ours: _Measured | None) -> Row:
+        """mIoU in percent, and the share of pixels at the images' own size that equal those of `ours`."""
+        n_classes = len(self._context.bundle.manifest.classes)
+        confusion = np.zeros((n_classes, n_classes), np.int64)
+        same = 0
+        pixels = 0
+        for index in range(self._rounds):
+            for image in self._images[index :: self._rounds]:
+                name = Path(str(index), "masks", f"{image.id}.png")
+                mask = read_mask(self._masks_of(each) / name)
+                confusion += count_confusion(mask, image.mask, n_classes)
                 if ours is not None:
                     same += int((mask == read_mask(self._masks_of(ours) / name)).sum())
                     pixels += mask.size
@@ -250,28 +243,26 @@ class PseudoLabeler:
         }
 
 
-def _pixels(photographs: Sequence[Photograph]) -> int:
-    images = [read_image(photograph.image).rgb for photograph in photographs]
-    return round(float(np.mean([rgb.shape[0] * rgb.shape[1] for rgb in images])))
+def _mean_pixels(images: Sequence[LabelledImage]) -> int:
+    shapes = [read_image(image.path).rgb.shape for image in images]
+    return round(float(np.mean([shape[0] * shape[1] for shape in shapes])))
 
 
-def _reduced(photograph: Photograph, setting: Setting, long_side: int) -> Photograph:
-    rgb = read_image(photograph.image).rgb
-    size = working_size(rgb.shape[0], rgb.shape[1], long_side)
+def _reduced(image: LabelledImage, context: BenchContext, long_side: int) -> LabelledImage:
     buffer = io.BytesIO()
-    Image.fromarray(resize_image(rgb, size)).save(buffer, "PNG")
-    path = setting.scratch / f"reduced-{long_side}-{photograph.id}.png"
+    Image.fromarray(read_plainly(image.path, long_side)[0]).save(buffer, "PNG")
+    path = context.scratch / f"reduced-{long_side}-{image.id}.png"
     write_bytes_atomically(path, buffer.getvalue())
-    return Photograph(photograph.id, path, photograph.mask, photograph.classes)
+    return replace(image, path=path)
 
 
-def _write_labels(path: Path, photographs: Sequence[Photograph]) -> None:
+def _write_labels(path: Path, images: Sequence[LabelledImage]) -> None:
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(("image", "labels"))
-    rows.writerows((f"{p.id}{p.image.suffix}", ";".join(p.classes)) for p in photographs)
+    rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)
     write_bytes_atomically(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":
-    subject_main("labelling", __doc__, "label", measure)
+    stage_main("labelling", __doc__, "label", measure)

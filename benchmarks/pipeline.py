@@ -1,10 +1,10 @@
-"""The streaming runs: end to end against the slowest stage alone, memory over a tenfold corpus.
-
-The corpus is the photographs of a VOC layout, repeated under new names and in several sizes, as JPEG files.
-Each stage alone runs in as many threads as in the pipeline, on the same images; stages and runs take turns.
-Against PyTorch: segmenting.py and labelling.py. Writes benchmarks/results/pipeline.json.
+"""Streaming runs: end to end against the slowest stage alone, and memory over a tenfold corpus.
 
     python benchmarks/pipeline.py --data VOC_LAYOUT [--segment 10000] [--label 1000]
+
+The corpus repeats the images of a VOC layout as JPEG files in several sizes. Each stage alone runs in as many
+threads as in the pipeline, on the same images; stages and runs alternate. segmenting.py and labelling.py
+compare with PyTorch. Writes benchmarks/results/pipeline.json.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from multisa.benchmarks.harness import environment, save_results
-from multisa.benchmarks.suite.command import run_command
+from multisa.benchmarks.harness import environment, make_parser, save_results
+from multisa.benchmarks.suite.worker_process import run_command
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.imaging.decode import WorkingImage, decode_working_image
@@ -38,17 +37,13 @@ from multisa.runtime.writers.base import WriterContext
 from multisa.runtime.writers.registry import open_writers
 from multisa.training.data import read_dataset
 
-UInt8 = npt.NDArray[np.uint8]
-Given = Sequence[Labels | None]
-
-SCALES = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the repeated photographs
+SCALES = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the repeated images
 QUALITY = 90
 SAMPLE = {"segment": 512, "label": 48}  # images of a stage alone
-TURNS = 3
 
 
 def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
-    """Write `count` JPEGs below `folder`, a thousand in a folder: the originals again and again, scaled."""
+    """Write `count` JPEGs below `folder`, a thousand per folder: the originals again and again, scaled."""
     if len(list(folder.rglob("*.jpg"))) == count:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -56,10 +51,10 @@ def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
     def make(index: int) -> None:
         target = folder / f"{index // 1000:03d}" / f"{index:06d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        scale = SCALES[index % len(SCALES)]  # no number of originals here is a multiple of their number
-        with Image.open(originals[index % len(originals)]) as photograph:
-            size = (round(photograph.width * scale), round(photograph.height * scale))
-            photograph.resize(size, Image.Resampling.BICUBIC).save(target, quality=QUALITY)
+        scale = SCALES[index % len(SCALES)]
+        with Image.open(originals[index % len(originals)]) as image:
+            size = (round(image.width * scale), round(image.height * scale))
+            image.resize(size, Image.Resampling.BICUBIC).save(target, quality=QUALITY)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(count, "corpus") as bar:
         for _ in pool.map(make, range(count)):
@@ -67,20 +62,28 @@ def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
 
 
 class StagesAlone:
-    """The stages of the pipeline, one after the other over the same images, each in as many threads."""
+    """The stages of the pipeline, one after the other over the same images, in as many threads each."""
 
     def __init__(
-        self, job: Job, bundle: Bundle, method: Predictor, files: Sequence[Path], labels: Given
+        self,
+        job: Job,
+        bundle: Bundle,
+        method: Predictor,
+        files: Sequence[Path],
+        labels: Sequence[Labels | None],
     ) -> None:
-        self._method, self._long_side = method, bundle.manifest.parameters.long_side
+        self._method = method
+        self._long_side = bundle.manifest.parameters.long_side
         context = WriterContext(job.out, job.command, bundle.manifest, "")
         self._encoder = Encoder(job.out, bundle.manifest, open_writers(job.sinks, context))
-        self._max_pixels, self._threads = job.max_pixels, job.sizes.workers
-        self._files, self._labels, self._clock = files, labels, StageTimer()
-        self._images: list[WorkingImage] = []
+        self._max_pixels = job.max_pixels
+        self._threads = job.sizes.workers
+        self._files = files
+        self._labels = labels
+        self._clock = StageTimer()
 
     def images_per_second(self) -> dict[str, float]:
-        """Of each stage, with nothing else running."""
+        """Throughput of each stage with nothing else running."""
         rates: dict[str, float] = {}
         data = self._timed(rates, "read", Path.read_bytes, self._files)
         images = self._timed(rates, "decode", self._decode, data)
@@ -116,30 +119,31 @@ class StagesAlone:
 
 
 def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One command: its rate, its stages alone, memory."""
-    bundle, work = load_bundle(options.bundle), options.work
+    """One command: its throughput, its stages alone, memory."""
+    bundle = load_bundle(options.bundle)
+    work: Path = options.work
     dataset = read_dataset(options.data)
     items = dataset.val if command == "segment" else dataset.train
     count = getattr(options, command)
-    corpus, labels_file = work / f"corpus-{command}", work / f"labels-{command}.csv"
+    corpus = work / f"corpus-{command}"
+    small = work / f"corpus-{command}-tenth"
     make_corpus(corpus, [item.image for item in items], count)
+    make_corpus(small, [item.image for item in items], count // 10)
     labels = [
         tuple(dataset.class_names[i] for i in items[index % len(items)].classes) for index in range(count)
     ]
     arguments = ["--bundle", str(options.bundle)]
     if command == "label":
+        labels_file = work / f"labels-{command}.csv"
         rows = (f"{index:06d}.jpg,{' '.join(names)}" for index, names in enumerate(labels))
-        labels_file.write_text("\n".join(["image,labels", *rows]) + "\n")
+        labels_file.write_text("\n".join(["image,labels", *rows]) + "\n", encoding="utf-8")
         arguments += ["--labels", str(labels_file)]
-    small = work / f"corpus-{command}-tenth"
-    make_corpus(small, [item.image for item in items], count // 10)
 
     chosen = sorted(random.Random(0).sample(range(count), min(SAMPLE[command], count)))
     everything = sorted(corpus.rglob("*.jpg"))
     files = [everything[i] for i in chosen]
-    given: Given = [labels[i] if command == "label" else None for i in chosen]
-    settings = RunOptions()
-    job = make_job(command, str(corpus), work / "out", options.bundle, BackendRequest(), settings)
+    given: list[Labels | None] = [labels[i] if command == "label" else None for i in chosen]
+    job = make_job(command, str(corpus), work / "out", options.bundle, BackendRequest(), RunOptions())
     alone: dict[str, list[float]] = {}
 
     def all_stages() -> None:
@@ -161,30 +165,28 @@ def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
         "stages_alone_images_per_second": rates,
         "slowest_stage": slowest,
         "efficiency": round(whole["images_per_second"] / rates[slowest], 3),
-        # Of two cores that all stages share nothing is left over when their seconds add up to all there are.
+        # All stages share the cores: together they cannot be faster than their seconds added up.
         "sum_of_stages_images_per_second": round(1 / sum(1 / rate for rate in rates.values()), 2),
-        "peak_mib": {
-            str(tenth["images"]): round(tenth["peak_mib"], 1),
-            str(count): round(whole["peak_mib"], 1),
-        },
+        "peak_mib": {str(run["images"]): round(run["peak_mib"], 1) for run in (tenth, whole)},
         "memory_ratio": round(whole["peak_mib"] / tenth["peak_mib"], 3),
     }
 
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, default=default_bundle_path())
-    parser.add_argument("--segment", type=int, default=10_000, metavar="N", help="photographs to segment")
-    parser.add_argument("--label", type=int, default=1_000, metavar="N", help="photographs to label")
+    parser.add_argument(
+        "--segment", type=int, default=10_000, metavar="N", help="number of images to segment"
+    )
+    parser.add_argument("--label", type=int, default=1_000, metavar="N", help="number of images to label")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "multisa-pipeline")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    results = {"environment": environment("onnxruntime")}
-    for command in ("segment", "label"):
-        results[command] = measure(command, options)
-    save_results("pipeline", results)
+    described = environment("onnxruntime")
+    measured = {command: measure(command, options) for command in SAMPLE}
+    save_results("pipeline", {"environment": described, **measured}, options.results)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
-"""The random walk: ours against the peers' dense squaring and against SciPy, with errors beside the times.
+"""The random walk: ours against the literature's dense squaring and against SciPy, with errors.
 
     python benchmarks/random_walk.py            # five minutes; --quick leaves out the dense squaring
 
-Dense squaring is what psa, irn and PuzzleCAM do: the transition matrix of the whole grid, squared eight
-times. SciPy does the same walk as ours on a sparse matrix. Writes benchmarks/results/random_walk.json.
+psa, irn and PuzzleCAM square the transition matrix of the whole grid eight times ("dense squaring"). SciPy
+does the same walk as ours on a sparse matrix. Writes benchmarks/results/random_walk.json.
 """
 
-import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,17 +18,22 @@ from multisa.benchmarks.harness import (
     copied_bytes_per_second,
     environment,
     interleave,
+    make_parser,
     peaks,
-    results_folder,
     save_results,
+    with_ratios,
 )
-from multisa.benchmarks.scenes import photograph, smooth_scores
+from multisa.benchmarks.suite.worker_process import WorkerProcess
+from multisa.benchmarks.synthetic_images import image_features, smooth_scores
 from multisa.kernels import affinity_from_features, random_walk, random_walk_reference, stencil_offsets
 from multisa.kernels.common.stencil import pair_slices
 from multisa.kernels.common.walk import chebyshev_coefficients, chebyshev_degree
 
 Float32 = npt.NDArray[np.float32]
-STEPS, BETA, RADIUS = 256, 8.0, 5
+STEPS = 256
+BETA = 8.0
+RADIUS = 5
+SLOW_REPEATS = 3  # of ways that take seconds
 
 
 def transition(affinity: Float32, beta: float = BETA, radius: int = RADIUS) -> Any:
@@ -86,7 +86,7 @@ def dense_squaring(
     radius: int = RADIUS,
     device: str = "cpu",
 ) -> Float32:
-    """The peers' way, in PyTorch on all cores: squarings of the dense matrix, then one product.
+    """The literature's way in PyTorch on all cores: square the dense matrix, then one product.
 
     `steps` is a power of two.
     """
@@ -99,29 +99,27 @@ def dense_squaring(
     return np.asarray((flat @ matrix.T).cpu().numpy().reshape(scores.shape), np.float32)
 
 
-def flushed_dense_squaring(size: int, channels: int) -> Times:
-    """The same where denormal numbers, which squares of small weights become, count as zero.
+class _FlushedDense:
+    """Dense squaring in a worker process whose threads flush denormal numbers: they take it when they start.
 
-    The peers' code does not ask for that. In a process of its own: threads take the setting when they start.
+    Squares of small weights become denormal. The literature's code does not flush them.
     """
-    command = [sys.executable, __file__, "--flushed-dense", str(size), str(channels)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return Times(tuple(json.loads(result.stdout)))
 
+    def __init__(self) -> None:
+        import torch
 
-def time_flushed(size: int, channels: int) -> list[float]:
-    """Seconds of three dense squarings in this process, its threads not yet started."""
-    import torch
+        torch.set_flush_denormal(True)
 
-    torch.set_flush_denormal(True)
-    affinity, scores = affinity_from_features(photograph(size, size)), smooth_scores(channels, size, size)
-    times = interleave({"dense": lambda: dense_squaring(affinity, scores)}, repeats=3, slow={"dense": 3})
-    return list(times["dense"].seconds)
+    def seconds(self, size: int, channels: int) -> tuple[float, ...]:
+        affinity = affinity_from_features(image_features(size, size))
+        scores = smooth_scores(channels, size, size)
+        ways = {"dense": lambda: dense_squaring(affinity, scores)}
+        return interleave(ways, repeats=0, slow={"dense": SLOW_REPEATS})["dense"].seconds
 
 
 def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str, Any]:
     """All ways on one image of size x size: times, ratios to ours, errors against float64."""
-    affinity = affinity_from_features(photograph(size, size), radius=RADIUS)
+    affinity = affinity_from_features(image_features(size, size), radius=RADIUS)
     scores = smooth_scores(channels, size, size)
     ways: dict[str, Callable[[], Float32]] = {
         "multisa": lambda: random_walk(scores, affinity),
@@ -129,50 +127,50 @@ def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str,
         "scipy, Chebyshev": lambda: sparse_chebyshev(affinity, scores),
         "scipy, every step": lambda: sparse_steps(affinity, scores),
     }
-    slow = {"scipy, Chebyshev": 3, "scipy, every step": 3}
     if dense:
         ways["dense squaring"] = lambda: dense_squaring(affinity, scores)
-        slow["dense squaring"] = 3
+    slow = {name: SLOW_REPEATS for name in ways if not name.startswith("multisa")}
     times = interleave(ways, repeats=repeats, slow=slow)
     reference = random_walk_reference(scores, affinity)
-    rows = {}
+    rows = with_ratios(times, "multisa")
     for name, way in ways.items():
-        walked = way()  # once more: that is what its error is of
-        rows[name] = {
-            **times[name].to_json(),
-            "times_ours": round(times[name].median / times["multisa"].median, 2),
+        walked = way()
+        rows[name] |= {
             "max_error": float(np.abs(walked - reference).max()),
             "argmax_changes": int((walked.argmax(axis=0) != reference.argmax(axis=0)).sum()),
         }
     if dense:
-        flushed = flushed_dense_squaring(size, channels)
+        with WorkerProcess(_FlushedDense) as worker:
+            flushed = Times(worker.call("seconds", size, channels))
         ratio = round(flushed.median / times["multisa"].median, 2)
         rows["dense squaring, denormals flushed"] = {**flushed.to_json(), "times_ours": ratio}
     return {"size": size, "channels": channels, "ways": rows}
 
 
 def comparisons(*, quick: bool, machine: dict[str, float] | None = None) -> list[dict[str, Any]]:
-    """All ways at two sizes, and how far ours is from the floor; quick: no dense squaring, fewer repeats."""
+    """All ways at two sizes, and our distance from the roofline; quick: no dense squaring, fewer repeats."""
     machine = machine or peaks()
     compared = [
         compare(64, 4, dense=not quick, repeats=_repeats(quick)),
         compare(128, 4, dense=False, repeats=_repeats(quick)),
     ]
-    return [{**rows, "floor": floor(rows, machine)} for rows in compared]
+    return [{**rows, "roofline": roofline(rows, machine)} for rows in compared]
 
 
 def _repeats(quick: bool) -> int:
     return 5 if quick else 15
 
 
-def floor(times: dict[str, Any], machine: dict[str, float]) -> dict[str, Any]:
-    """What the arithmetic alone and the bytes alone would take, over the rates measured on this machine.
+def roofline(times: dict[str, Any], machine: dict[str, float]) -> dict[str, Any]:
+    """Time of the arithmetic alone and of the bytes alone at the rates measured on this machine.
 
-    Each product multiplies every pair twice and the self-loop. It cannot do without reading the weights and
-    the state, and reading and writing the state before, which becomes the next, and the sum of the series.
-    "binding" is the higher of the two, which nothing can be faster than.
+    Each product multiplies every pair twice and the self-loop once. It has to read the weights and the state,
+    and read and write the previous state, which becomes the next, and the sum of the series. "binding" is the
+    longer of the two times: nothing can be faster.
     """
-    pixels, channels, planes = times["size"] ** 2, times["channels"], len(stencil_offsets(RADIUS))
+    pixels = times["size"] ** 2
+    channels = times["channels"]
+    planes = len(stencil_offsets(RADIUS))
     products = chebyshev_degree(STEPS)
     operations = products * pixels * channels * (2 * planes + 1)
     seconds = operations / machine["multiply_adds_per_second"]
@@ -186,63 +184,31 @@ def floor(times: dict[str, Any], machine: dict[str, float]) -> dict[str, Any]:
     )
     return {
         "binding": {
-            "floor_ms": round(1000 * highest, 3),
+            "roofline_ms": round(1000 * highest, 3),
             "share": round(highest / taken, 3),
             "text": text,
         },
         "multiply_adds": operations,
-        "floor_ms": round(1000 * seconds, 3),
+        "roofline_ms": round(1000 * seconds, 3),
         "share_of_peak": round(seconds / taken, 3),
         "bytes": moved,
         "bytes_per_second_of_a_copy_of_that_size": round(rate),
-        "bytes_floor_ms": round(1000 * moved / rate, 3),
-        "share_of_bytes_floor": round(moved / rate / taken, 3),
+        "bytes_roofline_ms": round(1000 * moved / rate, 3),
+        "share_of_bytes_roofline": round(moved / rate / taken, 3),
     }
-
-
-def scaling(repeats: int) -> list[dict[str, float]]:
-    """Time for one pixel and channel over sizes and channels: a flat line is linear cost."""
-    rows = []
-    for size, channels in ((32, 4), (64, 1), (64, 4), (64, 16), (128, 4), (256, 4), (512, 4)):
-        affinity = affinity_from_features(photograph(size, size), radius=RADIUS)
-        scores = smooth_scores(channels, size, size)
-        times = interleave({"ours": partial(random_walk, scores, affinity)}, repeats=repeats)
-        seconds = times["ours"].median
-        rows.append(
-            {
-                "size": size,
-                "channels": channels,
-                "median_ms": round(1000 * seconds, 3),
-                "ns_per_pixel_and_channel": round(1e9 * seconds / (size * size * channels), 1),
-            }
-        )
-    return rows
 
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="without the dense squaring, fewer repeats")
-    results_folder(parser)
-    parser.add_argument("--flushed-dense", nargs=2, type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.flushed_dense:
-        print(json.dumps(time_flushed(*options.flushed_dense)))
-        return
-    described, machine = environment("scipy", "torch", quick=options.quick), peaks()
+    options = make_parser(__doc__, quick="without the dense squaring, fewer repeats").parse_args()
+    described = environment("scipy", "torch", quick=options.quick)
+    machine = peaks()
+    threads = "1; dense squaring all cores"
     results = {
         "environment": described,
         "peaks": machine,
-        "parameters": {
-            "radius": RADIUS,
-            "beta": BETA,
-            "steps": STEPS,
-            "threads": "1; dense squaring all cores",
-        },
+        "parameters": {"radius": RADIUS, "beta": BETA, "steps": STEPS, "threads": threads},
         "comparisons": comparisons(quick=options.quick, machine=machine),
-        "scaling": scaling(_repeats(options.quick)),
     }
     save_results("random_walk", results, options.results)
 

@@ -1,9 +1,9 @@
-"""Segmenting on every engine and in PyTorch: latency, throughput, masks, memory, start.
+"""Segmenting with every backend and with PyTorch: latency, throughput, masks, memory, start-up.
 
-    python benchmarks/segmenting.py --data VOC_LAYOUT [--quick] [--engines onnxruntime-cpu,pytorch-eager]
+    python benchmarks/segmenting.py --data VOC_LAYOUT [--quick] [--backends onnxruntime-cpu,pytorch-eager]
 
-Each contender has a process of its own; they take turns on the same photographs, so that a noisy machine
-slows all alike. Writes benchmarks/results/segmenting.json; `multisa bench --stages segment` is the same.
+Each candidate has its own process. They run alternately on the same images, so that a busy machine slows them
+all down alike. Writes benchmarks/results/segmenting.json; the same as `multisa bench --stages segment`.
 """
 
 import statistics
@@ -16,22 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from multisa.benchmarks.suite.command import run_on_photographs
-from multisa.benchmarks.suite.contender import (
+from multisa.benchmarks.harness import median_ratio
+from multisa.benchmarks.suite.candidates import (
     COMPILED,
     REFERENCE,
-    Contender,
-    auto_contender,
+    Candidate,
+    auto_candidate,
     baseline_of,
-    contenders,
+    list_candidates,
 )
-from multisa.benchmarks.suite.guest import Guest, GuestFailedError
-from multisa.benchmarks.suite.limits import segmenting_floor
-from multisa.benchmarks.suite.sample import of_one_size, read_working, settle, spread
-from multisa.benchmarks.suite.segment_contender import SegmentContender
-from multisa.benchmarks.suite.setting import Setting
-from multisa.benchmarks.suite.subject import subject_main
-from multisa.benchmarks.suite.turns import ratio_of_turns
+from multisa.benchmarks.suite.context import BenchContext, stage_main
+from multisa.benchmarks.suite.images import of_one_size, read_working, settle, spread
+from multisa.benchmarks.suite.roofline import mean_roofline
+from multisa.benchmarks.suite.segment_candidate import SegmentCandidate
+from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.progress import Progress, log
@@ -41,193 +39,195 @@ Row = dict[str, Any]
 
 
 @dataclass(eq=False)
-class _Member:
-    """A contender that runs, and what is known of it so far."""
+class _Measured:
+    """A running candidate and its measurements so far."""
 
-    contender: Contender
-    guest: Guest
+    candidate: Candidate
+    worker: WorkerProcess
     row: Row
-    rounds: list[list[float]] = field(default_factory=list)  # seconds of single photographs
-    rates: list[float] = field(default_factory=list)  # images a second from file to file, of each turn
-    loops: list[float] = field(default_factory=list)  # ... in a plain loop
+    latency_rounds: list[list[float]] = field(default_factory=list)  # seconds of single images
+    rates: list[float] = field(default_factory=list)  # images per second from file to file, one per round
+    loop_rates: list[float] = field(default_factory=list)  # the same in a plain loop
 
     @property
     def seconds(self) -> list[float]:
-        return [seconds for one in self.rounds for seconds in one]
+        return [seconds for each in self.latency_rounds for seconds in each]
 
 
-def measure(setting: Setting) -> list[Row]:
-    """One row for each contender, those that cannot run here with the reason as "problem"."""
-    listed = contenders(setting.bundle, SEGMENTER, setting.engines, gpu=bool(probe_gpus().gpus))
-    default = auto_contender(setting.bundle.path, SEGMENTER.name, setting.plans)
+def measure(context: BenchContext) -> list[Row]:
+    """One row per candidate; candidates that cannot run here have the reason as "problem"."""
+    listed = list_candidates(context.bundle, SEGMENTER, context.backends, gpu=bool(probe_gpus().gpus))
+    default = auto_candidate(context.bundle.path, SEGMENTER.name, context.engine_cache)
     rows: list[Row] = []
     with ExitStack() as stack:
-        members = []
-        for contender in listed:
-            row = contender.row(is_default=contender == default)
+        measured = []
+        for candidate in listed:
+            row = candidate.row(is_default=candidate == default)
             rows.append(row)
             try:
-                guest = stack.enter_context(Guest.started_twice(*_opened(setting, contender)))
-            except GuestFailedError as error:
+                opened = _arguments(context, candidate)
+                worker = stack.enter_context(WorkerProcess.started_twice(*opened))
+            except WorkerFailedError as error:
                 row["problem"] = str(error)
-                log.info(f"{contender.title}: left out: {error}")
+                log.info(f"{candidate.title}: skipped: {error}")
                 continue
-            row["startup_seconds"] = round(guest.start_seconds, 3)
-            members.append(_Member(contender, guest, row))
-        Segmenter(setting, members).measure()
+            row["startup_seconds"] = round(worker.start_seconds, 3)
+            measured.append(_Measured(candidate, worker, row))
+        Segmenter(context, measured).measure()
     return rows
 
 
-def _opened(setting: Setting, contender: Contender) -> tuple[Any, ...]:
-    """What a guest is started with. Raises GuestFailedError for a contender that is left out."""
-    if not contender.is_ours and setting.pytorch_problem:
-        raise GuestFailedError(setting.pytorch_problem)
-    if contender.backend == COMPILED and setting.effort.is_quick and COMPILED not in setting.engines:
-        raise GuestFailedError(
-            f"compiles for minutes: left out of a quick run unless --engines names {COMPILED}"
+def _arguments(context: BenchContext, candidate: Candidate) -> tuple[Any, ...]:
+    """Arguments of the candidate's WorkerProcess. Raises WorkerFailedError for a skipped candidate."""
+    if not candidate.is_ours and context.pytorch_problem:
+        raise WorkerFailedError(context.pytorch_problem)
+    if candidate.backend == COMPILED and context.effort.is_quick and COMPILED not in context.backends:
+        raise WorkerFailedError(
+            f"compiles for minutes: skipped in a quick run unless --backends names {COMPILED}"
         )
-    first = setting.val[0].image
-    return SegmentContender, setting.bundle.path, contender, setting.plans, first, setting.states
+    first = context.val[0].path
+    return SegmentCandidate, context.bundle.path, candidate, context.engine_cache, first, context.weights
 
 
 class Segmenter:
-    """The steps of the measurement; in each of them the contenders take turns."""
+    """The steps of the measurement; in each step the candidates run alternately."""
 
-    def __init__(self, setting: Setting, members: list[_Member]) -> None:
-        self._setting, self._effort, self._members = setting, setting.effort, members
-        self._files = [p.image for p in spread(setting.val, self._effort.latency_photographs)]
+    def __init__(self, context: BenchContext, measured: list[_Measured]) -> None:
+        self._context = context
+        self._effort = context.effort
+        self._measured = measured
+        self._files = [image.path for image in spread(context.val, self._effort.latency_images)]
 
     def measure(self) -> None:
         """Fill the rows.
 
-        Who cannot do what every row has takes no further turn, and has the reason as "problem"; who fails
-        later, with a batch that is too large perhaps, has it among its "notes".
+        A candidate that fails at a figure every row has is not measured further; its row has the reason as
+        "problem". One that fails at a curve, for example with too large a batch, has it among its "notes".
         """
-        needed = (*[self._latency] * self._effort.rounds, self._memory, self._masks)
-        needed += (*[self._end_to_end] * self._effort.turns,)
-        curves = (self._sizes, self._batches, self._cores)  # last: afterwards they run on one thread each
-        steps = (*needed, *curves)
-        with Progress((len(steps) + 1) * len(self._members), "segmenting", "step") as bar:
-            self._all(bar, self._warm_up)
-            for step in steps:
-                self._all(bar, step, may_fail=step in curves)
+        steps: list[Callable[[_Measured], object]] = [self._warm_up]
+        steps += [self._latency] * self._effort.latency_rounds
+        steps += [self._memory, self._masks]
+        steps += [self._end_to_end] * self._effort.end_to_end_rounds
+        curves = [self._sizes, self._batches, self._cores]  # _cores last: it leaves one thread per image
+        with Progress((len(steps) + len(curves)) * len(self._measured), "segmenting", "step") as bar:
+            for step in (*steps, *curves):
+                self._run(bar, step, is_curve=step in curves)
         self._summarise()
 
-    def _all(self, bar: Progress, step: Callable[[_Member], object], *, may_fail: bool = False) -> None:
-        for member in self._members:
-            if member.row["problem"] is None:
+    def _run(self, bar: Progress, step: Callable[[_Measured], object], *, is_curve: bool) -> None:
+        for each in self._measured:
+            if each.row["problem"] is None:
                 settle()
                 try:
-                    step(member)
-                except GuestFailedError as error:
+                    step(each)
+                except WorkerFailedError as error:
                     name = step.__name__.strip("_").replace("_", " ")
-                    log.info(f"{member.contender.title}: {name}: {error}")
-                    if may_fail:
-                        member.row.setdefault("notes", []).append(f"{name}: {error}")
+                    log.info(f"{each.candidate.title}: {name}: {error}")
+                    if is_curve:
+                        each.row.setdefault("notes", []).append(f"{name}: {error}")
                     else:
-                        member.row["problem"] = str(error)
+                        each.row["problem"] = str(error)
             bar.advance()
 
-    def _warm_up(self, member: _Member) -> None:
-        member.guest.call("load", self._files)
-        member.guest.call("latencies")
+    def _warm_up(self, each: _Measured) -> None:
+        each.worker.call("load", self._files)
+        each.worker.call("latencies")
 
-    def _latency(self, member: _Member) -> None:
-        member.rounds.append(member.guest.call("latencies"))
+    def _latency(self, each: _Measured) -> None:
+        each.latency_rounds.append(each.worker.call("latencies"))
 
-    def _memory(self, member: _Member) -> None:
-        member.row["peak_mib"] = {"host": member.guest.peak_mib, "device": member.guest.call("device_mib")}
-        member.row["model_bytes"] = member.guest.call("model_bytes")
+    def _memory(self, each: _Measured) -> None:
+        each.row["peak_mib"] = {"host": each.worker.peak_mib, "device": each.worker.call("device_mib")}
+        each.row["model_bytes"] = each.worker.call("model_bytes")
 
-    def _masks(self, member: _Member) -> None:
-        photographs = spread(self._setting.val, self._effort.masks)
-        kept = self._setting.scratch / "reference-labels"
-        is_reference = member.contender == REFERENCE  # which comes first
-        kept.mkdir(parents=True, exist_ok=True)
-        first = self._members[0]
-        agreeing = first.contender == REFERENCE and first.row["problem"] is None
-        member.row |= member.guest.call("masks", photographs, kept if agreeing else None, is_reference)
-        member.row["photographs"] = len(photographs)
+    def _masks(self, each: _Measured) -> None:
+        images = spread(self._context.val, self._effort.masks)
+        reference = self._context.scratch / "reference-labels"
+        reference.mkdir(parents=True, exist_ok=True)
+        first = self._measured[0]  # the reference, if it runs
+        has_reference = first.candidate == REFERENCE and first.row["problem"] is None
+        kept = reference if has_reference else None
+        each.row |= each.worker.call("masks", images, kept, each.candidate == REFERENCE)
+        each.row["images"] = len(images)
 
-    def _sizes(self, member: _Member) -> None:
-        photograph, rows = self._setting.val[0].image, []
+    def _sizes(self, each: _Measured) -> None:
+        rows = []
         for side in self._effort.sides:
-            pixels, seconds = member.guest.call("at_side", photograph, side, self._effort.repeats)
-            row = {"long_side": side, "pixels": pixels, "latency_ms": _ms(statistics.median(seconds))}
-            rows.append(row)
-        member.row["sizes"] = rows
+            image = self._context.val[0].path
+            pixels, seconds = each.worker.call("at_side", image, side, self._effort.repeats)
+            rows.append({"long_side": side, "pixels": pixels, "latency_ms": _ms(statistics.median(seconds))})
+        each.row["sizes"] = rows
 
-    def _batches(self, member: _Member) -> None:
+    def _batches(self, each: _Measured) -> None:
         rows = []
         for batch in self._effort.batches:
             files = (self._of_one_size * batch)[:batch]
-            seconds = statistics.median(member.guest.call("batch", files, self._effort.repeats))
+            seconds = statistics.median(each.worker.call("batch", files, self._effort.repeats))
             rows.append({"batch": batch, "images_per_second": round(batch / seconds, 2)})
-        member.row["batches"] = rows
+        each.row["batches"] = rows
 
-    def _end_to_end(self, member: _Member) -> None:
-        photographs = spread(self._setting.val, self._effort.end_to_end)
-        out, contender = self._setting.scratch / "segmented", member.contender
-        loop = member.guest.call("loop", [p.image for p in photographs], out / "loop")
-        member.loops.append(loop)
-        if not contender.is_ours:
-            member.rates.append(loop)
-            return
-        record = run_on_photographs("segment", self._setting, contender, photographs, out / "command")
-        member.rates.append(record["images_per_second"])
+    def _end_to_end(self, each: _Measured) -> None:
+        images = spread(self._context.val, self._effort.end_to_end)
+        out = self._context.scratch / "segmented"
+        rate = each.worker.call("loop", [image.path for image in images], out / "loop")
+        each.loop_rates.append(rate)
+        if each.candidate.is_ours:
+            record = self._context.run_on_images("segment", each.candidate, images, out / "command")
+            rate = record["images_per_second"]
+        each.rates.append(rate)
 
-    def _cores(self, member: _Member) -> None:
-        cores, repeats = usable_cpus(), self._effort.repeats
-        rows = [{"cores": cores, "images_per_second": member.guest.call("images_per_second", repeats)}]
-        # What torch compiles, it would compile anew for each, for minutes.
-        alone = member.contender.device != "cpu" or member.contender.backend == COMPILED
-        for count in () if alone else [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores]:
-            with Guest(*_opened(self._setting, member.contender), cpus=count) as guest:
-                guest.call("load", self._files)
-                rows.append({"cores": count, "images_per_second": guest.call("images_per_second", repeats)})
-        member.row["cores"] = sorted(rows, key=lambda row: int(row["cores"]))
+    def _cores(self, each: _Measured) -> None:
+        cores = usable_cpus()
+        rows = [
+            {"cores": cores, "images_per_second": each.worker.call("images_per_second", self._effort.repeats)}
+        ]
+        # torch.compile would compile again for each number of cores, for minutes.
+        only_all = each.candidate.device != "cpu" or each.candidate.backend == COMPILED
+        for count in () if only_all else [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores]:
+            with WorkerProcess(*_arguments(self._context, each.candidate), cpus=count) as worker:
+                worker.call("load", self._files)
+                rate = worker.call("images_per_second", self._effort.repeats)
+                rows.append({"cores": count, "images_per_second": rate})
+        each.row["cores"] = sorted(rows, key=lambda row: int(row["cores"]))
 
     def _summarise(self) -> None:
-        ran = [member for member in self._members if member.row["problem"] is None]
-        sizes = [read_working(path, self._long_side).shape[1:3] for path in self._files]
-        floor = segmenting_floor(self._setting, sizes)
-        for member in ran:
-            baseline = baseline_of(member.contender, [other.contender for other in ran])
-            theirs = next(other for other in ran if other.contender == baseline)
-            seconds, rates = member.seconds, member.rates
-            member.row |= {
-                "baseline": member is theirs,
-                "latency_ms": latency_figures(member.rounds),
-                "times_baseline": round(statistics.median(theirs.seconds) / statistics.median(seconds), 3),
-                "images_per_second": round(statistics.median(rates), 2),
+        ran = [each for each in self._measured if each.row["problem"] is None]
+        sizes = [read_working(path, self._context.long_side).shape[1:3] for path in self._files]
+        roofline = mean_roofline(self._context, "segmenting", sizes)
+        for each in ran:
+            baseline = baseline_of(each.candidate, [other.candidate for other in ran])
+            theirs = next(other for other in ran if other.candidate == baseline)
+            speedup = statistics.median(theirs.seconds) / statistics.median(each.seconds)
+            each.row |= {
+                "baseline": each is theirs,
+                "latency_ms": latency_figures(each.latency_rounds),
+                "times_baseline": round(speedup, 3),
+                "images_per_second": round(statistics.median(each.rates), 2),
                 "end_to_end": {
-                    "by": "multisa segment" if member.contender.is_ours else "loop",
-                    "photographs": min(self._effort.end_to_end, len(self._setting.val)),
-                    "images_per_second": [round(rate, 2) for rate in rates],
-                    "times_baseline": ratio_of_turns(rates, theirs.rates),
+                    "by": "multisa segment" if each.candidate.is_ours else "loop",
+                    "images": min(self._effort.end_to_end, len(self._context.val)),
+                    "images_per_second": [round(rate, 2) for rate in each.rates],
+                    "times_baseline": median_ratio(each.rates, theirs.rates),
                 },
                 "loop": {
-                    "images_per_second": [round(rate, 2) for rate in member.loops],
-                    "times_baseline": ratio_of_turns(member.loops, theirs.loops),
+                    "images_per_second": [round(rate, 2) for rate in each.loop_rates],
+                    "times_baseline": median_ratio(each.loop_rates, theirs.loop_rates),
                 },
-                "limit": floor.limit(member.contender, statistics.mean(seconds)),
+                "limit": roofline.limit(each.candidate, statistics.mean(each.seconds)),
             }
 
     @cached_property
     def _of_one_size(self) -> list[Path]:
-        return of_one_size(spread(self._setting.val, 4 * max(self._effort.batches)), self._long_side)
-
-    @property
-    def _long_side(self) -> int:
-        return self._setting.bundle.manifest.parameters.long_side
+        images = spread(self._context.val, 4 * max(self._effort.batches))
+        return of_one_size(images, self._context.long_side)
 
 
 def latency_figures(rounds: list[list[float]]) -> dict[str, Any]:
-    """Milliseconds: percentiles over all photographs and rounds, and the median of each round.
+    """Milliseconds: percentiles over all images and rounds, and the median of each round.
 
-    Of fewer than a hundred, one in a hundred is not to be had.
+    p99 is None for fewer than a hundred samples.
     """
-    every = np.array([seconds for one in rounds for seconds in one])
+    every = np.array([seconds for each in rounds for seconds in each])
     p50, p90, p99 = np.percentile(every, (50, 90, 99))
     return {
         "p50": _ms(p50),
@@ -237,7 +237,7 @@ def latency_figures(rounds: list[list[float]]) -> dict[str, Any]:
         "max": _ms(every.max()),
         "mean": _ms(every.mean()),
         "count": len(every),
-        "repeats": [_ms(statistics.median(one)) for one in rounds],
+        "repeats": [_ms(statistics.median(each)) for each in rounds],
     }
 
 
@@ -246,4 +246,4 @@ def _ms(seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    subject_main("segmenting", __doc__, "segment", measure)
+    stage_main("segmenting", __doc__, "segment", measure)

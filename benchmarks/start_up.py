@@ -2,11 +2,10 @@
 
     python benchmarks/start_up.py
 
-The floor is what the interpreter takes to start and to import NumPy. torch.compile starts with an empty cache
+The lower bound is the interpreter's start plus the import of NumPy. torch.compile starts with an empty cache
 each time. Writes benchmarks/results/start_up.json.
 """
 
-import argparse
 import importlib.util
 import os
 import shutil
@@ -18,71 +17,67 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import environment, interleave, results_folder, save_results
-from multisa.benchmarks.suite.contender import COMPILED, EAGER, REFERENCE, Contender
-from multisa.benchmarks.suite.guest import Guest
-from multisa.benchmarks.suite.setting import write_states
+from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results, with_ratios
+from multisa.benchmarks.suite.candidates import COMPILED, EAGER, REFERENCE, Candidate
+from multisa.benchmarks.suite.context import write_weights
+from multisa.benchmarks.suite.worker_process import WorkerProcess
 from multisa.runtime.bundle import default_bundle_path
 
-PHOTOGRAPHS = Path(default_bundle_path()).parents[1] / "demo_images"
-INTERPRETER, OURS = "Python and NumPy", "multisa segment, one photograph"
-EAGER_START = "PyTorch eager, one photograph"
-ON_CPUS = {"onnxruntime-cpu": "onnxruntime", "openvino": "openvino"}  # engines and their packages
-# The same contender as in the suite, opened and run on one photograph.
+INTERPRETER = "Python and NumPy"
+OURS = "multisa segment, one image"
+EAGER_START = "PyTorch eager, one image"
+COMPILE_REPEATS = 2
+ON_CPUS = {"onnxruntime-cpu": "onnxruntime", "openvino": "openvino"}  # backends and their packages
+# The same candidate as in the suite, opened and run on one image.
 _SEGMENT = (
     "import sys\n"
     "from pathlib import Path\n"
-    "from multisa.benchmarks.suite.contender import Contender\n"
-    "from multisa.benchmarks.suite.segment_contender import SegmentContender\n"
-    "SegmentContender(Path(sys.argv[1]), Contender(*sys.argv[4:]), None, *map(Path, sys.argv[2:4]))\n"
+    "from multisa.benchmarks.suite.candidates import Candidate\n"
+    "from multisa.benchmarks.suite.segment_candidate import SegmentCandidate\n"
+    "SegmentCandidate(Path(sys.argv[1]), Candidate(*sys.argv[4:]), None, *map(Path, sys.argv[2:4]))\n"
 )
 
 
 def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dict[str, Any]:
-    """Times of each way to start, in turn, and how many times as long as ours it takes."""
-    photograph, states = min(PHOTOGRAPHS.glob("*.jpg")), scratch / "states"
-    with Guest(write_states, bundle, states):  # once: PyTorch's start is that of its own file of weights
+    """Times of each way to start, run alternately, and their ratios to ours."""
+    image = min((default_bundle_path().parents[1] / "demo_images").glob("*.jpg"))
+    weights = scratch / "weights"
+    with WorkerProcess(write_weights, bundle, weights):  # once: PyTorch then starts from its file of weights
         pass
 
-    def program(contender: Contender) -> list[str]:
-        words = [contender.backend, contender.precision, contender.device]
-        return ["-c", _SEGMENT, str(bundle), str(photograph), str(states), *words]
+    def program(candidate: Candidate) -> list[str]:
+        words = [candidate.backend, candidate.precision, candidate.device]
+        return ["-c", _SEGMENT, str(bundle), str(image), str(weights), *words]
 
     out = scratch / "out"
-    command = ["segment", str(photograph), "-o", str(out), "--bundle", str(bundle), "--report", "0"]
-    engines = [name for name, package in ON_CPUS.items() if importlib.util.find_spec(package)]
+    command = ["segment", str(image), "-o", str(out), "--bundle", str(bundle), "--report", "0"]
+    backends = [name for name, package in ON_CPUS.items() if importlib.util.find_spec(package)]
     ways = {
         INTERPRETER: ["-c", "import numpy"],
-        "multisa --help": ["-m", "multisa.runtime.cli.main", "--help"],
-        "multisa inspect": ["-m", "multisa.runtime.cli.main", "inspect", str(bundle)],
-        OURS: ["-m", "multisa.runtime.cli.main", *command],
-        **{
-            on_engine(name): ["-m", "multisa.runtime.cli.main", *command, "--backend", name]
-            for name in engines
-        },
-        "the engine alone, one photograph": program(REFERENCE),
-        EAGER_START: program(Contender(EAGER, "fp32", "cpu")),
+        "multisa --help": [*CLI, "--help"],
+        "multisa inspect": [*CLI, "inspect", str(bundle)],
+        OURS: [*CLI, *command],
+        **{with_backend(name): [*CLI, *command, "--backend", name] for name in backends},
+        "the backend alone, one image": program(REFERENCE),
+        EAGER_START: program(Candidate(EAGER, "fp32", "cpu")),
     }
+    slow = {}
     if compiled:
-        ways["torch.compile, one photograph"] = program(Contender(COMPILED, "fp32", "cpu"))
+        ways["torch.compile, one image"] = program(Candidate(COMPILED, "fp32", "cpu"))
+        slow["torch.compile, one image"] = COMPILE_REPEATS
     cases: dict[str, Callable[[], object]] = {
         name: partial(_start, words, out, scratch / "compiled") for name, words in ways.items()
     }
-    slow = {name: 2 for name in cases if name.startswith("torch.compile")}
     times = interleave(cases, repeats=repeats, slow=slow)
-    ours = times[OURS].median
-    rows = {
-        name: {**taken.to_json(), "times_ours": round(taken.median / ours, 2)}
-        for name, taken in times.items()
-    }
-    share = round(times[INTERPRETER].median / ours, 3)
-    limit = {"floor_ms": rows[INTERPRETER]["median_ms"], "share": share, "text": INTERPRETER}
+    rows = with_ratios(times, OURS)
+    share = round(times[INTERPRETER].median / times[OURS].median, 3)
+    limit = {"roofline_ms": rows[INTERPRETER]["median_ms"], "share": share, "text": INTERPRETER}
     return {"ways": rows, "limit": limit}
 
 
-def on_engine(name: str) -> str:
-    """The way to start that asks for this engine instead of leaving it to `multisa segment`."""
-    return f"multisa segment --backend {name}, one photograph"
+def with_backend(name: str) -> str:
+    """Name of the way that asks for a backend instead of leaving the choice to `multisa segment`."""
+    return f"multisa segment --backend {name}, one image"
 
 
 def _start(words: Sequence[str], out: Path, compiled: Path) -> None:
@@ -94,12 +89,8 @@ def _start(words: Sequence[str], out: Path, compiled: Path) -> None:
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, quick="fewer repeats, without torch.compile")
     parser.add_argument("--bundle", type=Path, default=default_bundle_path())
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, without torch.compile")
-    results_folder(parser)
     options = parser.parse_args()
     described = environment("onnxruntime", "openvino", "torch", quick=options.quick)
     repeats = 3 if options.quick else 9

@@ -1,14 +1,12 @@
-"""Does uncertainty find the masks that are wrong? The val photographs ranked by uncertainty, and by confidence alone.
-
-For `segment` and for `label` (with the image-level labels, and from scores): the rank correlation of uncertainty
-with each photograph's share of wrong pixels and with its mean IoU, and what the most uncertain tenth holds.
-The definition of uncertainty
-was chosen on these photographs. Writes benchmarks/results/uncertainty.json.
+"""Does the uncertainty score find wrong masks? Ranks the val images by it, and by confidence alone.
 
     python benchmarks/uncertainty.py --data VOC_LAYOUT
+
+For `segment` and for `label` (with image-level labels, and from scores): the rank correlation of uncertainty
+with each image's share of wrong pixels and with its mean IoU, and the error of the most uncertain tenth. The
+formula was chosen on these images. Writes benchmarks/results/uncertainty.json.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +16,24 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import spearmanr
 
-from multisa.benchmarks.harness import environment, save_results
+from multisa.benchmarks.harness import environment, make_parser, save_results
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.backends.registry import open_backend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.evaluation import confusion_matrix, mean_iou, pixel_accuracy
 from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
-from multisa.runtime.predict.uncertainty import no_class_disagreement, segmenter_disagreement, uncertainty
+from multisa.runtime.predict.uncertainty import doubt, no_class_disagreement, segmenter_disagreement
 from multisa.runtime.progress import Progress
 
 UInt8 = npt.NDArray[np.uint8]
 METHODS = ("segment", "label, image-level labels given", "label, from scores")
-MOST_DOUBTFUL = 0.1  # of the photographs, looked at by themselves
+MOST_UNCERTAIN = 0.1  # share of the images that is evaluated separately
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """One photograph's mask at the working size, and what is known without the truth."""
+    """Mask of one image at the working size, and what is known without the ground truth."""
 
     mask: UInt8
     confidence: float
@@ -43,14 +41,17 @@ class Answer:
     given: tuple[str, ...] = ()
 
 
-def answers(bundle: Bundle, rgb: UInt8, given: tuple[str, ...], engines: Any) -> tuple[Answer, ...]:
-    """One for each of METHODS; rgb: uint8 [h, w, 3] at the working size."""
-    manifest, (cam, affinity, segmenter) = bundle.manifest, engines
+def answers(bundle: Bundle, rgb: UInt8, given: tuple[str, ...], backends: Any) -> tuple[Answer, ...]:
+    """One answer for each of METHODS; rgb: uint8 [h, w, 3] at the working size."""
+    manifest = bundle.manifest
+    cam, affinity, segmenter = backends
     parameters = manifest.parameters
     segmented = segmenter.run(rgb[None])
-    mask, confidence = segmented["labels"][0], segmented["confidence"][0]
+    mask = segmented["labels"][0]
+    confidence = segmented["confidence"][0]
     made = [Answer(mask, float(confidence.mean()) / 255, segmenter_disagreement(mask, confidence))]
-    outputs, edges = cam.run(rgb[None]), affinity.run(rgb[None])["affinity"]
+    outputs = cam.run(rgb[None])
+    edges = affinity.run(rgb[None])["affinity"]
     scores = dict(zip(manifest.foreground, outputs["scores"][0].tolist(), strict=True))
     present = tuple(name for name, score in scores.items() if score >= parameters.score_thresholds[name])
     for classes, labels in ((given, given), (present, ())):
@@ -59,23 +60,23 @@ def answers(bundle: Bundle, rgb: UInt8, given: tuple[str, ...], engines: Any) ->
         if ids:
             walked = walk_scores(outputs["cam"][0][[i - 1 for i in ids]], edges, parameters.label)
         labelled = pseudo_mask(rgb, walked, ids, parameters.label)
-        sure = float(labelled.confidence.mean(dtype=np.float64))
         disagreement = labelled.disagreement
         if not ids:
             disagreement = no_class_disagreement(scores, parameters.score_thresholds)
-        made.append(Answer(labelled.mask, sure, disagreement, labels))
+        mean_confidence = float(labelled.confidence.mean(dtype=np.float64))
+        made.append(Answer(labelled.mask, mean_confidence, disagreement, labels))
     return tuple(made)
 
 
 def ranking(by: npt.NDArray[np.float64], confusions: npt.NDArray[np.int64]) -> dict[str, float]:
-    """How well a ranking, the highest first, finds what is wrong.
+    """How well a ranking, highest first, finds errors.
 
-    by: float64 [n]; confusions: int64 [n, classes, classes], one matrix for each photograph.
+    by: float64 [n]; confusions: int64 [n, classes, classes], one matrix per image.
     """
     accuracy = np.array([pixel_accuracy(matrix) for matrix in confusions])
     iou = np.array([mean_iou(matrix) for matrix in confusions])
     order = np.argsort(-by, kind="stable")
-    first = order[: round(MOST_DOUBTFUL * len(by))]
+    first = order[: round(MOST_UNCERTAIN * len(by))]
     rest = order[len(first) :]
     wrong = 1 - pixel_accuracy(confusions[first].sum(axis=0))
     figures = {
@@ -91,7 +92,7 @@ def ranking(by: npt.NDArray[np.float64], confusions: npt.NDArray[np.int64]) -> d
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, default=default_bundle_path())
     options = parser.parse_args()
@@ -100,23 +101,23 @@ def main() -> None:
     manifest = bundle.manifest
     names = (options.data / "ImageSets/Segmentation/val.txt").read_text(encoding="utf-8").split()
     labels = json.loads((options.data / "labels.json").read_text(encoding="utf-8"))
-    engines = [open_backend(bundle, graph, backend="onnxruntime-cpu") for graph in (CAM, AFFINITY, SEGMENTER)]
+    backends = [
+        open_backend(bundle, graph, backend="onnxruntime-cpu") for graph in (CAM, AFFINITY, SEGMENTER)
+    ]
     uncertainties = np.zeros((len(METHODS), len(names)))
     confidences = np.zeros_like(uncertainties)
     n = len(manifest.classes)
     confusions = np.zeros((len(METHODS), len(names), n, n), np.int64)
     with Progress(len(names), "uncertainty") as progress:
         for i, name in enumerate(names):
-            photograph = read_image(options.data / "JPEGImages" / f"{name}.jpg").rgb
+            image = read_image(options.data / "JPEGImages" / f"{name}.jpg").rgb
             truth = read_mask(options.data / "SegmentationClass" / f"{name}.png")
             height, width = truth.shape
-            rgb = resize_image(photograph, working_size(height, width, manifest.parameters.long_side))
-            for method, answer in enumerate(answers(bundle, rgb, tuple(labels[name]), engines)):
+            rgb = resize_image(image, working_size(height, width, manifest.parameters.long_side))
+            for method, answer in enumerate(answers(bundle, rgb, tuple(labels[name]), backends)):
                 found = [manifest.classes[k] for k in np.unique(answer.mask)]
                 confidences[method, i] = answer.confidence
-                uncertainties[method, i] = uncertainty(
-                    answer.confidence, answer.disagreement, answer.given, found
-                )
+                uncertainties[method, i] = doubt(answer.confidence, answer.disagreement, answer.given, found)
                 mask = resize_mask(answer.mask, (height, width))
                 confusions[method, i] = confusion_matrix(mask, truth, n)
             progress.advance()
@@ -127,8 +128,8 @@ def main() -> None:
         }
         for i, method in enumerate(METHODS)
     }
-    facts = {"photographs": len(names), "bundle": manifest.name, **environment("onnxruntime", "scipy")}
-    save_results("uncertainty", {**facts, "methods": results})
+    facts = {"images": len(names), "bundle": manifest.name, **environment("onnxruntime", "scipy")}
+    save_results("uncertainty", {**facts, "methods": results}, options.results)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""The one exception tree of multisa; the command line turns each into one line and an exit code.
+"""The exceptions of multisa, in one tree; the command line turns each into one line and an exit code.
 
 MultisaError (1)
-    UsageError (2)            an argument or configuration value cannot be used
-    DatasetError (1)          a training data set is not laid out as it must be
-    CheckpointError (1)       a trained network's file is missing or damaged
-    ImageError (1)            one image cannot be read or processed
-    BundleError (1)           a bundle is incomplete, of another version, or was altered
-    BackendError (1)           a graph was loaded but cannot be run
-    ParityError (3)           an exported graph answers differently from the network it came from
-    TooManyFailures (4)       finished, but more images failed than allowed
-    BackendUnavailable (5)     the engine or an optional package is not there
-    Interrupted (130, 143)    a signal has stopped a run that can be gone on with
+    UsageError (2)             an argument or configuration value cannot be used
+    DatasetError (1)           a training data set does not have the expected layout
+    CheckpointError (1)        the file of a trained network is missing or damaged
+    ImageError (1)             one image cannot be read or processed
+    BundleError (1)            a bundle is incomplete, of another version, or was altered
+    BackendError (1)           a graph was loaded and cannot be run
+    ParityError (3)            an exported graph gives other results than its network
+    TooManyFailures (4)        more images failed than allowed
+    BackendUnavailable (5)     a backend, driver or optional package is missing
+    Interrupted (130, 143)     a signal stopped a run, which can be resumed
 """
 
 
@@ -27,7 +27,7 @@ class UsageError(MultisaError):
 
 
 class DatasetError(MultisaError):
-    """A training data set is not laid out as it must be."""
+    """A training data set does not have the expected layout."""
 
 
 class CheckpointError(MultisaError):
@@ -43,23 +43,23 @@ class BundleError(MultisaError):
 
 
 class BackendError(MultisaError):
-    """A graph was loaded but cannot be run as asked."""
+    """A graph was loaded and cannot be run as asked."""
 
 
 class ParityError(MultisaError):
-    """An exported graph answers differently from the network it came from."""
+    """An exported graph gives other results than the network it came from."""
 
     exit_code = 3
 
 
 class TooManyFailures(MultisaError):
-    """The run finished, but more images failed than were allowed."""
+    """More images failed than were allowed."""
 
     exit_code = 4
 
 
 class BackendUnavailable(MultisaError):
-    """The engine, driver or optional package asked for is not there: `cause`, and what to do about it."""
+    """A backend, driver or optional package is missing: `cause`, and the remedy in the message."""
 
     exit_code = 5
 
@@ -69,7 +69,7 @@ class BackendUnavailable(MultisaError):
 
 
 class Interrupted(MultisaError):
-    """A signal has stopped a run; what was done is kept, and the same command goes on."""
+    """A signal stopped a run; finished work is kept, and the same command resumes it."""
 
     def __init__(self, message: str, *, signal: int) -> None:
         super().__init__(message)

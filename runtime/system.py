@@ -1,4 +1,4 @@
-"""How many processors this process may use, which in a container is often fewer than the machine has."""
+"""What this process may use: processors, and the versions of installed packages."""
 
 import math
 import os
@@ -10,7 +10,9 @@ _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def usable_cpus() -> int:
-    """Processors that the affinity of the process and the quotas of its cgroups leave it, at least 1.
+    """Processors that this process may use, at least 1: in a container often fewer than the machine has.
+
+    Counts what the affinity of the process and the quotas of its cgroups allow.
 
     A quota of a part of a processor counts as a whole one. Quotas are those of cgroup v2 (`cpu.max`,
     https://docs.kernel.org/admin-guide/cgroup-v2.html), which every group above has, too.

@@ -51,7 +51,6 @@ def test_wheel_carries_presets_images_and_types(wheel: zipfile.ZipFile) -> None:
         "training/presets": "*.toml",
         "runtime/demo_images": "*.*",
         "runtime/report": "page.*",
-        "benchmarks/report": "page.[hc]*",
         "kernels": "py.typed",
     }.items():
         for path in (ROOT / folder).glob(patterns):

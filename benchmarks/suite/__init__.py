@@ -1,1 +1,1 @@
-"""`multisa bench`: every way to run a bundle on this machine, measured in one run."""
+"""The measurement behind `multisa bench`: every way to run a bundle on this machine, in one run."""

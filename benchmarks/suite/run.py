@@ -1,54 +1,65 @@
-"""The whole suite: the stages one after the other, what each found written at once."""
+"""The whole suite: the stages one after the other, bench.json written after each."""
 
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from multisa.benchmarks import labelling, segmenting
-from multisa.benchmarks.report import cut_texts
-from multisa.benchmarks.report.schema import SCHEMA_VERSION
-from multisa.benchmarks.suite import kernel_rows
-from multisa.benchmarks.suite.contender import contenders
-from multisa.benchmarks.suite.machine import describe_run
-from multisa.benchmarks.suite.setting import Setting, make_setting
+from multisa.benchmarks.bench_file import SCHEMA_VERSION
+from multisa.benchmarks.suite.candidates import list_candidates
+from multisa.benchmarks.suite.context import BenchContext, BenchRequest, make_context
+from multisa.benchmarks.suite.worker_process import INSTALL
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.files import write_json_atomically
+from multisa.runtime.progress import Progress, log
 
+Row = dict[str, Any]
 BENCH_FILE = "bench.json"
-MEASURES: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
-    "segment": segmenting.measure,
-    "label": labelling.measure,
-    "kernels": kernel_rows.measure,
-}
+OURS = "multisa"
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """What `multisa bench` was asked for."""
+def run_suite(
+    request: BenchRequest,
+    output: Path,
+    stages: Sequence[str],
+    report: Callable[[dict[str, Any]], object] = lambda bench: None,
+) -> dict[str, Any]:
+    """Measure `stages`; after each, write OUTPUT/bench.json and call `report`.
 
-    bundle: Path
-    data: Path
-    out: Path
-    stages: Sequence[str] = tuple(MEASURES)
-    engines: Sequence[str] = ()  # all
-    plans: Path | None = None
-    quick: bool = False
+    Raises UsageError for a stage, backend or data set that does not exist or fit.
+    """
+    unknown = [name for name in stages if name not in MEASURES]
+    if unknown or not stages:
+        raise UsageError(f"got the stages {list(stages)}, expected some of {', '.join(MEASURES)}")
+    start = time.monotonic()
+    started = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    with _interrupted_by_sigterm(), tempfile.TemporaryDirectory(prefix="multisa-bench-") as scratch:
+        context = make_context(request, Path(scratch))
+        list_candidates(context.bundle, SEGMENTER, context.backends, gpu=False)  # refuses unknown names now
+        output.mkdir(parents=True, exist_ok=True)
+        described = {**context.describe(), "started": started}
+        bench: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "environment": described}
+        for name in (name for name in MEASURES if name in stages):
+            bench[name] = MEASURES[name](context)
+            described["seconds"] = round(time.monotonic() - start, 1)
+            write_json_atomically(output / BENCH_FILE, bench)
+            report(bench)
+    return bench
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the processes and remove the scratch folder, as Ctrl-C does; in the main thread."""
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends worker processes and removes the scratch folder, as Ctrl-C does; in the main thread."""
 
     def stop(number: int, _: object) -> None:
-        raise Interrupted("ended by SIGTERM; the stages that were done are in the report", signal=number)
+        raise Interrupted("stopped by SIGTERM; finished stages are in the report", signal=number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,38 +71,65 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_suite(
-    request: BenchRequest, report: Callable[[dict[str, Any]], object] = lambda bench: None
-) -> dict[str, Any]:
-    """Measure the stages asked for; after each, OUT/bench.json is written and `report` called.
+def measure_kernels(context: BenchContext) -> list[Row]:
+    """Rows of the random walk and the dense CRF, ours and the literature's.
 
-    Raises UsageError for a stage, an engine or a data set that does not exist or fit.
+    A kernel whose packages are missing is one row with the reason as "problem".
     """
-    unknown = [name for name in request.stages if name not in MEASURES]
-    if unknown or not request.stages:
-        raise UsageError(f"got the stages {list(request.stages)}, expected some of {', '.join(MEASURES)}")
-    start, started = time.monotonic(), datetime.now(UTC)
-    with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="multisa-bench-") as scratch:
-        setting = make_setting(
-            request.bundle,
-            request.data,
-            Path(scratch),
-            engines=tuple(request.engines),
-            plans=request.plans,
-            quick=request.quick,
-        )
-        contenders(setting.bundle, SEGMENTER, setting.engines, gpu=False)  # whether they exist
-        request.out.mkdir(parents=True, exist_ok=True)
-        bench: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "environment": {
-                **describe_run(setting),
-                "started": started.isoformat(timespec="seconds").replace("+00:00", "Z"),
-            },
+    quick = context.effort.is_quick
+    rows: list[Row] = []
+    kernels: dict[str, Callable[[bool], Iterator[Row]]] = {"random walk": _walk, "dense CRF": _crf}
+    with Progress(len(kernels), "kernels", "kernel") as bar:
+        for name, kernel in kernels.items():
+            try:
+                rows += list(kernel(quick))
+            except ImportError as error:  # SciPy or pydensecrf
+                missing = f"{error.name} is not installed" if error.name else str(error)
+                rows.append({"kernel": name, "way": "", "problem": f"{missing}: {INSTALL}"})
+                log.info(f"{name}: skipped: {missing}: {INSTALL}")
+            bar.advance()
+    return rows
+
+
+def _walk(quick: bool) -> Iterator[Row]:
+    from multisa.benchmarks import random_walk
+
+    for compared in random_walk.comparisons(quick=quick):
+        size = f"{compared['size']}x{compared['size']}, {compared['channels']} channels"
+        yield from _ways("random walk", size, compared["ways"], compared["roofline"]["binding"])
+
+
+def _crf(quick: bool) -> Iterator[Row]:
+    from multisa.benchmarks import dense_crf
+
+    for compared in dense_crf.comparisons(quick=quick):
+        shape = f"{dense_crf.WIDTH}x{dense_crf.HEIGHT}, {compared['parameters']}"
+        size = f"{shape}, {compared['labels']} labels, {compared['present']} present"
+        limit = {
+            "roofline_ms": compared["roofline"]["roofline_ms"],
+            "share": compared["roofline"]["share_of_roofline"],
+            "text": "bytes of the lattice read once per iteration, over the measured bandwidth of a copy",
         }
-        for name in (name for name in MEASURES if name in request.stages):
-            bench[name] = MEASURES[name](setting)
-            bench["environment"]["seconds"] = round(time.monotonic() - start, 1)
-            write_json_atomically(request.out / BENCH_FILE, cut_texts(bench))
-            report(bench)
-    return bench
+        yield from _ways("dense CRF", size, compared["ways"], limit)
+
+
+def _ways(kernel: str, size: str, ways: Mapping[str, Mapping[str, Any]], limit: Row) -> Iterator[Row]:
+    ours = ways[OURS]["median_ms"]
+    for way, figures in ways.items():
+        yield {
+            "kernel": kernel,
+            "way": way,
+            "size": size,
+            "threads": "all" if way.startswith("dense squaring") else 1,
+            "problem": None,
+            **figures,
+            "times_ours": round(figures["median_ms"] / ours, 3),
+            "limit": limit if way == OURS else None,
+        }
+
+
+MEASURES: dict[str, Callable[[BenchContext], list[Row]]] = {
+    "segment": segmenting.measure,
+    "label": labelling.measure,
+    "kernels": measure_kernels,
+}

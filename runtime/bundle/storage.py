@@ -58,7 +58,8 @@ def default_bundle_path() -> Path:
 def load_bundle(path: str | Path | None = None) -> Bundle:
     """Read and verify a bundle folder: the manifest's schema, then name, size and SHA-256 of each file.
 
-    path: the folder; None for the packaged bundle. Raises BundleError naming the file or key, what was got and what was expected.
+    path: the folder; the packaged bundle by default. Raises BundleError that names the file or key, what was got
+    and what was expected.
     """
     path = default_bundle_path() if path is None else Path(path)
     manifest_path = path / MANIFEST_NAME

@@ -1,4 +1,7 @@
-"""The light commands: parse, call the library, print; bodies import what they need, so help stays fast."""
+"""The commands that need no PyTorch: parse, call the library, print.
+
+Bodies import what they need, so that `--help` stays fast.
+"""
 
 import json
 import shutil
@@ -33,10 +36,9 @@ if TYPE_CHECKING:
 def label(images: str, output: Path, labels: Path | None, **arguments: Any) -> None:
     """Turn image-level labels into pixel masks.
 
-    IMAGES is a folder, searched to its depth, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
+    IMAGES is a folder with its subfolders, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
     .parquet), tar shards or a zip, here or behind a URL. Classes come from --labels or the manifest; images
-    without a row there are labelled from the classifier's scores. A run that was cut goes on by the same
-    command.
+    without a row are labelled from the classifier's scores. Run the same command again to resume.
 
     \b
     Example:
@@ -52,8 +54,8 @@ def label(images: str, output: Path, labels: Path | None, **arguments: Any) -> N
 def segment(images: str, output: Path, **arguments: Any) -> None:
     """Segment images with the trained segmenter.
 
-    IMAGES is a folder, searched to its depth, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
-    .parquet), tar shards or a zip, here or behind a URL. A run that was cut goes on by the same command.
+    IMAGES is a folder with its subfolders, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
+    .parquet), tar shards or a zip, here or behind a URL. Run the same command again to resume.
 
     \b
     Example:
@@ -72,7 +74,7 @@ def segment(images: str, output: Path, **arguments: Any) -> None:
 @option("--classes", type=PATH, metavar="FILE", help="Names of the classes in the order of ids, one a line.")
 @bundle_option
 @option("--list", "names", type=PATH, metavar="FILE", help="Masks to compare, one name a line.")
-@option("--allow-missing", is_flag=True, help="Leave out truth without a prediction.")
+@option("--allow-missing", is_flag=True, help="Leave out masks without a prediction.")
 @max_pixels_option("mask")
 @json_option
 def evaluate(
@@ -87,7 +89,7 @@ def evaluate(
 ) -> None:
     """Compare the masks of the folder PRED with those of GT: IoU of each class, mIoU, pixel accuracy.
 
-    Both must hold the ids of the same classes: those of --classes, or else of the bundle.
+    Both folders must use the ids of the same classes: those of --classes, or else those of the bundle.
 
     \b
     Example:
@@ -115,7 +117,7 @@ def evaluate(
 @click.argument("bundle", type=PATH, required=False)
 @json_option
 def inspect(bundle: Path | None, as_json: bool) -> None:
-    """Verify every file of BUNDLE and tell what is in it; the one in the package by default.
+    """Verify every file of BUNDLE, the packaged one by default, and show what is in it.
 
     \b
     Example:
@@ -132,9 +134,9 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 @engine_cache_option
 @json_option
 def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> None:
-    """Tell what this machine can run: versions, processor, kernels, GPUs, and each engine, tried.
+    """Show what this machine can run: versions, processor, kernels, GPUs, and each backend, tried.
 
-    Exits with 1 where the bundle cannot be used, with 5 where no engine can, else with 0.
+    Exits with 1 if the bundle cannot be used, with 5 if no backend can, else with 0.
 
     \b
     Example:
@@ -154,7 +156,7 @@ def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> Non
 @bundle_option
 @backend_options
 def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine_cache: Path | None) -> None:
-    """Label and segment the images that come with the package and make a page to look at.
+    """Label and segment the images that come with the package, and make a page to look at.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""The photographs of the package as a data set, and a report of made-up figures."""
+"""The packaged images as a data set, and a made-up report."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from multisa.benchmarks.suite.setting import Effort, Setting, make_setting
+from multisa.benchmarks.suite.context import BenchContext, BenchRequest, Effort, make_context
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
 from multisa.runtime.jobs.run import annotate_images
@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # for made_up.py
 from made_up import made_up_report
 
 TINY = Effort(
-    latency_photographs=2,
-    rounds=2,
+    latency_images=2,
+    latency_rounds=2,
     masks=4,
     end_to_end=2,
-    turns=2,
+    end_to_end_rounds=2,
     batches=(1, 2),
     sides=(96, 128),
     repeats=2,
@@ -34,16 +34,17 @@ TINY = Effort(
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packaged photographs in VOC layout; the masks are what the packaged segmenter says of them."""
+    """The packaged images in VOC layout; the masks are those of the packaged segmenter."""
     root = tmp_path_factory.mktemp("demo-voc")
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
-    photographs, labels = {"astronaut": ["person"], "chelsea": ["cat"]}, {}
+    images = {"astronaut": ["person"], "chelsea": ["cat"]}
+    labels = {}
     for use in ("train", "val"):
-        for name, classes in photographs.items():
+        for name, classes in images.items():
             shutil.copy(PHOTOGRAPHS / f"{name}.jpg", root / "JPEGImages" / f"{use}_{name}.jpg")
             labels[f"{use}_{name}"] = classes
-        names = [f"{use}_{name}" for name in photographs]
+        names = [f"{use}_{name}" for name in images]
         (root / "ImageSets" / "Segmentation" / f"{use}.txt").write_text("\n".join(names) + "\n")
     out = root / "segmented"
     annotate_images("segment", str(root / "JPEGImages"), out, bundle=load_bundle(default_bundle_path()))
@@ -57,18 +58,16 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_tiny(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """A setting of seconds, on these engines."""
-    monkeypatch.setattr("multisa.benchmarks.suite.setting.QUICK", TINY)
+    """Make a context whose run takes seconds, on the given backends."""
+    monkeypatch.setattr("multisa.benchmarks.suite.context.QUICK", TINY)
 
-    def make(*engines: str) -> Setting:
-        return make_setting(
-            default_bundle_path(), demo_data, tmp_path, engines=engines, plans=None, quick=True
-        )
+    def make(*backends: str) -> BenchContext:
+        return make_context(BenchRequest(default_bundle_path(), demo_data, backends, quick=True), tmp_path)
 
     return make
 
 
 @pytest.fixture
 def made_up() -> dict[str, Any]:
-    """A whole report; each test has its own to change."""
+    """A whole report; each test may change its own."""
     return made_up_report()

@@ -1,10 +1,10 @@
-"""A report of figures that are plausible, of no machine, with everything that one can hold, and changes."""
+"""A made-up report with everything that one can hold, and changes to it."""
 
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-from multisa.benchmarks.report import Comparison, compare_benches
+from multisa.benchmarks.compare import WORSE, Comparison, compare_benches
 
 Bench = dict[str, Any]
 OURS, INT8, OPENVINO, EAGER = 0, 1, 2, 3  # rows of segment
@@ -16,7 +16,7 @@ def _segment(
     """One row; 100 ms and 12 images a second are those of the baseline."""
     loop = speed if backend.startswith("pytorch") else 0.6 * speed
     return {
-        "engine": backend,
+        "backend": backend,
         "precision": precision,
         "device": "cpu",
         "default": False,
@@ -24,14 +24,11 @@ def _segment(
         "images_per_second": speed,
         "end_to_end": {
             "by": "loop" if backend.startswith("pytorch") else "multisa segment",
-            "photographs": 128,
+            "images": 128,
             "images_per_second": [0.98 * speed, speed, 1.01 * speed],
             "times_baseline": speed / 12,
         },
-        "loop": {
-            "images_per_second": [0.99 * loop, loop, 1.01 * loop],
-            "times_baseline": loop / 12,
-        },
+        "loop": {"images_per_second": [0.99 * loop, loop, 1.01 * loop], "times_baseline": loop / 12},
         "latency_ms": {
             "p50": p50,
             "p90": 1.2 * p50,
@@ -57,23 +54,23 @@ def _segment(
         "startup_seconds": 0.4,
         "miou": miou,
         "label_agreement": 0.9998,
-        "limit": {"floor_ms": 12.0, "share": 12 / p50, "text": "multiply-adds over the peak of all cores"},
+        "limit": {"roofline_ms": 12.0, "share": 12 / p50, "text": "multiply-adds over the peak of all cores"},
         **more,
     }
 
 
 def _recipe(recipe: str, backend: str, seconds: float, **more: Any) -> dict[str, Any]:
     return {
-        "engine": backend,
+        "backend": backend,
         "precision": "fp32",
         "recipe": recipe,
         "problem": None,
         "images_per_second": 1 / seconds,
         "end_to_end": {
             "by": "loop" if recipe.startswith("PyTorch") else recipe,
-            "photographs": 32,
-            "turns": 3,
-            "images_per_second": [0.6 / seconds, 1 / seconds, 1.9 / seconds],  # other photographs each
+            "images": 32,
+            "rounds": 3,
+            "images_per_second": [0.6 / seconds, 1 / seconds, 1.9 / seconds],  # of different images each
         },
         "stages_ms": {
             "decode": 2.0,
@@ -83,7 +80,7 @@ def _recipe(recipe: str, backend: str, seconds: float, **more: Any) -> dict[str,
             "crf": 90 * seconds,
             "encode": 1.0,
         },
-        "photographs": 32,
+        "images": 32,
         "mean_pixels": 180_000.0,
         "peak_mib": {"host": 700.0},
         "startup_seconds": 0.9,
@@ -115,7 +112,7 @@ def made_up_report() -> dict[str, Any]:
 
     walk, crf = "64x64x4", "500x375, 3 labels"
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "environment": {
             "processor": "Made-up Processor 9000",
             "cores": 2,
@@ -131,7 +128,7 @@ def made_up_report() -> dict[str, Any]:
             "commit": "ef" * 20,
             "started": "2026-01-01T00:00:00Z",
             "bundle": {"name": "made-up", "sha256": "ab" * 32},
-            "data": {"name": "made-up", "photographs": {"train": 40, "val": 20}, "digest": "cd" * 32},
+            "data": {"name": "made-up", "images": {"train": 40, "val": 20}, "digest": "cd" * 32},
             "peaks": {"multiply_adds_per_second": 1.1e11, "copied_bytes_per_second": 9e9},
         },
         "segment": [
@@ -141,12 +138,12 @@ def made_up_report() -> dict[str, Any]:
             _segment("pytorch-eager", "fp32", 100.0, 12.0, 61.22, baseline=True),
             _segment("pytorch-channels-last-autocast", "bf16", 80.0, 15.0, 61.1),
             {
-                "engine": "pytorch-compile",
+                "backend": "pytorch-compile",
                 "precision": "fp32",
                 "device": "cpu",
                 "problem": "no C++ compiler: apt install g++",
             },
-            {"engine": "tensorrt", "precision": "fp16", "device": "cuda", "problem": "no GPU is here"},
+            {"backend": "tensorrt", "precision": "fp16", "device": "cuda", "problem": "no GPU is here"},
         ],
         "label": [
             _recipe("multisa label", "onnxruntime-cpu", 0.18, default=True, **against(6.6, 1.0)),
@@ -163,12 +160,8 @@ def made_up_report() -> dict[str, Any]:
                 21.0,
                 default_times_as_fast=117.0,
                 mean_pixels=4096,
-                photographs=1,
-                end_to_end={
-                    "by": "loop",
-                    "photographs": 1,
-                    "images_per_second": [0.9 / 21, 1 / 21, 1.1 / 21],
-                },
+                images=1,
+                end_to_end={"by": "loop", "images": 1, "images_per_second": [0.9 / 21, 1 / 21, 1.1 / 21]},
             ),
         ],
         "kernels": [
@@ -179,7 +172,7 @@ def made_up_report() -> dict[str, Any]:
                 2.0,
                 times_ours=1.0,
                 max_error=1e-5,
-                limit={"floor_ms": 0.8, "share": 0.4, "text": "multiply-adds over one core's peak"},
+                limit={"roofline_ms": 0.8, "share": 0.4, "text": "multiply-adds over one core's peak"},
             ),
             _kernel("random walk", "dense squaring", walk, 52_000.0, threads="all", times_ours=26_000.0),
             _kernel("random walk", "scipy, Chebyshev", walk, 59.0, times_ours=29.5),
@@ -189,7 +182,7 @@ def made_up_report() -> dict[str, Any]:
                 crf,
                 48.0,
                 times_ours=1.0,
-                limit={"floor_ms": 10.0, "share": 10 / 48, "text": "bytes over the rate of a copy"},
+                limit={"roofline_ms": 10.0, "share": 10 / 48, "text": "bytes over the rate of a copy"},
             ),
             _kernel("dense CRF", "pydensecrf", crf, 284.0, times_ours=5.9),
         ],
@@ -203,8 +196,8 @@ def compared(old: Bench, change: Callable[[Bench], object], **more: Any) -> Comp
 
 
 def found(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """(stage, figure, verdict) of what is worse."""
-    return [(change.stage, change.figure, change.verdict) for change in comparison.regressions]
+    """(stage, figure, reason) of what is worse."""
+    return [(change.row.partition(":")[0], change.figure, change.reason) for change in comparison.only(WORSE)]
 
 
 def slow(bench: Bench, factor: float, *rows: int) -> None:
@@ -234,8 +227,8 @@ def setter(*path: str | int, to: object) -> Callable[[Bench], None]:
     return change
 
 
-def turns(*rates: float) -> Callable[[Bench], None]:
-    """The default labels so many images a second, turn by turn."""
+def rounds(*rates: float) -> Callable[[Bench], None]:
+    """The default labels so many images per second in its rounds."""
 
     def change(bench: Bench) -> None:
         row = bench["label"][0]

@@ -1,0 +1,227 @@
+"""The CUDA kernels at realistic sizes, timed against the CPU and the literature's way, with errors.
+
+    python -m multisa.benchmarks.gpu_kernels --output kernels.json
+
+"resident" is a call on arrays in GPU memory, timed until it is finished; "host" one on NumPy arrays, copies
+included. "dense squaring" is what psa and irn do, in PyTorch on the same GPU. Exit code 3 where a kernel is
+too far from its reference, 5 without a usable GPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from multisa.benchmarks.harness import environment, interleave, with_ratios
+from multisa.benchmarks.random_walk import transition
+from multisa.benchmarks.synthetic_images import (
+    class_probabilities,
+    image_bytes,
+    image_features,
+    smooth_scores,
+)
+from multisa.kernels import (
+    CrfParameters,
+    affinity_from_features,
+    dense_crf,
+    random_walk,
+    random_walk_reference,
+    stencil_offsets,
+)
+from multisa.kernels.common.walk import WalkSettings, chebyshev_degree
+from multisa.kernels.cuda import calls
+from multisa.kernels.cuda.calls import DeviceArray
+from multisa.kernels.cuda.device import Device
+from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError
+from multisa.runtime.errors import BackendUnavailable, ParityError
+from multisa.runtime.files import write_json_atomically
+
+Float32 = npt.NDArray[np.float32]
+SETTINGS = WalkSettings()
+CRF = CrfParameters()
+# The device keeps the walk's weights in fp16, unlike the reference; the CRF sums in another order.
+WALK_TOLERANCE = 2e-4
+CRF_AGREEMENT = 0.9999
+WALKS = ((1, 4, 64), (16, 4, 64), (1, 4, 128), (16, 21, 128))  # images, channels, side
+CRFS = ((3, 375, 500), (21, 375, 500))  # labels, height, width
+ON_CPU = "cpu, one thread"
+SLOW_REPEATS = 3  # of ways on the CPU
+DENSE_SIDE = 64  # largest grid whose dense matrix is squared
+
+
+def on_device(device: Device, array: npt.NDArray[Any]) -> DeviceArray:
+    """Copy an array to newly allocated memory of the device."""
+    copy = DeviceArray(device, array.shape, array.dtype.type)
+    device.upload(copy.pointer, np.ascontiguousarray(array))
+    return copy
+
+
+def wait(device: Device, array: DeviceArray) -> None:
+    """Wait until the queued work on the array is finished."""
+    device.download(array.pointer, np.empty(0, array.dtype))
+
+
+def walk_row(device: Device, images: int, channels: int, side: int, repeats: int) -> dict[str, Any]:
+    """The random walk of a batch on one grid: times, ratios to the resident call, error against float64."""
+    import torch
+
+    one = affinity_from_features(image_features(side, side), radius=SETTINGS.radius)
+    affinity = np.repeat(one[None], images, axis=0)
+    scores = np.stack([smooth_scores(channels, side, side, seed=seed) for seed in range(images)])
+    inputs = (on_device(device, scores), on_device(device, affinity))
+    out = DeviceArray(device, scores.shape)
+
+    def resident() -> None:
+        calls.random_walk_on_device(*inputs, SETTINGS, out, device)
+        wait(device, out)
+
+    ways: dict[str, Callable[[], object]] = {
+        "resident": resident,
+        "host": lambda: calls.random_walk_on_device(scores, affinity, SETTINGS, None, device),
+        ON_CPU: lambda: random_walk(scores, affinity),
+    }
+    if side <= DENSE_SIDE and torch.cuda.is_available():
+        ways["dense squaring, PyTorch on the GPU"] = dense_squaring(one, scores)
+    times = interleave(ways, repeats=repeats, slow={ON_CPU: min(repeats, SLOW_REPEATS)})
+    resident()
+    walked = out.numpy()
+    expected = random_walk_reference(scores, affinity)
+    planes = len(stencil_offsets(SETTINGS.radius))
+    pixels = images * side * side
+    # Each product reads the fp16 weights, both states and the sum; it writes state and sum.
+    moved = chebyshev_degree(SETTINGS.steps) * pixels * (2 * planes + 4 * 5 * channels)
+    return {
+        "kernel": "random_walk",
+        "shape": {"images": images, "channels": channels, "side": side},
+        "ways": with_ratios(times, "resident"),
+        "max_error": float(np.abs(walked - expected).max()),
+        "label_agreement": float((walked.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        "bytes": moved,
+    }
+
+
+def dense_squaring(affinity: Float32, scores: Float32) -> Callable[[], object]:
+    """The literature's walk of each image in PyTorch on the GPU, until it is finished."""
+    import torch
+
+    matrix = torch.from_numpy(transition(affinity, SETTINGS.beta, SETTINGS.radius).toarray()).cuda()
+    flat = torch.from_numpy(scores.reshape(len(scores), scores.shape[1], -1)).cuda()
+
+    def run() -> None:
+        for image in flat:
+            power = matrix
+            for _ in range(SETTINGS.steps.bit_length() - 1):
+                power = power @ power
+            torch.matmul(image, power.T)
+        torch.cuda.synchronize()
+
+    return run
+
+
+def crf_row(device: Device, labels: int, height: int, width: int, repeats: int) -> dict[str, Any]:
+    """The dense CRF of one image: times, ratios to the resident call, labels against the CPU's."""
+    image = image_bytes(height, width)
+    probabilities = class_probabilities(labels, height, width)
+    inputs = (on_device(device, image), on_device(device, probabilities))
+    made: list[DeviceArray] = []
+
+    def resident() -> None:
+        made[:] = [calls.dense_crf_on_device(*inputs, CRF, device)]
+        wait(device, made[0])
+
+    ways: dict[str, Callable[[], object]] = {
+        "resident": resident,
+        "host": lambda: calls.dense_crf_on_device(image, probabilities, CRF, device),
+        ON_CPU: lambda: dense_crf(image, probabilities),
+        "pydensecrf": lambda: dense_crf(image, probabilities, backend="pydensecrf"),
+    }
+    slow = dict.fromkeys((ON_CPU, "pydensecrf"), min(repeats, SLOW_REPEATS))
+    times = interleave(ways, repeats=repeats, slow=slow)
+    got = made[0].numpy()
+    expected = dense_crf(image, probabilities)
+    return {
+        "kernel": "dense_crf",
+        "shape": {"labels": labels, "height": height, "width": width},
+        "ways": with_ratios(times, "resident"),
+        "max_error": float(np.abs(got - expected).max()),
+        "label_agreement": float((got.argmax(axis=0) == expected.argmax(axis=0)).mean()),
+    }
+
+
+def copied_bytes_per_second() -> float:
+    """Bytes per second that a copy in GPU memory reads and writes, in PyTorch."""
+    import torch
+
+    source = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(16):
+            target.copy_(source)
+        torch.cuda.synchronize()
+
+    return 16 * 2 * source.numel() / min(interleave({"copy": copy}, repeats=6)["copy"].seconds)
+
+
+def problems(rows: list[dict[str, Any]]) -> list[str]:
+    """Where a kernel is too far from its reference; NaN counts as too far."""
+    found = []
+    for row in rows:
+        where = f"{row['kernel']} {row['shape']}"
+        if row["kernel"] == "random_walk" and not row["max_error"] <= WALK_TOLERANCE:
+            found.append(f"{where}: got error {row['max_error']:.2g}, expected at most {WALK_TOLERANCE}")
+        if row["kernel"] == "dense_crf" and not row["label_agreement"] >= CRF_AGREEMENT:
+            agreement = f"{row['label_agreement']:.4%}"
+            found.append(f"{where}: got {agreement} of labels equal, expected {CRF_AGREEMENT:.2%}")
+    return found
+
+
+def measure(device: Device, *, quick: bool) -> dict[str, Any]:
+    """All rows; where PyTorch sees the GPU, with the walk's roofline: its bytes over the rate of a copy."""
+    import torch
+
+    repeats = 5 if quick else 20
+    rows = [walk_row(device, *shape, repeats) for shape in (WALKS[:2] if quick else WALKS)]
+    rows += [crf_row(device, *shape, repeats) for shape in (CRFS[:1] if quick else CRFS)]
+    rate = copied_bytes_per_second() if torch.cuda.is_available() else None
+    for row in (row for row in rows if rate and "bytes" in row):
+        row["bytes_roofline_ms"] = round(1000 * row["bytes"] / rate, 4)
+    return {
+        "environment": environment("torch", "pycuda", "pydensecrf2", quick=quick),
+        "settings": {"walk": asdict(SETTINGS), "crf": asdict(CRF)},
+        "copied_bytes_per_second": rate,
+        "rows": rows,
+        "problems": problems(rows),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and write; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="the smaller sizes, fewer repeats")
+    options = parser.parse_args(arguments)
+    try:
+        device = calls.default_device()
+    except DeviceUnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BackendUnavailable.exit_code
+    results = measure(device, quick=options.quick)
+    write_json_atomically(options.output, results)
+    for row in results["rows"]:
+        print(row)
+    if results["problems"]:
+        print(f"error: {'; '.join(results['problems'])}", file=sys.stderr)
+        return ParityError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

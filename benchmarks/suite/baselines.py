@@ -1,0 +1,97 @@
+"""Labelling as the literature's code does it: PyTorch eager, one image after the other, pydensecrf.
+
+Runs in its own process. The networks are the bundle's, not folded; each scale passes through the network with
+its mirror image. psa and irn square the dense transition matrix; "sparse" multiplies 256 times by the sparse
+one instead, which computes the same walk.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from multisa.benchmarks.random_walk import dense_squaring, sparse_steps
+from multisa.benchmarks.suite.images import LabelledImage, read_plainly, write_plainly
+from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, plain_batch
+from multisa.kernels import dense_crf
+from multisa.runtime.bundle import load_bundle
+from multisa.runtime.predict.postprocess import background_and_foreground, resize_maps
+from multisa.runtime.system import usable_cpus
+from multisa.training.multi_sa import MultiScaleCAM
+
+UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+
+
+class BaselineLabelling:
+    """The recipe with its networks loaded."""
+
+    def __init__(self, bundle: Path, walk: str, device: str, weights: Path) -> None:
+        """walk: "sparse" or "dense"; device: of the networks and the dense walk, "cpu" or "cuda"; weights:
+        where `WeightFiles` wrote."""
+        # Squares of small weights are denormal numbers, which CPUs multiply slowly. The literature's code
+        # does not flush them, but the comparison would not be fair. Threads inherit it when they start.
+        torch.set_flush_denormal(True)
+        torch.set_num_threads(usable_cpus())
+        opened = load_bundle(bundle)
+        self._manifest = opened.manifest
+        self._walk = walk
+        self._device = torch.device(device)
+        cam = load_cam(opened, weights)
+        self._maps = MultiScaleCAM(cam, scales=self._manifest.parameters.cam_scales).to(self._device)
+        self._affinity = load_affinity(opened, weights).to(self._device)
+        self._seconds: dict[str, float] = {}
+
+    def label(self, images: Sequence[LabelledImage], out: Path) -> dict[str, float]:
+        """Label images by their classes, from file to file; returns the seconds of each stage."""
+        out.mkdir(parents=True, exist_ok=True)
+        self._seconds = {}
+        for image in images:
+            with self._stage("decode"):
+                rgb, size = read_plainly(image.path, self._manifest.parameters.long_side)
+            mask = self._mask(rgb, image.classes)
+            with self._stage("encode"):
+                write_plainly(mask, size, out / f"{image.id}.png")
+        return self._seconds
+
+    def _mask(self, image: UInt8, classes: Sequence[str]) -> UInt8:
+        parameters = self._manifest.parameters.label
+        ids = [self._manifest.classes.index(name) for name in classes]
+        batch = plain_batch(image[np.newaxis]).to(self._device)
+        with torch.inference_mode():
+            with self._stage("cam"):
+                maps = self._maps(batch)[0][0].cpu().numpy()[[i - 1 for i in ids]]
+            with self._stage("affinity"):
+                normalised = self._affinity.backbone.normalise(batch)
+                affinity = self._affinity(normalised, parameters.walk_radius)[0].cpu().numpy()
+        with self._stage("walk"):
+            walked = self._walked(affinity, resize_maps(maps, affinity.shape[1:]))
+        with self._stage("crf"):
+            scores = resize_maps(walked, (image.shape[0], image.shape[1]))
+            gains = np.array([parameters.class_gain[i - 1] for i in ids] if parameters.class_gain else 1.0)
+            scores = scores * gains.astype(np.float32).reshape(-1, 1, 1)
+            probabilities = background_and_foreground(scores, parameters.background)
+            refined = dense_crf(image, probabilities, parameters.crf, backend="pydensecrf")
+            ids_of_rows: UInt8 = np.array((0, *ids), np.uint8)
+            return np.asarray(ids_of_rows[refined.argmax(axis=0)], np.uint8)
+
+    def _walked(self, affinity: Float32, maps: Float32) -> Float32:
+        label = self._manifest.parameters.label
+        settings = (label.walk_beta, label.walk_steps, label.walk_radius)
+        if self._walk == "dense":
+            walked = dense_squaring(affinity, maps, *settings, device=self._device.type)
+        else:
+            walked = sparse_steps(affinity, maps, *settings)
+        return walked / max(float(walked.max()), 1e-5) if label.walk_to_peak else walked
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start

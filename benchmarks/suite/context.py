@@ -1,0 +1,176 @@
+"""What a run of the suite measures: bundle, data set, backends, and how many images and repeats."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from multisa.benchmarks.harness import environment, make_parser, peaks, save_results
+from multisa.benchmarks.suite.candidates import Candidate
+from multisa.benchmarks.suite.images import LabelledImage, copy_images
+from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess, run_command
+from multisa.runtime.backends.gpus import probe_gpus
+from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.bundle.manifest import MANIFEST_NAME
+from multisa.runtime.errors import UsageError
+from multisa.runtime.files import sha256_of_file
+from multisa.training.data import Dataset, Item, read_dataset
+
+PACKAGES = (
+    "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "timm", "scipy", "pydensecrf2", "pillow",
+    "simplejpeg",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many images and repeats; the defaults are a full run's."""
+
+    latency_images: int = 24  # timed one by one, in `latency_rounds` rounds
+    latency_rounds: int = 5
+    masks: int = 10_000  # images for mIoU and agreement
+    end_to_end: int = 96  # images from file to file, in `end_to_end_rounds` rounds
+    end_to_end_rounds: int = 3
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    sides: tuple[int, ...] = (256, 512, 768, 1024)  # long sides in pixels
+    repeats: int = 5  # of each point of a curve
+    labelled: int = 48  # images through the labelling recipes
+    is_quick: bool = False  # no dense matrix of kernels; torch.compile only where --backends names it
+    dense_side: int = 512  # pixels: of the image whose matrix is squared; cost grows with its 6th power
+
+
+FULL = Effort()
+QUICK = Effort(8, 3, 32, 24, 3, (1, 4), (256, 512), 3, 9, is_quick=True, dense_side=192)
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What the command line asked for."""
+
+    bundle: Path
+    data: Path
+    backends: Sequence[str] = ()  # empty: all
+    engine_cache: Path | None = None
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class BenchContext:
+    """Bundle, data set, backends and effort of one run."""
+
+    bundle: Bundle
+    dataset: Dataset
+    backends: tuple[str, ...]  # empty: all
+    engine_cache: Path | None
+    effort: Effort
+    scratch: Path  # folder for temporary files
+
+    @property
+    def long_side(self) -> int:
+        """Long side in pixels to which the bundle reduces images."""
+        return self.bundle.manifest.parameters.long_side
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the PyTorch networks' weights."""
+        return self.scratch / "weights"
+
+    @cached_property
+    def pytorch_problem(self) -> str:
+        """Why PyTorch cannot run here; where it is empty, the networks are in `weights`."""
+        try:
+            with WorkerProcess(write_weights, self.bundle.path, self.weights):
+                return ""
+        except WorkerFailedError as error:
+            return str(error)
+
+    @property
+    def val(self) -> list[LabelledImage]:
+        """Images with ground truth that no training used."""
+        return [_labelled(self.dataset, item) for item in self.dataset.val if item.mask]
+
+    @property
+    def train(self) -> list[LabelledImage]:
+        """Images with image-level labels and ground truth."""
+        items = [item for item in self.dataset.train if item.mask and item.classes]
+        return [_labelled(self.dataset, item) for item in items]
+
+    def run_on_images(
+        self, command: str, candidate: Candidate, images: Sequence[LabelledImage], out: Path, *arguments: str
+    ) -> dict[str, Any]:
+        """Run `multisa COMMAND` on these images with this candidate's backend; see `run_command`."""
+        source = copy_images(images, self.scratch / "images")
+        words = ["--bundle", str(self.bundle.path), "--backend", candidate.backend]
+        words += ["--precision", candidate.precision]
+        words += ["--engine-cache", str(self.engine_cache)] if self.engine_cache else []
+        return run_command(command, source, out, *words, *arguments)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that figures depend on, as JSON values. Call it before measuring, for the load."""
+        return {
+            **environment(*PACKAGES, quick=self.effort.is_quick),
+            "gpus": [gpu.name for gpu in probe_gpus().gpus],
+            "bundle": {
+                "name": self.bundle.manifest.name,
+                "sha256": sha256_of_file(self.bundle.path / MANIFEST_NAME),
+            },
+            "data": {
+                "name": self.dataset.root.name,
+                "images": {"train": len(self.dataset.train), "val": len(self.dataset.val)},
+                "digest": self.dataset.masks_digest(self.dataset.train + self.dataset.val),
+            },
+            "peaks": peaks(),
+        }
+
+
+def write_weights(bundle: Path, folder: Path) -> object:
+    """What a worker process runs to write the PyTorch networks' weights; needs torch."""
+    from multisa.benchmarks.suite.pytorch import WeightFiles
+
+    return WeightFiles(bundle, folder)
+
+
+def make_context(request: BenchRequest, scratch: Path) -> BenchContext:
+    """Read the bundle and the data set. Raises UsageError where they do not belong together."""
+    bundle = load_bundle(request.bundle)
+    dataset = read_dataset(request.data)
+    if bundle.manifest.classes != dataset.class_names:
+        raise UsageError(
+            f"{request.data}: got the classes {', '.join(dataset.class_names)}; expected those of the bundle "
+            f"{bundle.path}, {', '.join(bundle.manifest.classes)}: choose another --bundle or --data"
+        )
+    effort = QUICK if request.quick else FULL
+    context = BenchContext(bundle, dataset, tuple(request.backends), request.engine_cache, effort, scratch)
+    if not context.val or not context.train:
+        raise UsageError(
+            f"{request.data}: got {len(context.val)} val images with masks and {len(context.train)} train "
+            "images with masks and labels, expected at least one of each: the suite measures on them"
+        )
+    return context
+
+
+def _labelled(dataset: Dataset, item: Item) -> LabelledImage:
+    assert item.mask is not None
+    return LabelledImage(item.id, item.image, item.mask, tuple(dataset.class_names[i] for i in item.classes))
+
+
+def stage_main(
+    subject: str, description: str | None, stage: str, measure: Callable[[BenchContext], list[dict[str, Any]]]
+) -> None:
+    """Command line of one stage as a program: measure, print, write results/SUBJECT.json."""
+    parser = make_parser(description, quick="fewer images and repeats")
+    parser.add_argument("--data", type=Path, required=True, help="data set in VOC layout, with masks")
+    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
+    parser.add_argument(
+        "--engine-cache", type=Path, help="folder of TensorRT engines besides the bundle's own"
+    )
+    parser.add_argument("--backends", default="", help="names separated by commas; default: all")
+    options = parser.parse_args()
+    backends = [name for name in options.backends.split(",") if name]
+    request = BenchRequest(options.bundle, options.data, backends, options.engine_cache, options.quick)
+    with tempfile.TemporaryDirectory() as scratch:
+        context = make_context(request, Path(scratch))
+        described = context.describe()
+        save_results(subject, {"environment": described, stage: measure(context)}, options.results)

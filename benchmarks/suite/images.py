@@ -1,0 +1,88 @@
+"""Which images of a data set are measured (always the same, spread over its lists), and how they are read."""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from multisa.runtime.evaluation import confusion_matrix
+from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
+from multisa.runtime.imaging.png import voc_palette
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image of the data set: its file, its ground-truth mask and its image-level labels."""
+
+    id: str
+    path: Path
+    mask: Path
+    classes: tuple[str, ...] = ()
+
+
+def spread(images: Sequence[LabelledImage], count: int) -> list[LabelledImage]:
+    """`count` of them (or all) at equal distances: lists are often sorted by year or place."""
+    count = min(count, len(images))
+    return [images[index * len(images) // count] for index in range(count)]
+
+
+def read_working(path: Path, long_side: int) -> UInt8:
+    """An image as uint8 [1, h, w, 3], reduced to the long side of the bundle."""
+    return read_plainly(path, long_side)[0][np.newaxis]
+
+
+def scaled_to(path: Path, long_side: int) -> UInt8:
+    """An image as uint8 [1, h, w, 3] whose long side is `long_side`, enlarged if need be."""
+    rgb = read_image(path).rgb
+    factor = long_side / max(rgb.shape[:2])
+    size = (max(round(rgb.shape[0] * factor), 1), max(round(rgb.shape[1] * factor), 1))
+    return np.ascontiguousarray(resize_image(rgb, size))[np.newaxis]
+
+
+def of_one_size(images: Sequence[LabelledImage], long_side: int) -> list[Path]:
+    """The files whose working size is the most frequent one."""
+    sizes = {image.path: read_working(image.path, long_side).shape[1:3] for image in images}
+    most = Counter(sizes.values()).most_common(1)[0][0]
+    return [path for path, size in sizes.items() if size == most]
+
+
+def count_confusion(labels: UInt8, mask: Path, n_classes: int) -> npt.NDArray[np.int64]:
+    """Confusion matrix int64 [n, n] at the size of the ground truth; labels uint8 [h, w] are enlarged."""
+    truth = read_mask(mask)
+    return confusion_matrix(resize_mask(labels, (truth.shape[0], truth.shape[1])), truth, n_classes)
+
+
+def copy_images(images: Sequence[LabelledImage], folder: Path) -> Path:
+    """Copy the files to a new folder as ID.suffix, for a command to run on."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for image in images:
+        shutil.copyfile(image.path, folder / f"{image.id}{image.path.suffix}")
+    return folder
+
+
+def settle(seconds: float = 0.3) -> None:
+    """Wait until the thread pools of the previous measurement have stopped spinning."""
+    time.sleep(seconds)
+
+
+def read_plainly(path: Path, long_side: int) -> tuple[UInt8, tuple[int, int]]:
+    """An image as Pillow reads it, reduced to `long_side`: uint8 [h, w, 3], and its own height and width."""
+    rgb = read_image(path).rgb
+    size = (rgb.shape[0], rgb.shape[1])
+    return np.ascontiguousarray(resize_image(rgb, working_size(*size, long_side))), size
+
+
+def write_plainly(labels: UInt8, size: tuple[int, int], path: Path) -> None:
+    """Labels uint8 [h, w], enlarged to `size` (height, width), as a palette PNG at Pillow's compression."""
+    mask = Image.fromarray(labels).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    mask.putpalette(voc_palette().tobytes())
+    mask.save(path, "PNG")

@@ -1,0 +1,127 @@
+"""The bundle's networks in PyTorch, in the ways people run them. Imported only where torch is installed.
+
+The networks are rebuilt from the bundle once (`export/unfold.py`) and kept as a file of weights each, so that
+neither start-up nor memory of a candidate includes the rebuilding.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from multisa.benchmarks.harness import gpu_memory_mib
+from multisa.benchmarks.suite.candidates import CHANNELS_LAST, COMPILED, Candidate
+from multisa.export.unfold import (
+    affinity_from_bundle,
+    cam_from_bundle,
+    config_from_bundle,
+    segmenter_from_bundle,
+)
+from multisa.runtime.bundle import Bundle, load_bundle
+from multisa.runtime.errors import BackendUnavailable
+from multisa.training.affinity_net import AffinityNet
+from multisa.training.models import create_model
+from multisa.training.multi_sa import MultiSACAM
+from multisa.training.segmenter import DeepLabV3Plus, SegmentImages
+
+UInt8 = npt.NDArray[np.uint8]
+Network = TypeVar("Network", bound=nn.Module)
+
+_REBUILT: dict[str, Callable[[Bundle], nn.Module]] = {
+    "segmenter": segmenter_from_bundle,
+    "cam": cam_from_bundle,
+    "affinity": affinity_from_bundle,
+}
+
+
+class WeightFiles:
+    """Writes NAME.safetensors of each network of a bundle; constructed in a worker process."""
+
+    def __init__(self, bundle: Path, folder: Path) -> None:
+        opened = load_bundle(bundle)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rebuilt in _REBUILT.items():
+            state = {key: value.contiguous() for key, value in rebuilt(opened).state_dict().items()}
+            save_file(state, folder / f"{name}.safetensors")
+
+
+def load_segmenter(bundle: Bundle, weights: Path) -> DeepLabV3Plus:
+    """DeepLabV3+ as trained, in evaluation mode."""
+    config = replace(config_from_bundle(bundle).segmenter, weights="none")
+    return _load(create_model(config, len(bundle.manifest.classes)), weights / "segmenter.safetensors")
+
+
+def load_cam(bundle: Bundle, weights: Path) -> MultiSACAM:
+    """The Multi-SA network, not folded, in evaluation mode."""
+    config = replace(config_from_bundle(bundle).cam, weights="none")
+    return _load(create_model(config, len(bundle.manifest.classes)), weights / "cam.safetensors")
+
+
+def load_affinity(bundle: Bundle, weights: Path) -> AffinityNet:
+    """AffinityNet in evaluation mode."""
+    config = replace(config_from_bundle(bundle).affinity, weights="none")
+    return _load(create_model(config), weights / "affinity.safetensors")
+
+
+def _load(network: Network, path: Path) -> Network:
+    network.load_state_dict(load_file(path))
+    # The default layout of PyTorch; the trainers' networks are channels_last.
+    plain: Network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return plain.eval()
+
+
+def plain_batch(images: UInt8) -> torch.Tensor:
+    """uint8 [N, H, W, 3] with NCHW memory, as people usually feed it.
+
+    The networks permute their input, so NHWC memory would make it channels_last.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    return tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+
+class PyTorchSegmenter:
+    """The network as trained: not folded, batch normalisation computed."""
+
+    def __init__(self, bundle: Bundle, candidate: Candidate, threads: int, weights: Path) -> None:
+        """Load the network from `weights`. Raises BackendUnavailable where a requested GPU is missing."""
+        if candidate.device == "cuda" and not torch.cuda.is_available():
+            raise BackendUnavailable(f"torch {torch.__version__} sees no GPU")
+        torch.set_num_threads(threads)
+        self._device = torch.device(candidate.device)
+        network: nn.Module = SegmentImages(create_model(bundle, checkpoint=weights)).eval().to(self._device)
+        self.model_bytes = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+        self._channels_last = candidate.backend == CHANNELS_LAST
+        self._context: Callable[[], AbstractContextManager[object]] = nullcontext
+        if self._channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            half = torch.bfloat16 if candidate.device == "cpu" else torch.float16
+            self._context = lambda: torch.autocast(candidate.device, dtype=half)
+        self._network: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = network
+        self._is_compiled = candidate.backend == COMPILED
+        if self._is_compiled:
+            self._network = torch.compile(network)
+
+    def labels(self, images: UInt8) -> UInt8:
+        """Segment uint8 [N, H, W, 3]; the labels uint8 [N, H, W], on the CPU."""
+        tensor = torch.from_numpy(images) if self._channels_last else plain_batch(images)
+        with torch.inference_mode(), self._context():
+            labels, _ = self._network(tensor.to(self._device))
+            return np.asarray(labels.cpu().numpy(), np.uint8)
+
+    def use_one_thread_per_image(self) -> bool:
+        """Run each image on one thread from now on; False where that is not possible."""
+        if self._device.type == "cuda" or self._is_compiled:
+            return False
+        torch.set_num_threads(1)
+        return True
+
+    def device_mib(self) -> float | None:
+        """GPU memory of the process in MiB."""
+        return gpu_memory_mib() if self._device.type == "cuda" else None

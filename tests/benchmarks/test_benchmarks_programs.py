@@ -1,0 +1,109 @@
+"""The programs of benchmarks/ and their shared parts."""
+
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from multisa.benchmarks import cam_head, random_walk, start_up
+from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
+from multisa.benchmarks.suite.candidates import Candidate
+from multisa.benchmarks.suite.roofline import Roofline, peak_of_all_cores
+from multisa.kernels.cpu import native
+from multisa.runtime.bundle import default_bundle_path
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+PROGRAMS = sorted(path for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_has_help(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not stopped.value.code
+    assert "usage" in capsys.readouterr().out
+
+
+def test_the_programs_are_all_there() -> None:
+    wanted = {"random_walk", "dense_crf", "cam_head", "labelling", "segmenting", "encoding", "start_up"}
+    wanted |= {"pipeline", "uncertainty", "journal", "crash_recovery", "engines", "gpu_kernels", "tables"}
+    assert wanted <= {path.stem for path in PROGRAMS}
+
+
+def test_cases_are_interleaved_and_the_warm_up_does_not_count() -> None:
+    order: list[str] = []
+    cases = {"a": lambda: order.append("a"), "b": lambda: order.append("b"), "slow": lambda: time.sleep(0.01)}
+    times = interleave(cases, repeats=3, slow={"slow": 1})
+    assert order == ["a", "b", "a", "b", "a", "b", "a", "b"]
+    assert [len(times[name].seconds) for name in cases] == [3, 3, 1]
+    assert times["slow"].median >= 0.01
+    assert Times((1.0, 3.0, 2.0)).to_json() == {
+        "median_ms": 2000.0,
+        "min_ms": 1000.0,
+        "max_ms": 3000.0,
+        "repeats": 3,
+    }
+
+
+def test_results_go_where_they_are_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser("", quick="less")
+    assert parser.parse_args([]).results.resolve() == (FOLDER / "results").resolve()
+    save_results("made_up", {"a": 1}, parser.parse_args(["--results", f"{tmp_path}/new"]).results)
+    assert json.loads((tmp_path / "new" / "made_up.json").read_text()) == {"a": 1}
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_the_share_that_grows_with_classes_is_above_the_scatter() -> None:
+    every, one = Times((1.0, 1.2, 2.0, 1.1)), Times((0.9, 1.0, 1.7, 1.0))
+    found = cam_head.growth(every, one)
+    assert found["share_of_time_that_grows_with_classes"] == 0.125
+    assert found["quartiles_of_that_share"][0] > 0
+    lost = cam_head.growth(one, every)
+    assert lost["share_of_time_that_grows_with_classes"] is None
+    assert lost["quartiles_of_that_share"][0] < 0
+
+
+def test_the_peak_of_all_cores_is_at_least_one_cores() -> None:
+    assert peak_of_all_cores() > 0.5 * native.peak_multiply_adds(0.2)
+
+
+def test_the_roofline_is_only_for_fp32_on_the_cpu() -> None:
+    roofline = Roofline(0.010)
+    limit = roofline.limit(Candidate("onnxruntime-cpu", "fp32", "cpu"), 0.040)
+    assert limit is not None and (limit["roofline_ms"], limit["share"]) == (10.0, 0.25)
+    assert roofline.limit(Candidate("onnxruntime-cpu", "int8", "cpu"), 0.040) is None  # another peak
+    assert roofline.limit(Candidate("tensorrt", "fp32", "cuda"), 0.040) is None
+    unknown = Roofline(None, "torch is not installed").limit(
+        Candidate("onnxruntime-cpu", "fp32", "cpu"), 0.040
+    )
+    assert unknown is not None and unknown["share"] is None and "torch is not installed" in unknown["text"]
+
+
+def test_starting_takes_longer_than_the_interpreter(tmp_path: Path) -> None:
+    measured = start_up.measure(1, default_bundle_path(), tmp_path, compiled=False)
+    ways = measured["ways"]
+    assert ways[start_up.OURS]["times_ours"] == 1.0
+    assert ways[start_up.EAGER_START]["median_ms"] > ways[start_up.INTERPRETER]["median_ms"]
+    assert 0 < measured["limit"]["share"] < 1
+
+
+def test_the_binding_roofline_is_the_longer_time() -> None:
+    times = {"size": 16, "channels": 2, "ways": {"multisa": {"median_ms": 1.0}}}
+    for rate, of in ((1e6, "multiply-adds"), (1e18, "bytes")):
+        found = random_walk.roofline(times, {"multiply_adds_per_second": rate})
+        assert found["binding"]["text"].startswith(of)
+        assert found["binding"]["roofline_ms"] == max(found["roofline_ms"], found["bytes_roofline_ms"])
+
+
+def test_the_environment_describes_machine_and_commit() -> None:
+    described = environment("numpy", "no-such-package", quick=True)
+    assert described["quick"] is True and "no-such-package" not in described["versions"]
+    assert {"processor", "cores", "instruction_set", "commit", "load_at_start"} <= described.keys()
+    commit = described["commit"]
+    assert commit is None or int(commit.removesuffix("+"), 16) >= 0

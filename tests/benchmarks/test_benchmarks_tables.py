@@ -1,0 +1,138 @@
+"""benchmarks/tables.py on the stored results, on changed copies of them, and with quick runs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multisa.benchmarks import tables
+from multisa.benchmarks.harness import RESULTS
+
+Files = dict[str, Any]
+README = f"# multisa\n\n{tables.BEGIN}\nold\n{tables.END}\n\nmore\n"
+
+
+@pytest.fixture(scope="module")
+def stored() -> Files:
+    return {name: json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in tables.SUBJECTS}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A checkout with the template, a README with markers, and its own results."""
+    (tmp_path / "docs").mkdir()
+    shutil.copy(tables.ROOT / "docs" / "benchmarks.in.md", tmp_path / "docs")
+    shutil.copytree(RESULTS, tmp_path / "results")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    return tmp_path
+
+
+def run(root: Path, *arguments: str) -> int:
+    return tables.main(arguments, root=root, results=root / "results")
+
+
+def test_check_fails_until_it_is_written_and_when_a_figure_changes(root: Path) -> None:
+    assert run(root, "--check") == 1
+    assert not (root / "docs" / "benchmarks.md").exists() and (root / "README.md").read_text() == README
+    assert run(root) == 0 and run(root, "--check") == 0
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert (
+        readme.startswith("# multisa\n")
+        and readme.endswith(f"{tables.END}\n\nmore\n")
+        and "old" not in readme
+    )
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert 4 <= len(rows) - 2 <= 8  # without head and ruler
+    path = root / "results" / "encoding.json"
+    results = json.loads(path.read_text())
+    results["masks"]["drawn, 1024x1024"]["png"]["ours"]["ms_each"] = 77.77
+    path.write_text(json.dumps(results))
+    assert run(root, "--check") == 1
+    assert run(root) == 0 and "77.77" in (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("readme", ["# no markers\n", f"{tables.BEGIN}\n", README + README])
+def test_a_readme_without_its_markers_is_reported(
+    root: Path, readme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "README.md").write_text(readme, encoding="utf-8")
+    assert run(root) == 1  # the page is written all the same
+    assert run(root, "--check") == 1
+    printed = capsys.readouterr().out
+    assert tables.BEGIN in printed and "benchmarks.md is not" not in printed
+    assert (root / "README.md").read_text(encoding="utf-8") == readme
+
+
+def test_a_missing_file_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "results" / "journal.json").unlink()
+    assert run(root, "--check") == 1
+    assert "journal missing" in capsys.readouterr().out
+
+
+def test_the_page_names_every_file_and_says_where_it_was_measured(stored: Files) -> None:
+    template = (tables.ROOT / "docs" / "benchmarks.in.md").read_text(encoding="utf-8")
+    page = tables.document(stored, template)
+    for name in tables.SUBJECTS:
+        assert f"(../benchmarks/results/{name}.json)" in page
+    environment = stored["segmenting"]["environment"]
+    assert f"commit {environment['commit']}, {environment['started'][:10]}" in page
+    assert "{{" not in page
+    with pytest.raises(KeyError, match="table nothing"):
+        tables.document(stored, "{{table nothing}}")
+
+
+def test_a_quick_run_lacks_figures_and_says_so(stored: Files) -> None:
+    files = deepcopy(stored)
+    for name in ("segmenting", "labelling", "start_up", "random_walk"):
+        files[name]["environment"]["quick"] = True
+    row = files["segmenting"]["segment"][0]
+    row["latency_ms"]["p99"] = None
+    del row["loop"], row["peak_mib"], row["cores"]
+    for ways in (files["random_walk"]["comparisons"][0]["ways"], files["start_up"]["ways"]):
+        for way in [way for way in ways if way.startswith(("dense", "torch"))]:
+            del ways[way]
+    page = tables.document(files, "{{table segmenting}}{{table walk}}{{source segmenting}}")
+    assert "| - |" in page and "dense squaring" not in page and "quick run" in page
+    assert "dense squaring" in tables.summary(files) and "| - |" in tables.summary(files)
+
+
+def test_the_stored_results_agree(stored: Files) -> None:
+    sha256 = stored["segmenting"]["environment"]["bundle"]["sha256"]
+    assert tables.disagreements(stored, sha256) == []
+    assert tables.disagreements(stored, "other") == [
+        f"{name} was measured with another bundle" for name in ("segmenting", "labelling")
+    ]
+
+
+def eager(**changes: Any) -> Callable[[Files], None]:
+    def change(files: Files) -> None:
+        next(r for r in files["segmenting"]["segment"] if r["backend"] == "pytorch-eager").update(changes)
+
+    return change
+
+
+def without_default(files: Files) -> None:
+    for row in files["labelling"]["label"]:
+        row["default"] = False
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (eager(miou=62.4), "pytorch-eager has mIoU 62.4, the run's val row"),
+        (eager(miou=40.0, images=48), ""),  # of fewer images
+        (eager(label_agreement=0.99), "99.0000% of pytorch-eager's labels agree, expected 99.9%"),
+        (eager(miou=None), "segmenting has no miou of pytorch-eager"),
+        (eager(problem="no torch"), "segmenting has no miou, label_agreement, images of pytorch-eager"),
+        (without_default, "labelling has no row of the default backend that ran"),
+    ],
+)
+def test_results_that_disagree(stored: Files, change: Callable[[Files], None], problem: str) -> None:
+    files = deepcopy(stored)
+    change(files)
+    found = tables.disagreements(files, stored["segmenting"]["environment"]["bundle"]["sha256"])
+    assert len(found) == bool(problem) and all(problem in text for text in found)
