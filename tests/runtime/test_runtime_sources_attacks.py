@@ -307,7 +307,7 @@ def test_a_zip_with_a_huge_directory_is_refused(tmp_path: Path, monkeypatch: pyt
         for i in range(2000):
             archive.writestr(f"{i}.jpg", b"")
     monkeypatch.setattr("multisa.runtime.sources.storage._LARGEST_READ", 70_000)
-    with pytest.raises(UsageError, match="got a directory of .* expected at most 70000"):
+    with pytest.raises(UsageError, match=r"got a directory of .* expected at most 70000"):
         look(tmp_path / "z.zip")
 
 
