@@ -8,9 +8,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.decode import read_image, resize_image, working_size
+from multisa.runtime.sources.folders import list_images
 from multisa.training.data import Item, read_dataset
 
 UInt8 = npt.NDArray[np.uint8]
@@ -71,7 +71,7 @@ def read_image_sets(
         return ImageSets(
             tuple(map(_of_item, calibration)), tuple(map(_of_item, labelled)), tuple(map(_of_item, segmenter))
         )
-    corpus = find_images(root).images
+    corpus = list_images(root).images
     found = [
         LabelledImage(image.path, None, _mask(masks / f"{image.name}.png" if masks else None))
         for image in corpus

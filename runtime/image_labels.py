@@ -1,6 +1,6 @@
 """Image-level labels from a file: CSV (`image,labels`) or JSON ({image: [classes]}).
 
-CSV separates classes by spaces, or by semicolons where names hold spaces:
+In CSV, spaces separate classes, or semicolons if names contain spaces:
 
     image,labels
     farm/001.jpg,cow horse
@@ -23,46 +23,41 @@ Labels = tuple[str, ...]
 
 
 def labels_from_scores(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:
-    """The classes whose score reaches their threshold, in the order of `scores`."""
+    """The classes whose score reaches its threshold, in the order of `scores`."""
     return tuple(name for name, score in scores.items() if score >= thresholds[name])
 
 
 @dataclass(frozen=True)
 class ImageLabels:
-    """The rows of a label file, by the key each image is given under."""
+    """The rows of a label file, by the key that names the image: a path or a file name."""
 
     path: Path
     rows: Mapping[str, Labels]  # classes in the order of the bundle
 
     def matcher(self, relatives: Iterable[str] = ()) -> "LabelMatcher":
-        """Looks for the rows of one image after the other.
+        """Match images one by one.
 
-        `relatives`, read once, are the images to come. Without them a row that is about one image by its path
-        and, read alone, about an earlier one by its name is an error; with them it is about the first alone.
+        relatives: all images, if they are known; read once. A row that names one image by its path then never
+        matches another one by its file name. Without them, that is an error if the other one comes first.
         """
-        return LabelMatcher(self, {key for relative in relatives for key in self._exact_keys(relative)})
+        return LabelMatcher(self, {key for relative in relatives for key in self.exact_keys(relative)})
 
     def match(self, relatives: Sequence[str]) -> dict[str, Labels]:
-        """Classes for each image that has a row, by posix path below the corpus' folder.
+        """The classes of each image that has a row, by posix path below the images' folder.
 
-        As `LabelMatcher.find` for each, which says how rows are looked for and what is raised.
+        See `LabelMatcher.find` for how rows match, and for the errors.
         """
         matcher = self.matcher(relatives)
         found = ((relative, matcher.find(relative)) for relative in relatives)
         return {relative: labels for relative, labels in found if labels is not None}
 
-    def unused(self, seen: Sequence[str]) -> tuple[str, ...]:
-        """Keys of the rows that are about none of the images `seen` (relative paths), sorted."""
-        taken = {key for relative in seen for key in self._exact_keys(relative)}
-        used = {key for relative in seen for key in self._keys(relative, taken)}
-        return tuple(sorted(set(self.rows) - used))
-
-    def _keys(self, relative: str, taken: Collection[str]) -> list[str]:
-        """The rows that fit an image."""
-        exact = self._exact_keys(relative)
+    def matching_keys(self, relative: str, taken: Collection[str]) -> list[str]:
+        """The keys that match an image; `taken` ones only by path."""
+        exact = self.exact_keys(relative)
         return exact or [key for key in self._named_keys(relative) if key not in taken]
 
-    def _exact_keys(self, relative: str) -> list[str]:
+    def exact_keys(self, relative: str) -> list[str]:
+        """The keys that name an image by its path, with or without extension."""
         spellings = dict.fromkeys((relative, PurePosixPath(relative).with_suffix("").as_posix()))
         return [key for key in spellings if key in self.rows]
 
@@ -80,50 +75,49 @@ class ImageLabels:
 
 
 class LabelMatcher:
-    """Which rows are about which image, asked one by one; its memory grows with the rows, not the images."""
+    """Finds the row of one image after the other; memory grows with the rows, not with the images."""
 
     def __init__(self, labels: ImageLabels, taken: Collection[str] = ()) -> None:
         self._labels = labels
-        self._taken = set(taken)  # keys that are about an image by its path
-        self._users: dict[str, str] = {}  # the image that each used key is about
+        self._taken = set(taken)  # keys that name an image by its path
+        self._users: dict[str, str] = {}  # key -> the image that it matched
 
     def find(self, relative: str) -> Labels | None:
-        """Classes of an image, by its posix path below the corpus' folder; None where it has no row.
+        """The classes of an image, by its posix path below the images' folder; None if it has no row.
 
-        Looked for by relative path, with and without extension, then by file name alone among the rows that
-        are not about another image by its path. Raises UsageError when several rows fit the image and differ,
-        or one of them fits an image that was asked for before.
+        Rows match by relative path, with or without extension; else by file name, if they do not name another
+        image by its path. Raises UsageError when several rows with different labels match, or when a row has
+        matched another image before.
         """
-        keys = self._labels._keys(relative, self._taken)
+        keys = self._labels.matching_keys(relative, self._taken)
         if not keys:
             return None
         rows = self._labels.rows
         if len({rows[key] for key in keys}) > 1:
             raise UsageError(
-                f"{self._labels.path}: {relative} fits several rows with different labels "
+                f"{self._labels.path}: {relative} matches several rows with different labels "
                 f"({', '.join(keys)}), expected one: write its path relative to the images' folder"
             )
-        self._taken.update(self._labels._exact_keys(relative))
+        self._taken.update(self._labels.exact_keys(relative))
         for key in keys:
             other = self._users.setdefault(key, relative)
             if other != relative:
                 raise UsageError(
-                    f"{self._labels.path}: row {key!r} fits several images ({other}, {relative}), expected "
-                    "one: write their paths relative to the images' folder"
+                    f"{self._labels.path}: row {key!r} matches several images ({other}, {relative}), "
+                    "expected one: write their paths relative to the images' folder"
                 )
         return rows[keys[0]]
 
     def unused(self) -> tuple[str, ...]:
-        """Keys of the rows that are about none of the images asked for, sorted."""
+        """Keys of the rows that have matched no image, sorted."""
         return tuple(sorted(set(self._labels.rows) - self._users.keys()))
 
 
 def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
-    """Read a label file (.csv or .json); `classes` are the names it may use, in the order of their ids.
+    """Read a label file (.csv or .json); `classes` are the allowed names, in the order of their ids.
 
-    An image with an empty list shows none of the classes. Raises UsageError naming the line (CSV) or the key
-    (JSON) for a missing header, a malformed row, an unknown class, or an image given twice with different
-    labels.
+    An image with an empty list shows none of the classes. Raises UsageError with the line (CSV) or the key
+    (JSON) for a missing header, a malformed row, an unknown class, or an image with two rows that differ.
     """
     readers = {".csv": _csv_rows, ".json": _json_rows}
     reader = readers.get(path.suffix.lower())
@@ -131,22 +125,22 @@ def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
         raise UsageError(f"{path}: got a file ending in {path.suffix!r}, expected .csv or .json")
     text = read_user_text(path)
     rows: dict[str, Labels] = {}
-    places: dict[str, str] = {}
-    for place, image, names in reader(path, text, classes):
+    positions: dict[str, str] = {}
+    for position, image, names in reader(path, text, classes):
         key = PurePosixPath(image.strip().replace("\\", "/")).as_posix()
         if not image.strip():
-            raise UsageError(f"{path}, {place}: got no image, expected its path or file name")
+            raise UsageError(f"{path}, {position}: got no image, expected its path or file name")
         unknown = [name for name in names if name not in classes]
         if unknown:
             valid = ", ".join(classes)
-            raise UsageError(f"{path}, {place}: unknown class {unknown[0]!r}, expected {valid}")
+            raise UsageError(f"{path}, {position}: unknown class {unknown[0]!r}, expected {valid}")
         labels = tuple(name for name in classes if name in names)
         if rows.setdefault(key, labels) != labels:
             raise UsageError(
-                f"{path}, {place}: {key} has the labels {list(labels)}, but {list(rows[key])} at "
-                f"{places[key]}: keep one of them"
+                f"{path}, {position}: {key} has the labels {list(labels)}, but {list(rows[key])} at "
+                f"{positions[key]}: keep one of them"
             )
-        places.setdefault(key, place)
+        positions.setdefault(key, position)
     if not rows:
         raise UsageError(f"{path}: no image in it, expected at least one row")
     return ImageLabels(path, rows)
@@ -160,22 +154,22 @@ def _csv_rows(path: Path, text: str, classes: Collection[str]) -> Iterator[tuple
             got = ",".join(header)
             raise UsageError(f"{path}, line 1: got {got!r}, expected the header 'image,labels'")
         for cells in lines:
-            place = f"line {lines.line_num}"
+            position = f"line {lines.line_num}"
             if not cells:
                 continue
             if len(cells) != len(HEADER):
                 raise UsageError(
-                    f"{path}, {place}: got {len(cells)} columns, expected 2 (image,labels): separate classes "
-                    "by spaces or semicolons"
+                    f"{path}, {position}: got {len(cells)} columns, expected 2 (image,labels): separate "
+                    "classes by spaces or semicolons"
                 )
-            yield place, cells[0], split_classes(cells[1], classes)
+            yield position, cells[0], split_classes(cells[1], classes)
     except csv.Error as error:
         raise UsageError(f"{path}, line {lines.line_num}: not CSV: {error}") from error
 
 
 def split_classes(cell: str, classes: Collection[str]) -> list[str]:
-    """The names in a cell: one that is a class, else what semicolons separate, or spaces where none are."""
-    if cell.strip() in classes:  # one name, which may hold spaces
+    """The names in a cell: the cell itself if it is a class, else separated by semicolons, else by spaces."""
+    if cell.strip() in classes:  # one name, which may contain spaces
         return [cell.strip()]
     names = cell.split(";") if ";" in cell else cell.split()
     return [name.strip() for name in names if name.strip()]
@@ -183,7 +177,7 @@ def split_classes(cell: str, classes: Collection[str]) -> list[str]:
 
 def _json_rows(path: Path, text: str, _: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
     try:
-        # Pairs, because a dictionary would drop all but the last of equal keys without a word.
+        # Pairs, because a dictionary would silently drop all but the last of equal keys.
         pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON, or nested too deeply: {error}") from error

@@ -1,4 +1,4 @@
-"""The rooms may import in one direction only: kernels <- runtime <- training <- export <- benchmarks."""
+"""The packages may import in one direction only: kernels <- runtime <- training <- export <- benchmarks."""
 
 import ast
 import subprocess
@@ -39,18 +39,18 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def sources() -> list[Path]:
-    return [path for room in ORDER for path in sorted((ROOT / room).rglob("*.py"))]
+    return [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_to_the_lighter_side(path: Path) -> None:
-    room = path.relative_to(ROOT).parts[0]
-    allowed = ORDER[: ORDER.index(room) + 1]
+    package = path.relative_to(ROOT).parts[0]
+    allowed = ORDER[: ORDER.index(package) + 1]
     for module, _ in imports(path):
         first, *rest = module.split(".")
         assert first not in ORDER, f"{path}: write multisa.{module}"
         if first == "multisa":
-            assert rest and rest[0] in allowed, f"{path}: {room} may not import {module}"
+            assert rest and rest[0] in allowed, f"{path}: {package} may not import {module}"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -69,10 +69,10 @@ def test_packages_listed_are_the_packages_there() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {
         "multisa." + ".".join(path.parent.relative_to(ROOT).parts)
-        for room in ORDER
-        for path in (ROOT / room).rglob("__init__.py")
+        for package in ORDER
+        for path in (ROOT / package).rglob("__init__.py")
     }
-    assert found == set(listed)
+    assert {"multisa", *found} == set(listed)
 
 
 @pytest.mark.parametrize(

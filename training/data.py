@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from multisa.runtime.corpus import find_images
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import log
+from multisa.runtime.sources.folders import list_images
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -164,7 +164,7 @@ def _read_folder(root: Path, labels: Path | None) -> Dataset:
     names = _class_names(root)
     if not names:
         raise DatasetError(f"{root}: no classes.txt; write one class per line, 'background' first")
-    images = find_images(root).images
+    images = list_images(root).images
     classes = _classes_from_table(table, names, [image.relative for image in images])
     # A stage has one flat folder, so the folders of an image become part of its id.
     ids = [image.name.replace("/", "__") for image in images]

@@ -64,7 +64,7 @@ def _take_snapshot(
     def labels_of(item: SourceItem) -> Labels | None:
         nonlocal n_without
         if is_list:
-            check_place(item.place)
+            check_place(item.uri)
         found = matcher.find(item.id) if matcher else None
         if found is None and item.labels is not None:
             found = _checked(item, item.labels, foreground)

@@ -146,7 +146,7 @@ def _check_pattern(source: str, root: Path, text: str, results: Iterable[Path]) 
     pattern, top = Pattern(text), root.resolve()
     for folder in results:
         path = folder.resolve()
-        if path.is_relative_to(top) and path != top and pattern.may_hold(path.relative_to(top).as_posix()):
+        if path.is_relative_to(top) and path != top and pattern.may_contain(path.relative_to(top).as_posix()):
             raise UsageError(
                 f"{folder}: lies inside what {source} takes, where masks would be taken for images: choose "
                 "a folder outside it"

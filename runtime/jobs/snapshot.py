@@ -93,7 +93,7 @@ def compare_listings(frozen: Path, listing: Iterable[Listed]) -> Iterator[sqlite
     with closing(sqlite3.connect("")) as scratch:
         scratch.execute(_NOW)
         items = (item for item in listing if isinstance(item, SourceItem))
-        rows = ((e.id, e.place, e.size, e.version, labels_text(e.labels)) for e in items)
+        rows = ((e.id, e.uri, e.size, e.version, labels_text(e.labels)) for e in items)
         scratch.executemany("INSERT INTO now VALUES (NULL, ?, ?, ?, ?, ?)", rows)
         scratch.execute("CREATE INDEX now_by_id ON now (id)")
         scratch.commit()
@@ -342,7 +342,7 @@ def _fill(
                 digest.update(digested(entry.id, entry.size, entry.version, listed))
                 labels = labels_text(labels_of(entry))
                 folder, name = _folder_and_name(entry.id)
-                items.append((images, entry.id, entry.place, entry.size, entry.version, labels, name, listed))
+                items.append((images, entry.id, entry.uri, entry.size, entry.version, labels, name, listed))
                 images += 1
                 if folder != last_folder:
                     last_folder = folder

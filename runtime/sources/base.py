@@ -1,4 +1,4 @@
-"""What every source of images keeps: a listing in a fixed order, and the bytes of one image."""
+"""The protocol of every source of images: a listing in a fixed order, and the bytes of one image."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from typing import Protocol, Self
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One image of a source; everything but its bytes."""
+    """One image of a source, without its bytes."""
 
-    id: str  # posix path, unique in the source and safe as a path below OUT: results are named after it
-    place: str  # where `Source.read` finds it, in the source's own words
-    size: int  # bytes; -1 where the source does not know
-    version: str = ""  # other bytes, another version (modification time, ETag, CRC); "" where unknown
-    labels: tuple[str, ...] | None = None  # classes that the source itself names, unchecked
+    id: str  # posix path, unique in the source and safe below the output folder: results are named after it
+    uri: str  # where `Source.read` finds it, in a form of the source's own
+    size: int  # bytes; -1 if unknown
+    version: str = ""  # changes with the bytes (modification time, ETag, CRC); "" if unknown
+    labels: tuple[str, ...] | None = None  # classes that the source names, unchecked
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An entry of a source that is not taken, and why; nothing is passed over without being named."""
+    """An entry of a source that is not read, and the reason. No entry is skipped silently."""
 
     id: str  # printable
     reason: str
@@ -27,7 +27,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class OtherFiles:
-    """How many entries are no images by their extension."""
+    """How many entries are not images by their extension."""
 
     count: int
 
@@ -36,34 +36,33 @@ Listed = SourceItem | Skipped | OtherFiles
 
 
 class Source(Protocol):
-    """Images somewhere; a context manager. `read` may be called from several threads at once."""
+    """A collection of images; a context manager. Several threads may call `read` at once."""
 
     @property
     def description(self) -> str:
-        """What it is and where, for people: "folder photos", "2 tar files of s3://bucket/shards"."""
+        """What it is and where, for people: "folder photos", "tar files s3://bucket/shards/*.tar"."""
 
     def listing(self) -> Iterator[Listed]:
-        """Every entry, in an order that depends on the content alone; nothing is held in memory for long.
+        """Every entry, in an order that depends on the content alone, without holding all in memory.
 
         Raises UsageError when the source does not exist or cannot be listed.
         """
 
     def read(self, item: SourceItem) -> bytes:
-        """The bytes of one image. Raises ImageError (the reason, without the id) when it cannot be had.
+        """The bytes of one image. Raises ImageError (the reason, without the id) when they cannot be read.
 
-        What has another size than `item.size` (unless that is -1), another version where the store tells it
-        with the bytes, or more than MAX_FILE_BYTES, is refused.
+        Refuses an image of another size than `item.size` (unless that is -1), of another version if the
+        store returns it with the bytes, or of more than MAX_FILE_BYTES.
         """
 
     def exists(self, item: SourceItem) -> bool:
-        """Whether what `item` is in can still be reached: asked when the item itself could not be read.
+        """Whether the disk, server or archive of `item` can be reached; called after `read` has failed.
 
-        False for a disk, a server or an archive that is gone, or keys that are valid no more; then no other
-        item of it can be read either.
+        False also for credentials that have expired: then no other item of it can be read either.
         """
 
     def close(self) -> None:
-        """Give handles and connections back."""
+        """Release handles and connections."""
 
     def __enter__(self) -> Self: ...
 

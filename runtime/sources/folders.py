@@ -1,53 +1,71 @@
-"""A folder with all that is below it, or what a pattern takes of it; one image alone.
+"""Images in a folder and the folders below it, all of them or those that match a pattern; one image alone.
 
 FolderSource("photos", LocalStore("photos"), Pattern("**/*.jpg"))
 """
 
+import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
 from multisa.runtime.errors import ImageError, UsageError
+from multisa.runtime.imaging.decode import EXTENSIONS
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.names import LONGEST_PATH, is_image, printable
-from multisa.runtime.sources.storage import Entry, Store, Wanted, join, why
+from multisa.runtime.sources.storage import Entry, LocalStore, Store, Wanted, join, reason_of
 
 
 class Pattern:
-    """A glob pattern on paths below a folder: `*`, `?`, `[a-z]` within a name, `**` for any folders."""
+    """A glob pattern on paths below a folder: `*`, `?`, `[a-z]` within a name, `**` for any folders.
+
+    Part i of the pattern is state i of an automaton that reads the names of a path.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
-        parts = text.split("/")
-        self._parts = [re.compile(_part_regex(part)) for part in parts[:-1]]
-        self._deep = parts.index("**") if "**" in parts else len(parts) - 1
-        self._any_depth = "**" in parts
-        whole = "".join(
-            (r"(?:[^/]+/)*" if i < len(parts) - 1 else r"(?:[^/]+/)*[^/]+")
-            if part == "**"
-            else _part_regex(part) + ("/" if i < len(parts) - 1 else "")
-            for i, part in enumerate(parts)
-        )
-        self._whole = re.compile(whole)
+        # None stands for "**".
+        self._parts = [None if part == "**" else _compile(part) for part in text.split("/")]
 
-    def takes(self, path: str) -> bool:
-        """Whether the file `path` is meant."""
-        return bool(self._whole.fullmatch(path))
+    def matches(self, path: str) -> bool:
+        """Whether the pattern matches the file `path`."""
+        return len(self._parts) in self._states(path)
 
-    def may_hold(self, folder: str) -> bool:
-        """Whether a file below `folder` can be meant."""
-        names = folder.split("/")
-        if not self._any_depth and len(names) > self._deep:
-            return False
-        return all(part.fullmatch(name) for part, name in zip(self._parts[: self._deep], names, strict=False))
+    def may_contain(self, folder: str) -> bool:
+        """Whether a file below `folder` can match."""
+        return any(state < len(self._parts) for state in self._states(folder))
+
+    def _states(self, path: str) -> set[int]:
+        """How many parts of the pattern the names of `path` can use up."""
+        states = self._skip_folders({0})
+        for name in path.split("/"):
+            moved = set()
+            for state in states - {len(self._parts)}:
+                part = self._parts[state]
+                if part is None:
+                    moved.add(state)
+                if part.fullmatch(name) if part else state == len(self._parts) - 1:
+                    moved.add(state + 1)
+            states = self._skip_folders(moved)
+        return states
+
+    def _skip_folders(self, states: set[int]) -> set[int]:
+        """Add what follows "**", which stands for any number of folders, or at the end for any path."""
+        found = set(states)
+        for state in range(len(self._parts) - 1):
+            if state in found and self._parts[state] is None:
+                found.add(state + 1)
+        return found
 
 
 def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> Iterator[Entry | OtherFiles]:
-    """Everything below `root`, depth first, the names of each folder by code point; `name` is the path.
+    """Everything below `root`, depth first, each folder's names by code point; `name` is the path.
 
-    What is not taken has a `problem`; files that are not `wanted` are counted at the end. One folder's names
-    are held at a time, and those of the folders it is in. Raises OSError when `root` cannot be read.
+    Entries that are not read have a `problem`; files that are not `wanted` are counted at the end. Memory
+    holds the names of one folder and of its parents. Raises OSError when `root` cannot be read.
     """
     others = 0
     stack = [("", store.folder(root, wanted))]
@@ -59,17 +77,17 @@ def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> It
             continue
         path = prefix + entry.name
         if entry.is_folder:
-            if pattern and not pattern.may_hold(path):
+            if pattern and not pattern.may_contain(path):
                 continue
             problem = entry.problem or ("its name is too long" if len(path) > LONGEST_PATH else "")
             if not problem:
                 try:
                     stack.append((path + "/", store.folder(join(root, path), wanted)))
                 except OSError as error:
-                    problem = why(error)
+                    problem = reason_of(error)
             if problem:
                 yield entry._replace(name=path, problem=problem)
-        elif pattern and not pattern.takes(path):
+        elif pattern and not pattern.matches(path):
             continue
         elif wanted(entry.name):
             yield entry._replace(name=path)
@@ -80,7 +98,7 @@ def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> It
 
 
 class SourceBase:
-    """What the sources share: a `with`, and nothing to close."""
+    """A source with nothing to close."""
 
     def close(self) -> None:
         """See Source."""
@@ -95,18 +113,14 @@ class SourceBase:
 
 
 class FolderSource(SourceBase):
-    """The images below `root`; ids and places are their paths below it."""
+    """The images below `root`; ids and URIs are their paths below it."""
 
     def __init__(self, root: str, store: Store, pattern: Pattern | None = None) -> None:
         self._root = root
         self._store = store
         self._pattern = pattern
-
-    @property
-    def description(self) -> str:
-        """See Source."""
-        shown = printable(self._root)
-        return f"files {join(shown, self._pattern.text)}" if self._pattern else f"folder {shown}"
+        shown = printable(root)
+        self.description = f"files {join(shown, pattern.text)}" if pattern else f"folder {shown}"
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""
@@ -120,7 +134,7 @@ class FolderSource(SourceBase):
                     yield SourceItem(entry.name, entry.name, entry.size, entry.version)
         except OSError as error:
             raise UsageError(
-                f"{printable(self._root)}: cannot be listed ({why(error)}), expected a folder of images"
+                f"{printable(self._root)}: cannot be listed ({reason_of(error)}), expected a folder of images"
             ) from error
 
     def exists(self, item: SourceItem) -> bool:
@@ -130,9 +144,9 @@ class FolderSource(SourceBase):
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
         try:
-            return self._store.read(join(self._root, inside(item.place)), item.size, item.version)
+            return self._store.read(join(self._root, inside(item.uri)), item.size, item.version)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
 
 
 class OneFileSource(SourceBase):
@@ -141,61 +155,92 @@ class OneFileSource(SourceBase):
     def __init__(self, path: str, store: Store) -> None:
         self._path = path
         self._store = store
-
-    @property
-    def description(self) -> str:
-        """See Source."""
-        return f"image {printable(self._path.partition('?')[0])}"
+        self.description = f"image {printable(path.partition('?')[0])}"
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""
-        name = self._path.partition("?")[0].rpartition("/")[2] if "://" in self._path else _name(self._path)
+        path = self._path.partition("?")[0] if "://" in self._path else self._path
+        name = path.rpartition("/")[2]
         try:
             with self._store.open(self._path) as blob:
                 yield SourceItem(name, "", blob.size, blob.version)
         except OSError as error:
-            raise UsageError(f"{self.description}: cannot be read ({why(error)})") from error
+            raise UsageError(f"{self.description}: cannot be read ({reason_of(error)})") from error
 
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
         try:
             return self._store.read(self._path, item.size, item.version)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
 
     def exists(self, item: SourceItem) -> bool:
         """See Source."""
         return self._store.exists(self._path)
 
 
-def inside(place: str) -> str:
-    """`place` as it is, where it cannot lead out of its folder. Raises ImageError otherwise."""
-    if place.startswith("/") or ".." in place.split("/"):
-        raise ImageError(f"{printable(place)}: is no path below the folder")
-    return place
+@dataclass(frozen=True)
+class ListedImage:
+    """One image of a folder."""
+
+    path: Path
+    relative: str  # posix path below the folder
+    name: str  # `relative` without extension; with it where two images would share a name
 
 
-def _name(path: str) -> str:
-    return path.rpartition("/")[2]
+@dataclass(frozen=True)
+class ListedImages:
+    """The images of a folder, sorted by relative path, and the entries that are not read."""
+
+    images: tuple[ListedImage, ...]
+    skipped: tuple[Skipped, ...]
 
 
-def _part_regex(part: str) -> str:
-    """The regular expression of one name's pattern."""
-    made: list[str] = []
-    i = 0
-    while i < len(part):
-        letter = part[i]
-        end = part.find("]", i + 2) if letter == "[" else -1
-        if letter == "*":
-            if not made or made[-1] != "[^/]*":  # more of them in a row mean the same, and take for ever
-                made.append("[^/]*")
-        elif letter == "?":
-            made.append("[^/]")
-        elif end > 0:
-            inner = part[i + 1 : end].replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
-            made.append(f"[^/{inner[1:]}]" if inner[0] == "!" else f"[{inner}]")
-            i = end
-        else:
-            made.append(re.escape(letter))
-        i += 1
-    return "".join(made)
+def list_images(folder: Path) -> ListedImages:
+    """Find all images below a folder at once, for corpora of a size that can be trained on.
+
+    Raises UsageError when `folder` is no folder, or holds no image.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{printable(str(folder))}: is no folder, expected a folder of images")
+    with FolderSource(str(folder), LocalStore(str(folder))) as source:
+        listing = list(source.listing())
+    relatives = sorted(entry.id for entry in listing if isinstance(entry, SourceItem))
+    if not relatives:
+        extensions = ", ".join(sorted(EXTENSIONS))
+        raise UsageError(f"{printable(str(folder))}: no image found, expected files ending in {extensions}")
+    names = _result_names(relatives)
+    images = tuple(ListedImage(folder / r, r, name) for r, name in zip(relatives, names, strict=True))
+    skipped = (entry for entry in listing if isinstance(entry, Skipped))
+    return ListedImages(images, tuple(sorted(skipped, key=lambda entry: entry.id)))
+
+
+def _result_names(relatives: list[str]) -> list[str]:
+    """Paths without extension; images that would share one keep their full paths, every one of them.
+
+    So does an image whose mask would have the name of a folder (a.jpg beside a.png/b.jpg).
+    """
+    names = {relative: PurePosixPath(relative).with_suffix("").as_posix() for relative in relatives}
+    folders = {parent.as_posix().casefold() for r in relatives for parent in PurePosixPath(r).parents}
+    while True:
+        # Some file systems ignore case.
+        uses = Counter(name.casefold() for name in names.values())
+        for name in names.values():
+            uses[name.casefold()] += f"{name}.png".casefold() in folders
+        shared = [r for r, name in names.items() if uses[name.casefold()] > 1 and name != r]
+        if not shared:
+            return [names[relative] for relative in relatives]
+        # A full path may in turn be the short name of another image: repeat until none is shared.
+        names.update({relative: relative for relative in shared})
+
+
+def inside(path: str) -> str:
+    """`path`, unless it leads out of its folder. Raises ImageError then."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ImageError(f"{printable(path)}: is no path below the folder")
+    return path
+
+
+def _compile(part: str) -> re.Pattern[str]:
+    # `fnmatch` takes "[a" and "[]" as they are written, and ignores an empty range like [z-a].
+    return re.compile(fnmatch.translate(part))

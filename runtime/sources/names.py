@@ -1,47 +1,47 @@
-"""Names in sources: which are images, which can be results' names, and which came before."""
+"""Names in sources: which are images, which are safe below the output folder, which occurred before."""
 
 import hashlib
 import re
 from array import array
 from pathlib import PurePosixPath
 
-from multisa.runtime.imaging.decode import EXTENSIONS
+from multisa.runtime.imaging.decode import EXTENSIONS, MAX_FILE_BYTES
 
-LONGEST_NAME = 255  # bytes, of one file or folder on every usual file system
-LONGEST_PATH = 2000  # bytes; half of what Linux takes, OUT needs some, too
+LONGEST_NAME = 255  # bytes of one file or folder name, on every usual file system
+LONGEST_PATH = 2000  # bytes; half of what Linux allows, because the output folder needs some
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NOT_PORTABLE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
-# Nearly all paths are like this one; what it does not take is looked at closer.
+# Fast path: nearly all paths match.
 _PLAIN = re.compile(r"[\w-][\w. -]*(?:/[\w-][\w. -]*)*", re.ASCII)
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_image(name: str) -> bool:
-    """Whether a name ends like an image's."""
+    """Whether a name has the extension of an image."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
     return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS
 
 
 def is_tar(name: str) -> bool:
-    """Whether a name ends like a tar file's that is not compressed."""
+    """Whether a name has the extension of an uncompressed tar file."""
     return name.lower().endswith(".tar")
 
 
 def printable(name: str) -> str:
-    """`name` with what is not UTF-8 written as escapes."""
+    """`name` with escapes for what is not UTF-8."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def bad_name(name: str) -> str:
-    """Why one name of a folder is not taken, or ""."""
+    """Why a name in a folder is skipped, or ""."""
     if name.startswith("."):
         return "hidden"
     return "" if _is_utf8(name) else "its name is not UTF-8"
 
 
 def unsafe_path(path: str) -> str:
-    """Why a path that an archive or a bucket gives cannot be one below OUT, or ""."""
+    """Why a path from an archive or a bucket is not safe below the output folder, or ""."""
     if len(path) <= LONGEST_NAME and _PLAIN.fullmatch(path):
         return ""
     if not _is_utf8(path):
@@ -64,10 +64,22 @@ def unsafe_path(path: str) -> str:
     return ""
 
 
-def safe_id(path: str) -> str:
-    """An id made of any path: relative, with nothing that `unsafe_path` refuses.
+def relative_member_name(name: str) -> str:
+    """The name of an archive's member without the "./" that some programs put before it."""
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return name
 
-    A path that is safe is its own id. Others can share one: see `unique_id`.
+
+def size_problem(size: int) -> str:
+    """Why a member of this many bytes is skipped, or ""."""
+    return f"got {size} bytes, expected at most {MAX_FILE_BYTES}" if size > MAX_FILE_BYTES else ""
+
+
+def safe_id(path: str) -> str:
+    """A relative path that `unsafe_path` accepts, made from any path.
+
+    A safe path is its own id. Other paths can share one: see `unique_id`.
     """
     if path and not unsafe_path(path):
         return path
@@ -78,20 +90,20 @@ def safe_id(path: str) -> str:
     return f"{_digest(path)}-{parts[-1]}" if len(parts[-1].encode()) < LONGEST_NAME - 20 else _digest(path)
 
 
-def unique_id(wanted: str, place: str, attempt: int = 0) -> str:
-    """Another id for what lies at `place` where `wanted` is taken; every attempt gives another one."""
+def unique_id(wanted: str, uri: str, attempt: int = 0) -> str:
+    """Another id for `uri` when the id `wanted` is taken; a different one for every attempt."""
     path = PurePosixPath(wanted)
     suffix = path.suffix if len(path.suffix.encode()) <= 16 else ""
     stem = path.name.removesuffix(suffix).encode()[: LONGEST_NAME - 40].decode(errors="ignore")
-    mark = _digest(f"{attempt}:{place}")
+    mark = _digest(f"{attempt}:{uri}")
     made = str(path.with_name(f"{stem}~{mark}{suffix}"))
     return made if len(made.encode()) <= LONGEST_PATH else mark + suffix
 
 
-class Seen:
-    """A set of texts to which can only be added, of 8 to 24 bytes each: a million take a set 100 MB.
+class SeenHashes:
+    """A set of texts that only grows, with 12 to 24 bytes per text (a `set` needs 100).
 
-    It keeps 64 bits of a digest, so of n texts two are taken for one with a probability of n^2 / 2^65 (one in
+    It stores 64 bits of a digest: among n texts, two are confused with a probability of n^2 / 2^65 (one in
     370,000 for ten million).
     """
 
@@ -100,7 +112,7 @@ class Seen:
         self._count = 0
 
     def add(self, text: str) -> bool:
-        """Add `text`; False when it was there."""
+        """Add `text`; False if it was added before."""
         digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
         value = int.from_bytes(digest, "little") or 1  # 0 is an empty slot
         if not _put(self._slots, value):

@@ -1,4 +1,4 @@
-"""The source that a person means by what they type.
+"""Which source a path, pattern or URL means.
 
 with open_source("photos/**/*.jpg") as source:
     for listed in source.listing(): ...
@@ -15,7 +15,7 @@ from typing import Any
 from multisa.runtime.errors import UsageError
 from multisa.runtime.sources.base import Source
 from multisa.runtime.sources.folders import FolderSource, OneFileSource, Pattern
-from multisa.runtime.sources.lists import KINDS, CellReader, Columns, ListSource
+from multisa.runtime.sources.lists import KINDS, LabelReader, ListSource
 from multisa.runtime.sources.names import bad_name, is_image, is_tar, printable
 from multisa.runtime.sources.remote import RemoteStore, protocol_of
 from multisa.runtime.sources.storage import Entry, LocalStore, Store
@@ -34,42 +34,37 @@ _WILD = re.compile(r"[*?[]")
 def open_source(
     spec: str,
     *,
-    image_column: str = "image",
-    labels_column: str | None = None,
     classes: Collection[str] = (),
     storage_options: str | Mapping[str, Any] | None = None,
 ) -> Source:
-    """Open what `spec` names; nothing is listed or asked of a server yet.
+    """Open what `spec` names, without listing it or contacting a server.
 
-    `image_column` and `labels_column` are those of a manifest; the labels' ("labels") may be missing unless
-    it is given. `classes` tells names that hold spaces from several names. `storage_options` are a JSON
-    object or a mapping for fsspec; without them its own configuration and the environment hold.
+    classes: tell a label with spaces from several labels. storage_options: a JSON object or a mapping for
+    fsspec; without them, fsspec's configuration and the environment apply.
 
-    Raises UsageError for what is no source, BackendUnavailable where fsspec or a protocol's package is not
-    there.
+    Raises UsageError for what is no source, BackendUnavailable if fsspec or a protocol's package is missing.
     """
     stores = _Stores(protocol_of(spec), _options(storage_options))
-    cells = CellReader(labels_column or "labels", tuple(classes))
-    columns = Columns(image_column, cells, labels_column is not None)
+    labels = LabelReader(tuple(classes))
     if stores.protocol in ("file", "local"):
         spec, stores.protocol = spec.partition("://")[2], ""
     if "::" in spec and "://" in spec:
         raise UsageError(f"{spec}: got a chain of URLs, expected one: {EXPECTED}")
     if not stores.protocol:
-        return _local(spec, stores, columns)
+        return _local(spec, stores, labels)
     path = spec.partition("?")[0] if stores.protocol in ("http", "https") else spec
     name = path.rpartition("/")[2]
     if has_range(name) or (_WILD.search(path) and stores.protocol not in ("http", "https")):
-        return _pattern(spec, stores, columns)
+        return _pattern(spec, stores, labels)
     if not name or "." not in name:
         return FolderSource(spec.rstrip("/"), stores.of(stores.protocol))
-    return _file(spec, name, stores, columns) or FolderSource(spec, stores.of(stores.protocol))
+    return _file(spec, name, stores, labels) or FolderSource(spec, stores.of(stores.protocol))
 
 
 class _Stores:
-    """One store for each protocol, made when it is first needed; the options are for the source's own one.
+    """One store for each protocol, created when it is first needed.
 
-    A list here may name URLs, for which they are then.
+    The options apply to the protocol of the source, and to all URLs in a list of this machine.
     """
 
     def __init__(self, protocol: str, options: Mapping[str, Any]) -> None:
@@ -79,50 +74,48 @@ class _Stores:
         self._lock = threading.Lock()
 
     def of(self, protocol: str) -> Store:
-        """The store for URLs of a protocol; "" for this machine, where links lead anywhere."""
+        """The store for URLs of a protocol; "" is this machine, where links may lead anywhere."""
         with self._lock:
             if protocol not in self._stores:
-                own = protocol == self.protocol or not self.protocol
-                self._stores[protocol] = (
-                    RemoteStore(protocol, self._options if own else {}) if protocol else LocalStore()
-                )
+                options = self._options if self.protocol in ("", protocol) else {}
+                self._stores[protocol] = RemoteStore(protocol, options) if protocol else LocalStore()
             return self._stores[protocol]
 
+    def below(self, root: str) -> Store:
+        """The store of the source's own protocol; on this machine, links may not leave the folder `root`."""
+        return self.of(self.protocol) if self.protocol else LocalStore(root or ".")
 
-def _local(spec: str, stores: _Stores, columns: Columns) -> Source:
+
+def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
     shown = printable(spec)
     if os.path.isdir(spec):  # noqa: PTH112 (text, as all paths of sources)
         root = spec.rstrip("/") or "/"
         return FolderSource(root, LocalStore(root))
     if not os.path.lexists(spec):
         if has_range(spec) or _WILD.search(spec):
-            return _pattern(spec, stores, columns)
+            return _pattern(spec, stores, labels)
         raise UsageError(f"{shown}: does not exist, {EXPECTED}")
     name = spec.rpartition("/")[2]
-    found = _file(spec, name, stores, columns)
-    if found is not None:
-        return found
-    # Whatever its name ends in: an image is known by its bytes.
-    return _image(spec, name, stores)
+    # Decoding decides whether a file with another extension is an image.
+    return _file(spec, name, stores, labels) or _image(spec, name, stores)
 
 
-def _file(spec: str, name: str, stores: _Stores, columns: Columns) -> Source | None:
-    """The source that one file is, by its name's ending; None where that says nothing."""
+def _file(spec: str, name: str, stores: _Stores, labels: LabelReader) -> Source | None:
+    """The source that one file is, by its extension; None for an extension that is not known."""
     store = stores.of(stores.protocol)
     if _COMPRESSED.search(name):
         raise UsageError(
-            f"{printable(spec)}: a compressed tar file, of which no member can be read alone: decompress it "
-            "first (gunzip, bunzip2, unxz, zstd -d); images gain nothing by it"
+            f"{printable(spec)}: a compressed tar file, whose members cannot be read one by one: decompress "
+            "it first (gunzip, bunzip2, unxz, zstd -d); images gain nothing by it"
         )
     if is_tar(name):
         root = spec[: -len(name)].rstrip("/") if "/" in spec.rstrip("/") else ""
         root = root or ("/" if spec.startswith("/") else "")
-        shards = partial(_named, [name])
-        return TarSource(root, store, shards, f"tar file {printable(spec)}", columns.cells)
+        return TarSource(root, store, lambda: [Entry(name, False)], f"tar file {printable(spec)}", labels)
     if name.lower().endswith(".zip"):
         return ZipSource(spec, store)
     if name.lower().rpartition(".")[2] in KINDS and "." in name:
-        return ListSource(spec, stores.of, columns)
+        return ListSource(spec, stores.of, labels)
     return _image(spec, name, stores) if is_image(name) else None
 
 
@@ -134,41 +127,35 @@ def _image(spec: str, name: str, stores: _Stores) -> Source:
     return OneFileSource(spec, stores.of(stores.protocol))
 
 
-def _pattern(spec: str, stores: _Stores, columns: Columns) -> Source:
+def _pattern(spec: str, stores: _Stores, labels: LabelReader) -> Source:
     if has_range(spec):
         if not is_tar(spec) or _WILD.search(spec):
             raise UsageError(f"{printable(spec)}: a range counts tar files: expected PATH/{{000..123}}.tar")
         root, names = _split(spec, spec.index("{"))
-        expand_range(names)  # so that what is wrong with it is said at once
-        store = stores.of(stores.protocol) if stores.protocol else LocalStore(root or ".")
-        shards = partial(_ranged, names)
-        return TarSource(root, store, shards, f"tar files {printable(spec)}", columns.cells)
+        expand_range(names)  # raises UsageError early
+
+        def ranged() -> Iterable[Entry]:
+            return (Entry(name, False) for name in expand_range(names))
+
+        return TarSource(root, stores.below(root), ranged, f"tar files {printable(spec)}", labels)
     wild = _WILD.search(spec)
     assert wild
     root, text = _split(spec, wild.start())
     if text.lower().endswith(".zip") or text.lower().rpartition(".")[2] in KINDS:
         raise UsageError(f"{printable(spec)}: several files, expected one zip file, list or manifest a run")
-    store = stores.of(stores.protocol) if stores.protocol else LocalStore(root or ".")
-    pattern = Pattern(text)
+    root = root or "."
+    store, pattern = stores.below(root), Pattern(text)
     if is_tar(text):
-        found = partial(found_shards, store, root or ".", pattern)
-        return TarSource(root or ".", store, found, f"tar files {printable(spec)}", columns.cells)
-    return FolderSource(root or ".", store, pattern)
+        found = partial(found_shards, store, root, pattern)
+        return TarSource(root, store, found, f"tar files {printable(spec)}", labels)
+    return FolderSource(root, store, pattern)
 
 
 def _split(spec: str, at: int) -> tuple[str, str]:
-    """The folder before what is no plain name at `at`, and the rest."""
+    """The folder before the name at position `at`, and the rest."""
     slash = spec.rfind("/", 0, at)
     root = spec[: slash + 1].rstrip("/")
     return ("/" if slash >= 0 and not root else root), spec[slash + 1 :]
-
-
-def _named(names: Iterable[str]) -> Iterable[Entry]:
-    return (Entry(name, False) for name in names)
-
-
-def _ranged(names: str) -> Iterable[Entry]:
-    return _named(expand_range(names))
 
 
 def _options(given: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -179,6 +166,6 @@ def _options(given: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
-        # Not shown: there may be keys in it.
+        # Not shown: it may contain credentials.
         raise UsageError('storage options: got no JSON object, expected {"endpoint_url": "..."} or the like')
     return options

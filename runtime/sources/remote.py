@@ -1,8 +1,8 @@
-"""Buckets and web servers, through fsspec.
+"""Buckets and web servers, through the public interface of fsspec and its packages.
 
     store = RemoteStore("s3", {"endpoint_url": "http://127.0.0.1:9000"})
 
-Paths are whole URLs. Keys and secrets come from fsspec's own configuration, the environment, or the options.
+Paths are whole URLs. Credentials come from fsspec's configuration, the environment, or the options.
 """
 
 import errno
@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -19,86 +19,131 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import unsafe_path
-from multisa.runtime.sources.storage import CHANGED, Blob, Entry, Wanted, check_size
+from multisa.runtime.sources.storage import Blob, Entry, Wanted, check_size, check_version
+
+Result = TypeVar("Result")
 
 _PIECE = 2**20  # bytes
+_NO_RANGES = "the server sends whole files only, expected parts: copy the file here"
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
-_PARTIAL = 206  # HTTP status of an answer that keeps to the range it was asked for
+_PARTIAL = 206  # HTTP status of an answer that respects the requested range
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_WAITS = (0.2, 1.0)  # seconds before the second and the third attempt; packages also retry on their own
+_WINDOW = 4 * 2**20  # bytes per request: the latency of a request equals some megabytes
+# The packages that fsspec needs, by protocol.
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+}
+# What these packages raise besides OSError: module and class.
+_FOREIGN = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("azure.core.exceptions", "AzureError"),
+)
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_REMEMBERED = 30.0  # seconds for which a successful check is not repeated
+_WITNESSES = 3  # hosts or buckets; of each, the file that was read last is remembered
+
+
+def protocol_of(path: str) -> str:
+    """The protocol of a URL in lower case, or "" for a path of this machine."""
+    match = _URL.match(path)
+    return match[1].lower() if match else ""
 
 
 class Part(NamedTuple):
-    """Bytes of a file, and its version (as in SourceItem) where the answer to the request told it."""
+    """Bytes of a file, and its version (as in SourceItem) if the answer to the request named it."""
 
     data: bytes
     version: str = ""  # its ETag
 
 
-PartRequest = Callable[[Any, str, int, int], Awaitable[Part]]
+PartRequest = Callable[[Any, str, int, int], Part]
 
 
-async def web_part(files: Any, url: str, start: int, end: int) -> Part:
-    """Bytes `start` to `end` of a file, fewer where it ends; no more is taken, whatever the server sends.
+def web_part(files: Any, url: str, start: int, end: int) -> Part:
+    """Bytes `start` to `end` of a file, fewer at its end; reads no more, whatever the server sends.
 
-    Raises ImageError where it does not begin at `start`, and what aiohttp raises.
+    `cat_file` of fsspec neither returns the ETag nor stops at `end`. Raises ImageError when the answer does
+    not begin at `start`, and what aiohttp raises.
     """
-    session = await files.set_session()
-    options = dict(files.kwargs)
-    # Compressed on the way, it would have other bytes and another ETag.
-    headers = {"Accept-Encoding": "identity", **options.pop("headers", {})}
-    headers["Range"] = f"bytes={start}-{end - 1}"
-    async with session.get(files.encode_url(url), headers=headers, **options) as answer:
-        answer.raise_for_status()
-        if start and answer.status != _PARTIAL:
-            raise ImageError("the server sends whole files only, expected parts: copy the file here")
-        return Part(await _at_most(answer.content, end - start), _tag_of(answer.headers))
+
+    async def request() -> Part:
+        session = await files.set_session()
+        options = dict(files.kwargs)
+        # A compressed transfer would have other bytes and another ETag.
+        headers = {"Accept-Encoding": "identity", **options.pop("headers", {})}
+        headers["Range"] = f"bytes={start}-{end - 1}"
+        async with session.get(files.encode_url(url), headers=headers, **options) as answer:
+            answer.raise_for_status()
+            if start and answer.status != _PARTIAL:
+                raise ImageError(_NO_RANGES)
+            return Part(await _at_most(answer.content, end - start), _tag_of(answer.headers))
+
+    return _run(files, request)
 
 
-async def s3_part(files: Any, url: str, start: int, end: int) -> Part:
-    """Bytes `start` to `end` of an object, fewer where it ends. Raises what s3fs raises."""
+def s3_part(files: Any, url: str, start: int, end: int) -> Part:
+    """Bytes `start` to `end` of an object, fewer at its end. Raises what s3fs raises.
+
+    `cat_file` of s3fs does not return the ETag, and `info` would cost a second request for every image.
+    """
     bucket, key, version_id = files.split_path(url)
     options = {"VersionId": version_id} if version_id else {}
-    answer = await files._call_s3(
-        "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options
-    )
-    body = answer["Body"]
-    try:
-        return Part(await _at_most(body, end - start), _tag_of(answer))
-    finally:
-        body.close()
+    answer = files.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options)
+
+    async def read_body() -> bytes:
+        try:
+            return await _at_most(answer["Body"], end - start)
+        finally:
+            answer["Body"].close()
+
+    return Part(_run(files, read_body), _tag_of(answer))
 
 
-async def s3_folder(files: Any, url: str) -> dict[str, Entry]:
-    """The names below a prefix. One page of answers is held at a time, of a key its name and version are.
+def s3_folder(files: Any, url: str) -> dict[str, Entry]:
+    """The names directly below a prefix; holds one page of answers and an `Entry` for every key.
 
-    Raises FileNotFoundError where there is nothing, and what s3fs raises.
+    `ls` of s3fs would hold all answers, 2 kB for each key. Raises FileNotFoundError if there is no key, and
+    what s3fs raises.
     """
     bucket, key, _ = files.split_path(url)
     prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
-    here = len(f"{bucket}/{prefix}")
     entries: dict[str, Entry] = {}
     found = False
-    async for info in files._iterdir(bucket, delimiter="/", prefix=prefix):
-        found = True
-        add_entry(entries, str(info["name"])[here:], info)
+    page: dict[str, Any] = {"IsTruncated": True}
+    options: dict[str, str] = {}
+    while page.get("IsTruncated"):
+        page = files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **options)
+        for folder in page.get("CommonPrefixes", ()):
+            add_entry(entries, folder["Prefix"][len(prefix) :], {"type": "directory"}, 0)
+        for info in page.get("Contents", ()):
+            add_entry(entries, info["Key"][len(prefix) :], info, info["Size"])
+        found = found or bool(page.get("CommonPrefixes") or page.get("Contents"))
+        options["ContinuationToken"] = page.get("NextContinuationToken", "")
     if prefix and not found:
-        raise FileNotFoundError(errno.ENOENT, "no key begins so")
+        raise FileNotFoundError(errno.ENOENT, "no key has this prefix")
     return entries
 
 
-def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any]) -> None:
-    """Put what a listing says of a name to the others; the folder stays where a file has its name, too."""
+def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any], size: int | None) -> None:
+    """Add one name of a listing; where a file and a folder share it, the folder is kept."""
     name = name.removesuffix("/")
     # Some stores keep an empty object for the folder itself.
     if not name or (name in entries and entries[name].is_folder):
         return
-    problem = unsafe_path(name) or ("more than one name where one was asked for" if "/" in name else "")
-    size = info.get("size")
+    problem = unsafe_path(name) or ("more than one name where one was expected" if "/" in name else "")
     is_folder = info.get("type") == "directory"
     entries[name] = Entry(name, is_folder, -1 if size is None else int(size), version_of(info), problem)
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """The version that an entry of a listing tells; "" where it tells none."""
+    """The version in an entry of a listing; "" where there is none."""
     for key in _VERSIONS:
         if info.get(key) is not None:
             return str(info[key]).strip('"')
@@ -116,45 +161,21 @@ async def _at_most(stream: Any, length: int) -> bytes:
     return bytes(data)
 
 
+def _run(files: Any, request: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run a request in the event loop of an fsspec filesystem."""
+    from fsspec.asyn import sync
+
+    return cast(Result, sync(files.loop, request))
+
+
 PARTS: dict[str, PartRequest] = {"http": web_part, "https": web_part, "s3": s3_part, "s3a": s3_part}
 
 
-Result = TypeVar("Result")
-
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_WAITS = (0.2, 1.0)  # seconds before the second and the third attempt; packages retry by themselves, too
-_WINDOW = 4 * 2**20  # bytes of one request: a request takes as long as some megabytes do
-# Packages that fsspec asks for, by protocol.
-_PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
-    **dict.fromkeys(("http", "https"), "aiohttp"),
-}
-# What such packages raise besides OSError, by the module it is in.
-_FOREIGN = (
-    ("aiohttp", "ClientError"),
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("gcsfs.retry", "HttpError"),
-    ("azure.core.exceptions", "AzureError"),
-)
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_REMEMBERED = 30.0  # seconds that what answered is taken to answer
-_WITNESSES = 3  # hosts, or buckets, of which one file each is remembered
-
-
-def protocol_of(path: str) -> str:
-    """The protocol of a URL in lower case, or "" for a path of this machine."""
-    match = _URL.match(path)
-    return match[1].lower() if match else ""
-
-
 class RemoteStore:
-    """See Store. Transient errors are tried again, three times in all.
+    """See Store. Requests that fail for the moment are sent three times in all.
 
-    A file's version is looked at where it is known and the answer to the read tells it, too: in S3, and on
-    web servers that send an ETag. Elsewhere a change that leaves the size is not seen.
+    A read compares versions if the answer names one, as from S3 and web servers that send an ETag. Elsewhere,
+    a change that keeps the size goes unnoticed.
     """
 
     def __init__(self, protocol: str, options: Mapping[str, Any]) -> None:
@@ -166,8 +187,8 @@ class RemoteStore:
             ) from error
         self._protocol = protocol
         self._lock = threading.Lock()
-        self._answered: dict[str, float] = {}  # paths, and when they were there
-        self._served: dict[str, str] = {}  # the last file read of the last few hosts
+        self._answered: dict[str, float] = {}  # paths, and when they last existed
+        self._served: dict[str, str] = {}  # the file read last from each of the last few hosts
         try:
             kind = fsspec.get_filesystem_class(protocol)
             self._files = kind(**{"use_listings_cache": False, **options})
@@ -187,14 +208,16 @@ class RemoteStore:
     def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
         """See Store."""
         if self._protocol in ("s3", "s3a") and _host(path):
-            return _in_order(self._call(self._sync, s3_folder, path))
+            return _in_order(self._call(s3_folder, self._files, path))
+        from fsspec.core import strip_protocol
+
         entries: dict[str, Entry] = {}
-        here = str(self._files._strip_protocol(path)).rstrip("/") + "/"
+        here = str(strip_protocol(path)).rstrip("/") + "/"
         for info in self._call(self._files.ls, path, detail=True):
             name = str(info["name"])
             name = name.removeprefix(here) if name.startswith(here) else name.lstrip("/")
             if f"{name.removesuffix('/')}/" not in (here, here.lstrip("/")):
-                add_entry(entries, name, info)
+                add_entry(entries, name, info, info.get("size"))
         return _in_order(entries)
 
     @contextmanager
@@ -204,26 +227,26 @@ class RemoteStore:
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         if info.get("size") is None:
-            raise OSError(errno.EINVAL, "the server does not tell its size")
+            raise OSError(errno.EINVAL, "the server does not report its size")
         yield _RemoteBlob(self, path, int(info["size"]), version_of(info))
 
     @contextmanager
     def stream(self, path: str) -> Iterator[BinaryIO]:
         """See Store."""
         with _translated(), self._files.open(path, "rb", block_size=_WINDOW) as file:
-            yield io.BufferedReader(file)  # whose lines can be limited
+            yield io.BufferedReader(file)  # supports readline with a limit
 
     def read(self, path: str, size: int, version: str) -> bytes:
         """See Store."""
         if size > MAX_FILE_BYTES:
             check_size(size, size)
         if size == 0:
-            return b""  # no server has a range of that
-        # One byte more than it should have, to see whether it has.
+            return b""  # there is no range of 0 bytes
+        # One byte more than expected, to detect a longer file.
         end = (MAX_FILE_BYTES if size < 0 else size) + 1
         part = self._call(self._part, path, 0, end)
         check_size(len(part.data), size)
-        _check_version(part, version)
+        check_version(part.version, version)
         self._note(path)
         return part.data
 
@@ -233,12 +256,12 @@ class RemoteStore:
             return b""
         part = self._call(self._part, path, start, start + length)
         if len(part.data) > length:
-            raise ImageError("the server sends whole files only, expected parts: copy the file here")
-        _check_version(part, version)
+            raise ImageError(_NO_RANGES)
+        check_version(part.version, version)
         return part.data
 
     def exists(self, path: str) -> bool:
-        """See Store; one request, and none for a while after it was answered."""
+        """See Store; one request, which is not repeated for a while if it succeeds."""
         now = time.monotonic()
         with self._lock:
             if now - self._answered.get(path, -_REMEMBERED) < _REMEMBERED:
@@ -252,18 +275,18 @@ class RemoteStore:
             self._answered[path] = now
         return True
 
-    def reaches(self, path: str) -> bool:
-        """See Store. One file of each of the last few hosts that gave one is asked for again."""
+    def is_reachable(self, path: str) -> bool:
+        """See Store; checks the files that were read last, one for each of the last few hosts."""
         with self._lock:
             served = list(self._served.values())
         if served:
             return any(self.exists(one) for one in served)
         if self._protocol in ("http", "https"):
-            return True  # of many hosts some are always down
+            return True  # among many hosts, some are always down
         try:
             self._call(self._files.info, f"{self._protocol}://{_host(path)}")
         except FileNotFoundError:
-            return True  # there is no such bucket, says who would know
+            return True  # the server answers: there is no such bucket
         except OSError:
             return False
         return True
@@ -280,12 +303,7 @@ class RemoteStore:
         request = PARTS.get(self._protocol)
         if request is None:
             return Part(cast(bytes, self._files.cat_file(path, start=start, end=end)))
-        return self._sync(request, path, start, end)
-
-    def _sync(self, request: Callable[..., Awaitable[Result]], *args: Any) -> Result:
-        from fsspec.asyn import sync
-
-        return cast(Result, sync(self._files.loop, request, self._files, *args))
+        return request(self._files, path, start, end)
 
     def _call(self, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
         for wait in (*_WAITS, None):
@@ -319,7 +337,7 @@ class _RemoteBlob:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Everything that says no to a request becomes an OSError; EINVAL where asking again is of no use."""
+    """Turn every error of a request into an OSError, with EINVAL if a retry is pointless."""
     foreign = tuple(getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules)
     try:
         yield
@@ -331,20 +349,15 @@ def _translated() -> Iterator[None]:
         refused = status is not None and 400 <= status < 500 and status not in (408, 429)
         if status == 404:
             raise FileNotFoundError(errno.ENOENT, "not found") from error
-        # No address: it may hold a signature.
+        # No query string: it may hold a signature.
         text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
         text = re.sub(r"\?\S*", "?...", str(text) or type(error).__name__)
         number = errno.EINVAL if refused or isinstance(error, ValueError) else errno.EIO
         raise OSError(number, f"{status} {text}" if status else text) from error
 
 
-def _check_version(part: Part, version: str) -> None:
-    if version and part.version and part.version != version:
-        raise ImageError(CHANGED)
-
-
 def _in_order(entries: dict[str, Entry]) -> Iterator[Entry]:
-    """By name; what is given out is forgotten."""
+    """Entries by name; each is freed when it is yielded."""
     names = sorted(entries, reverse=True)
     while names:
         yield entries.pop(names.pop())

@@ -1,26 +1,30 @@
-"""Where bytes are: what the sources ask of a disk or a bucket, and the disk.
+"""Stores: what the sources need of a disk or a bucket, and the store of local disks.
 
-Stores raise OSError; `why` puts one into words.
+Stores raise OSError; `reason_of` puts one into words.
 """
 
 import errno
+import io
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 from multisa.runtime.errors import ImageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import bad_name
 
-Wanted = Callable[[str], bool]  # whether files of this name are looked at
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+Wanted = Callable[[str], bool]  # whether files of this name are of interest
 
 CHANGED = "changed since it was listed: finish with the files as they were, or start a new run"
 
-
+_LARGEST_READ = 2**30  # bytes; nothing that is parsed as a whole needs as much
 # The folders that disks are mounted in, not below.
 _OF_DISKS = re.compile(r"/(?:mnt|Volumes|(?:run/)?media(?:/[^/]+)?)?")
 
@@ -32,11 +36,11 @@ class Entry(NamedTuple):
     is_folder: bool
     size: int = -1
     version: str = ""
-    problem: str = ""  # why it is not taken
+    problem: str = ""  # why it is skipped
 
 
 class Blob(Protocol):
-    """One file that is open for reading at any place."""
+    """One file, open for reading at any offset."""
 
     @property
     def size(self) -> int:
@@ -48,44 +52,79 @@ class Blob(Protocol):
 
     @property
     def window(self) -> int:
-        """How many bytes to read at once when reading on."""
+        """How many bytes to read at once when reading sequentially."""
 
     def read_at(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`; fewer at the end of the file only."""
 
 
+class BlobFile(io.RawIOBase):
+    """A blob as a seekable binary file."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob = blob
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See io.IOBase. Raises OSError for a position before the start."""
+        position = (0, self._position, self._blob.size)[whence] + offset
+        if position < 0:
+            raise OSError(errno.EINVAL, f"byte {position} lies before the start of the file")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        """See io.RawIOBase; fills `buffer` except at the end of the file. Raises ValueError, OSError."""
+        view = memoryview(buffer).cast("B")
+        if len(view) > _LARGEST_READ:
+            raise ValueError(f"got a directory of {len(view)} bytes, expected at most {_LARGEST_READ}")
+        length = max(0, min(len(view), self._blob.size - self._position))
+        data = self._blob.read_at(self._position, length) if length else b""
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
 class Store(Protocol):
-    """A place of files; paths are what `join` makes. All of it may be called from several threads."""
+    """Holds files; paths are what `join` makes. Every method may be called from several threads."""
 
     def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
-        """The names in a folder, sorted by code point; sizes and versions of what is `wanted` only."""
+        """The names in a folder, sorted by code point; sizes and versions of `wanted` names only."""
 
     def open(self, path: str) -> AbstractContextManager[Blob]:
-        """Open a file whose bytes are looked for at many places."""
+        """Open a file for random access."""
 
     def stream(self, path: str) -> AbstractContextManager[BinaryIO]:
-        """Open a file that is read from its beginning on."""
+        """Open a file for sequential reading."""
 
     def read(self, path: str, size: int, version: str) -> bytes:
-        """A whole file. Raises ImageError when it is not of this size (unless -1), or too large."""
+        """A whole file. Raises ImageError if its size (unless -1) or version differs, or it is too large."""
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
-        """Some bytes of a file; fewer where it ends. Raises ImageError when it is seen to have changed."""
+        """Some bytes of a file; fewer at its end. Raises ImageError when it is known to have changed."""
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file, or a folder with anything in it."""
+        """Whether there is a file, or a folder that is not empty."""
 
-    def reaches(self, path: str) -> bool:
-        """Whether the disk or the server of a file that was there can be reached, be the file gone or not."""
+    def is_reachable(self, path: str) -> bool:
+        """Whether the disk or the server of a file that existed can be reached, even if the file is gone."""
 
 
 def join(root: str, relative: str) -> str:
-    """The path of what is `relative` to the folder `root`."""
+    """The path of `relative` below the folder `root`."""
     return f"{root.rstrip('/')}/{relative}" if root else relative
 
 
-def why(error: OSError) -> str:
-    """The reason without the path, which the message already has."""
+def reason_of(error: OSError) -> str:
+    """The reason without the path, which messages name themselves."""
     kinds = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}
     for kind, number in kinds.items():
         if isinstance(error, kind):
@@ -94,11 +133,17 @@ def why(error: OSError) -> str:
 
 
 def check_size(got: int, expected: int) -> None:
-    """Refuse a file of another size than was listed, or too large. Raises ImageError."""
+    """Raise ImageError for a file of another size than was listed, or one that is too large."""
     if expected >= 0 and got != expected:
         raise ImageError(f"got {got} bytes, expected the {expected} it had when it was listed: {CHANGED}")
     if got > MAX_FILE_BYTES:
         raise ImageError(f"got {got} bytes, expected at most {MAX_FILE_BYTES}")
+
+
+def check_version(got: str, expected: str) -> None:
+    """Raise ImageError if both versions are known and differ."""
+    if got and expected and got != expected:
+        raise ImageError(CHANGED)
 
 
 @dataclass(frozen=True)
@@ -118,7 +163,7 @@ class _LocalBlob:
 
 
 class LocalStore:
-    """Files of this machine; links are followed as far as `root` (everywhere where it is None)."""
+    """Files of this machine. Links may not lead out of `root`; None allows all of them."""
 
     def __init__(self, root: str | None = None) -> None:
         self._root = None if root is None else os.path.realpath(root)
@@ -126,7 +171,7 @@ class LocalStore:
     def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
         """See Store."""
         with os.scandir(path) as found:
-            # Backwards, so that what is done can be taken off the end and forgotten.
+            # Backwards, so that entries can be popped off the end and freed.
             entries = sorted(found, key=lambda entry: entry.name, reverse=True)
         return self._entries(entries, wanted)
 
@@ -135,7 +180,7 @@ class LocalStore:
         """See Store."""
         if self._leaves(path):
             raise OSError(errno.EINVAL, "symbolic link that leaves the folder")
-        # Not to wait for the writer of a pipe that has taken the file's place.
+        # Non-blocking: the file may have been replaced by a pipe that nobody writes to.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
@@ -157,13 +202,13 @@ class LocalStore:
         """See Store."""
         with self.open(path) as blob:
             check_size(blob.size, size)
-            _check_version(blob, version)
+            check_version(blob.version, version)
             return blob.read_at(0, blob.size)
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
         """See Store."""
         with self.open(path) as blob:
-            _check_version(blob, version)
+            check_version(blob.version, version)
             return blob.read_at(start, length)
 
     def exists(self, path: str) -> bool:
@@ -175,7 +220,7 @@ class LocalStore:
         except OSError:
             return False
 
-    def reaches(self, path: str) -> bool:
+    def is_reachable(self, path: str) -> bool:
         """See Store. A disk that is gone leaves an empty folder, a link that leads nowhere, or nothing."""
         folder, below = os.path.dirname(os.path.abspath(path)), ""  # noqa: PTH100, PTH120 (text, as all paths)
         while folder != below:
@@ -185,7 +230,7 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError):
                 if os.path.islink(folder):  # noqa: PTH114
                     return False
-            except PermissionError:  # what it holds is not for us to know, files in it may be
+            except PermissionError:  # files in a folder that cannot be listed may still be readable
                 return os.path.exists(folder)  # noqa: PTH110
             except OSError:
                 return False
@@ -203,8 +248,8 @@ class LocalStore:
             entry = entries.pop()
             try:
                 yield self._entry(entry, wanted)
-            except OSError as error:  # gone meanwhile
-                yield Entry(entry.name, False, problem=why(error))
+            except OSError as error:  # deleted since the folder was listed
+                yield Entry(entry.name, False, problem=reason_of(error))
 
     def _entry(self, entry: "os.DirEntry[str]", wanted: Wanted) -> Entry:
         problem = bad_name(entry.name)
@@ -231,8 +276,3 @@ class LocalStore:
 def _holds_any(folder: str) -> bool:
     with os.scandir(folder) as found:
         return next(found, None) is not None
-
-
-def _check_version(blob: Blob, version: str) -> None:
-    if version and blob.version != version:
-        raise ImageError(CHANGED)

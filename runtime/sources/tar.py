@@ -1,45 +1,61 @@
-"""Images in tar shards, with the labels that lie beside them, as webdataset writes them.
+"""Images in tar shards, with the labels beside them, as WebDataset lays them out.
 
     0001.jpg  0001.json {"labels": ["cat"]}  or  0001.cls  or  0001.txt
 
-One look at every header lists a shard; a read then takes the image's bytes alone.
+Listing a shard reads its headers; a read then requests the bytes of one image.
 """
 
+import io
 import re
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.folders import Pattern, SourceBase, inside, walk
-from multisa.runtime.sources.lists import CellReader
+from multisa.runtime.sources.lists import LabelReader
 from multisa.runtime.sources.names import (
     LONGEST_PATH,
-    Seen,
+    SeenHashes,
     is_image,
     is_tar,
     printable,
+    relative_member_name,
     safe_id,
+    size_problem,
     unsafe_path,
 )
-from multisa.runtime.sources.storage import Blob, Entry, Store, join, why
+from multisa.runtime.sources.storage import Blob, BlobFile, Entry, Store, join, reason_of
 
-BLOCK = 512
+MOST_SHARDS = 1_000_000
 _LONGEST_HEADER = 2**20  # bytes of a long name or of pax records: a path has some hundreds
-_WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: what their size says is not there
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_LARGEST_SIDECAR = 2**20  # bytes of a file of labels
+_LARGEST_SAMPLE = 256  # members of one key that are looked at together
+_BLOCK = tarfile.BLOCKSIZE
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+# What the size in their headers says is not there.
+_WITHOUT_DATA = (
+    tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
+)  # fmt: skip
+_SPARSE = "stored with holes (sparse), expected a plain file"
 _PROBLEMS = {
-    b"1": "a link to another member",
-    b"2": "symbolic link",
-    b"S": "stored with holes (sparse), expected a plain file",
+    tarfile.LNKTYPE: "a link to another member",
+    tarfile.SYMTYPE: "symbolic link",
+    tarfile.GNUTYPE_SPARSE: _SPARSE,
     b"M": "continued from another volume",
 }
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]+)=")  # "LENGTH KEY=VALUE\n"
+_PAX_SIZE = re.compile(rb"\d{1,20}")
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 
 
 class TarDamaged(Exception):
-    """What follows cannot be read; `offset` is where that begins."""
+    """Nothing can be read from byte `offset` on."""
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(reason)
@@ -49,178 +65,144 @@ class TarDamaged(Exception):
 class Member(NamedTuple):
     """One member that is no folder."""
 
-    name: str  # as it is in the file, "./" before it left out; may hold surrogates
+    name: str  # as in the file, without a leading "./"; may hold surrogates
     offset: int  # of its bytes
     size: int
     problem: str = ""  # why it is no file that can be read
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """What headers before it say about the next member."""
+@dataclass
+class _Extension:
+    """What the headers before a member's own header say about it."""
 
     name: bytes | None = None
     size: int | None = None
-    sparse: bool = False
+    is_sparse: bool = False
 
-
-_NOTHING = _Pending()
+    def update(self, kind: bytes, text: bytes, offset: int) -> None:
+        """Apply a header of `_EXTENDED` at `offset`. Raises TarDamaged."""
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            self.name = text.rstrip(b"\0")
+        for key, value in _pax_records(text, offset) if kind == tarfile.XHDTYPE else ():
+            if key == b"path":
+                self.name = value
+            elif key == b"size":
+                if not _PAX_SIZE.fullmatch(value):
+                    raise TarDamaged(offset, f"a size of {printable(repr(value[:40]))}")
+                self.size = int(value)
+            elif key.startswith(b"GNU.sparse."):
+                self.is_sparse = True
 
 
 def tar_members(blob: Blob) -> Iterator[Member]:
-    """Every member in the order of the file; the one it is cut off in is the last, with a problem.
+    """Every member in the order of the file; a member that is cut off is the last, with a problem.
 
-    Raises TarDamaged at a header that is none, and OSError.
+    `tarfile` would recurse into chains of long names, read headers of any length, take a damaged header for
+    the end, and need twice as long. Raises TarDamaged and OSError.
     """
-    window = Window(blob)
-    offset, pending = 0, _NOTHING
-    while header := window.read(offset, BLOCK):
+    file = io.BufferedReader(BlobFile(blob), blob.window)
+    offset, extension = 0, _Extension()
+    while header := _read_at(file, offset, _BLOCK):
         if not header[0] and not header.strip(b"\0"):
             return
-        _check(header, offset)
-        kind, size = header[156:157], _number(header[124:136], offset)
-        start = offset + BLOCK
-        if kind in b"LKxg":
+        kind, size = _type_and_size(header, offset)
+        start = offset + _BLOCK
+        if kind in _EXTENDED:
             if size > _LONGEST_HEADER:
                 raise TarDamaged(offset, f"a header of {size} bytes, expected at most {_LONGEST_HEADER}")
-            text = window.read(start, size)
+            text = _read_at(file, start, size)
             if len(text) < size:
                 raise TarDamaged(offset, "the file ends in a header")
-            if kind == b"L":
-                pending = replace(pending, name=text.rstrip(b"\0"))
-            elif kind == b"x":
-                pending = _pax(text, offset, pending)
-            offset = start + _blocks(size)
+            extension.update(kind, text, offset)
+            offset = start + _padded(size)
             continue
-        if pending.size is not None:
-            size = pending.size
-        if kind == b"S":
-            start = _after_holes(window, header, start)
-        if kind in _WITHOUT_DATA:
-            size = 0
-        name = _name(header) if pending.name is None else pending.name
-        if kind != b"5" and not (kind in (b"0", b"\0", b"7") and name.endswith(b"/")):
-            yield _member(name, kind, start, size, pending.sparse, blob.size)
+        if kind == tarfile.GNUTYPE_SPARSE:
+            start = _after_holes(file, header, start)
+        size = extension.size if extension.size is not None else size
+        size = 0 if kind in _WITHOUT_DATA else size
+        name = _name(header) if extension.name is None else extension.name
+        if kind != tarfile.DIRTYPE and not (kind in _REGULAR and name.endswith(b"/")):
+            problem = "" if kind in _REGULAR else _PROBLEMS.get(kind, "not a regular file")
+            problem = _SPARSE if extension.is_sparse else problem
+            if not problem and start + size > blob.size:
+                problem = f"cut off: {max(0, blob.size - start)} of its {size} bytes are in the file"
+            text_name = relative_member_name(name.decode(errors="surrogateescape"))
+            yield Member(text_name, start, size, problem)
         if start + size > blob.size:
             return
-        offset, pending = start + _blocks(size), _NOTHING
+        offset, extension = start + _padded(size), _Extension()
 
 
-class Window:
-    """Reads a blob in pieces of at least its window, as headers lie close together."""
-
-    def __init__(self, blob: Blob) -> None:
-        self._blob = blob
-        self._start = 0
-        self._data = b""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; fewer at the end of the file."""
-        if not self._start <= offset <= offset + length <= self._start + len(self._data):
-            more = offset < self._blob.size
-            self._data = self._blob.read_at(offset, max(length, self._blob.window)) if more else b""
-            self._start = offset
-        at = offset - self._start
-        return self._data[at : at + length]
+def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    file.seek(offset)
+    return file.read(length)
 
 
-def _member(name: bytes, kind: bytes, start: int, size: int, sparse: bool, end: int) -> Member:
-    problem = "" if kind in (b"0", b"\0", b"7") else _PROBLEMS.get(kind, "not a regular file")
-    if sparse:
-        problem = _PROBLEMS[b"S"]
-    if not problem and start + size > end:
-        problem = f"cut off: {max(0, end - start)} of its {size} bytes are in the file"
-    text = name.decode(errors="surrogateescape")
-    while text.startswith("./"):
-        text = text[2:].lstrip("/")
-    return Member(text, start, size, problem)
-
-
-def _check(header: bytes, offset: int) -> None:
+def _type_and_size(header: bytes, offset: int) -> tuple[bytes, int]:
     """Raises TarDamaged for what is no header."""
-    if len(header) < BLOCK:
+    magics = _COMPRESSED if offset == 0 else {}
+    for magic, program in magics.items():
+        if header.startswith(magic):
+            raise TarDamaged(
+                offset, f"compressed by {program}, where no member can be read alone: decompress it first"
+            )
+    if len(header) < _BLOCK:
         raise TarDamaged(offset, "the file ends in a header")
-    if offset == 0:
-        for magic, name in _COMPRESSED.items():
-            if header.startswith(magic):
-                raise TarDamaged(
-                    offset, f"compressed by {name}, where no member can be read alone: decompress it first"
-                )
-    digits = header[148:156].strip(b" \0")
-    if not digits or not _is_octal(digits) or not _is_sum(header, int(digits, 8)):
+    # The sum of all bytes, those of the checksum itself taken as spaces.
+    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    expected = _number(header[148:156])
+    if expected != checksum:
+        # Some old programs summed signed bytes.
+        checksum -= 256 * sum(byte > 127 for byte in header[:148] + header[156:])
+    if expected != checksum:
         raise TarDamaged(offset, "a header whose checksum is wrong")
+    size = _number(header[124:136])
+    if size is None:
+        raise TarDamaged(offset, "a header without a size")
+    return header[156:157], size
 
 
-def _is_sum(header: bytes, expected: int) -> bool:
-    """Whether the bytes of a header, its sum read as spaces, have the sum `expected`."""
-    unsigned = sum(header) - sum(header[148:156]) + 8 * 32
-    if unsigned == expected:
-        return True
-    # Some old programs summed signed bytes.
-    return unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:]) == expected
-
-
-def _is_octal(digits: bytes) -> bool:
-    return not digits.strip(b"01234567")
-
-
-def _number(field: bytes, offset: int) -> int:
-    if field[0] == 0x80:  # GNU, for sizes that 11 octal digits cannot say
+def _number(field: bytes) -> int | None:
+    """A number in octal digits, or in binary after a byte 0x80; None for anything else."""
+    if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
-    if not _is_octal(digits):
-        raise TarDamaged(offset, "a header without a size")
-    return int(digits or b"0", 8)
+    return None if digits.strip(b"01234567") else int(digits or b"0", 8)
 
 
 def _name(header: bytes) -> bytes:
+    # GNU's headers have times where POSIX has the prefix.
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
-def _pax(text: bytes, offset: int, pending: _Pending) -> _Pending:
-    """Records "LENGTH key=value\\n"; only those that say where and what the member is."""
+def _pax_records(text: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
     at = 0
     while at < len(text) and text[at]:
-        space = text.find(b" ", at, at + 20)
-        digits = text[at:space] if space > 0 else b""
-        end = at + int(digits) if digits.isdigit() else 0
-        if not space < end <= len(text) or text[end - 1 : end] != b"\n":
+        match = _PAX_RECORD.match(text, at)
+        end = at + int(match[1]) if match else 0
+        if not match or not match.end() < end <= len(text) or text[end - 1 : end] != b"\n":
             raise TarDamaged(offset, "a pax header that is none")
-        key, equals, value = text[space + 1 : end - 1].partition(b"=")
-        if key == b"path" and equals:
-            pending = replace(pending, name=value)
-        elif key == b"size":
-            if not value.isdigit() or len(value) > 20:
-                raise TarDamaged(offset, f"a size of {printable(repr(value[:40]))}")
-            pending = replace(pending, size=int(value))
-        elif key.startswith(b"GNU.sparse."):
-            pending = replace(pending, sparse=True)
+        yield match[2], text[match.end() : end - 1]
         at = end
-    return pending
 
 
-def _after_holes(window: Window, header: bytes, start: int) -> int:
+def _after_holes(file: BinaryIO, header: bytes, start: int) -> int:
     """Where the data of a sparse member begins: after the blocks that list more of its holes."""
     more = header[482]
     while more:
-        block = window.read(start, BLOCK)
-        if len(block) < BLOCK:
+        block = _read_at(file, start, _BLOCK)
+        if len(block) < _BLOCK:
             raise TarDamaged(start, "the file ends in a header")
         more = block[504]
-        start += BLOCK
+        start += _BLOCK
     return start
 
 
-def _blocks(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-MOST_SHARDS = 1_000_000
-_LARGEST_SIDECAR = 2**20  # bytes of a file of labels
-_LARGEST_SAMPLE = 256  # members of one key that are looked at together
-_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+def _padded(size: int) -> int:
+    """`size` rounded up to whole blocks."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def has_range(spec: str) -> bool:
@@ -231,7 +213,7 @@ def has_range(spec: str) -> bool:
 def expand_range(spec: str) -> Iterator[str]:
     """The paths of `spec` with {000000..000123} counted up.
 
-    Raises UsageError for more than one range, or too large a one.
+    Raises UsageError for more than one range, or one that is too large.
     """
     first, *more = _RANGE.finditer(spec)
     if more:
@@ -247,7 +229,7 @@ def expand_range(spec: str) -> Iterator[str]:
 
 
 def found_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
-    """The tar files below `root` that a pattern takes. Raises UsageError where there is none."""
+    """The tar files below `root` that a pattern matches. Raises UsageError where there is none."""
     count = 0
     try:
         for entry in walk(store, root, is_tar, pattern):
@@ -255,13 +237,13 @@ def found_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
                 count += not entry.problem
                 yield entry
     except OSError as error:
-        raise UsageError(f"{printable(root)}: cannot be listed ({why(error)})") from error
+        raise UsageError(f"{printable(root)}: cannot be listed ({reason_of(error)})") from error
     if not count:
         raise UsageError(f"{printable(join(root, pattern.text))}: no file of this name, expected tar files")
 
 
 class TarSource(SourceBase):
-    """Tar files below `root`; ids are "shard/member", places "shard.tar#offset"."""
+    """Tar files below `root`; ids are "shard/member", URIs "shard.tar#offset"."""
 
     def __init__(
         self,
@@ -269,22 +251,17 @@ class TarSource(SourceBase):
         store: Store,
         shards: Callable[[], Iterable[Entry]],
         description: str,
-        cells: CellReader,
+        labels: LabelReader,
     ) -> None:
         self._root = root
         self._store = store
         self._shards = shards
-        self._cells = cells
-        self._description = description
-
-    @property
-    def description(self) -> str:
-        """See Source."""
-        return self._description
+        self._reader = labels
+        self.description = description
 
     def listing(self) -> Iterator[Listed]:
         """See Source."""
-        seen, stems = Seen(), Seen()
+        seen, stems = SeenHashes(), SeenHashes()
         others = 0
         for shard in self._shards():
             if shard.problem:
@@ -292,7 +269,7 @@ class TarSource(SourceBase):
                 continue
             if not stems.add(shard.name[:-4]):
                 raise UsageError(
-                    f"{printable(shard.name)}: another tar file differs in upper and lower case of .tar alone"
+                    f"{printable(shard.name)}: the name of another tar file differs in the case of .tar alone"
                 )
             for listed in self._shard(shard.name, seen):
                 if isinstance(listed, OtherFiles):
@@ -304,74 +281,69 @@ class TarSource(SourceBase):
 
     def read(self, item: SourceItem) -> bytes:
         """See Source."""
-        path, _, offset = item.place.rpartition("#")
-        if item.size > MAX_FILE_BYTES or item.size < 0:
+        path, _, offset = item.uri.rpartition("#")
+        if not 0 <= item.size <= MAX_FILE_BYTES:
             raise ImageError(f"got {item.size} bytes, expected at most {MAX_FILE_BYTES}")
         try:
             path = join(self._root, inside(path))
             data = self._store.read_range(path, int(offset), item.size, item.version)
         except OSError as error:
-            raise ImageError(why(error)) from error
+            raise ImageError(reason_of(error)) from error
         if len(data) != item.size:
             raise ImageError(f"the tar file ends after {len(data)} of the image's {item.size} bytes")
         return data
 
     def exists(self, item: SourceItem) -> bool:
-        """See Source; it is about the item's tar file."""
-        return self._store.exists(join(self._root, item.place.rpartition("#")[0]))
+        """See Source; looks for the item's tar file."""
+        return self._store.exists(join(self._root, item.uri.rpartition("#")[0]))
 
-    def _shard(self, name: str, seen: Seen) -> Iterator[Listed]:
+    def _shard(self, name: str, seen: SeenHashes) -> Iterator[Listed]:
         shown = printable(join(self._root, name))
-        prefix = safe_id(name[:-4])
-        any_member = False
+        has_members = False
         try:
             with self._store.open(join(self._root, name)) as blob:
                 if not blob.size:
                     yield Skipped(printable(name), "is empty")
                 for sample in _samples(tar_members(blob)):
-                    any_member = True
-                    yield from self._sample((name, prefix), sample, blob, seen)
+                    has_members = True
+                    yield from self._sample(name, sample, blob, seen)
         except TarDamaged as error:
-            if not any_member:
+            if not has_members:
                 raise UsageError(f"{shown}: cannot be read as a tar file: {error}") from error
             reason = f"damaged at byte {error.offset}: {error}; what follows is not read"
             yield Skipped(printable(name), reason)
         except OSError as error:
-            raise UsageError(f"{shown}: cannot be read ({why(error)}), expected a tar file") from error
+            raise UsageError(f"{shown}: cannot be read ({reason_of(error)}), expected a tar file") from error
 
-    def _sample(
-        self, shard: tuple[str, str], members: list[Member], blob: Blob, seen: Seen
-    ) -> Iterator[Listed]:
-        """The entries of one sample of a shard, which is given as its path and what its ids begin with."""
-        path, prefix = shard
+    def _sample(self, shard: str, members: list[Member], blob: Blob, seen: SeenHashes) -> Iterator[Listed]:
+        """The entries of one sample of the tar file `shard`."""
+        prefix = safe_id(shard[:-4])
         images = [member for member in members if is_image(member.name)]
-        sidecars = {
-            member.name.rpartition(".")[2].lower(): member
-            for member in members
-            if len(members) > 1
-            and images
-            and member.name[len(_key(member.name)) :].lower() in (".json", ".cls", ".txt")
-        }
-        labels = None
+        sidecars = {}
         if images:
-            labels, problems = self._labels(sidecars, blob)
-            yield from (Skipped(printable(f"{prefix}/{name}"), why_not) for name, why_not in problems)
+            endings = [(m, m.name.removeprefix(_key(m.name)).lower()) for m in members]
+            sidecars = {ending[1:]: m for m, ending in endings if ending in (".json", ".cls", ".txt")}
+        labels, problems = self._labels(sidecars, blob)
+        for name, problem in problems:
+            yield Skipped(printable(f"{prefix}/{name}"), problem)
         for member in images:
-            made = f"{prefix}/{member.name}"
-            problem = _problem(member, made)
-            if not problem and not seen.add(made):
-                problem = "another member has the same name: the first is taken"
+            id_ = f"{prefix}/{member.name}"
+            problem = unsafe_path(member.name) or member.problem or size_problem(member.size)
+            if not problem and len(id_.encode()) > LONGEST_PATH:
+                problem = "its name is too long"
+            if not problem and not seen.add(id_):
+                problem = "another member has the same name: the first is used"
             if problem:
-                yield Skipped(printable(made), problem)
+                yield Skipped(printable(id_), problem)
             else:
-                yield SourceItem(made, f"{path}#{member.offset}", member.size, blob.version, labels)
+                yield SourceItem(id_, f"{shard}#{member.offset}", member.size, blob.version, labels)
         if others := len(members) - len(images) - len(sidecars):
             yield OtherFiles(others)
 
     def _labels(
         self, sidecars: dict[str, Member], blob: Blob
     ) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
-        """What the files beside an image say, and those that cannot be read, with the reason."""
+        """The labels in the files beside an image, and the files that cannot be read, with the reason."""
         problems: list[tuple[str, str]] = []
         for kind in ("json", "cls", "txt"):
             member = sidecars.get(kind)
@@ -382,9 +354,9 @@ class TarSource(SourceBase):
                 problem = f"got {member.size} bytes of labels, expected at most {_LARGEST_SIDECAR}"
             try:
                 if not problem:
-                    found = self._cells.from_file(kind, blob.read_at(member.offset, member.size))
-                    if found is not None:
-                        return found, problems
+                    labels = self._reader.from_file(kind, blob.read_at(member.offset, member.size))
+                    if labels is not None:
+                        return labels, problems
             except ValueError as error:
                 problem = str(error)
             if problem:
@@ -395,14 +367,11 @@ class TarSource(SourceBase):
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
     """Members of one key that follow each other; those before damage come before its exception."""
     sample: list[Member] = []
-    key = ""
     try:
         for member in members:
-            its = _key(member.name)
-            if sample and (its != key or len(sample) == _LARGEST_SAMPLE):
+            if sample and (_key(member.name) != _key(sample[0].name) or len(sample) == _LARGEST_SAMPLE):
                 yield sample
                 sample = []
-            key = its
             sample.append(member)
     except TarDamaged:
         if sample:
@@ -410,14 +379,6 @@ def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
         raise
     if sample:
         yield sample
-
-
-def _problem(member: Member, made: str) -> str:
-    """Why a member is not taken under the id `made`, or ""."""
-    problem = unsafe_path(member.name) or member.problem
-    if not problem and member.size > MAX_FILE_BYTES:
-        problem = f"got {member.size} bytes, expected at most {MAX_FILE_BYTES}"
-    return problem or ("its name is too long" if len(made.encode()) > LONGEST_PATH else "")
 
 
 def _key(name: str) -> str:

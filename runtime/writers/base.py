@@ -1,11 +1,15 @@
-"""What every format of results keeps: each image encoded by itself, each shard written as a whole.
+"""Writers: the formats in which a run stores its results.
 
-    payload = sink.encode(image)               # in a worker's thread, for one image
-    sink.write_shard(files, shard, payloads)   # in one thread, in the order of the images
-    sink.finish(folder, shards)   # once, at the end: files for the whole run
+To add a format:
 
-All bytes that a sink writes are determined by its images: no times, no random names, no order of a dictionary
-that depends on threads.
+1. Write a subclass of `WriterBase` in a module of its own. `encode` turns one image into a small payload,
+   `write_shard` turns the payloads of a shard into files, and `finalize` writes the files of the whole run.
+   Override `results` if files are named after images, and `needs_probabilities` if it needs those.
+2. Add its name and a line of help to `WRITERS` and its class to `open_writers` in `registry.py`.
+3. Read its files back in `tests/runtime/test_runtime_writers.py`, with the library that users read them with.
+
+The images alone determine every byte: no timestamps, no random names, no order that depends on threads. So a
+run that was interrupted and resumed writes the same files as one that was not.
 """
 
 import hashlib
@@ -26,46 +30,45 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.predict.prediction import ClassProbabilities
 
 UInt8 = npt.NDArray[np.uint8]
-Float16 = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledImage:
-    """One finished image, as sinks get it."""
+    """One finished image, as writers receive it."""
 
     index: int  # position in the run, from 0; the same in every run over the same source
     id: str  # of the source's item
-    name: str  # path of its results without extension, unique in the run; "a/b" from the id "a/b.jpg"
-    mask: UInt8  # [H, W] class ids, of the image's own size (upright)
+    name: str  # path of its results without extension, unique in the run; "a/b" for the id "a/b.jpg"
+    mask: UInt8  # [H, W] class ids, at the image's own size (upright)
     png: bytes  # the mask as a palette PNG
-    confidence: UInt8  # [h, w] of the chosen class, 0..255 for 0..1, at the size the networks saw
+    confidence: UInt8  # [h, w] of the chosen class, 0..255 for 0..1, at the size of the networks' input
     record: Mapping[str, Any]  # its line of labels.jsonl
-    probabilities: ClassProbabilities | None = None  # only where a sink asks for them
+    probabilities: ClassProbabilities | None = None  # only if a writer of the run needs them
 
 
 class ShardFiles(Protocol):
-    """Takes the files of one shard; they appear at their paths together, when the shard is committed."""
+    """Takes the files of one shard; all of them appear at their paths when the shard is committed."""
 
     def write(self, relative: str, data: bytes) -> None:
-        """Keep a file for the posix path `relative` below OUT."""
+        """Add the file with the posix path `relative` below the output folder."""
 
     def write_part(self, writer: str, data: bytes) -> None:
-        """Keep what `Sink.finish` needs of this shard; it is not one of the results."""
+        """Keep data of this shard for `Writer.finalize`; it is not a result."""
 
 
 class RunFolder(Protocol):
-    """The folder of a run that is complete, as `Sink.finish` sees it."""
+    """The output folder of a run whose shards are all committed."""
 
     def parts(self, writer: str) -> Iterator[bytes]:
-        """What `write_part` was given, in the order of the shards; one at a time."""
+        """The data given to `write_part`, one shard at a time, in the order of the shards."""
 
     def write(self, relative: str, pieces: Iterable[bytes]) -> None:
-        """Write a file below OUT piece by piece, flushed and renamed into place at the end."""
+        """Write a file below the output folder piece by piece; it appears when it is complete."""
 
 
 @dataclass(frozen=True)
 class WriterContext:
-    """What a sink may know about the run."""
+    """What a writer may know about the run."""
 
     out: Path
     command: str  # "label" or "segment"
@@ -74,34 +77,33 @@ class WriterContext:
 
 
 class Writer(Protocol):
-    """One format. `encode` may be called from several threads at once."""
+    """One format. Several threads may call `encode` at once; the other methods run in one thread."""
 
     @property
     def needs_probabilities(self) -> bool:
-        """Whether `LabelledImage.soft` must be there."""
+        """Whether `LabelledImage.probabilities` is needed."""
 
     def encode(self, image: LabelledImage) -> Any:
-        """Everything the shard needs of one image, small: masks as PNG or runs, not as arrays.
+        """Everything that the shard needs of one image, kept small: encoded masks, no arrays.
 
         Raises ImageError when the format cannot hold the image.
         """
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[Any]) -> None:
-        """Write the files of shard `shard`; payloads in the order of the images, none of failed ones."""
+        """Write the files of one shard; `payloads` in the order of the images, without failed ones."""
 
     def finalize(self, folder: RunFolder, shards: int) -> None:
-        """Write what is one file for the whole run; called again after a retry, then from all parts anew.
+        """Write the files that cover the whole run; after a retry, write them again from all parts.
 
-        Shards of a retry come after the others, so parts are sorted by the index of the image where order
-        matters.
+        The shards of a retry follow the others: sort by the index of the image where order matters.
         """
 
     def results(self, name: str) -> Sequence[str]:
-        """Paths below OUT that are named after the image `name`; empty where files are named after shards."""
+        """Paths below the output folder that belong to the image `name` alone."""
 
 
 class WriterBase:
-    """The part of a sink that a format leaves as it is."""
+    """Defaults for formats whose files are all named after shards."""
 
     needs_probabilities = False
 
@@ -109,24 +111,26 @@ class WriterBase:
         self.context = context
 
     def finalize(self, folder: RunFolder, shards: int) -> None:
-        """Write nothing: every file is one shard's."""
+        """Write nothing."""
 
     def results(self, name: str) -> Sequence[str]:
-        """No file: they are named after shards."""
+        """No path."""
         return ()
 
 
 def shard_path(folder: str, shard: int, ending: str) -> str:
-    """Path below OUT of the file of one shard."""
+    """Path of a shard's file below the output folder."""
     return f"{folder}/{shard:06d}.{ending}"
 
 
-# webdataset cuts a key at the first dot of its last part and passes over members like "__MACOSX__/a".
+# Names that a format cannot hold are percent-encoded.
+
+# WebDataset ends a key at the first dot of its last part, and skips members like "__MACOSX__/a".
 _TAR = re.compile(r"\.(?=[^/]*$)|^__|[\0-\x1f\x7f]")
-# Datumaro's and CVAT's lists of names are lines, stripped, and "#" begins a comment.
+# Datumaro and CVAT strip the lines of their lists, and take "#" for the start of a comment.
 _LINE = re.compile(r"^#|^\s|\s$|[\0-\x1f\x7f\x85\u2028\u2029]")
-_LABEL = re.compile(f"{_LINE.pattern}|:")  # labelmap.txt separates its fields by colons
-# Datumaro's masks lie in one folder. "%~" marks a name that was cut.
+_LABEL = re.compile(f"{_LINE.pattern}|:")  # colons separate the fields of labelmap.txt
+# Datumaro keeps all masks in one folder. "%~" marks a name that was cut.
 _FILE = re.compile(r"[/\\\0-\x1f\x7f]|%~")
 
 _MAX_FILE_NAME = 255 - len(".png")  # bytes, on every common file system
@@ -134,24 +138,24 @@ _DIGEST = 32  # hexadecimal digits
 
 
 def tar_key(name: str) -> str:
-    """Key of a sample in a tar shard, without a dot in its last part; `plain_name` gives the name back."""
+    """Key of a sample in a tar shard, without a dot in its last part."""
     return _escaped(name, _TAR)
 
 
 def line_name(name: str) -> str:
-    """A name in a list of lines; `plain_name` gives it back."""
+    """A name in a list with one name per line."""
     return _escaped(name, _LINE)
 
 
 def label_name(name: str) -> str:
-    """A class in CVAT's labelmap.txt; `plain_name` gives it back."""
+    """A class in CVAT's labelmap.txt."""
     return _escaped(name, _LABEL)
 
 
 def file_name(name: str) -> str:
-    """One file's name, without extension and folders; `plain_name` gives the name back.
+    """A name as one file name without folders and extension.
 
-    Of a name too long for a file system the beginning stays, and "%~" and a digest of the name follow.
+    A name that is too long for a file system is cut, and ends with "%~" and a digest.
     """
     escaped = _escaped(name, _FILE)
     if len(escaped.encode()) <= _MAX_FILE_NAME:
@@ -161,8 +165,8 @@ def file_name(name: str) -> str:
     return begin + ending
 
 
-def plain_name(escaped: str) -> str:
-    """The name that was escaped (not of one that was cut)."""
+def unescape_name(escaped: str) -> str:
+    """The name that any function above has escaped, unless it was cut."""
     return unquote(escaped)
 
 
@@ -177,7 +181,7 @@ def _percent(text: str) -> str:
     return "".join(quoted if (quoted := quote(c, safe="")) != c else f"%{ord(c):02X}" for c in text)
 
 
-Row = tuple[int, list[bytes]]
+Row = tuple[int, list[bytes]]  # the index of an image, and fields without tabs and line ends
 
 
 def json_bytes(value: Any) -> bytes:
@@ -185,15 +189,15 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def part_of(rows: Iterable[tuple[int, Sequence[bytes]]]) -> bytes:
-    """Write the rows of one shard, in the order of the images."""
+def encode_rows(rows: Iterable[tuple[int, Sequence[bytes]]]) -> bytes:
+    """The rows of one shard, in the order of the images, as a part for `ordered_rows`."""
     return b"".join(b"\t".join((b"%d" % index, *fields)) + b"\n" for index, fields in rows)
 
 
 def ordered_rows(folder: RunFolder, writer: str) -> Iterator[Row]:
-    """Read the rows of all shards by index, holding one shard for each retry the run has had.
+    """The rows of all shards, sorted by index; holds one shard for every retry of the run in memory.
 
-    The shards of a run are in order, and so are those of each retry after it: a few sorted lists to merge.
+    The shards of a run are sorted, and so are those of each retry that follows: a merge of sorted lists.
     """
     bounds = list(_sorted_lists(folder, writer))
     lists = (_rows(islice(folder.parts(writer), start, end)) for start, end in bounds)
@@ -201,7 +205,7 @@ def ordered_rows(folder: RunFolder, writer: str) -> Iterator[Row]:
 
 
 def _sorted_lists(folder: RunFolder, writer: str) -> Iterator[tuple[int, int]]:
-    """From which part to which the indices only rise."""
+    """Ranges of parts in which the index only increases."""
     start, count, last = 0, 0, -1
     for number, part in enumerate(folder.parts(writer)):
         count = number + 1

@@ -1,8 +1,8 @@
-"""`coco`: OUT/coco/annotations/instances_default.json, where COCO's tools expect it beside images/.
+"""`coco`: OUT/coco/annotations/instances_default.json, where COCO tools expect it beside images/.
 
-Each class in an image has one annotation, the background none. It is a run-length mask of everything of its
-class, as in COCO-Stuff, and like there `iscrowd` is 0: tools that train or measure pass over crowds. Ids
-follow from the index of the image, so a retry changes none.
+Each foreground class of an image has one annotation, a run-length mask of all its pixels as in COCO-Stuff.
+`iscrowd` is 0, also as there: tools that train or evaluate ignore crowds. Ids derive from the index of the
+image, so a retry does not change them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,14 +13,14 @@ from multisa.runtime.writers.base import (
     RunFolder,
     ShardFiles,
     WriterBase,
+    encode_rows,
     json_bytes,
     ordered_rows,
-    part_of,
 )
 from multisa.runtime.writers.encoding import coco_masks
 
 _NAME = "coco"
-_IDS = 256  # annotation ids kept for one image: one for each value of a mask
+_IDS = 256  # annotation ids reserved for each image, one for each value of a mask
 
 _Row = tuple[int, tuple[bytes, bytes]]
 
@@ -48,11 +48,11 @@ class CocoWriter(WriterBase):
         return image.index, (json_bytes(entry), b",".join(map(json_bytes, annotations)))
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Row]) -> None:
-        """Keep the shard's entries for the end."""
-        files.write_part(_NAME, part_of(payloads))
+        """Keep the entries of the shard for `finalize`."""
+        files.write_part(_NAME, encode_rows(payloads))
 
     def finalize(self, folder: RunFolder, shards: int) -> None:
-        """Write the annotations of all images, those of a retry in their place."""
+        """Write the annotations of all images in their order."""
         folder.write("coco/annotations/instances_default.json", self._pieces(folder))
 
     def _pieces(self, folder: RunFolder) -> Iterator[bytes]:

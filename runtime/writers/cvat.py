@@ -1,8 +1,8 @@
 """`cvat`: OUT/cvat/000012.zip, "Segmentation mask 1.1" of CVAT.
 
-CVAT finds the frame of a mask by its name, so images are named as in the source. The value 255 has a colour
-and a label, for CVAT refuses a file with a colour that is not declared; no shape is made of it, nor of the
-background: SegmentationObject, which says what becomes a shape, has 0 there and else the class.
+CVAT finds the frame of a mask by its name, so masks keep the names of the source. The value 255 has a colour
+and a label, because CVAT refuses undeclared colours. SegmentationObject determines what becomes a shape: it
+is 0 for the background and for 255, and the class elsewhere.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class CvatWriter(WriterBase):
         return line_name(image.name), classes, self._objects(image.mask, image.png)
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Masks]) -> None:
-        """Write the zip of the shard; none where no image of it could be done."""
+        """Write the zip of the shard; none if all its images failed."""
         if not payloads:
             return
         names = "".join(f"{name}\n" for name, _, _ in payloads)

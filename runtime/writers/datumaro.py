@@ -1,9 +1,9 @@
 """`datumaro`: OUT/datumaro, "common_semantic_segmentation" of Datumaro: dataset_meta.json and masks/ITEM.png.
 
-The masks are grey: their values are the ids, for Datumaro and for FiftyOne, which would take the colours of a
-palette PNG for the values. Pixels without a label (255) get the id after the last class, called "ignore".
-Datumaro names an item by the last part of its mask's path, so all masks lie in one folder, the name escaped
-(`names.file_name`); names.jsonl has the image of each item.
+The masks are grey images whose values are the class ids: Datumaro and FiftyOne read the colours of a palette
+PNG as values. Pixels without a label (255) get the id after the last class, named "ignore". Datumaro names an
+item after the last part of its mask's path, so all masks lie in one folder under escaped names (`file_name`);
+names.jsonl maps items to images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ from multisa.runtime.writers.base import (
     RunFolder,
     ShardFiles,
     WriterBase,
+    encode_rows,
     file_name,
     json_bytes,
     ordered_rows,
-    part_of,
 )
 from multisa.runtime.writers.encoding import distinct_colours, encode_grey, grey_png, ignore_name
 
@@ -29,7 +29,7 @@ _Item = tuple[int, str, bytes, bytes]
 
 
 class DatumaroWriter(WriterBase):
-    """A mask for each image and a table of names."""
+    """One mask for each image, and a table of names."""
 
     def encode(self, image: LabelledImage) -> _Item:
         """The index, the path of the mask, the mask, and the line of the table."""
@@ -37,10 +37,10 @@ class DatumaroWriter(WriterBase):
         return image.index, _path(image.name), self._grey(image), json_bytes(line)
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Item]) -> None:
-        """Write the masks of the shard and keep its lines of the table for the end."""
+        """Write the masks of the shard, and keep its lines of the table for `finalize`."""
         for _, path, png, _ in payloads:
             files.write(path, png)
-        files.write_part(_NAME, part_of((index, [line]) for index, _, _, line in payloads))
+        files.write_part(_NAME, encode_rows((index, [line]) for index, _, _, line in payloads))
 
     def finalize(self, folder: RunFolder, shards: int) -> None:
         """Write the classes and the table of names."""

@@ -1,4 +1,7 @@
-"""A palette PNG with another palette, or as grey; the compressed pixels are taken over where they can be."""
+"""Encodings that several formats share: PNGs with other palettes, run lengths, and archives.
+
+Palette PNGs are changed without decompressing their pixels, wherever possible.
+"""
 
 import io
 import struct
@@ -17,15 +20,19 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.imaging.png import IGNORE_INDEX, voc_palette
 
 UInt8 = npt.NDArray[np.uint8]
+Int64 = npt.NDArray[np.int64]
+Members = Iterable[tuple[str, bytes]]  # name and data
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PALETTE_CHUNKS = (b"PLTE", b"tRNS")
 _GREY, _INDEXED = 0, 3  # colour types
-_COMPRESSION = 1
+_COMPRESSION = 1  # of zlib
+_MODE = 0o644  # of the members of archives
+_FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip member
 
 
 def with_palette(png: bytes, palette: UInt8) -> bytes:
-    """Give a palette PNG the colours uint8 [256, 3]; as many as its bit depth has."""
+    """Replace the palette of a PNG by colours uint8 [256, 3], as many as its bit depth has."""
     pieces = [_SIGNATURE]
     for kind, data in _chunks(png):
         if kind == b"PLTE":
@@ -54,11 +61,11 @@ def encode_grey(mask: UInt8) -> bytes:
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    place = len(_SIGNATURE)
-    while place < len(png):
-        (size,) = struct.unpack_from(">I", png, place)
-        yield png[place + 4 : place + 8], png[place + 8 : place + 8 + size]
-        place += size + 12  # the length, the kind, the data, the checksum
+    offset = len(_SIGNATURE)
+    while offset < len(png):
+        (size,) = struct.unpack_from(">I", png, offset)
+        yield png[offset + 4 : offset + 8], png[offset + 8 : offset + 8 + size]
+        offset += size + 12  # length, kind, data, checksum
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -66,7 +73,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def distinct_colours(manifest: Manifest) -> UInt8:
-    """Colours uint8 [256, 3], the bundle's where no class before has it, and no colour twice."""
+    """The bundle's colours uint8 [256, 3]; a class whose colour is taken gets an unused one."""
     wanted = manifest.mask_palette()
     spare = [tuple(colour) for colour in voc_palette().tolist()]
     used: set[tuple[int, ...]] = set()
@@ -81,29 +88,26 @@ def distinct_colours(manifest: Manifest) -> UInt8:
 
 
 def ignore_name(manifest: Manifest) -> str:
-    """What the value of pixels without a label is called: "ignore", or another name if a class has that."""
+    """Name of the value of pixels without a label: "ignore", with underscores if a class has that name."""
     name = "ignore"
     while name in manifest.classes:
         name += "_"
     return name
 
 
-Int64 = npt.NDArray[np.int64]
-
-
 @dataclass(frozen=True)
 class CocoMask:
-    """The mask of one class as COCO's tools read it."""
+    """The mask of one class as COCO tools read it."""
 
     class_id: int
-    counts: str  # compressed run lengths, down the columns
+    counts: str  # compressed run lengths, column by column
     area: int  # pixels
     box: tuple[int, int, int, int]  # x, y, width, height
 
 
 @dataclass(frozen=True, eq=False)
-class FlatRuns:
-    """Where one class is in a mask laid out flat: from each of `starts` up to each of `ends`."""
+class RowRuns:
+    """The pixels of one class in a flattened mask: from each of `starts` up to each of `ends`."""
 
     class_id: int
     starts: Int64
@@ -111,31 +115,25 @@ class FlatRuns:
 
 
 def coco_masks(mask: UInt8) -> tuple[CocoMask, ...]:
-    """Encode every class id in uint8 [H, W], by id. The same strings as pycocotools' encoder."""
+    """Encode every class id in uint8 [H, W], in the order of ids, to the same strings as pycocotools."""
     return tuple(
         CocoMask(runs.class_id, runs.compressed.decode("ascii"), runs.area, runs.box)
         for runs in encode_rle(mask)
     )
 
 
-def row_runs(mask: UInt8) -> tuple[FlatRuns, ...]:
-    """Find the runs of every class id in uint8 [H, W], by id; a run goes on into the next row."""
+def row_runs(mask: UInt8) -> tuple[RowRuns, ...]:
+    """Find the runs of every class id in uint8 [H, W], in the order of ids; runs continue across rows."""
     found = []
     for runs in encode_rle(mask):
         bounds = np.cumsum(runs.rows, dtype=np.int64)  # outside, inside, outside, ...
         ends = bounds[1::2]
-        found.append(FlatRuns(runs.class_id, bounds[: 2 * len(ends) : 2], ends))
+        found.append(RowRuns(runs.class_id, bounds[: 2 * len(ends) : 2], ends))
     return tuple(found)
 
 
-_MODE = 0o644
-_FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can name
-
-Members = Iterable[tuple[str, bytes]]
-
-
 def tar_bytes(members: Members) -> bytes:
-    """Pack (name, data) into a tar, in the order given."""
+    """Pack members into a tar, in the order given."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as archive:
         for name, data in members:
@@ -146,7 +144,7 @@ def tar_bytes(members: Members) -> bytes:
 
 
 def zip_bytes(members: Members, *, level: int = 0) -> bytes:
-    """Pack (name, data) into a zip, in the order given; deflated from level 1 to 9, stored at 0."""
+    """Pack members into a zip, in the order given; level 0 stores, 1 to 9 deflate."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in members:

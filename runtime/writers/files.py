@@ -1,4 +1,4 @@
-"""`masks`: a palette PNG for each image, OUT/masks/NAME.png, as VOC's tools read them."""
+"""Plain files: `masks`, `confidence` and `tar`."""
 
 import io
 from collections.abc import Sequence
@@ -16,13 +16,15 @@ from multisa.runtime.writers.base import (
 )
 from multisa.runtime.writers.encoding import tar_bytes
 
+_COMPRESSION = 1  # of zlib; confidences are noise to it, and more effort gains little
+
 
 class MasksWriter(WriterBase):
-    """One file for each image."""
+    """`masks`: a palette PNG for each image, OUT/masks/NAME.png, as VOC tools read them."""
 
     def encode(self, image: LabelledImage) -> tuple[str, bytes]:
         """The path and the PNG."""
-        return mask_of(image.name), image.png
+        return mask_path(image.name), image.png
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[tuple[str, bytes]]) -> None:
         """Write the masks of the shard."""
@@ -31,19 +33,16 @@ class MasksWriter(WriterBase):
 
     def results(self, name: str) -> Sequence[str]:
         """The mask."""
-        return (mask_of(name),)
+        return (mask_path(name),)
 
 
-def mask_of(name: str) -> str:
-    """Path of an image's mask below OUT, by the image's name."""
+def mask_path(name: str) -> str:
+    """Path of the mask of the image `name` below the output folder."""
     return f"masks/{name}.png"
 
 
-_COMPRESSION = 1  # confidences are noise to a compressor; more effort gains little
-
-
 class ConfidenceWriter(WriterBase):
-    """One file for each image."""
+    """`confidence`: a grey PNG for each image, OUT/confidence/NAME.png, 0..255 for 0..1."""
 
     def encode(self, image: LabelledImage) -> tuple[str, bytes]:
         """The path and the PNG."""
@@ -67,7 +66,7 @@ _Members = tuple[tuple[str, bytes], ...]
 
 
 class TarWriter(WriterBase):
-    """One tar for each shard."""
+    """`tar`: OUT/shards/000012.tar for WebDataset, KEY.png and KEY.json (its record) for each image."""
 
     def encode(self, image: LabelledImage) -> _Members:
         """The two members of an image."""
@@ -75,6 +74,6 @@ class TarWriter(WriterBase):
         return (f"{key}.png", image.png), (f"{key}.json", json_bytes(image.record))
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Members]) -> None:
-        """Write the tar of the shard; none where no image of it could be done."""
+        """Write the tar of the shard; none if all its images failed."""
         if payloads:
             files.write(shard_path("shards", shard, "tar"), tar_bytes(m for pair in payloads for m in pair))

@@ -1,7 +1,7 @@
-"""`label-studio`: OUT/label-studio/000012.json, tasks with predictions; one brush for each class of an image.
+"""`label-studio`: OUT/label-studio/000012.json, tasks with predictions: one brush mask per class and image.
 
-OUT/label-studio/labeling_config.xml is the interface the predictions are for. An image is referred to by its
-id with a prefix before it: where Label Studio finds the images.
+OUT/label-studio/labeling_config.xml is the labelling interface for them. Tasks refer to an image by its id
+behind a prefix, under which Label Studio finds the images.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,21 @@ from multisa.runtime.writers.base import (
     json_bytes,
     shard_path,
 )
-from multisa.runtime.writers.encoding import FlatRuns, row_runs
+from multisa.runtime.writers.encoding import RowRuns, row_runs
+
+Int64 = npt.NDArray[np.int64]
 
 _FOLDER = "label-studio"
-_WEB = ("http://", "https://", "/")  # prefixes of what a browser fetches: the id has to be escaped
+_CHANNELS = 4  # a brush mask is RGBA with four equal channels
+_ON = 255
+_VALUE_BITS = 8
+_LENGTH_BITS = np.array([3, 4, 8, 16])  # the four widths of a run's length
+_HEADER_BITS = (32, 21)  # the number of values, and the widths
+_FLAG_BITS = 3  # "a run follows", and which width it has
+_MAX_PIECE = 2**16  # the longest run
+_WORD = 32  # bits; no code is longer
+_MAX_PIXELS = (2**32 - 1) // _CHANNELS  # the header counts values in 32 bits
+_WEB = ("http://", "https://", "/")  # prefixes of URLs, in which ids must be escaped
 
 
 class LabelStudioWriter(WriterBase):
@@ -58,7 +69,7 @@ class LabelStudioWriter(WriterBase):
         )
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[bytes]) -> None:
-        """Write the tasks of the shard; none where no image of it could be done."""
+        """Write the tasks of the shard; none if all its images failed."""
         if payloads:
             tasks = b"[\n" + b",\n".join(payloads) + b"\n]\n"
             files.write(shard_path(_FOLDER, shard, "json"), tasks)
@@ -71,13 +82,13 @@ class LabelStudioWriter(WriterBase):
             f'    <Label value={quoteattr(name)} background="{colour}"/>\n'
             for name, colour in zip(manifest.foreground, colours, strict=True)
         )
-        label_studio_rle = f'  <BrushLabels name="tag" toName="image">\n{"".join(labels)}  </BrushLabels>\n'
-        text = f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{label_studio_rle}</View>\n'
+        brush = f'  <BrushLabels name="tag" toName="image">\n{"".join(labels)}  </BrushLabels>\n'
+        text = f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{brush}</View>\n'
         folder.write(f"{_FOLDER}/labeling_config.xml", [text.encode()])
 
-    def _result(self, image: LabelledImage, runs: FlatRuns) -> dict[str, Any]:
+    def _result(self, image: LabelledImage, runs: RowRuns) -> dict[str, Any]:
         height, width = image.mask.shape
-        code = encode_brush(runs, height * width)
+        code = encode_label_studio_rle(runs, height * width)
         return {
             "id": f"class-{runs.class_id}",
             "type": "brushlabels",
@@ -94,41 +105,34 @@ class LabelStudioWriter(WriterBase):
         }
 
 
-Int64 = npt.NDArray[np.int64]
+def encode_label_studio_rle(runs: RowRuns, pixels: int) -> bytes:
+    """Encode the mask of one class of an image of `pixels` pixels: 255 inside the class, 0 elsewhere.
 
-_CHANNELS = 4  # a brush mask is RGBA with four equal channels
-_ON = 255
-_VALUE_BITS = 8
-_LENGTH_BITS = np.array([3, 4, 8, 16])  # the four widths a run's length may have
-_FLAG_BITS = 3  # "a run follows", and which of the widths
-_MAX_PIECE = 2**16
-_WORD = 32  # no code is longer
-_MAX_PIXELS = (2**32 - 1) // _CHANNELS  # the header counts values in 32 bits
-
-
-def encode_brush(runs: FlatRuns, pixels: int) -> bytes:
-    """Encode the mask of one class of an image of `pixels` pixels: 255 where the class is, 0 elsewhere.
-
-    Raises ValueError for more pixels than the header of the format can count.
+    Run lengths of four widths, packed into bits. The bytes equal those of Label Studio's encoder (`mask2rle`
+    of label-studio-sdk). Raises ValueError for more pixels than the header of the format can count.
     """
     if pixels > _MAX_PIXELS:
         raise ValueError(f"got {pixels} pixels, the format takes at most {_MAX_PIXELS}")
     lengths, values = _pieces(runs, pixels)
-    # 1..8, ..16, ..256, longer: the index of the width.
+    # The index of the width: 0 up to a length of 8, 1 up to 16, 2 up to 256, 3 above.
     width = np.searchsorted(2 ** _LENGTH_BITS[:3], lengths)
-    width[lengths < 0], lengths = 3, np.abs(lengths)
+    width[lengths < 0] = 3
+    lengths = np.abs(lengths)
     bits = _LENGTH_BITS[width]
     codes = (4 + width) << (bits + _VALUE_BITS) | (lengths - 1) << _VALUE_BITS | values
-    return _pack(np.concatenate((_header(pixels), codes)), np.concatenate(([32, 21], _FLAG_BITS + bits + 8)))
+    code_bits = _FLAG_BITS + bits + _VALUE_BITS
+    return _pack(np.concatenate((_header(pixels), codes)), np.concatenate((_HEADER_BITS, code_bits)))
 
 
-def _pieces(runs: FlatRuns, pixels: int) -> tuple[Int64, Int64]:
-    """Lengths and values of runs cut to what a length can hold; what is left of a cut run is negative.
+def _pieces(runs: RowRuns, pixels: int) -> tuple[Int64, Int64]:
+    """Lengths and values of runs, cut into pieces of at most `_MAX_PIECE`.
 
-    Such a remainder is written in the widest form, however short, as by Label Studio's encoder.
+    The remainder of a cut run is negative: like Label Studio's encoder, we write it in the widest form.
     """
     bounds = np.empty(2 * len(runs.starts) + 2, np.int64)
-    bounds[0], bounds[1:-1:2], bounds[2:-1:2], bounds[-1] = 0, runs.starts, runs.ends, pixels
+    bounds[0], bounds[-1] = 0, pixels
+    bounds[1:-1:2] = runs.starts
+    bounds[2:-1:2] = runs.ends
     lengths = np.diff(bounds) * _CHANNELS
     values = np.zeros_like(lengths)
     values[1::2] = _ON
@@ -149,11 +153,11 @@ def _header(pixels: int) -> Int64:
 
 
 def _pack(codes: Int64, bits: Int64) -> bytes:
-    """Write each of `codes` (at most 32 bits) with its number of `bits`, highest first, without gaps.
+    """Concatenate `codes` of `bits` bits each (at most 32), most significant bit first.
 
-    Padded as Label Studio does: a whole byte more where none would be needed.
+    Padded like Label Studio's encoder: with a whole byte where none is needed.
     """
     high_first = (codes << (_WORD - bits)).astype(">u4").view(np.uint8)
-    there = np.arange(_WORD) < bits[:, None]
-    stream = np.unpackbits(high_first)[there.ravel()]
+    is_used = np.arange(_WORD) < bits[:, None]
+    stream = np.unpackbits(high_first)[is_used.ravel()]
     return np.packbits(np.append(stream, np.zeros(8 - len(stream) % 8, np.uint8))).tobytes()

@@ -1,7 +1,7 @@
-"""`parquet`: OUT/parquet/000012.parquet, a row of statistics for each image; the masks are files beside it.
+"""`parquet`: OUT/parquet/000012.parquet, a row of statistics for each image, without the masks.
 
-Columns are named as in labels.jsonl. `pixel_shares` is a struct with a field for every class, 0 where it is
-absent; what only one command writes is JSON in `details`. Written by pyarrow, one file for each shard.
+Columns are named as in labels.jsonl. `pixel_shares` is a struct with a field for every class, 0 if absent;
+`details` holds the keys that only one command writes, as JSON.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from multisa.runtime.writers.base import (
     shard_path,
 )
 
-# Arrow types of the columns that every command's record has.
+# Arrow types of the columns that the records of every command have.
 _COLUMNS = {
     "index": "int64",
     "image": "string",
@@ -60,7 +60,7 @@ class ParquetWriter(WriterBase):
         return row
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[Mapping[str, Any]]) -> None:
-        """Write the table of the shard; none where no image of it could be done."""
+        """Write the table of the shard; none if all its images failed."""
         if not payloads:
             return
         import pyarrow

@@ -1,5 +1,10 @@
-"""`soft`: OUT/soft/000012.tar, the class probabilities of each image, so that thresholds can be tried without
-computing anything again: KEY.npz, four arrays (see `soft_maps`), and KEY.json, the image's record.
+"""`probabilities`: OUT/probabilities/000012.tar, the class probabilities of each image.
+
+They allow other thresholds to be tried without running the networks again. Each image has KEY.npz with four
+arrays (`_ARRAYS`) and KEY.json, its record:
+
+    for image in read_probabilities(Path("out/probabilities/000000.tar")):
+        mask = mask_from_probabilities(image, background_weight=0.8)
 """
 
 import io
@@ -26,13 +31,34 @@ from multisa.runtime.writers.base import (
     ShardFiles,
     WriterBase,
     json_bytes,
-    plain_name,
     shard_path,
     tar_key,
+    unescape_name,
 )
 from multisa.runtime.writers.encoding import tar_bytes, zip_bytes
 
-_LEVEL = 1  # of deflate: a higher one takes several times as long for few bytes less
+UInt8 = npt.NDArray[np.uint8]
+
+MAX_ARRAY_BYTES = 512 * 2**20  # of one image's probabilities: 255 classes at 1,024 x 1,024 pixels
+MAX_RECORD_BYTES = 2**20
+_HEADER_BYTES = 256  # more than the header of any of our arrays
+_LEVEL = 1  # of deflate; higher levels take several times as long and save few bytes
+# Each array: its type, and its number of dimensions.
+_ARRAYS = {
+    "class_ids": ("|u1", 1),
+    "confidence": ("|u1", 2),  # [h, w] of the chosen class, 0..255 for 0..1
+    "probabilities": ("<f2", 3),  # [len(class_ids), h, w], 0..1
+    "size": ("<i4", 1),  # height and width of the mask
+}
+# What tarfile and zipfile raise for broken files (RuntimeError: encrypted, or an unknown compression).
+_BROKEN = (
+    OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<type>[^']{3})', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>[0-9, ]{1,64})\), \} *\n",
+    re.DOTALL,
+)
 
 _Members = tuple[tuple[str, bytes], ...]
 
@@ -45,7 +71,7 @@ class ProbabilitiesWriter(WriterBase):
     def encode(self, image: LabelledImage) -> _Members:
         """The two members of an image."""
         probabilities = image.probabilities
-        assert probabilities is not None, "the run makes soft maps for a sink that needs them"
+        assert probabilities is not None, "the run passes probabilities to writers that need them"
         arrays: dict[str, npt.NDArray[Any]] = {
             "class_ids": np.array(probabilities.class_ids, np.uint8),
             "confidence": image.confidence,
@@ -57,9 +83,11 @@ class ProbabilitiesWriter(WriterBase):
         return (f"{key}.npz", npz), (f"{key}.json", json_bytes(image.record))
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Members]) -> None:
-        """Write the tar of the shard; none where no image of it could be done."""
+        """Write the tar of the shard; none if all its images failed."""
         if payloads:
-            files.write(shard_path("soft", shard, "tar"), tar_bytes(m for pair in payloads for m in pair))
+            files.write(
+                shard_path("probabilities", shard, "tar"), tar_bytes(m for pair in payloads for m in pair)
+            )
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:
@@ -70,46 +98,22 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-UInt8 = npt.NDArray[np.uint8]
-
-MAX_ARRAY_BYTES = 512 * 2**20  # of one image's probabilities: 255 classes at 1,024 x 1,024 pixels
-MAX_RECORD_BYTES = 2**20
-_HEADER_BYTES = 256  # before the values of an array; more than any of ours has
-# Of each array: its type, how many dimensions.
-_ARRAYS = {
-    "class_ids": ("|u1", 1),
-    "confidence": ("|u1", 2),
-    "probabilities": ("<f2", 3),
-    "size": ("<i4", 1),
-}
-# What tarfile and zipfile raise for broken files (RuntimeError: encrypted, or packed in an unknown way).
-_BROKEN = (
-    *(OSError, EOFError, RuntimeError, ValueError),
-    *(tarfile.TarError, zipfile.BadZipFile, zlib.error),
-)
-_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<type>[^']{3})', 'fortran_order': False, "
-    rb"'shape': \((?P<shape>[0-9, ]{1,64})\), \} *\n",
-    re.DOTALL,
-)
-
-
 @dataclass(frozen=True, eq=False)
-class SoftImage:
-    """The soft maps of one image."""
+class StoredProbabilities:
+    """The class probabilities of one image, as read from a tar."""
 
     name: str  # of its results: masks/NAME.png
     record: Mapping[str, Any]  # its line of labels.jsonl
     size: tuple[int, int]  # height and width of the mask
     probabilities: ClassProbabilities
-    confidence: UInt8  # [h, w] of the class that was chosen, 0..255 for 0..1
+    confidence: UInt8  # [h, w] of the chosen class, 0..255 for 0..1
 
 
-def read_soft_maps(path: Path) -> Iterator[SoftImage]:
-    """Read a tar of soft maps, one image at a time.
+def read_probabilities(path: Path) -> Iterator[StoredProbabilities]:
+    """Read a tar of class probabilities, one image at a time.
 
-    Raises UsageError when it is not there or holds something else than `multisa` writes: another member, a
-    name that leaves the folder of results, arrays of other types and shapes or above MAX_ARRAY_BYTES.
+    Raises UsageError when the file is missing or holds anything but what this writer writes: other members,
+    names that lead out of the folder of results, arrays of other types and shapes or above MAX_ARRAY_BYTES.
     """
     try:
         with tarfile.open(path, "r:") as archive:
@@ -117,20 +121,20 @@ def read_soft_maps(path: Path) -> Iterator[SoftImage]:
     except _BROKEN as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{path}: {reason}: expected a tar of soft maps as `--writer soft` writes them"
+            f"{path}: {reason}: expected a tar of class probabilities, as `--writer probabilities` writes it"
         ) from error
 
 
-def mask_from_soft_maps(
-    image: SoftImage, *, background_weight: float = 1.0, minimum_confidence: float = 0.0
+def mask_from_probabilities(
+    image: StoredProbabilities, *, background_weight: float = 1.0, minimum_confidence: float = 0.0
 ) -> UInt8:
-    """Choose each pixel's class anew, uint8 [H, W] of the image's own size.
+    """Choose the class of each pixel again, uint8 [H, W] at the image's own size.
 
-    The background's probability is multiplied by `background_weight` before the highest is taken. Without a
-    CRF that is the mask of the background score times as high; behind one, a shift of what the CRF believes.
-    At 1 the mask is the one of the run but where two probabilities round to the same half-precision number.
-    Pixels whose class has a lower share than `minimum_confidence` become 255, "ignore". Raises UsageError for
-    a weight or a confidence that is none.
+    background_weight: factor of the background's probability before the argmax. Without a CRF, the result is
+    the mask of a run whose background score is multiplied by it. At 1, the result is the mask of the run,
+    except where two probabilities round to the same half-precision number.
+    minimum_confidence: pixels whose class has a lower share of the probabilities become 255, "ignore".
+    Raises UsageError for values out of range.
     """
     _check_thresholds(background_weight, minimum_confidence)
     ids = np.array(image.probabilities.class_ids, np.uint8)
@@ -143,7 +147,7 @@ def mask_from_soft_maps(
     return resize_mask(mask, image.size)
 
 
-def write_masks_from_soft_maps(
+def write_masks_from_probabilities(
     paths: Iterable[Path],
     out: Path,
     palette: UInt8,
@@ -151,15 +155,16 @@ def write_masks_from_soft_maps(
     background_weight: float = 1.0,
     minimum_confidence: float = 0.0,
 ) -> int:
-    """Write `mask_from_soft_maps` of every image in the tars `paths` to OUT/NAME.png; return how many.
+    """Write the mask of every image in the tars `paths` to OUT/NAME.png; return the number of masks.
 
-    palette: uint8 [256, 3], of the bundle (`Manifest.mask_palette`).
+    palette: uint8 [256, 3], of the bundle (`Manifest.mask_palette`). Raises UsageError as
+    `mask_from_probabilities` and `read_probabilities` do.
     """
     _check_thresholds(background_weight, minimum_confidence)
     count = 0
     for path in paths:
-        for image in read_soft_maps(path):
-            mask = mask_from_soft_maps(
+        for image in read_probabilities(path):
+            mask = mask_from_probabilities(
                 image, background_weight=background_weight, minimum_confidence=minimum_confidence
             )
             write_mask(out / f"{image.name}.png", mask, palette)
@@ -168,7 +173,7 @@ def write_masks_from_soft_maps(
 
 
 def _check_thresholds(background_weight: float, minimum_confidence: float) -> None:
-    """Raise UsageError for what `mask_from_soft_maps` cannot use."""
+    """Raise UsageError for values out of range."""
     if not 0 < background_weight < float("inf"):
         raise UsageError(
             f"got {background_weight} as the background's weight, expected a finite number above 0"
@@ -177,10 +182,10 @@ def _check_thresholds(background_weight: float, minimum_confidence: float) -> No
         raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
 
 
-def _images(archive: tarfile.TarFile) -> Iterator[SoftImage]:
+def _images(archive: tarfile.TarFile) -> Iterator[StoredProbabilities]:
     key, arrays = "", None
     for member in archive:
-        archive.members = []  # type: ignore[attr-defined]  # it would keep every member seen
+        archive.members = []  # type: ignore[attr-defined]  # or it would keep every member
         stem, _, ending = member.name.rpartition(".")
         file = archive.extractfile(member) if member.isreg() else None
         if file is not None and ending == "npz" and arrays is None:
@@ -196,7 +201,7 @@ def _images(archive: tarfile.TarFile) -> Iterator[SoftImage]:
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Refuse what is cut or damaged: to tarfile a header it cannot read is the end."""
+    """Refuse a tar that is cut off or damaged; tarfile takes a header that it cannot read for the end."""
     file = archive.fileobj
     assert file is not None
     file.seek(archive.offset)
@@ -205,7 +210,9 @@ def _check_end(archive: tarfile.TarFile) -> None:
         raise ValueError(f"damaged or cut at byte {archive.offset}")
 
 
-def _image(key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str, Any]) -> SoftImage:
+def _image(
+    key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str, Any]
+) -> StoredProbabilities:
     probabilities, ids, confidence = (arrays[n] for n in ("probabilities", "class_ids", "confidence"))
     count, *grid = probabilities.shape
     size = arrays["size"].tolist()
@@ -215,7 +222,7 @@ def _image(key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str
     if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{key!r}: got a size of {size}, expected 1 to {MAX_PIXELS} pixels")
     maps = ClassProbabilities(tuple(ids.tolist()), probabilities)
-    return SoftImage(_safe_name(key), record, (size[0], size[1]), maps, confidence)
+    return StoredProbabilities(_safe_name(key), record, (size[0], size[1]), maps, confidence)
 
 
 def _arrays(file: IO[bytes], size: int) -> dict[str, npt.NDArray[Any]]:
@@ -230,13 +237,13 @@ def _arrays(file: IO[bytes], size: int) -> dict[str, npt.NDArray[Any]]:
 
 def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     kind, dimensions = _ARRAYS[name]
-    # A zip may say less than it holds: what counts is what comes out.
+    # A zip may declare less than it holds: limit what is inflated.
     with archive.open(f"{name}.npy") as member:
         data = member.read(MAX_ARRAY_BYTES + _HEADER_BYTES + 1)
-    # NumPy's own reader evaluates the header as Python; ours is always written in one way.
+    # NumPy's own reader evaluates the header as Python; our headers have one fixed form.
     header = _HEADER.match(data)
     if not header or header["type"].decode() != kind:
-        raise ValueError(f"{name}: got another header than of an array of {kind}")
+        raise ValueError(f"{name}: got another header than that of an array of {kind}")
     shape = tuple(map(int, header["shape"].replace(b",", b" ").split()))
     values = memoryview(data)[header.end() :]
     if len(shape) != dimensions or math.prod(shape) * np.dtype(kind).itemsize != len(values):
@@ -261,7 +268,7 @@ def _record(file: IO[bytes]) -> Mapping[str, Any]:
 
 
 def _safe_name(key: str) -> str:
-    name = plain_name(key)
+    name = unescape_name(key)
     if not name or name.startswith("/") or "\0" in name or {"..", "."} & set(PurePosixPath(name).parts):
         raise ValueError(f"got the name {name!r}, expected a path below the folder of results")
     return name

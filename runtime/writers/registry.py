@@ -1,4 +1,4 @@
-"""The formats that results can be written in, by the names that the command line takes."""
+"""The writers by their names on the command line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from multisa.runtime.errors import UsageError
 
-if TYPE_CHECKING:  # the command line lists the names without loading what the formats need
+if TYPE_CHECKING:  # the command line lists the names without importing the formats
     from multisa.runtime.writers.base import Writer, WriterContext
 
-# Name -> what it writes, for people.
+# Name -> what it writes, and where below the output folder.
 WRITERS: dict[str, str] = {
     "masks": "palette PNGs, masks/NAME.png",
     "tar": "tar shards for webdataset, shards/",
@@ -20,31 +20,26 @@ WRITERS: dict[str, str] = {
     "datumaro": "Datumaro and FiftyOne folder, datumaro/",
     "parquet": "statistics of each image, parquet/",
     "confidence": "grey PNGs, confidence/NAME.png",
-    "soft": "class probabilities, soft/",
+    "probabilities": "class probabilities, probabilities/",
 }
 
 
 def writer_folder(name: str) -> str:
-    """The folder below OUT that a sink writes into."""
+    """The folder below the output folder that a writer uses."""
     return "shards" if name == "tar" else name
 
 
 def open_writers(
     names: Sequence[str], context: WriterContext, *, image_prefix: str = ""
 ) -> tuple[Writer, ...]:
-    """Make the sinks of these names, each once, in the order of their first mention.
+    """Create the writers with these names, without duplicates, in the order of the names.
 
-    image_prefix: what stands before an image's id where Label Studio is to find it. Raises UsageError for an
-    unknown name, BackendUnavailable where a format's package is not installed.
+    image_prefix: precedes an image's id in the path or URL that Label Studio loads. Raises UsageError for an
+    unknown name, BackendUnavailable if a format's package is not installed.
     """
     unknown = [name for name in names if name not in WRITERS]
     if unknown:
-        raise UsageError(f"got the sink {unknown[0]!r}, expected one of {', '.join(WRITERS)}")
-    makers = _makers(image_prefix)
-    return tuple(makers[name](context) for name in dict.fromkeys(names))
-
-
-def _makers(image_prefix: str) -> dict[str, Callable[[WriterContext], Writer]]:
+        raise UsageError(f"got the writer {unknown[0]!r}, expected one of {', '.join(WRITERS)}")
     from multisa.runtime.writers.coco import CocoWriter
     from multisa.runtime.writers.cvat import CvatWriter
     from multisa.runtime.writers.datumaro import DatumaroWriter
@@ -53,7 +48,7 @@ def _makers(image_prefix: str) -> dict[str, Callable[[WriterContext], Writer]]:
     from multisa.runtime.writers.parquet import ParquetWriter
     from multisa.runtime.writers.probabilities import ProbabilitiesWriter
 
-    return {
+    classes: dict[str, Callable[[WriterContext], Writer]] = {
         "masks": MasksWriter,
         "tar": TarWriter,
         "coco": CocoWriter,
@@ -62,5 +57,6 @@ def _makers(image_prefix: str) -> dict[str, Callable[[WriterContext], Writer]]:
         "datumaro": DatumaroWriter,
         "parquet": ParquetWriter,
         "confidence": ConfidenceWriter,
-        "soft": ProbabilitiesWriter,
+        "probabilities": ProbabilitiesWriter,
     }
+    return tuple(classes[name](context) for name in dict.fromkeys(names))

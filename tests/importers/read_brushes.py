@@ -18,8 +18,8 @@ name = "label_studio_sdk/converter/brush.py"
 spec = importlib.util.spec_from_file_location(
     "brush", metadata.distribution("label-studio-sdk").locate_file(name)
 )
-label_studio_rle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(label_studio_rle)
+brush = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(brush)
 
 tasks = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 found = {}
@@ -29,11 +29,11 @@ for task in tasks:
     for result in prediction["result"]:
         value = result["value"]
         # As the converter passes it on: the fields of the value beside those of the result.
-        (layer,) = label_studio_rle.decode_from_annotation("tag", [{**result, **value}]).values()
+        (layer,) = brush.decode_from_annotation("tag", [{**result, **value}]).values()
         (label,) = value["brushlabels"]
         masks[label] = hashlib.sha256(
             repr(layer.shape).encode() + np.packbits(layer != 0).tobytes()
         ).hexdigest()
         assert set(np.unique(layer)) <= {0, 255}
-        assert label_studio_rle.mask2rle(layer) == value["rle"], "another code than Label Studio's own"
+        assert brush.mask2rle(layer) == value["rle"], "another code than Label Studio's own"
 print(json.dumps(found))

@@ -217,8 +217,8 @@ def _segmenter_graph(low: float = 85) -> bytes:
 
 
 @dataclass
-class SinkFolder:
-    """A run's folder as sinks see it: files below OUT, parts in memory. `shard` is the one being written."""
+class WriterFolder:
+    """A run's folder as writers see it: files below OUT, parts in memory. `shard` is being written."""
 
     out: Path
     kept: dict[str, dict[int, bytes]] = field(default_factory=dict)
@@ -238,7 +238,7 @@ class SinkFolder:
 
 
 @pytest.fixture
-def sink_context(tmp_path: Path, manifest: Manifest) -> WriterContext:
+def writer_context(tmp_path: Path, manifest: Manifest) -> WriterContext:
     return WriterContext(tmp_path / "out", "label", manifest, "ab" * 32)
 
 
@@ -278,18 +278,18 @@ def labelled(manifest: Manifest) -> Callable[..., LabelledImage]:
 
 
 @pytest.fixture
-def write_sinks(sink_context: WriterContext) -> Callable[..., Path]:
-    """Runs sinks over shards of two images; returns OUT."""
+def write_all(writer_context: WriterContext) -> Callable[..., Path]:
+    """Runs writers over shards of two images; returns OUT."""
 
     def write(names: Sequence[str], images: Sequence[LabelledImage], out: Path | None = None) -> Path:
-        out = out or sink_context.out
-        for writer in open_writers(names, replace(sink_context, out=out)):
-            folder = SinkFolder(out)
+        out = out or writer_context.out
+        for writer in open_writers(names, replace(writer_context, out=out)):
+            folder = WriterFolder(out)
             payloads = [writer.encode(image) for image in images]
             shards = [payloads[start : start + 2] for start in range(0, len(payloads), 2)]
             for folder.shard, shard in enumerate(shards):
                 writer.write_shard(folder, folder.shard, shard)
-            writer.finish(folder, len(shards))
+            writer.finalize(folder, len(shards))
         return out
 
     return write

@@ -41,7 +41,7 @@ class Images:
         return True
 
     def read(self, item: SourceItem) -> bytes:
-        index = int(item.place)
+        index = int(item.uri)
         self.read_now()
         if index in self.unreadable:
             raise self.error or ImageError("not to be had")

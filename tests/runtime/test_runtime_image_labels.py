@@ -56,7 +56,9 @@ def test_csv_with_a_byte_order_mark_and_crlf(tmp_path: Path) -> None:
 def test_json(tmp_path: Path) -> None:
     labels = read(tmp_path, json.dumps({"a.jpg": ["dining table", "cat"], "b": []}), "labels.json")
     assert labels.match(["a.jpg", "b.png"]) == {"a.jpg": ("cat", "dining table"), "b.png": ()}
-    assert labels.unused(["a.jpg", "c.jpg"]) == ("b",)
+    matcher = labels.matcher()
+    assert matcher.find("a.jpg") and matcher.find("c.jpg") is None
+    assert matcher.unused() == ("b",)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_ambiguous_rows(tmp_path: Path) -> None:
     labels = read(tmp_path, "image,labels\nx/a.jpg,cat\ny/a.jpg,dog\nx/b.jpg,cat\ny/b.jpg,cat\n")
-    with pytest.raises(UsageError, match=r"a\.jpg fits several rows .*x/a\.jpg, y/a\.jpg"):
+    with pytest.raises(UsageError, match=r"a\.jpg matches several rows .*x/a\.jpg, y/a\.jpg"):
         labels.match(["a.jpg"])
     assert labels.match(["b.jpg"]) == {"b.jpg": ("cat",)}  # several, but they agree
     both = read(tmp_path, "image,labels\na,cat\na.jpg,dog\n")
@@ -111,14 +113,16 @@ def test_a_row_about_an_image_by_its_path_is_about_no_other(tmp_path: Path, row:
     alone = read(tmp_path, f"image,labels\n{row},cat\n")
     for order in (["a.jpg", "deep/a.jpg"], ["deep/a.jpg", "a.jpg"]):
         assert alone.match(order) == {"a.jpg": ("cat",)}
-        assert alone.unused(order) == ()
+        matcher = alone.matcher(order)
+        assert [matcher.find(relative) for relative in order if relative == "a.jpg"] == [("cat",)]
+        assert matcher.unused() == ()
     assert alone.match(["deep/a.jpg"]) == {"deep/a.jpg": ("cat",)}
 
 
 def test_one_row_for_several_images(tmp_path: Path) -> None:
     labels = read(tmp_path, "image,labels\na.jpg,cat\n")
     assert labels.match(["x/a.jpg", "x/c.jpg"]) == {"x/a.jpg": ("cat",)}
-    with pytest.raises(UsageError, match=r"fits several images \(x/a\.jpg, y/a\.jpg\)"):
+    with pytest.raises(UsageError, match=r"matches several images \(x/a\.jpg, y/a\.jpg\)"):
         labels.match(["x/a.jpg", "y/a.jpg"])
     with pytest.raises(UsageError, match="write their paths relative to the images' folder"):
         labels.match(["x/a.jpg", "y/a.jpg", "z.jpg"])
@@ -145,7 +149,7 @@ def test_a_row_for_two_images_is_found_when_the_second_comes(tmp_path: Path) -> 
     for second in ("y/a.jpg", "a.jpg"):  # by its name, and by its path
         matcher = labels.matcher()
         assert matcher.find("x/a.jpg") == ("cat",)
-        with pytest.raises(UsageError, match=rf"fits several images \(x/a\.jpg, {second}\)"):
+        with pytest.raises(UsageError, match=rf"matches several images \(x/a\.jpg, {second}\)"):
             matcher.find(second)
     known = labels.matcher(["x/a.jpg", "a.jpg"])
     assert known.find("x/a.jpg") is None and known.find("a.jpg") == ("cat",)

@@ -1,4 +1,4 @@
-"""Archives that nobody vouches for: each attack is a row, passed over with a reason or one clear error."""
+"""Hostile archives: each attack is a row, and ends in a skipped member with a reason or one clear error."""
 
 import io
 import random
@@ -39,7 +39,7 @@ UNSAFE = {
 
 
 def look(path: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """What can be read, and what is passed over, by id."""
+    """What can be read, and what is skipped, by id."""
     with open_source(str(path)) as source:
         entries = list(source.listing())
         data = {entry.id: source.read(entry) for entry in entries if isinstance(entry, SourceItem)}
@@ -128,16 +128,16 @@ def test_sparse_by_pax(tmp_path: Path) -> None:
     assert "sparse" in skipped["t/bad.jpg"]
 
 
-def test_the_first_of_equal_names_is_taken(tmp_path: Path) -> None:
+def test_the_first_of_equal_names_is_used(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_of(member("a.jpg"), member("b.jpg"), member("a.jpg", b"other")))
     data, skipped = look(tmp_path / "t.tar")
     assert data == {"t/a.jpg": GOOD, "t/b.jpg": GOOD}
-    assert "the first is taken" in skipped["t/a.jpg"]
+    assert "the first is used" in skipped["t/a.jpg"]
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("a.jpg", GOOD)
         archive.writestr("a.jpg", b"other")
     data, skipped = look(tmp_path / "z.zip")
-    assert data == {"a.jpg": GOOD} and "the first is taken" in skipped["a.jpg"]
+    assert data == {"a.jpg": GOOD} and "the first is used" in skipped["a.jpg"]
 
 
 HEADER = tar_of(member("a.jpg"))[:512]
@@ -145,6 +145,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "bad checksum": (b"x" + HEADER[1:], "checksum"),
     "half a header": (HEADER[:300], "the file ends in a header"),
     "no size": (with_field(HEADER, 124, b"9" * 11), "a header without a size"),
+    "negative size": (with_field(HEADER, 124, b"\xff" * 11 + b"\xf0"), "a header without a size"),
     "huge long name": (
         with_field(with_field(HEADER, 156, b"L"), 124, b"%011o" % 2**30),
         "a header of 1073741824",
@@ -200,7 +201,7 @@ def test_an_empty_tar_and_one_that_shrinks(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="changed"):
         source.read(item)
     with pytest.raises(ImageError, match="ends after 88 of the image's 660 bytes"):
-        source.read(SourceItem(item.id, item.place, item.size))
+        source.read(SourceItem(item.id, item.uri, item.size))
 
 
 def test_a_thousand_long_names_in_a_row_are_no_recursion(tmp_path: Path) -> None:
@@ -243,14 +244,14 @@ ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("make", "reason"), ZIPS.values(), ids=ZIPS)
-def test_members_of_a_zip_that_are_not_taken(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
+def test_members_of_a_zip_that_are_skipped(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
     (tmp_path / "z.zip").write_bytes(make())
     data, skipped = look(tmp_path / "z.zip")
     assert data == {"good.jpg": GOOD}
     assert reason in skipped["a.jpg"]
 
 
-def test_members_that_overlap_are_not_taken(tmp_path: Path) -> None:
+def test_members_that_overlap_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "z.zip").write_bytes(_second_offset(zip_of()))
     data, skipped = look(tmp_path / "z.zip")
     assert data == {} and set(skipped) == {"a.jpg", "good.jpg"}
@@ -282,19 +283,31 @@ def test_members_of_a_zip_that_turn_out_to_be_others(tmp_path: Path, data: bytes
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"", "too short"),
-        (b"PK\3\4" + bytes(500), "no directory at its end"),
-        (zip_of()[:-40], "no directory at its end"),
+        (b"", "not a zip file"),
+        (b"PK\3\4" + bytes(500), "not a zip file"),
+        (zip_of()[:-40], "not a zip file"),
         (b"PK\5\6" * 20_000, "cannot be read"),
-        (zip_of()[:-10] + struct.pack("<I", 2**30) + zip_of()[-6:], "not where its end says"),
-        (zip_of().replace(b"PK\1\2", b"PK\1\1"), "its directory is damaged"),
+        (zip_of()[:-10] + struct.pack("<I", 2**30) + zip_of()[-6:], "central directory"),
+        (zip_of().replace(b"PK\1\2", b"PK\1\1"), "central directory"),
         (zip_of()[:-18] + b"\1\0" + zip_of()[-16:], "one part of several"),
-        (zip_of()[:-6] + b"\xff" * 4 + zip_of()[-2:], "zip64"),
+        (zip_of()[:-6] + b"\xff" * 4 + zip_of()[-2:], "not where its end record says"),
+        (zip_of()[:-2] + b"\x08\0PK\5\6 end", "not a zip file"),  # which end is the archive's?
+        (patched(zip_of(), 6, "<H", 99), "zip file version"),
+        (patched(zip_of(), 8, "<H", 0x0800).replace(b"a.jpg", b"\xff.jpg"), "utf-8"),
     ],
 )
 def test_zips_that_cannot_be_read(tmp_path: Path, data: bytes, match: str) -> None:
     (tmp_path / "z.zip").write_bytes(data)
     with pytest.raises(UsageError, match=match):
+        look(tmp_path / "z.zip")
+
+
+def test_a_zip_with_a_huge_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        for i in range(2000):
+            archive.writestr(f"{i}.jpg", b"")
+    monkeypatch.setattr("multisa.runtime.sources.storage._LARGEST_READ", 70_000)
+    with pytest.raises(UsageError, match=r"got a directory of .* expected at most 70000"):
         look(tmp_path / "z.zip")
 
 

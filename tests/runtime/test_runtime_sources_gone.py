@@ -65,7 +65,7 @@ def test_a_disk_that_is_unplugged(tmp_path: Path, disk: Path, spec: str, leaves:
             disk.mkdir()
         gone = [is_gone(source, item) for item in found]
         if (spec, leaves) == ("list.txt", "nothing"):
-            # Nothing tells a folder that was removed from a disk that was, but for the link.
+            # Only the link tells a folder that was removed from a disk that was unplugged.
             assert gone == [False, True]
             return
         assert all(gone)
@@ -92,8 +92,8 @@ def test_disks_that_mount_themselves(folder: str, monkeypatch: pytest.MonkeyPatc
         return True
 
     monkeypatch.setattr(storage, "_holds_any", holds_any)
-    assert not LocalStore().reaches(os.path.join(folder, "disk/photos/a.jpg"))  # noqa: PTH118
-    assert LocalStore().reaches(os.path.join(folder, "a.jpg"))  # noqa: PTH118
+    assert not LocalStore().is_reachable(os.path.join(folder, "disk/photos/a.jpg"))  # noqa: PTH118
+    assert LocalStore().is_reachable(os.path.join(folder, "a.jpg"))  # noqa: PTH118
 
 
 def test_looking_whether_a_folder_is_there_looks_at_one_name(
@@ -171,11 +171,11 @@ def test_hosts_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(store._files, "info", info, raising=False)
         monkeypatch.setattr("multisa.runtime.sources.remote._REMEMBERED", 0.0)
         up.clear()
-        assert store.reaches(f"{protocol}://one/a.jpg") is unknown
+        assert store.is_reachable(f"{protocol}://one/a.jpg") is unknown
         for host in ("one", "two", "three", "four"):
             store._note(f"{protocol}://{host}/a.jpg")
         up.add("three")
-        assert store.reaches(f"{protocol}://one/b.jpg")
+        assert store.is_reachable(f"{protocol}://one/b.jpg")
         up.clear()
         up.add("one")  # the last few are asked
-        assert not store.reaches(f"{protocol}://one/b.jpg")
+        assert not store.is_reachable(f"{protocol}://one/b.jpg")

@@ -1,13 +1,15 @@
-"""Sources behind URLs: a real S3 server (moto's, on this machine), a web server, and fsspec's memory."""
+"""Sources behind URLs: a real S3 server (moto, on this machine), a web server, and fsspec's memory."""
 
-import asyncio
+import http.server
 import importlib.util
 import io
 import json
+import tarfile
+import threading
 import tracemalloc
 import uuid
 import zipfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ import boto3
 import fsspec
 import pyarrow
 import pytest
-from made_archives import tar_of
+from fsspec.asyn import sync_wrapper
 from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
@@ -28,6 +30,16 @@ from multisa.runtime.sources.remote import s3_folder
 FILES = {"a.jpg": b"a" * 100, "a/b.jpg": b"b" * 200, "a/c.jpg": b"c", "é z.png": b"z", "notes.md": b""}
 IMAGES = {name: data for name, data in FILES.items() if name != "notes.md"}
 ORDER = ["a/b.jpg", "a/c.jpg", "a.jpg", "é z.png"]
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 class Bucket:
@@ -150,21 +162,26 @@ def test_a_folder_of_several_pages(photos: Bucket) -> None:
 
 def test_a_flat_folder_of_many_takes_the_memory_of_its_names() -> None:
     class Files:
-        """As s3fs gives what a page of answers holds."""
+        """Answers as s3fs does, in pages of 1,000 keys."""
 
         def split_path(self, url: str) -> tuple[str, str, None]:
             return "bucket", "photos", None
 
-        async def _iterdir(self, bucket: str, **_: object) -> AsyncIterator[dict[str, Any]]:
-            for i in range(20_000):
-                name = f"{bucket}/photos/{i:08d}.jpg"
-                more = {f"field {j} of {i}": f"value {j} of {i}" for j in range(8)}
-                yield {"name": name, "size": i, "type": "file", "ETag": f'"{i:032x}"', **more}
+        def call_s3(self, _: str, *, ContinuationToken: str = "0", **__: object) -> dict[str, Any]:
+            first = int(ContinuationToken)
+            contents = [
+                {"Key": f"photos/{i:08d}.jpg", "Size": i, "ETag": f'"{i:032x}"'}
+                | {f"field {j} of {i}": f"value {j} of {i}" for j in range(8)}
+                for i in range(first, first + 1000)
+            ]
+            following = str(first + 1000)
+            return {"Contents": contents, "IsTruncated": first < 19_000, "NextContinuationToken": following}
 
     tracemalloc.start()
     try:
-        entries = asyncio.run(s3_folder(Files(), "s3://bucket/photos"))
-        assert tracemalloc.get_traced_memory()[0] / len(entries) < 700  # the dictionaries take 2,000
+        entries = s3_folder(Files(), "s3://bucket/photos")
+        assert len(entries) == 20_000
+        assert tracemalloc.get_traced_memory()[1] / len(entries) < 700  # the dictionaries take 2,000
     finally:
         tracemalloc.stop()
     assert entries["00000007.jpg"].version == f"{7:032x}"
@@ -179,7 +196,7 @@ def test_keys_that_are_valid_no_more(photos: Bucket, tmp_path: Any, monkeypatch:
     items = [next(entry for entry in s.listing() if isinstance(entry, SourceItem)) for s in sources]
     for source, item in zip(sources, items, strict=True):
         assert source.read(item) and source.exists(item)
-    never = replace(items[-1], place=f"{url}/never.jpg")
+    never = replace(items[-1], uri=f"{url}/never.jpg")
     with pytest.raises(ImageError, match="No such file"):
         sources[-1].read(never)
     assert sources[-1].exists(never)
@@ -188,7 +205,9 @@ def test_keys_that_are_valid_no_more(photos: Bucket, tmp_path: Any, monkeypatch:
     async def expired(*_: object, **__: object) -> None:
         raise PermissionError("The provided token has expired.")
 
+    # Every request of s3fs goes through the first; the second was bound to the original of the first.
     monkeypatch.setattr("s3fs.S3FileSystem._call_s3", expired)
+    monkeypatch.setattr("s3fs.S3FileSystem.call_s3", sync_wrapper(expired))
     fresh = open_source(str(tmp_path / "here.txt"), storage_options=photos.options)
     for source, item in zip([*sources, fresh], [*items, items[-1]], strict=True):
         with pytest.raises(ImageError, match="Permission denied"):
@@ -267,3 +286,116 @@ def test_a_protocol_whose_package_is_missing() -> None:
     for chain in ("simplecache::s3://bucket/photos", "s3://bucket/x::file:///etc"):
         with pytest.raises(UsageError, match="chain of URLs"):
             open_source(chain)
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """Serves one file with ranges; refuses the next `refusals` requests, as a busy server does."""
+
+    data = tar_of({"1.jpg": b"one"})
+    refusals = 0
+    status = 503
+    asked = 0
+    tag = ""
+    whole = False  # ignores ranges, and never ends
+    sent = 0
+
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        first, last = 0, len(self.data) - 1
+        if self.whole:
+            self._send_without_end()
+            return
+        if given := self.headers.get("Range"):
+            low, _, high = given.removeprefix("bytes=").partition("-")
+            first, last = int(low), min(int(high or last), last)
+        self._answer(self.data[first : last + 1])
+
+    def _answer(self, body: bytes) -> None:
+        type(self).asked += 1
+        refused = type(self).refusals > 0
+        type(self).refusals -= refused
+        partial = body and "Range" in self.headers
+        self.send_response(self.status if refused else 206 if partial else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        if self.tag:
+            self.send_header("ETag", f'"{self.tag}"')
+        self.send_header("Content-Length", "0" if refused else str(len(body or self.data)))
+        if partial and not refused:
+            low = self.headers["Range"].removeprefix("bytes=").split("-")[0]
+            end = int(low) + len(body) - 1
+            self.send_header("Content-Range", f"bytes {low}-{end}/{len(self.data)}")
+        self.end_headers()
+        if not refused:
+            self.wfile.write(body)
+
+    def _send_without_end(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while type(self).sent < 2**27:
+                self.wfile.write(bytes(2**16))
+                type(self).sent += 2**16
+        except OSError:
+            pass  # hung up
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    Web.refusals, Web.status, Web.asked, Web.tag, Web.whole, Web.sent = 0, 503, 0, "", False, 0
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_busy_server_is_asked_again(web: str) -> None:
+    source = open_source(f"{web}/t.tar?X-Signature=secret")
+    (item,) = source.listing()
+    assert isinstance(item, SourceItem) and item.id == "t/1.jpg"
+    Web.refusals, Web.asked = 2, 0
+    assert source.read(item) == b"one"
+    assert Web.asked == 3
+    Web.refusals = 10
+    with pytest.raises(ImageError, match="503") as raised:
+        source.read(item)
+    assert Web.asked == 6 and "secret" not in str(raised.value)
+    Web.refusals, Web.status, Web.asked = 1, 403, 0
+    with pytest.raises(ImageError, match="403"):
+        source.read(item)
+    assert Web.asked == 1  # a refusal is final
+    Web.refusals, Web.status, Web.asked = 1, 404, 0
+    with pytest.raises(ImageError, match=r"^No such file or directory$"):
+        source.read(item)
+    assert Web.asked == 1
+
+
+def test_a_server_that_sends_more_than_it_is_asked_for(web: str) -> None:
+    image, tar = open_source(f"{web}/a.jpg"), open_source(f"{web}/t.tar")
+    (item,), (member,) = (list(source.listing()) for source in (image, tar))
+    assert isinstance(item, SourceItem) and isinstance(member, SourceItem)
+    Web.whole = True
+    with pytest.raises(ImageError, match=f"got {item.size + 1} bytes, expected the {item.size} it had"):
+        image.read(item)
+    with pytest.raises(ImageError, match="sends whole files only"):
+        tar.read(member)
+    assert Web.sent < 2**25  # what fits into the buffers between the two
+
+
+def test_a_file_that_has_changed_on_a_server(web: str) -> None:
+    Web.tag = "first"
+    source = open_source(f"{web}/t.tar")
+    (item,) = source.listing()
+    assert isinstance(item, SourceItem) and item.version == "first" and source.read(item) == b"one"
+    Web.tag = "second"
+    with pytest.raises(ImageError, match=r"^changed since it was listed"):
+        source.read(item)
+    Web.tag = ""  # some of its machines do not tell
+    assert source.read(item) == b"one"

@@ -189,7 +189,7 @@ class RayExecutor(RemoteExecutor[_Actor]):
             max_concurrency=UNDER_WAY,
             max_restarts=0,  # lost shards are handed out again, to whoever is there
             max_task_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, probabilities=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
         )
         sizes = replace(self._job.sizes, workers=max(1, place.cpus))
         handle = remote.remote(replace(self._job, sizes=sizes))

@@ -19,7 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import read_mask
 from multisa.runtime.predict.prediction import ClassProbabilities
-from multisa.runtime.writers.base import LabelledImage, WriterContext, part_of
+from multisa.runtime.writers.base import LabelledImage, WriterContext, encode_rows
 from multisa.runtime.writers.coco import CocoWriter
 from multisa.runtime.writers.encoding import distinct_colours, grey_png, ignore_name
 from multisa.runtime.writers.label_studio import LabelStudioWriter
@@ -48,26 +48,26 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_sinks_are_opened_by_name_each_once(sink_context: WriterContext) -> None:
-    writers = open_writers(["soft", "masks", "soft"], sink_context)
+def test_writers_are_opened_by_name_each_once(writer_context: WriterContext) -> None:
+    writers = open_writers(["probabilities", "masks", "probabilities"], writer_context)
     assert [type(writer).__name__ for writer in writers] == ["ProbabilitiesWriter", "MasksWriter"]
     assert [writer.needs_probabilities for writer in writers] == [True, False]
-    with pytest.raises(UsageError, match="got the sink 'voc', expected one of masks, tar, coco, cvat"):
-        open_writers(["masks", "voc"], sink_context)
+    with pytest.raises(UsageError, match="got the writer 'voc', expected one of masks, tar, coco, cvat"):
+        open_writers(["masks", "voc"], writer_context)
 
 
-def test_a_missing_package_is_told_when_the_sink_is_opened(
-    sink_context: WriterContext, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_package_is_an_error_when_the_writer_is_opened(
+    writer_context: WriterContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match=r'pip install "multisa\[parquet\]"'):
-        open_writers(["parquet"], sink_context)
+        open_writers(["parquet"], writer_context)
 
 
 def test_the_same_images_give_the_same_bytes(
-    images: list[LabelledImage], write_sinks: Write, tmp_path: Path
+    images: list[LabelledImage], write_all: Write, tmp_path: Path
 ) -> None:
-    first, second = (files_of(write_sinks(list(WRITERS), images, tmp_path / run)) for run in "ab")
+    first, second = (files_of(write_all(list(WRITERS), images, tmp_path / run)) for run in "ab")
     assert first == second
     assert len({name.split("/")[0] for name in first}) == len(WRITERS)
     for name, data in first.items():
@@ -80,17 +80,17 @@ def test_the_same_images_give_the_same_bytes(
 
 
 def test_files_named_after_images_are_those_that_are_told(
-    images: list[LabelledImage], write_sinks: Write, sink_context: WriterContext, tmp_path: Path
+    images: list[LabelledImage], write_all: Write, writer_context: WriterContext, tmp_path: Path
 ) -> None:
     for name in WRITERS:
-        written = files_of(write_sinks([name], images, tmp_path / name))
-        (writer,) = open_writers([name], sink_context)
+        written = files_of(write_all([name], images, tmp_path / name))
+        (writer,) = open_writers([name], writer_context)
         told = {path for image in images for path in writer.results(image.name)}
         assert told <= set(written)
         assert bool(told) == (name in ("masks", "datumaro", "confidence"))
 
 
-def test_a_shard_without_images_writes_no_file(sink_context: WriterContext, tmp_path: Path) -> None:
+def test_a_shard_without_images_writes_no_file(writer_context: WriterContext, tmp_path: Path) -> None:
     class Nothing:
         def write(self, relative: str, data: bytes) -> None:
             raise AssertionError(relative)
@@ -98,17 +98,17 @@ def test_a_shard_without_images_writes_no_file(sink_context: WriterContext, tmp_
         def write_part(self, writer: str, data: bytes) -> None:
             assert data == b""
 
-    for writer in open_writers(list(WRITERS), sink_context):
+    for writer in open_writers(list(WRITERS), writer_context):
         writer.write_shard(Nothing(), 0, [])
 
 
-def test_masks_are_the_pngs(images: list[LabelledImage], write_sinks: Write) -> None:
-    out = write_sinks(["masks"], images)
+def test_masks_are_the_pngs(images: list[LabelledImage], write_all: Write) -> None:
+    out = write_all(["masks"], images)
     assert files_of(out) == {f"masks/{image.name}.png": image.png for image in images}
 
 
-def test_webdataset_reads_the_tars(images: list[LabelledImage], write_sinks: Write) -> None:
-    out = write_sinks(["tar"], images)
+def test_webdataset_reads_the_tars(images: list[LabelledImage], write_all: Write) -> None:
+    out = write_all(["tar"], images)
     shards = sorted(str(path) for path in (out / "shards").iterdir())
     assert [Path(shard).name for shard in shards] == [f"00000{i}.tar" for i in range(4)]
     samples = []
@@ -124,9 +124,9 @@ def test_webdataset_reads_the_tars(images: list[LabelledImage], write_sinks: Wri
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 def test_pycocotools_reads_the_annotations(
-    images: list[LabelledImage], write_sinks: Write, capsys: pytest.CaptureFixture[str]
+    images: list[LabelledImage], write_all: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    coco = COCO(write_sinks(["coco"], images) / "coco/annotations/instances_default.json")
+    coco = COCO(write_all(["coco"], images) / "coco/annotations/instances_default.json")
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["red thing", "green"]
     assert sorted(coco.getImgIds()) == [image.index + 1 for image in images]
     for image in images:
@@ -141,13 +141,13 @@ def test_pycocotools_reads_the_annotations(
 
 
 def test_a_retry_puts_annotations_in_their_place(
-    images: list[LabelledImage], sink_context: WriterContext, tmp_path: Path
+    images: list[LabelledImage], writer_context: WriterContext, tmp_path: Path
 ) -> None:
     from_order = {}
     for order in ([0, 1, 2, 3, 4, 5, 6], [0, 2, 4, 6, 1, 3, 5]):
-        writer, parts = CocoWriter(sink_context), []
+        writer, parts = CocoWriter(writer_context), []
         rows = [writer.encode(images[place]) for place in order]
-        parts = [part_of(rows[:2]), part_of(rows[2:4]), part_of(rows[4:5]), part_of(rows[5:])]
+        parts = [encode_rows(rows[:2]), encode_rows(rows[2:4]), encode_rows(rows[4:5]), encode_rows(rows[5:])]
         folder = KeptParts(parts)
         writer.finalize(folder, 4)
         from_order[tuple(order)] = folder.data
@@ -173,10 +173,10 @@ class KeptParts:
 
 
 def test_the_end_takes_no_more_memory_for_ten_times_the_images(
-    labelled: Make, sink_context: WriterContext, blocks: Callable[..., np.ndarray]
+    labelled: Make, writer_context: WriterContext, blocks: Callable[..., np.ndarray]
 ) -> None:
-    writer = CocoWriter(sink_context)
-    part = part_of([writer.encode(labelled("a", blocks(400, 400, seed=1)))])
+    writer = CocoWriter(writer_context)
+    part = encode_rows([writer.encode(labelled("a", blocks(400, 400, seed=1)))])
     peaks, sizes = [], []
     for shards in (20, 20, 200):  # the first for what Python keeps
         folder = KeptParts([part], shards, joined=False)
@@ -189,8 +189,8 @@ def test_the_end_takes_no_more_memory_for_ten_times_the_images(
     assert peaks[2] < 1.2 * peaks[1] and peaks[2] < sizes[2] / 10
 
 
-def test_cvat_declares_every_colour(images: list[LabelledImage], write_sinks: Write) -> None:
-    with zipfile.ZipFile(write_sinks(["cvat"], images) / "cvat/000001.zip") as archive:
+def test_cvat_declares_every_colour(images: list[LabelledImage], write_all: Write) -> None:
+    with zipfile.ZipFile(write_all(["cvat"], images) / "cvat/000001.zip") as archive:
         lines = archive.read("labelmap.txt").decode().splitlines()
         declared = {tuple(map(int, line.split(":")[1].split(","))) for line in lines[1:]}
         assert [line.split(":")[0] for line in lines[1:]] == ["background", "red thing", "green", "ignore"]
@@ -202,17 +202,17 @@ def test_cvat_declares_every_colour(images: list[LabelledImage], write_sinks: Wr
             assert (np.array(objects) == np.where(images[2].mask == 255, 0, images[2].mask)).all()
 
 
-def test_colours_and_names_are_never_shared(sink_context: WriterContext) -> None:
+def test_colours_and_names_are_never_shared(writer_context: WriterContext) -> None:
     palette = ((0, 0, 0), (0, 0, 0), (224, 224, 192))  # the second twice, the third is VOC's of 255
-    manifest = replace(sink_context.manifest, palette=palette, classes=("background", "ignore", "b"))
+    manifest = replace(writer_context.manifest, palette=palette, classes=("background", "ignore", "b"))
     colours = distinct_colours(manifest)
     assert len(np.unique(colours, axis=0)) == 256
     assert colours[0].tolist() == [0, 0, 0] and colours[2].tolist() == [224, 224, 192]
     assert ignore_name(manifest) == "ignore_"
 
 
-def test_label_studio_tasks(images: list[LabelledImage], write_sinks: Write) -> None:
-    out = write_sinks(["label-studio"], images)
+def test_label_studio_tasks(images: list[LabelledImage], write_all: Write) -> None:
+    out = write_all(["label-studio"], images)
     (task, _) = json.loads((out / "label-studio/000000.json").read_text())
     assert task["data"] == {"image": "plain.jpg"}
     (prediction,) = task["predictions"]
@@ -234,23 +234,23 @@ def test_label_studio_tasks(images: list[LabelledImage], write_sinks: Write) -> 
     ],
 )
 def test_label_studio_finds_the_images(
-    prefix: str, expected: str, labelled: Make, sink_context: WriterContext
+    prefix: str, expected: str, labelled: Make, writer_context: WriterContext
 ) -> None:
-    (writer,) = open_writers(["label-studio"], sink_context, image_prefix=prefix)
+    (writer,) = open_writers(["label-studio"], writer_context, image_prefix=prefix)
     task = json.loads(writer.encode(labelled("#ü a", np.zeros((3, 4), np.uint8))))
     assert task["data"]["image"] == expected and task["predictions"][0]["result"] == []
 
 
 def test_an_image_too_large_for_label_studio_is_refused(
-    labelled: Make, sink_context: WriterContext, monkeypatch: pytest.MonkeyPatch
+    labelled: Make, writer_context: WriterContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("multisa.runtime.writers.label_studio._MAX_PIXELS", 11)
     with pytest.raises(ImageError, match="got 12 pixels, the format takes at most 11"):
-        LabelStudioWriter(sink_context).encode(labelled("a", np.ones((3, 4), np.uint8)))
+        LabelStudioWriter(writer_context).encode(labelled("a", np.ones((3, 4), np.uint8)))
 
 
-def test_datumaro_masks_are_grey_ids(images: list[LabelledImage], write_sinks: Write) -> None:
-    out = write_sinks(["datumaro"], images) / "datumaro"
+def test_datumaro_masks_are_grey_ids(images: list[LabelledImage], write_all: Write) -> None:
+    out = write_all(["datumaro"], images) / "datumaro"
     table = [json.loads(line) for line in (out / "names.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["image"] for line in table] == [image.id for image in images]
     assert len(list((out / "masks").iterdir())) == len(images)
@@ -271,8 +271,8 @@ def test_a_palette_png_becomes_grey(bits: int, blocks: Callable[..., np.ndarray]
         assert grey.mode == "L" and (np.array(grey) == mask).all()
 
 
-def test_pyarrow_reads_the_statistics(images: list[LabelledImage], write_sinks: Write) -> None:
-    out = write_sinks(["parquet"], images)
+def test_pyarrow_reads_the_statistics(images: list[LabelledImage], write_all: Write) -> None:
+    out = write_all(["parquet"], images)
     rows = pyarrow.parquet.read_table(out / "parquet").to_pylist()
     assert [row["image"] for row in rows] == [image.id for image in images]
     for row, image in zip(rows, images, strict=True):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multisa.runtime.writers.base import file_name, label_name, line_name, plain_name, tar_key
+from multisa.runtime.writers.base import file_name, label_name, line_name, tar_key, unescape_name
 
 ESCAPES = (tar_key, line_name, label_name, file_name)
 NAMES = st.text(
@@ -33,7 +33,7 @@ NAMES = st.text(
 )
 def test_names_are_escaped_only_where_they_must_be(escape, name: str, expected: str) -> None:
     assert escape(name) == expected
-    assert plain_name(expected) == name
+    assert unescape_name(expected) == name
 
 
 @pytest.mark.parametrize("escape", ESCAPES)
@@ -41,7 +41,7 @@ def test_names_are_escaped_only_where_they_must_be(escape, name: str, expected: 
 def test_any_name_can_be_had_back(escape, names: list[str]) -> None:
     first, second = map(escape, names)
     assert first != second
-    assert plain_name(first) == names[0] and plain_name(second) == names[1]
+    assert unescape_name(first) == names[0] and unescape_name(second) == names[1]
 
 
 @given(name=NAMES)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_reference
 
-from multisa.runtime.writers.base import ordered_rows, part_of
-from multisa.runtime.writers.encoding import FlatRuns, coco_masks, row_runs
-from multisa.runtime.writers.label_studio import encode_brush
+from multisa.runtime.writers.base import encode_rows, ordered_rows
+from multisa.runtime.writers.encoding import RowRuns, coco_masks, row_runs
+from multisa.runtime.writers.label_studio import encode_label_studio_rle
 
 
 @st.composite
@@ -76,13 +76,13 @@ def _two_long_runs() -> np.ndarray:
 )
 def test_brushes(mask: np.ndarray, code: str) -> None:
     (runs,) = (runs for runs in row_runs(mask) if runs.class_id)
-    assert encode_brush(runs, mask.size) == bytes.fromhex(code)
+    assert encode_label_studio_rle(runs, mask.size) == bytes.fromhex(code)
 
 
 def test_brushes_of_more_than_the_header_counts_are_refused() -> None:
-    runs = FlatRuns(1, np.array([0]), np.array([1]))
+    runs = RowRuns(1, np.array([0]), np.array([1]))
     with pytest.raises(ValueError, match="at most 1073741823"):
-        encode_brush(runs, 2**30)
+        encode_label_studio_rle(runs, 2**30)
 
 
 class Parts:
@@ -94,7 +94,7 @@ class Parts:
     def parts(self, writer: str):
         for shard in self.indices:
             self.read += 1
-            yield part_of((index, [b"%d" % index, b"x"]) for index in shard)
+            yield encode_rows((index, [b"%d" % index, b"x"]) for index in shard)
 
 
 @pytest.mark.parametrize(

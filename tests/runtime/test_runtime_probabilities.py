@@ -1,4 +1,4 @@
-"""Soft maps: the masks that come from them, and files that are not what they say."""
+"""Stored class probabilities: the masks made from them, and files that are not what they claim."""
 
 import io
 import tarfile
@@ -15,14 +15,14 @@ from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.predict.postprocess import background_and_foreground, pseudo_mask
 from multisa.runtime.predict.prediction import ClassProbabilities
-from multisa.runtime.writers import probabilities as soft_maps
+from multisa.runtime.writers import probabilities as probabilities_module
 from multisa.runtime.writers.base import LabelledImage, WriterContext
 from multisa.runtime.writers.encoding import tar_bytes, zip_bytes
 from multisa.runtime.writers.probabilities import (
     ProbabilitiesWriter,
-    mask_from_soft_maps,
-    read_soft_maps,
-    write_masks_from_soft_maps,
+    mask_from_probabilities,
+    read_probabilities,
+    write_masks_from_probabilities,
 )
 
 BACKGROUND = 0.3
@@ -57,12 +57,12 @@ def images(labelled: Callable[..., LabelledImage]) -> list[LabelledImage]:
 
 
 @pytest.fixture
-def tar(images: list[LabelledImage], write_sinks: Callable[..., Path]) -> Path:
-    return write_sinks(["soft"], images) / "soft/000000.tar"
+def tar(images: list[LabelledImage], write_all: Callable[..., Path]) -> Path:
+    return write_all(["probabilities"], images) / "probabilities/000000.tar"
 
 
-def test_soft_maps_are_read_as_they_were_written(tar: Path, images: list[LabelledImage]) -> None:
-    read = [*read_soft_maps(tar), *read_soft_maps(tar.with_name("000001.tar"))]
+def test_probabilities_are_read_as_they_were_written(tar: Path, images: list[LabelledImage]) -> None:
+    read = [*read_probabilities(tar), *read_probabilities(tar.with_name("000001.tar"))]
     assert [image.name for image in read] == [image.name for image in images]
     for found, image in zip(read, images, strict=True):
         assert (
@@ -83,9 +83,9 @@ def test_numpy_opens_the_arrays(tar: Path, images: list[LabelledImage]) -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 1.7])
 def test_masks_are_those_of_another_background_score(tar: Path, weight: float) -> None:
-    for seed, image in enumerate(read_soft_maps(tar)):
+    for seed, image in enumerate(read_probabilities(tar)):
         mask, expected = (
-            mask_from_soft_maps(image, background_weight=weight),
+            mask_from_probabilities(image, background_weight=weight),
             made_by_run(seed, BACKGROUND * weight),
         )
         far = ~close(seed, BACKGROUND * weight)
@@ -95,12 +95,12 @@ def test_masks_are_those_of_another_background_score(tar: Path, weight: float) -
 
 
 def test_unsure_pixels_are_left_open(tar: Path) -> None:
-    image = next(read_soft_maps(tar))
+    image = next(read_probabilities(tar))
     best = image.probabilities.probabilities.astype(np.float32)
     sure = resize_mask((best.max(axis=0) >= 0.5 * best.sum(axis=0)).astype(np.uint8), SIZE) > 0
-    mask = mask_from_soft_maps(image, minimum_confidence=0.5)
+    mask = mask_from_probabilities(image, minimum_confidence=0.5)
     assert ((mask != 255) == sure).all() and 0.1 < sure.mean() < 0.9
-    assert (mask == mask_from_soft_maps(image))[sure].all()
+    assert (mask == mask_from_probabilities(image))[sure].all()
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_unsure_pixels_are_left_open(tar: Path) -> None:
 )
 def test_thresholds_that_are_none(tar: Path, settings: dict, expected: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=expected):
-        mask_from_soft_maps(next(read_soft_maps(tar)), **settings)
+        mask_from_probabilities(next(read_probabilities(tar)), **settings)
     with pytest.raises(UsageError, match=expected):
-        write_masks_from_soft_maps([], tmp_path, voc_palette(), **settings)
+        write_masks_from_probabilities([], tmp_path, voc_palette(), **settings)
 
 
 def test_masks_of_a_whole_run(tar: Path, images: list[LabelledImage], tmp_path: Path) -> None:
     tars = sorted(tar.parent.iterdir())
-    assert write_masks_from_soft_maps(tars, tmp_path / "new", voc_palette(), background_weight=1e-6) == 3
+    assert write_masks_from_probabilities(tars, tmp_path / "new", voc_palette(), background_weight=1e-6) == 3
     for image in images:
         assert set(np.unique(read_mask(tmp_path / f"new/{image.name}.png"))) == {1, 2}
 
@@ -172,8 +172,8 @@ def linked() -> bytes:
 
 HUGE = npy(np.zeros((3, 2, 2), np.float16)).replace(b"(3, 2, 2), }", b"(3,99999,99999), }")
 BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
-    "no tar": (lambda tar: b"nothing" * 200, "expected a tar of soft maps"),
-    "cut short": (lambda tar: tar.read_bytes()[:1500], "expected a tar of soft maps"),
+    "no tar": (lambda tar: b"nothing" * 200, "expected a tar of class probabilities"),
+    "cut short": (lambda tar: tar.read_bytes()[:1500], "expected a tar of class probabilities"),
     "no record": (npz_only, "'a' without its record"),
     "another's record": (lambda tar: altered(tar, {}, key="b", renamed="a"), "got the member 'a.json'"),
     "a damaged header": (lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"), "damaged or cut"),
@@ -204,44 +204,44 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_files_that_are_no_soft_maps(kind: str, tar: Path, tmp_path: Path) -> None:
+def test_files_that_hold_no_probabilities(kind: str, tar: Path, tmp_path: Path) -> None:
     make, expected = BROKEN[kind]
     path = tmp_path / "broken.tar"
     path.write_bytes(make(tar))
     with pytest.raises(UsageError, match=expected) as refusal:
-        list(read_soft_maps(path))
+        list(read_probabilities(path))
     assert str(refusal.value).startswith(str(path))
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file or directory: expected a tar of soft maps"):
-        list(read_soft_maps(tmp_path / "none.tar"))
+    with pytest.raises(UsageError, match="No such file or directory: expected a tar of class probabilities"):
+        list(read_probabilities(tmp_path / "none.tar"))
 
 
 def test_arrays_that_swell_are_refused(tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soft_maps, "MAX_ARRAY_BYTES", 100_000)
+    monkeypatch.setattr(probabilities_module, "MAX_ARRAY_BYTES", 100_000)
     swollen = npy(np.zeros((3, 1000, 1000), np.float16))
     path = tmp_path / "bomb.tar"
     path.write_bytes(altered(tar, {"probabilities.npy": swollen}))
     assert path.stat().st_size < 100_000
     with pytest.raises(UsageError, match="probabilities: got "):
-        list(read_soft_maps(path))
+        list(read_probabilities(path))
 
 
 def test_damaged_files_are_read_or_refused(
-    labelled: Callable[..., LabelledImage], sink_context: WriterContext, tmp_path: Path
+    labelled: Callable[..., LabelledImage], writer_context: WriterContext, tmp_path: Path
 ) -> None:
     maps = background_and_foreground(scores(1)[:, :4, :4], BACKGROUND).astype(np.float16)
     image = labelled("a", made_by_run(1, BACKGROUND), 0, ClassProbabilities((0, 1, 2), maps))
-    good = tar_bytes(ProbabilitiesWriter(sink_context).encode(image))
+    good = tar_bytes(ProbabilitiesWriter(writer_context).encode(image))
     random, path, refused = np.random.default_rng(0), tmp_path / "damaged.tar", 0
     for _ in range(400):
         data = np.frombuffer(good, np.uint8).copy()
         data[random.integers(0, len(data), random.integers(1, 8))] = random.integers(0, 256)
         path.write_bytes(data.tobytes()[: random.integers(len(data) // 2, len(data) + 1)])
         try:
-            for found in read_soft_maps(path):
-                mask_from_soft_maps(found)
+            for found in read_probabilities(path):
+                mask_from_probabilities(found)
         except UsageError:
             refused += 1
     assert refused > 100

@@ -57,18 +57,18 @@ def digests(mask: np.ndarray, *, background: bool) -> dict[str, str]:
 
 
 def test_datumaro_reads_its_folder(
-    images: list[LabelledImage], write_sinks: Write, importer: Callable[..., Any]
+    images: list[LabelledImage], write_all: Write, importer: Callable[..., Any]
 ) -> None:
-    out = write_sinks(["datumaro"], images)
+    out = write_all(["datumaro"], images)
     read = importer("read_datumaro", "common_semantic_segmentation", out / "datumaro")
     assert read["labels"] == LABELS
     assert read["items"] == {file_name(i.name): digests(i.mask, background=True) for i in images}
 
 
 def test_datumaro_reads_the_coco_annotations(
-    images: list[LabelledImage], write_sinks: Write, importer: Callable[..., Any]
+    images: list[LabelledImage], write_all: Write, importer: Callable[..., Any]
 ) -> None:
-    out = write_sinks(["coco"], images)
+    out = write_all(["coco"], images)
     (out / "coco/images").mkdir()  # Datumaro wants it there, with images or without
     read = importer("read_datumaro", "coco_instances", out / "coco")
     assert set(LABELS[1:3]) <= set(read["labels"])
@@ -76,11 +76,11 @@ def test_datumaro_reads_the_coco_annotations(
 
 
 def test_what_cvat_imports_with_reads_the_zips(
-    images: list[LabelledImage], write_sinks: Write, importer: Callable[..., Any], tmp_path: Path
+    images: list[LabelledImage], write_all: Write, importer: Callable[..., Any], tmp_path: Path
 ) -> None:
     """CVAT's "Segmentation mask 1.1" is Datumaro's VOC import of the unpacked zip."""
     items = {}
-    for path in sorted((write_sinks(["cvat"], images) / "cvat").iterdir()):
+    for path in sorted((write_all(["cvat"], images) / "cvat").iterdir()):
         with zipfile.ZipFile(path) as archive:
             archive.extractall(tmp_path / path.stem)
         read = importer("read_datumaro", "voc_segmentation", tmp_path / path.stem)
@@ -93,9 +93,9 @@ def test_what_cvat_imports_with_reads_the_zips(
 
 
 def test_label_studio_reads_the_brushes_and_writes_the_same(
-    images: list[LabelledImage], write_sinks: Write, importer: Callable[..., Any]
+    images: list[LabelledImage], write_all: Write, importer: Callable[..., Any]
 ) -> None:
     read: dict[str, Any] = {}
-    for path in sorted((write_sinks(["label-studio"], images) / "label-studio").glob("*.json")):
+    for path in sorted((write_all(["label-studio"], images) / "label-studio").glob("*.json")):
         read |= importer("read_brushes", path)
     assert read == {image.id: digests(image.mask, background=False) for image in images}
