@@ -68,7 +68,7 @@ def test_two_processes_write_what_one_writes(
     assert (summary.done_now, summary.failures, summary.failure_kinds) == (IMAGES - 3, 3, {"decode": 3})
     assert {"read", "decode", "encode", "commit"} <= set(summary.stage_seconds)
     said = capfd.readouterr().err
-    assert said.count("cam, affinity: onnxruntime-cpu") == 1
+    assert said.count("segmenter: onnxruntime-cpu") == 1
     assert said.count("0007.png: not an image") == 1
     assert not multiprocessing.active_children()
 

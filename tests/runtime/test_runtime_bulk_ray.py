@@ -117,7 +117,7 @@ def test_a_cluster_writes_what_one_process_writes(
     assert (summary.done_now, summary.failures, summary.failure_kinds) == (IMAGES - 3, 3, {"decode": 3})
     said = capfd.readouterr()
     assert said.out == ""
-    assert said.err.count("cam, affinity: onnxruntime-cpu") == 1
+    assert said.err.count("segmenter: onnxruntime-cpu") == 1
     assert len(said.err.splitlines()) == 4  # that, and the failures: nothing of Ray's
 
 
