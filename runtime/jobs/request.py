@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.errors import UsageError
-from multisa.runtime.jobs.executor import Executor, LocalExecutor
+from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 from multisa.runtime.jobs.telemetry import LOCALHOST, Telemetry
@@ -68,14 +68,8 @@ class RunRequest:
         """What is told of the run. Raises UsageError for a log or a port that cannot be had."""
         return Telemetry(self.log_json, self.metrics_port, self.metrics_host)
 
-    def make_executor(self, job: Job, watch: RunMonitor) -> Executor:
+    def make_executor(self, job: Job, monitor: RunMonitor) -> Executor:
         """This process, several, or a cluster."""
-        if self.ray is not None:
-            from multisa.runtime.jobs.executors.ray import RayExecutor
+        from multisa.runtime.jobs.executors import make_executor
 
-            return RayExecutor(job, watch, self.ray)
-        if self.num_processes > 1:
-            from multisa.runtime.jobs.executors.processes import ProcessExecutor
-
-            return ProcessExecutor(job, watch, self.num_processes)
-        return LocalExecutor(job, watch)
+        return make_executor(job, monitor, num_processes=self.num_processes, ray_address=self.ray)

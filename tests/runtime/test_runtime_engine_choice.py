@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bulk_runs import public_bytes, run_label, run_segment
+from job_runs import public_bytes, run_label, run_segment
 
 from multisa.runtime.backends import registry as choice
 from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, Closeable, GraphContract

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bulk_runs import public_bytes, records, run_label, run_segment
+from job_runs import public_bytes, records, run_label, run_segment
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 

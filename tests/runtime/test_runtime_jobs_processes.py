@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crew_runs import (
+from executor_runs import (
     IMAGES,
     SHARD,
     SHARDS,
@@ -29,10 +29,10 @@ from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BackendUnavailable, BundleError, MultisaError, UsageError
-from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.executors import processes
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.processes import ProcessExecutor
-from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerHandle
+from multisa.runtime.jobs.executors.remote import Message, RemoteExecutor, WorkerHandle
 from multisa.runtime.jobs.executors.worker import RemoteError, ShardTask, ShardWorker, WorkerInfo
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.snapshot import Shard
@@ -44,7 +44,7 @@ TWO = partial(ProcessExecutor, processes=2)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("crew") / "photos")
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "photos")
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_process_that_is_killed_loses_nothing(
     assert results(tmp_path / "two") == alone
     assert sorted(journalled(tmp_path / "two")) == list(range(SHARDS))
     assert summary.done_now == IMAGES - 3
-    assert "was lost" in capfd.readouterr().err
+    assert "died at shard" in capfd.readouterr().err
     assert not list((tmp_path / "two/.multisa/tmp").glob("*"))
 
 
@@ -100,13 +100,13 @@ def test_processes_that_would_not_write_the_same_are_refused() -> None:
     numpy = {"version of numpy": "2.0", "machine": "x86_64"}
     executor = Two({"process 1": numpy, "process 2": {**numpy, "version of numpy": "2.1"}})
     with pytest.raises(UsageError, match=r"process 1 and process 2 .*\(version of numpy: 2\.0 and 2\.1\)"):
-        executor._take_answers()
+        executor._handle_messages()
 
 
 def test_the_threads_of_all_are_added_up_and_the_cores_of_a_machine_count_once() -> None:
     executor = Two({"process 1": {}, "process 2": {}})
-    executor._take_answers()
-    width = executor.width()
+    executor._handle_messages()
+    width = executor.concurrency()
     assert [width.threads_of(stage) for stage in ("read", "decode", "commit")] == [4, 6, 2]
     assert (width.workers, width.cores) == (6, 8)
 
@@ -128,16 +128,16 @@ class Two(RemoteExecutor[WorkerHandle]):
     def __exit__(self, *_: object) -> None:
         """Nothing was started."""
 
-    def _members(self) -> list[WorkerHandle]:
-        return [member for member, _ in self._are]
+    def _workers(self) -> list[WorkerHandle]:
+        return [worker for worker, _ in self._are]
 
-    def _give(self, member: WorkerHandle, order: ShardTask) -> None:
-        raise AssertionError(f"{member.name} was given {order}")
+    def _send(self, worker: WorkerHandle, task: ShardTask) -> None:
+        raise AssertionError(f"{worker.name} was given {task}")
 
-    def _drop(self, member: WorkerHandle) -> None:
-        raise AssertionError(f"{member.name} was dropped")
+    def _drop(self, worker: WorkerHandle) -> None:
+        raise AssertionError(f"{worker.name} was dropped")
 
-    def _answers(self) -> list[tuple[WorkerHandle, Answer]]:
+    def _receive(self) -> list[tuple[WorkerHandle, Message]]:
         return list(self._are)
 
 
@@ -153,7 +153,7 @@ def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bu
     killer.start()
     try:
         with pytest.raises(
-            MultisaError, match=r"process . was lost \(it was ended by signal 9.*3 times in a row"
+            MultisaError, match=r"process . died \(killed by signal 9.*3 times in a row"
         ):
             segment(corpus, tmp_path / "out", bundle, TWO)
     finally:
@@ -235,7 +235,7 @@ def test_ctrl_c_lets_the_shards_in_hand_be_finished(
     with pytest.raises(MultisaError, match=r"interrupted: [1-9]") as raised:
         segment(corpus, tmp_path / "out", bundle, disturbed(TWO, 3, interrupt))
     assert raised.value.exit_code == 130
-    assert "was lost" not in capfd.readouterr().err
+    assert " died" not in capfd.readouterr().err
     # Three, what was under way in both, and one that was handed out before the signal was heard.
     assert 3 <= len(journalled(tmp_path / "out")) <= 8
     segment(corpus, tmp_path / "out", bundle, TWO)
@@ -269,7 +269,7 @@ def test_each_process_gets_one_of_the_gpus_that_are_seen(
     ],
 )
 def test_an_error_crosses_processes_as_it_is(error: Exception) -> None:
-    again = RemoteError.of(error).error()
+    again = RemoteError.of(error).exception()
     assert type(again) is type(error)
     assert str(again) == str(error)
     if isinstance(error, OSError) and isinstance(again, OSError):
@@ -280,17 +280,17 @@ def test_an_error_of_ours_keeps_its_traceback() -> None:
     try:
         int("x")
     except ValueError as error:
-        again = RemoteError.of(error).error()
+        again = RemoteError.of(error).exception()
     assert isinstance(again, RuntimeError)
     assert 'int("x")' in str(again)
 
 
 def test_an_out_that_is_not_shared_is_refused(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
-    hand = ShardWorker(job)
-    hand.open()
-    answer = hand.do(ShardTask(Shard(0, ()), shared=".multisa/tmp/shared-somewhere-else"))
-    hand.close()
+    worker = ShardWorker(job)
+    worker.open()
+    answer = worker.run(ShardTask(Shard(0, ()), shared_file=".multisa/tmp/shared-somewhere-else"))
+    worker.close()
     assert isinstance(answer, RemoteError)
     with pytest.raises(UsageError, match="one that all machines share"):
-        raise answer.error()
+        raise answer.exception()
