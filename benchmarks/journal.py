@@ -13,7 +13,7 @@ from pathlib import Path
 
 from multisa.benchmarks.harness import environment, interleave, save_results
 from multisa.runtime.jobs.journal import Journal, ShardResult
-from multisa.runtime.jobs.snapshot import Snapshot, freeze
+from multisa.runtime.jobs.snapshot import Snapshot, take_snapshot
 from multisa.runtime.jobs.spec import SHARD_SIZE
 from multisa.runtime.sources.base import SourceItem
 
@@ -53,7 +53,7 @@ def main() -> None:
         cases = {str(size): (lambda path=path: open_journal(path)) for size, path in journals.items()}
         times = interleave(cases, repeats=5)
         start = time.perf_counter()
-        freeze(Path(work, "inventory.sqlite"), items(images), lambda item: None)
+        take_snapshot(Path(work, "inventory.sqlite"), items(images), lambda item: None)
         frozen = time.perf_counter() - start
         with Snapshot(Path(work, "inventory.sqlite")) as inventory:
             start = time.perf_counter()

@@ -28,12 +28,11 @@ from PIL import Image
 
 from multisa.benchmarks.harness import environment, save_results
 from multisa.runtime.bundle import default_bundle_path
-from multisa.runtime.cli import commands
-from multisa.runtime.jobs.finalize import FINISHED
+from multisa.runtime.jobs.finalize import FINALIZED
 from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK, SNAPSHOT
 from multisa.runtime.jobs.shards import FILES, listed_files, part_path
 
-PHOTOGRAPHS = Path(commands.__file__).parent / "demo_images"
+PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_images"
 IMAGES, SHARD_SIZE = 120, 7
 SINKS = ("masks", "tar", "coco")
 MOMENTS = ("any", "freezing", "shards", "finishing")
@@ -82,8 +81,19 @@ class KilledRuns:
         self._random = random.Random(seed)
         self._work, self._names = work, iter(range(10**6))
         make_photographs(work / "photographs")
-        options = ("--shard-size", SHARD_SIZE, "--writer", ",".join(SINKS), "--workers", 2, "--batch", 3)
-        place = (command, work / "photographs", "--bundle", bundle, "--max-failures", "10%", "--report", 0)
+        options = (
+            "--shard-size",
+            SHARD_SIZE,
+            "--writer",
+            ",".join(SINKS),
+            "--workers",
+            2,
+            "--batch",
+            3,
+            "--report-images",
+            0,
+        )
+        place = (command, work / "photographs", "--bundle", bundle, "--max-failures", "10%")
         self._command = [
             sys.executable,
             "-m",
@@ -166,7 +176,7 @@ def phase(out: Path) -> str:
     committed = committed_shards(out)
     if committed < -(-IMAGES // SHARD_SIZE):
         return "shards" if committed else "before the first commit"
-    return "end" if (out / FINISHED).exists() else "finishing"
+    return "end" if (out / FINALIZED).exists() else "finishing"
 
 
 def committed_shards(out: Path) -> int:

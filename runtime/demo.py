@@ -14,10 +14,11 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.imaging.decode import read_image, read_mask
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.monitor import check_failures
 from multisa.runtime.jobs.record import RunSummary
-from multisa.runtime.jobs.run import annotate_images
-from multisa.runtime.jobs.spec import RunOptions
+from multisa.runtime.jobs.run import run as run_job
+from multisa.runtime.jobs.spec import RunOptions, make_job
 from multisa.runtime.progress import log
 from multisa.runtime.report.page import Card, Page, Picture, write_page
 from multisa.runtime.report.pictures import (
@@ -45,7 +46,7 @@ def run_demo(out: Path, bundle: Bundle, request: BackendRequest | None = None) -
     TooManyFailures, before it makes page and sheet, if any image failed.
     """
     # The other files of the folder are the package's own; the page is about both runs.
-    options = RunOptions(tell_other_files=False, overwrite=True, report_images=0)
+    options = RunOptions(log_other_files=False, overwrite=True, report_images=0)
     labels: Path | None = IMAGES / "labels.csv"
     try:
         read_image_labels(IMAGES / "labels.csv", bundle.manifest.foreground)
@@ -53,14 +54,11 @@ def run_demo(out: Path, bundle: Bundle, request: BackendRequest | None = None) -
         log.info(f"{error}; the images are labelled from scores")
         labels = None
     summaries = {
-        run: annotate_images(
-            run,
-            IMAGES,
-            out / run,
-            bundle=bundle,
+        run: run_job(
+            make_job(run, str(IMAGES), out / run, bundle.path, request or BackendRequest(), options),
+            options,
+            LocalExecutor,
             labels=labels if run == "label" else None,
-            options=options,
-            backend=request,
         )
         for run in RUNS
     }

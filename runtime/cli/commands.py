@@ -173,7 +173,7 @@ def _run(command: str, labels: Path | None, **arguments: Any) -> None:
         request.job, request.options, request.make_executor, labels=labels, telemetry=request.telemetry()
     )
     click.echo(describe_summary(summary, report_images=request.options.report_images))
-    check_failures(summary.failures, summary.images, allowed, request.job.out)
+    check_failures(summary.failures, summary.images, allowed, request.job.output)
 
 
 def _load_bundle(path: Path | None) -> "Bundle":

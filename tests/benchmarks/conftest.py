@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from multisa.benchmarks.suite.setting import Effort, Setting, make_setting
+from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.jobs.run import annotate_images
+from multisa.runtime.jobs.executors.local import LocalExecutor
+from multisa.runtime.jobs.run import run
+from multisa.runtime.jobs.spec import RunOptions, make_job
 
 sys.path.insert(0, str(Path(__file__).parent))  # for made_up.py
 
@@ -46,7 +49,10 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{use}_{name}" for name in photographs]
         (root / "ImageSets" / "Segmentation" / f"{use}.txt").write_text("\n".join(names) + "\n")
     out = root / "segmented"
-    annotate_images("segment", str(root / "JPEGImages"), out, bundle=load_bundle(default_bundle_path()))
+    options = RunOptions()
+    images = str(root / "JPEGImages")
+    job = make_job("segment", images, out, default_bundle_path(), BackendRequest(), options)
+    run(job, options, LocalExecutor)
     for mask in (out / "masks").glob("*.png"):
         shutil.copy(mask, root / "SegmentationClass" / mask.name)
     classes = load_bundle(default_bundle_path()).manifest.classes

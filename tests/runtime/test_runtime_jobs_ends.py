@@ -69,9 +69,7 @@ def test_shards_that_are_left_undone_are_not_taken_for_done(
     photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LocalExecutor, "run", lambda *_: None)
-    with pytest.raises(
-        MultisaError, match=r"ended early: 0 of 3 shards are done, run the same comm"
-    ):
+    with pytest.raises(MultisaError, match=r"ended early: 0 of 3 shards are done, run the same comm"):
         run_segment(photos, tmp_path / "out", bundle, shard_size=2)
     assert not (tmp_path / "out/labels.jsonl").exists()
 

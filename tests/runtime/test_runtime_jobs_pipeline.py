@@ -34,7 +34,9 @@ def test_the_same_for_any_widths(tmp_path: Path, manifest: Manifest) -> None:
     for readers, workers in ((1, 1), (4, 1), (1, 4), (3, 3)):
         source, observer = Images(frozenset({3}), frozenset({13, 14})), RunObserver()
         config = PipelineConfig(readers, workers, batch=3, look_ahead=5)
-        with pipeline_of(tmp_path, manifest, source, Predictor(frozenset({20})), observer, config) as pipeline:
+        with pipeline_of(
+            tmp_path, manifest, source, Predictor(frozenset({20})), observer, config
+        ) as pipeline:
             found.append(contents(run_shards(pipeline, shards)))
         assert sorted(observer.done) == [i for i in range(45) if i not in (3, 13, 14, 20)]
     assert found[0] == found[1] == found[2] == found[3]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from executor_runs import (
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import BackendUnavailable, BundleError, MultisaError, UsageError
+from multisa.runtime.errors import BackendUnavailable, BundleError, Interrupted, MultisaError, UsageError
 from multisa.runtime.jobs.executors import processes
 from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.processes import ProcessExecutor
@@ -38,6 +39,7 @@ from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import RunOptions, make_job
 from multisa.runtime.jobs.stages import PipelineConfig
+from multisa.runtime.progress import log
 
 TWO = partial(ProcessExecutor, processes=2)
 
@@ -152,9 +154,7 @@ def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bu
     killer = threading.Thread(target=kill_all)
     killer.start()
     try:
-        with pytest.raises(
-            MultisaError, match=r"process . died \(killed by signal 9.*3 times in a row"
-        ):
+        with pytest.raises(MultisaError, match=r"process . died \(killed by signal 9.*3 times in a row"):
             segment(corpus, tmp_path / "out", bundle, TWO)
     finally:
         stop.set()
@@ -258,22 +258,41 @@ def test_each_process_gets_one_of_the_gpus_that_are_seen(
     assert processes.visible_gpus() == expected
 
 
+class OwnError(BundleError):
+    """A subclass that other processes cannot import."""
+
+    exit_code = 9
+
+
 @pytest.mark.parametrize(
     "error",
     [
         UsageError("a wrong value"),
         BundleError("altered"),
         BackendUnavailable("no driver", remedy="install it"),
+        Interrupted("stopped", signal=15),
         OSError(28, "No space left on device", "/full/disk"),
         PermissionError(13, "Permission denied", "/closed"),
     ],
 )
 def test_an_error_crosses_processes_as_it_is(error: Exception) -> None:
-    again = RemoteError.of(error).exception()
+    again = pickle.loads(pickle.dumps(RemoteError.of(error))).exception()
     assert type(again) is type(error)
-    assert str(again) == str(error)
+    assert str(again) == str(error) and vars(again) == vars(error)
     if isinstance(error, OSError) and isinstance(again, OSError):
         assert (again.errno, again.filename) == (error.errno, error.filename)
+    if isinstance(error, MultisaError) and isinstance(again, MultisaError):
+        assert again.exit_code == error.exit_code
+
+
+def test_an_error_that_cannot_cross_becomes_its_nearest_base_class() -> None:
+    unpicklable = BackendUnavailable("lost", remedy="check it")
+    unpicklable.lock = threading.Lock()  # type: ignore[attr-defined]
+    for error, kind in ((OwnError("altered"), BundleError), (unpicklable, BackendUnavailable)):
+        again = pickle.loads(pickle.dumps(RemoteError.of(error))).exception()
+        assert type(again) is kind and str(again) == str(error)
+        assert isinstance(again, MultisaError) and again.exit_code == error.exit_code
+    assert again.cause == "lost"  # type: ignore[union-attr]
 
 
 def test_an_error_of_ours_keeps_its_traceback() -> None:
@@ -292,5 +311,35 @@ def test_an_out_that_is_not_shared_is_refused(corpus: Path, bundle: Bundle, tmp_
     answer = worker.run(ShardTask(Shard(0, ()), shared_file=".multisa/tmp/shared-somewhere-else"))
     worker.close()
     assert isinstance(answer, RemoteError)
-    with pytest.raises(UsageError, match="one that all machines share"):
+    with pytest.raises(UsageError, match="expected a folder that all machines share"):
         raise answer.exception()
+
+
+def test_what_a_worker_logs_while_it_opens_is_reported_and_not_shown(
+    corpus: Path, bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
+    before = log.handlers[:], log.level
+    worker = ShardWorker(job)
+    info = worker.open()
+    worker.close()
+    assert isinstance(info, WorkerInfo)
+    assert [line.startswith("segmenter: on onnxruntime-cpu") for line in info.messages] == [True]
+    assert capfd.readouterr().err == "" and (log.handlers, log.level) == before
+
+
+def test_nothing_is_opened_before_an_executor_is_entered(
+    corpus: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    def resources() -> tuple[int, int]:
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
+    before = resources()
+    executors = [LocalExecutor(job, RunMonitor("segment")), TWO(job, RunMonitor("segment"))]
+    assert resources() == before and not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="in a with statement"):
+        executors[0].fingerprint()
+    with executors[0] as executor:
+        assert executor.fingerprint()
+    assert resources() == before

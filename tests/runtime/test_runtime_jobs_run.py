@@ -116,7 +116,10 @@ def test_a_source_that_has_changed(photos: Path, bundle: Bundle, tmp_path: Path)
     before = public_bytes(out)
     (photos / "b.png").rename(photos / "bb.png")
     (photos / "a.jpg").write_bytes((photos / "a.jpg").read_bytes() + b"\0")
-    match = r"1 added \(bb\.png\); 1 removed \(b\.png\); 1 changed \(a\.jpg\): continue .*--skip-source-check.*--overwrite"
+    match = (
+        r"1 added \(bb\.png\); 1 removed \(b\.png\); 1 changed \(a\.jpg\): "
+        r"continue .*--skip-source-check.*--overwrite"
+    )
     with pytest.raises(UsageError, match=match):
         run_segment(photos, out, bundle)
     summary = run_segment(photos, out, bundle, skip_source_check=True)
