@@ -54,6 +54,15 @@ def write_json_atomically(path: Path, value: Mapping[str, Any]) -> None:
     write_bytes_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that the program wrote; empty if there is none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sha256_of_bytes(data: bytes) -> str:
     """Hexadecimal SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()
@@ -106,7 +115,7 @@ def lock_file(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        raise _no_locks(path, error.strerror) from error
+        raise _no_locks(path, str(error.strerror)) from error
     try:
         yield
     finally:

@@ -96,4 +96,4 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
 def test_base_install_brings_nothing_heavy() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = {entry.split(">")[0].split("=")[0] for entry in project["dependencies"]}
-    assert base == {"numpy", "onnxruntime", "pillow", "simplejpeg", "click", "tqdm"}
+    assert base == {"numpy", "onnxruntime", "pillow", "simplejpeg", "click", "tqdm", "filelock"}

@@ -4,8 +4,8 @@ The implementations are in `multisa.runtime.jobs.executors`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Protocol, Self
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
@@ -14,7 +14,7 @@ from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.stages import Concurrency
 
 
-class Executor(Protocol):
+class Executor(AbstractContextManager["Executor"], Protocol):
     """Processes shards; a context manager, which must be entered before anything else is called."""
 
     def fingerprint(self) -> Mapping[str, Any]:
@@ -31,12 +31,6 @@ class Executor(Protocol):
 
     def concurrency(self) -> Concurrency:
         """Threads of the stages and cores of the machines, of all worker processes."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
 
 
 ExecutorFactory = Callable[[Job, RunMonitor], Executor]

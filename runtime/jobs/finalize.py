@@ -12,14 +12,13 @@ import numpy.typing as npt
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import ImageError
-from multisa.runtime.files import write_json_atomically
+from multisa.runtime.files import read_json_object, write_json_atomically
 from multisa.runtime.imaging.decode import decode_image, decode_mask, read_mask
-from multisa.runtime.jobs.output import REPORT_FOLDER, REPORT_PAGE
 from multisa.runtime.jobs.shards import PRIVATE, CommittedShards
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import FAILURES, RECORDS
-from multisa.runtime.report.pictures import clear_pictures
+from multisa.runtime.report.pictures import FOLDER, PAGE, clear_pictures
 from multisa.runtime.report.report import write_report
 from multisa.runtime.report.summary import group_failures
 from multisa.runtime.sources.base import Source
@@ -63,23 +62,18 @@ def finalize_files(
     write_json_atomically(output / FINALIZED, {"files": files, "images_per_class": counts})
 
 
-def record_finalized(output: Path, shards: int) -> None:
-    """Note that files and record cover so many shards: only the report may be missing."""
-    write_json_atomically(output / FINALIZED, {**_finalized(output), "shards": shards})
-
-
-def record_report(output: Path, report_images: int) -> None:
-    """Note that the report is written, with so many images."""
-    write_json_atomically(output / FINALIZED, {**_finalized(output), "report_images": report_images})
+def record_finalized(output: Path, **values: int) -> None:
+    """Note that files and record cover so many `shards`, or that the report has so many `report_images`."""
+    write_json_atomically(output / FINALIZED, {**_finalized(output), **values})
 
 
 def is_report_written(output: Path, report_images: int) -> bool:
     """Whether there is a report of the current files, with so many images."""
-    return _finalized(output).get("report_images") == report_images and (output / REPORT_PAGE).is_file()
+    return _finalized(output).get("report_images") == report_images and (output / PAGE).is_file()
 
 
 def is_finalized(output: Path, shards: int) -> bool:
-    """Whether `record_finalized` was called for so many shards."""
+    """Whether files and record cover so many shards."""
     return _finalized(output).get("shards") == shards
 
 
@@ -128,11 +122,7 @@ def _write_failures(first: CommittedShards, retried: dict[int, bytes], done: set
 
 
 def _finalized(output: Path) -> dict[str, Any]:
-    try:
-        value = json.loads((output / FINALIZED).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json_object(output / FINALIZED)
 
 
 def _latest(retries: CommittedShards) -> tuple[dict[int, bytes], dict[int, bytes]]:
@@ -193,9 +183,9 @@ def write_run_report(
 
 def remove_report(output: Path) -> None:
     """Remove the report of a run and its pictures. Raises UsageError if OUT/report is another folder."""
-    (output / REPORT_PAGE).unlink(missing_ok=True)
+    (output / PAGE).unlink(missing_ok=True)
     clear_pictures(output)
-    folder = output / REPORT_FOLDER
+    folder = output / FOLDER
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

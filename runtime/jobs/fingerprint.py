@@ -91,21 +91,18 @@ _FILES = {
 
 def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:
     """In words: "shard size: got 100, the existing run has 256"."""
-    return [
-        _difference(key, ours.get(key), theirs.get(key))
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    ]
-
-
-def _difference(key: str, ours: object, theirs: object) -> str:
-    if key not in _FILES:
-        return f"{key}: got {ours}, the existing run has {theirs}"
-    if ours is None:
-        return f"{key}: got none, the existing run has some"
-    if theirs is None:
-        return f"{key}: got some, the existing run has none"
-    return f"{key}: got {_FILES[key]}"
+    found = []
+    for key in sorted({*ours, *theirs}):
+        got, existing = ours.get(key), theirs.get(key)
+        if got == existing:
+            continue
+        if key in _FILES and got is not None and existing is not None:
+            found.append(f"{key}: got {_FILES[key]}")
+            continue
+        if key in _FILES:
+            got, existing = ("none" if value is None else "some" for value in (got, existing))
+        found.append(f"{key}: got {got}, the existing run has {existing}")
+    return found
 
 
 def read_fingerprint(output: Path) -> Fingerprint | None:

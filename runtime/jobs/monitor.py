@@ -109,7 +109,11 @@ class RunMonitor:
 
     def __init__(self, command: str, telemetry: Telemetry | None = None) -> None:
         self._command = command
-        self._telemetry = telemetry or Telemetry()
+        self._telemetry = telemetry = telemetry or Telemetry()
+        self.stage_busy = telemetry.stage_busy
+        self.queue_depth = telemetry.queue_depth
+        self.in_flight = telemetry.in_flight
+        self.shard_committed = telemetry.shard_committed
         self._lock = threading.Lock()
         self._stack = ExitStack()
         self._progress: Progress | None = None
@@ -157,22 +161,6 @@ class RunMonitor:
             if self.failed <= EXAMPLES_SHOWN:
                 log.info(f"{failure.image}: {failure.reason}")
             self._advance(1)
-
-    def stage_busy(self, stage: str, seconds: float) -> None:
-        """Add to the work of a stage."""
-        self._telemetry.stage_busy(stage, seconds)
-
-    def shard_committed(self, number: int, images: int) -> None:
-        """Note that a shard is on the disk."""
-        self._telemetry.shard_committed(number, images)
-
-    def queue_depth(self, stage: str, images: int) -> None:
-        """Note how many images wait for a stage."""
-        self._telemetry.queue_depth(stage, images)
-
-    def in_flight(self, images: int) -> None:
-        """Note how many images are between source and commit."""
-        self._telemetry.in_flight(images)
 
     def _advance(self, count: int) -> None:
         if self._progress is not None:

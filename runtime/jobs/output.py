@@ -16,7 +16,7 @@ from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder, lock_file
 from multisa.runtime.imaging.decode import EXTENSIONS
 from multisa.runtime.jobs.shards import FILES, PARTS, PRIVATE, listed_files, remove_file
-from multisa.runtime.report.pictures import FOLDER, PAGE
+from multisa.runtime.report.pictures import FOLDER
 from multisa.runtime.sources.folders import Pattern
 from multisa.runtime.sources.remote import protocol_of
 
@@ -26,8 +26,6 @@ JOURNAL = f"{PRIVATE}/journal.jsonl"
 RUN = f"{PRIVATE}/run.json"
 LOCK = f"{PRIVATE}/lock"
 LOCK_HOLDER = f"{PRIVATE}/lock-holder"  # text: the lock itself may not be readable
-REPORT_PAGE = PAGE
-REPORT_FOLDER = FOLDER
 
 _WILD = re.compile(r"[*?[{]")  # the first special character of a pattern, or of a range of tar files
 _CACHED_FOLDERS = 4096  # of the images of a list
@@ -183,7 +181,7 @@ def _split_pattern(spec: str) -> tuple[Path, str]:
 
 
 def _result_folders(output: Path, folders: Iterable[str]) -> list[Path]:
-    return [output / folder for folder in (*folders, PRIVATE, REPORT_FOLDER)]
+    return [output / folder for folder in (*folders, PRIVATE, FOLDER)]
 
 
 def _would_replace(source: str, folder: Path) -> UsageError:
@@ -207,9 +205,10 @@ def check_empty(output: Path, folders: Iterable[str], files: Iterable[str]) -> N
     """
     found = [output / name for name in folders if (output / name).is_dir() and any((output / name).iterdir())]
     if found := found + [output / name for name in files if (output / name).exists()]:
+        what = "holds files" if found[0].is_dir() else "is a file"
         raise UsageError(
-            f"{found[0]}: {'holds files' if found[0].is_dir() else 'is a file'} of no run that can be resumed: "
-            "choose another folder, or --overwrite to write into it"
+            f"{found[0]}: {what} of no run that can be resumed: choose another folder, or --overwrite to "
+            "write into it"
         )
 
 

@@ -1,6 +1,5 @@
 """What a run reports: a summary for its caller and for people, and OUT/.multisa/run.json for later."""
 
-import json
 import platform
 import re
 from collections.abc import Mapping
@@ -9,15 +8,16 @@ from typing import Any
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
-from multisa.runtime.files import sha256_of_file, write_json_atomically
+from multisa.runtime.files import read_json_object, sha256_of_file, write_json_atomically
 from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.finalize import FAILED_FILE
-from multisa.runtime.jobs.output import REPORT_PAGE, RUN
+from multisa.runtime.jobs.output import RUN
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.stages import Concurrency
 from multisa.runtime.predict.prediction import DECIMALS
 from multisa.runtime.progress import pluralize
+from multisa.runtime.report.pictures import PAGE
 from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
 from multisa.runtime.writers.registry import writer_folder
 
@@ -27,36 +27,20 @@ _SKIPPED_SHOWN = 1000  # skipped entries of the source that the record lists
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run has done: in total, and in this session, which is one call of `run` of perhaps many.
+    """What a run has done: in total, and in this session, which is one call of `run` of perhaps many."""
 
-    Attributes:
-        images: Images of the run.
-        done: Images that have a mask.
-        failures: Images that were tried and failed.
-        done_now: Images that got their mask in this session.
-        seconds: Duration of this session.
-        stage_seconds: Seconds of work in each stage, summed over the threads, in this session.
-        job: The job; `job.output` is the folder with the results.
-        concurrency: Threads and cores of all worker processes.
-        skipped: Entries of the source that are not images or cannot be read.
-        failure_kinds: Failures of this session by stage: "read", "decode", "predict", "postprocess",
-            "encode", or "process" for images that killed a worker process.
-        reasons: Failed images by reason, in total.
-        images_per_class: Images whose mask shows a class, by foreground class, in total.
-    """
-
-    images: int
-    done: int
-    failures: int
-    done_now: int
-    seconds: float
-    stage_seconds: Mapping[str, float]
-    job: Job
-    concurrency: Concurrency
-    skipped: int
-    failure_kinds: Mapping[str, int]
-    reasons: Mapping[str, int]
-    images_per_class: Mapping[str, int]
+    images: int  # of the run
+    done: int  # images that have a mask, in total
+    failures: int  # images that were tried and failed, in total
+    done_now: int  # images that got their mask in this session
+    seconds: float  # duration of this session
+    stage_seconds: Mapping[str, float]  # of work by stage, summed over the threads, in this session
+    job: Job  # `job.output` is the folder with the results
+    concurrency: Concurrency  # threads and cores of all worker processes
+    skipped: int  # entries of the source that are not images or cannot be read
+    failure_kinds: Mapping[str, int]  # failures of this session by the kind of Failure
+    reasons: Mapping[str, int]  # failed images by reason, in total
+    images_per_class: Mapping[str, int]  # images that show a class, by foreground class, in total
 
     @property
     def images_per_second(self) -> float:
@@ -84,7 +68,7 @@ def describe_summary(summary: RunSummary, *, report_images: int) -> str:
         lines.append(f"failures: {job.output / FAILED_FILE} (--retry-failed tries them again)")
     lines.append(_describe_classes(summary.images_per_class))
     folder = "masks" if "masks" in job.writers else writer_folder(job.writers[0])
-    lines.append(f"open {job.output / (REPORT_PAGE if report_images else folder)}")
+    lines.append(f"open {job.output / (PAGE if report_images else folder)}")
     return "\n".join(lines)
 
 
@@ -146,11 +130,7 @@ def without_secrets(source: str) -> str:
 
 def read_record(job: Job) -> dict[str, Any]:
     """The stored record; empty if there is none that can be read."""
-    try:
-        value = json.loads((job.output / RUN).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json_object(job.output / RUN)
 
 
 def write_record(job: Job, record: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.jobs.executor import ExecutorFactory
-from multisa.runtime.jobs.finalize import is_report_written, record_report, remove_report, write_run_report
+from multisa.runtime.jobs.finalize import is_report_written, record_finalized, remove_report, write_run_report
 from multisa.runtime.jobs.fingerprint import run_fingerprint
 from multisa.runtime.jobs.journal import Journal
 from multisa.runtime.jobs.monitor import RunMonitor, stop_on_signals
@@ -84,5 +84,5 @@ def run(
             write_run_report(
                 job, bundle.manifest, snapshot, options.shard_size, record, options.report_images
             )
-            record_report(job.output, options.report_images)
+            record_finalized(job.output, report_images=options.report_images)
         return summary

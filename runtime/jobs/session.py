@@ -204,7 +204,7 @@ class RunSession:
 
     def record_finalized(self) -> None:
         """Note that only the report may be missing."""
-        record_finalized(self.job.output, sum(map(len, self._committed())))
+        record_finalized(self.job.output, shards=sum(map(len, self._committed())))
 
     def summary(self, executor: Executor) -> RunSummary:
         """What was done, in all sessions and in this one; call it after `finalize`."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
@@ -96,27 +97,20 @@ class Job:
         Raises UsageError if a writer needs class probabilities and the command has none.
         """
         probabilities = any(writer.needs_probabilities for writer in self.open_writers(bundle))
+        options: dict[str, Any] = {
+            "backend": self.backend.backend,
+            "precision": self.backend.precision,
+            "engine_cache": self.backend.engine_cache,
+            "threads": THREADS_PER_CALL,
+        }
         if self.command == "label":
-            return PseudoLabeler(
-                bundle,
-                backend=self.backend.backend,
-                precision=self.backend.precision,
-                threads=THREADS_PER_CALL,
-                engine_cache=self.backend.engine_cache,
-                probabilities=probabilities,
-            )
+            return PseudoLabeler(bundle, probabilities=probabilities, **options)
         if probabilities:
             raise UsageError(
                 "segment has no class probabilities, argmax and confidence are in its graph: leave out "
                 "--writer probabilities"
             )
-        return Segmenter(
-            bundle,
-            backend=self.backend.backend,
-            precision=self.backend.precision,
-            threads=THREADS_PER_CALL,
-            engine_cache=self.backend.engine_cache,
-        )
+        return Segmenter(bundle, **options)
 
 
 # more than six parameters: the fields of Job

@@ -25,17 +25,22 @@ class Failure:
 
 
 class RunObserver(Protocol):
-    """Is notified of what happens in a run, from any thread."""
+    """Is notified of what happens in a run, from any thread; subclasses ignore what they do not define."""
 
-    def image_done(self, sample: Sample) -> None: ...
+    def image_done(self, sample: Sample) -> None:
+        return
 
-    def image_failed(self, failure: Failure) -> None: ...
+    def image_failed(self, failure: Failure) -> None:
+        return
 
-    def stage_busy(self, stage: str, seconds: float) -> None: ...
+    def stage_busy(self, stage: str, seconds: float) -> None:
+        return
 
-    def queue_depth(self, stage: str, images: int) -> None: ...
+    def queue_depth(self, stage: str, images: int) -> None:
+        return
 
-    def in_flight(self, images: int) -> None: ...
+    def in_flight(self, images: int) -> None:
+        return
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class WeightedSemaphore:
         self._stop = stop
         self._used = 0
         self._changed = threading.Condition()
-        stop.add_listener(self._wake)
+        stop.add_listener(lambda: self.release(0))  # wakes those that wait
 
     def acquire(self, weight: int = 1) -> None:
         """Wait until `weight` fits, or until the pipeline stops."""
@@ -145,10 +150,6 @@ class WeightedSemaphore:
         """Give back; a negative weight takes more without waiting."""
         with self._changed:
             self._used -= weight
-            self._changed.notify_all()
-
-    def _wake(self) -> None:
-        with self._changed:
             self._changed.notify_all()
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from multisa.runtime.errors import BackendUnavailable, UsageError
@@ -74,9 +73,7 @@ class JsonLog(logging.Handler):
         log.handlers[:] = [self] if self._on_stderr else [*self._other_handlers, self]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         log.handlers[:] = self._other_handlers
         with self.lock or threading.Lock():
             descriptor, self._descriptor = self._descriptor, None
@@ -153,10 +150,8 @@ class Telemetry:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
     def run_started(self, command: str, images: int, kept: int = 0, **fields: Any) -> None:
         """A run of `images` starts; earlier runs committed `kept` of them, which are not counted."""

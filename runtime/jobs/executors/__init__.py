@@ -1,6 +1,9 @@
 """Executors: what processes the shards of a job, in this process, in several, or on a Ray cluster."""
 
 from multisa.runtime.jobs.executor import Executor
+from multisa.runtime.jobs.executors.local import LocalExecutor
+from multisa.runtime.jobs.executors.processes import ProcessExecutor
+from multisa.runtime.jobs.executors.ray import RayExecutor
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import Job
 
@@ -10,13 +13,5 @@ def make_executor(
 ) -> Executor:
     """Make the executor for `num_processes`, or for the Ray cluster at `ray_address`."""
     if ray_address is not None:
-        from multisa.runtime.jobs.executors.ray import RayExecutor
-
         return RayExecutor(job, monitor, ray_address)
-    if num_processes > 1:
-        from multisa.runtime.jobs.executors.processes import ProcessExecutor
-
-        return ProcessExecutor(job, monitor, num_processes)
-    from multisa.runtime.jobs.executors.local import LocalExecutor
-
-    return LocalExecutor(job, monitor)
+    return ProcessExecutor(job, monitor, num_processes) if num_processes > 1 else LocalExecutor(job, monitor)

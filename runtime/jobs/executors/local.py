@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 from multisa.runtime.jobs.journal import ShardResult
@@ -28,10 +27,8 @@ class LocalExecutor:
         self._worker = self._stack.enter_context(open_worker(self._job, self._observer))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
     @property
     def worker(self) -> Worker:

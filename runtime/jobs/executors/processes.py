@@ -162,11 +162,7 @@ def _work(job: Job, pipe: _Pipe, gpu: str | None, quiet: bool) -> None:
             pipe.send(RemoteError.of(error) if error else future.result())
 
     worker = ShardWorker(job)
-    with (
-        console(quiet=quiet),
-        contextlib.closing(worker),
-        ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads,
-    ):
+    with console(quiet=quiet), contextlib.closing(worker), ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
         threads.submit(worker.open).add_done_callback(send_result)
         while (task := tasks.get()) is not None:
             threads.submit(worker.run, task).add_done_callback(send_result)

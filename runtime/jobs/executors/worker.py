@@ -1,7 +1,6 @@
 """Worker side of a run on several processes: receives shards from the coordinator and reports results."""
 
 import logging
-import pickle
 import socket
 import threading
 import traceback
@@ -14,9 +13,9 @@ from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.jobs.journal import ShardResult
-from multisa.runtime.jobs.snapshot import Sample, Shard
+from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job
-from multisa.runtime.jobs.stages import Failure, PipelineConfig
+from multisa.runtime.jobs.stages import Failure, PipelineConfig, RunObserver
 from multisa.runtime.jobs.worker import Worker, open_worker
 from multisa.runtime.progress import log
 from multisa.runtime.system import usable_cpus
@@ -91,17 +90,11 @@ class RemoteError:
 
 
 def _portable(error: MultisaError) -> MultisaError:
-    """The error itself, or the nearest of its base classes that every process can import."""
+    """A copy of the nearest class that every process can import, with attributes that can be pickled."""
     kind: type[MultisaError] = next(
         base for base in type(error).__mro__ if base.__module__.startswith("multisa.")
     )
-    if kind is type(error):
-        try:
-            pickle.dumps(error)
-            return error
-        except Exception:  # noqa: BLE001  # an attribute that cannot be pickled
-            log.debug("%s cannot be pickled", kind)
-    portable: MultisaError = kind.__new__(kind, str(error))
+    portable = kind.__new__(kind, str(error))
     vars(portable).update({key: value for key, value in vars(error).items() if isinstance(value, str | int)})
     portable.exit_code = error.exit_code
     return portable
@@ -210,27 +203,15 @@ def collect_messages() -> Iterator[list[str]]:
         log.setLevel(level)
 
 
-class _FailureCollector:
-    """A RunObserver that keeps the failures until their shard is done; the rest is in the report."""
+class _FailureCollector(RunObserver):
+    """Keeps the failures until their shard is done; the report has everything else."""
 
     def __init__(self) -> None:
         self._failures: dict[int, Failure] = {}  # by index
 
-    def image_done(self, sample: Sample) -> None:
-        """The report counts them."""
-
     def image_failed(self, failure: Failure) -> None:
         """Keep it."""
         self._failures[failure.index] = failure
-
-    def stage_busy(self, stage: str, seconds: float) -> None:
-        """The timer sums them."""
-
-    def queue_depth(self, stage: str, images: int) -> None:
-        """Is not reported."""
-
-    def in_flight(self, images: int) -> None:
-        """Is not reported."""
 
     def take(self, shard: Shard) -> tuple[Failure, ...]:
         """The failures of one shard, in the order of its images."""
