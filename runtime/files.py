@@ -74,6 +74,12 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flush_file(path: Path) -> None:
+    """Flush the bytes of a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def flush_folder(folder: Path) -> None:
     """Flush the entries of `folder` to the disk: without it a rename may not survive a power failure.
 

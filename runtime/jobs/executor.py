@@ -1,7 +1,4 @@
-"""What a run needs of whoever processes its shards: this process, several, or a cluster.
-
-The implementations are in `multisa.runtime.jobs.executors`.
-"""
+"""What a run needs of whoever processes its shards; `multisa.runtime.jobs.executors` has implementations."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager

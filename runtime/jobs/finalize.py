@@ -4,6 +4,7 @@ import heapq
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,20 @@ def finalize_files(
 
 def record_finalized(output: Path, **values: int) -> None:
     """Note that files and record cover so many `shards`, or that the report has so many `report_images`."""
-    write_json_atomically(output / FINALIZED, {**_finalized(output), **values})
+    write_json_atomically(output / FINALIZED, {**read_json_object(output / FINALIZED), **values})
 
 
 def is_report_written(output: Path, report_images: int) -> bool:
     """Whether there is a report of the current files, with so many images."""
-    return _finalized(output).get("report_images") == report_images and (output / PAGE).is_file()
+    return (
+        read_json_object(output / FINALIZED).get("report_images") == report_images
+        and (output / PAGE).is_file()
+    )
 
 
 def is_finalized(output: Path, shards: int) -> bool:
     """Whether files and record cover so many shards."""
-    return _finalized(output).get("shards") == shards
+    return read_json_object(output / FINALIZED).get("shards") == shards
 
 
 def reopen(output: Path) -> None:
@@ -84,7 +88,7 @@ def reopen(output: Path) -> None:
 
 def finalized_files(output: Path) -> list[str]:
     """Paths below OUT of the files that cover the whole run."""
-    files = _finalized(output).get("files")
+    files = read_json_object(output / FINALIZED).get("files")
     written = [str(file) for file in files] if isinstance(files, list) else []
     return [*written, LABELS_FILE, FAILED_FILE]
 
@@ -103,7 +107,7 @@ def failure_reasons(output: Path) -> dict[str, int]:
 
 def images_per_class(output: Path) -> dict[str, int]:
     """Number of images that show each foreground class, as `finalize_files` has counted them."""
-    counts = _finalized(output).get("images_per_class")
+    counts = read_json_object(output / FINALIZED).get("images_per_class")
     return counts if isinstance(counts, dict) else {}
 
 
@@ -119,10 +123,6 @@ def _write_failures(first: CommittedShards, retried: dict[int, bytes], done: set
         first.write(FAILED_FILE, _merge(first.parts(FAILURES), retried, done))
     else:
         (first.output / FAILED_FILE).unlink(missing_ok=True)
-
-
-def _finalized(output: Path) -> dict[str, Any]:
-    return read_json_object(output / FINALIZED)
 
 
 def _latest(retries: CommittedShards) -> tuple[dict[int, bytes], dict[int, bytes]]:
@@ -190,32 +190,32 @@ def remove_report(output: Path) -> None:
         folder.rmdir()
 
 
+@dataclass(frozen=True)
 class _Pictures:
     """Reads what the report shows of an image, by its record."""
 
-    def __init__(self, job: Job, snapshot: Snapshot, shard_size: int, source: Source) -> None:
-        self._job = job
-        self._snapshot = snapshot
-        self._shard_size = shard_size
-        self._source = source
+    job: Job
+    snapshot: Snapshot
+    shard_size: int
+    source: Source
 
     def image(self, record: Record) -> UInt8 | None:
         """uint8 [H, W, 3], upright, perhaps smaller than the image; None if it can no longer be read."""
-        sample = self._snapshot.sample(int(record["index"]))
+        sample = self.snapshot.sample(int(record["index"]))
         try:
-            data = self._source.read(sample.item)
-            return decode_image(data, max_pixels=self._job.max_pixels, long_side=_LONG_SIDE).rgb
+            data = self.source.read(sample.item)
+            return decode_image(data, max_pixels=self.job.max_pixels, long_side=_LONG_SIDE).rgb
         except ImageError:
             return None
 
     def mask(self, record: Record) -> UInt8:
         """Class ids, uint8 [H, W], at the image's own size."""
         index = int(record["index"])
-        name = self._snapshot.sample(index).name
-        if "masks" in self._job.writers:
-            return read_mask(self._job.output / "masks" / f"{name}.png", max_pixels=self._job.max_pixels)
-        shard = self._snapshot.shard_of(index, self._shard_size)
-        with tarfile.open(self._job.output / shard_path("shards", shard, "tar")) as archive:
+        name = self.snapshot.sample(index).name
+        if "masks" in self.job.writers:
+            return read_mask(self.job.output / "masks" / f"{name}.png", max_pixels=self.job.max_pixels)
+        shard = self.snapshot.shard_of(index, self.shard_size)
+        with tarfile.open(self.job.output / shard_path("shards", shard, "tar")) as archive:
             file = archive.extractfile(f"{tar_key(name)}.png")
             assert file is not None  # this run has written it
-            return decode_mask(file.read(), max_pixels=self._job.max_pixels)
+            return decode_mask(file.read(), max_pixels=self.job.max_pixels)

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -46,12 +47,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOPPING = "stopping after the shards in flight; interrupt again to stop at once, no committed work is lost"
 
 
+@dataclass
 class StopRequest:
     """Whether, and why, to start no further shard."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.too_many_failures = False
+    signal: int | None = None
+    too_many_failures: bool = False
 
     def __bool__(self) -> bool:
         return self.signal is not None or self.too_many_failures
@@ -94,7 +95,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def _log_all(messages: "queue.SimpleQueue[str | None]") -> None:
-    while (message := messages.get()) is not None:
+    for message in iter(messages.get, None):
         log.info(message)
 
 

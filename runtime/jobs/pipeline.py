@@ -10,7 +10,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,29 +110,19 @@ class ImageTask:
     decoded: DecodedImage | StageFailed | None = None  # None: not decoded yet
 
 
-@dataclass(frozen=True, eq=False)
-class DecodedTask:
-    """An image that is decoded."""
-
-    task: ImageTask
-    image: DecodedImage
+Decoded = tuple[ImageTask, DecodedImage]
 
 
+@dataclass(eq=False)
 class Batcher:
     """Groups decoded images of one size, in the order of the images, whatever order they are decoded in."""
 
-    def __init__(
-        self,
-        config: PipelineConfig,
-        predict: Callable[[list[DecodedTask]], None],
-        fail: Callable[[ImageTask, StageFailed], None],
-    ) -> None:
-        self._config = config
-        self._predict = predict
-        self._fail = fail
-        self._lock = threading.Lock()
-        self._waiting: deque[ImageTask | None] = deque()  # in order; None: the end of a shard
-        self._groups: dict[tuple[int, ...], list[DecodedTask]] = {}  # by the shape of the images
+    config: PipelineConfig
+    predict: Callable[[list[Decoded]], None]
+    fail: Callable[[ImageTask, StageFailed], None]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: deque[ImageTask | None] = field(default_factory=deque)  # in order; None: the end of a shard
+    _groups: dict[tuple[int, ...], list[Decoded]] = field(default_factory=dict)  # by shape
 
     def expect(self, task: ImageTask | None) -> None:
         """Register the next image; None: the end of a shard, which no batch crosses."""
@@ -155,39 +146,39 @@ class Batcher:
             if task is None:
                 groups, self._groups = self._groups, {}
                 for group in groups.values():
-                    self._predict(group)
+                    self.predict(group)
             elif isinstance(task.decoded, StageFailed):
-                self._fail(task, task.decoded)
+                self.fail(task, task.decoded)
             elif task.decoded is not None:
-                self._group(DecodedTask(task, task.decoded))
+                self._group((task, task.decoded))
                 task.decoded = None  # the group holds it now
 
-    def _group(self, decoded: DecodedTask) -> None:
-        shape = decoded.image.rgb.shape
+    def _group(self, decoded: Decoded) -> None:
+        shape = decoded[1].rgb.shape
         group = self._groups.setdefault(shape, [])
         group.append(decoded)
-        if len(group) >= self._config.batch:
-            self._predict(self._groups.pop(shape))
-        elif sum(map(len, self._groups.values())) >= self._config.look_ahead:
+        if len(group) >= self.config.batch:
+            self.predict(self._groups.pop(shape))
+        elif sum(map(len, self._groups.values())) >= self.config.look_ahead:
             # The group whose first image came first has waited longest.
-            self._predict(self._groups.pop(next(iter(self._groups))))
+            self.predict(self._groups.pop(next(iter(self._groups))))
 
 
+@dataclass(frozen=True)
 class Encoder:
     """Encodes predictions for the writers of a run; `encode` may be called from several threads at once."""
 
-    def __init__(self, output: Path, writers: Sequence[Writer]) -> None:
-        self._output = output
-        self._writers = tuple(writers)
+    output: Path
+    writers: Sequence[Writer]
 
     def encode(self, sample: Sample, prediction: Prediction) -> EncodedImage:
         """Encode one prediction for every writer.
 
         Raises ImageError if a path of the results is too long or a format cannot hold the image.
         """
-        paths = [path for writer in self._writers for path in writer.results(sample.name)]
+        paths = [path for writer in self.writers for path in writer.results(sample.name)]
         for path in paths:
-            check_path_length(self._output, path)
+            check_path_length(self.output, path)
         record = {"index": sample.index, "image": sample.item.id, **prediction.record()}
         if paths:
             record["mask"] = paths[0]
@@ -201,7 +192,7 @@ class Encoder:
             record=record,
             probabilities=prediction.probabilities,
         )
-        payloads = tuple(writer.encode(labelled) for writer in self._writers)
+        payloads = tuple(writer.encode(labelled) for writer in self.writers)
         return EncodedImage(sample.index, json_line(record), payloads)
 
 
@@ -250,7 +241,7 @@ class Pipeline:
         ]
         self._stages = stages
         self._readers, self._decoders, self._predictors, self._postprocessors, self._committer = stages
-        self._batcher = Batcher(config, self._start_predict, self._fail)
+        self._batcher = Batcher(config, partial(self._predictors.submit, self._predict), self._fail)
 
     def __enter__(self) -> Self:
         return self
@@ -339,12 +330,9 @@ class Pipeline:
         elif isinstance(decoded, StageFailed):
             self._fail(task, decoded)
         else:
-            self._start_predict([DecodedTask(task, decoded)])
+            self._predictors.submit(self._predict, [(task, decoded)])
 
-    def _start_predict(self, batch: list[DecodedTask]) -> None:
-        self._predictors.submit(self._predict, batch)
-
-    def _predict(self, batch: list[DecodedTask]) -> None:
+    def _predict(self, batch: list[Decoded]) -> None:
         try:
             raw = self._predict_batch(batch)
         except (MultisaError, MemoryError) as error:
@@ -353,37 +341,36 @@ class Pipeline:
                 for decoded in batch:
                     self._predict([decoded])
                 return
-            task = batch[0].task
+            task, _ = batch[0]
             if isinstance(error, BackendError):
                 self._breaker.failed(task.sample.item.id, error)
             self._fail(task, StageFailed("predict", error))
             return
-        for decoded, result in zip(batch, raw, strict=True):
+        for (task, image), result in zip(batch, raw, strict=True):
             if self._separate_postprocess:
-                self._postprocessors.submit(self._postprocess, decoded, result)
+                self._postprocessors.submit(self._postprocess, task, image, result)
             else:
-                self._postprocess(decoded, result)
+                self._postprocess(task, image, result)
 
-    def _predict_batch(self, batch: list[DecodedTask]) -> Sequence[Any]:
-        rgb = [decoded.image.rgb for decoded in batch]
+    def _predict_batch(self, batch: list[Decoded]) -> Sequence[Any]:
+        rgb = [image.rgb for _, image in batch]
         images = np.stack(rgb) if len(rgb) > 1 else rgb[0][np.newaxis]
-        labels = [decoded.task.sample.labels for decoded in batch]
+        labels = [task.sample.labels for task, _ in batch]
         try:
             raw = self._predictor.predict_batch(images, labels, self._timer)
         except BackendError as error:
             if len(batch) > 1:  # each image is tried by itself
                 raise
             # Memory may have been short for a moment.
-            log.warning(f"{batch[0].task.sample.item.id}: trying a second time: {error}")
+            log.warning(f"{batch[0][0].sample.item.id}: trying a second time: {error}")
             raw = self._predictor.predict_batch(images, labels, self._timer)
         self._breaker.succeeded()
         return raw
 
-    def _postprocess(self, decoded: DecodedTask, raw: Any) -> None:
-        task = decoded.task
+    def _postprocess(self, task: ImageTask, image: DecodedImage, raw: Any) -> None:
         stage = "postprocess"
         try:
-            prediction = self._predictor.postprocess(raw, decoded.image, self._timer)
+            prediction = self._predictor.postprocess(raw, image, self._timer)
             stage = "encode"
             with self._timer.stage("encode"):
                 encoded = self._encoder.encode(task.sample, prediction)

@@ -8,7 +8,7 @@ from typing import Any
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
-from multisa.runtime.files import read_json_object, sha256_of_file, write_json_atomically
+from multisa.runtime.files import sha256_of_file, write_json_atomically
 from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.finalize import FAILED_FILE
 from multisa.runtime.jobs.output import RUN
@@ -126,11 +126,6 @@ def without_secrets(source: str) -> str:
     if "://" not in source:
         return source
     return _USER.sub("://", _QUERY.sub("", source))
-
-
-def read_record(job: Job) -> dict[str, Any]:
-    """The stored record; empty if there is none that can be read."""
-    return read_json_object(job.output / RUN)
 
 
 def write_record(job: Job, record: dict[str, Any]) -> None:

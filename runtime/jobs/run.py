@@ -14,15 +14,15 @@ from pathlib import Path
 
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
-from multisa.runtime.files import sha256_of_file
+from multisa.runtime.files import read_json_object, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
 from multisa.runtime.jobs.executor import ExecutorFactory
 from multisa.runtime.jobs.finalize import is_report_written, record_finalized, remove_report, write_run_report
 from multisa.runtime.jobs.fingerprint import run_fingerprint
 from multisa.runtime.jobs.journal import Journal
 from multisa.runtime.jobs.monitor import RunMonitor, stop_on_signals
-from multisa.runtime.jobs.output import JOURNAL, SNAPSHOT, check_output, output_errors, run_lock
-from multisa.runtime.jobs.record import RunSummary, read_record, run_record, write_record
+from multisa.runtime.jobs.output import JOURNAL, RUN, SNAPSHOT, check_output, output_errors, run_lock
+from multisa.runtime.jobs.record import RunSummary, run_record, write_record
 from multisa.runtime.jobs.session import RunSession, prepare_output
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job, RunOptions
@@ -75,7 +75,7 @@ def run(
         session.run(executor)
         has_new_files = session.finalize(job.open_writers(bundle))
         summary = session.summary(executor)
-        record = {} if has_new_files else read_record(job)
+        record = {} if has_new_files else read_json_object(job.output / RUN)
         if not record:
             record = run_record(job, bundle, summary, snapshot, executor, session.started)
             write_record(job, record)

@@ -178,7 +178,7 @@ class RunSession:
         before = self.journal.images + self.journal.failed
         if self.options.max_failures is not None:
             self._failed_before = self._count_failed()
-            if self._has_pending():  # a restart must not creep past the limit
+            if not all(map(self._is_committed, self._shards())):  # a restart must not creep past the limit
                 self._check_failures(self._failed_before)
         if before:
             log.info(f"resuming: {pluralize(self.journal.shards, 'shard')} done before")
@@ -241,9 +241,6 @@ class RunSession:
                 return
             if not self._is_committed(number):
                 yield self.snapshot.shard(number, self.options.shard_size)
-
-    def _has_pending(self) -> bool:
-        return not all(map(self._is_committed, self._shards()))
 
     def _committed(self) -> tuple[list[int], list[int]]:
         """Numbers of the committed shards: those of the first attempt, those of retries."""

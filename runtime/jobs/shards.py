@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from multisa.runtime.errors import ImageError, MultisaError
-from multisa.runtime.files import flush_folder, sha256_of_file
+from multisa.runtime.files import flush_file, flush_folder, sha256_of_file
 
 PRIVATE = ".multisa"  # below OUT: everything that may differ between two runs
 TEMPORARY = f"{PRIVATE}/tmp"
@@ -87,7 +87,7 @@ class ShardFolder:
         # Sorted, the list is renamed before any result: whatever is in place can be found.
         files = [self._files[path] for path in sorted(self._files)]
         with ThreadPoolExecutor(_FLUSH_THREADS, thread_name_prefix="flush") as threads:
-            list(threads.map(_flush, (file.temporary for file in files)))
+            list(threads.map(flush_file, (file.temporary for file in files)))
             parents = {path_below(self._output, file.relative).parent for file in files}
             folders = _make_folders(self._output, parents)
             if self._guard and not (self._output / self._guard).is_file():
@@ -221,11 +221,6 @@ def check_path_length(output: Path, relative: str) -> None:
 def clear_temporary(output: Path) -> None:
     """Remove the temporary files of runs that were interrupted."""
     shutil.rmtree(output / TEMPORARY, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _make_folders(output: Path, folders: set[Path]) -> set[Path]:

@@ -7,7 +7,6 @@ that resuming does not depend on the source, and any change of the source is not
 import hashlib
 import itertools
 import json
-import os
 import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from multisa.runtime.errors import MultisaError, UsageError
-from multisa.runtime.files import flush_folder
+from multisa.runtime.files import flush_file, flush_folder
 from multisa.runtime.image_labels import Labels
 from multisa.runtime.progress import EXAMPLES_SHOWN
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
@@ -202,8 +201,7 @@ def take_snapshot(
         facts = {"images": images, "other_files": others, "digest": digest}
         rows.executemany("INSERT INTO facts VALUES (?, ?)", [(key, str(v)) for key, v in facts.items()])
         rows.commit()
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    flush_file(temporary)
     temporary.replace(path)
     flush_folder(path.parent)
 

@@ -111,10 +111,11 @@ def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: M
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest) -> None:
+    height, width, config = 300, 400, PipelineConfig(readers=2, workers=2)
     peaks = []
-    for shards in (2, 2, 20):  # the first only warms up
-        source = Images(shapes=((300, 400),))
-        with pipeline_of(tmp_path, manifest, source, Predictor()) as pipeline:
+    for shards in (2, 20):  # the first only warms up
+        source = Images(shapes=((height, width),))
+        with pipeline_of(tmp_path, manifest, source, Predictor(), config=config) as pipeline:
             tracemalloc.start()
             waiting = [
                 pipeline.submit(shard_of(n, range(n * 12, n * 12 + 12)), lambda _: None) for n in range(2)
@@ -126,7 +127,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest
                 future.result(SOON)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-    assert peaks[2] < 2 * peaks[1]  # ten times the images; how many meet in a stage is chance
+    assert peaks[1] < 2 * config.max_in_flight * 3 * height * width  # 240 images in all
 
 
 class BadWatcher(RunObserver):

@@ -87,7 +87,7 @@ def _folders(path: str) -> list[str]:
 
 
 def test_thousands_of_names_that_meet_are_named_at_once(tmp_path: Path) -> None:
-    name = "image"
+    name = "screenshot"
     variants = ["".join(c.upper() if i >> k & 1 else c for k, c in enumerate(name)) for i in range(1024)]
     with make_snapshot(tmp_path / "i", items_of(*(f"{v}.jpg" for v in variants))) as snapshot:
         assert len({found.casefold() for found in names_of(snapshot)}) == 1024

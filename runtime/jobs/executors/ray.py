@@ -114,7 +114,7 @@ class RayExecutor(RemoteExecutor[_ActorHandle]):
 
     def _is_local_problem(self, error: RemoteError) -> bool:
         """One machine may have lost what the others still see: the images, OUT, its disk."""
-        return not error.is_bug
+        return error.error is not None
 
     def _drop(self, worker: _ActorHandle) -> None:
         self._dropped.add(worker.slot)

@@ -64,7 +64,7 @@ class ShardReport:
 class RemoteError:
     """An error on its way to the coordinator, in a form that can always be pickled."""
 
-    error: MultisaError | OSError | None  # None for an unexpected one, which is kept as text
+    error: MultisaError | OSError | None  # None for a bug, which would occur in every worker
     description: str = ""  # with the traceback
 
     @classmethod
@@ -78,11 +78,6 @@ class RemoteError:
             return cls(OSError(error.errno, error.strerror or "", filename))
         trace = "".join(traceback.format_exception(error))
         return cls(None, f"{type(error).__name__}: {error}, in a worker process:\n{trace}")
-
-    @property
-    def is_bug(self) -> bool:
-        """Whether it is an unexpected error, which would occur in every worker."""
-        return self.error is None
 
     def exception(self) -> Exception:
         """What the coordinator is to raise: the same error, or RuntimeError for an unexpected one."""
