@@ -114,6 +114,15 @@ def test_a_third_signal_ends_what_hangs() -> None:
     assert ended.returncode == 130
 
 
+def test_a_closed_stderr_fails_no_run(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    program = '"$0" -m multisa.runtime.cli.main segment "$1" -o "$2" --bundle "$3" --max-failures 1 2>&-'
+    command = ["sh", "-c", program, sys.executable, str(photos), str(tmp_path / "out"), str(bundle.path)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stdout
+    assert (tmp_path / "out/masks/a.png").is_file()
+    assert ended.stdout.startswith("5 images in ")  # nothing of stderr is mixed into it
+
+
 def test_what_a_commit_that_was_cut_has_left_goes_when_it_is_done_again(
     photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,6 +227,14 @@ def test_a_machine_that_others_use_joins(
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
 
 
+def test_variables_are_set_for_a_new_cluster_and_not_for_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE", "mine")
+    monkeypatch.delenv("TWO", raising=False)
+    with on_ray._environment({"ONE": "ours", "TWO": "ours"}):
+        assert (os.environ["ONE"], os.environ["TWO"]) == ("mine", "ours")
+    assert os.environ["ONE"] == "mine" and "TWO" not in os.environ
+
+
 def test_what_one_machine_cannot_do_others_may(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
     executor = RayExecutor(job, RunMonitor("segment"), "auto")
