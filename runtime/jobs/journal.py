@@ -12,6 +12,7 @@ They are padded to one length, which bounds what an incomplete line can be.
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -47,18 +48,17 @@ class ShardResult:
         try:
             value = json.loads(line)
             result = cls(value["shard"], value["images"], value["failed"], value["bytes"], value["sha256"])
-            same = result.line() == line
-        except (TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"not a line of a journal: {error}") from error
-        if not same:
-            raise ValueError("not a line of a journal")
-        return result
+            if result.line() == line:
+                return result
+        except (TypeError, KeyError, RecursionError):
+            pass
+        raise ValueError("not a line of a journal")
 
 
 _LINE_LENGTH = len(ShardResult(0, 0, 0, 0, "0" * 64).line())
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """Which shards are committed; a context manager."""
 
     def __init__(self, path: Path) -> None:
@@ -76,9 +76,6 @@ class Journal:
         except BaseException:
             os.close(self._file)
             raise
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         os.close(self._file)

@@ -10,10 +10,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -201,7 +202,7 @@ def json_line(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-class Pipeline:
+class Pipeline(AbstractContextManager["Pipeline"]):
     """Processes shards; a context manager. Whatever a stage raises unexpectedly ends all shards in flight."""
 
     # more than six parameters: each part is passed in, so that a test can replace any of them
@@ -242,9 +243,6 @@ class Pipeline:
         self._stages = stages
         self._readers, self._decoders, self._predictors, self._postprocessors, self._committer = stages
         self._batcher = Batcher(config, partial(self._predictors.submit, self._predict), self._fail)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()  # drops what is queued; calls that are running end

@@ -13,9 +13,9 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Self
 
 from multisa.runtime.errors import ImageError, MultisaError
 from multisa.runtime.files import flush_file, flush_folder, sha256_of_file
@@ -40,7 +40,7 @@ class _File:
     sha256: str
 
 
-class ShardFolder:
+class ShardFolder(AbstractContextManager["ShardFolder"]):
     """Holds the files of a shard until they are committed; a context manager, which removes what is left."""
 
     def __init__(self, output: Path, shard: int, guard: str = "") -> None:
@@ -55,9 +55,6 @@ class ShardFolder:
         self._folder = output / TEMPORARY / f"{shard:06d}-{secrets.token_hex(4)}"
         self._folder.mkdir(parents=True)
         self._files: dict[str, _File] = {}
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -10,10 +10,10 @@ import json
 import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_file, flush_folder
@@ -56,7 +56,7 @@ class Shard:
     samples: tuple[Sample, ...]
 
 
-class Snapshot:
+class Snapshot(AbstractContextManager["Snapshot"]):
     """An existing snapshot; a context manager, for one thread."""
 
     def __init__(self, path: Path) -> None:
@@ -73,9 +73,6 @@ class Snapshot:
                 f"{path}: cannot be read ({error}), expected the list of a run's images: start over with "
                 "--overwrite"
             ) from error
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._rows.close()
@@ -266,8 +263,6 @@ def _in_groups(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
         yield group
 
 
-# Names of the results
-
 _SHARED = "SELECT fold FROM folds GROUP BY fold HAVING COUNT(*) > 1"
 
 
@@ -322,8 +317,6 @@ def _rename(rows: sqlite3.Connection, which: str, shared: str) -> bool:
     )
     return bool(rows.execute("SELECT COUNT(*) FROM moved").fetchone()[0])
 
-
-# Comparison with what the source lists now
 
 # Word for a difference -> the query for the ids.
 _DIFFERENCES = {

@@ -1,5 +1,6 @@
 """Runs on several processes: the bytes of one process, whatever dies."""
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -34,7 +35,8 @@ from multisa.runtime.jobs.executors import processes
 from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.processes import ProcessExecutor
 from multisa.runtime.jobs.executors.remote import Message, RemoteExecutor, WorkerHandle
-from multisa.runtime.jobs.executors.worker import RemoteError, ShardTask, ShardWorker, WorkerInfo
+from multisa.runtime.jobs.executors.worker import RemoteError, ShardReport, ShardTask, ShardWorker, WorkerInfo
+from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import RunOptions, make_job
@@ -324,8 +326,24 @@ def test_what_a_worker_logs_while_it_opens_is_reported_and_not_shown(
     info = worker.open()
     worker.close()
     assert isinstance(info, WorkerInfo)
-    assert [line.startswith("segmenter: on onnxruntime-cpu") for line in info.messages] == [True]
+    ((level, text),) = info.messages
+    assert level == logging.INFO and text.startswith("segmenter: on onnxruntime-cpu")
     assert capfd.readouterr().err == "" and (log.handlers, log.level) == before
+
+
+def test_what_a_worker_logs_at_a_shard_is_logged_by_the_coordinator(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    executor = Two({"process 1": {}})
+    executor._handle_messages()
+    (worker,) = executor._workers()
+    shard = Shard(0, ())
+    worker.shards[0] = shard
+    messages = [(logging.WARNING, "a.png: trying a second time"), (logging.DEBUG, "not shown")]
+    report = ShardReport(ShardResult(0, 0, 0, 0, ""), (), messages=messages)
+    executor._are = [(worker, report)]
+    executor._handle_messages(lambda result: None)
+    assert capsys.readouterr().err == "a.png: trying a second time\n"
 
 
 def test_nothing_is_opened_before_an_executor_is_entered(

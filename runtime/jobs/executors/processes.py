@@ -5,7 +5,6 @@ that started the run, so such a script needs `if __name__ == "__main__":`.
 """
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import queue
@@ -24,19 +23,16 @@ from multisa.runtime.jobs.executors.remote import Message, RemoteExecutor, Worke
 from multisa.runtime.jobs.executors.worker import SHARDS_IN_FLIGHT, RemoteError, ShardTask, ShardWorker
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import Job
-from multisa.runtime.progress import console, log
 
 _CLOSE_SECONDS = 10.0  # for a process to close what it has open, before it is killed
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-_Pipe = connection.Connection
 
 
 @dataclass(eq=False, kw_only=True)
 class _ProcessHandle(WorkerHandle):
     index: int
     process: SpawnProcess
-    pipe: _Pipe
+    pipe: connection.Connection
 
 
 class ProcessExecutor(RemoteExecutor[_ProcessHandle]):
@@ -99,10 +95,9 @@ class ProcessExecutor(RemoteExecutor[_ProcessHandle]):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         gpu = self._gpus[index % len(self._gpus)] if self._gpus else None
-        quiet = not log.isEnabledFor(logging.INFO)
         process = context.Process(
             target=_work,
-            args=(self._worker_job, theirs, gpu, quiet),
+            args=(self._worker_job, theirs, gpu),
             name=f"multisa-{index + 1}",
             daemon=True,
         )
@@ -146,7 +141,7 @@ def _end(worker: _ProcessHandle) -> None:
     worker.process.join()
 
 
-def _work(job: Job, pipe: _Pipe, gpu: str | None, quiet: bool) -> None:
+def _work(job: Job, pipe: connection.Connection, gpu: str | None) -> None:
     """The main function of a worker process: serve until the coordinator says so, or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -162,13 +157,13 @@ def _work(job: Job, pipe: _Pipe, gpu: str | None, quiet: bool) -> None:
             pipe.send(RemoteError.of(error) if error else future.result())
 
     worker = ShardWorker(job)
-    with console(quiet=quiet), contextlib.closing(worker), ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
+    with contextlib.closing(worker), ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
         threads.submit(worker.open).add_done_callback(send_result)
         while (task := tasks.get()) is not None:
             threads.submit(worker.run, task).add_done_callback(send_result)
 
 
-def _listen(pipe: _Pipe, tasks: "queue.SimpleQueue[ShardTask | None]") -> None:
+def _listen(pipe: connection.Connection, tasks: "queue.SimpleQueue[ShardTask | None]") -> None:
     """Receive tasks. Without a coordinator there is nothing more to do, and nothing committed is lost."""
     try:
         while (task := pipe.recv()) is not None:

@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 from multisa.runtime.errors import BackendUnavailable, MultisaError, UsageError
 from multisa.runtime.jobs.executors.worker import (
     SHARDS_IN_FLIGHT,
+    LogMessage,
     RemoteError,
     ShardReport,
     ShardTask,
@@ -131,7 +132,7 @@ class RemoteExecutor(ABC, Generic[AnyHandle]):
         self._timer = StageTimer(monitor.stage_busy)
         self._first: tuple[str, WorkerInfo] | None = None  # name and info that all others must match
         self._infos: dict[str, WorkerInfo] = {}  # by the name of the worker
-        self._logged: set[str] = set()
+        self._logged: set[LogMessage] = set()
         self._again: deque[Shard] = deque()
         self._poison = PoisonImages(job.output)
         self._is_running = False
@@ -259,6 +260,8 @@ class RemoteExecutor(ABC, Generic[AnyHandle]):
     def _count(self, report: ShardReport) -> None:
         for stage, seconds in report.seconds.items():
             self._timer.add(stage, seconds)
+        for message in report.messages:
+            log.log(*message)
         for failure in report.failures:
             self._monitor.image_failed(failure)
         self._monitor.images_done(report.result.images)
@@ -270,15 +273,15 @@ class RemoteExecutor(ABC, Generic[AnyHandle]):
         ours = {**first.fingerprint, "SHA-256 of the bundle": first.bundle}
         if different := [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]:
             listed = "; ".join(f"{key}: {ours.get(key)} and {theirs.get(key)}" for key in different)
-            message = (
+            text = (
                 f"{name} and {worker.name} would not write the same bytes ({listed}): install the same "
                 "versions, and choose one backend for all (--backend, --precision)"
             )
-            self._leave_out(worker, UsageError(message))
+            self._leave_out(worker, UsageError(text))
             return
-        for line in info.messages:
-            if line not in self._logged:
-                log.info(line)
+        for message in info.messages:
+            if message not in self._logged:
+                log.log(*message)
         self._logged.update(info.messages)
         self._infos[worker.name] = info
         worker.is_ready = True

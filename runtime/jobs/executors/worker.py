@@ -4,10 +4,10 @@ import logging
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import MultisaError, UsageError
@@ -24,6 +24,9 @@ from multisa.runtime.system import usable_cpus
 SHARDS_IN_FLIGHT = 2
 
 
+LogMessage = tuple[int, str]  # level as in logging, text
+
+
 @dataclass(frozen=True)
 class WorkerInfo:
     """What a worker reports once everything is open."""
@@ -31,7 +34,7 @@ class WorkerInfo:
     fingerprint: Mapping[str, Any]  # see Executor
     backends: Mapping[str, Any]  # see Executor
     bundle: str  # SHA-256 of its manifest: another machine may have another bundle at the same path
-    messages: Sequence[str]  # logged while opening; the coordinator logs each of them once
+    messages: Sequence[LogMessage]  # logged while opening; the coordinator logs each of them once
     pipeline: PipelineConfig
     host: str
     cores: int  # of the host, that may be used
@@ -58,6 +61,7 @@ class ShardReport:
     result: ShardResult
     failures: tuple[Failure, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)  # of work by stage, since the last report
+    messages: Sequence[LogMessage] = ()  # logged since the last report
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def _portable(error: MultisaError) -> MultisaError:
     )
     portable = kind.__new__(kind, str(error))
     vars(portable).update({key: value for key, value in vars(error).items() if isinstance(value, str | int)})
-    portable.exit_code = error.exit_code
+    if portable.exit_code != error.exit_code:
+        portable.exit_code = error.exit_code
     return portable
 
 
@@ -101,6 +106,7 @@ class ShardWorker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._failures = _FailureCollector()
+        self._messages = _MessageCollector()
         self._stack = ExitStack()
         self._worker: Worker | None = None
         self._reporting = threading.Lock()
@@ -110,9 +116,8 @@ class ShardWorker:
     def open(self) -> WorkerInfo | RemoteError:
         """Open the source, the backends and the writers."""
         try:
-            # All workers log the same, such as which backend they use: the coordinator does it once.
-            with collect_messages() as messages:
-                worker = self._stack.enter_context(open_worker(self._job, self._failures))
+            self._stack.enter_context(self._messages)
+            worker = self._stack.enter_context(open_worker(self._job, self._failures))
             digest = sha256_of_file(self._job.bundle / MANIFEST_NAME)
         except (MultisaError, OSError) as error:
             return RemoteError.of(error)
@@ -121,7 +126,7 @@ class ShardWorker:
             fingerprint=worker.fingerprint(),
             backends={choice.graph: choice.to_json() for choice in worker.backends},
             bundle=digest,
-            messages=messages,
+            messages=self._messages.take(),
             pipeline=self._job.pipeline,
             host=socket.gethostname(),
             cores=usable_cpus(),
@@ -140,7 +145,8 @@ class ShardWorker:
                 self._worker.start(task.shard, results.append, guard=task.shared_file).result()
         except (MultisaError, OSError) as error:
             return RemoteError.of(error)
-        return ShardReport(results[0], self._failures.take(task.shard), self._new_seconds(self._worker))
+        seconds = self._new_seconds(self._worker)
+        return ShardReport(results[0], self._failures.take(task.shard), seconds, self._messages.take())
 
     def close(self) -> None:
         """Close what is open."""
@@ -179,23 +185,34 @@ class ShardWorker:
         self._seen_shared_file = shared_file
 
 
-@contextmanager
-def collect_messages() -> Iterator[list[str]]:
-    """Collect the messages that are logged, instead of showing them.
+class _MessageCollector(logging.Handler):
+    """Collects the log messages of the process for the coordinator, which knows where to show them.
 
-    Affects the whole process, so it is for processes that only do the work of one run.
+    A context manager. It replaces other handlers: all workers log the same, such as which backend they use.
     """
-    messages: list[str] = []
-    collector = logging.Handler()
-    collector.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    handlers, level = log.handlers[:], log.level
-    log.handlers[:] = [collector]
-    log.setLevel(logging.INFO)
-    try:
-        yield messages
-    finally:
-        log.handlers[:] = handlers
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._messages: list[LogMessage] = []
+
+    def __enter__(self) -> Self:
+        self._before = log.handlers[:], log.level
+        log.handlers[:] = [self]
+        log.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        log.handlers[:], level = self._before
         log.setLevel(level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self._messages.append((record.levelno, record.getMessage()))
+
+    def take(self) -> list[LogMessage]:
+        """The messages since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
 
 
 class _FailureCollector(RunObserver):
