@@ -94,14 +94,12 @@ def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:
     found = []
     for key in sorted({*ours, *theirs}):
         got, existing = ours.get(key), theirs.get(key)
-        if got == existing:
-            continue
-        if key in _FILES and got is not None and existing is not None:
+        if got != existing and key in _FILES and None not in (got, existing):
             found.append(f"{key}: got {_FILES[key]}")
-            continue
-        if key in _FILES:
-            got, existing = ("none" if value is None else "some" for value in (got, existing))
-        found.append(f"{key}: got {got}, the existing run has {existing}")
+        elif got != existing:
+            if key in _FILES:
+                got, existing = ("none" if value is None else "some" for value in (got, existing))
+            found.append(f"{key}: got {got}, the existing run has {existing}")
     return found
 
 

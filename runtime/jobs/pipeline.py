@@ -236,12 +236,11 @@ class Pipeline(AbstractContextManager["Pipeline"]):
         self._stop.add_listener(self._fail_unfinished)
         # Where a backend shares the cores with the other stages, nothing is gained by handing an image over.
         self._separate_postprocess = any(choice.backend.name not in _ON_CPU for choice in predictor.backends)
-        stages = [
+        self._stages = [
             Stage(name, config.threads_of(name), self._stop, observer)
             for name in ("read", "decode", "predict", "postprocess", "commit")
         ]
-        self._stages = stages
-        self._readers, self._decoders, self._predictors, self._postprocessors, self._committer = stages
+        self._readers, self._decoders, self._predictors, self._postprocessors, self._committer = self._stages
         self._batcher = Batcher(config, partial(self._predictors.submit, self._predict), self._fail)
 
     def __exit__(self, *error: object) -> None:

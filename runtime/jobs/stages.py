@@ -116,7 +116,10 @@ class StopSignal:
         """A new copy of the error, with the original as its cause; None if there is none."""
         if self._error is None:
             return None
-        error = copy(self._error)
+        try:
+            error = copy(self._error)
+        except Exception:  # noqa: BLE001  # of a class whose arguments are not those of its instances
+            error = RuntimeError(f"{type(self._error).__name__}: {self._error}")
         error.__cause__ = self._error
         return error
 

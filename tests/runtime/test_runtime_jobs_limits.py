@@ -177,7 +177,6 @@ def test_stopping_wakes_those_that_wait() -> None:
 
 
 def test_each_thread_raises_its_own_copy_of_an_error() -> None:
-    stop = StopSignal()
     for error in (OSError(28, "full", "/disk"), BackendUnavailable("lost", remedy="check"), KeyError("bug")):
         stop = StopSignal()
         stop.set(error)
@@ -186,3 +185,16 @@ def test_each_thread_raises_its_own_copy_of_an_error() -> None:
         assert first is not second and first is not error and second.__cause__ is error
         assert type(first) is type(error) and str(first) == str(error)
         assert first.__traceback__ is None
+
+
+def test_an_error_that_cannot_be_copied_ends_the_run_too(tmp_path: Path, manifest: Manifest) -> None:
+    class OddError(Exception):
+        def __init__(self, code: int, text: str) -> None:
+            super().__init__(f"{code}: {text}")
+
+    predictor = Predictor(frozenset({3}), OddError(7, "a bug"))
+    with (
+        pytest.raises(RuntimeError, match="OddError: 7: a bug"),
+        pipeline_of(tmp_path, manifest, Images(), predictor) as pipeline,
+    ):
+        run_shards(pipeline, [shard_of(0, range(8))])
