@@ -5,13 +5,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import UsageError
-from multisa.runtime.jobs.executors.factory import make_executor
+from multisa.runtime.jobs.executors import make_executor
 from multisa.runtime.jobs.monitor import failure_limit
 from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.jobs.run import run
@@ -123,7 +124,9 @@ def _run(
         storage_options=json.dumps(dict(storage)) if isinstance(storage, Mapping) else storage,
         image_prefix=given.get("image_prefix", ""),
     )
-    executor = make_executor(num_processes=given.get("num_processes", 1), ray=given.get("ray"))
+    executor = partial(
+        make_executor, num_processes=given.get("num_processes", 1), ray_address=given.get("ray")
+    )
     metrics = given.get("metrics_port"), given.get("metrics_host", LOCALHOST)
     with console() if given.get("progress") else nullcontext():
         return run(

@@ -13,11 +13,23 @@ MultisaError (1)
     Interrupted (130, 143)     a signal stopped a run, which can be resumed
 """
 
+from typing import Any
+
 
 class MultisaError(Exception):
     """Base of every error a user can cause; `exit_code` is what the command line exits with."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without calling `__init__`, whose arguments are not those of the exception."""
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[MultisaError], arguments: tuple[Any, ...], state: dict[str, Any]) -> MultisaError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(MultisaError):

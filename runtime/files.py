@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old bytes or the new ones; reading what arguments name."""
+"""Atomic writes, file locks, digests, and reading the text files that a user names."""
 
 import errno
 import hashlib
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multisa.runtime.errors import BackendUnavailable, MultisaError, UsageError
+from multisa.runtime.errors import MultisaError, UsageError
 
-# What CIFS and some FUSE file systems answer who flushes a folder, and others who may not read it.
+# Errors of file systems that cannot flush a folder (CIFS, some FUSE), and of folders that may not be read.
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -21,7 +21,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Write `data` to a temporary file beside `path`, flush it to the disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
-    # Not tempfile: its files can be read by their owner alone, and results are for all the umask lets in.
+    # Not tempfile, whose files only their owner can read: the umask decides who can read results.
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -35,9 +35,9 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
 
 
 def read_user_text(path: Path) -> str:
-    """Text of a file that an argument names: UTF-8, a byte order mark left out.
+    """Text of a file that the user names: UTF-8, without a byte order mark.
 
-    Raises UsageError saying what keeps it from being read.
+    Raises UsageError with the reason if it cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -56,6 +56,15 @@ def write_json_atomically(path: Path, value: Mapping[str, Any]) -> None:
     write_bytes_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that the program wrote; empty if there is none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sha256_of_bytes(data: bytes) -> str:
     """Hexadecimal SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()
@@ -67,10 +76,16 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flush_folder(folder: Path) -> None:
-    """Have the disk keep the names in `folder`: without it a rename may not survive a loss of power.
+def flush_file(path: Path) -> None:
+    """Flush the bytes of a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
-    Where the file system flushes no folders, or this one may not be read, nothing is done.
+
+def flush_folder(folder: Path) -> None:
+    """Flush the entries of `folder` to the disk: without it a rename may not survive a power failure.
+
+    Does nothing if the file system cannot flush folders or the folder may not be read.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -84,40 +99,39 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def lock_file(path: Path, say_waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of `path`, which is made; the system lets go of it when a process ends, however.
+def lock_file(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the exclusive lock of `path`, which is created; it ends with the process, however that ends.
 
-    The file is not removed: who waits for a lock file that is gone holds a lock that nobody else sees.
-    `say_waiting` is called before a wait for another process. Raises as `lock_open_file` does.
+    `on_wait` is called before waiting for another process; None: do not wait. Raises BlockingIOError if
+    another process holds the lock and `on_wait` is None, MultisaError on file systems without locks, OSError
+    if the file cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    from filelock import FileLock, Timeout
+
+    # Without locks of the system there must be an error, as a marker file would outlive a killed process.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         try:
-            lock_open_file(descriptor, path)
-        except BlockingIOError:
-            say_waiting()
-            lock_open_file(descriptor, path, wait=True)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def lock_open_file(descriptor: int, path: Path, *, wait: bool = False) -> None:
-    """Lock the file `path`, open as `descriptor`, until that is closed.
-
-    Raises BlockingIOError where another process has the lock, unless it is to `wait`; BackendUnavailable on
-    systems without such locks, MultisaError on file systems without them.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise BackendUnavailable("expected a system where files can be locked (Linux, macOS)") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            if on_wait is None:
+                raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from error
+            on_wait()
+            lock.acquire()
+    except NotImplementedError as error:
+        raise _no_locks(path, str(error)) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        raise MultisaError(
-            f"{path}: cannot be locked ({error.strerror}), and without a lock two processes could write to "
-            "the same files: choose a folder on a file system with locks, or have this one mounted with them"
-        ) from error
+        raise _no_locks(path, str(error.strerror)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _no_locks(path: Path, reason: str) -> MultisaError:
+    return MultisaError(
+        f"{path}: cannot be locked ({reason}), and without a lock two processes could write to the same "
+        "files: choose a folder on a file system with locks, or mount this one with locks"
+    )

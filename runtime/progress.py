@@ -33,6 +33,8 @@ class ConsoleHandler(logging.Handler):
         """Write one line."""
         from tqdm import tqdm
 
+        if sys.stderr is None:  # tqdm would write to stdout
+            return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             tqdm.write(self.format(record), file=sys.stderr)
 
@@ -69,7 +71,7 @@ def format_examples(names: Sequence[str], count: int | None = None) -> str:
 
 
 class Progress:
-    """Counts finished items; a context manager. The rate leaves out `initial` items, which were finished before.
+    """Counts finished items; a context manager. The rate leaves out `initial` items, finished before.
 
     >>> with Progress(total=3, description="label", unit="image") as progress:
     ...     for _ in range(3):

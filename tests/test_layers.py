@@ -13,7 +13,7 @@ ORDER = ("kernels", "runtime", "training", "export", "benchmarks")
 NEVER_LIGHT = {"torch", "torchvision", "timm", "onnx", "onnxscript", "safetensors"}
 ONLY_INSIDE_FUNCTIONS = {
     *("onnxruntime", "openvino", "pycuda", "pydensecrf"),
-    *("fsspec", "pyarrow", "ray", "simplejpeg"),
+    *("filelock", "fsspec", "prometheus_client", "pyarrow", "ray", "simplejpeg"),
     *("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 HEAVY = NEVER_LIGHT | ONLY_INSIDE_FUNCTIONS | {"numpy", "scipy", "matplotlib", "PIL", "tqdm"}  # to start with

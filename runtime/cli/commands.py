@@ -187,7 +187,7 @@ def _finish(summary: "RunSummary", arguments: Mapping[str, Any]) -> None:
 
     shown = arguments.get("report_images")
     click.echo(describe_summary(summary, report_images=REPORT_IMAGES if shown is None else shown))
-    check_failures(summary.failures, summary.images, arguments["max_failures"], summary.job.out)
+    check_failures(summary.failures, summary.images, arguments["max_failures"], summary.job.output)
 
 
 def _load_bundle(path: Path | None) -> "Bundle":

@@ -1,10 +1,10 @@
-"""The end of a run: what is one file for all shards, made anew from their parts each time."""
+"""The end of a run: files that cover all shards, made from the parts of the shards, and the report."""
 
 import heapq
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,114 +13,123 @@ import numpy.typing as npt
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import ImageError
-from multisa.runtime.files import write_json_atomically
+from multisa.runtime.files import read_json_object, write_json_atomically
 from multisa.runtime.imaging.decode import decode_image, decode_mask, read_mask
-from multisa.runtime.jobs.output import REPORT_FOLDER, REPORT_PAGE
-from multisa.runtime.jobs.shards import PRIVATE, FinishedFolder
+from multisa.runtime.jobs.shards import PRIVATE, CommittedShards
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import FAILURES, RECORDS
-from multisa.runtime.report.pictures import clear_pictures
+from multisa.runtime.report.pictures import FOLDER, PAGE, clear_pictures
 from multisa.runtime.report.report import ReportData, write_report
 from multisa.runtime.report.summary import group_failures
 from multisa.runtime.sources.base import Source
 from multisa.runtime.writers.base import Writer, shard_path, tar_key
 
-LABELS_FILE, FAILED_FILE = "labels.jsonl", "failed.jsonl"
-FINISHED = f"{PRIVATE}/finished.json"
+LABELS_FILE = "labels.jsonl"
+FAILED_FILE = "failed.jsonl"
+FINALIZED = f"{PRIVATE}/finished.json"
+
+UInt8 = npt.NDArray[np.uint8]
+Record = Mapping[str, Any]
+
+_LONG_SIDE = 640  # pixels of the images that are read for the report
 
 
 def finalize_files(
-    out: Path, writers: Sequence[Writer], shards: Sequence[int], retries: Sequence[int]
+    output: Path,
+    writers: Sequence[Writer],
+    shards: Sequence[int],
+    retries: Sequence[int],
+    classes: Sequence[str],
 ) -> None:
-    """Write labels.jsonl, failed.jsonl (where there are any) and what the sinks have for the whole run.
+    """Write labels.jsonl, failed.jsonl (if an image failed) and what the writers have for the whole run.
 
-    shards, retries: numbers of the committed shards, in order; what a retry says of an image holds.
+    shards, retries: numbers of the committed shards, in order. The last retry of an image counts. classes: of
+    the foreground, to count the images that show each of them.
     """
-    first, again = FinishedFolder(out, shards), FinishedFolder(out, retries)
-    records, failures = _latest(again)
-    first.write(LABELS_FILE, _merged(first.parts(RECORDS), records, set()))
+    first = CommittedShards(output, shards)
+    records, failures = _latest(CommittedShards(output, retries))
+    first.write(LABELS_FILE, _merge(first.parts(RECORDS), records, set()))
     _write_failures(first, failures, set(records))
-    everything = FinishedFolder(out, (*shards, *retries))
+    everything = CommittedShards(output, (*shards, *retries))
     for writer in writers:
         writer.finalize(everything, len(shards) + len(retries))
-    write_json_atomically(out / FINISHED, {"files": [*first.written, *everything.written]})
+    counts = dict.fromkeys(classes, 0)
+    for record in _read_lines(output / LABELS_FILE):
+        for name, share in record["pixel_shares"].items():
+            if share > 0 and name in counts:
+                counts[name] += 1
+    files = [*first.written, *everything.written]
+    write_json_atomically(output / FINALIZED, {"files": files, "images_per_class": counts})
 
 
-def record_finalized(out: Path, shards: int) -> None:
-    """Note that files and record are those of so many shards: only the page may be left to be written."""
-    write_json_atomically(out / FINISHED, {**_finished(out), "shards": shards})
+def record_finalized(output: Path, **values: int) -> None:
+    """Note that files and record cover so many `shards`, or that the report has so many `report_images`."""
+    write_json_atomically(output / FINALIZED, {**read_json_object(output / FINALIZED), **values})
 
 
-def record_report(out: Path, report_images: int) -> None:
-    """Note that the page is written, with so many pictures."""
-    write_json_atomically(out / FINISHED, {**_finished(out), "report_images": report_images})
+def is_report_written(output: Path, report_images: int) -> bool:
+    """Whether there is a report of the current files, with so many images."""
+    return (
+        read_json_object(output / FINALIZED).get("report_images") == report_images
+        and (output / PAGE).is_file()
+    )
 
 
-def is_report_written(out: Path, report_images: int) -> bool:
-    """Whether the page is that of the files that are there, with so many pictures."""
-    return _finished(out).get("report_images") == report_images and (out / REPORT_PAGE).is_file()
+def is_finalized(output: Path, shards: int) -> bool:
+    """Whether files and record cover so many shards."""
+    return read_json_object(output / FINALIZED).get("shards") == shards
 
 
-def write_failures(out: Path, shards: Sequence[int], retries: Sequence[int]) -> None:
-    """Write failed.jsonl of the shards that are committed, for a run that stops before its end."""
-    records, failures = _latest(FinishedFolder(out, retries))
-    _write_failures(FinishedFolder(out, shards), failures, set(records))
+def reopen(output: Path) -> None:
+    """Note that there is more to do."""
+    (output / FINALIZED).unlink(missing_ok=True)
 
 
-def is_finalized(out: Path, shards: int) -> bool:
-    """Whether `note_finished` was told so many shards."""
-    return _finished(out).get("shards") == shards
-
-
-def reopen(out: Path) -> None:
-    """Note that there is more to be done."""
-    (out / FINISHED).unlink(missing_ok=True)
-
-
-def finished_files(out: Path) -> list[str]:
-    """Paths below OUT of what is one file for a whole run."""
-    files = _finished(out).get("files")
+def finalized_files(output: Path) -> list[str]:
+    """Paths below OUT of the files that cover the whole run."""
+    files = read_json_object(output / FINALIZED).get("files")
     written = [str(file) for file in files] if isinstance(files, list) else []
     return [*written, LABELS_FILE, FAILED_FILE]
 
 
-def failure_reasons(out: Path) -> dict[str, int]:
-    """How many images failed for which reason, the most frequent first."""
-    if not (out / FAILED_FILE).is_file():
-        return {}
-    with (out / FAILED_FILE).open("rb") as lines:
-        groups = group_failures(map(json.loads, lines), 1)
+def write_failures(output: Path, shards: Sequence[int], retries: Sequence[int]) -> None:
+    """Write failed.jsonl for the committed shards, for a run that stops before its end."""
+    records, failures = _latest(CommittedShards(output, retries))
+    _write_failures(CommittedShards(output, shards), failures, set(records))
+
+
+def failure_reasons(output: Path) -> dict[str, int]:
+    """Number of failed images for each reason, the most frequent first."""
+    groups = group_failures(_read_lines(output / FAILED_FILE), 1)
     return {reason: group.count for reason, group in groups.items()}
 
 
-def failed_indices(out: Path, shards: Sequence[int], retries: Sequence[int]) -> list[int]:
-    """Positions of the images that failed the last time they were tried, in order."""
-    records, failures = _latest(FinishedFolder(out, retries))
-    merged = _merged(FinishedFolder(out, shards).parts(FAILURES), failures, set(records))
+def images_per_class(output: Path) -> dict[str, int]:
+    """Number of images that show each foreground class, as `finalize_files` has counted them."""
+    counts = read_json_object(output / FINALIZED).get("images_per_class")
+    return counts if isinstance(counts, dict) else {}
+
+
+def failed_indices(output: Path, shards: Sequence[int], retries: Sequence[int]) -> list[int]:
+    """Indices of the images that failed when they were tried last, in order."""
+    records, failures = _latest(CommittedShards(output, retries))
+    merged = _merge(CommittedShards(output, shards).parts(FAILURES), failures, set(records))
     return [_index(line) for lines in merged for line in lines.splitlines()]
 
 
-def _write_failures(first: FinishedFolder, retried: dict[int, bytes], done: set[int]) -> None:
-    if any(_merged(first.parts(FAILURES), retried, done)):
-        first.write(FAILED_FILE, _merged(first.parts(FAILURES), retried, done))
+def _write_failures(first: CommittedShards, retried: dict[int, bytes], done: set[int]) -> None:
+    if any(_merge(first.parts(FAILURES), retried, done)):
+        first.write(FAILED_FILE, _merge(first.parts(FAILURES), retried, done))
     else:
-        (first.out / FAILED_FILE).unlink(missing_ok=True)
+        (first.output / FAILED_FILE).unlink(missing_ok=True)
 
 
-def _finished(out: Path) -> dict[str, Any]:
-    try:
-        value = json.loads((out / FINISHED).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _latest(folder: FinishedFolder) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    """Of the images that were tried again: the records of those done, the failures of the others."""
+def _latest(retries: CommittedShards) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """Of the images that were retried: the records of those done, the failures of the others, by index."""
     done: dict[int, bytes] = {}
     failed: dict[int, bytes] = {}
-    for records, failures in zip(folder.parts(RECORDS), folder.parts(FAILURES), strict=True):
+    for records, failures in zip(retries.parts(RECORDS), retries.parts(FAILURES), strict=True):
         for line in failures.splitlines(keepends=True):
             failed[_index(line)] = line
         for line in records.splitlines(keepends=True):
@@ -129,13 +138,13 @@ def _latest(folder: FinishedFolder) -> tuple[dict[int, bytes], dict[int, bytes]]
     return done, failed
 
 
-def _merged(parts: Iterator[bytes], retried: dict[int, bytes], done: set[int]) -> Iterator[bytes]:
-    """Lines, some at once, in the order of the images: `retried` in place of the first, without `done`."""
+def _merge(parts: Iterator[bytes], retried: dict[int, bytes], done: set[int]) -> Iterator[bytes]:
+    """Lines in the order of the images, one or more at a time: `retried` replaces, `done` leaves out."""
     if not retried and not done:
         yield from (part for part in parts if part)
         return
-    first = (line for part in parts for line in part.splitlines(keepends=True))
-    kept = ((_index(line), line) for line in first)
+    lines = (line for part in parts for line in part.splitlines(keepends=True))
+    kept = ((_index(line), line) for line in lines)
     others = ((index, line) for index, line in kept if index not in retried and index not in done)
     yield from (line for _, line in heapq.merge(others, sorted(retried.items())))
 
@@ -144,29 +153,29 @@ def _index(line: bytes) -> int:
     return int(json.loads(line)["index"])
 
 
-UInt8 = npt.NDArray[np.uint8]
-Record = Mapping[str, Any]
+def _read_lines(path: Path) -> Iterator[Record]:
+    """The objects of a file of JSON lines; nothing if it does not exist."""
+    if path.is_file():
+        with path.open("rb") as lines:
+            yield from map(json.loads, lines)
 
-_LONG_SIDE = 640  # of the images that are read for the page
 
-
-def write_page(
-    job: Job, manifest: Manifest, snapshot: Snapshot, shard_size: int, run: Record, report_images: int
+def write_run_report(
+    job: Job, manifest: Manifest, snapshot: Snapshot, shard_size: int, record: Record, report_images: int
 ) -> None:
-    """Write the page and its pictures; an image that cannot be read any more has none.
+    """Write the report and its pictures; an image that can no longer be read has none.
 
-    Masks are taken from the sinks "masks" or "tar"; with others alone the page has figures only.
+    Masks are read from the files of the writers "masks" or "tar"; without either the report has only figures.
     """
-    with ExitStack() as stack:
-        source = stack.enter_context(job.open_source())
+    with job.open_source() as source:
         pictures = _Pictures(job, snapshot, shard_size, source)
         write_report(
-            job.out,
+            job.output,
             ReportData(
                 manifest,
-                run,
-                records=_lines(job.out / LABELS_FILE),
-                failures=_lines(job.out / FAILED_FILE),
+                record,
+                records=_read_lines(job.output / LABELS_FILE),
+                failures=_read_lines(job.output / FAILED_FILE),
                 read_image=pictures.image,
                 read_mask=pictures.mask,
             ),
@@ -174,44 +183,41 @@ def write_page(
         )
 
 
-def remove_page(out: Path) -> None:
-    """Remove the page of a run and its pictures. Raises UsageError where OUT/report is not the page's own."""
-    (out / REPORT_PAGE).unlink(missing_ok=True)
-    clear_pictures(out)
-    folder = out / REPORT_FOLDER
+def remove_report(output: Path) -> None:
+    """Remove the report of a run and its pictures. Raises UsageError if OUT/report is another folder."""
+    (output / PAGE).unlink(missing_ok=True)
+    clear_pictures(output)
+    folder = output / FOLDER
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
+@dataclass(frozen=True)
 class _Pictures:
-    """What the page shows of an image, by its record."""
+    """Reads what the report shows of an image, by its record."""
 
-    def __init__(self, job: Job, snapshot: Snapshot, shard_size: int, source: Source) -> None:
-        self._job, self._snapshot, self._shard_size, self._source = job, snapshot, shard_size, source
+    job: Job
+    snapshot: Snapshot
+    shard_size: int
+    source: Source
 
     def image(self, record: Record) -> UInt8 | None:
-        """uint8 [H, W, 3], upright, perhaps smaller than it is; None when it cannot be had any more."""
-        work = self._snapshot.work(int(record["index"]))
+        """uint8 [H, W, 3], upright, perhaps smaller than the image; None if it can no longer be read."""
+        sample = self.snapshot.sample(int(record["index"]))
         try:
-            data = self._source.read(work.item)
-            return decode_image(data, max_pixels=self._job.max_pixels, long_side=_LONG_SIDE).rgb
+            data = self.source.read(sample.item)
+            return decode_image(data, max_pixels=self.job.max_pixels, long_side=_LONG_SIDE).rgb
         except ImageError:
             return None
 
     def mask(self, record: Record) -> UInt8:
-        """uint8 [H, W] of the image's own size."""
+        """Class ids, uint8 [H, W], at the image's own size."""
         index = int(record["index"])
-        name = self._snapshot.work(index).name
-        if "masks" in self._job.writers:
-            return read_mask(self._job.out / "masks" / f"{name}.png", max_pixels=self._job.max_pixels)
-        shard = self._snapshot.shard_of(index, self._shard_size)
-        with tarfile.open(self._job.out / shard_path("shards", shard, "tar")) as members:
-            member = members.extractfile(f"{tar_key(name)}.png")
-            assert member is not None  # it is what this run has written
-            return decode_mask(member.read(), max_pixels=self._job.max_pixels)
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    if path.is_file():
-        with path.open("rb") as lines:
-            yield from map(json.loads, lines)
+        name = self.snapshot.sample(index).name
+        if "masks" in self.job.writers:
+            return read_mask(self.job.output / "masks" / f"{name}.png", max_pixels=self.job.max_pixels)
+        shard = self.snapshot.shard_of(index, self.shard_size)
+        with tarfile.open(self.job.output / shard_path("shards", shard, "tar")) as archive:
+            file = archive.extractfile(f"{tar_key(name)}.png")
+            assert file is not None  # this run has written it
+            return decode_mask(file.read(), max_pixels=self.job.max_pixels)

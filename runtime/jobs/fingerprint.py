@@ -1,4 +1,4 @@
-"""What decides the bytes of a run, frozen in OUT/.multisa/config.json: runs of other settings never mix."""
+"""The settings that affect the bytes of a run, in OUT/.multisa/config.json: different runs never mix."""
 
 import json
 import platform
@@ -18,23 +18,26 @@ from multisa.runtime.jobs.output import CONFIG
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.system import installed_versions
 
-Config = Mapping[str, Any]  # settings by their names, as JSON has them
+Fingerprint = Mapping[str, Any]  # settings by name, as JSON values
 
 _FORMAT = 1  # of everything below OUT/.multisa
 _PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow", "simplejpeg")
-# Of engines that are more than ONNX Runtime.
-_ENGINE_PACKAGES = {
+# Of backends other than ONNX Runtime.
+_BACKEND_PACKAGES = {
     "tensorrt": ("tensorrt", "pycuda"),
     "tensorrt-rtx": ("tensorrt-rtx", "pycuda"),
     "openvino": ("openvino",),
 }
-_SINK_PACKAGES = {"parquet": ("pyarrow",)}
+_WRITER_PACKAGES = {"parquet": ("pyarrow",)}
 
 
-def run_config(
-    job: Job, identity: Config, *, bundle_sha256: str, labels_sha256: str | None, shard_size: int
-) -> Config:
-    """The settings of a run. Paths are not among them: folders may be moved between two sittings."""
+def run_fingerprint(
+    job: Job, process: Fingerprint, *, bundle_sha256: str, labels_sha256: str | None, shard_size: int
+) -> Fingerprint:
+    """The settings of a run; process: those of its worker processes.
+
+    Paths are not among them, so that folders may be moved before a run is resumed.
+    """
     return {
         "format": _FORMAT,
         "command": job.command,
@@ -44,19 +47,19 @@ def run_config(
         "image prefix": job.image_prefix,
         "shard size": shard_size,
         "max pixels": job.max_pixels,
-        # Which images an engine gets together may change the last bit of a sum.
-        "batch": job.sizes.batch,
-        "look-ahead": job.sizes.look_ahead if job.sizes.batch > 1 else None,
-        **_versions(package for writer in job.writers for package in _SINK_PACKAGES.get(writer, ())),
-        **identity,
+        # Which images share a batch may change the last bit of a sum.
+        "batch": job.pipeline.batch,
+        "look-ahead": job.pipeline.look_ahead if job.pipeline.batch > 1 else None,
+        **_versions(package for writer in job.writers for package in _WRITER_PACKAGES.get(writer, ())),
+        **process,
     }
 
 
-def identity(backends: Iterable[SelectedBackend]) -> Config:
-    """Engines, instructions and versions of a process that does shards."""
+def process_fingerprint(backends: Iterable[SelectedBackend]) -> Fingerprint:
+    """Backends, instruction set and versions of a worker process."""
     values: dict[str, Any] = {
         "machine": platform.machine(),
-        # Sums are added up in another order by each.
+        # Each instruction set adds up sums in another order.
         "instructions of the kernels": native.instruction_set(),
         "masks are encoded by": png_encoder(),
         "version of zlib": zlib.ZLIB_RUNTIME_VERSION,
@@ -65,12 +68,12 @@ def identity(backends: Iterable[SelectedBackend]) -> Config:
     for choice in backends:
         backend = choice.backend
         names.append(backend.name)
-        values[f"engine of {choice.graph}"] = f"{backend.name}, {choice.precision}"
+        values[f"backend of {choice.graph}"] = f"{backend.name}, {choice.precision}"
         if isinstance(backend, DetailedBackend):
-            values[f"plan of {choice.graph}"] = backend.detail.get("plan_sha256")
+            values[f"engine of {choice.graph}"] = backend.detail.get("plan_sha256")
     if any(name in BACKENDS and BACKENDS[name].needs_gpu for name in names):
         values["architecture of the GPU"] = ", ".join(gpu.target for gpu in probe_gpus().gpus[:1])
-    packages = [*_PACKAGES, *(package for name in names for package in _ENGINE_PACKAGES.get(name, ()))]
+    packages = [*_PACKAGES, *(package for name in names for package in _BACKEND_PACKAGES.get(name, ()))]
     return values | _versions(packages)
 
 
@@ -86,41 +89,37 @@ _FILES = {
 }
 
 
-def differences(ours: Config, theirs: Config) -> list[str]:
-    """In words: "shard size: got 100, the run there has 256"."""
-    return [
-        _difference(key, ours.get(key), theirs.get(key))
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    ]
+def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:
+    """In words: "shard size: got 100, the existing run has 256"."""
+    found = []
+    for key in sorted({*ours, *theirs}):
+        got, existing = ours.get(key), theirs.get(key)
+        if got != existing and key in _FILES and None not in (got, existing):
+            found.append(f"{key}: got {_FILES[key]}")
+        elif got != existing:
+            if key in _FILES:
+                got, existing = ("none" if value is None else "some" for value in (got, existing))
+            found.append(f"{key}: got {got}, the existing run has {existing}")
+    return found
 
 
-def _difference(key: str, ours: object, theirs: object) -> str:
-    if key not in _FILES:
-        return f"{key}: got {ours}, the run there has {theirs}"
-    if ours is None or theirs is None:
-        got, there = ("none", "some") if ours is None else ("some", "none")
-        return f"{key}: got {got}, the run there has {there}"
-    return f"{key}: got {_FILES[key]}"
-
-
-def read_config(out: Path) -> Config | None:
-    """The settings of the run that OUT holds; None when it holds none. Raises UsageError."""
-    path = out / CONFIG
+def read_fingerprint(output: Path) -> Fingerprint | None:
+    """The settings of the run in OUT; None if there is no run. Raises UsageError."""
+    path = output / CONFIG
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not JSON ({error}): begin anew with --overwrite") from error
+        raise UsageError(f"{path}: is not JSON ({error}): start over with --overwrite") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: got no object, expected settings: begin anew with --overwrite")
+        raise UsageError(f"{path}: got no object, expected settings: start over with --overwrite")
     return values
 
 
-def write_config(out: Path, config: Config) -> None:
-    """Keep the settings; a run is there from now on."""
-    path = out.absolute() / CONFIG
-    write_json_atomically(path, config)
-    for folder in path.parents[:3]:  # what a loss of power must not undo: a run without settings is lost
+def write_fingerprint(output: Path, fingerprint: Fingerprint) -> None:
+    """Store the settings; from now on OUT holds a run."""
+    path = output.absolute() / CONFIG
+    write_json_atomically(path, fingerprint)
+    for folder in path.parents[:3]:  # a run whose settings a power failure has undone would be lost
         flush_folder(folder)

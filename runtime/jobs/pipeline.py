@@ -1,339 +1,408 @@
-"""Shards and images on their way through the pipeline."""
+"""Images on their way from the source to a committed shard: read, decode, predict, postprocess, encode.
 
-import queue
+Each stage has threads of its own and hands an image on as soon as it is done with it. Which images share a
+batch depends on their order only, never on the timing of threads, so the results have the same bytes for any
+number of threads.
+"""
+
+import json
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from multisa.runtime.errors import BackendError, ImageError, MultisaError
 from multisa.runtime.imaging.decode import DecodedImage
-from multisa.runtime.jobs.encoder import EncodedImage, Encoder
+from multisa.runtime.jobs.shards import check_path_length
 from multisa.runtime.jobs.snapshot import Sample, Shard
 from multisa.runtime.jobs.stages import (
-    ByteSemaphore,
     CircuitBreaker,
     Failure,
     PipelineConfig,
     RunObserver,
     Stage,
+    StopSignal,
+    WeightedSemaphore,
 )
-from multisa.runtime.predict.prediction import Predictor, StageTimer
+from multisa.runtime.predict.prediction import Prediction, Predictor, StageTimer
+from multisa.runtime.progress import log, pluralize
 from multisa.runtime.sources.base import Source
+from multisa.runtime.writers.base import LabelledImage, Writer
+
+_OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait for the disk
+_ON_CPU = ("onnxruntime-cpu", "openvino")  # backends that run on the same cores as the other stages
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """What a shard keeps of a finished image: small, whatever the image's size."""
+
+    index: int
+    record: bytes  # its line of labels.jsonl
+    payloads: tuple[Any, ...]  # one for each writer
 
 
 @dataclass(frozen=True, eq=False)
 class CompletedShard:
-    """A shard whose images are all encoded, or failed, in their order."""
+    """A shard whose images are all encoded or failed, in their order."""
 
     shard: Shard
     images: Sequence[EncodedImage]
     failures: Sequence[Failure]
 
 
-@dataclass(eq=False)
 class ShardState:
-    """A shard under way; its lists have a place for each image."""
+    """A shard in flight, with a slot for each image."""
 
-    shard: Shard
-    commit: Callable[[CompletedShard], None]
-    left: int
-    images: list[EncodedImage | None]
-    failures: list[Failure | None]
-    finished: Future[None] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, shard: Shard, on_complete: Callable[[CompletedShard], None]) -> None:
+        count = len(shard.samples)
+        self.shard = shard
+        self.on_complete = on_complete
+        self.images: list[EncodedImage | None] = [None] * count
+        self.failures: list[Failure | None] = [None] * count
+        self.finished: Future[None] = Future()
+        self._remaining = count
+        self._lock = threading.Lock()
 
+    def count_image(self) -> bool:
+        """Count an image as encoded or failed; returns whether it was the last one."""
+        with self._lock:
+            self._remaining -= 1
+            return self._remaining == 0
 
-@dataclass(frozen=True, eq=False)
-class ImageTask:
-    """An image under way."""
+    def finish(self, error: BaseException | None = None) -> None:
+        """Resolve the future; the first call counts."""
+        with self._lock:
+            if not self.finished.done():
+                if error is None:
+                    self.finished.set_result(None)
+                else:
+                    self.finished.set_exception(error)
 
-    open: ShardState
-    position: int
-    work: Sample
-    decoded: "Future[DecodedImage | StageFailed]" = field(default_factory=Future)  # where it is waited for
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedTask:
-    fed: ImageTask
-    image: DecodedImage
+    def completed(self) -> CompletedShard:
+        """The shard with its images and failures."""
+        images = [image for image in self.images if image is not None]
+        failures = [failure for failure in self.failures if failure is not None]
+        return CompletedShard(self.shard, images, failures)
 
 
 @dataclass(frozen=True, eq=False)
 class StageFailed:
-    """An image's error on its way from a stage to the one that counts."""
+    """The error of an image, and the stage that raised it."""
 
-    kind: str
+    stage: str
     error: MultisaError | MemoryError
 
 
-UInt8 = npt.NDArray[np.uint8]
+@dataclass(eq=False)
+class ImageTask:
+    """An image in flight."""
 
-_OPEN_SHARDS = 3  # one is fed, one ends, one is written; more would only wait for the disk
-_ON_CPU = ("onnxruntime-cpu", "openvino")  # the engines whose work and ours are done by the same cores
-_PATIENCE = 0.2  # seconds between looks at whether a stage has raised
+    state: ShardState
+    position: int  # in its shard
+    sample: Sample
+    decoded: DecodedImage | StageFailed | None = None  # None: not decoded yet
 
 
-class Pipeline:
-    """Does shards; a context manager. `submit` and `wait` raise whatever a stage has raised unexpectedly."""
+Decoded = tuple[ImageTask, DecodedImage]
 
+
+@dataclass(eq=False)
+class Batcher:
+    """Groups decoded images of one size, in the order of the images, whatever order they are decoded in."""
+
+    config: PipelineConfig
+    predict: Callable[[list[Decoded]], None]
+    fail: Callable[[ImageTask, StageFailed], None]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: deque[ImageTask | None] = field(default_factory=deque)  # in order; None: the end of a shard
+    _groups: dict[tuple[int, ...], list[Decoded]] = field(default_factory=dict)  # by shape
+
+    def expect(self, task: ImageTask | None) -> None:
+        """Register the next image; None: the end of a shard, which no batch crosses."""
+        with self._lock:
+            self._waiting.append(task)
+            self._advance()
+
+    def add(self, task: ImageTask, decoded: DecodedImage | StageFailed) -> None:
+        """Add an image that was registered."""
+        with self._lock:
+            task.decoded = decoded
+            self._advance()
+
+    def _advance(self) -> None:
+        """Take the images whose predecessors are all decoded. Called with the lock held."""
+        while self._waiting:
+            task = self._waiting[0]
+            if task is not None and task.decoded is None:
+                return
+            self._waiting.popleft()
+            if task is None:
+                groups, self._groups = self._groups, {}
+                for group in groups.values():
+                    self.predict(group)
+            elif isinstance(task.decoded, StageFailed):
+                self.fail(task, task.decoded)
+            elif task.decoded is not None:
+                self._group((task, task.decoded))
+                task.decoded = None  # the group holds it now
+
+    def _group(self, decoded: Decoded) -> None:
+        shape = decoded[1].rgb.shape
+        group = self._groups.setdefault(shape, [])
+        group.append(decoded)
+        if len(group) >= self.config.batch:
+            self.predict(self._groups.pop(shape))
+        elif sum(map(len, self._groups.values())) >= self.config.look_ahead:
+            # The group whose first image came first has waited longest.
+            self.predict(self._groups.pop(next(iter(self._groups))))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes predictions for the writers of a run; `encode` may be called from several threads at once."""
+
+    output: Path
+    writers: Sequence[Writer]
+
+    def encode(self, sample: Sample, prediction: Prediction) -> EncodedImage:
+        """Encode one prediction for every writer.
+
+        Raises ImageError if a path of the results is too long or a format cannot hold the image.
+        """
+        paths = [path for writer in self.writers for path in writer.results(sample.name)]
+        for path in paths:
+            check_path_length(self.output, path)
+        record = {"index": sample.index, "image": sample.item.id, **prediction.record()}
+        if paths:
+            record["mask"] = paths[0]
+        labelled = LabelledImage(
+            index=sample.index,
+            id=sample.item.id,
+            name=sample.name,
+            mask=prediction.mask,
+            png=prediction.png,
+            confidence=prediction.working_confidence,
+            record=record,
+            probabilities=prediction.probabilities,
+        )
+        payloads = tuple(writer.encode(labelled) for writer in self.writers)
+        return EncodedImage(sample.index, json_line(record), payloads)
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
+    """One line of JSON in UTF-8, keys sorted; the same value gives the same bytes."""
+    return (json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+class Pipeline(AbstractContextManager["Pipeline"]):
+    """Processes shards; a context manager. Whatever a stage raises unexpectedly ends all shards in flight."""
+
+    # more than six parameters: each part is passed in, so that a test can replace any of them
     def __init__(
         self,
         predictor: Predictor,
         source: Source,
         encoder: Encoder,
         *,
-        sizes: PipelineConfig,
+        config: PipelineConfig,
         timer: StageTimer,
-        watcher: RunObserver,
+        observer: RunObserver,
         max_pixels: int,
     ) -> None:
         self._predictor = predictor
         self._source = source
         self._encoder = encoder
-        self._sizes, self._timer, self._watcher = sizes, timer, watcher
+        self._config = config
+        self._timer = timer
+        self._observer = observer
         self._max_pixels = max_pixels
-        self._permits = threading.Semaphore(sizes.max_in_flight)
-        self._open_shards = threading.Semaphore(_OPEN_SHARDS)
-        self._feeding, self._counting = threading.Lock(), threading.Lock()
-        self._error: BaseException | None = None
-        self._stopped = threading.Event()
-        self._raw, self._health = ByteSemaphore(sizes.raw_bytes, self._stopped), CircuitBreaker()
-        self._in_order: queue.SimpleQueue[tuple[ShardState, ImageTask | None] | None]
-        self._in_order = queue.SimpleQueue()
+        self._stop = StopSignal()
+        self._images = WeightedSemaphore(config.max_in_flight, self._stop)
+        self._shards = WeightedSemaphore(_OPEN_SHARDS, self._stop)
+        self._raw_bytes = WeightedSemaphore(config.max_raw_bytes, self._stop)
+        self._breaker = CircuitBreaker()
+        self._submitting = threading.Lock()  # the images of one shard follow each other
+        self._lock = threading.Lock()  # of the next two
         self._in_flight = 0
-        # Where the engines are the processor's own, no other stage can do something meanwhile: an image stays
-        # in its thread, which spares it the way through another queue.
-        self._refine_apart = any(choice.backend.name not in _ON_CPU for choice in predictor.backends)
-        names = ("read", "decode", "infer", "refine", "commit")
+        self._unfinished: set[ShardState] = set()
+        self._stop.add_listener(self._fail_unfinished)
+        # Where a backend shares the cores with the other stages, nothing is gained by handing an image over.
+        self._separate_postprocess = any(choice.backend.name not in _ON_CPU for choice in predictor.backends)
         self._stages = [
-            Stage(name, sizes.threads_of(name), stopped=self._stopped, failed=self._stop, watcher=watcher)
-            for name in names
+            Stage(name, config.threads_of(name), self._stop, observer)
+            for name in ("read", "decode", "predict", "postprocess", "commit")
         ]
-        self._readers, self._decoders, self._backends, self._refiners, self._committer = self._stages
-        self._gatherer = threading.Thread(target=self._gather_or_note, name="gather", daemon=True)
-        self._gatherer.start()
+        self._readers, self._decoders, self._predictors, self._postprocessors, self._committer = self._stages
+        self._batcher = Batcher(config, partial(self._predictors.submit, self._predict), self._fail)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stopped.set()  # what is queued is dropped; what is being done ends
-        self._in_order.put(None)
-        self._gatherer.join()
-        for stage in self._stages:  # in this order none can start work in one that is closed
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()  # drops what is queued; calls that are running end
+        for stage in self._stages:  # in this order, as a stage submits to those that follow it
             stage.close()
+        for state in self._unfinished:
+            state.finished.cancel()
 
-    def submit(self, shard: Shard, commit: Callable[[CompletedShard], None]) -> Future[None]:
-        """Feed the images of a shard as permits come back; `commit` is called in a thread of its own.
+    def submit(self, shard: Shard, on_complete: Callable[[CompletedShard], None]) -> Future[None]:
+        """Feed the images of a shard, as many at a time as may be in flight.
 
-        The future is done when `commit` has returned.
+        `on_complete` is called in the commit thread; the future is done when it has returned, and raises what
+        kept the shard from being done. `submit` raises that too, if it happens before all images are fed.
         """
-        self._take(self._open_shards)
-        count = len(shard.works)
-        open_ = ShardState(shard, commit, count, [None] * count, [None] * count)
-        with self._feeding:
-            for position, work in enumerate(shard.works):
-                self._take(self._permits)
-                self._count_under_way(1)
-                fed = ImageTask(open_, position, work)
-                if self._sizes.batch > 1:
-                    self._in_order.put((open_, fed))
-                self._readers.start(self._read, fed)
-            if self._sizes.batch > 1:
-                self._in_order.put((open_, None))
-            if not count:
-                self._close_shard(open_)
-        return open_.finished
+        self._shards.acquire()
+        state = ShardState(shard, on_complete)
+        with self._lock:
+            self._unfinished.add(state)
+        self._stop.check()
+        with self._submitting:
+            for position, sample in enumerate(shard.samples):
+                self._images.acquire()
+                self._stop.check()
+                self._count_in_flight(1)
+                task = ImageTask(state, position, sample)
+                if self._config.batch > 1:
+                    self._batcher.expect(task)
+                self._readers.submit(self._read, task)
+            if self._config.batch > 1:
+                self._batcher.expect(None)
+            if not shard.samples:
+                self._committer.submit(self._commit, state)
+        return state.finished
 
-    def wait(self, future: Future[None]) -> None:
-        """Wait for a shard. Raises what a stage has raised."""
-        while True:
-            try:
-                return future.result(timeout=_PATIENCE)
-            except TimeoutError:
-                self._raise_error()
+    def _fail_unfinished(self) -> None:
+        with self._lock:
+            unfinished = list(self._unfinished)
+        for state in unfinished:
+            if (error := self._stop.error()) is not None:
+                state.finish(error)
 
-    def _take(self, max_in_flight: threading.Semaphore) -> None:
-        while not max_in_flight.acquire(timeout=_PATIENCE):
-            self._raise_error()
-        self._raise_error()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _stop(self, error: BaseException) -> None:
-        self._error = self._error or error
-        self._stopped.set()
-
-    def _read(self, fed: ImageTask) -> None:
-        data, expected = b"", max(fed.work.item.size, 0)
-        self._raw.take(expected)
+    def _read(self, task: ImageTask) -> None:
+        item = task.sample.item
+        data = b""
+        expected = max(item.size, 0)  # -1 where the source does not know
+        self._raw_bytes.acquire(expected)
         try:
             with self._timer.stage("read"):
-                data = self._source.read(fed.work.item)
+                data = self._source.read(item)
         except ImageError as error:
-            # A disk that is gone must not become a failure of each of a million images.
-            if not self._source.exists(fed.work.item):
+            # A disk that was unplugged must not become a failure of each of a million images.
+            if not self._source.exists(item):
                 raise MultisaError(
-                    f"{self._source.description}: was there, and cannot be reached any more "
-                    f"({fed.work.item.id}: {error}): bring it back, and the same command goes on"
+                    f"{self._source.description}: can no longer be reached ({item.id}: {error}): make it "
+                    "available, then run the same command again to resume"
                 ) from error
-            self._decoded(fed, StageFailed("read", error))
+            self._add_decoded(task, StageFailed("read", error))
             return
         except MemoryError as error:
-            self._decoded(fed, StageFailed("read", error))
+            self._add_decoded(task, StageFailed("read", error))
             return
         finally:
-            self._raw.change(len(data) - expected)
-        if self._sizes.decode_apart:
-            self._decoders.start(self._decode, fed, data)
+            self._raw_bytes.release(expected - len(data))
+        if self._config.separate_decoders:
+            self._decoders.submit(self._decode, task, data)
         else:
-            self._decode(fed, data)
+            self._decode(task, data)
 
-    def _decode(self, fed: ImageTask, data: bytes) -> None:
+    def _decode(self, task: ImageTask, data: bytes) -> None:
+        decoded: DecodedImage | StageFailed
         try:
             with self._timer.stage("decode"):
-                image = self._predictor.decode(data, max_pixels=self._max_pixels)
+                decoded = self._predictor.decode(data, max_pixels=self._max_pixels)
         except (ImageError, MemoryError) as error:
-            self._decoded(fed, StageFailed("decode", error))
-            return
+            decoded = StageFailed("decode", error)
         finally:
-            self._raw.change(-len(data))
-        self._decoded(fed, image)
+            self._raw_bytes.release(len(data))
+        self._add_decoded(task, decoded)
 
-    def _decoded(self, fed: ImageTask, image: DecodedImage | StageFailed) -> None:
-        """Hand an image on: to those that wait for others of its size, or to the engine alone."""
-        if self._sizes.batch > 1:
-            fed.decoded.set_result(image)
-        elif isinstance(image, StageFailed):
-            self._fail(fed, image.kind, image.error)
+    def _add_decoded(self, task: ImageTask, decoded: DecodedImage | StageFailed) -> None:
+        if self._config.batch > 1:
+            self._batcher.add(task, decoded)
+        elif isinstance(decoded, StageFailed):
+            self._fail(task, decoded)
         else:
-            self._backends.start(self._infer, [DecodedTask(fed, image)])
+            self._predictors.submit(self._predict, [(task, decoded)])
 
-    def _gather_or_note(self) -> None:
+    def _predict(self, batch: list[Decoded]) -> None:
         try:
-            self._gather()
-        except BaseException as error:  # noqa: BLE001  # raised in the thread that waits for the shard
-            self._stop(error)
-
-    def _gather(self) -> None:
-        """Put decoded images, in their order, into batches of one size."""
-        groups: dict[tuple[int, ...], list[DecodedTask]] = {}
-        while (entry := self._in_order.get()) is not None:
-            fed = entry[1]
-            if fed is None:  # the end of a shard
-                for group in groups.values():
-                    self._backends.start(self._infer, group)
-                groups = {}
-                continue
-            image = self._result(fed.decoded)
-            if isinstance(image, StageFailed):
-                self._fail(fed, image.kind, image.error)
-            elif image is not None:
-                self._group(groups, DecodedTask(fed, image))
-
-    def _group(self, groups: dict[tuple[int, ...], list[DecodedTask]], ready: DecodedTask) -> None:
-        group = groups.setdefault(ready.image.rgb.shape, [])
-        group.append(ready)
-        full = len(group) >= self._sizes.batch
-        if full or sum(map(len, groups.values())) >= self._sizes.look_ahead:
-            # Of the groups that wait, the one whose first image came first.
-            shape = ready.image.rgb.shape if full else next(iter(groups))
-            self._backends.start(self._infer, groups.pop(shape))
-
-    def _result(self, decoded: "Future[DecodedImage | StageFailed]") -> DecodedImage | StageFailed | None:
-        while not self._stopped.is_set():
-            try:
-                return decoded.result(timeout=_PATIENCE)
-            except TimeoutError:
-                continue
-        return None
-
-    def _infer(self, batch: list[DecodedTask]) -> None:
-        try:
-            results = self._infer_all(batch)
+            raw = self._predict_batch(batch)
         except (MultisaError, MemoryError) as error:
-            if len(batch) == 1:
-                if isinstance(error, BackendError):
-                    self._health.refuses(batch[0].fed.work.item.id, error)
-                self._fail(batch[0].fed, "infer", error)
-            for ready in batch if len(batch) > 1 else ():  # one bad image must not fail its neighbours
-                self._infer([ready])
+            if len(batch) > 1:  # one bad image must not fail its neighbours
+                log.warning(f"a batch of {pluralize(len(batch), 'image')} failed, trying one by one: {error}")
+                for decoded in batch:
+                    self._predict([decoded])
+                return
+            task, _ = batch[0]
+            if isinstance(error, BackendError):
+                self._breaker.failed(task.sample.item.id, error)
+            self._fail(task, StageFailed("predict", error))
             return
-        for ready, result in zip(batch, results, strict=True):
-            if self._refine_apart:
-                self._refiners.start(self._postprocess, ready, result)
+        for (task, image), result in zip(batch, raw, strict=True):
+            if self._separate_postprocess:
+                self._postprocessors.submit(self._postprocess, task, image, result)
             else:
-                self._postprocess(ready, result)
+                self._postprocess(task, image, result)
 
-    def _infer_all(self, batch: list[DecodedTask]) -> Sequence[Any]:
-        images = np.stack([r.image.rgb for r in batch]) if len(batch) > 1 else batch[0].image.rgb[np.newaxis]
-        given = [ready.fed.work.labels for ready in batch]
+    def _predict_batch(self, batch: list[Decoded]) -> Sequence[Any]:
+        rgb = [image.rgb for _, image in batch]
+        images = np.stack(rgb) if len(rgb) > 1 else rgb[0][np.newaxis]
+        labels = [task.sample.labels for task, _ in batch]
         try:
-            results = self._predictor.predict_batch(images, given, self._timer)
-        except BackendError:
-            if len(batch) > 1:  # each is tried alone
+            raw = self._predictor.predict_batch(images, labels, self._timer)
+        except BackendError as error:
+            if len(batch) > 1:  # each image is tried by itself
                 raise
-            results = self._predictor.predict_batch(
-                images, given, self._timer
-            )  # memory may be short for a moment
-        self._health.works()
-        return results
+            # Memory may have been short for a moment.
+            log.warning(f"{batch[0][0].sample.item.id}: trying a second time: {error}")
+            raw = self._predictor.predict_batch(images, labels, self._timer)
+        self._breaker.succeeded()
+        return raw
 
-    def _postprocess(self, ready: DecodedTask, inferred: Any) -> None:
-        fed, stage = ready.fed, "refine"
+    def _postprocess(self, task: ImageTask, image: DecodedImage, raw: Any) -> None:
+        stage = "postprocess"
         try:
-            prediction = self._predictor.postprocess(inferred, ready.image, self._timer)
+            prediction = self._predictor.postprocess(raw, image, self._timer)
             stage = "encode"
             with self._timer.stage("encode"):
-                encoded = self._encoder.encode(fed.work, prediction)
+                encoded = self._encoder.encode(task.sample, prediction)
         except (MultisaError, MemoryError) as error:
-            self._fail(fed, stage, error)
+            self._fail(task, StageFailed(stage, error))
             return
-        fed.open.images[fed.position] = encoded
-        self._watcher.image_done(fed.work)
-        self._count_down(fed.open)
+        task.state.images[task.position] = encoded
+        self._observer.image_done(task.sample)
+        self._end(task)
 
-    def _fail(self, fed: ImageTask, kind: str, error: MultisaError | MemoryError) -> None:
-        short = isinstance(error, MemoryError)
-        reason = f"not enough memory for it{f': {error}' if str(error) else ''}" if short else str(error)
-        failure = Failure(fed.work.index, fed.work.item.id, kind, reason)
-        fed.open.failures[fed.position] = failure
-        self._watcher.image_failed(failure)
-        self._count_down(fed.open)
+    def _fail(self, task: ImageTask, failed: StageFailed) -> None:
+        reason = str(failed.error)
+        if isinstance(failed.error, MemoryError):
+            reason = f"not enough memory for it: {reason}" if reason else "not enough memory for it"
+        failure = Failure(task.sample.index, task.sample.item.id, failed.stage, reason)
+        task.state.failures[task.position] = failure
+        self._observer.image_failed(failure)
+        self._end(task)
 
-    def _count_down(self, open_: ShardState) -> None:
-        self._permits.release()
-        self._count_under_way(-1)
-        with open_.lock:
-            open_.left -= 1
-            last = open_.left == 0
-        if last:
-            self._close_shard(open_)
+    def _end(self, task: ImageTask) -> None:
+        self._images.release()
+        self._count_in_flight(-1)
+        if task.state.count_image():
+            self._committer.submit(self._commit, task.state)
 
-    def _count_under_way(self, change: int) -> None:
-        with self._counting:
+    def _count_in_flight(self, change: int) -> None:
+        with self._lock:
             self._in_flight += change
             count = self._in_flight
-        self._watcher.in_flight(count)
+        self._observer.in_flight(count)
 
-    def _close_shard(self, open_: ShardState) -> None:
-        self._committer.start(self._commit, open_)
-
-    def _commit(self, open_: ShardState) -> None:
-        images = [image for image in open_.images if image is not None]
-        failures = [failure for failure in open_.failures if failure is not None]
+    def _commit(self, state: ShardState) -> None:
         with self._timer.stage("commit"):
-            open_.commit(CompletedShard(open_.shard, images, failures))
-        self._open_shards.release()
-        open_.finished.set_result(None)
+            state.on_complete(state.completed())
+        self._shards.release()
+        with self._lock:
+            self._unfinished.discard(state)
+        state.finish()

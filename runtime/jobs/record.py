@@ -1,6 +1,5 @@
-"""OUT/.multisa/run.json: what the last sitting did, for programs and for people who look later."""
+"""What a run reports: a summary for its caller and for people, and OUT/.multisa/run.json for later."""
 
-import json
 import platform
 import re
 from collections.abc import Mapping
@@ -11,75 +10,87 @@ from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file, write_json_atomically
 from multisa.runtime.jobs.executor import Executor
-from multisa.runtime.jobs.finalize import FAILED_FILE, LABELS_FILE
-from multisa.runtime.jobs.output import REPORT_PAGE, RUN
+from multisa.runtime.jobs.finalize import FAILED_FILE
+from multisa.runtime.jobs.output import RUN
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.stages import Concurrency
 from multisa.runtime.predict.prediction import DECIMALS
+from multisa.runtime.progress import pluralize
+from multisa.runtime.report.pictures import PAGE
 from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
 from multisa.runtime.writers.registry import writer_folder
+
+_CLASSES_SHOWN = 10  # in the summary; the report has all of them
+_SKIPPED_SHOWN = 1000  # skipped entries of the source that the record lists
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Counts of all sittings; seconds of this one."""
+    """What a run has done: in total, and in this session, which is one call of `run` of perhaps many."""
 
-    images: int  # in the inventory
-    done: int  # with a mask
-    failures: int  # tried, and not done
-    done_now: int  # in this sitting
-    seconds: float
-    stage_seconds: Mapping[str, float]  # of this sitting, summed over the threads
-    job: Job
-    width: Concurrency  # of all who did shards
-    skipped: int  # entries of the source that were passed over
-    failure_kinds: Mapping[str, int]  # of this sitting
-    reasons: Mapping[str, int]  # images by reason, of all that have failed
+    images: int  # of the run
+    done: int  # images that have a mask, in total
+    failures: int  # images that were tried and failed, in total
+    done_now: int  # images that got their mask in this session
+    seconds: float  # duration of this session
+    stage_seconds: Mapping[str, float]  # of work by stage, summed over the threads, in this session
+    job: Job  # `job.output` is the folder with the results
+    concurrency: Concurrency  # threads and cores of all worker processes
+    skipped: int  # entries of the source that are not images or cannot be read
+    failure_kinds: Mapping[str, int]  # failures of this session by the kind of Failure
+    reasons: Mapping[str, int]  # failed images by reason, in total
+    images_per_class: Mapping[str, int]  # images that show a class, by foreground class, in total
 
     @property
     def images_per_second(self) -> float:
-        """How many images were done in a second of this sitting."""
+        """Images done per second of this session."""
         return self.done_now / self.seconds if self.seconds else 0.0
 
 
 def describe_summary(summary: RunSummary, *, report_images: int) -> str:
-    """The run in lines of text: what was done, which stage is the limit, what failed, where to look."""
-    job, out = summary.job, summary.job.out
-    looks = [f"{out / writer_folder(writer)}" for writer in job.writers] + [str(out / LABELS_FILE)]
-    if summary.failures:
-        looks.append(f"{out / FAILED_FILE}: the failures (--retry-failed tries them again)")
-    if report_images:
-        looks.append(f"{out / REPORT_PAGE}: the most uncertain first")
+    """The run in lines of text: speed, failures, classes found, and last the one path to open."""
+    job = summary.job
     stages = summary.stage_seconds.items()
-    return describe_run(
-        RunFigures(
-            command=job.command,
-            done=summary.done_now,
-            failed=summary.failures,
-            seconds=summary.seconds,
-            stages=tuple(StageTime(name, busy, summary.width.threads_of(name)) for name, busy in stages),
-            kept=summary.done - summary.done_now,
-            skipped=summary.skipped,
-            cores=summary.width.cores,
-            reasons=summary.reasons,
-            look_at=tuple(looks),
-        )
+    figures = RunFigures(
+        command=job.command,
+        done=summary.done_now,
+        failed=summary.failures,
+        seconds=summary.seconds,
+        stages=tuple(StageTime(name, busy, summary.concurrency.threads_of(name)) for name, busy in stages),
+        kept=summary.done - summary.done_now,
+        skipped=summary.skipped,
+        cores=summary.concurrency.cores,
+        reasons=summary.reasons,
     )
+    lines = [describe_run(figures)]
+    if summary.failures:
+        lines.append(f"failures: {job.output / FAILED_FILE} (--retry-failed tries them again)")
+    lines.append(_describe_classes(summary.images_per_class))
+    folder = "masks" if "masks" in job.writers else writer_folder(job.writers[0])
+    lines.append(f"open {job.output / (PAGE if report_images else folder)}")
+    return "\n".join(lines)
 
 
-_QUERY = re.compile(r"[?#].*", re.DOTALL)
-_USER = re.compile(r"://(?:[^/@:]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@)")
-_PASSED_OVER = 1000  # entries of the source that the record names
+def _describe_classes(images_per_class: Mapping[str, int]) -> str:
+    """In words: "found: dog in 3 images, cat in 1"."""
+    found = sorted(((-count, name) for name, count in images_per_class.items() if count))
+    if not found:
+        return "found: no class in any image"
+    shown = [f"{name} in {pluralize(-count, 'image')}" for count, name in found[:_CLASSES_SHOWN]]
+    if len(found) > _CLASSES_SHOWN:
+        shown.append(f"and {len(found) - _CLASSES_SHOWN} more classes")
+    return f"found: {', '.join(shown)}"
 
 
 def run_record(
     job: Job, bundle: Bundle, summary: RunSummary, snapshot: Snapshot, executor: Executor, started: str
 ) -> dict[str, Any]:
-    """The record of a run that has ended."""
-    identity = executor.identity()
-    versions = {key.removeprefix("version of "): v for key, v in identity.items() if "version of" in key}
-    skipped = snapshot.skipped_entries(_PASSED_OVER)
+    """The record of a finished run, as JSON values."""
+    fingerprint = executor.fingerprint()
+    versions = {key.removeprefix("version of "): v for key, v in fingerprint.items() if "version of" in key}
+    skipped = snapshot.skipped_entries(_SKIPPED_SHOWN)
+    concurrency = summary.concurrency
     return {
         "command": job.command,
         "started": started,
@@ -93,34 +104,30 @@ def run_record(
         "seconds": round(summary.seconds, 3),
         "images_per_second": round(summary.images_per_second, 3),
         "stage_seconds": {name: round(s, DECIMALS) for name, s in sorted(summary.stage_seconds.items())},
-        "workers": summary.width.workers,
-        "stage_workers": {name: summary.width.threads_of(name) for name in sorted(summary.stage_seconds)},
-        "cores": summary.width.cores,
+        "workers": concurrency.workers,
+        "stage_workers": {name: concurrency.threads_of(name) for name in sorted(summary.stage_seconds)},
+        "cores": concurrency.cores,
         "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
         "backends": executor.backends(),
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def without_secrets(source: str) -> str:
-    """A source as it may be kept: of a URL neither query nor user, which hold signatures and keys.
+_QUERY = re.compile(r"[?#].*", re.DOTALL)
+_USER = re.compile(r"://(?:[^/@:]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@)")
 
-    A key may hold slashes: all up to the first @ goes where a colon comes first that begins no port.
+
+def without_secrets(source: str) -> str:
+    """A source as it may be stored: a URL without query and user, which contain signatures and keys.
+
+    A key may contain slashes: if the first colon does not begin a port, everything up to the first @ is
+    removed.
     """
     if "://" not in source:
         return source
     return _USER.sub("://", _QUERY.sub("", source))
 
 
-def read_record(job: Job) -> dict[str, Any]:
-    """What was kept; empty where there is none that can be read."""
-    try:
-        value = json.loads((job.out / RUN).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def write_record(job: Job, record: dict[str, Any]) -> None:
-    """Keep it."""
-    write_json_atomically(job.out / RUN, record)
+    """Store a record."""
+    write_json_atomically(job.output / RUN, record)

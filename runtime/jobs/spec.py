@@ -1,8 +1,9 @@
-"""What a run is, in plain values: the same on every machine that does shards of it."""
+"""What a run does, in plain values that can be sent to any machine that processes shards of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
@@ -21,104 +22,102 @@ from multisa.runtime.system import usable_cpus
 from multisa.runtime.writers.base import Writer, WriterContext
 from multisa.runtime.writers.registry import open_writers
 
-MOST_IN_A_SHARD = 1_000_000
 SHARD_SIZE = 256  # images: seconds of work on a GPU, a minute or two on a laptop
-REMOTE_READERS = 16  # threads: a disk answers at once, a bucket takes its time
+MAX_SHARD_SIZE = 1_000_000
+REMOTE_READERS = 16  # threads: a bucket answers slowly, but many requests at once
+THREADS_PER_CALL = 1  # workers run images in parallel, which is faster than one image on all cores
+
+_LIST_SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
+_LIST_HEAD_BYTES = 1 << 16  # read from a list to see whether it names URLs
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Only shard_size, batch, max_pixels and sinks decide what is written."""
+    """How a run is done. Only shard_size, batch, max_pixels and writers affect the bytes it writes."""
 
     workers: int = field(default_factory=usable_cpus)
-    readers: int | None = None  # None: by where the source is
+    readers: int | None = None  # None: as many as workers, or REMOTE_READERS for remote sources
     batch: int = 1
     shard_size: int = SHARD_SIZE
     max_pixels: int = MAX_PIXELS
     writers: tuple[str, ...] = ("masks",)
-    max_failures: str | None = None  # "3" or "2%"; None: none, judged at the end
+    max_failures: str | None = None  # "3" or "2%"; None: no failure allowed, checked at the end
     retry_failed: bool = False
-    overwrite: bool = False  # remove the results of the run that is there
+    overwrite: bool = False  # remove the results of an existing run and start over
     skip_source_check: bool = False  # resume without listing the source again
-    verify: bool = False  # read every committed file again, and do again what was altered
+    verify: bool = False  # re-hash committed files and redo the shards that changed
     report_images: int = REPORT_IMAGES
-    tell_other_files: bool = True  # say how many files of the source are no images
+    log_other_files: bool = True  # log how many files of the source are not images
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a number that cannot be used."""
+        """Raise UsageError for a number out of range."""
         for name in ("workers", "readers", "batch", "shard_size", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: got {value}, expected at least 1")
-        if self.shard_size > MOST_IN_A_SHARD:
-            raise UsageError(f"shard_size: got {self.shard_size}, expected at most {MOST_IN_A_SHARD}")
+        if self.shard_size > MAX_SHARD_SIZE:
+            raise UsageError(f"shard_size: got {self.shard_size}, expected at most {MAX_SHARD_SIZE}")
 
-    def sizes(self, *, remote: bool) -> PipelineConfig:
-        """Threads of the stages."""
+    def pipeline_config(self, *, remote: bool) -> PipelineConfig:
+        """Number of threads of each stage; remote: whether images come over a network."""
         readers = self.readers or (REMOTE_READERS if remote else self.workers)
-        return PipelineConfig(readers=readers, workers=self.workers, batch=self.batch, decode_apart=remote)
-
-
-_LISTS = (".txt", ".csv", ".jsonl", ".parquet")
-_LOOKED_AT = 1 << 16  # bytes of a list
-THREADS_PER_CALL = 1  # the workers run images side by side, which is faster than one image on all cores
+        return PipelineConfig(
+            readers=readers, workers=self.workers, batch=self.batch, separate_decoders=remote
+        )
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs beside the images of a shard."""
+    """Everything a worker needs besides the images of a shard."""
 
     command: str  # "label" or "segment"
     source: str  # as `open_source` takes it
-    out: Path
+    output: Path
     bundle: Path
-    request: BackendRequest
+    backend: BackendRequest
     writers: tuple[str, ...]
     max_pixels: int
-    sizes: PipelineConfig
+    pipeline: PipelineConfig
     storage_options: str | None = None  # JSON, for sources behind a URL
     image_prefix: str = ""  # where Label Studio finds the images
 
     def open_source(self, classes: Sequence[str] = ()) -> Source:
-        """Open the source; `classes` are needed for its listing alone, to read labels in it."""
+        """Open the source. Only listing it needs `classes`, to check labels that the source contains."""
         return open_source(self.source, classes=classes, storage_options=self.storage_options)
 
     def open_writers(self, bundle: Bundle) -> Sequence[Writer]:
-        """Make the sinks, which write below `out`."""
+        """Create the writers, which write below `output`."""
         digest = sha256_of_file(bundle.path / MANIFEST_NAME)
-        context = WriterContext(self.out, self.command, bundle.manifest, digest)
+        context = WriterContext(self.output, self.command, bundle.manifest, digest)
         return open_writers(self.writers, context, image_prefix=self.image_prefix)
 
     def open_predictor(self, bundle: Bundle) -> Predictor:
         """Open the predictor of `command`; a context manager.
 
-        Raises UsageError where a writer needs class probabilities and the command has none.
+        Raises UsageError if a writer needs class probabilities and the command has none.
         """
         probabilities = any(writer.needs_probabilities for writer in self.open_writers(bundle))
-        backend, precision, cache = self.request.backend, self.request.precision, self.request.engine_cache
+        options: dict[str, Any] = {
+            "backend": self.backend.backend,
+            "precision": self.backend.precision,
+            "engine_cache": self.backend.engine_cache,
+            "threads": THREADS_PER_CALL,
+        }
         if self.command == "label":
-            return PseudoLabeler(
-                bundle,
-                backend=backend,
-                precision=precision,
-                threads=THREADS_PER_CALL,
-                engine_cache=cache,
-                probabilities=probabilities,
-            )
+            return PseudoLabeler(bundle, probabilities=probabilities, **options)
         if probabilities:
             raise UsageError(
                 "segment has no class probabilities, argmax and confidence are in its graph: leave out "
                 "--writer probabilities"
             )
-        return Segmenter(
-            bundle, backend=backend, precision=precision, threads=THREADS_PER_CALL, engine_cache=cache
-        )
+        return Segmenter(bundle, **options)
 
 
+# more than six parameters: the fields of Job
 def make_job(
     command: str,
     source: str,
-    out: Path,
+    output: Path,
     bundle: Path,
     backend: BackendRequest,
     options: RunOptions,
@@ -126,27 +125,27 @@ def make_job(
     storage_options: str | None = None,
     image_prefix: str = "",
 ) -> Job:
-    """A job of the options that decide what is written and how wide the stages are."""
+    """Make a job from the options of a run."""
     return Job(
         command=command,
         source=source,
-        out=out,
+        output=output,
         bundle=bundle,
-        request=backend,
+        backend=backend,
         writers=options.writers,
         max_pixels=options.max_pixels,
-        sizes=options.sizes(remote=_names_urls(source)),
+        pipeline=options.pipeline_config(remote=_is_remote(source)),
         storage_options=storage_options,
         image_prefix=image_prefix,
     )
 
 
-def _names_urls(source: str) -> bool:
-    """Whether images come over a network: a URL, or a list or manifest here that begins with some."""
+def _is_remote(source: str) -> bool:
+    """Whether images come over a network: from a URL, or from a local list that begins with URLs."""
     if "://" in source:
         return not source.startswith(("file://", "local://"))
     path = Path(source)
-    if path.suffix.lower() not in _LISTS or not path.is_file():
+    if path.suffix.lower() not in _LIST_SUFFIXES or not path.is_file():
         return False
     with path.open("rb") as file:
-        return b"://" in file.read(_LOOKED_AT)
+        return b"://" in file.read(_LIST_HEAD_BYTES)

@@ -1,175 +1,219 @@
-"""The stages of the pipeline: how wide they are, their threads, and who is told what happens in them."""
+"""Parts of the pipeline: its configuration, thread pools, limits on what is in flight, a circuit breaker."""
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.jobs.snapshot import Sample
 
+# Consecutive images, each tried twice, that a backend may fail on before it counts as broken.
+MAX_CONSECUTIVE_FAILURES = 8
+
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be done."""
+    """An image that could not be processed."""
 
-    index: int
+    index: int  # position in the run
     image: str  # id
-    kind: str  # the stage: "read", "decode", "infer", "refine" or "encode"; "process" where one was lost
+    kind: str  # the stage ("read", "decode", "predict", "postprocess", "encode"), or "process" if one died
     reason: str
 
 
 class RunObserver(Protocol):
-    """Is told what happens, from any thread."""
+    """Is notified of what happens in a run, from any thread; subclasses ignore what they do not define."""
 
-    def image_done(self, work: Sample) -> None: ...
+    def image_done(self, sample: Sample) -> None:
+        return
 
-    def image_failed(self, failure: Failure) -> None: ...
+    def image_failed(self, failure: Failure) -> None:
+        return
 
-    def stage_busy(self, stage: str, seconds: float) -> None: ...
+    def stage_busy(self, stage: str, seconds: float) -> None:
+        return
 
-    def queue_depth(self, stage: str, images: int) -> None: ...
+    def queue_depth(self, stage: str, images: int) -> None:
+        return
 
-    def in_flight(self, images: int) -> None: ...
+    def in_flight(self, images: int) -> None:
+        return
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How wide each stage is; nothing here but `batch` can change a byte."""
+    """Threads and limits of the stages. Only `batch` and `look_ahead` can change a byte of the results."""
 
     readers: int
-    workers: int  # threads of each of decode, infer and refine
-    batch: int = 1  # images of one size that an engine gets at once
+    workers: int  # threads of each of decode, predict and postprocess
+    batch: int = 1  # images of one size that a backend gets at once
     look_ahead: int = 64  # images that may wait for others of their size
-    decode_apart: bool = True  # in threads of its own; else in those that read, which a disk does not stop
-    raw_bytes: int = 256 << 20  # of files that were read and are not decoded yet
+    separate_decoders: bool = True  # False: the readers decode too, since a disk hardly keeps them waiting
+    max_raw_bytes: int = 256 << 20  # of files that are read and not yet decoded
 
     def threads_of(self, stage: str) -> int:
-        """How many threads a stage has, or the one that a name of the clock is a part of."""
-        decoders = self.workers if self.decode_apart else self.readers
+        """Number of threads of a stage, or of the stage that a name of the timer belongs to."""
+        decoders = self.workers if self.separate_decoders else self.readers
         return {"read": self.readers, "decode": decoders, "commit": 1}.get(stage, self.workers)
 
     @property
     def max_in_flight(self) -> int:
-        """Images under way at once."""
+        """Images between source and commit, at most."""
         waiting = self.look_ahead if self.batch > 1 else 0
         return waiting + self.readers + 6 * self.workers * self.batch
 
 
 @dataclass(frozen=True)
 class Concurrency:
-    """How wide the stages of all who do shards are together, and the cores of their machines."""
+    """Threads of all workers together, and the cores of their machines."""
 
-    members: tuple[PipelineConfig, ...]
+    pipelines: tuple[PipelineConfig, ...]  # one for each worker process
     cores: int
 
     def threads_of(self, stage: str) -> int:
-        """As of Sizes, added up."""
-        return sum(sizes.threads_of(stage) for sizes in self.members)
+        """Threads of a stage, summed over the worker processes."""
+        return sum(pipeline.threads_of(stage) for pipeline in self.pipelines)
 
     @property
     def workers(self) -> int:
-        """As of Sizes, added up."""
-        return sum(sizes.workers for sizes in self.members)
+        """Worker threads, summed over the worker processes."""
+        return sum(pipeline.workers for pipeline in self.pipelines)
+
+
+class StopSignal:
+    """Tells every thread of a pipeline to stop, and wakes those that wait.
+
+    The first error is kept; each thread that reports it raises a copy of its own, since one exception object
+    must not be raised in several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._is_set = False
+        self._listeners: list[Callable[[], None]] = []
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Call `listener` once, as soon as the signal is set."""
+        self._listeners.append(listener)
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        return self._is_set
+
+    def set(self, error: BaseException | None = None) -> None:
+        """Stop; error: what a stage raised, None for a regular end."""
+        with self._lock:
+            self._error = self._error or error
+            first, self._is_set = not self._is_set, True
+        for listener in self._listeners if first else ():
+            listener()
+
+    def error(self) -> BaseException | None:
+        """A new copy of the error, with the original as its cause; None if there is none."""
+        if self._error is None:
+            return None
+        try:
+            error = copy(self._error)
+        except Exception:  # noqa: BLE001  # of a class whose arguments are not those of its instances
+            error = RuntimeError(f"{type(self._error).__name__}: {self._error}")
+        error.__cause__ = self._error
+        return error
+
+    def check(self) -> None:
+        """Raise the error, or RuntimeError if the pipeline was closed."""
+        if (error := self.error()) is not None:
+            raise error
+        if self._is_set:
+            raise RuntimeError("the pipeline is closed")
+
+
+class WeightedSemaphore:
+    """Bounds the sum of the weights in use. An item heavier than the limit is admitted when it is alone."""
+
+    def __init__(self, limit: int, stop: StopSignal) -> None:
+        self._limit = limit
+        self._stop = stop
+        self._used = 0
+        self._changed = threading.Condition()
+        stop.add_listener(lambda: self.release(0))  # wakes those that wait
+
+    def acquire(self, weight: int = 1) -> None:
+        """Wait until `weight` fits, or until the pipeline stops."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._used or self._used + weight <= self._limit or self._stop.is_set()
+            )
+            self._used += weight
+
+    def release(self, weight: int = 1) -> None:
+        """Give back; a negative weight takes more without waiting."""
+        with self._changed:
+            self._used -= weight
+            self._changed.notify_all()
 
 
 class Stage:
-    """The threads of one stage, and how many images wait for them."""
+    """The thread pool of one stage, and the number of images that wait for it."""
 
-    def __init__(
-        self,
-        name: str,
-        threads: int,
-        *,
-        stopped: threading.Event,
-        failed: Callable[[BaseException], None],
-        watcher: RunObserver,
-    ) -> None:
-        """Drop what is queued once `stopped` is set; tell `failed` what the work has raised."""
-        self._name, self._stopped, self._failed, self._watcher = name, stopped, failed, watcher
+    def __init__(self, name: str, threads: int, stop: StopSignal, observer: RunObserver) -> None:
+        self._name = name
+        self._stop = stop
+        self._observer = observer
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"multisa-{name}")
         self._waiting = 0
         self._lock = threading.Lock()
 
-    def start(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Queue some work."""
+    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Queue a call. What it raises stops the pipeline; once that is stopped, queued calls are dropped."""
         self._count(1)
-        self._pool.submit(self._unless_stopped, work, *arguments).add_done_callback(self._note)
+        self._pool.submit(self._run, function, *arguments)
 
     def close(self) -> None:
-        """Wait for what is being done; what waits is dropped."""
+        """Wait for the calls that are running and drop those that are queued."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _unless_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
-        self._count(-1)
-        if not self._stopped.is_set():
-            work(*arguments)
+    def _run(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._count(-1)
+            if not self._stop.is_set():
+                function(*arguments)
+        except BaseException as error:  # noqa: BLE001  # raised again in the thread that waits for the shard
+            self._stop.set(error)
 
     def _count(self, change: int) -> None:
         with self._lock:
             self._waiting += change
             waiting = self._waiting
-        self._watcher.queue_depth(self._name, waiting)
-
-    def _note(self, future: "Future[None]") -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            self._failed(error)
-
-
-# Images in a row that an engine refuses, each of them twice, until it is taken for broken.
-MAX_REFUSED = 8
-_PATIENCE = 0.2  # seconds between looks at whether the run was stopped
-
-
-class ByteSemaphore:
-    """Bounds the bytes of files that were read and are not decoded yet; for several threads.
-
-    Whoever decodes needs nothing of it, so what is held is always given back.
-    """
-
-    def __init__(self, most: int, stopped: threading.Event) -> None:
-        self._most, self._stopped = most, stopped
-        self._held = 0
-        self._changed = threading.Condition()
-
-    def take(self, size: int) -> None:
-        """Wait for room, or for the end of the run; what is larger than all there is goes alone."""
-        with self._changed:
-            while self._held and self._held + size > self._most and not self._stopped.is_set():
-                self._changed.wait(_PATIENCE)
-            self._held += size
-
-    def change(self, difference: int) -> None:
-        """Give back (below 0), or note that a file was larger than its source has said."""
-        with self._changed:
-            self._held += difference
-            self._changed.notify_all()
+        self._observer.queue_depth(self._name, waiting)
 
 
 class CircuitBreaker:
-    """Tells images that an engine cannot take from an engine that cannot be used any more."""
+    """Distinguishes images that a backend cannot process from a backend that no longer works."""
 
     def __init__(self) -> None:
-        self._refused = 0
+        self._failures = 0  # consecutive
         self._lock = threading.Lock()
 
-    def works(self) -> None:
-        """Note that an image has passed."""
+    def succeeded(self) -> None:
+        """Count an image that was processed."""
         with self._lock:
-            self._refused = 0
+            self._failures = 0
 
-    def refuses(self, image: str, error: BackendError) -> None:
-        """Note that an image was refused twice. Raises BackendUnavailable where that is not due to images.
+    def failed(self, image: str, error: BackendError) -> None:
+        """Count an image that failed twice. Raises BackendUnavailable if too many failed in a row.
 
-        A device that is lost refuses all that is left, which must not become a failure of each image.
+        A lost device fails on every remaining image, and that must not become one failure per image.
         """
         with self._lock:
-            self._refused += 1
-            broken = self._refused >= MAX_REFUSED
+            self._failures += 1
+            broken = self._failures >= MAX_CONSECUTIVE_FAILURES
         if broken:
             raise BackendUnavailable(
-                f"{error} ({image}, and the {MAX_REFUSED - 1} images tried before it)",
-                remedy="see to the device and its memory, or take another --backend: the same command goes on",
+                f"{error} ({image}, and the {MAX_CONSECUTIVE_FAILURES - 1} images tried before it)",
+                remedy="check the device and its memory, or choose another --backend, then run the same "
+                "command again to resume",
             ) from error

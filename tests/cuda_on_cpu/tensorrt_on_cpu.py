@@ -36,7 +36,7 @@ from multisa.runtime.backends.tensorrt_engine import TensorRTBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.gpu.pipeline import GpuPipeline
-from multisa.runtime.jobs.executor import LocalExecutor
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.run import run as run_job
 from multisa.runtime.jobs.spec import RunOptions, make_job
 from multisa.runtime.predict import pseudo_labeler as label

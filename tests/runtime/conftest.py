@@ -26,10 +26,10 @@ from multisa.runtime.writers.base import LabelledImage, WriterContext
 from multisa.runtime.writers.registry import open_writers
 
 TESTS = Path(__file__).resolve().parents[1]
-# For the engines that run on a device which is the CPU; for runs on several processes; for bulk_runs.py.
-sys.path[:0] = [str(TESTS / "cuda_on_cpu"), str(TESTS / "crews"), str(TESTS / "runtime")]
+# For the engines that run on a device which is the CPU; for runs on several processes; for job_runs.py.
+sys.path[:0] = [str(TESTS / "cuda_on_cpu"), str(TESTS / "executors"), str(TESTS / "runtime")]
 
-from bulk_runs import write_noise  # noqa: E402
+from job_runs import write_noise  # noqa: E402
 
 CLASSES = ("background", "red thing", "green")
 OFFSETS = 34

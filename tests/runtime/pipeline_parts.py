@@ -1,7 +1,6 @@
-"""A source, a method and a watcher for the tests of the pipeline, and the pipeline between them."""
+"""A source, a predictor and an observer for the tests of the pipeline, and the pipeline between them."""
 
 import io
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from PIL import Image
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
-from multisa.runtime.jobs.encoder import Encoder
-from multisa.runtime.jobs.pipeline import CompletedShard, Pipeline
+from multisa.runtime.imaging.decode import DecodedImage, decode_working_image
+from multisa.runtime.jobs.pipeline import CompletedShard, Encoder, Pipeline
 from multisa.runtime.jobs.snapshot import Sample, Shard
 from multisa.runtime.jobs.stages import Failure, PipelineConfig
 from multisa.runtime.predict.prediction import Labels, Prediction, StageTimer
@@ -23,6 +22,7 @@ from multisa.runtime.writers.base import WriterContext
 from multisa.runtime.writers.registry import open_writers
 
 SHAPES = ((80, 80), (64, 80), (80, 64), (70, 70))  # none of them is resized
+LONG_SIDE = 80
 SOON = 20.0  # seconds; what hangs would take for ever
 
 
@@ -58,26 +58,37 @@ class Predictor:
     """Labels 1 where grey is odd; remembers its batches; some images, or all with one, are refused."""
 
     refused: frozenset[int] = frozenset()
-    infer_error: Exception | None = None
-    refine_error: Exception | None = None
+    predict_error: Exception | None = None
+    postprocess_error: Exception | None = None
     command: str = "segment"
     backends: tuple[Any, ...] = ()
     batches: list[list[int]] = field(default_factory=list)
+    manifest: Manifest | None = None  # set by `pipeline_of`
+
+    def decode(self, data: bytes, *, max_pixels: int) -> DecodedImage:
+        return decode_working_image(data, max_pixels=max_pixels, long_side=LONG_SIDE)
 
     def predict_batch(
-        self, images: np.ndarray, given: Sequence[Labels | None], timer: StageTimer
+        self, images: np.ndarray, labels: Sequence[Labels | None], timer: StageTimer
     ) -> Sequence[Any]:
         greys = images[:, 0, 0, 0].tolist()
         self.batches.append(greys)
         if self.refused.intersection(greys):
-            raise self.infer_error or BackendError(f"cannot be run on {greys}")
+            raise self.predict_error or BackendError(f"cannot be run on {greys}")
         return greys
 
-    def postprocess(self, inferred: int, image: np.ndarray, timer: StageTimer) -> Prediction:
-        if self.refine_error:
-            raise self.refine_error
-        mask = np.full(image.shape[:2], inferred % 2, np.uint8)
-        return Prediction(mask, np.full_like(mask, inferred), ("red thing",) if inferred % 2 else ())
+    def postprocess(self, raw: int, image: DecodedImage, timer: StageTimer) -> Prediction:
+        if self.postprocess_error:
+            raise self.postprocess_error
+        assert self.manifest is not None
+        mask = np.full(image.rgb.shape[:2], raw % 2, np.uint8)
+        return Prediction(
+            working_mask=mask,
+            working_confidence=np.full_like(mask, raw),
+            size=image.size,
+            classes=("red thing",) if raw % 2 else (),
+            manifest=self.manifest,
+        )
 
 
 class RunObserver:
@@ -86,10 +97,10 @@ class RunObserver:
     def __init__(self) -> None:
         self.done: list[int] = []
         self.failed: list[Failure] = []
-        self.most = 0  # images under way at once
+        self.most = 0  # images in flight at once
 
-    def image_done(self, work: Sample) -> None:
-        self.done.append(work.index)
+    def image_done(self, sample: Sample) -> None:
+        self.done.append(sample.index)
 
     def image_failed(self, failure: Failure) -> None:
         self.failed.append(failure)
@@ -111,39 +122,33 @@ def shard_of(number: int, indices: Sequence[int]) -> Shard:
 
 @contextmanager
 def pipeline_of(
-    out: Path,
+    output: Path,
     manifest: Manifest,
     source: Any,
-    method: Any,
-    watcher: Any = None,
-    sizes: PipelineConfig | None = None,
+    predictor: Any,
+    observer: Any = None,
+    config: PipelineConfig | None = None,
 ) -> Iterator[Pipeline]:
-    writers = open_writers(("masks",), WriterContext(out, "segment", manifest, "0" * 64))
+    predictor.manifest = manifest
+    writers = open_writers(("masks",), WriterContext(output, "segment", manifest, "0" * 64))
     with Pipeline(
-        method,
+        predictor,
         source,
-        Encoder(out, manifest, writers),
-        sizes=sizes or PipelineConfig(readers=2, workers=2),
+        Encoder(output, writers),
+        config=config or PipelineConfig(readers=2, workers=2),
         timer=StageTimer(),
-        watcher=watcher or RunObserver(),
+        observer=observer or RunObserver(),
         max_pixels=10**6,
-        long_side=80,
     ) as pipeline:
         yield pipeline
 
 
-def do(pipeline: Pipeline, shards: Sequence[Shard]) -> list[CompletedShard]:
+def run_shards(pipeline: Pipeline, shards: Sequence[Shard]) -> list[CompletedShard]:
     """All of them; raises where they are not done soon."""
     done: list[CompletedShard] = []
     futures = [pipeline.submit(shard, done.append) for shard in shards]
-    end = time.monotonic() + SOON
     for future in futures:
-        while not future.done():
-            assert time.monotonic() < end, "hangs"
-            try:
-                future.result(timeout=0.05)
-            except TimeoutError:
-                pipeline._raise_error()
+        future.result(timeout=SOON)
     return done
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bulk_runs import public_bytes, run_label, run_segment
+from job_runs import public_bytes, run_label, run_segment
 
 from multisa.runtime.backends import registry
 from multisa.runtime.backends import tensorrt as tensorrt_module

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bulk_runs import public_bytes, records, run_label, run_segment
 from click.testing import CliRunner
+from job_runs import public_bytes, records, run_label, run_segment
 from onnx import TensorProto, helper
 
 from multisa.export.parity import Compared, measure_parity

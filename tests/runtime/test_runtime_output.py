@@ -5,11 +5,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from bulk_runs import run_label, run_segment
+from job_runs import run_label, run_segment
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, UsageError
-from multisa.runtime.jobs.output import check_places
+from multisa.runtime.jobs.output import check_output
 from multisa.runtime.jobs.record import RunSummary
 
 Run = Callable[..., RunSummary]
@@ -86,7 +86,7 @@ def test_images_reached_through_links_are_kept(photos: Path, bundle: Bundle, tmp
     inner = tmp_path / "inner/masks/deep"
     inner.parent.mkdir(parents=True)
     inner.symlink_to(photos / "deep", target_is_directory=True)
-    with pytest.raises(MultisaError, match=r"masks/deep: is reached through a link to .*remove the link"):
+    with pytest.raises(MultisaError, match=r"masks/deep: is a link to .*remove the link"):
         run_segment(photos, tmp_path / "inner", bundle, overwrite=True)
     assert contents(photos) == before
 
@@ -126,7 +126,7 @@ def test_patterns_that_reach_the_results(
     for folder in ("out/masks/deep", "out/shards", "x[1]"):
         Path(folder).mkdir(parents=True)
     with pytest.raises(UsageError, match=said) if said else nullcontext():
-        check_places(pattern, Path(out), ["masks", "shards"])
+        check_output(pattern, Path(out), ["masks", "shards"])
 
 
 @pytest.mark.parametrize("name", ["out/masks/b.png", "photos/../out/masks/deep/d.png", "linked/b.png"])

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bulk_runs import run_label, run_segment
+from job_runs import run_label, run_segment
 
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.imaging.decode import read_mask

@@ -1,10 +1,7 @@
-"""Several processes of this machine: with NVIDIA GPUs each has one, without them they share the cores.
+"""Several processes on this machine: each has a GPU if there are NVIDIA GPUs, else they share the cores.
 
-with ProcessExecutor(job, watch, processes=4) as crew:
-    crew.do(shards, committed)
-
-Processes are spawned, never forked: neither CUDA nor threads live through a fork. A script that starts a run
-on several needs `if __name__ == "__main__":`, as each of them imports it.
+Processes are spawned, never forked: neither CUDA nor threads survive a fork. Each of them imports the script
+that started the run, so such a script needs `if __name__ == "__main__":`.
 """
 
 import contextlib
@@ -22,105 +19,106 @@ from types import TracebackType
 from typing import Any
 
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerDied, WorkerHandle
-from multisa.runtime.jobs.executors.worker import UNDER_WAY, RemoteError, ShardTask, ShardWorker
+from multisa.runtime.jobs.executors.remote import Message, RemoteExecutor, WorkerDied, WorkerHandle
+from multisa.runtime.jobs.executors.worker import SHARDS_IN_FLIGHT, RemoteError, ShardTask, ShardWorker
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import Job
 
-_PATIENCE = 10.0  # seconds for a process to close what it has open
+_CLOSE_SECONDS = 10.0  # for a process to close what it has open, before it is killed
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-_Pipe = connection.Connection
 
 
 @dataclass(eq=False, kw_only=True)
-class _Member(WorkerHandle):
+class _ProcessHandle(WorkerHandle):
     index: int
     process: SpawnProcess
-    pipe: _Pipe
+    pipe: connection.Connection
 
 
-class ProcessExecutor(RemoteExecutor[_Member]):
-    """So many processes; one that dies is started again."""
+class ProcessExecutor(RemoteExecutor[_ProcessHandle]):
+    """An Executor of so many processes; one that dies is started again."""
 
-    _advice = "if the memory is full, take fewer --num-processes, and the same command goes on"
+    _advice = "if memory is short, use fewer --num-processes, then run the same command again to resume"
 
-    def __init__(self, job: Job, watch: RunMonitor, processes: int) -> None:
-        super().__init__(job, watch)
-        workers = max(1, job.sizes.workers // processes)
-        self._share = replace(job, sizes=replace(job.sizes, workers=workers))
+    def __init__(self, job: Job, monitor: RunMonitor, processes: int) -> None:
+        super().__init__(job, monitor)
+        workers = max(1, job.pipeline.workers // processes)
+        self._worker_job = replace(job, pipeline=replace(job.pipeline, workers=workers))
         self._count_of_processes = processes
         self._gpus: list[str] = []
-        self._processes: dict[int, _Member] = {}
+        self._processes: dict[int, _ProcessHandle] = {}
 
     def _open(self) -> None:
         self._gpus = visible_gpus()
         for index in range(self._count_of_processes):
             self._processes[index] = self._start(index)
-        while not all(member.ready for member in self._processes.values()):
-            self._take_answers()
+        while not all(worker.is_ready for worker in self._processes.values()):
+            self._handle_messages()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for member in self._processes.values():
+        for worker in self._processes.values():
             if error is None:
                 with contextlib.suppress(OSError):
-                    member.pipe.send(None)
-            else:  # nothing that is cut off is lost
-                member.process.kill()
-        for member in self._processes.values():
-            member.process.join(_PATIENCE)
-            _bury(member)
+                    worker.pipe.send(None)
+            else:  # a shard that is cut off is not committed, so nothing is lost
+                worker.process.kill()
+        for worker in self._processes.values():
+            worker.process.join(_CLOSE_SECONDS)
+            _end(worker)
         self._processes = {}
 
-    def _members(self) -> Collection[_Member]:
+    def _workers(self) -> Collection[_ProcessHandle]:
         return self._processes.values()
 
-    def _give(self, member: _Member, order: ShardTask) -> None:
-        with contextlib.suppress(OSError):  # it has died, which is read from the pipe next
-            member.pipe.send(order)
+    def _send(self, worker: _ProcessHandle, task: ShardTask) -> None:
+        with contextlib.suppress(OSError):  # it has died, and its pipe tells so next
+            worker.pipe.send(task)
 
-    def _drop(self, member: _Member) -> None:
-        _bury(self._processes.pop(member.index))
+    def _drop(self, worker: _ProcessHandle) -> None:
+        _end(self._processes.pop(worker.index))
 
-    def _answers(self) -> Iterator[tuple[_Member, Answer]]:
-        members = {member.pipe: member for member in self._processes.values()}
-        for pipe in connection.wait(list(members)):
-            member = members[pipe]  # type: ignore[index]  # sockets and numbers could be waited for, too
+    def _receive(self) -> Iterator[tuple[_ProcessHandle, Message]]:
+        by_pipe = {worker.pipe: worker for worker in self._processes.values()}
+        for pipe in connection.wait(list(by_pipe)):
+            worker = by_pipe[pipe]  # type: ignore[index]  # wait also takes sockets and numbers
             try:
-                answer: Answer = member.pipe.recv()
+                message: Message = worker.pipe.recv()
             except (EOFError, OSError):
-                _bury(member)
-                self._processes[member.index] = self._start(member.index)
-                answer = WorkerDied(_how_it_ended(member.process.exitcode))
-            yield member, answer
+                _end(worker)
+                self._processes[worker.index] = self._start(worker.index)
+                message = WorkerDied(_describe_exit(worker.process.exitcode))
+            yield worker, message
 
-    def _start(self, index: int) -> _Member:
+    def _start(self, index: int) -> _ProcessHandle:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         gpu = self._gpus[index % len(self._gpus)] if self._gpus else None
         process = context.Process(
-            target=_work, args=(self._share, theirs, gpu), name=f"multisa-{index + 1}", daemon=True
+            target=_work,
+            args=(self._worker_job, theirs, gpu),
+            name=f"multisa-{index + 1}",
+            daemon=True,
         )
-        with _signals_held_back():
+        with _signals_blocked():
             process.start()
         theirs.close()
-        return _Member(f"process {index + 1}", index=index, process=process, pipe=ours)
+        return _ProcessHandle(f"process {index + 1}", index=index, process=process, pipe=ours)
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is to be for each GPU that this process sees."""
+    """The value of CUDA_VISIBLE_DEVICES for each GPU that this process sees."""
     count = len(probe_gpus().gpus)
-    asked = os.environ.get(_VISIBLE, "")
-    names = asked.split(",") if asked else list(map(str, range(count)))
+    visible = os.environ.get(_VISIBLE, "")
+    names = visible.split(",") if visible else list(map(str, range(count)))
     return names[:count]
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Ctrl-C goes to all processes of a terminal; one that is started here does not hear of it."""
-    resource_tracker.ensure_running()  # it lets these signals through again when it starts
+def _signals_blocked() -> Iterator[None]:
+    """Start a process with blocked signals, as Ctrl-C is sent to all processes of a terminal."""
+    resource_tracker.ensure_running()  # it unblocks these signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -128,48 +126,48 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _how_it_ended(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None or code >= 0:
-        return f"it ended with exit code {code}"
+        return f"exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-    why = ", as when memory is short" if -code == signal.SIGKILL else ""
-    return f"it was ended by signal {-code}, {name}{why}"
+    hint = ", as the system does when memory is short" if -code == signal.SIGKILL else ""
+    return f"killed by signal {-code}, {name}{hint}"
 
 
-def _bury(member: _Member) -> None:
-    """End a process for good."""
-    member.pipe.close()
-    member.process.kill()
-    member.process.join()
+def _end(worker: _ProcessHandle) -> None:
+    """Kill a process, if it still runs, and release what belongs to it."""
+    worker.pipe.close()
+    worker.process.kill()
+    worker.process.join()
 
 
-def _work(job: Job, pipe: _Pipe, gpu: str | None) -> None:
-    """What a started process does, until it is told to end or the one that leads is gone."""
+def _work(job: Job, pipe: connection.Connection, gpu: str | None) -> None:
+    """The main function of a worker process: serve until the coordinator says so, or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if gpu is not None:
-        os.environ[_VISIBLE] = gpu  # before anything of CUDA is loaded
-    orders: queue.SimpleQueue[ShardTask | None] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(pipe, orders), daemon=True).start()
+        os.environ[_VISIBLE] = gpu  # of this process alone, before it loads anything of CUDA
+    tasks: queue.SimpleQueue[ShardTask | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, tasks), daemon=True).start()
     sending = threading.Lock()
 
-    def answer(future: Future[Any]) -> None:
+    def send_result(future: Future[Any]) -> None:
         error = future.exception()
-        with sending, contextlib.suppress(OSError):  # nobody is there, which `_listen` notices
+        with sending, contextlib.suppress(OSError):  # the coordinator is gone, which `_listen` notices
             pipe.send(RemoteError.of(error) if error else future.result())
 
-    hand = ShardWorker(job)
-    with contextlib.closing(hand), ThreadPoolExecutor(UNDER_WAY) as threads:
-        threads.submit(hand.open).add_done_callback(answer)
-        while (order := orders.get()) is not None:
-            threads.submit(hand.do, order).add_done_callback(answer)
+    worker = ShardWorker(job)
+    with contextlib.closing(worker), ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
+        threads.submit(worker.open).add_done_callback(send_result)
+        while (task := tasks.get()) is not None:
+            threads.submit(worker.run, task).add_done_callback(send_result)
 
 
-def _listen(pipe: _Pipe, orders: "queue.SimpleQueue[ShardTask | None]") -> None:
-    """Take orders. Nothing that is cut off is lost, so without anyone to answer to there is no more to do."""
+def _listen(pipe: connection.Connection, tasks: "queue.SimpleQueue[ShardTask | None]") -> None:
+    """Receive tasks. Without a coordinator there is nothing more to do, and nothing committed is lost."""
     try:
-        while (order := pipe.recv()) is not None:
-            orders.put(order)
-        orders.put(None)
+        while (task := pipe.recv()) is not None:
+            tasks.put(task)
+        tasks.put(None)
     except (EOFError, OSError):
         os._exit(1)

@@ -1,10 +1,7 @@
-"""The machines of a Ray cluster: an actor on each GPU, or on each machine where the cluster has none.
+"""The machines of a Ray cluster: an actor on each GPU, or on each machine if the cluster has no GPU.
 
-with RayExecutor(job, watch, "auto") as crew:
-    crew.do(shards, committed)
-
-Machines may leave and join while a run goes on. All of them see the images, the bundle and OUT at the same
-paths, and have the same version of multisa; whoever started the run keeps the journal.
+Machines may leave and join during a run. All of them must see the images, the bundle and OUT at the same
+paths and have the same version of multisa; the machine that started the run keeps the journal.
 """
 
 import logging
@@ -13,6 +10,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +18,8 @@ from typing import Any
 
 from multisa.runtime.errors import BackendUnavailable, MultisaError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerDied, WorkerHandle
-from multisa.runtime.jobs.executors.worker import UNDER_WAY, RemoteError, ShardTask, ShardWorker
+from multisa.runtime.jobs.executors.remote import Message, RemoteExecutor, WorkerDied, WorkerHandle
+from multisa.runtime.jobs.executors.worker import SHARDS_IN_FLIGHT, RemoteError, ShardTask, ShardWorker
 from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.shards import TEMPORARY
@@ -29,176 +27,177 @@ from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.progress import log
 
-LOCAL = "local"  # the address for a cluster of this machine alone, for this run
+LOCAL = "local"  # the address of a cluster of this machine alone, for this run
 
-_LOOK = 2.0  # seconds between looks at which machines there are
-_REST = 5.0  # seconds before an actor is started again where one was lost: is the machine still there?
-_OTHERS = 60.0  # seconds the first waits for the others, to find out at once if they differ
-_NOTICE, _NOBODY = 30.0, 600.0  # seconds without an actor until that is said, and until the run is given up
-_STORE = 100 << 20  # bytes for Ray's objects: results of shards are small
-_SAID = 300  # characters of what Ray says of a loss
-# Ray would send statistics of use, and warn of a variable that it sets for actors without a GPU.
+_POLL_SECONDS = 2.0  # between looks at which machines there are: Ray has no event for that
+_RESTART_SECONDS = 5.0  # before an actor that died is restarted: is its machine still there?
+_JOIN_SECONDS = 60.0  # the first actor waits for the others, to find out at once if they differ
+_NOTICE_SECONDS = 30.0  # without an actor, until that is logged
+_GIVE_UP_SECONDS = 600.0  # without an actor, until the run ends
+_STORE_BYTES = 100 << 20  # for Ray's objects: results of shards are small
+_MAX_REASON = 300  # characters of what Ray says about a death
+# Of the cluster that a run starts: no usage statistics, no warning about a variable of actors without a GPU.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Room for one actor."""
+class _Slot:
+    """Where one actor can run."""
 
     node: str
     host: str
-    position: int  # among those of its node
+    position: int  # among the slots of its node
     cpus: int
     gpus: int
 
 
 @dataclass(eq=False, kw_only=True)
-class _Actor(WorkerHandle):
-    place: _Place
-    handle: Any
-    calls: list[Any] = field(default_factory=list)  # references to answers
+class _ActorHandle(WorkerHandle):
+    slot: _Slot
+    actor: Any
+    calls: list[Any] = field(default_factory=list)  # references to results
     since: float = field(default_factory=time.monotonic)
-    said: bool = False  # that it is waited for
+    is_overdue: bool = False  # logged that it has not joined
 
 
-class RayExecutor(RemoteExecutor[_Actor]):
-    """The actors of a cluster; where one is lost another is started, while the machine is there."""
+class RayExecutor(RemoteExecutor[_ActorHandle]):
+    """An Executor of actors on a cluster; one that dies is started again while its machine is there."""
 
-    def __init__(self, job: Job, watch: RunMonitor, address: str) -> None:
+    def __init__(self, job: Job, monitor: RunMonitor, address: str) -> None:
         """Raises BackendUnavailable without Ray."""
-        super().__init__(_absolute(job), watch)
-        self._address, self._ray = address, _import_ray()
-        self._ours = False  # whether the connection to the cluster is to be closed at the end
-        self._on_gpus = False
-        self._actors: dict[_Place, _Actor] = {}
-        self._not_before: dict[_Place, float] = {}
-        self._left_out: set[_Place] = set()
-        self._looked = 0.0
-        self._shared = ""  # a file below OUT that every machine must see
-        self._nobody_since = time.monotonic()
-        self._nobody_said = False
+        super().__init__(_with_absolute_paths(job), monitor)
+        self._address = address
+        self._ray = _import_ray()
+        self._is_connected_here = False  # and so must be disconnected at the end
+        self._use_gpus = False
+        self._actors: dict[_Slot, _ActorHandle] = {}
+        self._not_before: dict[_Slot, float] = {}  # time of the next start
+        self._dropped: set[_Slot] = set()
+        self._last_poll = 0.0
+        self._shared_file = ""  # below OUT; every machine must see it
+        self._no_actor_since = time.monotonic()
+        self._no_actor_logged = False
 
     def _open(self) -> None:
         self._connect()
-        places = self._places()
-        self._on_gpus = any(place.gpus for place in places)
+        self._use_gpus = any(slot.gpus for slot in self._slots())
         start = time.monotonic()
         while not self._is_complete(time.monotonic() - start):
-            self._take_answers()
+            self._handle_messages()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for actor in self._actors.values():
-            self._ray.kill(actor.handle)  # nothing that is cut off is lost
+        for worker in self._actors.values():
+            self._ray.kill(worker.actor)  # a shard that is cut off is not committed, so nothing is lost
         self._actors = {}
-        if self._ours:
+        if self._is_connected_here:
             self._ray.shutdown()
-            self._ours = False
+            self._is_connected_here = False
 
-    def do(self, shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
-        """See Hands."""
-        self._shared = f"{TEMPORARY}/shared-{secrets.token_hex(8)}"
-        path = self._job.out / self._shared
+    def run(self, shards: Iterator[Shard], on_commit: Callable[[ShardResult], None]) -> None:
+        """See RemoteExecutor."""
+        self._shared_file = f"{TEMPORARY}/shared-{secrets.token_hex(8)}"
+        path = self._job.output / self._shared_file
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(path, b"")
         try:
-            super().do(shards, committed)
+            super().run(shards, on_commit)
         finally:
             path.unlink(missing_ok=True)
 
-    def _members(self) -> Collection[_Actor]:
+    def _workers(self) -> Collection[_ActorHandle]:
         return self._actors.values()
 
-    def _give(self, member: _Actor, order: ShardTask) -> None:
-        member.calls.append(member.handle.do.remote(replace(order, shared=self._shared)))
+    def _send(self, worker: _ActorHandle, task: ShardTask) -> None:
+        worker.calls.append(worker.actor.run.remote(replace(task, shared_file=self._shared_file)))
 
-    def _is_of_member(self, fault: RemoteError) -> bool:
+    def _is_local_problem(self, error: RemoteError) -> bool:
         """One machine may have lost what the others still see: the images, OUT, its disk."""
-        return not fault.trace
+        return error.error is not None
 
-    def _drop(self, member: _Actor) -> None:
-        self._left_out.add(member.place)
-        self._dismiss(member)
+    def _drop(self, worker: _ActorHandle) -> None:
+        self._dropped.add(worker.slot)
+        self._kill(worker)
 
-    def _answers(self) -> Iterator[tuple[_Actor, Answer]]:
-        self._settle()
-        by_call = {call: actor for actor in self._actors.values() for call in actor.calls}
+    def _receive(self) -> Iterator[tuple[_ActorHandle, Message]]:
+        self._update_actors()
+        by_call = {call: worker for worker in self._actors.values() for call in worker.calls}
         if not by_call:
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
             return
-        answered, _ = self._ray.wait(list(by_call), num_returns=1, timeout=_LOOK)
-        for call in answered:
-            actor = by_call[call]
-            actor.calls.remove(call)
+        finished, _ = self._ray.wait(list(by_call), num_returns=1, timeout=_POLL_SECONDS)
+        exceptions = self._ray.exceptions
+        for call in finished:
+            worker = by_call[call]
+            worker.calls.remove(call)
             try:
-                answer: Answer = self._ray.get(call)
-            except (
-                self._ray.exceptions.RayTaskError
-            ):  # an error of ours: the rest says that all is lost there
+                message: Message = self._ray.get(call)
+            except exceptions.RayTaskError:  # of ShardWorker; others mean that the actor died
                 raise
-            except self._ray.exceptions.RayError as error:
-                self._dismiss(actor)
-                self._not_before[actor.place] = time.monotonic() + _REST
-                answer = WorkerDied(_in_short(error))
-            yield actor, answer
+            except exceptions.RayError as error:
+                self._kill(worker)
+                self._not_before[worker.slot] = time.monotonic() + _RESTART_SECONDS
+                message = WorkerDied(_last_line(error))
+            yield worker, message
 
-    def _dismiss(self, actor: _Actor) -> None:
-        """It may still be alive behind a broken network; what it finishes has the same bytes."""
-        self._ray.kill(actor.handle)
-        self._actors.pop(actor.place, None)
+    def _kill(self, worker: _ActorHandle) -> None:
+        """It may still run behind a broken network; what it finishes has the same bytes."""
+        self._ray.kill(worker.actor)
+        self._actors.pop(worker.slot, None)
 
     def _is_complete(self, waited: float) -> bool:
-        ready = [actor.ready for actor in self._actors.values()]
-        return any(ready) and (all(ready) or waited > _OTHERS)
+        ready = [worker.is_ready for worker in self._actors.values()]
+        return any(ready) and (all(ready) or waited > _JOIN_SECONDS)
 
-    def _settle(self) -> None:
-        """Start an actor wherever there is room; now and then, as machines join and leave."""
+    def _update_actors(self) -> None:
+        """Start an actor in every free slot, every few seconds, as machines join and leave."""
         now = time.monotonic()
-        self._check_somebody(now)
-        if now - self._looked < _LOOK:
+        self._check_any_actor(now)
+        if now - self._last_poll < _POLL_SECONDS:
             return
-        self._looked = now
-        for actor in self._actors.values():
-            if not actor.ready and not actor.said and now - actor.since > _NOTICE:
-                actor.said = True
-                log.info(f"{actor.name} has not joined yet: is there room for it? see `ray status`")
-        for place in self._places():
-            taken = place in self._actors or place in self._left_out
-            if not taken and place.gpus == int(self._on_gpus) and self._not_before.get(place, now) <= now:
-                self._actors[place] = self._start(place)
+        self._last_poll = now
+        for worker in self._actors.values():
+            if not worker.is_ready and not worker.is_overdue and now - worker.since > _NOTICE_SECONDS:
+                worker.is_overdue = True
+                log.info(f"{worker.name} has not joined yet: check with `ray status` whether there is room")
+        for slot in self._slots():
+            is_free = slot not in self._actors and slot not in self._dropped
+            if is_free and slot.gpus == int(self._use_gpus) and self._not_before.get(slot, now) <= now:
+                self._actors[slot] = self._start(slot)
 
-    def _check_somebody(self, now: float) -> None:
-        if any(actor.ready for actor in self._actors.values()):
-            self._nobody_since, self._nobody_said = now, False
-        elif now - self._nobody_since > _NOBODY:
+    def _check_any_actor(self, now: float) -> None:
+        if any(worker.is_ready for worker in self._actors.values()):
+            self._no_actor_since = now
+            self._no_actor_logged = False
+        elif now - self._no_actor_since > _GIVE_UP_SECONDS:
             raise MultisaError(
-                f"--ray {self._address}: no machine of the cluster has taken an actor for {_NOBODY:.0f} s: "
-                "see `ray status`; the same command goes on from what is done"
+                f"--ray {self._address}: no machine of the cluster started an actor within "
+                f"{_GIVE_UP_SECONDS:.0f} s: check `ray status`, then run the same command again to resume"
             )
-        elif now - self._nobody_since > _NOTICE and not self._nobody_said:
-            self._nobody_said = True
-            log.info("waiting for the cluster: no machine has room for an actor yet; see `ray status`")
+        elif now - self._no_actor_since > _NOTICE_SECONDS and not self._no_actor_logged:
+            self._no_actor_logged = True
+            log.info("waiting for the cluster: no machine has room for an actor yet, check `ray status`")
 
-    def _start(self, place: _Place) -> _Actor:
+    def _start(self, slot: _Slot) -> _ActorHandle:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        remote = self._ray.remote(ShardWorker).options(
-            num_cpus=min(place.cpus, 1),  # who asks for all of a machine that others use gets none
-            num_gpus=place.gpus,
-            max_concurrency=UNDER_WAY,
-            max_restarts=0,  # lost shards are handed out again, to whoever is there
+        actor_class = self._ray.remote(ShardWorker).options(
+            num_cpus=min(slot.cpus, 1),  # asking for all of a machine that others use, too, would get none
+            num_gpus=slot.gpus,
+            max_concurrency=SHARDS_IN_FLIGHT,
+            max_restarts=0,  # the shards of a dead actor are handed out again, to whoever is there
             max_task_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
         )
-        sizes = replace(self._job.sizes, workers=max(1, place.cpus))
-        handle = remote.remote(replace(self._job, sizes=sizes))
-        name = f"actor {place.position + 1} on {place.host} (node {place.node[:8]})"
-        return _Actor(name, place=place, handle=handle, calls=[handle.open.remote()])
+        pipeline = replace(self._job.pipeline, workers=max(1, slot.cpus))
+        actor = actor_class.remote(replace(self._job, pipeline=pipeline))
+        name = f"actor {slot.position + 1} on {slot.host} (node {slot.node[:8]})"
+        return _ActorHandle(name, slot=slot, actor=actor, calls=[actor.open.remote()])
 
-    def _places(self) -> list[_Place]:
-        """One for each GPU, and one for each machine that has none."""
-        places = []
+    def _slots(self) -> list[_Slot]:
+        """One for each GPU, and one for each machine without a GPU."""
+        slots = []
         for node in self._ray.nodes():
             cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
             if not node["Alive"] or not (cpus or gpus):
@@ -206,42 +205,55 @@ class RayExecutor(RemoteExecutor[_Actor]):
             for position in range(gpus or 1):
                 share = cpus // (gpus or 1)
                 host = node["NodeManagerHostname"]
-                places.append(_Place(node["NodeID"], host, position, share, min(gpus, 1)))
-        return places
+                slots.append(_Slot(node["NodeID"], host, position, share, min(gpus, 1)))
+        return slots
 
     def _connect(self) -> None:
-        if self._ray.is_initialized():  # by the program that this is a part of
+        if self._ray.is_initialized():  # by the program that this run is a part of
             return
-        _check_answers(self._address)
-        local = {"include_dashboard": False, "object_store_memory": _STORE} if self._address == LOCAL else {}
+        _check_reachable(self._address)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._address == LOCAL:
+            options |= {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
-            self._ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **local)
+            with _environment(_QUIET):
+                self._ray.init(address=self._address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _not_reached(self._address, _in_short(error)) from error
-        self._ours = True
+            raise _unreachable(self._address, _last_line(error)) from error
+        self._is_connected_here = True
 
 
-def _check_answers(address: str) -> None:
-    """Ray tries for minutes to reach a machine that is not there."""
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables that are not set, for the processes that are started meanwhile; unset them at the end."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once, as Ray tries for minutes to reach a machine that is not there."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_NOTICE).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_NOTICE_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise _not_reached(address, str(error)) from error
+        raise _unreachable(address, str(error)) from error
 
 
-def _not_reached(address: str, reason: str) -> MultisaError:
+def _unreachable(address: str, reason: str) -> MultisaError:
     return MultisaError(
         f"--ray {address}: cannot be reached ({reason}), expected auto, {LOCAL}, HOST:PORT or "
-        "ray://HOST:PORT of a cluster that runs: ray start --head"
+        "ray://HOST:PORT of a running cluster: start one with `ray start --head`"
     )
 
 
 def _import_ray() -> Any:
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
@@ -250,20 +262,20 @@ def _import_ray() -> Any:
     return ray
 
 
-def _absolute(job: Job) -> Job:
-    """The job as other machines, and other folders of work, understand it."""
+def _with_absolute_paths(job: Job) -> Job:
+    """The job as other machines, whose working directory is another one, understand it."""
     source = job.source if "://" in job.source else str(Path(job.source).absolute())
-    engine_cache = job.request.engine_cache and job.request.engine_cache.absolute()
+    engine_cache = job.backend.engine_cache and job.backend.engine_cache.absolute()
     return replace(
         job,
         source=source,
-        out=job.out.absolute(),
+        output=job.output.absolute(),
         bundle=job.bundle.absolute(),
-        request=replace(job.request, engine_cache=engine_cache),
+        backend=replace(job.backend, engine_cache=engine_cache),
     )
 
 
-def _in_short(error: Exception) -> str:
-    """The last line, where Ray has the cause."""
+def _last_line(error: Exception) -> str:
+    """The last line of the message, where Ray has the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:_SAID] if lines else type(error).__name__
+    return lines[-1][:_MAX_REASON] if lines else type(error).__name__

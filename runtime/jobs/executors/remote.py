@@ -1,4 +1,4 @@
-"""Shards whose doers were lost again and again: done image by image, to find the one that ends processes."""
+"""Coordinator side of a run on several processes: hands shards out and replaces workers that die."""
 
 import secrets
 from abc import ABC, abstractmethod
@@ -10,8 +10,14 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from multisa.runtime.errors import BackendUnavailable, MultisaError, UsageError
-from multisa.runtime.jobs.executor import ShardReport
-from multisa.runtime.jobs.executors.worker import UNDER_WAY, RemoteError, ShardTask, WorkerInfo
+from multisa.runtime.jobs.executors.worker import (
+    SHARDS_IN_FLIGHT,
+    LogMessage,
+    RemoteError,
+    ShardReport,
+    ShardTask,
+    WorkerInfo,
+)
 from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.shards import TEMPORARY, clear_temporary
@@ -21,123 +27,121 @@ from multisa.runtime.jobs.stages import Concurrency, Failure
 from multisa.runtime.predict.prediction import StageTimer
 from multisa.runtime.progress import log, pluralize
 
-MAX_LOSSES_AT_A_SHARD = 3  # until its images are done one by one
-MAX_LOSSES_AT_AN_IMAGE = 2  # that was in hand by itself, until it is a failure
-MAX_FAILURES_OF_A_SHARD = 3  # so found; with more it is not the images
-_REASON = "ends the process that does it, as a decoder that crashes or too little memory do"
+MAX_DEATHS_PER_SHARD = 3  # then its images are processed one at a time
+MAX_DEATHS_PER_IMAGE = 2  # processed by itself; then it is a failure
+MAX_POISON_IMAGES_PER_SHARD = 3  # with more, the images are not the reason
+MAX_DEATHS_PER_WORKER = 3  # in a row, without a shard done: more than chance
+_REASON = "kills the process that decodes or segments it: a crashing decoder, or too little memory"
 
 
 class PoisonImages:
-    """What is known of shards that were in hand where a process was lost."""
+    """Finds the images that kill worker processes, in the shards during which workers died repeatedly."""
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._losses: Counter[int] = Counter()  # by shard
-        self._losses_at: Counter[int] = Counter()  # by position of an image
-        self._failures: dict[int, list[Failure]] = {}  # by shard that is a suspect
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._deaths: Counter[int] = Counter()  # by shard
+        self._deaths_at: Counter[int] = Counter()  # by index of an image
+        self._failures: dict[int, list[Failure]] = {}  # by suspected shard
         self._waiting: deque[Shard] = deque()
-        self.in_hand: dict[int, str] = {}  # the marker of each suspect that is being done
+        self.in_flight: dict[int, str] = {}  # progress file of each suspected shard that is in flight
 
     def __bool__(self) -> bool:
-        """Whether one waits to be done."""
+        """Whether a suspected shard waits."""
         return bool(self._waiting)
 
     def __contains__(self, shard: int) -> bool:
         return shard in self._failures
 
-    def next_order(self) -> ShardTask:
-        """The next one that waits, for a process that has nothing else in hand."""
+    def next_task(self) -> ShardTask:
+        """The next suspected shard, for a worker that has no other shard in flight."""
         shard = self._waiting.popleft()
-        self.in_hand[shard.number] = progress_file = f"{TEMPORARY}/at-{secrets.token_hex(8)}"
+        self.in_flight[shard.number] = progress_file = f"{TEMPORARY}/at-{secrets.token_hex(8)}"
         return ShardTask(shard, progress_file=progress_file, failures=tuple(self._failures[shard.number]))
 
-    def done(self, shard: int) -> None:
-        """Note a shard that is committed."""
-        self.in_hand.pop(shard, None)
+    def shard_done(self, shard: int) -> None:
+        """Note that a shard is committed."""
+        self.in_flight.pop(shard, None)
 
-    def lost(self, shard: Shard, reason: str) -> bool:
-        """Note that a process was lost with a shard in hand; returns whether it explains the loss for now."""
-        progress_file = self.in_hand.pop(shard.number, None)
+    def worker_died(self, shard: Shard, reason: str) -> bool:
+        """Note that a worker died with a shard in flight; returns whether the shard explains it for now."""
+        progress_file = self.in_flight.pop(shard.number, None)
         if progress_file is None:
-            self._losses[shard.number] += 1
-            if self._losses[shard.number] >= MAX_LOSSES_AT_A_SHARD:
+            self._deaths[shard.number] += 1
+            if self._deaths[shard.number] >= MAX_DEATHS_PER_SHARD:
                 self._failures[shard.number] = []
                 self._waiting.append(shard)
-            return self._losses[shard.number] > 1
+            return self._deaths[shard.number] > 1
         self._waiting.append(shard)
         return self._blame(shard, self._read(progress_file), reason)
 
     def append(self, shard: Shard) -> None:
-        """Take back one whose process was left out for another reason."""
-        self.in_hand.pop(shard.number, None)
+        """Take back a suspected shard whose worker was dropped for another reason."""
+        self.in_flight.pop(shard.number, None)
         self._waiting.append(shard)
 
     def _blame(self, shard: Shard, index: int, reason: str) -> bool:
-        found = [work for work in shard.works if work.index == index]
-        self._losses_at[index] += 1
-        few = len(self._failures[shard.number]) < MAX_FAILURES_OF_A_SHARD
-        if not found or not few or self._losses_at[index] < MAX_LOSSES_AT_AN_IMAGE:
+        found = [sample for sample in shard.samples if sample.index == index]
+        self._deaths_at[index] += 1
+        few = len(self._failures[shard.number]) < MAX_POISON_IMAGES_PER_SHARD
+        if not found or not few or self._deaths_at[index] < MAX_DEATHS_PER_IMAGE:
             return False
         image = found[0].item.id
-        log.info(f"{image}: ends whoever does it ({reason}): it is left out")
+        log.info(f"{image}: kills the process that works on it ({reason}), it is left out")
         self._failures[shard.number].append(Failure(index, image, "process", _REASON))
         return True
 
     def _read(self, progress_file: str) -> int:
-        """The position of the image that was in hand; -1 for none."""
-        path = self._out / progress_file
+        """Index of the image that was being processed; -1 for none."""
+        path = self._output / progress_file
         try:
-            return int(path.read_text())
+            return int(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return -1
         finally:
             path.unlink(missing_ok=True)
 
 
-# Losses of one member in a row, with no shard done in between, that cannot be chance any more.
-MAX_LOSSES = 3
-
-
 @dataclass(eq=False)
 class WorkerHandle:
-    """One process of a crew, as the one that leads sees it."""
+    """One worker process, as the coordinator sees it."""
 
     name: str  # for people: "process 2"
-    ready: bool = False
-    shards: dict[int, Shard] = field(default_factory=dict)  # under way, by number
+    is_ready: bool = False
+    shards: dict[int, Shard] = field(default_factory=dict)  # in flight, by number
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """A process that is no more, and what is known of why."""
+    """A worker process is gone; what is known of the reason."""
 
     reason: str
 
 
-Answer = WorkerInfo | ShardReport | RemoteError | WorkerDied
+Message = WorkerInfo | ShardReport | RemoteError | WorkerDied
 AnyHandle = TypeVar("AnyHandle", bound=WorkerHandle)
 
 
 class RemoteExecutor(ABC, Generic[AnyHandle]):
-    """What crews of other processes have in common: a Crew, but for how it begins and ends."""
+    """An Executor of worker processes; subclasses start, reach and stop them."""
 
-    _advice = "the same command goes on from what is done"  # where processes are lost again and again
+    _advice = "run the same command again to resume"  # where workers die again and again
 
-    def __init__(self, job: Job, watch: RunMonitor) -> None:
-        self._job, self._watch = job, watch
-        self._timer = StageTimer(watch.stage_busy)
-        self._first: tuple[str, WorkerInfo] | None = None  # the name of a member, and what all must answer
-        self._ready: dict[str, WorkerInfo] = {}  # by the name of the member
-        self._said: set[str] = set()
+    def __init__(self, job: Job, monitor: RunMonitor) -> None:
+        self._job = job
+        self._monitor = monitor
+        self._timer = StageTimer(monitor.stage_busy)
+        self._first: tuple[str, WorkerInfo] | None = None  # name and info that all others must match
+        self._infos: dict[str, WorkerInfo] = {}  # by the name of the worker
+        self._logged: set[LogMessage] = set()
         self._again: deque[Shard] = deque()
-        self._poison = PoisonImages(job.out)
-        self._doing = False
-        self._losses: Counter[str] = Counter()  # in a row, by the name of the member
-        self._was_lost = False
+        self._poison = PoisonImages(job.output)
+        self._is_running = False
+        self._deaths: Counter[str] = Counter()  # in a row, by the name of the worker
+        self._any_died = False
 
     @abstractmethod
     def _open(self) -> None:
-        """Start all members, and wait until they are ready."""
+        """Start all workers and wait until they are ready."""
 
     @abstractmethod
     def __exit__(
@@ -147,156 +151,158 @@ class RemoteExecutor(ABC, Generic[AnyHandle]):
     def __enter__(self) -> Self:
         try:
             self._open()
-        except BaseException as error:  # what was started by then must not outlive this
+        except BaseException as error:  # stop the workers that were started
             self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
     @abstractmethod
-    def _members(self) -> Collection[AnyHandle]:
-        """All who are there, ready or not."""
+    def _workers(self) -> Collection[AnyHandle]:
+        """All workers, ready or not."""
 
     @abstractmethod
-    def _give(self, member: AnyHandle, order: ShardTask) -> None:
-        """Hand a shard out. A member that is lost is so noticed by `_answers`, and not here."""
+    def _send(self, worker: AnyHandle, task: ShardTask) -> None:
+        """Hand out a shard. Does not raise if the worker has died: `_receive` notices that."""
 
     @abstractmethod
-    def _answers(self) -> Iterable[tuple[AnyHandle, Answer]]:
-        """Wait a while for answers of members; who is Lost is no member any more."""
+    def _receive(self) -> Iterable[tuple[AnyHandle, Message]]:
+        """Wait for messages of workers; one that has died is no longer among `_workers`."""
 
     @abstractmethod
-    def _drop(self, member: AnyHandle) -> None:
-        """Have it, or what was started in its place, be a member no more."""
+    def _drop(self, worker: AnyHandle) -> None:
+        """Remove a worker, or what was started in its place, for good."""
 
-    def _is_of_member(self, fault: RemoteError) -> bool:
-        """Whether others may do what one could not do."""
-        return fault.kind == BackendUnavailable.__name__
+    def _is_local_problem(self, error: RemoteError) -> bool:
+        """Whether other workers may be able to do what one could not do."""
+        return isinstance(error.error, BackendUnavailable)
 
-    def _leave_out(self, member: AnyHandle, error: Exception) -> None:
-        """Go on without a member that cannot be had; raise why where it is the last, or the run begins."""
-        if not self._doing or not any(other.ready for other in self._members() if other is not member):
+    def _leave_out(self, worker: AnyHandle, error: Exception) -> None:
+        """Continue without a worker. Raises `error` if it is the last one, or if the run has not begun."""
+        others = (other for other in self._workers() if other is not worker)
+        if not self._is_running or not any(other.is_ready for other in others):
             raise error
-        log.info(f"{member.name} is left out: {error}")
-        self._drop(member)
+        log.info(f"{worker.name} is left out: {error}")
+        self._drop(worker)
 
-    def identity(self) -> Mapping[str, Any]:
-        """See Crew."""
-        return self._answered().identity
+    def fingerprint(self) -> Mapping[str, Any]:
+        """See Executor."""
+        return self._first_info().fingerprint
 
     def backends(self) -> Mapping[str, Any]:
-        """See Crew."""
-        return self._answered().backends
+        """See Executor."""
+        return self._first_info().backends
 
-    def width(self) -> Concurrency:
-        """See Crew; the cores of a machine count once, however many are on it."""
-        ready = self._ready.values()
-        cores = {one.host: one.cores for one in ready}
-        return Concurrency(tuple(one.sizes for one in ready), sum(cores.values()))
+    def concurrency(self) -> Concurrency:
+        """See Executor; the cores of a machine count once, however many workers it has."""
+        infos = self._infos.values()
+        cores = {info.host: info.cores for info in infos}
+        return Concurrency(tuple(info.pipeline for info in infos), sum(cores.values()))
 
-    def seconds(self) -> Mapping[str, float]:
-        """See Crew."""
+    def stage_seconds(self) -> Mapping[str, float]:
+        """See Executor."""
         return self._timer.seconds()
 
-    def do(self, shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
-        """Hand out all shards; what was lost comes last, as it may be a shard that ends whoever does it.
+    def run(self, shards: Iterator[Shard], on_commit: Callable[[ShardResult], None]) -> None:
+        """Hand out all shards; those whose worker died come last, as they may kill the next one, too.
 
-        `committed` is called in this thread. Raises what was raised where a shard was done, and MultisaError
-        when processes are lost again and again.
+        `on_commit` is called in this thread. Raises what a worker raised, and MultisaError if workers die
+        again and again.
         """
-        self._doing = True
+        self._is_running = True
         while True:
             all_out = self._hand_out(shards)
-            if all_out and not any(member.shards for member in self._members()):
+            if all_out and not any(worker.shards for worker in self._workers()):
                 break
-            self._take_answers(committed)
-        if self._was_lost:
-            clear_temporary(self._job.out)  # of those that were lost
+            self._handle_messages(on_commit)
+        if self._any_died:
+            clear_temporary(self._job.output)  # files of the workers that died
 
     def _hand_out(self, shards: Iterator[Shard]) -> bool:
-        """Give to whoever is free; returns whether one was left with nothing to do."""
-        while free := [m for m in self._members() if m.ready and self._has_room(m)]:
+        """Give shards to all workers that have room; returns whether no shard is left for one of them."""
+        while free := [worker for worker in self._workers() if self._has_room(worker)]:
             shard = next(shards, None) or (self._again.popleft() if self._again else None)
-            member = min(free, key=lambda m: len(m.shards))
+            worker = min(free, key=lambda worker: len(worker.shards))
             if shard is not None:
-                order = ShardTask(shard)
+                task = ShardTask(shard)
             elif not self._poison:
                 return True
-            elif member.shards:  # it would take others with it
+            elif worker.shards:  # a suspected shard would take the others down with it
                 return False
             else:
-                order = self._poison.next_order()
-            member.shards[order.shard.number] = order.shard
-            self._give(member, order)
-        return False  # it may be that nobody is there, and then nothing is known of what is left
+                task = self._poison.next_task()
+            worker.shards[task.shard.number] = task.shard
+            self._send(worker, task)
+        return False  # there may be no worker at all, and then what is left is not known
 
-    def _has_room(self, member: AnyHandle) -> bool:
-        alone = any(number in self._poison.in_hand for number in member.shards)
-        return len(member.shards) < UNDER_WAY and not alone
+    def _has_room(self, worker: AnyHandle) -> bool:
+        is_isolated = any(number in self._poison.in_flight for number in worker.shards)
+        return worker.is_ready and len(worker.shards) < SHARDS_IN_FLIGHT and not is_isolated
 
-    def _take_answers(self, committed: Callable[[ShardResult], None] | None = None) -> None:
-        for member, answer in self._answers():
-            if isinstance(answer, RemoteError):
-                if member.ready and not self._is_of_member(answer):
-                    raise answer.error()
-                for shard in member.shards.values():
+    def _handle_messages(self, on_commit: Callable[[ShardResult], None] | None = None) -> None:
+        for worker, message in self._receive():
+            if isinstance(message, RemoteError):
+                if worker.is_ready and not self._is_local_problem(message):
+                    raise message.exception()
+                for shard in worker.shards.values():
                     (self._poison if shard.number in self._poison else self._again).append(shard)
-                self._leave_out(member, answer.error())
-            elif isinstance(answer, WorkerInfo):
-                self._welcome(member, answer)
-            elif isinstance(answer, WorkerDied):
-                self._lose(member, answer.reason)
-            elif committed is not None:
-                del member.shards[answer.result.shard]
-                self._poison.done(answer.result.shard)
-                self._losses[member.name] = 0
-                self._count(answer)
-                committed(answer.result)
+                self._leave_out(worker, message.exception())
+            elif isinstance(message, WorkerInfo):
+                self._welcome(worker, message)
+            elif isinstance(message, WorkerDied):
+                self._handle_death(worker, message.reason)
+            elif on_commit is not None:
+                del worker.shards[message.result.shard]
+                self._poison.shard_done(message.result.shard)
+                self._deaths[worker.name] = 0
+                self._count(message)
+                on_commit(message.result)
 
-    def _count(self, outcome: ShardReport) -> None:
-        for stage, seconds in outcome.seconds.items():
+    def _count(self, report: ShardReport) -> None:
+        for stage, seconds in report.seconds.items():
             self._timer.add(stage, seconds)
-        for failure in outcome.failures:
-            self._watch.image_failed(failure)
-        self._watch.images_done(outcome.result.images)
+        for message in report.messages:
+            log.log(*message)
+        for failure in report.failures:
+            self._monitor.image_failed(failure)
+        self._monitor.images_done(report.result.images)
 
-    def _welcome(self, member: AnyHandle, ready: WorkerInfo) -> None:
-        """Take a process into the crew, unless it would write other bytes than the others."""
-        name, first = self._first = self._first or (member.name, ready)
-        theirs = {**ready.identity, "SHA-256 of the bundle": ready.bundle}
-        ours = {**first.identity, "SHA-256 of the bundle": first.bundle}
+    def _welcome(self, worker: AnyHandle, info: WorkerInfo) -> None:
+        """Accept a worker, unless it would write other bytes than the others."""
+        name, first = self._first = self._first or (worker.name, info)
+        theirs = {**info.fingerprint, "SHA-256 of the bundle": info.bundle}
+        ours = {**first.fingerprint, "SHA-256 of the bundle": first.bundle}
         if different := [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]:
             listed = "; ".join(f"{key}: {ours.get(key)} and {theirs.get(key)}" for key in different)
-            message = (
-                f"{name} and {member.name} would not write the same bytes ({listed}): install the same "
-                "versions, and name one engine for all (--backend, --precision)"
+            text = (
+                f"{name} and {worker.name} would not write the same bytes ({listed}): install the same "
+                "versions, and choose one backend for all (--backend, --precision)"
             )
-            self._leave_out(member, UsageError(message))
+            self._leave_out(worker, UsageError(text))
             return
-        for line in ready.said:
-            if line not in self._said:
-                log.info(line)
-        self._said.update(ready.said)
-        self._ready[member.name] = ready
-        member.ready = True
+        for message in info.messages:
+            if message not in self._logged:
+                log.log(*message)
+        self._logged.update(info.messages)
+        self._infos[worker.name] = info
+        worker.is_ready = True
 
-    def _lose(self, member: AnyHandle, reason: str) -> None:
-        self._was_lost = True
-        self._losses[member.name] += 1
-        for shard in member.shards.values():
-            if self._poison.lost(shard, reason):
-                self._losses[member.name] = 0  # it is not the member
+    def _handle_death(self, worker: AnyHandle, reason: str) -> None:
+        self._any_died = True
+        self._deaths[worker.name] += 1
+        for shard in worker.shards.values():
+            if self._poison.worker_died(shard, reason):
+                self._deaths[worker.name] = 0  # the shard is the reason, not the worker
             if shard.number not in self._poison:
                 self._again.append(shard)
-        numbers = ", ".join(map(str, member.shards))
-        said = f"{member.name} was lost{f' at shard {numbers}' if numbers else ''} ({reason})"
-        if self._losses[member.name] >= MAX_LOSSES:
-            times = f"{MAX_LOSSES} times in a row without a shard done"
-            self._leave_out(member, MultisaError(f"{said}, {times}: {self._advice}"))
+        numbers = ", ".join(map(str, worker.shards))
+        text = f"{worker.name} died{f' at shard {numbers}' if numbers else ''} ({reason})"
+        if self._deaths[worker.name] >= MAX_DEATHS_PER_WORKER:
+            times = f"{MAX_DEATHS_PER_WORKER} times in a row without a shard done"
+            self._leave_out(worker, MultisaError(f"{text}, {times}: {self._advice}"))
             return
-        again = f": {pluralize(len(member.shards), 'shard')} to be done again" if numbers else ""
-        log.info(f"{said}{again}")
+        log.info(f"{text}: {pluralize(len(worker.shards), 'shard')} to redo" if numbers else text)
 
-    def _answered(self) -> WorkerInfo:
+    def _first_info(self) -> WorkerInfo:
         if self._first is None:
-            raise RuntimeError("a crew was asked before it was opened")
+            raise RuntimeError("use the executor in a with statement")
         return self._first[1]

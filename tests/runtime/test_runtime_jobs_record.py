@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from bulk_runs import run_segment
+from job_runs import run_segment
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.jobs.executor import LocalExecutor
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.output import RUN
 from multisa.runtime.jobs.record import without_secrets
 from multisa.runtime.jobs.run import run

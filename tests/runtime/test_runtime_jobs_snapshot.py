@@ -1,4 +1,4 @@
-"""The frozen list of images: names that never meet, shards, and a source that has changed."""
+"""The snapshot, a run's list of images: names that never meet, shards, and a source that has changed."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ def items_of(*ids: str) -> list[Listed]:
 
 
 def names_of(snapshot: Snapshot) -> list[str]:
-    return [work.name for work in snapshot.shard(0, snapshot.images).works]
+    return [work.name for work in snapshot.shard(0, snapshot.images).samples]
 
 
-def freeze_items(path: Path, listing: Sequence[Listed]) -> Snapshot:
+def make_snapshot(path: Path, listing: Sequence[Listed]) -> Snapshot:
     take_snapshot(path, listing, lambda item: item.labels)
     return Snapshot(path)
 
@@ -64,7 +64,7 @@ def freeze_items(path: Path, listing: Sequence[Listed]) -> Snapshot:
     ],
 )
 def test_names(tmp_path: Path, ids: list[str], names: list[str] | None) -> None:
-    with freeze_items(tmp_path / "i", items_of(*ids)) as snapshot:
+    with make_snapshot(tmp_path / "i", items_of(*ids)) as snapshot:
         assert names_of(snapshot) == (names or ["a.jpg~0~", "a.jpg.png/c", "a.jpg~0.png/d", "a.png/b"])
 
 
@@ -72,12 +72,12 @@ def test_names(tmp_path: Path, ids: list[str], names: list[str] | None) -> None:
 @given(ids=_IDS)
 def test_results_never_meet(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.sqlite"
-    with freeze_items(path, items_of(*ids)) as snapshot:
+    with make_snapshot(path, items_of(*ids)) as snapshot:
         masks = [f"{name}.png".casefold() for name in names_of(snapshot)]
     assert len(masks) == len(set(masks)) == len(ids)
     folders = {folder for mask in masks for folder in _folders(mask)}
     assert not folders & set(masks)
-    with freeze_items(path, items_of(*ids)) as again:
+    with make_snapshot(path, items_of(*ids)) as again:
         assert [f"{name}.png".casefold() for name in names_of(again)] == masks
 
 
@@ -87,44 +87,44 @@ def _folders(path: str) -> list[str]:
 
 
 def test_thousands_of_names_that_meet_are_named_at_once(tmp_path: Path) -> None:
-    name = "image"
+    name = "screenshot"
     variants = ["".join(c.upper() if i >> k & 1 else c for k, c in enumerate(name)) for i in range(1024)]
-    with freeze_items(tmp_path / "i", items_of(*(f"{v}.jpg" for v in variants))) as snapshot:
+    with make_snapshot(tmp_path / "i", items_of(*(f"{v}.jpg" for v in variants))) as snapshot:
         assert len({found.casefold() for found in names_of(snapshot)}) == 1024
 
 
 def test_an_image_that_is_there_twice(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a\.jpg: is in the source twice, expected each image once"):
-        freeze_items(tmp_path / "i", items_of("a.jpg", "b.jpg", "a.jpg"))
+        make_snapshot(tmp_path / "i", items_of("a.jpg", "b.jpg", "a.jpg"))
     assert not (tmp_path / "i").exists()
 
 
 def test_no_image(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no image found"):
-        freeze_items(tmp_path / "i", [Skipped(".a.jpg", "hidden"), OtherFiles(3)])
+        make_snapshot(tmp_path / "i", [Skipped(".a.jpg", "hidden"), OtherFiles(3)])
 
 
 def test_shards_and_retries(tmp_path: Path) -> None:
     listing = [*items_of(*(f"{i}.jpg" for i in range(7))), Skipped("x", "hidden"), OtherFiles(2)]
-    with freeze_items(tmp_path / "i", listing) as snapshot:
+    with make_snapshot(tmp_path / "i", listing) as snapshot:
         assert list(snapshot.shards(3)) == [(0, 3), (1, 3), (2, 1)]
-        assert [work.index for work in snapshot.shard(1, 3).works] == [3, 4, 5]
+        assert [work.index for work in snapshot.shard(1, 3).samples] == [3, 4, 5]
         assert (snapshot.images, snapshot.other_files) == (7, 2)
         assert list(snapshot.skipped_entries(9)) == [Skipped("x", "hidden")]
         assert snapshot.add_retries([1, 2, 4, 6], 3) == 2
     with Snapshot(tmp_path / "i") as snapshot:
         assert list(snapshot.shards(3))[3:] == [(3, 3), (4, 1)]
-        assert [work.index for work in snapshot.shard(4, 3).works] == [6]
+        assert [work.index for work in snapshot.shard(4, 3).samples] == [6]
         assert snapshot.add_retries([6], 3) == 1
-        assert [work.index for work in snapshot.shard(5, 3).works] == [6]
+        assert [work.index for work in snapshot.shard(5, 3).samples] == [6]
 
 
 def test_each_image_belongs_to_the_shard_it_was_tried_in_last(tmp_path: Path) -> None:
-    with freeze_items(tmp_path / "i", items_of(*(f"{i}.jpg" for i in range(7)))) as snapshot:
+    with make_snapshot(tmp_path / "i", items_of(*(f"{i}.jpg" for i in range(7)))) as snapshot:
         snapshot.add_retries([1, 2, 4, 6], 3)
         snapshot.add_retries([2, 6], 3)
         shards = [number for number, _ in snapshot.shards(3)]
-        indices = {n: [work.index for work in snapshot.shard(n, 3).works] for n in shards}
+        indices = {n: [work.index for work in snapshot.shard(n, 3).samples] for n in shards}
         assert indices == {0: [0], 1: [3, 5], 2: [], 3: [1, 4], 4: [], 5: [2, 6]}
         for number, works in indices.items():
             assert {snapshot.shard_of(index, 3) for index in works} <= {number}
@@ -132,7 +132,7 @@ def test_each_image_belongs_to_the_shard_it_was_tried_in_last(tmp_path: Path) ->
 
 def test_shards_may_be_let_go_of_in_another_thread(tmp_path: Path) -> None:
     """As the collector does with a run that was stopped."""
-    with freeze_items(tmp_path / "i", items_of("a.jpg", "b.jpg")) as snapshot:
+    with make_snapshot(tmp_path / "i", items_of("a.jpg", "b.jpg")) as snapshot:
         snapshot.add_retries([0, 1], 1)
         shards = snapshot.shards(1)
         assert [next(shards) for _ in range(3)] == [(0, 1), (1, 1), (2, 1)]
@@ -141,7 +141,7 @@ def test_shards_may_be_let_go_of_in_another_thread(tmp_path: Path) -> None:
 
 
 def test_millions_of_retries_are_searched_and_not_read_through(tmp_path: Path) -> None:
-    freeze_items(tmp_path / "i", items_of("a.jpg")).__exit__(None, None, None)
+    make_snapshot(tmp_path / "i", items_of("a.jpg")).__exit__(None, None, None)
     with closing(sqlite3.connect(tmp_path / "i")) as rows:
         for where in ("i = 1", "shard = 1", "i = 1 AND shard > 1"):
             plan = rows.execute(f"EXPLAIN QUERY PLAN SELECT i, shard FROM retries WHERE {where}").fetchall()
@@ -149,9 +149,9 @@ def test_millions_of_retries_are_searched_and_not_read_through(tmp_path: Path) -
 
 
 def test_works_come_back_as_they_were_listed(tmp_path: Path) -> None:
-    item = SourceItem("tiefe/ä b\n.jpg", "member 3", -1, "etag", ("red thing",))
-    with freeze_items(tmp_path / "i", [item, SourceItem("b.jpg", "b", 0, labels=())]) as snapshot:
-        first, second = snapshot.shard(0, 2).works
+    item = SourceItem("tiefe/ä b\n.jpg", "worker 3", -1, "etag", ("red thing",))
+    with make_snapshot(tmp_path / "i", [item, SourceItem("b.jpg", "b", 0, labels=())]) as snapshot:
+        first, second = snapshot.shard(0, 2).samples
     assert replace(first.item, labels=("red thing",)) == item
     assert (first.labels, second.labels, second.index) == (("red thing",), (), 1)
 
@@ -177,7 +177,7 @@ OTHER_B = SourceItem("b.jpg", "b.jpg", 11, "later")
     ],
 )
 def test_a_changed_source_is_told(tmp_path: Path, now: list[Listed], said: str) -> None:
-    with freeze_items(tmp_path / "i", THEN) as snapshot:
+    with make_snapshot(tmp_path / "i", THEN) as snapshot:
         difference = snapshot.difference(lambda: now)
     assert difference.startswith(said) and bool(difference) == bool(said)
 
@@ -200,9 +200,9 @@ def test_a_changed_source_is_told(tmp_path: Path, now: list[Listed], said: str) 
 def test_only_the_images_that_are_tried_again_may_have_changed(
     tmp_path: Path, now: list[Listed], said: str
 ) -> None:
-    with freeze_items(tmp_path / "i", THEN) as snapshot:
-        assert snapshot.take_changes(lambda: now, [1]) == said
-        b = snapshot.shard(0, 4).works[1].item
+    with make_snapshot(tmp_path / "i", THEN) as snapshot:
+        assert snapshot.accept_changes(lambda: now, [1]) == said
+        b = snapshot.shard(0, 4).samples[1].item
         assert b.version == ("later" if not said and OTHER_B in now else "v")
         if not said:
             assert snapshot.difference(lambda: now) == ""
@@ -211,17 +211,17 @@ def test_only_the_images_that_are_tried_again_may_have_changed(
 
 
 @pytest.mark.parametrize("content", [b"", b"no database", None])
-def test_what_is_no_inventory(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "inventory.sqlite"
+def test_what_is_not_a_snapshot(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "snapshot.sqlite"
     if content is None:
         sqlite3.connect(path).execute("CREATE TABLE facts (key, value)").connection.close()
     else:
         path.write_bytes(content)
-    with pytest.raises(MultisaError, match=r"expected the list of a run's images: begin anew with --over"):
+    with pytest.raises(MultisaError, match=r"expected the list of a run's images: start over with --over"):
         Snapshot(path)
 
 
-def test_an_inventory_that_was_being_written_is_none(tmp_path: Path) -> None:
+def test_a_snapshot_that_was_being_written_is_none(tmp_path: Path) -> None:
     def cut() -> "list[Listed]":
         yield from items_of("a.jpg")
         raise KeyboardInterrupt
@@ -229,5 +229,5 @@ def test_an_inventory_that_was_being_written_is_none(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         take_snapshot(tmp_path / "i", cut(), lambda item: None)
     assert not (tmp_path / "i").exists() and [p.name for p in tmp_path.iterdir()] == ["i.tmp"]
-    freeze_items(tmp_path / "i", items_of("b.jpg")).__exit__(None, None, None)
+    make_snapshot(tmp_path / "i", items_of("b.jpg")).__exit__(None, None, None)
     assert [p.name for p in tmp_path.iterdir()] == ["i"]

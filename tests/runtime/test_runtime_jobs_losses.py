@@ -1,4 +1,4 @@
-"""Crews that lose members: what is due to a member, what to an image, and what ends the run."""
+"""Executors whose workers die: what is due to a worker, what to an image, and what ends the run."""
 
 import json
 import os
@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crew_runs import SHARD, journalled, results, segment, write_corpus
+from executor_runs import SHARD, journalled, results, segment, write_corpus
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BackendUnavailable, MultisaError
-from multisa.runtime.jobs.executor import LocalExecutor, ShardReport
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.processes import ProcessExecutor
-from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerDied, WorkerHandle
-from multisa.runtime.jobs.executors.worker import RemoteError, ShardTask, WorkerInfo
+from multisa.runtime.jobs.executors.remote import Message, RemoteExecutor, WorkerDied, WorkerHandle
+from multisa.runtime.jobs.executors.worker import RemoteError, ShardReport, ShardTask, WorkerInfo
 from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.shards import ShardFolder
@@ -39,8 +39,8 @@ class Scripted(RemoteExecutor[WorkerHandle]):
             RunMonitor("segment"),
         )
         self._doing_it = doing
-        self.members = {name: WorkerHandle(name) for name in names}
-        self._next: list[tuple[WorkerHandle, Answer]] = [(member, READY) for member in self.members.values()]
+        self.workers = {name: WorkerHandle(name) for name in names}
+        self._next: list[tuple[WorkerHandle, Message]] = [(worker, READY) for worker in self.workers.values()]
 
     def _open(self) -> None:
         """They are there."""
@@ -48,25 +48,25 @@ class Scripted(RemoteExecutor[WorkerHandle]):
     def __exit__(self, *_: object) -> None:
         """Nothing was started."""
 
-    def _members(self) -> list[WorkerHandle]:
-        return list(self.members.values())
+    def _workers(self) -> list[WorkerHandle]:
+        return list(self.workers.values())
 
-    def _give(self, member: WorkerHandle, order: ShardTask) -> None:
-        answer = self._doing_it(member, order)
-        self._next.append((member, answer))
+    def _send(self, worker: WorkerHandle, task: ShardTask) -> None:
+        answer = self._doing_it(worker, task)
+        self._next.append((worker, answer))
 
-    def _drop(self, member: WorkerHandle) -> None:
-        del self.members[member.name]
+    def _drop(self, worker: WorkerHandle) -> None:
+        del self.workers[worker.name]
 
-    def _answers(self) -> Iterable[tuple[WorkerHandle, Answer]]:
+    def _receive(self) -> Iterable[tuple[WorkerHandle, Message]]:
         answers, self._next = self._next, []
-        for member, answer in answers:
-            if self.members.get(member.name) is not member:
+        for worker, answer in answers:
+            if self.workers.get(worker.name) is not worker:
                 continue
             if isinstance(answer, WorkerDied):
-                self.members[member.name] = WorkerHandle(member.name)
-                self._next.append((self.members[member.name], READY))
-            yield member, answer
+                self.workers[worker.name] = WorkerHandle(worker.name)
+                self._next.append((self.workers[worker.name], READY))
+            yield worker, answer
 
 
 def shards(count: int) -> list[Shard]:
@@ -76,24 +76,24 @@ def shards(count: int) -> list[Shard]:
     return [Shard(n, tuple(map(work, range(n * SHARD, n * SHARD + SHARD)))) for n in range(count)]
 
 
-def done(order: ShardTask) -> ShardReport:
-    failed = len(order.failures)
-    result = ShardResult(order.shard.number, len(order.shard.works) - failed, failed, 0, "0" * 64)
-    return ShardReport(result, order.failures)
+def done(task: ShardTask) -> ShardReport:
+    failed = len(task.failures)
+    result = ShardResult(task.shard.number, len(task.shard.samples) - failed, failed, 0, "0" * 64)
+    return ShardReport(result, task.failures)
 
 
 def committed_by(executor: RemoteExecutor[WorkerHandle], count: int = 8) -> list[int]:
     found: list[int] = []
-    executor.do(iter(shards(count)), lambda result: found.append(result.shard))
+    executor.run(iter(shards(count)), lambda result: found.append(result.shard))
     return sorted(found)
 
 
 def test_a_member_whose_engine_is_broken_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    executor = Scripted(tmp_path, lambda member, order: BROKEN if member.name == "a" else done(order))
+    executor = Scripted(tmp_path, lambda worker, task: BROKEN if worker.name == "a" else done(task))
     assert committed_by(executor) == list(range(8))
-    assert list(executor.members) == ["b"]
+    assert list(executor.workers) == ["b"]
     assert capsys.readouterr().err == "a is left out: the device is lost\n"
 
 
@@ -104,7 +104,7 @@ def test_the_last_member_whose_engine_is_broken_ends_the_run(tmp_path: Path) -> 
 
 def test_what_is_no_fault_of_a_member_ends_the_run(tmp_path: Path) -> None:
     full = RemoteError.of(OSError(28, "No space left on device", "/out"))
-    executor = Scripted(tmp_path, lambda member, order: full if member.name == "a" else done(order))
+    executor = Scripted(tmp_path, lambda worker, task: full if worker.name == "a" else done(task))
     with pytest.raises(OSError, match="No space left"):
         committed_by(executor)
 
@@ -114,37 +114,37 @@ def test_an_image_that_ends_whoever_does_it_is_found(tmp_path: Path, names: str)
     poison = {12, 14, 33}
     deaths: list[int] = []
 
-    def do(member: WorkerHandle, order: ShardTask) -> ShardReport | WorkerDied:
-        left_out = {failure.index for failure in order.failures}
-        for work in order.shard.works:
-            if order.progress_file and work.index not in left_out:
-                (tmp_path / order.progress_file).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / order.progress_file).write_text(str(work.index))
+    def do(worker: WorkerHandle, task: ShardTask) -> ShardReport | WorkerDied:
+        left_out = {failure.index for failure in task.failures}
+        for work in task.shard.samples:
+            if task.progress_file and work.index not in left_out:
+                (tmp_path / task.progress_file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / task.progress_file).write_text(str(work.index))
             if work.index in poison - left_out:
                 deaths.append(work.index)
-                return WorkerDied("it was ended by signal 11")
-        return done(order)
+                return WorkerDied("killed by signal 11")
+        return done(task)
 
     executor = Scripted(tmp_path, do, names)
     assert committed_by(executor) == list(range(8))
     assert len(deaths) <= 3 * 2 + 2 * 3 and set(deaths) == poison
-    assert executor._watch.failed == 3 and executor._watch.done == 8 * SHARD - 3
-    assert executor._watch.failure_kinds == {"process": 3}
+    assert executor._monitor.failed == 3 and executor._monitor.done == 8 * SHARD - 3
+    assert executor._monitor.failure_kinds == {"process": 3}
 
 
 def test_members_that_are_lost_at_any_image_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(MultisaError, match="3 times in a row without a shard done"):
-        committed_by(Scripted(tmp_path, lambda *_: WorkerDied("it was ended by signal 9")))
+        committed_by(Scripted(tmp_path, lambda *_: WorkerDied("killed by signal 9")))
 
 
 def test_a_shard_of_which_any_image_ends_processes_ends_the_run(tmp_path: Path) -> None:
-    def do(member: WorkerHandle, order: ShardTask) -> ShardReport | WorkerDied:
-        left_out = {failure.index for failure in order.failures}
-        if order.progress_file:
-            first = next(work.index for work in order.shard.works if work.index not in left_out)
-            (tmp_path / order.progress_file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / order.progress_file).write_text(str(first))
-        return WorkerDied("it was ended by signal 9")
+    def do(worker: WorkerHandle, task: ShardTask) -> ShardReport | WorkerDied:
+        left_out = {failure.index for failure in task.failures}
+        if task.progress_file:
+            first = next(work.index for work in task.shard.samples if work.index not in left_out)
+            (tmp_path / task.progress_file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / task.progress_file).write_text(str(first))
+        return WorkerDied("killed by signal 9")
 
     with pytest.raises(MultisaError, match="3 times in a row without a shard done"):
         committed_by(Scripted(tmp_path, do), 1)
@@ -191,7 +191,7 @@ def test_nothing_takes_its_name_once_the_run_is_over(tmp_path: Path) -> None:
         (tmp_path / guard).write_bytes(b"")
         files.write("masks/a.png", b"new")
         (tmp_path / guard).unlink()
-        with pytest.raises(MultisaError, match="the run that shard 0 was done for has ended"):
+        with pytest.raises(MultisaError, match="the run that shard 0 belongs to has ended"):
             files.commit()
     assert not (tmp_path / "masks/a.png").exists() and not (tmp_path / ".multisa/parts/files/000000").exists()
     with ShardFolder(tmp_path, 0, guard) as files:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bulk_runs import records, run_label, run_segment
+from job_runs import records, run_label, run_segment
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
@@ -14,7 +14,7 @@ from multisa.runtime.jobs.telemetry import JsonLog
 
 
 def test_results_are_not_written_to_a_url(photos: Path, bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="is a URL, expected a folder here, or one that is mounted"):
+    with pytest.raises(UsageError, match="is a URL, expected a local or mounted folder"):
         run_segment(photos, Path("s3://bucket/out"), bundle)
     assert not Path("s3:").exists()
 
@@ -22,7 +22,7 @@ def test_results_are_not_written_to_a_url(photos: Path, bundle: Bundle) -> None:
 def test_labels_about_none_of_the_images(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("image,labels\nelsewhere/z.jpg,green\n")
-    expected = r"labels\.csv: has no row about any of 6 images, expected paths below .*, such as a\.jpg"
+    expected = r"labels\.csv: has no row for any of 6 images, expected paths below .*, such as a\.jpg"
     with pytest.raises(UsageError, match=expected):
         run_label(photos, tmp_path / "out", bundle, labels=labels)
     labels.write_text("image,labels\na.jpg,green\n")
@@ -57,7 +57,7 @@ def test_shards_beyond_reason() -> None:
 def test_a_list_of_urls_is_read_by_many(tmp_path: Path) -> None:
     def readers(source: str) -> int:
         options = RunOptions(workers=3)
-        return make_job("segment", source, tmp_path, tmp_path, BackendRequest(), options).sizes.readers
+        return make_job("segment", source, tmp_path, tmp_path, BackendRequest(), options).pipeline.readers
 
     urls, paths = tmp_path / "urls.txt", tmp_path / "paths.txt"
     urls.write_text("https://example.org/a.jpg\n")

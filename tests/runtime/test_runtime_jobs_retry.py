@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bulk_runs import cut_at, public_bytes, reasons, records, run_segment
+from job_runs import cut_at, public_bytes, reasons, records, run_segment
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import TooManyFailures, UsageError

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_runs import public_bytes, run_segment
+from job_runs import public_bytes, run_segment
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.jobs import run as run_module
@@ -22,7 +22,7 @@ def test_a_kill_while_the_page_is_made_loses_no_page(
     def cut(*_: Any) -> None:
         raise InterruptedError("cut by the test")
 
-    monkeypatch.setattr(run_module, "write_page", cut)
+    monkeypatch.setattr(run_module, "write_run_report", cut)
     with pytest.raises(InterruptedError):
         run_segment(photos, tmp_path / "out", bundle)
     monkeypatch.undo()
@@ -30,7 +30,7 @@ def test_a_kill_while_the_page_is_made_loses_no_page(
     assert run_segment(photos, tmp_path / "out", bundle).done_now == 0
     assert "report.html" in [path.name for path in (tmp_path / "out").iterdir()]
     assert pictures(tmp_path / "out")
-    # What the page tells of times is of the sitting that did the images.
+    # What the page tells of times is of the session that did the images.
     assert (tmp_path / "out" / RUN).read_bytes() == record and json.loads(record)["images"] == 5
 
 

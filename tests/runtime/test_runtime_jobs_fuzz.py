@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bulk_runs import public_bytes, records
+from job_runs import public_bytes, records
 from test_runtime_fuzz import FILES, damaged, sources
 
 from multisa.runtime.bundle import Bundle

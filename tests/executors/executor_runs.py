@@ -1,4 +1,4 @@
-"""What the tests of crews share: a corpus of many small images, runs over it, and what they leave."""
+"""What the tests of executors share: a corpus of many small images, runs over it, and what they leave."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from PIL import Image
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.jobs.executor import Executor
+from multisa.runtime.jobs.executor import Executor, ExecutorFactory
 from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.record import RunSummary
-from multisa.runtime.jobs.run import ExecutorFactory, run
+from multisa.runtime.jobs.run import run
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 
@@ -49,7 +49,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 
 def journalled(out: Path) -> list[int]:
-    """Shards in the order of the journal."""
+    """Shards in the task of the journal."""
     return [json.loads(line)["shard"] for line in (out / ".multisa/journal.jsonl").read_text().splitlines()]
 
 
@@ -78,27 +78,27 @@ def title(process: int) -> str:
 
 
 def disturbed(make_executor: ExecutorFactory, after: int, disturb: Callable[[], None]) -> ExecutorFactory:
-    """A crew to which something happens, once, as soon as so many shards are committed."""
+    """An executor to which something happens, once, as soon as so many shards are committed."""
 
-    def open_disturbed(job: Job, watch: RunMonitor) -> Executor:
-        executor = make_executor(job, watch)
-        do = executor.do
+    def open_disturbed(job: Job, monitor: RunMonitor) -> Executor:
+        executor = make_executor(job, monitor)
+        run_all = executor.run
 
-        def do_disturbed(shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
+        def run_disturbed(shards: Iterator[Shard], on_commit: Callable[[ShardResult], None]) -> None:
             count = 0
             if after == 0:
                 disturb()
 
             def note(result: ShardResult) -> None:
                 nonlocal count
-                committed(result)
+                on_commit(result)
                 count += 1
                 if count == after:
                     disturb()
 
-            do(shards, note)
+            run_all(shards, note)
 
-        executor.do = do_disturbed  # type: ignore[method-assign]
+        executor.run = run_disturbed  # type: ignore[method-assign]
         return executor
 
     return open_disturbed

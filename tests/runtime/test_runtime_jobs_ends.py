@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_runs import cut_at, public_bytes, records, run_segment
+from job_runs import cut_at, public_bytes, records, run_segment
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, UsageError
-from multisa.runtime.jobs.executor import LocalExecutor
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.monitor import stop_on_signals
 from multisa.runtime.jobs.output import JOURNAL, LOCK
@@ -26,7 +26,7 @@ from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.progress import log
 
 
-def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
+def test_the_executor_ends_before_the_lock_and_the_journal_are_let_go(
     photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second Ctrl-C in the middle of a commit: it is ended, and counted, by the run that holds OUT."""
@@ -47,12 +47,12 @@ def test_the_crew_ends_before_the_lock_and_the_journal_are_let_go(
     def interrupt(
         executor: LocalExecutor, shards: Iterator[Shard], committed: Callable[[ShardResult], None]
     ) -> None:
-        executor._worker.start(next(shards), committed)
+        executor.worker.start(next(shards), committed)
         assert begun.wait(20)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LocalExecutor, "__exit__", note)
-    monkeypatch.setattr(LocalExecutor, "do", interrupt)
+    monkeypatch.setattr(LocalExecutor, "run", interrupt)
     monkeypatch.setattr(Journal, "append", slow)
     with pytest.raises(KeyboardInterrupt):
         run_segment(photos, out, bundle, shard_size=2)
@@ -68,10 +68,8 @@ def test_what_cannot_be_used_makes_no_folder(photos: Path, bundle: Bundle, tmp_p
 def test_shards_that_are_left_undone_are_not_taken_for_done(
     photos: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LocalExecutor, "do", lambda *_: None)
-    with pytest.raises(
-        MultisaError, match=r"ended before its end: 0 of 3 shards are done, and the same comm"
-    ):
+    monkeypatch.setattr(LocalExecutor, "run", lambda *_: None)
+    with pytest.raises(MultisaError, match=r"ended early: 0 of 3 shards are done, run the same comm"):
         run_segment(photos, tmp_path / "out", bundle, shard_size=2)
     assert not (tmp_path / "out/labels.jsonl").exists()
 
@@ -97,7 +95,7 @@ def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log(
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
     ((message, free),) = said
-    assert message.startswith("stopping: the shards in hand") and free
+    assert message.startswith("stopping after the shards in flight") and free
 
 
 def test_a_third_signal_ends_what_hangs() -> None:
@@ -114,6 +112,15 @@ def test_a_third_signal_ends_what_hangs() -> None:
     """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=15, check=False)
     assert ended.returncode == 130
+
+
+def test_a_closed_stderr_fails_no_run(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    program = '"$0" -m multisa.runtime.cli.main segment "$1" -o "$2" --bundle "$3" --max-failures 1 2>&-'
+    command = ["sh", "-c", program, sys.executable, str(photos), str(tmp_path / "out"), str(bundle.path)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stdout
+    assert (tmp_path / "out/masks/a.png").is_file()
+    assert ended.stdout.startswith("5 images in ")  # nothing of stderr is mixed into it
 
 
 def test_what_a_commit_that_was_cut_has_left_goes_when_it_is_done_again(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crew_runs import (
+from executor_runs import (
     IMAGES,
     SHARDS,
     descendants,
@@ -26,8 +26,8 @@ from crew_runs import (
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BackendUnavailable, MultisaError, UsageError
-from multisa.runtime.jobs.executor import LocalExecutor
 from multisa.runtime.jobs.executors import ray as on_ray
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.ray import RayExecutor
 from multisa.runtime.jobs.executors.worker import RemoteError
 from multisa.runtime.jobs.monitor import RunMonitor
@@ -80,7 +80,7 @@ def cluster(started: ThisCluster) -> ThisCluster:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("crew") / "photos")
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "photos")
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
 
 def actors() -> list[int]:
     """Processes of the cluster that are actors of ours."""
-    return [process for process in descendants(os.getpid()) if title(process).startswith("ray::Hand")]
+    return [process for process in descendants(os.getpid()) if title(process).startswith("ray::ShardWorker")]
 
 
 def test_a_cluster_writes_what_one_process_writes(
@@ -133,7 +133,7 @@ def test_an_actor_that_is_killed_loses_nothing(
     segment(corpus, tmp_path / "on-ray", bundle, executor)
     assert results(tmp_path / "on-ray") == alone
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
-    assert "was lost" in capfd.readouterr().err
+    assert "died" in capfd.readouterr().err
     assert not list((tmp_path / "on-ray/.multisa/tmp").glob("*"))
 
 
@@ -170,7 +170,7 @@ def test_nodes_may_leave_and_join(
     segment(corpus, tmp_path / "on-ray", bundle, disturbed(cluster.executor, 3, replace_all))
     assert results(tmp_path / "on-ray") == alone
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
-    assert capfd.readouterr().err.count("was lost") == 2
+    assert capfd.readouterr().err.count(" died") == 2
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_a_cluster_that_does_not_answer_is_said_at_once(corpus: Path, bundle: Bu
     for address in (f"127.0.0.1:{free}", f"ray://127.0.0.1:{free}", "nowhere"):
         with (
             pytest.raises(MultisaError, match=r"cannot be reached .*ray start --head"),
-            RunMonitor("segment") as watch,
-            RayExecutor(job, watch, address),
+            RunMonitor("segment") as monitor,
+            RayExecutor(job, monitor, address),
         ):
             pass
 
@@ -210,13 +210,13 @@ def test_a_machine_that_others_use_joins(
         def exists(self) -> bool:
             return True
 
-    monkeypatch.setattr(on_ray, "_NOBODY", 15.0)
+    monkeypatch.setattr(on_ray, "_GIVE_UP_SECONDS", 15.0)
     node = cluster.add(2)
     cluster.have(0)  # now, as what is started on the nodes that leave is lost
     cluster.nodes.append(node)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        there = NodeAffinitySchedulingStrategy(node.node_id, probabilities=False)
+        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         other = ray.remote(Other).options(num_cpus=1, scheduling_strategy=there).remote()
         ray.get(other.exists.remote())
         segment(corpus, tmp_path / "on-ray", bundle, cluster.executor)
@@ -227,12 +227,20 @@ def test_a_machine_that_others_use_joins(
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
 
 
+def test_variables_are_set_for_a_new_cluster_and_not_for_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE", "mine")
+    monkeypatch.delenv("TWO", raising=False)
+    with on_ray._environment({"ONE": "ours", "TWO": "ours"}):
+        assert (os.environ["ONE"], os.environ["TWO"]) == ("mine", "ours")
+    assert os.environ["ONE"] == "mine" and "TWO" not in os.environ
+
+
 def test_what_one_machine_cannot_do_others_may(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
     executor = RayExecutor(job, RunMonitor("segment"), "auto")
     for error in (UsageError("another folder"), OSError(5, "Input/output error"), BackendUnavailable("lost")):
-        assert executor._is_of_member(RemoteError.of(error))
+        assert executor._is_local_problem(RemoteError.of(error))
     try:
         int("a bug of ours")
     except ValueError as error:
-        assert not executor._is_of_member(RemoteError.of(error))
+        assert not executor._is_local_problem(RemoteError.of(error))

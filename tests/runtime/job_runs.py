@@ -11,7 +11,7 @@ from PIL import Image
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.jobs.executor import LocalExecutor
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.jobs.run import run

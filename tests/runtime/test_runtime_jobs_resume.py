@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_runs import cut_at, public_bytes, reasons, records, run_label, run_segment
+from job_runs import cut_at, public_bytes, reasons, records, run_label, run_segment
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import MultisaError, TooManyFailures, UsageError
@@ -56,16 +56,16 @@ def test_runs_that_are_cut_again_and_again(
     options = {"shard_size": 4, "writers": writers, "batch": batch}
     run(many, tmp_path / "whole", bundle, workers=1, **options)
     out = tmp_path / "cut"
-    for sitting in itertools.count():
+    for session in itertools.count():
         with pytest.MonkeyPatch.context() as monkeypatch:
-            cut_at(monkeypatch, sitting % 3, before=before)
+            cut_at(monkeypatch, session % 3, before=before)
             try:
-                run(many, out, bundle, workers=1 + sitting % 3, readers=1 + sitting % 4, **options)
+                run(many, out, bundle, workers=1 + session % 3, readers=1 + session % 4, **options)
             except InterruptedError:
-                assert sitting < 20
+                assert session < 20
             else:
                 break
-    assert sitting >= 2
+    assert session >= 2
     assert public_bytes(out) == public_bytes(tmp_path / "whole")
     shards = [line.split(b",")[0] for line in (out / JOURNAL).read_bytes().splitlines()]
     assert len(shards) == len(set(shards)) == 8
@@ -82,18 +82,20 @@ def test_a_torn_journal(
     lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
     (out / JOURNAL).write_bytes(b"".join(lines[:5]) + tail)
     summary = run_segment(many, out, bundle, shard_size=4)
-    assert "the last line of the journal was torn: its shard is done again" in capsys.readouterr().err
+    assert (
+        "the last line of the journal is incomplete: its shard is processed again" in capsys.readouterr().err
+    )
     assert 5 <= summary.done_now < 20 and public_bytes(out) == before
 
 
-def test_a_lost_inventory_and_a_lost_journal(many: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_lost_snapshot_and_a_lost_journal(many: Path, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_segment(many, out, bundle, shard_size=4)
     before = public_bytes(out)
     (out / JOURNAL).unlink()
     assert run_segment(many, out, bundle, shard_size=4).done_now == 27
     (out / SNAPSHOT).unlink()
-    with pytest.raises(MultisaError, match="begin anew with --overwrite"):
+    with pytest.raises(MultisaError, match="start over with --overwrite"):
         run_segment(many, out, bundle, shard_size=4)
     assert public_bytes(out) == before
 
@@ -127,7 +129,7 @@ def test_a_disk_that_has_vanished_fails_no_image(
         return read(source, item)
 
     monkeypatch.setattr(FolderSource, "read", pull_the_plug)
-    with pytest.raises(MultisaError, match=r"folder .*many: .*cannot be reached any more .*bring it back"):
+    with pytest.raises(MultisaError, match=r"folder .*many: .*can no longer be reached .*make it available"):
         run_segment(many, out, bundle, shard_size=4)
     monkeypatch.undo()
     many.rmdir()
@@ -144,7 +146,9 @@ def test_a_full_disk(many: Path, bundle: Bundle, tmp_path: Path, small_disk: Pat
     filler = small_disk / "filler"
     with filler.open("wb") as file:
         file.write(bytes(2048 * 1024 - room * 1024 - 8192))
-    with pytest.raises(MultisaError, match=r"(No space left on device: make room|full: see to room)"):
+    with pytest.raises(
+        MultisaError, match=r"(No space left on device: free some space|full: check free space)"
+    ):
         run_segment(many, small_disk / "out", bundle, **options)
     filler.unlink()
     run_segment(many, small_disk / "out", bundle, **options)
@@ -157,15 +161,19 @@ def test_a_write_that_fails(
     """As a disk that is full in the middle of a line of the journal."""
     out, write = tmp_path / "out", os.write
     run_segment(many, tmp_path / "whole", bundle, shard_size=4)
-    calls = itertools.count()
+    calls, rest = itertools.count(), []
 
     def short(descriptor: int, data: bytes) -> int:
-        journal = data.startswith(b'{"shard"')
-        return write(descriptor, data[:30] if journal and next(calls) == 3 else data)
+        if data in rest:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if data.startswith(b'{"shard"') and next(calls) == 3:
+            rest.append(data[30:])
+            return write(descriptor, data[:30])
+        return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", short)
     with pytest.raises(
-        MultisaError, match=r"journal\.jsonl: No space left on device: make room, and the same"
+        MultisaError, match=r"journal\.jsonl: No space left on device: free some space, then run the same"
     ):
         run_segment(many, out, bundle, shard_size=4)
     monkeypatch.undo()
@@ -198,7 +206,7 @@ def test_too_many_failures_stop_a_run_which_can_be_gone_on_with(
     done = len((out / JOURNAL).read_bytes().splitlines())
     assert 5 < done < 15
     assert 3 < len(reasons(out)) <= 10 and not (out / "labels.jsonl").exists()
-    with pytest.raises(TooManyFailures):  # a limit holds in every sitting
+    with pytest.raises(TooManyFailures):  # a limit holds in every session
         run_segment(many, out, bundle, shard_size=2, max_failures="3")
     run_segment(many, out, bundle, shard_size=2, max_failures="50%")
     assert public_bytes(out) == public_bytes(whole)
@@ -242,7 +250,7 @@ def test_signals(
             time.sleep(0.001)
         assert process.stderr
         process.send_signal(signals[0])
-        heard = "stopping: the shards in hand are finished first; once more to stop at once"
+        heard = "stopping after the shards in flight; interrupt again to stop at once"
         assert any(line.startswith(heard) for line in process.stderr)
         for number in signals[1:]:
             process.send_signal(number)
@@ -251,7 +259,7 @@ def test_signals(
     assert last.startswith(said)
     done, shards = len((out / JOURNAL).read_bytes().splitlines()), -(-229 // size)
     if len(signals) == 1:
-        assert f"{done} of {shards} shards are done, and the same command goes on from there" in last
+        assert f"{done} of {shards} shards are done, run the same command again to resume" in last
     assert 0 < done < shards and not (out / "labels.jsonl").exists()
     run_segment(many, out, bundle, shard_size=size)
     run_segment(many, tmp_path / "whole", bundle, shard_size=size)

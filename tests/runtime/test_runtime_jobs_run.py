@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
-from bulk_runs import public_bytes, reasons, records, run_label, run_segment
+from job_runs import public_bytes, reasons, records, run_label, run_segment
 
 from multisa.kernels.cpu import native
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
@@ -39,10 +39,10 @@ def times(out: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"shard_size": 3}, "shard size: got 3, the run there has 2"),
-        ({"writers": ("masks", "coco")}, "sinks: got ['masks', 'coco'], the run there has ['masks']"),
-        ({"max_pixels": 99_999}, "max pixels: got 99999, the run there has "),
-        ({"batch": 2}, "batch: got 2, the run there has 1; look-ahead: got 64, the run there has None"),
+        ({"shard_size": 3}, "shard size: got 3, the existing run has 2"),
+        ({"writers": ("masks", "coco")}, "writers: got ['masks', 'coco'], the existing run has ['masks']"),
+        ({"max_pixels": 99_999}, "max pixels: got 99999, the existing run has "),
+        ({"batch": 2}, "batch: got 2, the existing run has 1; look-ahead: got 64, the existing run has None"),
     ],
 )
 def test_other_settings_are_told(
@@ -53,7 +53,7 @@ def test_other_settings_are_told(
     before = public_bytes(out)
     with pytest.raises(UsageError) as caught:
         run_segment(photos, out, bundle, **{"shard_size": 2, **options})
-    assert said in str(caught.value) and "use those, begin anew (--overwrite), or choose" in str(caught.value)
+    assert said in str(caught.value) and "use those, start over (--overwrite), or choose" in str(caught.value)
     assert public_bytes(out) == before
     run_segment(photos, out, bundle, shard_size=2, workers=3, readers=5)  # those decide nothing
 
@@ -67,9 +67,9 @@ def test_another_bundle_other_labels_another_command(
     other = write_bundle(tmp_path / "other", replace(manifest, name="other"), graphs)
     with pytest.raises(UsageError, match=r"other settings \(bundle: got another bundle"):
         run_label(photos, out, other, labels=labels)
-    with pytest.raises(UsageError, match="labels: got none, the run there has some"):
+    with pytest.raises(UsageError, match="labels: got none, the existing run has some"):
         run_label(photos, out, bundle)
-    with pytest.raises(UsageError, match="command: got segment, the run there has label"):
+    with pytest.raises(UsageError, match="command: got segment, the existing run has label"):
         run_segment(photos, out, bundle)
     labels.write_text("image,labels\na.jpg,red thing\n")
     with pytest.raises(UsageError, match="labels: got another label file"):
@@ -86,7 +86,7 @@ def test_what_runs_the_graphs_and_writes_the_files_is_told(
     assert settings["version of zlib"] == zlib.ZLIB_RUNTIME_VERSION
     assert settings["version of pyarrow"] == metadata.version("pyarrow")
     monkeypatch.setattr(zlib, "ZLIB_RUNTIME_VERSION", "0.1")
-    with pytest.raises(UsageError, match=r"version of zlib: got 0\.1, the run there has \d"):
+    with pytest.raises(UsageError, match=r"version of zlib: got 0\.1, the existing run has \d"):
         run_segment(photos, out, bundle, writers=writers)
 
 
@@ -96,9 +96,9 @@ def test_plans_and_gpus_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         detail: ClassVar = {"plan_sha256": "ab12"}
 
     monkeypatch.setattr(config, "probe_gpus", lambda: GpuProbe("13.2", (Gpu("some GPU", "sm89"),)))
-    found = config.identity([SelectedBackend("cam", cast("Any", Planned()), "fp16", "asked for")])
-    assert found["engine of cam"] == "tensorrt, fp16"
-    assert (found["plan of cam"], found["architecture of the GPU"]) == ("ab12", "sm89")
+    found = config.process_fingerprint([SelectedBackend("cam", cast("Any", Planned()), "fp16", "asked for")])
+    assert found["backend of cam"] == "tensorrt, fp16"
+    assert (found["engine of cam"], found["architecture of the GPU"]) == ("ab12", "sm89")
     assert "version of pyarrow" not in found
 
 
@@ -106,7 +106,7 @@ def test_plans_and_gpus_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_that_cannot_be_read(photos: Path, bundle: Bundle, tmp_path: Path, content: str) -> None:
     run_segment(photos, tmp_path / "out", bundle)
     (tmp_path / "out" / CONFIG).write_text(content)
-    with pytest.raises(UsageError, match="begin anew with --overwrite"):
+    with pytest.raises(UsageError, match="start over with --overwrite"):
         run_segment(photos, tmp_path / "out", bundle)
 
 
@@ -116,7 +116,10 @@ def test_a_source_that_has_changed(photos: Path, bundle: Bundle, tmp_path: Path)
     before = public_bytes(out)
     (photos / "b.png").rename(photos / "bb.png")
     (photos / "a.jpg").write_bytes((photos / "a.jpg").read_bytes() + b"\0")
-    match = r"1 added \(bb\.png\); 1 removed \(b\.png\); 1 changed \(a\.jpg\): go on .*--skip-source-check.*--overwrite"
+    match = (
+        r"1 added \(bb\.png\); 1 removed \(b\.png\); 1 changed \(a\.jpg\): "
+        r"continue .*--skip-source-check.*--overwrite"
+    )
     with pytest.raises(UsageError, match=match):
         run_segment(photos, out, bundle)
     summary = run_segment(photos, out, bundle, skip_source_check=True)
@@ -139,7 +142,7 @@ def test_files_of_others_are_not_written_over(
     path = tmp_path / "out" / theirs
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    with pytest.raises(UsageError, match=r"of no run that can be gone on with: choose another folder, or"):
+    with pytest.raises(UsageError, match=r"of no run that can be resumed: choose another folder, or"):
         run_segment(photos, tmp_path / "out", bundle, writers=WRITERS)
     assert path.read_text() == "mine"
     run_segment(photos, tmp_path / "out", bundle, writers=WRITERS, overwrite=True)
@@ -180,7 +183,7 @@ def test_a_removal_that_is_cut_leaves_no_half_run(
     with pytest.raises(KeyboardInterrupt):
         run_segment(photos, out, bundle, shard_size=2, overwrite=True)
     monkeypatch.undo()
-    with pytest.raises(UsageError, match="of no run that can be gone on with"):
+    with pytest.raises(UsageError, match="of no run that can be resumed"):
         run_segment(photos, out, bundle, shard_size=2)
     run_segment(photos, out, bundle, shard_size=2, overwrite=True)
     assert public_bytes(out) == before
@@ -290,7 +293,7 @@ def test_a_folder_that_cannot_be_written(photos: Path, bundle: Bundle, tmp_path:
     elif subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", out], check=False).returncode:
         pytest.skip("who is root writes to any folder, and no read-only disk can be made here")
     try:
-        with pytest.raises(MultisaError, match=r"\.multisa: .*see to it that the folder can be written, or"):
+        with pytest.raises(MultisaError, match=r"\.multisa: .*make the folder writable, or"):
             run_segment(photos, out, bundle)
     finally:
         if not os.geteuid():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bulk_runs import public_bytes, reasons, records, run_label, run_segment
+from job_runs import public_bytes, reasons, records, run_label, run_segment
 from PIL import Image
 
 from multisa.runtime.backends.registry import BackendRequest
@@ -98,7 +98,7 @@ def test_label_classes_from_file_and_from_scores(
     assert other["classes"]
     errors = capsys.readouterr().err
     assert "labelled from scores: 3 of 6 images: broken.jpg, deep/d.png, turned.jpg" in errors
-    assert f"about none of the images: 1 row of {tmp_path / 'labels.csv'}: gone.jpg" in errors
+    assert f"without an image: 1 row of {tmp_path / 'labels.csv'}: gone.jpg" in errors
 
 
 def test_label_finds_the_red_square(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_other_files_are_counted(
             (photos / name).touch()
         run_segment(photos, tmp_path / "out", bundle, overwrite=True)
         files = "1 file" if number == 1 else "2 files"
-        assert f"left out, no image by extension: {files}\n" in capsys.readouterr().err
-    run_segment(photos, tmp_path / "out", bundle, tell_other_files=False, overwrite=True)
+        assert f"ignored {files} without an image extension\n" in capsys.readouterr().err
+    run_segment(photos, tmp_path / "out", bundle, log_other_files=False, overwrite=True)
     assert "extension" not in capsys.readouterr().err
 
 
@@ -255,22 +255,32 @@ def test_summary(tmp_path: Path) -> None:
         seconds=4.0,
         stage_seconds={"read": 1.0, "crf": 3.0},
         job=job,
-        width=Concurrency((job.sizes,), 4),
+        concurrency=Concurrency((job.pipeline,), 4),
         skipped=3,
         failure_kinds={"decode": 2},
         reasons={"the file is empty": 2},
+        images_per_class={"cat": 1, "cow": 0, "dog": 3},
     )
     lines = describe_summary(summary, report_images=5).splitlines()
     assert lines[0] == "8 images in 4.0 s (2.00/s), 2 failed, 1 done earlier, 3 skipped"
     assert lines[1] == "busy: crf 38%, read 12%"
     assert "failed, 2 images: the file is empty" in lines
-    assert lines[-5:-1] == [
-        f"look at {tmp_path / name}"
-        for name in (
-            "masks",
-            "coco",
-            "labels.jsonl",
-            "failed.jsonl: the failures (--retry-failed tries them again)",
-        )
+    assert lines[-3:] == [
+        f"failures: {tmp_path / 'failed.jsonl'} (--retry-failed tries them again)",
+        "found: dog in 3 images, cat in 1 image",
+        f"open {tmp_path / 'report.html'}",
     ]
-    assert lines[-1] == f"look at {tmp_path / 'report.html'}: the most uncertain first"
+    assert describe_summary(summary, report_images=0).splitlines()[-1] == f"open {tmp_path / 'masks'}"
+    others = replace(summary, job=replace(job, writers=("coco",)), images_per_class={"cat": 0})
+    assert describe_summary(others, report_images=0).splitlines()[-2:] == [
+        "found: no class in any image",
+        f"open {tmp_path / 'coco'}",
+    ]
+
+
+def test_images_are_counted_by_class(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    for _ in ("new", "resumed when finalized"):
+        summary = run_segment(photos, tmp_path / "out", bundle)
+        found = [name for row in records(tmp_path / "out") for name in row["classes"]]
+        assert summary.images_per_class == {name: found.count(name) for name in CLASSES[1:]}
+        assert sum(summary.images_per_class.values()) > 5

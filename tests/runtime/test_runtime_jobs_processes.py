@@ -1,7 +1,9 @@
 """Runs on several processes: the bytes of one process, whatever dies."""
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crew_runs import (
+from executor_runs import (
     IMAGES,
     SHARD,
     SHARDS,
@@ -28,23 +30,25 @@ from crew_runs import (
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import BackendUnavailable, BundleError, MultisaError, UsageError
-from multisa.runtime.jobs.executor import LocalExecutor
+from multisa.runtime.errors import BackendUnavailable, BundleError, Interrupted, MultisaError, UsageError
 from multisa.runtime.jobs.executors import processes
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.processes import ProcessExecutor
-from multisa.runtime.jobs.executors.remote import Answer, RemoteExecutor, WorkerHandle
-from multisa.runtime.jobs.executors.worker import RemoteError, ShardTask, ShardWorker, WorkerInfo
+from multisa.runtime.jobs.executors.remote import Message, RemoteExecutor, WorkerHandle
+from multisa.runtime.jobs.executors.worker import RemoteError, ShardReport, ShardTask, ShardWorker, WorkerInfo
+from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import RunOptions, make_job
 from multisa.runtime.jobs.stages import PipelineConfig
+from multisa.runtime.progress import log
 
 TWO = partial(ProcessExecutor, processes=2)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("crew") / "photos")
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "photos")
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ def test_a_process_that_is_killed_loses_nothing(
     assert results(tmp_path / "two") == alone
     assert sorted(journalled(tmp_path / "two")) == list(range(SHARDS))
     assert summary.done_now == IMAGES - 3
-    assert "was lost" in capfd.readouterr().err
+    assert "died at shard" in capfd.readouterr().err
     assert not list((tmp_path / "two/.multisa/tmp").glob("*"))
 
 
@@ -100,13 +104,13 @@ def test_processes_that_would_not_write_the_same_are_refused() -> None:
     numpy = {"version of numpy": "2.0", "machine": "x86_64"}
     executor = Two({"process 1": numpy, "process 2": {**numpy, "version of numpy": "2.1"}})
     with pytest.raises(UsageError, match=r"process 1 and process 2 .*\(version of numpy: 2\.0 and 2\.1\)"):
-        executor._take_answers()
+        executor._handle_messages()
 
 
 def test_the_threads_of_all_are_added_up_and_the_cores_of_a_machine_count_once() -> None:
     executor = Two({"process 1": {}, "process 2": {}})
-    executor._take_answers()
-    width = executor.width()
+    executor._handle_messages()
+    width = executor.concurrency()
     assert [width.threads_of(stage) for stage in ("read", "decode", "commit")] == [4, 6, 2]
     assert (width.workers, width.cores) == (6, 8)
 
@@ -128,16 +132,16 @@ class Two(RemoteExecutor[WorkerHandle]):
     def __exit__(self, *_: object) -> None:
         """Nothing was started."""
 
-    def _members(self) -> list[WorkerHandle]:
-        return [member for member, _ in self._are]
+    def _workers(self) -> list[WorkerHandle]:
+        return [worker for worker, _ in self._are]
 
-    def _give(self, member: WorkerHandle, order: ShardTask) -> None:
-        raise AssertionError(f"{member.name} was given {order}")
+    def _send(self, worker: WorkerHandle, task: ShardTask) -> None:
+        raise AssertionError(f"{worker.name} was given {task}")
 
-    def _drop(self, member: WorkerHandle) -> None:
-        raise AssertionError(f"{member.name} was dropped")
+    def _drop(self, worker: WorkerHandle) -> None:
+        raise AssertionError(f"{worker.name} was dropped")
 
-    def _answers(self) -> list[tuple[WorkerHandle, Answer]]:
+    def _receive(self) -> list[tuple[WorkerHandle, Message]]:
         return list(self._are)
 
 
@@ -152,9 +156,7 @@ def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bu
     killer = threading.Thread(target=kill_all)
     killer.start()
     try:
-        with pytest.raises(
-            MultisaError, match=r"process . was lost \(it was ended by signal 9.*3 times in a row"
-        ):
+        with pytest.raises(MultisaError, match=r"process . died \(killed by signal 9.*3 times in a row"):
             segment(corpus, tmp_path / "out", bundle, TWO)
     finally:
         stop.set()
@@ -235,7 +237,7 @@ def test_ctrl_c_lets_the_shards_in_hand_be_finished(
     with pytest.raises(MultisaError, match=r"interrupted: [1-9]") as raised:
         segment(corpus, tmp_path / "out", bundle, disturbed(TWO, 3, interrupt))
     assert raised.value.exit_code == 130
-    assert "was lost" not in capfd.readouterr().err
+    assert " died" not in capfd.readouterr().err
     # Three, what was under way in both, and one that was handed out before the signal was heard.
     assert 3 <= len(journalled(tmp_path / "out")) <= 8
     segment(corpus, tmp_path / "out", bundle, TWO)
@@ -258,39 +260,104 @@ def test_each_process_gets_one_of_the_gpus_that_are_seen(
     assert processes.visible_gpus() == expected
 
 
+class OwnError(BundleError):
+    """A subclass that other processes cannot import."""
+
+    exit_code = 9
+
+
 @pytest.mark.parametrize(
     "error",
     [
         UsageError("a wrong value"),
         BundleError("altered"),
         BackendUnavailable("no driver", remedy="install it"),
+        Interrupted("stopped", signal=15),
         OSError(28, "No space left on device", "/full/disk"),
         PermissionError(13, "Permission denied", "/closed"),
     ],
 )
 def test_an_error_crosses_processes_as_it_is(error: Exception) -> None:
-    again = RemoteError.of(error).error()
+    again = pickle.loads(pickle.dumps(RemoteError.of(error))).exception()
     assert type(again) is type(error)
-    assert str(again) == str(error)
+    assert str(again) == str(error) and vars(again) == vars(error)
     if isinstance(error, OSError) and isinstance(again, OSError):
         assert (again.errno, again.filename) == (error.errno, error.filename)
+    if isinstance(error, MultisaError) and isinstance(again, MultisaError):
+        assert again.exit_code == error.exit_code
+
+
+def test_an_error_that_cannot_cross_becomes_its_nearest_base_class() -> None:
+    unpicklable = BackendUnavailable("lost", remedy="check it")
+    unpicklable.lock = threading.Lock()  # type: ignore[attr-defined]
+    for error, kind in ((OwnError("altered"), BundleError), (unpicklable, BackendUnavailable)):
+        again = pickle.loads(pickle.dumps(RemoteError.of(error))).exception()
+        assert type(again) is kind and str(again) == str(error)
+        assert isinstance(again, MultisaError) and again.exit_code == error.exit_code
+    assert again.cause == "lost"  # type: ignore[union-attr]
 
 
 def test_an_error_of_ours_keeps_its_traceback() -> None:
     try:
         int("x")
     except ValueError as error:
-        again = RemoteError.of(error).error()
+        again = RemoteError.of(error).exception()
     assert isinstance(again, RuntimeError)
     assert 'int("x")' in str(again)
 
 
 def test_an_out_that_is_not_shared_is_refused(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
-    hand = ShardWorker(job)
-    hand.open()
-    answer = hand.do(ShardTask(Shard(0, ()), shared=".multisa/tmp/shared-somewhere-else"))
-    hand.close()
+    worker = ShardWorker(job)
+    worker.open()
+    answer = worker.run(ShardTask(Shard(0, ()), shared_file=".multisa/tmp/shared-somewhere-else"))
+    worker.close()
     assert isinstance(answer, RemoteError)
-    with pytest.raises(UsageError, match="one that all machines share"):
-        raise answer.error()
+    with pytest.raises(UsageError, match="expected a folder that all machines share"):
+        raise answer.exception()
+
+
+def test_what_a_worker_logs_while_it_opens_is_reported_and_not_shown(
+    corpus: Path, bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
+    before = log.handlers[:], log.level
+    worker = ShardWorker(job)
+    info = worker.open()
+    worker.close()
+    assert isinstance(info, WorkerInfo)
+    ((level, text),) = info.messages
+    assert level == logging.INFO and text.startswith("segmenter: on onnxruntime-cpu")
+    assert capfd.readouterr().err == "" and (log.handlers, log.level) == before
+
+
+def test_what_a_worker_logs_at_a_shard_is_logged_by_the_coordinator(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    executor = Two({"process 1": {}})
+    executor._handle_messages()
+    (worker,) = executor._workers()
+    shard = Shard(0, ())
+    worker.shards[0] = shard
+    messages = [(logging.WARNING, "a.png: trying a second time"), (logging.DEBUG, "not shown")]
+    report = ShardReport(ShardResult(0, 0, 0, 0, ""), (), messages=messages)
+    executor._are = [(worker, report)]
+    executor._handle_messages(lambda result: None)
+    assert capsys.readouterr().err == "a.png: trying a second time\n"
+
+
+def test_nothing_is_opened_before_an_executor_is_entered(
+    corpus: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    def resources() -> tuple[int, int]:
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    job = make_job("segment", str(corpus), tmp_path, bundle.path, BackendRequest(), RunOptions())
+    before = resources()
+    executors = [LocalExecutor(job, RunMonitor("segment")), TWO(job, RunMonitor("segment"))]
+    assert resources() == before and not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="in a with statement"):
+        executors[0].fingerprint()
+    with executors[0] as executor:
+        assert executor.fingerprint()
+    assert resources() == before
