@@ -17,7 +17,7 @@ from multisa.runtime.jobs.monitor import check_failures
 from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.progress import log
 from multisa.runtime.report.page import Card, Page, Picture, write_page
-from multisa.runtime.report.pictures import (
+from multisa.runtime.report.report import (
     OVERLAY,
     PHOTO,
     clear_pictures,

@@ -28,13 +28,16 @@ from multisa.kernels.cuda.pycuda_device import PycudaDevice
 from multisa.runtime.backends.base import AsyncBackend, Backend, Closeable, UInt8, check_image
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
-from multisa.runtime.gpu.postprocess import (
+from multisa.runtime.gpu.stages import (
+    FLOAT32_BYTES,
+    GpuLabels,
     GpuPostprocessor,
+    GpuRequest,
     PostprocessInputs,
     PostprocessOutputs,
     PostprocessShape,
+    StagingBuffer,
 )
-from multisa.runtime.gpu.request import FLOAT32_BYTES, GpuLabels, GpuRequest, StagingBuffer
 from multisa.runtime.image_labels import Labels
 from multisa.runtime.progress import log
 

@@ -19,8 +19,7 @@ from multisa.runtime.jobs.shards import PRIVATE, CommittedShards
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import FAILURES, RECORDS
-from multisa.runtime.report.pictures import FOLDER, PAGE, clear_pictures
-from multisa.runtime.report.report import ReportData, write_report
+from multisa.runtime.report.report import FOLDER, PAGE, ReportData, clear_pictures, write_report
 from multisa.runtime.report.summary import group_failures
 from multisa.runtime.sources.base import Source
 from multisa.runtime.writers.base import Writer, shard_path, tar_key

@@ -16,7 +16,7 @@ from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_folder, lock_file
 from multisa.runtime.imaging.decode import EXTENSIONS
 from multisa.runtime.jobs.shards import FILES, PARTS, PRIVATE, listed_files, remove_file
-from multisa.runtime.report.pictures import FOLDER
+from multisa.runtime.report.report import FOLDER
 from multisa.runtime.sources.folders import Pattern
 from multisa.runtime.sources.remote import protocol_of
 

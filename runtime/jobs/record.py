@@ -9,15 +9,15 @@ from typing import Any
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file, write_json_atomically
-from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.finalize import FAILED_FILE
 from multisa.runtime.jobs.output import RUN
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.stages import Concurrency
+from multisa.runtime.jobs.worker import Executor
 from multisa.runtime.predict.prediction import DECIMALS
 from multisa.runtime.progress import pluralize
-from multisa.runtime.report.pictures import PAGE
+from multisa.runtime.report.report import PAGE
 from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
 from multisa.runtime.writers.registry import writer_folder
 

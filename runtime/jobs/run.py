@@ -9,25 +9,346 @@ and every file outside OUT/.multisa and the report is byte-identical to that of 
 the number of workers, processes and resumed runs. Runs are tested on Linux.
 """
 
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
+from multisa.runtime.errors import Interrupted, MultisaError, UsageError
 from multisa.runtime.files import read_json_object, sha256_of_file
-from multisa.runtime.image_labels import read_image_labels
-from multisa.runtime.jobs.executor import ExecutorFactory
-from multisa.runtime.jobs.finalize import is_report_written, record_finalized, remove_report, write_run_report
-from multisa.runtime.jobs.fingerprint import run_fingerprint
-from multisa.runtime.jobs.journal import Journal
-from multisa.runtime.jobs.monitor import RunMonitor, stop_on_signals
-from multisa.runtime.jobs.output import JOURNAL, RUN, SNAPSHOT, check_output, output_errors, run_lock
+from multisa.runtime.image_labels import ImageLabels, Labels, read_image_labels
+from multisa.runtime.jobs.finalize import (
+    failed_indices,
+    failure_reasons,
+    finalize_files,
+    finalized_files,
+    images_per_class,
+    is_finalized,
+    is_report_written,
+    record_finalized,
+    remove_report,
+    reopen,
+    write_failures,
+    write_run_report,
+)
+from multisa.runtime.jobs.fingerprint import (
+    Fingerprint,
+    differences,
+    read_fingerprint,
+    run_fingerprint,
+    write_fingerprint,
+)
+from multisa.runtime.jobs.journal import Journal, ShardResult
+from multisa.runtime.jobs.monitor import (
+    RunMonitor,
+    StopRequest,
+    check_failures,
+    failure_limit,
+    stop_on_signals,
+)
+from multisa.runtime.jobs.output import (
+    JOURNAL,
+    RUN,
+    SNAPSHOT,
+    check_empty,
+    check_output,
+    image_checker,
+    output_errors,
+    remove_results,
+    run_lock,
+)
 from multisa.runtime.jobs.record import RunSummary, run_record, write_record
-from multisa.runtime.jobs.session import RunSession, prepare_output
-from multisa.runtime.jobs.snapshot import Snapshot
+from multisa.runtime.jobs.shards import clear_temporary, is_intact
+from multisa.runtime.jobs.snapshot import Shard, Snapshot, take_snapshot
 from multisa.runtime.jobs.spec import Job, RunOptions
 from multisa.runtime.jobs.telemetry import Telemetry
+from multisa.runtime.jobs.worker import Executor, ExecutorFactory
+from multisa.runtime.progress import EXAMPLES_SHOWN, format_examples, log, pluralize
+from multisa.runtime.sources.base import SourceItem
+from multisa.runtime.sources.lists import ListSource
+from multisa.runtime.writers.base import Writer
 from multisa.runtime.writers.registry import writer_folder
+
+_ALTERNATIVES = "start over (--overwrite), or choose another folder"
+
+
+def prepare_output(
+    job: Job,
+    options: RunOptions,
+    fingerprint: Fingerprint,
+    labels: ImageLabels | None,
+    foreground: Sequence[str],
+) -> None:
+    """Make OUT hold the snapshot and the settings of this run, or check that it does.
+
+    Raises UsageError if OUT holds a run of other settings or other images, or results of unknown origin.
+    """
+    existing = None if options.overwrite else read_fingerprint(job.output)
+    if options.overwrite:
+        remove_results(job.output, finalized_files(job.output))
+    if existing is None and options.retry_failed:
+        raise UsageError(f"{job.output}: holds no run, expected one with failed images to try again")
+    if existing is None:
+        if not options.overwrite:
+            check_empty(job.output, map(writer_folder, job.writers), finalized_files(job.output))
+            remove_results(job.output, ())  # of a run whose start or removal was interrupted
+        _take_snapshot(job, options, labels, foreground)
+        write_fingerprint(job.output, fingerprint)
+    elif different := differences(fingerprint, existing):
+        raise UsageError(
+            f"{job.output}: holds a run of other settings ({'; '.join(different)}): use those, "
+            f"{_ALTERNATIVES}"
+        )
+    elif not options.skip_source_check and not options.retry_failed:
+        _check_source(job, foreground)
+    clear_temporary(job.output)
+
+
+class _LabelLookup:
+    """The labels of each image of a source: from the label file, else those that the source contains."""
+
+    def __init__(self, job: Job, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
+        self._foreground = foreground
+        self.matcher = None
+        if labels:
+            with job.open_source(foreground) as source:
+                images = (entry for entry in source.listing() if isinstance(entry, SourceItem))
+                self.matcher = labels.matcher(item.id for item in images)
+        self.unlabelled: list[str] = []  # ids of the first images without a row in the label file
+        self.n_unlabelled = 0
+
+    def find(self, item: SourceItem) -> Labels | None:
+        """The labels of an image; None: its classes come from the scores. Raises UsageError."""
+        found = self.matcher.find(item.id) if self.matcher else None
+        if found is None and item.labels is not None:
+            found = self._checked(item.id, item.labels)
+        if self.matcher and found is None:
+            self.n_unlabelled += 1
+            if len(self.unlabelled) < EXAMPLES_SHOWN:
+                self.unlabelled.append(item.id)
+        return found
+
+    def _checked(self, image: str, labels: Sequence[str]) -> Labels:
+        unknown = [name for name in labels if name not in self._foreground]
+        if unknown:
+            expected = ", ".join(self._foreground)
+            raise UsageError(f"{image}: unknown class {unknown[0]!r}, expected {expected}")
+        return tuple(name for name in self._foreground if name in labels)
+
+
+def _take_snapshot(
+    job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]
+) -> None:
+    lookup = _LabelLookup(job, labels, foreground)
+    check_image = image_checker(job.source, job.output, map(writer_folder, job.writers))
+
+    def labels_of(item: SourceItem) -> Labels | None:
+        if is_list:
+            check_image(item.uri)
+        return lookup.find(item)
+
+    with job.open_source(foreground) as source:
+        is_list = isinstance(source, ListSource)
+        take_snapshot(job.output / SNAPSHOT, source.listing(), labels_of, source.description)
+    with Snapshot(job.output / SNAPSHOT) as snapshot:
+        if snapshot.skipped:
+            some = [f"{entry.id}: {entry.reason}" for entry in snapshot.skipped_entries(EXAMPLES_SHOWN)]
+            log.info(f"skipped {snapshot.skipped}: {format_examples(some, snapshot.skipped)}")
+        if snapshot.other_files and options.log_other_files:
+            log.info(f"ignored {pluralize(snapshot.other_files, 'file')} without an image extension")
+        images = pluralize(snapshot.images, "image")
+        all_unlabelled = lookup.n_unlabelled == snapshot.images
+    if labels is None or lookup.matcher is None:
+        return
+    examples = format_examples(lookup.unlabelled, lookup.n_unlabelled)
+    if all_unlabelled:
+        raise UsageError(
+            f"{labels.path}: has no row for any of {images}, expected paths below {job.source}, or file "
+            f"names, such as {examples}; without --labels, images are labelled from scores"
+        )
+    if lookup.unlabelled:
+        log.info(
+            f"without a row in {labels.path} and labelled from scores: {lookup.n_unlabelled} of {images}: "
+            f"{examples}"
+        )
+    if unused := lookup.matcher.unused():
+        rows = pluralize(len(unused), "row")
+        log.info(f"without an image: {rows} of {labels.path}: {format_examples(unused)}")
+
+
+def _check_source(job: Job, foreground: Sequence[str]) -> None:
+    with job.open_source(foreground) as source, Snapshot(job.output / SNAPSHOT) as snapshot:
+        changed = snapshot.difference(source.listing)
+    if changed:
+        raise UsageError(
+            f"{job.source}: has changed since the run in {job.output} began: {changed}: continue with the "
+            "original list of images (--skip-source-check), retry failed images that were repaired "
+            f"(--retry-failed), {_ALTERNATIVES}"
+        )
+
+
+@dataclass
+class RunSession:
+    """Takes a run from its journal as it is to a journal that has every shard."""
+
+    job: Job
+    options: RunOptions
+    snapshot: Snapshot
+    journal: Journal
+    stop: StopRequest
+    monitor: RunMonitor
+    classes: Sequence[str]  # of the foreground
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    _altered: set[int] = field(default_factory=set)  # committed shards to redo
+    _failed_before: int = 0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def run(self, executor: Executor) -> None:
+        """Process every shard that is not committed. Raises Interrupted or TooManyFailures if stopped."""
+        if self.journal.torn:
+            log.info("the last line of the journal is incomplete: its shard is processed again")
+        if self.options.retry_failed:
+            self._add_retries()
+        if self.options.verify:
+            self._find_altered()
+        before = self.journal.images + self.journal.failed
+        if self.options.max_failures is not None:
+            self._failed_before = self._count_failed()
+            if not all(map(self._is_committed, self._shards())):  # a restart must not creep past the limit
+                self._check_failures(self._failed_before)
+        if before:
+            log.info(f"resuming: {pluralize(self.journal.shards, 'shard')} done before")
+        self.monitor.start(self.snapshot.images, min(before, self.snapshot.images))
+
+        def on_commit(result: ShardResult) -> None:
+            self.journal.append(result)
+            self.monitor.shard_committed(result.shard, result.images)
+            if self.options.max_failures is not None:
+                limit = failure_limit(self.options.max_failures, self.snapshot.images)
+                self.stop.too_many_failures |= self._failed_before + self.monitor.failed > limit
+
+        executor.run(self._pending(), on_commit)
+        self._raise_if_stopped()
+
+    def finalize(self, writers: Sequence[Writer]) -> bool:
+        """Write the files that cover the whole run; returns whether there was anything to write."""
+        shards, retries = self._committed()
+        if is_finalized(self.job.output, len(shards) + len(retries)):
+            return False
+        finalize_files(self.job.output, writers, shards, retries, self.classes)
+        return True
+
+    def record_finalized(self) -> None:
+        """Note that only the report may be missing."""
+        record_finalized(self.job.output, shards=sum(map(len, self._committed())))
+
+    def summary(self, executor: Executor) -> RunSummary:
+        """What was done, in all sessions and in this one; call it after `finalize`."""
+        failed = len(failed_indices(self.job.output, *self._committed()))
+        images = self.snapshot.images
+        return RunSummary(
+            images=images,
+            done=images - failed,
+            failures=failed,
+            done_now=self.monitor.done,
+            seconds=time.perf_counter() - self._start,
+            stage_seconds=executor.stage_seconds(),
+            job=self.job,
+            concurrency=executor.concurrency(),
+            skipped=self.snapshot.skipped,
+            failure_kinds=dict(self.monitor.failure_kinds),
+            reasons=failure_reasons(self.job.output),
+            images_per_class=images_per_class(self.job.output),
+        )
+
+    def _shards(self) -> list[int]:
+        return [number for number, _ in self.snapshot.shards(self.options.shard_size)]
+
+    def _n_first_shards(self) -> int:
+        """Shards of the first attempt; those of retries have higher numbers."""
+        return -(-self.snapshot.images // self.options.shard_size)
+
+    def _is_committed(self, shard: int) -> bool:
+        return shard in self.journal and shard not in self._altered
+
+    def _pending(self) -> Iterator[Shard]:
+        for number in self._shards():
+            if self.stop:
+                return
+            if not self._is_committed(number):
+                yield self.snapshot.shard(number, self.options.shard_size)
+
+    def _committed(self) -> tuple[list[int], list[int]]:
+        """Numbers of the committed shards: those of the first attempt, those of retries."""
+        first = self._n_first_shards()
+        numbers = [number for number in self._shards() if number in self.journal]
+        return [n for n in numbers if n < first], [n for n in numbers if n >= first]
+
+    def _pending_retries(self) -> set[int]:
+        """Indices of the images of retries that are not committed."""
+        return {
+            sample.index
+            for number in self._shards()
+            if number >= self._n_first_shards() and not self._is_committed(number)
+            for sample in self.snapshot.shard(number, self.options.shard_size).samples
+        }
+
+    def _add_retries(self) -> None:
+        pending = self._pending_retries()
+        failed = [i for i in failed_indices(self.job.output, *self._committed()) if i not in pending]
+        changed = ""
+        if not self.options.skip_source_check:
+            with self.job.open_source(self.classes) as source:
+                changed = self.snapshot.accept_changes(source.listing, failed)
+        if changed:
+            raise UsageError(
+                f"{self.job.source}: has changed since the run began, and not only the failed images: "
+                f"{changed}: restore the others, or use the original list of images (--skip-source-check)"
+            )
+        log.info(f"retrying {pluralize(len(failed), 'failed image')}")
+        self.snapshot.add_retries(failed, self.options.shard_size)
+        reopen(self.job.output)
+
+    def _count_failed(self) -> int:
+        """Images that have failed so far, without those that are about to be tried again."""
+        kept = [[n for n in numbers if n not in self._altered] for numbers in self._committed()]
+        return len(set(failed_indices(self.job.output, *kept)) - self._pending_retries())
+
+    def _find_altered(self) -> None:
+        output = self.job.output
+        committed = {number for numbers in self._committed() for number in numbers}
+        # Of a shard that was processed twice, the last line counts.
+        digests = {number: digest for number, digest in self.journal.digests() if number in committed}
+        self._altered = {
+            number for number, digest in digests.items() if not is_intact(output, number, digest)
+        }
+        if self._altered:
+            log.info(f"altered or missing files: {pluralize(len(self._altered), 'shard')} to redo")
+        reopen(output)  # files that cover the whole run are cheap to write again
+
+    def _raise_if_stopped(self) -> None:
+        committed, retries = self._committed()
+        done = len(committed) + len(retries)
+        shards = len(self._shards())
+        if done == shards:  # stopped too late to matter
+            return
+        progress = f"{done} of {pluralize(shards, 'shard')} are done"
+        if self.stop.signal is not None:
+            message = f"interrupted: {progress}, run the same command again to resume"
+            raise Interrupted(message, signal=self.stop.signal)
+        if self.stop.too_many_failures and self.options.max_failures is not None:
+            log.info(f"stopped: {progress}")
+            write_failures(self.job.output, committed, retries)
+            self._check_failures(self._failed_before + self.monitor.failed)
+        # Never return as if all shards were done.
+        raise MultisaError(f"the run ended early: {progress}, run the same command again to resume")
+
+    def _check_failures(self, failed: int) -> None:
+        check_failures(failed, self.snapshot.images, self.options.max_failures, self.job.output)
 
 
 def run(

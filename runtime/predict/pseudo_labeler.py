@@ -31,7 +31,7 @@ from multisa.runtime.progress import log
 
 if TYPE_CHECKING:
     from multisa.runtime.gpu.pipeline import GpuPipeline
-    from multisa.runtime.gpu.request import GpuLabels
+    from multisa.runtime.gpu.stages import GpuLabels
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]

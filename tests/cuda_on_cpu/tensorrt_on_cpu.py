@@ -31,8 +31,7 @@ from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContrac
 from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import BackendRequest, select_backend
-from multisa.runtime.backends.tensorrt import TensorRTOptions, open_tensorrt
-from multisa.runtime.backends.tensorrt_engine import TensorRTBackend
+from multisa.runtime.backends.tensorrt import TensorRTBackend, TensorRTOptions, open_tensorrt
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.gpu.pipeline import GpuPipeline

@@ -8,13 +8,13 @@ from PIL import Image
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.jobs.executor import Executor, ExecutorFactory
 from multisa.runtime.jobs.journal import ShardResult
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.record import RunSummary
 from multisa.runtime.jobs.run import run
 from multisa.runtime.jobs.snapshot import Shard
 from multisa.runtime.jobs.spec import Job, RunOptions, make_job
+from multisa.runtime.jobs.worker import Executor, ExecutorFactory
 
 SHARD = 5
 IMAGES = 150

@@ -17,7 +17,7 @@ from multisa.runtime.backends.tensorrt_runtime import default_gpu, import_librar
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.errors import BackendUnavailable, MultisaError
 from multisa.runtime.gpu.pipeline import GpuPipeline
-from multisa.runtime.gpu.request import GpuLabels
+from multisa.runtime.gpu.stages import GpuLabels
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 
 IMAGES = {"astronaut": ("person",), "chelsea": ("cat",), "coffee": ("person", "dog")}

@@ -32,7 +32,7 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.gpu import pipeline as gpu_pipeline
 from multisa.runtime.gpu.pipeline import GpuPipeline, open_gpu_pipeline
-from multisa.runtime.gpu.request import GpuLabels
+from multisa.runtime.gpu.stages import GpuLabels
 from multisa.runtime.predict.postprocess import (
     background_and_foreground,
     pseudo_mask,

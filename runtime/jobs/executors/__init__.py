@@ -1,11 +1,11 @@
 """Executors: what processes the shards of a job, in this process, in several, or on a Ray cluster."""
 
-from multisa.runtime.jobs.executor import Executor
 from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.processes import ProcessExecutor
 from multisa.runtime.jobs.executors.ray import RayExecutor
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import Job
+from multisa.runtime.jobs.worker import Executor
 
 
 def make_executor(

@@ -11,10 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.kernels.common.stencil import stencil_offsets
-from multisa.kernels.cuda.crf import CRF_ERRORS
-from multisa.kernels.cuda.device import ALIGNMENT, STENCIL_ERRORS, describe_errors
+from multisa.kernels.common.walk import WalkSettings
+from multisa.kernels.cuda.crf import CRF_ERRORS, CrfShape, DeviceCRF
+from multisa.kernels.cuda.device import ALIGNMENT, STENCIL_ERRORS, Device, Workspace, describe_errors
+from multisa.kernels.cuda.label_maps import DeviceLabelMaps, queue_argmax, queue_take_errors
 from multisa.kernels.cuda.pycuda_context import PinnedBuffer, PrimaryContext, PycudaBuffer
+from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 from multisa.runtime.backends.base import UInt8
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.image_labels import Labels, labels_from_scores
@@ -253,3 +257,120 @@ class GpuRequest:
         """Largest number of classes of an image, and the size of all lists in bytes."""
         count = len(self.manifest.foreground)
         return count, 4 * self.shape[0] * (1 + 3 * count)
+
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class PostprocessShape:
+    """Sizes for one image: of the maps, of the affinities, of the image, and the largest number of labels."""
+
+    cam: Size
+    grid: Size
+    image: Size
+    labels: int  # at most, the background included
+
+
+@dataclass(frozen=True)
+class PostprocessInputs:
+    """Device addresses of one image's inputs."""
+
+    image: int  # uint8 [H, W, 3] RGB
+    cam: int  # float32 [classes of the bundle, *cam]
+    affinity: int  # float32 [P, *grid]
+    channels: int  # int32 [count]: indices of the present classes' maps
+    ids: int  # int32 [1 + count]: the background's id, then theirs
+    gains: int  # float32 [count]; 0: all gains are 1
+
+
+@dataclass(frozen=True)
+class PostprocessOutputs:
+    """Device addresses of one image's outputs."""
+
+    mask: int  # uint8 [H, W] class ids
+    confidence: int  # uint8 [H, W]: 255 = certain
+    errors: int  # uint32 [2]: error words of the walk (STENCIL_ERRORS) and the CRF (CRF_ERRORS)
+    probabilities: int = 0  # float16 [1 + count, H, W]; 0: not requested
+
+
+class GpuPostprocessor:
+    """Random walk, resizing, dense CRF and argmax for one image size.
+
+    Images share its memory: queue them all on one stream.
+    """
+
+    def __init__(self, device: Device, shape: PostprocessShape, parameters: LabelParameters) -> None:
+        """Allocate memory, upload tables and build the spatial lattice; this waits for the device.
+
+        Raises ValueError for sizes or parameters that the kernels do not support.
+        """
+        self._device = device
+        self._shape = shape
+        self._parameters = parameters
+        self._to_grid = DeviceLabelMaps(device, shape.cam, shape.grid)
+        self._to_image = DeviceLabelMaps(device, shape.grid, shape.image)
+        self._settings = WalkSettings(parameters.walk_radius, parameters.walk_beta, parameters.walk_steps)
+        self._walks: dict[int, DeviceWalk] = {}
+        maps = 4 * (shape.labels - 1) * shape.grid[0] * shape.grid[1]
+        self._pixels = shape.image[0] * shape.image[1]
+        probabilities = 4 * shape.labels * self._pixels
+        sizes = {"resized": maps, "walked": maps, "probabilities": probabilities}
+        self._crf: DeviceCRF | None = None
+        if parameters.use_crf:
+            self._crf = DeviceCRF(device, CrfShape(1, *shape.image, shape.labels), parameters.crf)
+            sizes |= {"refined": probabilities, "present": 4 * shape.labels * shape.labels}
+        self._memory = Workspace(device, sizes)
+        if parameters.use_crf:
+            # Row n lists the labels of an image with n classes for the CRF: 0..n, then -1.
+            labels = np.arange(shape.labels, dtype=np.int32)
+            device.upload(
+                self._memory["present"], np.where(labels <= labels[:, None], labels, -1).astype(np.int32)
+            )
+
+    def queue(self, inputs: PostprocessInputs, outputs: PostprocessOutputs, count: int, stream: int) -> None:
+        """Queue one image with `count` classes, 1 up to the shape's labels - 1; does not wait.
+
+        Only a new `count` allocates memory, for which the device may wait.
+        """
+        parameters, memory, device = self._parameters, self._memory, self._device
+        walk = self._walk_for(count)
+        self._to_grid.resize(inputs.cam, count, memory["resized"], channels=inputs.channels, stream=stream)
+        walk.walk(memory["resized"], inputs.affinity, memory["walked"], stream)
+        self._to_image.probabilities(
+            memory["walked"],
+            count,
+            memory["probabilities"],
+            background=parameters.background,
+            gains=inputs.gains,
+            to_peak=parameters.walk_to_peak,
+            stream=stream,
+        )
+        found = memory["probabilities"]
+        if self._crf:
+            found = memory["refined"]
+            present = memory["present"] + 4 * self._shape.labels * count
+            self._crf.set_images(inputs.image, stream=stream)
+            self._crf.infer(
+                memory["probabilities"], found, channels=present, classes=1 + count, stream=stream
+            )
+        queue_argmax(
+            device,
+            found,
+            inputs.ids,
+            1 + count,
+            self._pixels,
+            outputs.mask,
+            outputs.confidence,
+            probabilities_out=outputs.probabilities,
+            stream=stream,
+        )
+        queue_take_errors(
+            device, walk.error, self._crf.error if self._crf else 0, outputs.errors, stream=stream
+        )
+
+    def _walk_for(self, count: int) -> DeviceWalk:
+        if count not in self._walks:
+            shape = WalkShape(1, count, *self._shape.grid)
+            self._walks[count] = DeviceWalk(self._device, shape, self._settings)
+        return self._walks[count]
