@@ -168,7 +168,8 @@ def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine
 
     summaries = run_demo(output, _load_bundle(bundle), BackendRequest(backend, precision, engine_cache))
     for name, summary in summaries.items():
-        click.echo(f"multisa {name}: {describe_summary(summary, report_images=0)}")
+        lines = describe_summary(summary, report_images=0).splitlines()[:-1]  # without what to open
+        click.echo("\n".join([f"multisa {name}: {lines[0]}", *lines[1:]]))
     click.echo(f"open {output / 'index.html'} in a browser")
 
 

@@ -6,6 +6,7 @@
 import difflib
 import errno
 import importlib
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,11 @@ def root(quiet: bool, traceback: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    for descriptor in range(3):  # a file of ours must not become a standard stream that was closed
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     root.main(args=arguments, prog_name="multisa", standalone_mode=True)
     raise SystemExit(0)
 

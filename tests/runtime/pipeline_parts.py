@@ -12,7 +12,7 @@ from PIL import Image
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import BackendError, ImageError
-from multisa.runtime.imaging.decode import DecodedImage, decode_working_image
+from multisa.runtime.imaging.decode import DecodedImage, load_image
 from multisa.runtime.jobs.pipeline import CompletedShard, Encoder, Pipeline
 from multisa.runtime.jobs.snapshot import Sample, Shard
 from multisa.runtime.jobs.stages import Failure, PipelineConfig
@@ -66,7 +66,7 @@ class Predictor:
     manifest: Manifest | None = None  # set by `pipeline_of`
 
     def decode(self, data: bytes, *, max_pixels: int) -> DecodedImage:
-        return decode_working_image(data, max_pixels=max_pixels, long_side=LONG_SIDE)
+        return load_image(data, max_pixels=max_pixels, long_side=LONG_SIDE)
 
     def predict_batch(
         self, images: np.ndarray, labels: Sequence[Labels | None], timer: StageTimer
