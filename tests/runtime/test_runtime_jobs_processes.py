@@ -327,7 +327,7 @@ def test_what_a_worker_logs_while_it_opens_is_reported_and_not_shown(
     worker.close()
     assert isinstance(info, WorkerInfo)
     ((level, text),) = info.messages
-    assert level == logging.INFO and text.startswith("segmenter: on onnxruntime-cpu")
+    assert level == logging.INFO and text.startswith("segmenter: onnxruntime-cpu")
     assert capfd.readouterr().err == "" and (log.handlers, log.level) == before
 
 
