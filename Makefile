@@ -33,7 +33,6 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; m
 	$(BIN)/python benchmarks/random_walk.py $(QUICK)
 	$(BIN)/python benchmarks/dense_crf.py $(QUICK)
 	$(BIN)/python benchmarks/cam_head.py $(QUICK)
-	$(BIN)/python benchmarks/encoding.py $(QUICK) --data $(DATA)
 	$(BIN)/python benchmarks/start_up.py $(QUICK)
 	$(BIN)/python benchmarks/tables.py
 

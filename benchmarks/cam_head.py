@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
-from multisa.benchmarks.suite.worker_process import WorkerProcess
 from multisa.benchmarks.synthetic_images import image_bytes
-from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
+from multisa.benchmarks.worker_process import WorkerProcess
+from multisa.export.attention import OPSET, QUERY_BLOCK, attention_translation, expand_attention
 from multisa.export.cost import costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.to_onnx import OPSET, onnx_from_module
-from multisa.export.unfold import cam_from_bundle
+from multisa.export.to_onnx import onnx_from_module
+from multisa.export.to_torch import cam_from_bundle
 from multisa.kernels.cpu import native
 from multisa.runtime.backends.base import CAM, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -76,7 +76,7 @@ def random_network(preset: str, n_classes: int = N_CLASSES) -> MultiSACAM:
     torch.manual_seed(0)
     config = load_config(preset, ["cam.weights=none"]).cam
     network = create_model(config, n_classes + 1).eval()
-    network.calibrate(network.backbone.normalise(square_image(256)))
+    network.fit_level_gain(network.backbone.normalise(square_image(256)))
     for beta in network.beta_parameters():
         beta.data.fill_(BETA)
     return network

@@ -58,8 +58,8 @@ def bench(
     from multisa.benchmarks.bench_file import read_bench
     from multisa.benchmarks.compare import check_against
     from multisa.benchmarks.report import summary_lines, write_report
+    from multisa.benchmarks.run_suite import run_suite
     from multisa.benchmarks.suite.context import BenchRequest
-    from multisa.benchmarks.suite.run import run_suite
     from multisa.runtime.bundle import default_bundle_path
 
     old = read_bench(compare) if compare else None  # a wrong file is an error before the run, not after it

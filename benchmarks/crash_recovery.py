@@ -85,7 +85,7 @@ class KilledRuns:
         self._number = 0
         make_images(work / "images")
         options = ("--shard-size", SHARD_SIZE, "--writer", ",".join(WRITERS), "--workers", 2, "--batch", 3)
-        words = (command, work / "images", "--bundle", bundle, "--max-failures", "10%", "--report", 0)
+        words = (command, work / "images", "--bundle", bundle, "--max-failures", "10%", "--report-images", 0)
         self._command = [sys.executable, *CLI, *map(str, (*words, *options)), "-o"]
         out = work / "uninterrupted"
         with self._process(out) as process:

@@ -29,8 +29,8 @@ def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[s
     """Both on one image: whole calls, from the image to the refined probabilities."""
     image = image_bytes(HEIGHT, WIDTH)
     probabilities = class_probabilities(labels, HEIGHT, WIDTH, present)
-    numbers = asdict(SETTINGS[name])
-    crf = DenseCRF(image, SETTINGS[name])
+    parameters = SETTINGS[name]
+    crf = DenseCRF(image, parameters)
 
     def first_call() -> object:
         # Without the cached spatial lattice of this size: pydensecrf builds its own in each call.

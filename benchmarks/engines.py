@@ -23,9 +23,8 @@ from torch import nn
 
 from multisa.benchmarks.harness import environment, make_parser, save_results
 from multisa.export.bundle import Graph
-from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.graphs import AffinityFromImages
-from multisa.export.tensorrt.build import BuildOptions, build_plans
+from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
+from multisa.export.tensorrt.build import BuildOptions, build_engines
 from multisa.export.tensorrt.builder import TURING_PRODUCT
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, PRECISIONS, SEGMENTER
@@ -162,7 +161,7 @@ def engine_rows(bundle: Bundle, options: BuildOptions) -> Iterator[dict[str, Any
         for target in options.targets:
             names = {"graph": contract.name, "target": target, "precision": options.precision}
             cpu = time.process_time()
-            report = build_plans(bundle, replace(options, targets=(target,), graphs=(contract.name,)))
+            report = build_engines(bundle, replace(options, targets=(target,), graphs=(contract.name,)))
             cpu = time.process_time() - cpu
             for failure in report.failures:
                 yield {**names, "failure": failure, "known": is_known(contract.name, target, failure)}
@@ -224,7 +223,7 @@ def main() -> None:
         tuple(options.targets.split(",")),
         precision=options.precision,
         library=options.library,
-        cache=options.work / "cache",
+        engine_cache=options.work / "cache",
     )
     for row in engine_rows(bundle, requested):
         entry["engines"].append(row)

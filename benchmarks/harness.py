@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from multisa.kernels.cpu import native
+from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.system import installed_versions, usable_cpus
 
@@ -89,8 +90,10 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
-def make_parser(description: str | None, *, quick: str = "") -> argparse.ArgumentParser:
-    """A parser with `--results`, and with `--quick` where `quick` says what it leaves out."""
+def make_parser(
+    description: str | None, *, quick: str = "", data: str = "", bundle: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with `--results`, and with those of `--quick`, `--data` (by their help) and `--bundle` asked for."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,6 +102,10 @@ def make_parser(description: str | None, *, quick: str = "") -> argparse.Argumen
     )
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
+    if data:
+        parser.add_argument("--data", type=Path, required=True, help=data)
+    if bundle:
+        parser.add_argument("--bundle", type=Path, default=default_bundle_path())
     return parser
 
 

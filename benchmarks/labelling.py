@@ -32,7 +32,7 @@ from multisa.benchmarks.suite.images import (
     spread,
 )
 from multisa.benchmarks.suite.roofline import mean_roofline
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou

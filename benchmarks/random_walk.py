@@ -23,8 +23,8 @@ from multisa.benchmarks.harness import (
     save_results,
     with_ratios,
 )
-from multisa.benchmarks.suite.worker_process import WorkerProcess
 from multisa.benchmarks.synthetic_images import image_features, smooth_scores
+from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.kernels import affinity_from_features, random_walk, random_walk_reference, stencil_offsets
 from multisa.kernels.common.stencil import pair_slices
 from multisa.kernels.common.walk import chebyshev_coefficients, chebyshev_degree

@@ -29,7 +29,7 @@ from multisa.benchmarks.suite.context import BenchContext, stage_main
 from multisa.benchmarks.suite.images import of_one_size, read_working, settle, spread
 from multisa.benchmarks.suite.roofline import mean_roofline
 from multisa.benchmarks.suite.segment_candidate import SegmentCandidate
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.progress import Progress, log

@@ -20,7 +20,7 @@ from typing import Any
 from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results, with_ratios
 from multisa.benchmarks.suite.candidates import COMPILED, EAGER, REFERENCE, Candidate
 from multisa.benchmarks.suite.context import write_weights
-from multisa.benchmarks.suite.worker_process import WorkerProcess
+from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.runtime.bundle import default_bundle_path
 
 INTERPRETER = "Python and NumPy"
@@ -50,7 +50,7 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         return ["-c", _SEGMENT, str(bundle), str(image), str(weights), *words]
 
     out = scratch / "out"
-    command = ["segment", str(image), "-o", str(out), "--bundle", str(bundle), "--report", "0"]
+    command = ["segment", str(image), "-o", str(out), "--bundle", str(bundle), "--report-images", "0"]
     backends = [name for name, package in ON_CPUS.items() if importlib.util.find_spec(package)]
     ways = {
         INTERPRETER: ["-c", "import numpy"],

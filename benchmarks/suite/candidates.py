@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.backends.base import CONTRACTS, GraphContract
 from multisa.runtime.backends.registry import BACKENDS, BackendRequest, backend_precisions, select_backend
 from multisa.runtime.bundle import Bundle, load_bundle
@@ -103,7 +103,7 @@ class _Auto:
 
     def __init__(self, bundle: Path, graph: str, engine_cache: Path | None) -> None:
         contract = next(contract for contract in CONTRACTS if contract.name == graph)
-        choice = select_backend(load_bundle(bundle), contract, BackendRequest(plans=engine_cache))
+        choice = select_backend(load_bundle(bundle), contract, BackendRequest(engine_cache=engine_cache))
         self._chosen = (choice.backend.name, choice.precision)
         choice.backend.close()
 

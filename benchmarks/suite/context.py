@@ -10,7 +10,7 @@ from typing import Any
 from multisa.benchmarks.harness import environment, make_parser, peaks, save_results
 from multisa.benchmarks.suite.candidates import Candidate
 from multisa.benchmarks.suite.images import LabelledImage, copy_images
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess, run_command
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess, run_command
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME

@@ -1,7 +1,7 @@
 """The bundle's networks in PyTorch, in the ways people run them. Imported only where torch is installed.
 
-The networks are rebuilt from the bundle once (`export/unfold.py`) and kept as a file of weights each, so that
-neither start-up nor memory of a candidate includes the rebuilding.
+The networks are rebuilt from the bundle once (`export/to_torch.py`) and kept as a file of weights each, so
+that neither start-up nor memory of a candidate includes the rebuilding.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import nn
 
 from multisa.benchmarks.harness import gpu_memory_mib
 from multisa.benchmarks.suite.candidates import CHANNELS_LAST, COMPILED, Candidate
-from multisa.export.unfold import (
+from multisa.export.to_torch import (
     affinity_from_bundle,
     cam_from_bundle,
     config_from_bundle,
@@ -95,7 +95,7 @@ class PyTorchSegmenter:
             raise BackendUnavailable(f"torch {torch.__version__} sees no GPU")
         torch.set_num_threads(threads)
         self._device = torch.device(candidate.device)
-        network: nn.Module = SegmentImages(create_model(bundle, checkpoint=weights)).eval().to(self._device)
+        network: nn.Module = SegmentImages(load_segmenter(bundle, weights)).eval().to(self._device)
         self.model_bytes = sum(t.numel() * t.element_size() for t in network.state_dict().values())
         self._channels_last = candidate.backend == CHANNELS_LAST
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext

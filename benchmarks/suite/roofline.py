@@ -9,7 +9,7 @@ from typing import Any
 
 from multisa.benchmarks.suite.candidates import Candidate
 from multisa.benchmarks.suite.context import BenchContext
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from multisa.kernels import stencil_offsets
 from multisa.kernels.common.walk import chebyshev_degree
 from multisa.kernels.cpu import native
@@ -64,12 +64,12 @@ class _Counter:
     """Counts the multiply-adds of one image; needs torch."""
 
     def __init__(self, bundle: Path, weights: Path) -> None:
-        from multisa.benchmarks.suite.pytorch import load_affinity, load_cam
+        from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, load_segmenter
         from multisa.export.fold import FoldedMultiSACAM
 
         opened = load_bundle(bundle)
         self._parameters = opened.manifest.parameters
-        self._segmenter = create_model(opened, checkpoint=weights)
+        self._segmenter = load_segmenter(opened, weights)
         self._cam = FoldedMultiSACAM(load_cam(opened, weights))
         self._affinity = load_affinity(opened, weights)
 

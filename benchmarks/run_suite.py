@@ -14,7 +14,7 @@ from multisa.benchmarks import labelling, segmenting
 from multisa.benchmarks.bench_file import SCHEMA_VERSION
 from multisa.benchmarks.suite.candidates import list_candidates
 from multisa.benchmarks.suite.context import BenchContext, BenchRequest, make_context
-from multisa.benchmarks.suite.worker_process import INSTALL
+from multisa.benchmarks.worker_process import INSTALL
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.files import write_json_atomically

@@ -164,7 +164,7 @@ def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[
     Raises WorkerFailedError with the command's last line of stderr where it fails.
     """
     shutil.rmtree(out, ignore_errors=True)
-    words = [command, str(source), "-o", str(out), "--report", "0", *arguments]
+    words = [command, str(source), "-o", str(out), "--report-images", "0", *arguments]
     try:
         done = subprocess.run(
             [sys.executable, "-c", _COMMAND, *words],
