@@ -6,16 +6,14 @@ The network as trained (not folded) in PyTorch eager and the exported graph (fol
 alternately on the same threads: the head alone on one pyramid, and the whole CAM graph with the scales of the
 paper's presets, each with its mirror image. Folding is meant for the graph: in PyTorch its narrow values (one
 column per class) miss the fused attention, which needs them as wide as the keys, so "eager-folded" may be
-slower. Also measured: the error of folding, multiply-adds and bytes of activations, the cost of more classes,
-and the peak memory of a process. ResNet-50 and ResNeSt-101 have random weights, which take as long as trained
-ones. Writes benchmarks/results/cam_head.json.
+slower. Also measured: the error of folding, multiply-adds, bytes of activations, and peak memory.
+ResNet-50 and ResNeSt-101 have random weights, which take as long as trained ones. Writes benchmarks/results/cam_head.json.
 """
 
 import copy
 import json
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
+from multisa.benchmarks.harness import environment, interleave, make_parser, roofline_share, save_results
 from multisa.benchmarks.synthetic_images import image_bytes
 from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.export.attention import OPSET, QUERY_BLOCK, attention_translation, expand_attention
@@ -53,7 +51,7 @@ BETA = 0.3  # of every self-attention, so that attention affects the output
 class Head(nn.Module):
     """The part of a network after its backbone, on a pyramid."""
 
-    def __init__(self, network: MultiSACAM | FoldedMultiSACAM) -> None:
+    def __init__(self, network: FoldedMultiSACAM) -> None:
         super().__init__()
         self.network = network
 
@@ -82,15 +80,16 @@ def random_network(preset: str, n_classes: int = N_CLASSES) -> MultiSACAM:
     return network
 
 
-def head_session(network: MultiSACAM, pyramid: list[Tensor], threads: int) -> Any:
-    """The folded head as a graph on ONNX Runtime, for pyramids of this one size."""
+def head_graph(folded: FoldedMultiSACAM, pyramid: list[Tensor], threads: int) -> Callable[[], Any]:
+    """Runs the folded head on this pyramid as a graph on ONNX Runtime."""
+    names = [f"level_{index}" for index in range(len(pyramid))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.onnx"
         torch.onnx.export(
-            Head(FoldedMultiSACAM(network)).eval(),
+            Head(folded).eval(),
             (pyramid,),
             path,
-            input_names=[f"level_{index}" for index in range(len(pyramid))],
+            input_names=names,
             opset_version=OPSET,
             external_data=False,
             verbose=False,
@@ -99,7 +98,9 @@ def head_session(network: MultiSACAM, pyramid: list[Tensor], threads: int) -> An
         model = expand_attention(onnx.load(path))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    levels = dict(zip(names, (level.numpy() for level in pyramid), strict=True))
+    return lambda: session.run(None, {i.name: levels[i.name] for i in session.get_inputs()})[0]
 
 
 def exported(network: MultiSACAM) -> bytes:
@@ -121,61 +122,28 @@ def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, 
     """Times of the head alone on the pyramid of an image and its mirror image, and the error of folding."""
     image = network.backbone.normalise(square_image(SIZE))
     pyramid = [level.contiguous() for level in network.backbone(torch.cat([image, image.flip(-1)]))]
-    single = copy.deepcopy(network)
-    single.classifier = nn.Conv2d(network.classifier.in_channels, 1, 1, bias=False)
-    sessions = {
-        "onnxruntime-folded": head_session(network, pyramid, threads),
-        "onnxruntime-folded-one-class": head_session(single, pyramid, threads),
-    }
-    given = {f"level_{index}": level.numpy() for index, level in enumerate(pyramid)}
-    runs = {
-        name: partial(session.run, None, {i.name: given[i.name] for i in session.get_inputs()})
-        for name, session in sessions.items()
-    }
     folded = FoldedMultiSACAM(network)
-    times = interleave(
-        {"eager": lambda: network.head(pyramid), "eager-folded": lambda: folded.head(pyramid), **runs},
-        repeats=repeats,
-    )
-    wide = copy.deepcopy(network).double().head([level.double() for level in pyramid]).numpy()
-    answers = {
-        "eager": network.head(pyramid).numpy(),
-        "eager-folded": folded.head(pyramid).numpy(),
-        "onnxruntime-folded": runs["onnxruntime-folded"]()[0],
+    ways: dict[str, Callable[[], Any]] = {
+        "eager": lambda: network.head(pyramid),
+        "eager-folded": lambda: folded.head(pyramid),
+        "onnxruntime-folded": head_graph(folded, pyramid, threads),
     }
+    times = interleave(ways, repeats=repeats)
+    wide = copy.deepcopy(network).double().head([level.double() for level in pyramid]).numpy()
+    largest = np.abs(wide).max()
+    errors = {name: np.abs(np.asarray(way()) - wide).max() / largest for name, way in ways.items()}
     graph = times["onnxruntime-folded"].median
     # Of an image and its mirror image.
     operations = 2 * costs_of_parts(network, folded, (SIZE, SIZE))["folded head"].multiply_adds
-    roofline = operations / (threads * native.peak_multiply_adds(0.5))
+    seconds = operations / (threads * native.peak_multiply_adds(0.5))
+    text = "multiply-adds over the measured float32 peak of one thread, times the threads"
     return {
-        "limit": {
-            "multiply_adds": operations,
-            "roofline_ms": round(1000 * roofline, 3),
-            "share": round(roofline / graph, 3),
-            "text": "multiply-adds over the measured float32 peak of one thread, times the threads",
-        },
+        "limit": {"multiply_adds": operations, **roofline_share(seconds, graph, text)},
         "size": SIZE,
         "times": {name: value.to_json() for name, value in times.items()},
         "ratio": round(times["eager"].median / graph, 2),
-        **growth(times["onnxruntime-folded"], times["onnxruntime-folded-one-class"]),
         # Largest difference from the unfolded network in float64, over its largest value.
-        "relative_error": {
-            name: float(f"{np.abs(answer - wide).max() / np.abs(wide).max():.2g}")
-            for name, answer in answers.items()
-        },
-    }
-
-
-def growth(all_classes: Times, one_class: Times) -> dict[str, Any]:
-    """The share of the time that classes beyond the first take, round by round: median and quartiles.
-
-    The median is None where the lower quartile is not above zero: the difference is then within the scatter.
-    """
-    shares = [1 - one / every for every, one in zip(all_classes.seconds, one_class.seconds, strict=True)]
-    low, median, high = (round(float(share), 3) for share in np.quantile(shares, (0.25, 0.5, 0.75)))
-    return {
-        "share_of_time_that_grows_with_classes": median if low > 0 else None,
-        "quartiles_of_that_share": [low, high],
+        "relative_error": {name: float(f"{error:.2g}") for name, error in errors.items()},
     }
 
 
@@ -204,26 +172,18 @@ def compare_graphs(
 
 def costs(network: MultiSACAM) -> list[dict[str, Any]]:
     """Multiply-adds and bytes of activations for one image at one scale."""
-    folded = FoldedMultiSACAM(network)
     rows = []
-    for scale in (1.0, 2.0):
-        size = (int(SIZE * scale), int(SIZE * scale))
-        parts = costs_of_parts(network, folded, size)
+    for scale in (1, 2):
+        parts = costs_of_parts(network, FoldedMultiSACAM(network), (SIZE * scale, SIZE * scale))
         backbone, head, after = (parts[name].multiply_adds for name in ("backbone", "head", "folded head"))
-        rows.append(
-            {
-                "scale": scale,
-                **{
-                    name.replace(" ", "_"): {
-                        "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
-                        "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
-                    }
-                    for name, cost in parts.items()
-                },
-                "folded_over_unfolded": round((backbone + after) / (backbone + head), 3),
-                "head_is_largest": after > backbone,
+        row: dict[str, Any] = {"scale": float(scale)}
+        for name, cost in parts.items():
+            row[name.replace(" ", "_")] = {
+                "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
+                "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
             }
-        )
+        row["folded_over_unfolded"] = round((backbone + after) / (backbone + head), 3)
+        rows.append({**row, "head_is_largest": after > backbone})
     return rows
 
 

@@ -59,16 +59,11 @@ def compare(name: str, labels: int, present: int | None, repeats: int) -> dict[s
     }
 
 
-def comparisons(*, quick: bool, machine: dict[str, float] | None = None) -> list[dict[str, Any]]:
+def comparisons(*, quick: bool, machine: dict[str, float]) -> list[dict[str, Any]]:
     """Ours and pydensecrf over labels and parameters, and our distance from the roofline."""
-    machine = machine or peaks()
     cases = [("psa", 3, None), ("psa", 21, None), ("psa", 21, 3), ("irn", 3, None), ("deeplab", 3, None)]
-    rows = [compare(name, labels, present, _repeats(quick)) for name, labels, present in cases]
+    rows = [compare(name, labels, present, 3 if quick else 9) for name, labels, present in cases]
     return [{**row, "roofline": roofline(row, machine)} for row in rows]
-
-
-def _repeats(quick: bool) -> int:
-    return 3 if quick else 9
 
 
 def roofline(row: dict[str, Any], machine: dict[str, float]) -> dict[str, float]:
@@ -76,11 +71,8 @@ def roofline(row: dict[str, Any], machine: dict[str, float]) -> dict[str, float]
     padded = next(length for length in (4, 8, 16, 24, 32) if row["present"] <= length)
     read = PSA.iterations * HEIGHT * WIDTH * (48 + 4 * padded)
     milliseconds = 1000 * read / machine["copied_bytes_per_second"]
-    return {
-        "bytes": read,
-        "roofline_ms": round(milliseconds, 2),
-        "share_of_roofline": round(milliseconds / row["ways"]["multisa"]["median_ms"], 3),
-    }
+    share = round(milliseconds / row["ways"]["multisa"]["median_ms"], 3)
+    return {"bytes": read, "roofline_ms": round(milliseconds, 2), "share_of_roofline": share}
 
 
 def main() -> None:

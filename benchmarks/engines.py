@@ -1,9 +1,9 @@
-"""TensorRT engines for GPUs that are not in this machine: sizes, build times, and parity of their graphs.
+"""TensorRT engines for GPUs that are not in this machine: sizes and build times.
 
     python benchmarks/engines.py                                       # the packaged bundle, minutes
     python benchmarks/engines.py --preset paper-resnet50 --work DIR    # networks of a preset, random weights
 
-A preset's networks have random weights: sizes, times and parity do not depend on what a network has learnt.
+A preset's networks have random weights: sizes and times do not depend on what a network has learnt.
 TensorRT-RTX builds the engines on the CPU; none is run, and no figure is of a GPU. --library tensorrt builds
 for the GPU of this machine. Graphs and engines stay in --work, so that an interrupted run resumes from there.
 Each run replaces its own rows in benchmarks/results/engines.json. A known failure (KNOWN) is a row that says
@@ -15,106 +15,54 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from multisa.benchmarks.harness import environment, make_parser, save_results
-from multisa.export.bundle import Graph
 from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.tensorrt.build import BuildOptions, build_engines
 from multisa.export.tensorrt.builder import TURING_PRODUCT
 from multisa.export.to_onnx import onnx_from_module
-from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, PRECISIONS, SEGMENTER
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from multisa.runtime.backends.base import (
+    AFFINITY,
+    CAM,
+    CONTRACTS,
+    PRECISIONS,
+    SEGMENTER,
+    GraphContract,
+    graph_file,
+)
 from multisa.runtime.backends.registry import bundle_precisions
 from multisa.runtime.backends.tensorrt_runtime import TENSORRT, TENSORRT_RTX
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.errors import BackendError
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import log
 from multisa.training.affinity_net import head_stride
 from multisa.training.config import TrainConfig, load_config
-from multisa.training.inference import as_batch
 from multisa.training.models import create_model
-from multisa.training.multi_sa import MultiScaleCAM, SelfAttention
+from multisa.training.multi_sa import MultiScaleCAM
 from multisa.training.segmenter import SegmentImages
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
 # (graph, target, part of the message): what TensorRT-RTX cannot build in any precision.
 KNOWN = ((CAM.name, "sm75", TURING_PRODUCT),)
 CLASSES = 21
-BETA = 0.1  # of every self-attention; at its initial 0, attention would not affect the output
-PARITY_SIDE = 256  # pixels: the eager network of a preset takes seconds per image
 PACKAGED = "packaged"
 
 
-def packaged_images() -> list[np.ndarray]:
-    """The packaged images, uint8 [h, w, 3], reduced to PARITY_SIDE."""
-    paths = sorted((default_bundle_path().parents[1] / "demo_images").glob("*.jpg"))
-    images = [read_image(path).rgb for path in paths]
-    return [resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], PARITY_SIDE)) for rgb in images]
-
-
-def random_graphs(config: TrainConfig) -> Iterator[Graph]:
-    """A preset's three networks with random weights, as `multisa export` would get them."""
+def random_graphs(config: TrainConfig) -> Iterator[tuple[GraphContract, nn.Module]]:
+    """A preset's three networks with random weights, as `multisa export` would export them."""
     torch.manual_seed(0)
-    cam = create_model(replace(config.cam, weights="none"), CLASSES)
-    calibrate_batch_norm(cam)
-    for layer in cam.attention:
-        cast(SelfAttention, layer).beta.data.fill_(BETA)
-    yield Graph(
-        CAM,
-        MultiScaleCAM(cam, scales=config.cam.scales).eval(),
-        MultiScaleCAM(FoldedMultiSACAM(cam), scales=config.cam.scales).eval(),
-    )
+    cam = create_model(replace(config.cam, weights="none"), CLASSES).eval()
+    yield CAM, MultiScaleCAM(FoldedMultiSACAM(cam), scales=config.cam.scales).eval()
     affinity = create_model(replace(config.affinity, weights="none"))
-    calibrate_batch_norm(affinity.backbone)
-    wrapped = AffinityFromImages(affinity, config.label.walk_radius).eval()
-    yield Graph(AFFINITY, wrapped, wrapped)
+    yield AFFINITY, AffinityFromImages(affinity, config.label.walk_radius).eval()
     segmenter = create_model(replace(config.segmenter, weights="none"), CLASSES)
-    calibrate_batch_norm(segmenter)
-    segment = SegmentImages(segmenter).eval()
-    yield Graph(SEGMENTER, segment, segment)
-
-
-def calibrate_batch_norm(network: nn.Module) -> None:
-    """Give batch norm the statistics of real images; without them a deep random network overflows."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None
-            layer.reset_running_stats()
-    backbone: Any = getattr(network, "backbone", network)
-    batch = torch.cat([as_batch(image[:128, :128]) for image in packaged_images()])
-    network.train()
-    with torch.no_grad():
-        network(backbone.normalise(batch))
-    network.eval()
-
-
-def parity(graph: Graph, data: bytes) -> dict[str, float]:
-    """Largest errors of ONNX Runtime against eager PyTorch, not folded, by output."""
-    errors: dict[str, float] = {}
-    with OnnxRuntimeBackend(data, threads=torch.get_num_threads(), contract=graph.contract) as backend:
-        for image in packaged_images():
-            with torch.inference_mode():
-                made = graph.reference(as_batch(image))
-            made = made if isinstance(made, tuple) else (made,)
-            got = backend.run(image[None])
-            for name, tensor in zip(graph.outputs, made, strict=True):
-                expected = tensor.numpy()
-                if name == "labels":
-                    key, error = "labels: share that differs", float((expected != got[name]).mean())
-                else:
-                    span = float(np.abs(expected).max()) or 1.0
-                    difference = np.abs(expected.astype(np.float64) - got[name]).max()
-                    key, error = f"{name}: error by maximum", float(difference) / span
-                errors[key] = max(errors.get(key, 0.0), float(f"{error:.3g}"))
-    return errors
+    yield SEGMENTER, SegmentImages(segmenter).eval()
 
 
 def random_bundle(preset: str, folder: Path) -> Bundle:
@@ -122,17 +70,13 @@ def random_bundle(preset: str, folder: Path) -> Bundle:
     config = load_config(preset)
     files: dict[str, bytes] = {}
     figures: dict[str, Any] = {}
-    for graph in random_graphs(config):
+    for contract, network in random_graphs(config):
         start = time.perf_counter()
-        data = onnx_from_module(graph.exported, graph.outputs, {"name": config.name}, half_weights=False)
-        seconds = time.perf_counter() - start
-        files[graph.file] = data
-        figures[graph.contract.name] = {
-            "onnx_megabytes": round(len(data) / 1e6, 2),
-            "export_seconds": round(seconds, 1),
-            "onnxruntime_against_eager": parity(graph, data),
-        }
-        log.info(f"{config.name} {graph.file}: {figures[graph.contract.name]}")
+        data = onnx_from_module(network, tuple(contract.outputs), {"name": config.name}, half_weights=False)
+        seconds = round(time.perf_counter() - start, 1)
+        files[graph_file(contract)] = data
+        figures[contract.name] = {"onnx_megabytes": round(len(data) / 1e6, 2), "export_seconds": seconds}
+        log.info(f"{config.name} {contract.name}: {figures[contract.name]}")
     names = ("background", *(f"class {index}" for index in range(1, CLASSES)))
     manifest = load_bundle(default_bundle_path()).manifest
     manifest = replace(

@@ -30,7 +30,7 @@ from multisa.runtime.system import installed_versions, usable_cpus
 RESULTS = Path(__file__).parent / "results"
 CLI = ("-m", "multisa.runtime.cli.main")  # arguments of Python that start the `multisa` command
 _COPIED_BYTES = 1 << 28  # 256 MiB: larger than every cache
-_NVIDIA_SMI_SECONDS = 10
+_PROGRAM_SECONDS = 10  # for nvidia-smi and git
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def make_parser(
     description: str | None, *, quick: str = "", data: str = "", bundle: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with `--results`, and with those of `--quick`, `--data` (by their help) and `--bundle` asked for."""
+    """A parser with `--results`, and `--quick`, `--data` (for which the help is given) and `--bundle`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -133,6 +133,11 @@ def environment(*packages: str, quick: bool = False) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "quick": quick,
     }
+
+
+def roofline_share(roofline: float, taken: float, text: str) -> dict[str, Any]:
+    """The roofline (seconds), its share of the seconds taken, and what it is made of."""
+    return {"roofline_ms": round(1000 * roofline, 3), "share": round(roofline / taken, 3), "text": text}
 
 
 def peaks() -> dict[str, float]:
@@ -185,15 +190,8 @@ def peak_memory_mib(pid: int | str | None = "self") -> float | None:
 
 def gpu_memory_mib() -> float | None:
     """GPU memory of this process in MiB; None where nvidia-smi is missing or does not list the process."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    listed = _output("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    rows = [line.split(", ") for line in (listed or "").splitlines()]
     used = [float(row[1]) for row in rows if row[0] == str(os.getpid()) and row[1].isdigit()]
     return sum(used) if used else None
 
@@ -207,11 +205,21 @@ def _memory_gib() -> float | None:
 def _commit() -> str | None:
     """Commit of the checkout, with a plus where files differ; None for an installed package."""
     folder = Path(__file__).resolve().parents[1]
-    git = shutil.which("git")
-    if git is None or not (folder / ".git").exists():
+    if not (folder / ".git").exists():
         return None
-    describe = [git, "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    words = ("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
+    return _output("git", "-C", str(folder), *words)
+
+
+def _output(program: str, *arguments: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    path = shutil.which(program)
+    if path is None:
+        return None
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(
+            [path, *arguments], capture_output=True, text=True, timeout=_PROGRAM_SECONDS, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()

@@ -20,6 +20,7 @@ from multisa.benchmarks.harness import (
     interleave,
     make_parser,
     peaks,
+    roofline_share,
     save_results,
     with_ratios,
 )
@@ -147,18 +148,11 @@ def compare(size: int, channels: int, *, dense: bool, repeats: int) -> dict[str,
     return {"size": size, "channels": channels, "ways": rows}
 
 
-def comparisons(*, quick: bool, machine: dict[str, float] | None = None) -> list[dict[str, Any]]:
+def comparisons(*, quick: bool, machine: dict[str, float]) -> list[dict[str, Any]]:
     """All ways at two sizes, and our distance from the roofline; quick: no dense squaring, fewer repeats."""
-    machine = machine or peaks()
-    compared = [
-        compare(64, 4, dense=not quick, repeats=_repeats(quick)),
-        compare(128, 4, dense=False, repeats=_repeats(quick)),
-    ]
+    repeats = 5 if quick else 15
+    compared = [compare(size, 4, dense=size == 64 and not quick, repeats=repeats) for size in (64, 128)]
     return [{**rows, "roofline": roofline(rows, machine)} for rows in compared]
-
-
-def _repeats(quick: bool) -> int:
-    return 5 if quick else 15
 
 
 def roofline(times: dict[str, Any], machine: dict[str, float]) -> dict[str, Any]:
@@ -168,33 +162,26 @@ def roofline(times: dict[str, Any], machine: dict[str, float]) -> dict[str, Any]
     and read and write the previous state, which becomes the next, and the sum of the series. "binding" is the
     longer of the two times: nothing can be faster.
     """
-    pixels = times["size"] ** 2
-    channels = times["channels"]
+    pixels, channels = times["size"] ** 2, times["channels"]
     planes = len(stencil_offsets(RADIUS))
     products = chebyshev_degree(STEPS)
     operations = products * pixels * channels * (2 * planes + 1)
-    seconds = operations / machine["multiply_adds_per_second"]
-    held = 4 * pixels * (planes + 3 * channels)
     moved = products * 4 * pixels * (planes + 5 * channels)
-    rate = copied_bytes_per_second(held)
+    rate = copied_bytes_per_second(4 * pixels * (planes + 3 * channels))
     taken = times["ways"]["multisa"]["median_ms"] / 1000
-    highest, text = max(
-        (seconds, "multiply-adds over the measured float32 peak of one thread"),
-        (moved / rate, "bytes over the measured rate of a copy that fits the same cache"),
+    of_arithmetic = (
+        operations / machine["multiply_adds_per_second"],
+        "multiply-adds over the measured float32 peak of one thread",
     )
+    of_bytes = (moved / rate, "bytes over the measured rate of a copy that fits the same cache")
+    seconds, text = max(of_arithmetic, of_bytes)
     return {
-        "binding": {
-            "roofline_ms": round(1000 * highest, 3),
-            "share": round(highest / taken, 3),
-            "text": text,
-        },
+        "binding": roofline_share(seconds, taken, text),
         "multiply_adds": operations,
-        "roofline_ms": round(1000 * seconds, 3),
-        "share_of_peak": round(seconds / taken, 3),
+        "roofline_ms": round(1000 * of_arithmetic[0], 3),
         "bytes": moved,
         "bytes_per_second_of_a_copy_of_that_size": round(rate),
-        "bytes_roofline_ms": round(1000 * moved / rate, 3),
-        "share_of_bytes_roofline": round(moved / rate / taken, 3),
+        "bytes_roofline_ms": round(1000 * of_bytes[0], 3),
     }
 
 

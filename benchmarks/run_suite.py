@@ -4,7 +4,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from multisa.benchmarks import labelling, segmenting
 from multisa.benchmarks.bench_file import SCHEMA_VERSION
+from multisa.benchmarks.harness import peaks
 from multisa.benchmarks.suite.candidates import list_candidates
 from multisa.benchmarks.suite.context import BenchContext, BenchRequest, make_context
 from multisa.benchmarks.worker_process import INSTALL
@@ -76,13 +77,14 @@ def measure_kernels(context: BenchContext) -> list[Row]:
 
     A kernel whose packages are missing is one row with the reason as "problem".
     """
-    quick = context.effort.is_quick
+    machine = peaks()
     rows: list[Row] = []
-    kernels: dict[str, Callable[[bool], Iterator[Row]]] = {"random walk": _walk, "dense CRF": _crf}
+    kernels = {"random walk": _walk, "dense CRF": _crf}
     with Progress(len(kernels), "kernels", "kernel") as bar:
         for name, kernel in kernels.items():
             try:
-                rows += list(kernel(quick))
+                for size, ways, limit in kernel(machine, context.effort.is_quick):
+                    rows += [_row(name, size, way, ways, limit) for way in ways]
             except ImportError as error:  # SciPy or pydensecrf
                 missing = f"{error.name} is not installed" if error.name else str(error)
                 rows.append({"kernel": name, "way": "", "problem": f"{missing}: {INSTALL}"})
@@ -91,41 +93,38 @@ def measure_kernels(context: BenchContext) -> list[Row]:
     return rows
 
 
-def _walk(quick: bool) -> Iterator[Row]:
+def _walk(machine: dict[str, float], quick: bool) -> Iterator[tuple[str, Row, Row]]:
     from multisa.benchmarks import random_walk
 
-    for compared in random_walk.comparisons(quick=quick):
+    for compared in random_walk.comparisons(quick=quick, machine=machine):
         size = f"{compared['size']}x{compared['size']}, {compared['channels']} channels"
-        yield from _ways("random walk", size, compared["ways"], compared["roofline"]["binding"])
+        yield size, compared["ways"], compared["roofline"]["binding"]
 
 
-def _crf(quick: bool) -> Iterator[Row]:
+def _crf(machine: dict[str, float], quick: bool) -> Iterator[tuple[str, Row, Row]]:
     from multisa.benchmarks import dense_crf
 
-    for compared in dense_crf.comparisons(quick=quick):
+    for compared in dense_crf.comparisons(quick=quick, machine=machine):
         shape = f"{dense_crf.WIDTH}x{dense_crf.HEIGHT}, {compared['parameters']}"
-        size = f"{shape}, {compared['labels']} labels, {compared['present']} present"
         limit = {
             "roofline_ms": compared["roofline"]["roofline_ms"],
             "share": compared["roofline"]["share_of_roofline"],
             "text": "bytes of the lattice read once per iteration, over the measured bandwidth of a copy",
         }
-        yield from _ways("dense CRF", size, compared["ways"], limit)
+        yield f"{shape}, {compared['labels']} labels, {compared['present']} present", compared["ways"], limit
 
 
-def _ways(kernel: str, size: str, ways: Mapping[str, Mapping[str, Any]], limit: Row) -> Iterator[Row]:
-    ours = ways[OURS]["median_ms"]
-    for way, figures in ways.items():
-        yield {
-            "kernel": kernel,
-            "way": way,
-            "size": size,
-            "threads": "all" if way.startswith("dense squaring") else 1,
-            "problem": None,
-            **figures,
-            "times_ours": round(figures["median_ms"] / ours, 3),
-            "limit": limit if way == OURS else None,
-        }
+def _row(kernel: str, size: str, way: str, ways: Row, limit: Row) -> Row:
+    return {
+        "kernel": kernel,
+        "way": way,
+        "size": size,
+        "threads": "all" if way.startswith("dense squaring") else 1,
+        "problem": None,
+        **ways[way],
+        "times_ours": round(ways[way]["median_ms"] / ways[OURS]["median_ms"], 3),
+        "limit": limit if way == OURS else None,
+    }
 
 
 MEASURES: dict[str, Callable[[BenchContext], list[Row]]] = {

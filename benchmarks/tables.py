@@ -31,7 +31,7 @@ BEGIN = "<!-- results: begin -->"
 END = "<!-- results: end -->"
 SUBJECTS = (
     "voc-animals", "segmenting", "labelling", "start_up", "pipeline", "crash_recovery", "journal",
-    "uncertainty", "random_walk", "dense_crf", "encoding", "cam_head", "precisions", "engines",
+    "random_walk", "dense_crf", "cam_head", "precisions", "engines",
 )  # fmt: skip
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the default backend
 MIOU_TOLERANCE = 0.1  # percentage points: the bundle's weights are rounded to half precision
@@ -55,17 +55,11 @@ COLUMNS = {
     "peak MiB|peak|.0f; memory against a tenth of the images|memory_ratio|.2f; images|images|,; "
     "images/s|images_per_second|.1f; of the slowest stage alone|efficiency|.2f",
     "recovery": "measurement|name; result|value",
-    "uncertainty": "masks of|method; ranked by|ranking; "
-    "correlation with 1 - IoU|spearman_with_1_minus_iou|.2f; "
-    "... with wrong pixels|spearman_with_wrong_pixels|.2f; "
-    "error of the first tenth, × average|times_the_average|.2f",
     "walk": "256 steps, 64 x 64 pixels, 4 channels|name; ms|median_ms|,.1f; × ours|times_ours|,.2f; "
     "largest error against float64|max_error|.0e",
     "crf": "parameters|parameters; labels|labels|d; present|present|d; "
-    "multisa ms|ways/multisa/median_ms|.0f; pydensecrf ms|ways/pydensecrf/median_ms|.0f; speedup|speedup|.1f; "
-    "labels alike|argmax_agreement|.4%; "
-    "of roofline|roofline/share_of_roofline|.0%",
-    "codecs": "codec|name; ms each|ms_each|.2f; compared with|other; speedup|times|.1f; size|size|.2f",
+    "multisa ms|ways/multisa/median_ms|.0f; pydensecrf ms|ways/pydensecrf/median_ms|.0f; "
+    "speedup|speedup|.1f; labels alike|argmax_agreement|.4%; of roofline|roofline/share_of_roofline|.0%",
     "folding": "CAM network|name; multiply-adds left at 512 pixels|0/folded_over_unfolded|.2f; "
     "... at 1024|1/folded_over_unfolded|.2f; head is the largest part at 1024|1/head_is_largest; "
     "head: × eager|head/ratio|.1f; whole graph, 4 scales: × eager|whole/ratio|.1f; "
@@ -208,36 +202,12 @@ def _recovery(files: Files) -> list[Row]:
     ]
 
 
-def _uncertainty(files: Files) -> Iterator[Row]:
-    for method, found in files["uncertainty"]["methods"].items():
-        for key, ranking in (("by_uncertainty", "uncertainty"), ("by_1_minus_confidence", "1 - confidence")):
-            yield {**found[key], "method": method, "ranking": ranking}
-
-
 def _walk(files: Files) -> list[Row]:
     """The random walk on one thread, smallest grid."""
     case = files["random_walk"]["comparisons"][0]
     binding = case["roofline"]["binding"]
     limit = {"median_ms": binding["roofline_ms"], "times_ours": binding["share"]}
     return [*named(case["ways"]), {"name": f"roofline: {binding['text']}", **limit}]
-
-
-def _codecs(files: Files) -> Iterator[Row]:
-    """PNG, run lengths and JPEG on one thread."""
-
-    def row(name: str, ways: Row, other: str, ours: str = "ours", size: float | None = None) -> Row:
-        times = {"ms_each": ways[ours]["ms_each"], "times": ways[other]["times_ours"]}
-        return {"name": name, "other": other, "size": size, **times}
-
-    for name, masks in files["encoding"]["masks"].items():
-        png = masks["png"]
-        size = png["ours"]["bytes_each"] / png["Pillow"]["bytes_each"]
-        yield row(f"masks, {name}: palette PNG", png, "Pillow", size=size)
-        yield row(f"masks, {name}: COCO run lengths", masks["rle"], "pycocotools")
-    for name, jpeg in files["encoding"]["jpegs"].items():
-        yield row(f"JPEG, {name}: decoding", jpeg["decoding"], "Pillow")
-        both = jpeg["decoding_and_resizing"]
-        yield row(f"JPEG, {name}: decoding and resizing", both, "Pillow", "ours, scaled")
 
 
 def _folding(files: Files) -> Iterator[Row]:
@@ -284,10 +254,8 @@ ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
     "starts": lambda files: named(files["start_up"]["ways"]),
     "runs": _runs,
     "recovery": _recovery,
-    "uncertainty": _uncertainty,
     "walk": _walk,
     "crf": lambda files: files["dense_crf"]["comparisons"],
-    "codecs": _codecs,
     "folding": _folding,
     "memory": lambda files: named(files["cam_head"]["memory"]["networks"]),
     "precisions": _precisions,
@@ -301,7 +269,6 @@ def values(files: Files) -> dict[str, str]:
     images = run["images"]
     step = -(-images["train"] // BACKGROUND_SAMPLE)
     gains = zip(run["classes"][1:], run["label"]["class_gain"] or (), strict=False)
-    alike = files["encoding"]["labels_alike_with_scaled_decoding"]
     default = next(row for row in ran(files["segmenting"]["segment"]) if row["default"])
     few, *_, many = default.get("cores") or [None, None]
     faster = many["images_per_second"] / few["images_per_second"] if few and many else None
@@ -319,9 +286,6 @@ def values(files: Files) -> dict[str, str]:
         "gains": ", ".join(f"{name} {gain:g}" for name, gain in gains),
         "betas": ", ".join(f"{beta:.3f}" for beta in run["betas"]),
         "scaling": f"{faster:.2f} from {few['cores']} to {many['cores']}" if faster else "not measured",
-        "scaled_alike": f"{alike['mean']:.2%}",
-        "scaled_images": str(alike["images"]),
-        "scaled_enlarged": str(alike["enlarged"]),
     }
 
 
@@ -335,57 +299,39 @@ def document(files: Files, template: str) -> str:
 
 def summary(files: Files) -> str:
     """The README's table."""
-    segment = ran(files["segmenting"]["segment"])
-    label = ran(files["labelling"]["label"])
+    segment, label = ran(files["segmenting"]["segment"]), ran(files["labelling"]["label"])
     default, ours = (next(row for row in rows if row["default"]) for rows in (segment, label))
     eager = next(row for row in segment if row["backend"] == "pytorch-eager")
-    ways = files["start_up"]["ways"]
-    start = ways[start_up.EAGER_START]
-    walked = files["random_walk"]["comparisons"][0]
-    dense = at(walked, "ways/dense squaring") or {}
-    refined = files["dense_crf"]["comparisons"][0]
-    crf = refined["ways"]
+    starts = files["start_up"]["ways"]
+    start = starts[start_up.EAGER_START]
+    walk, crf = (files[name]["comparisons"][0] for name in ("random_walk", "dense_crf"))
+    walks, crfs = walk["ways"], crf["ways"]
+    dense = walks.get("dense squaring", {})  # a quick run leaves it out
     rows = [
-        (
-            "`segment`, file to file",
-            default,
-            f"PyTorch eager, {_speed(eager)}",
-            default["end_to_end"].get("times_baseline"),
-        )
+        ("`segment`, file to file", default, "PyTorch eager", eager, at(default, "end_to_end/times_baseline"))
     ]
     # Slow recipes are measured on fewer images: only the ratio compares with ours.
-    recipes = [row for row in label if row["recipe"].startswith("PyTorch")]
-    rows += [("`label`, file to file", ours, r["recipe"], r.get("default_times_as_fast")) for r in recipes]
-    rows += [
-        (
-            "command to first mask",
-            ways[start_up.OURS],
-            f"PyTorch eager, {_speed(start)}",
-            start["times_ours"],
-        ),
-        (
-            f"random walk, {walked['size']} x {walked['size']}, one thread",
-            walked["ways"]["multisa"],
-            f"dense squaring, all cores, {_speed(dense)}" if dense else "",
-            dense.get("times_ours"),
-        ),
-        (
-            f"dense CRF, {refined['labels']} labels, one thread",
-            crf["multisa"],
-            f"pydensecrf, {_speed(crf['pydensecrf'])}",
-            refined["speedup"],
-        ),
+    slow = [row for row in label if row["recipe"].startswith("PyTorch")]
+    rows += [("`label`, file to file", ours, r["recipe"], {}, r.get("default_times_as_fast")) for r in slow]
+    rows += [("command to first mask", starts[start_up.OURS], "PyTorch eager", start, start["times_ours"])]
+    name = f"random walk, {walk['size']} x {walk['size']}, one thread"
+    rows += [(name, walks["multisa"], "dense squaring, all cores", dense, dense.get("times_ours"))]
+    name = f"dense CRF, {crf['labels']} labels, one thread"
+    rows += [(name, crfs["multisa"], "pydensecrf", crfs["pydensecrf"], crf["speedup"])]
+    cells = [
+        (name, _speed(row), ", ".join(filter(None, (other, _speed(theirs)))), times and number(times))
+        for name, row, other, theirs, times in rows
     ]
-    cells = [(name, _speed(row), other or None, number(times)) for name, row, other, times in rows]
-    machine = _facts(files["segmenting"]["environment"])
-    measured = f"Measured on {machine}. All results:\n[docs/benchmarks.md](docs/benchmarks.md)."
-    return f"{table(('what', 'multisa', 'compared with', 'speedup'), cells)}\n\n{measured}"
+    measured = f"Measured on {_facts(files['segmenting']['environment'])}. All results:"
+    lines = table(("what", "multisa", "compared with", "speedup"), cells)
+    return f"{lines}\n\n{measured}\n[docs/benchmarks.md](docs/benchmarks.md)."
 
 
 def _speed(row: Row) -> str:
     """Images per second or time of a row."""
-    rate = row.get("images_per_second")
-    return f"{number(rate)} images/s" if rate is not None else f"{number(row.get('median_ms'))} ms"
+    if row.get("images_per_second") is not None:
+        return f"{number(row['images_per_second'])} images/s"
+    return f"{number(row['median_ms'])} ms" if "median_ms" in row else ""
 
 
 def disagreements(files: Files, manifest_sha256: str) -> list[str]:
@@ -406,9 +352,9 @@ def disagreements(files: Files, manifest_sha256: str) -> list[str]:
     # A quick run on fewer images has another mIoU.
     if eager["images"] == run["images"]["val"] and abs(eager["miou"] - val) > MIOU_TOLERANCE:
         problems.append(f"pytorch-eager has mIoU {eager['miou']}, the run's val row {val}")
-    if eager["label_agreement"] < LEAST_AGREEMENT:
-        agreement = f"{eager['label_agreement']:.4%}"
-        problems.append(f"{agreement} of pytorch-eager's labels agree, expected {LEAST_AGREEMENT:.1%}")
+    agreement = eager["label_agreement"]
+    if agreement < LEAST_AGREEMENT:
+        problems.append(f"{agreement:.4%} of pytorch-eager's labels agree, expected {LEAST_AGREEMENT:.1%}")
     return problems
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from multisa.benchmarks import cam_head, random_walk, start_up
+from multisa.benchmarks import random_walk, start_up
 from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
 from multisa.benchmarks.suite.candidates import Candidate
 from multisa.benchmarks.suite.roofline import Roofline, peak_of_all_cores
@@ -57,16 +57,6 @@ def test_results_go_where_they_are_asked_to(tmp_path: Path, capsys: pytest.Captu
     save_results("made_up", {"a": 1}, parser.parse_args(["--results", f"{tmp_path}/new"]).results)
     assert json.loads((tmp_path / "new" / "made_up.json").read_text()) == {"a": 1}
     assert json.loads(capsys.readouterr().out) == {"a": 1}
-
-
-def test_the_share_that_grows_with_classes_is_above_the_scatter() -> None:
-    every, one = Times((1.0, 1.2, 2.0, 1.1)), Times((0.9, 1.0, 1.7, 1.0))
-    found = cam_head.growth(every, one)
-    assert found["share_of_time_that_grows_with_classes"] == 0.125
-    assert found["quartiles_of_that_share"][0] > 0
-    lost = cam_head.growth(one, every)
-    assert lost["share_of_time_that_grows_with_classes"] is None
-    assert lost["quartiles_of_that_share"][0] < 0
 
 
 def test_the_peak_of_all_cores_is_at_least_one_cores() -> None:
