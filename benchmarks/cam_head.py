@@ -7,7 +7,8 @@ alternately on the same threads: the head alone on one pyramid, and the whole CA
 paper's presets, each with its mirror image. Folding is meant for the graph: in PyTorch its narrow values (one
 column per class) miss the fused attention, which needs them as wide as the keys, so "eager-folded" may be
 slower. Also measured: the error of folding, multiply-adds, bytes of activations, and peak memory.
-ResNet-50 and ResNeSt-101 have random weights, which take as long as trained ones. Writes benchmarks/results/cam_head.json.
+ResNet-50 and ResNeSt-101 have random weights, which take as long as trained ones. Writes
+benchmarks/results/cam_head.json.
 """
 
 import copy

@@ -147,27 +147,21 @@ def _columns(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """One of the parts; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts = parser.add_subparsers(dest="part", required=True)
-    parts.add_parser("driver").add_argument("--output", type=Path, required=True)
-    parts.add_parser("tests").add_argument("--output", type=Path, required=True)
-    why = parts.add_parser("why-not")
-    why.add_argument("driver", type=Path)
-    why.add_argument("backend")
-    made = parts.add_parser("summary")
-    made.add_argument("output", type=Path)
-    made.add_argument("--exit-code", default="")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("driver", "tests", "why-not", "summary"))
+    parser.add_argument("names", nargs="*", help="why-not: driver.json and a backend; summary: the folder")
+    parser.add_argument("--output", type=Path, help="file of driver and tests")
+    parser.add_argument("--exit-code", default="", help="of the step that ended the run early")
     options, rest = parser.parse_known_args(arguments)
+    names = options.names
     if options.part == "driver":
         return driver(options.output)
     if options.part == "tests":
-        return tests(options.output, rest)
+        return tests(options.output, [*names, *rest])
     if options.part == "why-not":
-        print(json.loads(options.driver.read_text(encoding="utf-8"))["problems"][options.backend])
+        print(json.loads(Path(names[0]).read_text(encoding="utf-8"))["problems"][names[1]])
         return 0
-    return summary(options.output, int(options.exit_code) if options.exit_code else None)
+    return summary(Path(names[0]), int(options.exit_code) if options.exit_code else None)
 
 
 if __name__ == "__main__":

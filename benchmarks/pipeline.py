@@ -3,8 +3,8 @@
     python benchmarks/pipeline.py --data VOC_LAYOUT [--segment 10000] [--label 1000]
 
 The corpus repeats the images of a VOC layout as JPEG files in several sizes. Each stage alone runs in a
-thread per CPU, as in a run, on the same images; stages and runs alternate. segmenting.py and labelling.py
-compare with PyTorch. Writes benchmarks/results/pipeline.json.
+thread per CPU, as in a run, on the same images; stages and runs alternate. `multisa bench`
+compares with PyTorch. Writes benchmarks/results/pipeline.json.
 """
 
 import argparse

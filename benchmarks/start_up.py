@@ -21,7 +21,7 @@ from multisa.benchmarks.harness import CLI, environment, interleave, make_parser
 from multisa.benchmarks.suite.candidates import COMPILED, EAGER, REFERENCE, Candidate
 from multisa.benchmarks.suite.context import write_weights
 from multisa.benchmarks.worker_process import WorkerProcess
-from multisa.runtime.bundle import default_bundle_path
+from multisa.runtime.demo import IMAGES as DEMO_IMAGES
 
 INTERPRETER = "Python and NumPy"
 OURS = "multisa segment, one image"
@@ -40,7 +40,7 @@ _SEGMENT = (
 
 def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dict[str, Any]:
     """Times of each way to start, run alternately, and their ratios to ours."""
-    image = min((default_bundle_path().parents[1] / "demo_images").glob("*.jpg"))
+    image = min(DEMO_IMAGES.glob("*.jpg"))
     weights = scratch / "weights"
     with WorkerProcess(write_weights, bundle, weights):  # once: PyTorch then starts from its file of weights
         pass
@@ -89,8 +89,7 @@ def _start(words: Sequence[str], out: Path, compiled: Path) -> None:
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = make_parser(__doc__, quick="fewer repeats, without torch.compile")
-    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
+    parser = make_parser(__doc__, quick="fewer repeats, without torch.compile", bundle=True)
     options = parser.parse_args()
     described = environment("onnxruntime", "openvino", "torch", quick=options.quick)
     repeats = 3 if options.quick else 9

@@ -1,18 +1,17 @@
 """What a run of the suite measures: bundle, data set, backends, and how many images and repeats."""
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import environment, make_parser, peaks, save_results
+from multisa.benchmarks.harness import environment, peaks
 from multisa.benchmarks.suite.candidates import Candidate
 from multisa.benchmarks.suite.images import LabelledImage, copy_images
 from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess, run_command
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_file
@@ -154,23 +153,3 @@ def make_context(request: BenchRequest, scratch: Path) -> BenchContext:
 def _labelled(dataset: Dataset, item: Item) -> LabelledImage:
     assert item.mask is not None
     return LabelledImage(item.id, item.image, item.mask, tuple(dataset.class_names[i] for i in item.classes))
-
-
-def stage_main(
-    subject: str, description: str | None, stage: str, measure: Callable[[BenchContext], list[dict[str, Any]]]
-) -> None:
-    """Command line of one stage as a program: measure, print, write results/SUBJECT.json."""
-    parser = make_parser(description, quick="fewer images and repeats")
-    parser.add_argument("--data", type=Path, required=True, help="data set in VOC layout, with masks")
-    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
-    parser.add_argument(
-        "--engine-cache", type=Path, help="folder of TensorRT engines besides the bundle's own"
-    )
-    parser.add_argument("--backends", default="", help="names separated by commas; default: all")
-    options = parser.parse_args()
-    backends = [name for name in options.backends.split(",") if name]
-    request = BenchRequest(options.bundle, options.data, backends, options.engine_cache, options.quick)
-    with tempfile.TemporaryDirectory() as scratch:
-        context = make_context(request, Path(scratch))
-        described = context.describe()
-        save_results(subject, {"environment": described, stage: measure(context)}, options.results)

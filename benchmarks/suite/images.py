@@ -1,7 +1,6 @@
 """Which images of a data set are measured (always the same, spread over its lists), and how they are read."""
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,11 +66,6 @@ def copy_images(images: Sequence[LabelledImage], folder: Path) -> Path:
     for image in images:
         shutil.copyfile(image.path, folder / f"{image.id}{image.path.suffix}")
     return folder
-
-
-def settle(seconds: float = 0.3) -> None:
-    """Wait until the thread pools of the previous measurement have stopped spinning."""
-    time.sleep(seconds)
 
 
 def read_plainly(path: Path, long_side: int) -> tuple[UInt8, tuple[int, int]]:

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from multisa.benchmarks.harness import gpu_memory_mib
 from multisa.benchmarks.suite.candidates import CHANNELS_LAST, COMPILED, Candidate
 from multisa.export.to_torch import (
     affinity_from_bundle,
@@ -55,22 +54,23 @@ class WeightFiles:
 def load_segmenter(bundle: Bundle, weights: Path) -> DeepLabV3Plus:
     """DeepLabV3+ as trained, in evaluation mode."""
     config = replace(config_from_bundle(bundle).segmenter, weights="none")
-    return _load(create_model(config, len(bundle.manifest.classes)), weights / "segmenter.safetensors")
+    network = create_model(config, len(bundle.manifest.classes))
+    return _with_weights(network, weights / "segmenter.safetensors")
 
 
 def load_cam(bundle: Bundle, weights: Path) -> MultiSACAM:
     """The Multi-SA network, not folded, in evaluation mode."""
     config = replace(config_from_bundle(bundle).cam, weights="none")
-    return _load(create_model(config, len(bundle.manifest.classes)), weights / "cam.safetensors")
+    return _with_weights(create_model(config, len(bundle.manifest.classes)), weights / "cam.safetensors")
 
 
 def load_affinity(bundle: Bundle, weights: Path) -> AffinityNet:
     """AffinityNet in evaluation mode."""
     config = replace(config_from_bundle(bundle).affinity, weights="none")
-    return _load(create_model(config), weights / "affinity.safetensors")
+    return _with_weights(create_model(config), weights / "affinity.safetensors")
 
 
-def _load(network: Network, path: Path) -> Network:
+def _with_weights(network: Network, path: Path) -> Network:
     network.load_state_dict(load_file(path))
     # The default layout of PyTorch; the trainers' networks are channels_last.
     plain: Network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -104,8 +104,7 @@ class PyTorchSegmenter:
             half = torch.bfloat16 if candidate.device == "cpu" else torch.float16
             self._context = lambda: torch.autocast(candidate.device, dtype=half)
         self._network: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = network
-        self._is_compiled = candidate.backend == COMPILED
-        if self._is_compiled:
+        if candidate.backend == COMPILED:
             self._network = torch.compile(network)
 
     def labels(self, images: UInt8) -> UInt8:
@@ -114,14 +113,3 @@ class PyTorchSegmenter:
         with torch.inference_mode(), self._context():
             labels, _ = self._network(tensor.to(self._device))
             return np.asarray(labels.cpu().numpy(), np.uint8)
-
-    def use_one_thread_per_image(self) -> bool:
-        """Run each image on one thread from now on; False where that is not possible."""
-        if self._device.type == "cuda" or self._is_compiled:
-            return False
-        torch.set_num_threads(1)
-        return True
-
-    def device_mib(self) -> float | None:
-        """GPU memory of the process in MiB."""
-        return gpu_memory_mib() if self._device.type == "cuda" else None

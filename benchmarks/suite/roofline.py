@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multisa.benchmarks.harness import roofline_share
 from multisa.benchmarks.suite.candidates import Candidate
 from multisa.benchmarks.suite.context import BenchContext
 from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess
@@ -33,11 +34,8 @@ class Roofline:
             return None
         if self.seconds is None:
             return {"roofline_ms": None, "share": None, "text": f"not counted: {self.problem}"}
-        return {
-            "roofline_ms": round(1000 * self.seconds, 3),
-            "share": round(self.seconds / seconds, 3),
-            "text": "multiply-adds alone over the measured float32 peak of all cores",
-        }
+        text = "multiply-adds alone over the measured float32 peak of all cores"
+        return roofline_share(self.seconds, seconds, text)
 
 
 def peak_of_all_cores() -> float:
@@ -65,28 +63,26 @@ class _Counter:
 
     def __init__(self, bundle: Path, weights: Path) -> None:
         from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, load_segmenter
+        from multisa.export.cost import cost_of
         from multisa.export.fold import FoldedMultiSACAM
 
         opened = load_bundle(bundle)
         self._parameters = opened.manifest.parameters
         self._segmenter = load_segmenter(opened, weights)
         self._cam = FoldedMultiSACAM(load_cam(opened, weights))
-        self._affinity = load_affinity(opened, weights)
+        self._affinity = load_affinity(opened, weights).backbone
+        self._cost_of = cost_of
 
     def segmenting(self, size: tuple[int, int]) -> int:
         """The segmenter on an image of `size` (height, width)."""
-        from multisa.export.cost import cost_of
-
-        return cost_of(self._segmenter, size).multiply_adds
+        return self._cost_of(self._segmenter, size).multiply_adds
 
     def labelling(self, image: tuple[tuple[int, int], int]) -> int:
         """The folded cam at every scale with its mirror image, affinity, and the walk."""
-        from multisa.export.cost import cost_of
-
         (height, width), classes = image
         scaled = [(math.ceil(height * s), math.ceil(width * s)) for s in self._parameters.cam_scales]
-        cam = sum(2 * cost_of(self._cam, size).multiply_adds for size in scaled)
-        affinity = cost_of(self._affinity.backbone, (height, width)).multiply_adds
+        cam = sum(2 * self._cost_of(self._cam, size).multiply_adds for size in scaled)
+        affinity = self._cost_of(self._affinity, (height, width)).multiply_adds
         label = self._parameters.label
         stride = self._parameters.walk_stride
         points = -(-height // stride) * -(-width // stride)
