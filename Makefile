@@ -32,8 +32,8 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; m
 	cp build/bench-segment/bench.json benchmarks/results/segmenting.json
 	$(BIN)/multisa bench $(QUICK) --data $(DATA) --stages label -o build/bench-label
 	cp build/bench-label/bench.json benchmarks/results/labelling.json
-	$(BIN)/python benchmarks/random_walk.py $(QUICK)
-	$(BIN)/python benchmarks/dense_crf.py $(QUICK)
+	$(BIN)/multisa bench $(QUICK) --data $(DATA) --stages kernels -o build/bench-kernels
+	cp build/bench-kernels/bench.json benchmarks/results/kernels.json
 	$(BIN)/python benchmarks/cam_head.py $(QUICK)
 	$(BIN)/python benchmarks/start_up.py $(QUICK)
 	$(BIN)/python benchmarks/tables.py

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.benchmarks.harness import environment, interleave, with_ratios
-from multisa.benchmarks.random_walk import transition
+from multisa.benchmarks.kernels import transition
 from multisa.benchmarks.synthetic_images import (
     class_probabilities,
     image_bytes,

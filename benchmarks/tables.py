@@ -31,7 +31,7 @@ BEGIN = "<!-- results: begin -->"
 END = "<!-- results: end -->"
 SUBJECTS = (
     "voc-animals", "segmenting", "labelling", "start_up", "pipeline", "crash_recovery", "journal",
-    "random_walk", "dense_crf", "cam_head", "precisions", "engines",
+    "kernels", "cam_head", "precisions", "engines",
 )  # fmt: skip
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the default backend
 MIOU_TOLERANCE = 0.1  # percentage points: the bundle's weights are rounded to half precision
@@ -55,11 +55,10 @@ COLUMNS = {
     "peak MiB|peak|.0f; memory against a tenth of the images|memory_ratio|.2f; images|images|,; "
     "images/s|images_per_second|.1f; of the slowest stage alone|efficiency|.2f",
     "recovery": "measurement|name; result|value",
-    "walk": "256 steps, 64 x 64 pixels, 4 channels|name; ms|median_ms|,.1f; × ours|times_ours|,.2f; "
+    "walk": "256 steps, 64 x 64 pixels, 4 channels|way; ms|median_ms|,.1f; × ours|times_ours|,.2f; "
     "largest error against float64|max_error|.0e",
-    "crf": "parameters|parameters; labels|labels|d; present|present|d; "
-    "multisa ms|ways/multisa/median_ms|.0f; pydensecrf ms|ways/pydensecrf/median_ms|.0f; "
-    "speedup|speedup|.1f; labels alike|argmax_agreement|.4%; of roofline|roofline/share_of_roofline|.0%",
+    "crf": "image, parameters, labels|size; way|way; ms|median_ms|.0f; × ours|times_ours|.2f; "
+    "labels alike|label_agreement|.4%; of roofline|limit/share|.0%",
     "folding": "CAM network|name; multiply-adds left at 512 pixels|0/folded_over_unfolded|.2f; "
     "... at 1024|1/folded_over_unfolded|.2f; head is the largest part at 1024|1/head_is_largest; "
     "head: × eager|head/ratio|.1f; whole graph, 4 scales: × eager|whole/ratio|.1f; "
@@ -203,11 +202,17 @@ def _recovery(files: Files) -> list[Row]:
 
 
 def _walk(files: Files) -> list[Row]:
-    """The random walk on one thread, smallest grid."""
-    case = files["random_walk"]["comparisons"][0]
-    binding = case["roofline"]["binding"]
-    limit = {"median_ms": binding["roofline_ms"], "times_ours": binding["share"]}
-    return [*named(case["ways"]), {"name": f"roofline: {binding['text']}", **limit}]
+    """The random walk on one thread, smallest grid, and its roofline."""
+    rows = of_kernel(files, "random walk")
+    rows = [row for row in rows if row["size"] == rows[0]["size"]]
+    limit = rows[0]["limit"]
+    name = f"roofline: {limit['text']}"
+    return [*rows, {"way": name, "median_ms": limit["roofline_ms"], "times_ours": limit["share"]}]
+
+
+def of_kernel(files: Files, kernel: str) -> list[Row]:
+    """The rows of one kernel; the first is ours."""
+    return [row for row in ran(files["kernels"]["kernels"]) if row["kernel"] == kernel]
 
 
 def _folding(files: Files) -> Iterator[Row]:
@@ -255,7 +260,7 @@ ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
     "runs": _runs,
     "recovery": _recovery,
     "walk": _walk,
-    "crf": lambda files: files["dense_crf"]["comparisons"],
+    "crf": lambda files: of_kernel(files, "dense CRF"),
     "folding": _folding,
     "memory": lambda files: named(files["cam_head"]["memory"]["networks"]),
     "precisions": _precisions,
@@ -304,9 +309,6 @@ def summary(files: Files) -> str:
     eager = next(row for row in segment if row["backend"] == "pytorch-eager")
     starts = files["start_up"]["ways"]
     start = starts[start_up.EAGER_START]
-    walk, crf = (files[name]["comparisons"][0] for name in ("random_walk", "dense_crf"))
-    walks, crfs = walk["ways"], crf["ways"]
-    dense = walks.get("dense squaring", {})  # a quick run leaves it out
     rows = [
         ("`segment`, file to file", default, "PyTorch eager", eager, at(default, "end_to_end/times_baseline"))
     ]
@@ -314,10 +316,10 @@ def summary(files: Files) -> str:
     slow = [row for row in label if row["recipe"].startswith("PyTorch")]
     rows += [("`label`, file to file", ours, r["recipe"], {}, r.get("default_times_as_fast")) for r in slow]
     rows += [("command to first mask", starts[start_up.OURS], "PyTorch eager", start, start["times_ours"])]
-    name = f"random walk, {walk['size']} x {walk['size']}, one thread"
-    rows += [(name, walks["multisa"], "dense squaring, all cores", dense, dense.get("times_ours"))]
-    name = f"dense CRF, {crf['labels']} labels, one thread"
-    rows += [(name, crfs["multisa"], "pydensecrf", crfs["pydensecrf"], crf["speedup"])]
+    for kernel, other in (("random walk", "dense squaring"), ("dense CRF", "pydensecrf")):
+        mine, *others = of_kernel(files, kernel)
+        theirs = next((row for row in others if (row["way"], row["size"]) == (other, mine["size"])), {})
+        rows += [(f"{kernel}, {mine['size']}", mine, other, theirs, theirs.get("times_ours"))]
     cells = [
         (name, _speed(row), ", ".join(filter(None, (other, _speed(theirs)))), times and number(times))
         for name, row, other, theirs, times in rows

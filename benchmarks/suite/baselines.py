@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multisa.benchmarks.random_walk import dense_squaring, sparse_steps
+from multisa.benchmarks.kernels import dense_squaring, sparse_steps
 from multisa.benchmarks.suite.images import LabelledImage, read_plainly, write_plainly
 from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, plain_batch
 from multisa.kernels import dense_crf
