@@ -46,6 +46,7 @@ REPEATS = 5
 SIZE = 512  # pixels, for heads, costs and the packaged network
 MEMORY_SIZES = (500, 1000)  # pixels; a whole matrix only for the first: the second would take 31 GB
 N_CLASSES = 20  # of VOC, where the weights are random
+PARTS = ("head", "cost", "whole", "memory")
 BETA = 0.3  # of every self-attention, so that attention affects the output
 
 
@@ -119,6 +120,7 @@ def with_whole_matrix(graph: bytes) -> bytes:
     return bytes(model.SerializeToString())
 
 
+@torch.inference_mode()
 def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, Any]:
     """Times of the head alone on the pyramid of an image and its mirror image, and the error of folding."""
     image = network.backbone.normalise(square_image(SIZE))
@@ -148,26 +150,23 @@ def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, 
     }
 
 
-def compare_graphs(
-    network: MultiSACAM, graph: bytes, size: int, threads: int, repeats: int
-) -> dict[str, Any]:
+def compare_graphs(network: MultiSACAM, size: int, threads: int, repeats: int) -> dict[str, Any]:
     """Times of the whole CAM graph, four scales and mirror images, on one image."""
+    graph = exported(network)
     image = square_image(size)
     eager = MultiScaleCAM(network, scales=paper_scales()).eval()
-    with OnnxRuntimeBackend(graph, threads=threads, contract=CAM) as backend:
+    with torch.inference_mode(), OnnxRuntimeBackend(graph, threads=threads, contract=CAM) as backend:
         times = interleave(
             {"eager": lambda: eager(image), "onnxruntime-folded": lambda: backend.run(image.numpy())},
             repeats=repeats,
         )
-        errors = [
-            float(np.abs(answer - expected.numpy()).max())
-            for answer, expected in zip(backend.run(image.numpy()).values(), eager(image), strict=True)
-        ]
+        got = backend.run(image.numpy())
+        expected = dict(zip(CAM.outputs, eager(image), strict=True))
     return {
         "size": size,
         "times": {name: value.to_json() for name, value in times.items()},
         "ratio": round(times["eager"].median / times["onnxruntime-folded"].median, 2),
-        "largest_difference": dict(zip(CAM.outputs, errors, strict=True)),
+        "largest_difference": {k: float(np.abs(got[k] - expected[k].numpy()).max()) for k in CAM.outputs},
     }
 
 
@@ -200,71 +199,44 @@ class _MemoryProbe:
 
 def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[str, Any]:
     """MiB of a fresh process before and after one image, attention in blocks or with a whole matrix."""
-    graph = graph if blocks else with_whole_matrix(graph)
-    with WorkerProcess(_MemoryProbe, graph, threads) as worker:
-        loaded = worker.peak_mib
+    with WorkerProcess(_MemoryProbe, graph if blocks else with_whole_matrix(graph), threads) as worker:
+        loaded = round(worker.peak_mib or 0)
         worker.call("run", side)
-        peaks = {"loaded_mib": round(loaded or 0), "peak_mib": round(worker.peak_mib or 0)}
-    return {"size": side, "blocks": blocks, **peaks}
+        peak = round(worker.peak_mib or 0)
+    return {"size": side, "blocks": blocks, "loaded_mib": loaded, "peak_mib": peak}
 
 
-def measure_heads(
-    networks: dict[str, MultiSACAM], threads: int, repeats: int = HEAD_REPEATS
-) -> dict[str, Any]:
-    """The heads alone."""
-    with torch.inference_mode():
+def measure(part: str, networks: dict[str, MultiSACAM], threads: int, repeats: int) -> dict[str, Any]:
+    """One of PARTS, by network. repeats: of the heads."""
+    if part == "head":
         return {name: compare_heads(network, threads, repeats) for name, network in networks.items()}
-
-
-def count_costs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
-    """Costs of the networks, and of ResNeSt-101 and lite0 with 20 classes."""
-    others = {"lite0-20-classes": "lite0", "resnest101": "paper-resnest101"}
-    networks = networks | {name: random_network(preset) for name, preset in others.items()}
-    return {name: costs(network) for name, network in networks.items()}
-
-
-def measure_graphs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
-    """The whole CAM graphs."""
-    rows = {}
-    # ResNet-50 on a smaller image: at 512 pixels the unfolded network takes minutes.
-    for name, size, repeats in (("lite0", SIZE, REPEATS), ("resnet50", 256, 3)):
-        graph = exported(networks[name])
-        with torch.inference_mode():
-            rows[name] = compare_graphs(networks[name], graph, size, threads, repeats)
-    return rows
-
-
-def measure_memories(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
-    """Peak memory of lite0's graph with the scales of the paper's presets, and of the packaged graph."""
+    if part == "cost":
+        others = {"lite0-20-classes": "lite0", "resnest101": "paper-resnest101"}
+        networks = networks | {name: random_network(preset) for name, preset in others.items()}
+        return {name: costs(network) for name, network in networks.items()}
+    if part == "whole":
+        # ResNet-50 on a smaller image: at 512 pixels the unfolded network takes minutes.
+        cases = (("lite0", SIZE, REPEATS), ("resnet50", 256, 3))
+        return {name: compare_graphs(networks[name], size, threads, count) for name, size, count in cases}
     small, large = MEMORY_SIZES
     packaged = load_bundle(default_bundle_path()).read_file(graph_file(CAM))
-    cases = {
+    graphs = {
         "lite0": (exported(networks["lite0"]), ((small, False), (small, True), (large, True))),
         "packaged": (packaged, ((large, False), (large, True))),
     }
     return {
         name: [peak_memory(graph, side, threads, blocks=blocks) for side, blocks in sizes]
-        for name, (graph, sizes) in cases.items()
+        for name, (graph, sizes) in graphs.items()
     }
-
-
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "head": measure_heads,
-    "cost": count_costs,
-    "whole": measure_graphs,
-    "memory": measure_memories,
-}
 
 
 def main() -> None:
     """Measure, print, write the results file; parts that are not measured keep their results."""
     parser = make_parser(__doc__, quick="the heads alone, fewer repeats; other results are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=list(PARTS), help="measure one part; other results are kept")
+    parser.add_argument("--only", choices=PARTS, help="measure one part; other results are kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.quick and options.only:
-        parser.error("--quick measures the heads alone; give either --quick or --only")
     only = options.only or ("head" if options.quick else None)
     path = options.results / "cam_head.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if only and path.is_file() else {}
@@ -272,8 +244,8 @@ def main() -> None:
     networks = {"lite0": packaged, "resnet50": random_network("paper-resnet50")}
     for part in (only,) if only else PARTS:
         described = environment("torch", "onnxruntime", "timm", quick=options.quick)
-        repeats = (QUICK_REPEATS,) if options.quick else ()
-        measured = PARTS[part](networks, options.threads, *repeats)
+        repeats = QUICK_REPEATS if options.quick else HEAD_REPEATS
+        measured = measure(part, networks, options.threads, repeats)
         results[part] = {"environment": described, "threads": options.threads, "networks": measured}
     results |= {"scales": list(paper_scales()), "query_block": QUERY_BLOCK}
     save_results("cam_head", results, options.results)

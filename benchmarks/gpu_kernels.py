@@ -9,7 +9,7 @@ too far from its reference, 5 without a usable GPU.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.benchmarks.harness import environment, interleave, with_ratios
+from multisa.benchmarks.harness import Times, environment, interleave, with_ratios
 from multisa.benchmarks.kernels import transition
 from multisa.benchmarks.synthetic_images import (
     class_probabilities,
@@ -89,20 +89,12 @@ def walk_row(device: Device, images: int, channels: int, side: int, repeats: int
         ways["dense squaring, PyTorch on the GPU"] = dense_squaring(one, scores)
     times = interleave(ways, repeats=repeats, slow={ON_CPU: min(repeats, SLOW_REPEATS)})
     resident()
-    walked = out.numpy()
-    expected = random_walk_reference(scores, affinity)
     planes = len(stencil_offsets(SETTINGS.radius))
-    pixels = images * side * side
     # Each product reads the fp16 weights, both states and the sum; it writes state and sum.
-    moved = chebyshev_degree(SETTINGS.steps) * pixels * (2 * planes + 4 * 5 * channels)
-    return {
-        "kernel": "random_walk",
-        "shape": {"images": images, "channels": channels, "side": side},
-        "ways": with_ratios(times, "resident"),
-        "max_error": float(np.abs(walked - expected).max()),
-        "label_agreement": float((walked.argmax(axis=1) == expected.argmax(axis=1)).mean()),
-        "bytes": moved,
-    }
+    moved = chebyshev_degree(SETTINGS.steps) * images * side * side * (2 * planes + 4 * 5 * channels)
+    shape = {"images": images, "channels": channels, "side": side}
+    expected = random_walk_reference(scores, affinity)
+    return {**result("random_walk", shape, times, out.numpy(), expected), "bytes": moved}
 
 
 def dense_squaring(affinity: Float32, scores: Float32) -> Callable[[], object]:
@@ -142,15 +134,8 @@ def crf_row(device: Device, labels: int, height: int, width: int, repeats: int) 
     }
     slow = dict.fromkeys((ON_CPU, "pydensecrf"), min(repeats, SLOW_REPEATS))
     times = interleave(ways, repeats=repeats, slow=slow)
-    got = made[0].numpy()
-    expected = dense_crf(image, probabilities)
-    return {
-        "kernel": "dense_crf",
-        "shape": {"labels": labels, "height": height, "width": width},
-        "ways": with_ratios(times, "resident"),
-        "max_error": float(np.abs(got - expected).max()),
-        "label_agreement": float((got.argmax(axis=0) == expected.argmax(axis=0)).mean()),
-    }
+    shape = {"labels": labels, "height": height, "width": width}
+    return result("dense_crf", shape, times, made[0].numpy(), dense_crf(image, probabilities))
 
 
 def copied_bytes_per_second() -> float:
@@ -172,13 +157,26 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
     """Where a kernel is too far from its reference; NaN counts as too far."""
     found = []
     for row in rows:
-        where = f"{row['kernel']} {row['shape']}"
-        if row["kernel"] == "random_walk" and not row["max_error"] <= WALK_TOLERANCE:
-            found.append(f"{where}: got error {row['max_error']:.2g}, expected at most {WALK_TOLERANCE}")
-        if row["kernel"] == "dense_crf" and not row["label_agreement"] >= CRF_AGREEMENT:
-            agreement = f"{row['label_agreement']:.4%}"
-            found.append(f"{where}: got {agreement} of labels equal, expected {CRF_AGREEMENT:.2%}")
+        where = f"{row['kernel']} {row['shape']}: got"
+        error, agreement = row["max_error"], row["label_agreement"]
+        if row["kernel"] == "random_walk" and not error <= WALK_TOLERANCE:
+            found.append(f"{where} error {error:.2g}, expected at most {WALK_TOLERANCE}")
+        if row["kernel"] == "dense_crf" and not agreement >= CRF_AGREEMENT:
+            found.append(f"{where} {agreement:.4%} of labels equal, expected {CRF_AGREEMENT:.2%}")
     return found
+
+
+def result(
+    kernel: str, shape: dict[str, int], times: Mapping[str, Times], got: Float32, wanted: npt.NDArray[Any]
+) -> dict[str, Any]:
+    """A row: times, ratios to the resident call, and the difference from the reference [..., labels, h, w]."""
+    return {
+        "kernel": kernel,
+        "shape": shape,
+        "ways": with_ratios(times, "resident"),
+        "max_error": float(np.abs(got - wanted).max()),
+        "label_agreement": float((got.argmax(axis=-3) == wanted.argmax(axis=-3)).mean()),
+    }
 
 
 def measure(device: Device, *, quick: bool) -> dict[str, Any]:

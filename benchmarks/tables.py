@@ -64,11 +64,6 @@ COLUMNS = {
     "head: × eager|head/ratio|.1f; whole graph, 4 scales: × eager|whole/ratio|.1f; "
     "... at pixels|whole/size|d",
     "memory": "cam.onnx|name; attention in blocks|blocks; pixels|size|d; peak MiB|peak_mib|,",
-    "precisions": "precision|name; × fp32 (threads)|speeds; labels alike|labels/agreement|.3%; "
-    "... of confident pixels|labels/firm_agreement|.3%; mIoU|labels/miou|.2f; "
-    "mIoU of fp32|labels/miou_reference|.2f; pseudo-masks alike|pseudo_mask/agreement|.3%",
-    "engines": "network|name; graph|graph; built for|targets; not built for|failed; MB|megabytes; "
-    "seconds each|build_seconds; largest error of the graph against eager|error",
 }
 
 
@@ -106,15 +101,12 @@ def source(files: Files, name: str) -> str:
     return f"Source: [{path}](../{path})" + "".join(f"; {fact}" for fact in facts if fact)
 
 
-def _environments(results: Row) -> Iterator[Row]:
+def _environments(results: Row) -> list[Row]:
     """Descriptions of the machine: of the whole file, or of each part that was measured by itself."""
     if "processor" in results:
-        yield results
-    elif "environment" in results:
-        yield results["environment"]
-    else:
-        parts = (part for part in results.values() if isinstance(part, dict))
-        yield from (part["environment"] for part in parts if "environment" in part)
+        return [results]
+    parts = (results, *(part for part in results.values() if isinstance(part, dict)))
+    return [part["environment"] for part in parts if "environment" in part]
 
 
 def _facts(environment: Row) -> str:
@@ -185,20 +177,17 @@ def _runs(files: Files) -> Iterator[Row]:
 
 def _recovery(files: Files) -> list[Row]:
     """Runs that were killed, and the cost of opening a large run."""
-    kills = files["crash_recovery"]
-    journal = files["journal"]
+    kills, journal = files["crash_recovery"], files["journal"]
     read = journal["journal_seconds_for_a_million_images"]
+    lines = f"reading the journal of {journal['images']:,} images, shards of 256"
     rows = {
         "runs killed with SIGKILL at random moments, then resumed": kills["points"],
         "... byte-identical to the uninterrupted run": kills["identical"],
         "... committed shards that were computed again": kills["recomputed"],
-        f"reading the journal of {journal['images']:,} images, shards of 256": read["256"],
-        "... one image per shard": read["1"],
+        lines: f"{1000 * read['256']:.3g} ms per million",
+        "... one image per shard": f"{1000 * read['1']:.3g} ms per million",
     }
-    return [
-        {"name": name, "value": f"{1000 * v:.3g} ms per million" if isinstance(v, float) else v}
-        for name, v in rows.items()
-    ]
+    return [{"name": name, "value": value} for name, value in rows.items()]
 
 
 def _walk(files: Files) -> list[Row]:
@@ -222,37 +211,6 @@ def _folding(files: Files) -> Iterator[Row]:
         yield {"name": name, "0": costs[0], "1": costs[-1], **parts}
 
 
-def _precisions(files: Files) -> Iterator[Row]:
-    for name in ("fp16", "int8"):
-        result = files["precisions"][name]
-        speeds = [f"{row['ratio']:.2f} ({row['threads']})" for row in at(result, "speed/rows") or ()]
-        yield {**result["figures"], "name": name, "speeds": ", ".join(speeds) or None}
-
-
-def _engines(files: Files) -> Iterator[Row]:
-    """TensorRT engines, and where the library builds none."""
-    for name, entry in files["engines"]["bundles"].items():
-        for graph in dict.fromkeys(row["graph"] for row in entry["engines"]):
-            of_graph = [row for row in entry["engines"] if row["graph"] == graph]
-            built = [row for row in of_graph if "failure" not in row]
-            failed = " ".join(row["target"] for row in of_graph if "failure" in row) or None
-            errors = at(entry, f"graphs/{graph}/onnxruntime_against_eager")
-            ranges = {key: _range([row[key] for row in built]) for key in ("megabytes", "build_seconds")}
-            yield {
-                "name": name,
-                "graph": graph,
-                "failed": failed,
-                **ranges,
-                "targets": " ".join(row["target"] for row in built),
-                "error": f"{max(errors.values()):.0e}" if errors else "see its parity.json",
-            }
-
-
-def _range(values: list[float]) -> str:
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return low if low == high else f"{low} to {high}"
-
-
 ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
     "segmenting": _segmenting,
     "labelling": lambda files: _with_titles(files["labelling"]["label"]),
@@ -260,11 +218,9 @@ ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
     "runs": _runs,
     "recovery": _recovery,
     "walk": _walk,
-    "crf": lambda files: of_kernel(files, "dense CRF"),
+    "crf": lambda files: [r for r in of_kernel(files, "dense CRF") if "," not in r["way"]],
     "folding": _folding,
     "memory": lambda files: named(files["cam_head"]["memory"]["networks"]),
-    "precisions": _precisions,
-    "engines": _engines,
 }
 
 
@@ -319,6 +275,7 @@ def summary(files: Files) -> str:
     for kernel, other in (("random walk", "dense squaring"), ("dense CRF", "pydensecrf")):
         mine, *others = of_kernel(files, kernel)
         theirs = next((row for row in others if (row["way"], row["size"]) == (other, mine["size"])), {})
+        other += ", all cores" * (theirs.get("threads") == "all")
         rows += [(f"{kernel}, {mine['size']}", mine, other, theirs, theirs.get("times_ours"))]
     cells = [
         (name, _speed(row), ", ".join(filter(None, (other, _speed(theirs)))), times and number(times))

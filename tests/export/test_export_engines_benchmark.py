@@ -35,9 +35,9 @@ def test_turing_fails_for_cam_as_is_known(monkeypatch: pytest.MonkeyPatch, tmp_p
     # Of the smallest images the three default profiles are one.
     parameters = replace(packaged.manifest.parameters, long_side=64)
     write_bundle(tmp_path / "bundle", replace(packaged.manifest, parameters=parameters), files)
-    monkeypatch.setattr(engines, "default_bundle_path", lambda: tmp_path / "bundle")
-    assert run(monkeypatch, tmp_path, "--targets", "sm75") == 0
-    assert run(monkeypatch, tmp_path, "--targets", "sm75", "--precision", "fp16") == 0
+    words = ("--bundle", str(tmp_path / "bundle"), "--targets", "sm75")
+    assert run(monkeypatch, tmp_path, *words) == 0
+    assert run(monkeypatch, tmp_path, *words, "--precision", "fp16") == 0
     entries = json.loads((tmp_path / "engines.json").read_text())["bundles"]
     cam, affinity, segmenter = entries[packaged.manifest.name]["engines"]
     assert cam["known"] is True and "FP32 GEMM is not supported" in cam["failure"]
