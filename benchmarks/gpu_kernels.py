@@ -169,7 +169,7 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
 def result(
     kernel: str, shape: dict[str, int], times: Mapping[str, Times], got: Float32, wanted: npt.NDArray[Any]
 ) -> dict[str, Any]:
-    """A row: times, ratios to the resident call, and the difference from the reference [..., labels, h, w]."""
+    """A row: times, ratios to the resident call, and the difference from the reference."""
     return {
         "kernel": kernel,
         "shape": shape,

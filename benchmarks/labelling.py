@@ -8,7 +8,6 @@ Its bench.json is benchmarks/results/labelling.json.
 """
 
 import csv
-import io
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,7 +39,6 @@ from multisa.benchmarks.suite.roofline import mean_roofline
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou
-from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import read_image, read_mask
 from multisa.runtime.progress import Progress
 
@@ -173,8 +171,8 @@ class _Steps:
         ran = [each for each in measured if each.row["problem"] is None]
         ours = self._ours()
         recipes = [each for each in ran if each.walk]
-        same_device = [each for each in recipes if ours and each.candidate.device == ours.candidate.device]
-        baseline = next(iter([*same_device, *recipes]), ours)
+        recipes.sort(key=lambda each: not ours or each.candidate.device != ours.candidate.device)
+        baseline = next(iter(recipes), ours)
         shapes = [
             (read_working(image.path, self._context.long_side).shape[1:3], len(image.classes))
             for image in self._images
@@ -216,16 +214,13 @@ class _Steps:
 
 
 def _reduced(image: LabelledImage, context: BenchContext, long_side: int) -> LabelledImage:
-    buffer = io.BytesIO()
-    Image.fromarray(read_plainly(image.path, long_side)[0]).save(buffer, "PNG")
     path = context.scratch / f"reduced-{long_side}-{image.id}.png"
-    write_bytes_atomically(path, buffer.getvalue())
+    Image.fromarray(read_plainly(image.path, long_side)[0]).save(path)
     return replace(image, path=path)
 
 
 def _write_labels(path: Path, images: Sequence[LabelledImage]) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(("image", "labels"))
-    rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)
-    write_bytes_atomically(path, text.getvalue().encode())
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("image", "labels"))
+        rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)

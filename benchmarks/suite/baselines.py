@@ -41,8 +41,8 @@ class BaselineLabelling:
         self._manifest = opened.manifest
         self._walk = walk
         self._device = torch.device(device)
-        cam = load_cam(opened, weights)
-        self._maps = MultiScaleCAM(cam, scales=self._manifest.parameters.cam_scales).to(self._device)
+        scales = self._manifest.parameters.cam_scales
+        self._maps = MultiScaleCAM(load_cam(opened, weights), scales=scales).to(self._device)
         self._affinity = load_affinity(opened, weights).to(self._device)
         self._seconds: dict[str, float] = {}
 

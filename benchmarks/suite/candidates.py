@@ -74,7 +74,6 @@ def run_alternately(
     measured: Sequence[AnyMeasured],
     step: Callable[[AnyMeasured], object],
     bar: Progress,
-    *,
     is_curve: bool = False,
 ) -> None:
     """One step of all candidates without a problem; one that fails gets it, a curve among its "notes"."""
@@ -139,10 +138,9 @@ def auto_candidate(bundle: Path, graph: str, engine_cache: Path | None) -> Candi
     """What "auto" chooses on this machine, asked in its own process; None where nothing runs."""
     try:
         with WorkerProcess(_Auto, bundle, graph, engine_cache) as worker:
-            backend, precision = worker.call("chosen")
+            return Candidate(*worker.call("chosen"))
     except WorkerFailedError:
         return None
-    return Candidate(backend, precision, "cuda" if BACKENDS[backend].needs_gpu else "cpu")
 
 
 class _Auto:
@@ -150,8 +148,10 @@ class _Auto:
 
     def __init__(self, bundle: Path, graph: str, engine_cache: Path | None) -> None:
         contract = next(contract for contract in CONTRACTS if contract.name == graph)
-        choice = select_backend(load_bundle(bundle), contract, BackendRequest(engine_cache=engine_cache))
-        self._chosen = (choice.backend.name, choice.precision)
+        self._choice = select_backend(
+            load_bundle(bundle), contract, BackendRequest(engine_cache=engine_cache)
+        )
 
-    def chosen(self) -> tuple[str, str]:
-        return self._chosen
+    def chosen(self) -> tuple[str, str, str]:
+        name = self._choice.backend.name
+        return name, self._choice.precision, "cuda" if BACKENDS[name].needs_gpu else "cpu"

@@ -88,13 +88,20 @@ class BenchContext:
     @property
     def val(self) -> list[LabelledImage]:
         """Images with ground truth that no training used."""
-        return [_labelled(self.dataset, item) for item in self.dataset.val if item.mask]
+        return self._labelled(self.dataset.val)
 
     @property
     def train(self) -> list[LabelledImage]:
         """Images with image-level labels and ground truth."""
-        items = [item for item in self.dataset.train if item.mask and item.classes]
-        return [_labelled(self.dataset, item) for item in items]
+        return [image for image in self._labelled(self.dataset.train) if image.classes]
+
+    def _labelled(self, items: Sequence[Item]) -> list[LabelledImage]:
+        names = self.dataset.class_names
+        return [
+            LabelledImage(item.id, item.image, item.mask, tuple(names[i] for i in item.classes))
+            for item in items
+            if item.mask
+        ]
 
     def run_on_images(
         self, command: str, candidate: Candidate, images: Sequence[LabelledImage], out: Path, *arguments: str
@@ -148,8 +155,3 @@ def make_context(request: BenchRequest, scratch: Path) -> BenchContext:
             "images with masks and labels, expected at least one of each: the suite measures on them"
         )
     return context
-
-
-def _labelled(dataset: Dataset, item: Item) -> LabelledImage:
-    assert item.mask is not None
-    return LabelledImage(item.id, item.image, item.mask, tuple(dataset.class_names[i] for i in item.classes))

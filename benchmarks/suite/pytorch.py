@@ -5,7 +5,6 @@ that neither start-up nor memory of a candidate includes the rebuilding.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -98,18 +97,15 @@ class PyTorchSegmenter:
         network: nn.Module = SegmentImages(load_segmenter(bundle, weights)).eval().to(self._device)
         self.model_bytes = sum(t.numel() * t.element_size() for t in network.state_dict().values())
         self._channels_last = candidate.backend == CHANNELS_LAST
-        self._context: Callable[[], AbstractContextManager[object]] = nullcontext
         if self._channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            half = torch.bfloat16 if candidate.device == "cpu" else torch.float16
-            self._context = lambda: torch.autocast(candidate.device, dtype=half)
-        self._network: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = network
-        if candidate.backend == COMPILED:
-            self._network = torch.compile(network)
+        self._type = torch.bfloat16 if candidate.device == "cpu" else torch.float16
+        self._network = torch.compile(network) if candidate.backend == COMPILED else network
 
     def labels(self, images: UInt8) -> UInt8:
         """Segment uint8 [N, H, W, 3]; the labels uint8 [N, H, W], on the CPU."""
         tensor = torch.from_numpy(images) if self._channels_last else plain_batch(images)
-        with torch.inference_mode(), self._context():
+        autocast = torch.autocast(self._device.type, dtype=self._type, enabled=self._channels_last)
+        with torch.inference_mode(), autocast:
             labels, _ = self._network(tensor.to(self._device))
             return np.asarray(labels.cpu().numpy(), np.uint8)
