@@ -6,6 +6,13 @@ import click
 
 from multisa.runtime.cli.options import PATH, bundle_option
 
+_STAGES = "What to measure, separated by commas."
+# The names of benchmarks/suite/candidates.py, which help does not load.
+_BACKENDS = (
+    "Measure only these: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu, openvino, pytorch-eager, "
+    "pytorch-channels-last-autocast, pytorch-compile."
+)
+
 
 @click.command()
 @click.option("--data", type=PATH, required=True, metavar="DATA", help="Data set in VOC layout, with masks.")
@@ -17,21 +24,8 @@ from multisa.runtime.cli.options import PATH, bundle_option
     metavar="DIR",
     help="Also look for TensorRT engines here, besides BUNDLE/engines.",
 )
-@click.option(
-    "--stages",
-    default="segment,label,kernels",
-    show_default=True,
-    metavar="NAMES",
-    help="What to measure, separated by commas.",
-)
-@click.option(
-    "--backends",
-    default="",
-    metavar="NAMES",
-    # The names of benchmarks/suite/candidates.py, which help does not load.
-    help="Measure only these: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu, openvino, "
-    "pytorch-eager, pytorch-channels-last-autocast, pytorch-compile.",
-)
+@click.option("--stages", default="segment,label,kernels", show_default=True, metavar="NAMES", help=_STAGES)
+@click.option("--backends", default="", metavar="NAMES", help=_BACKENDS)
 @click.option("--quick", is_flag=True, help="Fewer images and repeats: minutes, and more noise.")
 @click.option("--compare", type=PATH, metavar="FILE", help="Exit with 3 if worse than this bench.json.")
 # more than six parameters: click passes one for each option

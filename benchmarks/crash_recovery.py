@@ -6,8 +6,8 @@
 Every file outside OUT/.multisa and the report must be byte-identical to the uninterrupted run's, and no file
 of a shard that was committed before the kill may be written again. A quarter of the kills each falls at any
 moment, while the image list is written, between the first and the last commit, and near the end, where files
-of the whole run are written. A run that ends before its kill does not count. Writes
-benchmarks/results/crash_recovery.json.
+of the whole run are written. A run that ends before its kill does not count. Also measured: reading the
+journal of millions of images, as each run does at its start. Writes benchmarks/results/crash_recovery.json.
 """
 
 import contextlib
@@ -19,15 +19,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from multisa.benchmarks.harness import CLI, environment, make_parser, save_results
+from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.demo import IMAGES as DEMO_IMAGES
 from multisa.runtime.jobs.finalize import FINISHED
+from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK, SNAPSHOT
 from multisa.runtime.jobs.shards import FILES, listed_files, part_path
 
@@ -181,6 +183,24 @@ def identity(path: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
+def journal_seconds(work: Path, images: int) -> dict[str, float]:
+    """Seconds per million images to read the journal of a run that lacks its last shard, by shard size."""
+    cases: dict[str, Callable[[], object]] = {}
+    for size in (256, 1):  # the default, and a line for each image
+        path = work / f"journal-{size}.jsonl"
+        with path.open("wb") as lines:
+            for shard in range(images // size - 1):
+                lines.write(ShardResult(shard, size, 0, 1_000_000, "0123456789abcdef" * 4).line())
+        cases[str(size)] = partial(_open_journal, path)
+    times = interleave(cases, repeats=5)
+    return {size: round(taken.median * 1_000_000 / images, 5) for size, taken in times.items()}
+
+
+def _open_journal(path: Path) -> None:
+    with Journal(path) as journal:
+        assert not journal.torn and journal.shards
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Kill, compare, write the results file."""
     parser = make_parser(__doc__)
@@ -188,10 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills-per-run", type=int, default=1)
     parser.add_argument("--command", choices=("segment", "label"), default="segment")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--journal-images", type=int, default=10_000_000, help="images of the journal")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as work:
         runs = KilledRuns(Path(work), options.command, default_bundle_path(), seed=options.seed)
         found = runs.kill(options.points, options.kills_per_run)
+        read = journal_seconds(Path(work), options.journal_images)
     results = {
         "environment": environment("onnxruntime"),
         "command": options.command,
@@ -201,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "shard_size": SHARD_SIZE,
         "files": len(runs.expected),
         "uninterrupted_seconds": round(runs.seconds, 3),
-        **asdict(found),
+        **vars(found),
+        "journal": {"images": options.journal_images, "seconds_for_a_million_images": read},
     }
     save_results("crash_recovery", results, options.results)
     if found.identical < found.points or found.recomputed:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -64,15 +65,13 @@ def interleave(
     slow = slow or {}
     rounds = {name: slow.get(name, repeats) for name in cases}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for name, case in cases.items():
-        if name not in slow:
-            case()
+    for name in (name for name in cases if name not in slow):
+        cases[name]()
     for index in range(max(rounds.values())):
-        for name, case in cases.items():
-            if index < rounds[name]:
-                start = time.perf_counter()
-                case()
-                seconds[name].append(time.perf_counter() - start)
+        for name in (name for name in cases if index < rounds[name]):
+            start = time.perf_counter()
+            cases[name]()
+            seconds[name].append(time.perf_counter() - start)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 
@@ -168,11 +167,9 @@ def copied_bytes_per_second(working_set: int) -> float:
 def processor() -> str:
     """Name of the processor where the system has it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def peak_memory_mib(pid: int | str | None = "self") -> float | None:
@@ -213,13 +210,10 @@ def _commit() -> str | None:
 
 def _output(program: str, *arguments: str) -> str | None:
     """What a program prints; None where it is missing or fails."""
-    path = shutil.which(program)
-    if path is None:
-        return None
+    words = [shutil.which(program) or program, *arguments]
     try:
-        done = subprocess.run(
-            [path, *arguments], capture_output=True, text=True, timeout=_PROGRAM_SECONDS, check=True
-        )
+        return subprocess.check_output(
+            words, stderr=subprocess.DEVNULL, text=True, timeout=_PROGRAM_SECONDS
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

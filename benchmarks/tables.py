@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- results: begin -->"
 END = "<!-- results: end -->"
 SUBJECTS = (
-    "voc-animals", "segmenting", "labelling", "start_up", "pipeline", "crash_recovery", "journal",
+    "voc-animals", "segmenting", "labelling", "start_up", "pipeline", "crash_recovery",
     "kernels", "cam_head", "precisions", "engines",
 )  # fmt: skip
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the default backend
@@ -177,8 +177,9 @@ def _runs(files: Files) -> Iterator[Row]:
 
 def _recovery(files: Files) -> list[Row]:
     """Runs that were killed, and the cost of opening a large run."""
-    kills, journal = files["crash_recovery"], files["journal"]
-    read = journal["journal_seconds_for_a_million_images"]
+    kills = files["crash_recovery"]
+    journal = kills["journal"]
+    read = journal["seconds_for_a_million_images"]
     lines = f"reading the journal of {journal['images']:,} images, shards of 256"
     rows = {
         "runs killed with SIGKILL at random moments, then resumed": kills["points"],
@@ -225,24 +226,16 @@ ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
 
 
 def values(files: Files) -> dict[str, str]:
-    """The single values of the template."""
+    """The computed values of the template."""
     run = files["voc-animals"]
-    images = run["images"]
-    step = -(-images["train"] // BACKGROUND_SAMPLE)
+    train = run["images"]["train"]
     gains = zip(run["classes"][1:], run["label"]["class_gain"] or (), strict=False)
     default = next(row for row in ran(files["segmenting"]["segment"]) if row["default"])
     few, *_, many = default.get("cores") or [None, None]
     faster = many["images_per_second"] / few["images_per_second"] if few and many else None
     return {
         "foreground": str(len(run["classes"]) - 1),
-        "weak": str(images["weak"]),
-        "train": str(images["train"]),
-        "val": str(images["val"]),
-        "sample": str(len(range(0, images["train"], step))),
-        "backbone": run["config"]["cam"]["backbone"],
-        "cam_epochs": str(run["config"]["cam"]["schedule"]["epochs"]),
-        "segmenter_epochs": str(run["config"]["segmenter"]["schedule"]["epochs"]),
-        "threads": str(run["threads"]),
+        "sample": str(len(range(0, train, -(-train // BACKGROUND_SAMPLE)))),
         "minutes": f"{run['seconds'] / 60:.0f}",
         "gains": ", ".join(f"{name} {gain:g}" for name, gain in gains),
         "betas": ", ".join(f"{beta:.3f}" for beta in run["betas"]),
@@ -255,7 +248,12 @@ def document(files: Files, template: str) -> str:
     known = {f"table {name}": grid(COLUMNS[name], rows(files)) for name, rows in ROWS.items()}
     known |= {"table stages": stages(files)}
     known |= {f"source {name}": source(files, name) for name in files} | values(files)
-    return re.sub(r"\{\{(.+?)\}\}", lambda match: known[match[1]], template)
+
+    def replacement(match: re.Match[str]) -> str:
+        found = at(files, match[1]) if "/" in match[1] else None  # FILE/key/key
+        return known[match[1]] if found is None else str(found)
+
+    return re.sub(r"\{\{(.+?)\}\}", replacement, template)
 
 
 def summary(files: Files) -> str:

@@ -67,14 +67,11 @@ class Measured:
             log.info(f"{self.candidate.title}: skipped: {error}")
 
 
-AnyMeasured = TypeVar("AnyMeasured", bound=Measured)
+M = TypeVar("M", bound=Measured)
 
 
 def run_alternately(
-    measured: Sequence[AnyMeasured],
-    step: Callable[[AnyMeasured], object],
-    bar: Progress,
-    is_curve: bool = False,
+    measured: Sequence[M], step: Callable[[M], object], bar: Progress, *, is_curve: bool = False
 ) -> None:
     """One step of all candidates without a problem; one that fails gets it, a curve among its "notes"."""
     for each in measured:

@@ -32,7 +32,7 @@ def test_every_program_has_help(
 
 def test_the_programs_are_all_there() -> None:
     wanted = {"cam_head", "start_up"}
-    wanted |= {"pipeline", "journal", "crash_recovery", "engines", "gpu_kernels", "tables"}
+    wanted |= {"pipeline", "crash_recovery", "engines", "gpu_kernels", "tables"}
     assert wanted <= {path.stem for path in PROGRAMS}
 
 

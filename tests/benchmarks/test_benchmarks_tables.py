@@ -68,9 +68,9 @@ def test_a_readme_without_its_markers_is_reported(
 
 
 def test_a_missing_file_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (root / "results" / "journal.json").unlink()
+    (root / "results" / "pipeline.json").unlink()
     assert run(root, "--check") == 1
-    assert "journal missing" in capsys.readouterr().out
+    assert "pipeline missing" in capsys.readouterr().out
 
 
 def test_the_page_names_every_file_and_says_where_it_was_measured(stored: Files) -> None:
