@@ -31,9 +31,8 @@ from multisa.kernels import (
     dense_crf,
     random_walk,
     random_walk_reference,
-    stencil_offsets,
 )
-from multisa.kernels.common.walk import WalkSettings, chebyshev_degree
+from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.device import Device
@@ -89,12 +88,9 @@ def walk_row(device: Device, images: int, channels: int, side: int, repeats: int
         ways["dense squaring, PyTorch on the GPU"] = dense_squaring(one, scores)
     times = interleave(ways, repeats=repeats, slow={ON_CPU: min(repeats, SLOW_REPEATS)})
     resident()
-    planes = len(stencil_offsets(SETTINGS.radius))
-    # Each product reads the fp16 weights, both states and the sum; it writes state and sum.
-    moved = chebyshev_degree(SETTINGS.steps) * images * side * side * (2 * planes + 4 * 5 * channels)
     shape = {"images": images, "channels": channels, "side": side}
     expected = random_walk_reference(scores, affinity)
-    return {**result("random_walk", shape, times, out.numpy(), expected), "bytes": moved}
+    return result("random_walk", shape, times, out.numpy(), expected)
 
 
 def dense_squaring(affinity: Float32, scores: Float32) -> Callable[[], object]:
@@ -138,21 +134,6 @@ def crf_row(device: Device, labels: int, height: int, width: int, repeats: int) 
     return result("dense_crf", shape, times, made[0].numpy(), dense_crf(image, probabilities))
 
 
-def copied_bytes_per_second() -> float:
-    """Bytes per second that a copy in GPU memory reads and writes, in PyTorch."""
-    import torch
-
-    source = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        for _ in range(16):
-            target.copy_(source)
-        torch.cuda.synchronize()
-
-    return 16 * 2 * source.numel() / min(interleave({"copy": copy}, repeats=6)["copy"].seconds)
-
-
 def problems(rows: list[dict[str, Any]]) -> list[str]:
     """Where a kernel is too far from its reference; NaN counts as too far."""
     found = []
@@ -180,19 +161,13 @@ def result(
 
 
 def measure(device: Device, *, quick: bool) -> dict[str, Any]:
-    """All rows; where PyTorch sees the GPU, with the walk's roofline: its bytes over the rate of a copy."""
-    import torch
-
+    """All rows, and what is too far from its reference."""
     repeats = 5 if quick else 20
     rows = [walk_row(device, *shape, repeats) for shape in (WALKS[:2] if quick else WALKS)]
     rows += [crf_row(device, *shape, repeats) for shape in (CRFS[:1] if quick else CRFS)]
-    rate = copied_bytes_per_second() if torch.cuda.is_available() else None
-    for row in (row for row in rows if rate and "bytes" in row):
-        row["bytes_roofline_ms"] = round(1000 * row["bytes"] / rate, 4)
     return {
         "environment": environment("torch", "pycuda", "pydensecrf2", quick=quick),
         "settings": {"walk": asdict(SETTINGS), "crf": asdict(CRF)},
-        "copied_bytes_per_second": rate,
         "rows": rows,
         "problems": problems(rows),
     }

@@ -39,7 +39,7 @@ from multisa.kernels import (
     stencil_offsets,
 )
 from multisa.kernels.common.stencil import pair_slices
-from multisa.kernels.common.walk import chebyshev_coefficients, chebyshev_degree
+from multisa.kernels.common.walk import chebyshev_degree
 from multisa.kernels.cpu import forget_lattices
 from multisa.runtime.progress import Progress, log
 
@@ -106,20 +106,6 @@ def transition(affinity: Float32, beta: float = BETA, radius: int = RADIUS) -> A
     return (matrix / matrix.sum(axis=1)[:, None]).tocsr().astype(np.float32)
 
 
-def sparse_chebyshev(affinity: Float32, scores: Float32) -> Float32:
-    """Our algorithm on SciPy's sparse products."""
-    matrix = transition(affinity)
-    coefficients = chebyshev_coefficients(STEPS, chebyshev_degree(STEPS))
-    previous = scores.reshape(len(scores), -1).T
-    current = matrix @ previous
-    total = np.float32(coefficients[0]) * previous + np.float32(coefficients[1]) * current
-    for coefficient in coefficients[2:]:
-        previous, current = current, 2 * (matrix @ current) - previous
-        if coefficient:
-            total += np.float32(coefficient) * current
-    return np.asarray(np.ascontiguousarray(total.T).reshape(scores.shape), np.float32)
-
-
 def sparse_steps(
     affinity: Float32, scores: Float32, beta: float = BETA, steps: int = STEPS, radius: int = RADIUS
 ) -> Float32:
@@ -177,7 +163,6 @@ def walk_rows(machine: dict[str, float], side: int, dense: bool, repeats: int) -
     ways: dict[str, Callable[[], Float32]] = {
         OURS: lambda: random_walk(scores, affinity),
         "multisa, every step": lambda: random_walk(scores, affinity, exact=True),
-        "scipy, Chebyshev": lambda: sparse_chebyshev(affinity, scores),
         "scipy, every step": lambda: sparse_steps(affinity, scores),
     }
     if dense:

@@ -113,8 +113,8 @@ class _Steps:
 
     def _memory(self, each: _Measured) -> None:
         assert each.worker is not None
-        each.row["peak_mib"] = {"host": each.worker.peak_mib, "device": each.call("device_mib")}
-        each.row["model_bytes"] = each.call("model_bytes")
+        each.row["model_bytes"], device = each.call("sizes")
+        each.row["peak_mib"] = {"host": each.worker.peak_mib, "device": device}
 
     def _masks(self, each: _Measured) -> None:
         images = spread(self._context.val, self._effort.masks)

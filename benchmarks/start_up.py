@@ -17,7 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results, with_ratios
+from multisa.benchmarks.harness import (
+    CLI,
+    environment,
+    interleave,
+    make_parser,
+    roofline_share,
+    save_results,
+    with_ratios,
+)
 from multisa.benchmarks.suite.candidates import COMPILED, EAGER, REFERENCE, Candidate
 from multisa.benchmarks.suite.context import write_weights
 from multisa.benchmarks.worker_process import WorkerProcess
@@ -57,7 +65,7 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         "multisa --help": [*CLI, "--help"],
         "multisa inspect": [*CLI, "inspect", str(bundle)],
         OURS: [*CLI, *command],
-        **{with_backend(name): [*CLI, *command, "--backend", name] for name in backends},
+        **{f"multisa segment --backend {b}, one image": [*CLI, *command, "--backend", b] for b in backends},
         "the backend alone, one image": program(REFERENCE),
         EAGER_START: program(Candidate(EAGER, "fp32", "cpu")),
     }
@@ -69,15 +77,8 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         name: partial(_start, words, out, scratch / "compiled") for name, words in ways.items()
     }
     times = interleave(cases, repeats=repeats, slow=slow)
-    rows = with_ratios(times, OURS)
-    share = round(times[INTERPRETER].median / times[OURS].median, 3)
-    limit = {"roofline_ms": rows[INTERPRETER]["median_ms"], "share": share, "text": INTERPRETER}
-    return {"ways": rows, "limit": limit}
-
-
-def with_backend(name: str) -> str:
-    """Name of the way that asks for a backend instead of leaving the choice to `multisa segment`."""
-    return f"multisa segment --backend {name}, one image"
+    limit = roofline_share(times[INTERPRETER].median, times[OURS].median, INTERPRETER)
+    return {"ways": with_ratios(times, OURS), "limit": limit}
 
 
 def _start(words: Sequence[str], out: Path, compiled: Path) -> None:

@@ -6,7 +6,6 @@
 The text is docs/benchmarks.in.md; `{{name}}` in it becomes the table or value of that name.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -17,7 +16,7 @@ from typing import Any
 
 from multisa.benchmarks import start_up
 from multisa.benchmarks.bench_file import number
-from multisa.benchmarks.harness import RESULTS
+from multisa.benchmarks.harness import make_parser
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.training.reproduce.paper import MULTI_SA, TABLE2, TABLE3_MIOU
@@ -326,13 +325,12 @@ def with_summary(readme: str, table_text: str) -> str:
     return f"{before}{BEGIN}\n{table_text}\n{END}{after}"
 
 
-def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, results: Path = RESULTS) -> int:
+def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     """Write or check; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 on a difference")
-    check = parser.parse_args(arguments).check
+    options = parser.parse_args(arguments)
+    check, results = options.check, options.results
     missing = [name for name in SUBJECTS if not (results / f"{name}.json").is_file()]
     if missing:
         print(f"benchmarks/results: {', '.join(missing)} missing; run make bench")

@@ -44,7 +44,7 @@ class SegmentCandidate:
         weights: where `WeightFiles` wrote the PyTorch networks. threads: of one call; all cores by default.
         """
         self._bundle = load_bundle(bundle)
-        self._candidate = candidate
+        self._on_gpu = candidate.device == "cuda"
         self._long_side = self._bundle.manifest.parameters.long_side
         self._loaded: list[UInt8] = []
         self._labels: Callable[[UInt8], UInt8]
@@ -89,13 +89,9 @@ class SegmentCandidate:
         self._labels(image)
         return image[0, :, :, 0].size, [_seconds(self._labels, image) for _ in range(repeats)]
 
-    def model_bytes(self) -> int:
-        """Size of the graph's file, or of PyTorch's tensors."""
-        return self._model_bytes
-
-    def device_mib(self) -> float | None:
-        """GPU memory of the process in MiB."""
-        return gpu_memory_mib() if self._candidate.device == "cuda" else None
+    def sizes(self) -> tuple[int, float | None]:
+        """Bytes of the graph's file or of PyTorch's tensors, and the GPU memory of the process in MiB."""
+        return self._model_bytes, gpu_memory_mib() if self._on_gpu else None
 
     def masks(
         self, images: Sequence[LabelledImage], reference: Path | None, is_reference: bool

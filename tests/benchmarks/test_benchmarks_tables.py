@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def run(root: Path, *arguments: str) -> int:
-    return tables.main(arguments, root=root, results=root / "results")
+    return tables.main([*arguments, "--results", str(root / "results")], root=root)
 
 
 def test_check_fails_until_it_is_written_and_when_a_figure_changes(root: Path) -> None:
