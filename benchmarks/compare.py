@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
-from typing import Any
 
 from multisa.benchmarks.bench_file import (
     STAGES,
@@ -21,6 +20,7 @@ from multisa.benchmarks.bench_file import (
     Row,
     curve,
     is_ours,
+    nested,
     number,
     numbers,
     one_line,
@@ -267,9 +267,7 @@ class _StagePair:
 
 
 def _at(environment: Row, path: tuple[str, ...]) -> str:
-    found: Any = environment
-    for key in path:
-        found = found.get(key) if isinstance(found, Mapping) else None
+    found = nested(environment, path)
     return one_line(str(found or "none")).partition("+")[0]  # "2.9.0+cpu": the build does not matter
 
 

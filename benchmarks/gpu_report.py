@@ -109,16 +109,17 @@ def summary(output: Path, ended: int | None = None) -> int:
     gpu = results.get("driver", {})
     lines += [f"GPU: {gpu.get('gpu', 'none')}, {gpu.get('target', '')}", ""]
     lines += _table(("step", "exit code", "seconds", "remark"), steps)
-    reports = [results[name] for name in results if name.startswith("parity-")]
-    rows = [
-        (title, report[title]) for report in reports for title in report if isinstance(report[title], dict)
-    ]
-    parity = [(title, found.get("passed"), "; ".join(found.get("problems", ()))) for title, found in rows]
+    reports = [report for name, report in results.items() if name.startswith("parity-")]
+    found = [(title, r) for report in reports for title, r in report.items() if isinstance(r, dict)]
+    parity = [(title, r.get("passed"), "; ".join(r.get("problems", ()))) for title, r in found]
     lines += _table(("parity with fp32 on the CPU", "passed", "problems"), parity)
-    kernels = results.get("kernels", {}).get("rows", ())
-    lines += _columns(("kernel", "shape", "max_error", "label_agreement", "ways"), kernels)
+    names: Sequence[str] = ("kernel", "shape", "max_error", "label_agreement", "ways")
+    lines += _table(
+        names, [[row.get(n) for n in names] for row in results.get("kernels", {}).get("rows", ())]
+    )
     names = ("backend", "precision", "device", "images_per_second", "miou", "label_agreement", "problem")
-    lines += _columns(names, results.get("bench", {}).get("segment", ()))
+    rows = results.get("bench", {}).get("segment", ())
+    lines += _table(names, [[row.get(name) for name in names] for row in rows])
     write_bytes_atomically(output / "summary.md", "\n".join(lines).encode())
     print(output / "summary.md")
     return code
@@ -139,10 +140,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     cells = [["" if cell is None else str(cell).replace("|", "/") for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
     return [*lines, ""] if rows else []
-
-
-def _columns(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
-    return _table(names, [[row.get(name) for name in names] for row in rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from multisa.benchmarks.suite.candidates import (
     list_candidates,
     run_alternately,
 )
-from multisa.benchmarks.suite.context import BenchContext
+from multisa.benchmarks.suite.context import BenchContext, mean_roofline
 from multisa.benchmarks.suite.images import (
     LabelledImage,
     count_confusion,
@@ -35,7 +35,6 @@ from multisa.benchmarks.suite.images import (
     read_working,
     spread,
 )
-from multisa.benchmarks.suite.roofline import mean_roofline
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou

@@ -25,9 +25,8 @@ from multisa.benchmarks.suite.candidates import (
     list_candidates,
     run_alternately,
 )
-from multisa.benchmarks.suite.context import BenchContext
+from multisa.benchmarks.suite.context import BenchContext, mean_roofline
 from multisa.benchmarks.suite.images import of_one_size, read_working, spread
-from multisa.benchmarks.suite.roofline import mean_roofline
 from multisa.benchmarks.suite.segment_candidate import SegmentCandidate
 from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.runtime.backends.base import SEGMENTER

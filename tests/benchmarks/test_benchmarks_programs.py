@@ -11,7 +11,7 @@ import pytest
 from multisa.benchmarks import kernels, start_up
 from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
 from multisa.benchmarks.suite.candidates import Candidate
-from multisa.benchmarks.suite.roofline import Roofline, peak_of_all_cores
+from multisa.benchmarks.suite.context import Roofline, peak_of_all_cores
 from multisa.kernels.cpu import native
 from multisa.runtime.bundle import default_bundle_path
 
