@@ -9,7 +9,6 @@ compares with PyTorch. Writes benchmarks/results/pipeline.json.
 
 import argparse
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -37,9 +36,6 @@ SAMPLE = {"segment": 512, "label": 48}  # images of a stage alone
 
 def make_corpus(folder: Path, originals: Sequence[Path], count: int) -> None:
     """Write `count` JPEGs below `folder`, a thousand per folder: the originals again and again, scaled."""
-    if len(list(folder.rglob("*.jpg"))) == count:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
 
     def make(index: int) -> None:
         target = folder / f"{index // 1000:03d}" / f"{index:06d}.jpg"
@@ -77,9 +73,8 @@ def stages_alone(
     return rates
 
 
-def measure(command: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(command: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """One command: its throughput, its stages alone, memory."""
-    work: Path = options.work
     dataset = read_dataset(options.data)
     items = dataset.val if command == "segment" else dataset.train
     count = getattr(options, command)
@@ -125,11 +120,10 @@ def main() -> None:
     parser = make_parser(__doc__, data="data set in VOC layout", bundle=True)
     parser.add_argument("--segment", type=int, default=10_000, metavar="N", help="images to segment")
     parser.add_argument("--label", type=int, default=1_000, metavar="N", help="images to label")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "multisa-pipeline")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     described = environment("onnxruntime")
-    measured = {command: measure(command, options) for command in SAMPLE}
+    with tempfile.TemporaryDirectory() as work:
+        measured = {command: measure(command, options, Path(work)) for command in SAMPLE}
     save_results("pipeline", {"environment": described, **measured}, options.results)
 
 
