@@ -141,13 +141,16 @@ def curve(row: Row, name: str, x: str, y: str) -> dict[float, float]:
 def end_to_end(row: Row) -> float | None:
     """Images per second from file to file: the row's own figure, else the median of its rounds."""
     own = value(row, "images_per_second")
-    rates = numbers(row, "end_to_end", "images_per_second")
-    return own if own is not None or not rates else float(median(rates))
+    return own if own is not None else _median(row, "end_to_end")
 
 
 def loop_rate(row: Row) -> float | None:
     """Images per second in the plain loop: the median of its rounds."""
-    rates = numbers(row, "loop", "images_per_second")
+    return _median(row, "loop")
+
+
+def _median(row: Row, key: str) -> float | None:
+    rates = numbers(row, key, "images_per_second")
     return float(median(rates)) if rates else None
 
 

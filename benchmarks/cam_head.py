@@ -4,11 +4,9 @@
 
 The network as trained (not folded) in PyTorch eager and the exported graph (folded) on ONNX Runtime run
 alternately on the same threads: the head alone on one pyramid, and the whole CAM graph with the scales of the
-paper's presets, each with its mirror image. Folding is meant for the graph: in PyTorch its narrow values (one
-column per class) miss the fused attention, which needs them as wide as the keys, so "eager-folded" may be
-slower. Also measured: the error of folding, multiply-adds, bytes of activations, and peak memory.
-ResNet-50 and ResNeSt-101 have random weights, which take as long as trained ones. Writes
-benchmarks/results/cam_head.json.
+paper's presets, each with its mirror image. Also measured: the error of folding, multiply-adds, bytes of
+activations, and peak memory. ResNet-50 and ResNeSt-101 have random weights, which take as long as trained
+ones. Writes benchmarks/results/cam_head.json.
 """
 
 import copy
@@ -128,7 +126,6 @@ def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, 
     folded = FoldedMultiSACAM(network)
     ways: dict[str, Callable[[], Any]] = {
         "eager": lambda: network.head(pyramid),
-        "eager-folded": lambda: folded.head(pyramid),
         "onnxruntime-folded": head_graph(folded, pyramid, threads),
     }
     times = interleave(ways, repeats=repeats)

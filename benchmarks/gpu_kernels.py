@@ -175,9 +175,7 @@ def measure(device: Device, *, quick: bool) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Measure and write; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="the smaller sizes, fewer repeats")
     options = parser.parse_args(arguments)

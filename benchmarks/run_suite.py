@@ -20,7 +20,6 @@ from multisa.runtime.files import write_json_atomically
 
 Row = dict[str, Any]
 BENCH_FILE = "bench.json"
-OURS = "multisa"
 
 
 def run_suite(

@@ -26,7 +26,7 @@ from multisa.benchmarks.suite.candidates import (
     run_alternately,
 )
 from multisa.benchmarks.suite.context import BenchContext, mean_roofline
-from multisa.benchmarks.suite.images import of_one_size, read_working, spread
+from multisa.benchmarks.suite.images import read_working, spread
 from multisa.benchmarks.suite.segment_candidate import SegmentCandidate
 from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.runtime.backends.base import SEGMENTER
@@ -143,11 +143,9 @@ class _Steps:
         each.row["sizes"] = rows
 
     def _batches(self, each: _Measured) -> None:
-        images = spread(self._context.val, 4 * max(self._effort.batches))
-        files = of_one_size(images, self._context.long_side)
         rows = []
         for batch in self._effort.batches:
-            seconds = statistics.median(each.call("batch", (files * batch)[:batch], self._effort.repeats))
+            seconds = statistics.median(each.call("batch", self._files[0], batch, self._effort.repeats))
             rows.append({"batch": batch, "images_per_second": round(batch / seconds, 2)})
         each.row["batches"] = rows
 

@@ -1,7 +1,6 @@
 """Which images of a data set are measured (always the same, spread over its lists), and how they are read."""
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +43,6 @@ def scaled_to(path: Path, long_side: int) -> UInt8:
     factor = long_side / max(rgb.shape[:2])
     size = (max(round(rgb.shape[0] * factor), 1), max(round(rgb.shape[1] * factor), 1))
     return np.ascontiguousarray(resize_image(rgb, size))[np.newaxis]
-
-
-def of_one_size(images: Sequence[LabelledImage], long_side: int) -> list[Path]:
-    """The files whose working size is the most frequent one."""
-    sizes = {image.path: read_working(image.path, long_side).shape[1:3] for image in images}
-    most = Counter(sizes.values()).most_common(1)[0][0]
-    return [path for path, size in sizes.items() if size == most]
 
 
 def count_confusion(labels: UInt8, mask: Path, n_classes: int) -> npt.NDArray[np.int64]:

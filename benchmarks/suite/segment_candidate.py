@@ -77,9 +77,9 @@ class SegmentCandidate:
         """Seconds of each loaded image by itself, on all cores."""
         return [_seconds(self._labels, image) for image in self._loaded]
 
-    def batch(self, images: Sequence[Path], repeats: int) -> list[float]:
-        """Seconds of all these images, which have one size, in one call."""
-        batch = np.concatenate([read_working(path, self._long_side) for path in images])
+    def batch(self, image: Path, count: int, repeats: int) -> list[float]:
+        """Seconds of `count` copies of an image in one call."""
+        batch = np.repeat(read_working(image, self._long_side), count, axis=0)
         self._labels(batch)
         return [_seconds(self._labels, batch) for _ in range(repeats)]
 
