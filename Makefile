@@ -29,12 +29,13 @@ docs: $(VENV)/dev  ## build the pages of docs/ into build/site; warnings are err
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; make bench QUICK= takes an hour
-	$(BIN)/python benchmarks/segmenting.py $(QUICK) --data $(DATA)
-	$(BIN)/python benchmarks/labelling.py $(QUICK) --data $(DATA)
-	$(BIN)/python benchmarks/random_walk.py $(QUICK)
-	$(BIN)/python benchmarks/dense_crf.py $(QUICK)
+	$(BIN)/multisa bench $(QUICK) --data $(DATA) --stages segment -o build/bench-segment
+	cp build/bench-segment/bench.json benchmarks/results/segmenting.json
+	$(BIN)/multisa bench $(QUICK) --data $(DATA) --stages label -o build/bench-label
+	cp build/bench-label/bench.json benchmarks/results/labelling.json
+	$(BIN)/multisa bench $(QUICK) --data $(DATA) --stages kernels -o build/bench-kernels
+	cp build/bench-kernels/bench.json benchmarks/results/kernels.json
 	$(BIN)/python benchmarks/cam_head.py $(QUICK)
-	$(BIN)/python benchmarks/encoding.py $(QUICK) --data $(DATA)
 	$(BIN)/python benchmarks/start_up.py $(QUICK)
 	$(BIN)/python benchmarks/tables.py
 

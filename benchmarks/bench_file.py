@@ -106,22 +106,29 @@ def is_ours(stage: str, row: Row) -> bool:
     return str(row["recipe" if stage == "label" else "way"]).startswith(OURS)
 
 
-def value(row: Row, *keys: str) -> float | None:
-    """The finite number at nested `keys`; None where there is none."""
+def nested(row: Row, keys: Sequence[str]) -> Any:
+    """What is at nested `keys`; None where nothing is."""
     found: Any = row
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def _finite(found: object) -> float | None:
     is_number = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-    return float(found) if is_number else None
+    return float(found) if is_number else None  # type: ignore[arg-type]
+
+
+def value(row: Row, *keys: str) -> float | None:
+    """The finite number at nested `keys`; None where there is none."""
+    return _finite(nested(row, keys))
 
 
 def numbers(row: Row, *keys: str) -> tuple[float, ...]:
     """The positive numbers of the list at nested `keys`; empty where there is none."""
-    found: Any = row
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    rows = ({"": each} for each in found) if isinstance(found, list) else ()
-    return tuple(number for each in rows if (number := value(each, "")) is not None and number > 0)
+    found = nested(row, keys)
+    figures = map(_finite, found if isinstance(found, list) else ())
+    return tuple(figure for figure in figures if figure is not None and figure > 0)
 
 
 def curve(row: Row, name: str, x: str, y: str) -> dict[float, float]:
@@ -134,13 +141,16 @@ def curve(row: Row, name: str, x: str, y: str) -> dict[float, float]:
 def end_to_end(row: Row) -> float | None:
     """Images per second from file to file: the row's own figure, else the median of its rounds."""
     own = value(row, "images_per_second")
-    rates = numbers(row, "end_to_end", "images_per_second")
-    return own if own is not None or not rates else float(median(rates))
+    return own if own is not None else _median(row, "end_to_end")
 
 
 def loop_rate(row: Row) -> float | None:
     """Images per second in the plain loop: the median of its rounds."""
-    rates = numbers(row, "loop", "images_per_second")
+    return _median(row, "loop")
+
+
+def _median(row: Row, key: str) -> float | None:
+    rates = numbers(row, key, "images_per_second")
     return float(median(rates)) if rates else None
 
 

@@ -4,10 +4,8 @@
 
 The network as trained (not folded) in PyTorch eager and the exported graph (folded) on ONNX Runtime run
 alternately on the same threads: the head alone on one pyramid, and the whole CAM graph with the scales of the
-paper's presets, each with its mirror image. Folding is meant for the graph: in PyTorch its narrow values (one
-column per class) miss the fused attention, which needs them as wide as the keys, so "eager-folded" may be
-slower. Also measured: the error of folding, multiply-adds and bytes of activations, the cost of more classes,
-and the peak memory of a process. ResNet-50 and ResNeSt-101 have random weights, which take as long as trained
+paper's presets, each with its mirror image. Also measured: the error of folding, multiply-adds, bytes of
+activations, and peak memory. ResNet-50 and ResNeSt-101 have random weights, which take as long as trained
 ones. Writes benchmarks/results/cam_head.json.
 """
 
@@ -15,7 +13,6 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +22,14 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
-from multisa.benchmarks.suite.worker_process import WorkerProcess
+from multisa.benchmarks.harness import environment, interleave, make_parser, roofline_share, save_results
 from multisa.benchmarks.synthetic_images import image_bytes
-from multisa.export.attention import QUERY_BLOCK, attention_translation, expand_attention
+from multisa.benchmarks.worker_process import WorkerProcess
+from multisa.export.attention import OPSET, QUERY_BLOCK, attention_translation, expand_attention
 from multisa.export.cost import costs_of_parts
 from multisa.export.fold import FoldedMultiSACAM
-from multisa.export.to_onnx import OPSET, onnx_from_module
-from multisa.export.unfold import cam_from_bundle
+from multisa.export.to_onnx import onnx_from_module
+from multisa.export.to_torch import cam_from_bundle
 from multisa.kernels.cpu import native
 from multisa.runtime.backends.base import CAM, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -47,13 +44,14 @@ REPEATS = 5
 SIZE = 512  # pixels, for heads, costs and the packaged network
 MEMORY_SIZES = (500, 1000)  # pixels; a whole matrix only for the first: the second would take 31 GB
 N_CLASSES = 20  # of VOC, where the weights are random
+PARTS = ("head", "cost", "whole", "memory")
 BETA = 0.3  # of every self-attention, so that attention affects the output
 
 
 class Head(nn.Module):
     """The part of a network after its backbone, on a pyramid."""
 
-    def __init__(self, network: MultiSACAM | FoldedMultiSACAM) -> None:
+    def __init__(self, network: FoldedMultiSACAM) -> None:
         super().__init__()
         self.network = network
 
@@ -76,21 +74,22 @@ def random_network(preset: str, n_classes: int = N_CLASSES) -> MultiSACAM:
     torch.manual_seed(0)
     config = load_config(preset, ["cam.weights=none"]).cam
     network = create_model(config, n_classes + 1).eval()
-    network.calibrate(network.backbone.normalise(square_image(256)))
+    network.fit_level_gain(network.backbone.normalise(square_image(256)))
     for beta in network.beta_parameters():
         beta.data.fill_(BETA)
     return network
 
 
-def head_session(network: MultiSACAM, pyramid: list[Tensor], threads: int) -> Any:
-    """The folded head as a graph on ONNX Runtime, for pyramids of this one size."""
+def head_graph(folded: FoldedMultiSACAM, pyramid: list[Tensor], threads: int) -> Callable[[], Any]:
+    """Runs the folded head on this pyramid as a graph on ONNX Runtime."""
+    names = [f"level_{index}" for index in range(len(pyramid))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.onnx"
         torch.onnx.export(
-            Head(FoldedMultiSACAM(network)).eval(),
+            Head(folded).eval(),
             (pyramid,),
             path,
-            input_names=[f"level_{index}" for index in range(len(pyramid))],
+            input_names=names,
             opset_version=OPSET,
             external_data=False,
             verbose=False,
@@ -99,7 +98,9 @@ def head_session(network: MultiSACAM, pyramid: list[Tensor], threads: int) -> An
         model = expand_attention(onnx.load(path))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    levels = dict(zip(names, (level.numpy() for level in pyramid), strict=True))
+    return lambda: session.run(None, {i.name: levels[i.name] for i in session.get_inputs()})[0]
 
 
 def exported(network: MultiSACAM) -> bytes:
@@ -117,113 +118,69 @@ def with_whole_matrix(graph: bytes) -> bytes:
     return bytes(model.SerializeToString())
 
 
+@torch.inference_mode()
 def compare_heads(network: MultiSACAM, threads: int, repeats: int) -> dict[str, Any]:
     """Times of the head alone on the pyramid of an image and its mirror image, and the error of folding."""
     image = network.backbone.normalise(square_image(SIZE))
     pyramid = [level.contiguous() for level in network.backbone(torch.cat([image, image.flip(-1)]))]
-    single = copy.deepcopy(network)
-    single.classifier = nn.Conv2d(network.classifier.in_channels, 1, 1, bias=False)
-    sessions = {
-        "onnxruntime-folded": head_session(network, pyramid, threads),
-        "onnxruntime-folded-one-class": head_session(single, pyramid, threads),
-    }
-    given = {f"level_{index}": level.numpy() for index, level in enumerate(pyramid)}
-    runs = {
-        name: partial(session.run, None, {i.name: given[i.name] for i in session.get_inputs()})
-        for name, session in sessions.items()
-    }
     folded = FoldedMultiSACAM(network)
-    times = interleave(
-        {"eager": lambda: network.head(pyramid), "eager-folded": lambda: folded.head(pyramid), **runs},
-        repeats=repeats,
-    )
-    wide = copy.deepcopy(network).double().head([level.double() for level in pyramid]).numpy()
-    answers = {
-        "eager": network.head(pyramid).numpy(),
-        "eager-folded": folded.head(pyramid).numpy(),
-        "onnxruntime-folded": runs["onnxruntime-folded"]()[0],
+    ways: dict[str, Callable[[], Any]] = {
+        "eager": lambda: network.head(pyramid),
+        "onnxruntime-folded": head_graph(folded, pyramid, threads),
     }
+    times = interleave(ways, repeats=repeats)
+    wide = copy.deepcopy(network).double().head([level.double() for level in pyramid]).numpy()
+    largest = np.abs(wide).max()
+    errors = {name: np.abs(np.asarray(way()) - wide).max() / largest for name, way in ways.items()}
     graph = times["onnxruntime-folded"].median
     # Of an image and its mirror image.
     operations = 2 * costs_of_parts(network, folded, (SIZE, SIZE))["folded head"].multiply_adds
-    roofline = operations / (threads * native.peak_multiply_adds(0.5))
+    seconds = operations / (threads * native.peak_multiply_adds(0.5))
+    text = "multiply-adds over the measured float32 peak of one thread, times the threads"
     return {
-        "limit": {
-            "multiply_adds": operations,
-            "roofline_ms": round(1000 * roofline, 3),
-            "share": round(roofline / graph, 3),
-            "text": "multiply-adds over the measured float32 peak of one thread, times the threads",
-        },
+        "limit": {"multiply_adds": operations, **roofline_share(seconds, graph, text)},
         "size": SIZE,
         "times": {name: value.to_json() for name, value in times.items()},
         "ratio": round(times["eager"].median / graph, 2),
-        **growth(times["onnxruntime-folded"], times["onnxruntime-folded-one-class"]),
         # Largest difference from the unfolded network in float64, over its largest value.
-        "relative_error": {
-            name: float(f"{np.abs(answer - wide).max() / np.abs(wide).max():.2g}")
-            for name, answer in answers.items()
-        },
+        "relative_error": {name: float(f"{error:.2g}") for name, error in errors.items()},
     }
 
 
-def growth(all_classes: Times, one_class: Times) -> dict[str, Any]:
-    """The share of the time that classes beyond the first take, round by round: median and quartiles.
-
-    The median is None where the lower quartile is not above zero: the difference is then within the scatter.
-    """
-    shares = [1 - one / every for every, one in zip(all_classes.seconds, one_class.seconds, strict=True)]
-    low, median, high = (round(float(share), 3) for share in np.quantile(shares, (0.25, 0.5, 0.75)))
-    return {
-        "share_of_time_that_grows_with_classes": median if low > 0 else None,
-        "quartiles_of_that_share": [low, high],
-    }
-
-
-def compare_graphs(
-    network: MultiSACAM, graph: bytes, size: int, threads: int, repeats: int
-) -> dict[str, Any]:
+def compare_graphs(network: MultiSACAM, size: int, threads: int, repeats: int) -> dict[str, Any]:
     """Times of the whole CAM graph, four scales and mirror images, on one image."""
+    graph = exported(network)
     image = square_image(size)
     eager = MultiScaleCAM(network, scales=paper_scales()).eval()
-    with OnnxRuntimeBackend(graph, threads=threads, contract=CAM) as backend:
+    with torch.inference_mode(), OnnxRuntimeBackend(graph, threads=threads, contract=CAM) as backend:
         times = interleave(
             {"eager": lambda: eager(image), "onnxruntime-folded": lambda: backend.run(image.numpy())},
             repeats=repeats,
         )
-        errors = [
-            float(np.abs(answer - expected.numpy()).max())
-            for answer, expected in zip(backend.run(image.numpy()).values(), eager(image), strict=True)
-        ]
+        got = backend.run(image.numpy())
+        expected = dict(zip(CAM.outputs, eager(image), strict=True))
     return {
         "size": size,
         "times": {name: value.to_json() for name, value in times.items()},
         "ratio": round(times["eager"].median / times["onnxruntime-folded"].median, 2),
-        "largest_difference": dict(zip(CAM.outputs, errors, strict=True)),
+        "largest_difference": {k: float(np.abs(got[k] - expected[k].numpy()).max()) for k in CAM.outputs},
     }
 
 
 def costs(network: MultiSACAM) -> list[dict[str, Any]]:
     """Multiply-adds and bytes of activations for one image at one scale."""
-    folded = FoldedMultiSACAM(network)
     rows = []
-    for scale in (1.0, 2.0):
-        size = (int(SIZE * scale), int(SIZE * scale))
-        parts = costs_of_parts(network, folded, size)
+    for scale in (1, 2):
+        parts = costs_of_parts(network, FoldedMultiSACAM(network), (SIZE * scale, SIZE * scale))
         backbone, head, after = (parts[name].multiply_adds for name in ("backbone", "head", "folded head"))
-        rows.append(
-            {
-                "scale": scale,
-                **{
-                    name.replace(" ", "_"): {
-                        "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
-                        "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
-                    }
-                    for name, cost in parts.items()
-                },
-                "folded_over_unfolded": round((backbone + after) / (backbone + head), 3),
-                "head_is_largest": after > backbone,
+        row: dict[str, Any] = {"scale": float(scale)}
+        for name, cost in parts.items():
+            row[name.replace(" ", "_")] = {
+                "giga_multiply_adds": round(cost.multiply_adds / 1e9, 3),
+                "activation_megabytes": round(cost.activation_bytes / 1e6, 1),
             }
-        )
+        row["folded_over_unfolded"] = round((backbone + after) / (backbone + head), 3)
+        rows.append({**row, "head_is_largest": after > backbone})
     return rows
 
 
@@ -239,71 +196,44 @@ class _MemoryProbe:
 
 def peak_memory(graph: bytes, side: int, threads: int, *, blocks: bool) -> dict[str, Any]:
     """MiB of a fresh process before and after one image, attention in blocks or with a whole matrix."""
-    graph = graph if blocks else with_whole_matrix(graph)
-    with WorkerProcess(_MemoryProbe, graph, threads) as worker:
-        loaded = worker.peak_mib
+    with WorkerProcess(_MemoryProbe, graph if blocks else with_whole_matrix(graph), threads) as worker:
+        loaded = round(worker.peak_mib or 0)
         worker.call("run", side)
-        peaks = {"loaded_mib": round(loaded or 0), "peak_mib": round(worker.peak_mib or 0)}
-    return {"size": side, "blocks": blocks, **peaks}
+        peak = round(worker.peak_mib or 0)
+    return {"size": side, "blocks": blocks, "loaded_mib": loaded, "peak_mib": peak}
 
 
-def measure_heads(
-    networks: dict[str, MultiSACAM], threads: int, repeats: int = HEAD_REPEATS
-) -> dict[str, Any]:
-    """The heads alone."""
-    with torch.inference_mode():
+def measure(part: str, networks: dict[str, MultiSACAM], threads: int, repeats: int) -> dict[str, Any]:
+    """One of PARTS, by network. repeats: of the heads."""
+    if part == "head":
         return {name: compare_heads(network, threads, repeats) for name, network in networks.items()}
-
-
-def count_costs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
-    """Costs of the networks, and of ResNeSt-101 and lite0 with 20 classes."""
-    others = {"lite0-20-classes": "lite0", "resnest101": "paper-resnest101"}
-    networks = networks | {name: random_network(preset) for name, preset in others.items()}
-    return {name: costs(network) for name, network in networks.items()}
-
-
-def measure_graphs(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
-    """The whole CAM graphs."""
-    rows = {}
-    # ResNet-50 on a smaller image: at 512 pixels the unfolded network takes minutes.
-    for name, size, repeats in (("lite0", SIZE, REPEATS), ("resnet50", 256, 3)):
-        graph = exported(networks[name])
-        with torch.inference_mode():
-            rows[name] = compare_graphs(networks[name], graph, size, threads, repeats)
-    return rows
-
-
-def measure_memories(networks: dict[str, MultiSACAM], threads: int) -> dict[str, Any]:
-    """Peak memory of lite0's graph with the scales of the paper's presets, and of the packaged graph."""
+    if part == "cost":
+        others = {"lite0-20-classes": "lite0", "resnest101": "paper-resnest101"}
+        networks = networks | {name: random_network(preset) for name, preset in others.items()}
+        return {name: costs(network) for name, network in networks.items()}
+    if part == "whole":
+        # ResNet-50 on a smaller image: at 512 pixels the unfolded network takes minutes.
+        cases = (("lite0", SIZE, REPEATS), ("resnet50", 256, 3))
+        return {name: compare_graphs(networks[name], size, threads, count) for name, size, count in cases}
     small, large = MEMORY_SIZES
     packaged = load_bundle(default_bundle_path()).read_file(graph_file(CAM))
-    cases = {
+    graphs = {
         "lite0": (exported(networks["lite0"]), ((small, False), (small, True), (large, True))),
         "packaged": (packaged, ((large, False), (large, True))),
     }
     return {
         name: [peak_memory(graph, side, threads, blocks=blocks) for side, blocks in sizes]
-        for name, (graph, sizes) in cases.items()
+        for name, (graph, sizes) in graphs.items()
     }
-
-
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "head": measure_heads,
-    "cost": count_costs,
-    "whole": measure_graphs,
-    "memory": measure_memories,
-}
 
 
 def main() -> None:
     """Measure, print, write the results file; parts that are not measured keep their results."""
     parser = make_parser(__doc__, quick="the heads alone, fewer repeats; other results are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=list(PARTS), help="measure one part; other results are kept")
+    parser.add_argument("--only", choices=PARTS, help="measure one part; other results are kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.quick and options.only:
-        parser.error("--quick measures the heads alone; give either --quick or --only")
     only = options.only or ("head" if options.quick else None)
     path = options.results / "cam_head.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if only and path.is_file() else {}
@@ -311,8 +241,8 @@ def main() -> None:
     networks = {"lite0": packaged, "resnet50": random_network("paper-resnet50")}
     for part in (only,) if only else PARTS:
         described = environment("torch", "onnxruntime", "timm", quick=options.quick)
-        repeats = (QUICK_REPEATS,) if options.quick else ()
-        measured = PARTS[part](networks, options.threads, *repeats)
+        repeats = QUICK_REPEATS if options.quick else HEAD_REPEATS
+        measured = measure(part, networks, options.threads, repeats)
         results[part] = {"environment": described, "threads": options.threads, "networks": measured}
     results |= {"scales": list(paper_scales()), "query_block": QUERY_BLOCK}
     save_results("cam_head", results, options.results)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
-from typing import Any
 
 from multisa.benchmarks.bench_file import (
     STAGES,
@@ -21,6 +20,7 @@ from multisa.benchmarks.bench_file import (
     Row,
     curve,
     is_ours,
+    nested,
     number,
     numbers,
     one_line,
@@ -126,9 +126,8 @@ class Comparison:
     def text(self) -> str:
         """Notes, a table of all that was compared, and the counts."""
         head = ("row", "figure", "old", "new", "unit", "ratio", "noise", "verdict")
-        rows = [head, *(change.cells() for change in self.changes)]
         counts = ", ".join(f"{len(self.only(outcome))} {outcome}" for outcome in (WORSE, BETTER, SAME))
-        return "\n".join([*self.notes, *aligned(rows), counts])
+        return "\n".join([*self.notes, *aligned([head, *(c.cells() for c in self.changes)]), counts])
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -201,9 +200,9 @@ class _StagePair:
             yield f"other versions: {'; '.join(self._other_versions)}: baselines are not comparable"
         if not self._same_baselines:
             yield f"{self._stage}: the baselines changed: ratios to them are not compared"
-        for rows, others, which in ((self._old, self._new, "old"), (self._new, self._old, "new")):
-            for key in sorted(rows.keys() - others.keys()):
-                yield f"{self._stage}: {row_name(self._stage, rows[key])}: only in the {which} report"
+        for key in sorted(self._old.keys() ^ self._new.keys()):
+            which, rows = ("old", self._old) if key in self._old else ("new", self._new)
+            yield f"{self._stage}: {row_name(self._stage, rows[key])}: only in the {which} report"
 
     def changes(self) -> Iterator[Change]:
         """Every figure that can be compared, row by row of the old report."""
@@ -232,9 +231,9 @@ class _StagePair:
             yield Change(name, label, then.unit, then.value, now.value, outcome, reason, noise)
 
     def _pairs(self, old: Row, new: Row) -> Iterator[tuple[str, Figure, Figure]]:
-        before, after = (figures(self._stage, row) for row in (old, new))
-        for label in before:
-            if label in after and (pair := common(before[label], after[label])):
+        after = figures(self._stage, new)
+        for label, figure in figures(self._stage, old).items():
+            if label in after and (pair := common(figure, after[label])):
                 yield label, *pair
 
     def _comparable(self, kind: str, old: Row, new: Row) -> bool:
@@ -254,21 +253,21 @@ class _StagePair:
         beside = ("kernel", "size") if self._stage == "kernels" else ("device",)
         for key, old in self._old.items():
             new = self._new.get(key, {"problem": "missing"})
-            ran = not (old.get("problem") or new.get("problem")) and not is_ours(self._stage, old)
             is_baseline = self._stage != "segment" or (old.get("baseline") and new.get("baseline"))
-            if ran and is_baseline and all(new.get(k) == row.get(k) for k in beside):
-                pairs = {label: (then, now) for label, then, now in self._pairs(old, new)}
-                label = next((k for k in ("latency p50", "end to end", "median") if k in pairs), None)
-                if label:
-                    ratio = pairs[label][1].value / pairs[label][0].value
-                    factors.append(1 / ratio if label == "end to end" else ratio)
+            if old.get("problem") or new.get("problem") or is_ours(self._stage, old) or not is_baseline:
+                continue
+            if any(new.get(k) != row.get(k) for k in beside):
+                continue
+            ratios = {label: now.value / then.value for label, then, now in self._pairs(old, new)}
+            if "latency p50" not in ratios and "end to end" in ratios:
+                factors.append(1 / ratios["end to end"])
+            elif label := next((k for k in ("latency p50", "median") if k in ratios), None):
+                factors.append(ratios[label])
         return median(factors) if factors and not self._other_versions else 1.0
 
 
 def _at(environment: Row, path: tuple[str, ...]) -> str:
-    found: Any = environment
-    for key in path:
-        found = found.get(key) if isinstance(found, Mapping) else None
+    found = nested(environment, path)
     return one_line(str(found or "none")).partition("+")[0]  # "2.9.0+cpu": the build does not matter
 
 
@@ -342,17 +341,18 @@ def judge(kind: str, old: float, new: float, noise: float | None, drift: float) 
     if noise is not None:
         factor = new / old if kind in ("time", "tail", "start") else old / new  # times as long as before
         limit = 1 + noise + _ROUNDING
-        if factor > limit:
-            return (WORSE, "slower") if factor / drift > limit else (SAME, "slower, like the baselines")
-        if factor < 1 / limit:
-            return (BETTER, "faster") if factor / drift < 1 / limit else (SAME, "faster, like the baselines")
-        return SAME, SAME
-    if kind in LARGER:
-        factor, more = LARGER[kind]
-        if new > factor * old * (1 + _ROUNDING) + more:
-            return WORSE, "more"
-        return (BETTER, "less") if old > factor * new * (1 + _ROUNDING) + more else (SAME, SAME)
-    limit = LOWER[kind] + _ROUNDING
-    if old - new > limit:
-        return WORSE, "lower"
-    return (BETTER, "higher") if new - old > limit else (SAME, SAME)
+        is_worse, is_better = factor > limit, factor < 1 / limit
+        if is_worse and factor / drift <= limit:
+            return SAME, "slower, like the baselines"
+        if is_better and factor / drift >= 1 / limit:
+            return SAME, "faster, like the baselines"
+        words = ("slower", "faster")
+    elif kind in LARGER:
+        more_than, mib = LARGER[kind]
+        is_worse, is_better = (b > more_than * a * (1 + _ROUNDING) + mib for a, b in ((old, new), (new, old)))
+        words = ("more", "less")
+    else:
+        limit = LOWER[kind] + _ROUNDING
+        is_worse, is_better = old - new > limit, new - old > limit
+        words = ("lower", "higher")
+    return (WORSE, words[0]) if is_worse else (BETTER, words[1]) if is_better else (SAME, SAME)

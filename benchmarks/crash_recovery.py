@@ -6,8 +6,8 @@
 Every file outside OUT/.multisa and the report must be byte-identical to the uninterrupted run's, and no file
 of a shard that was committed before the kill may be written again. A quarter of the kills each falls at any
 moment, while the image list is written, between the first and the last commit, and near the end, where files
-of the whole run are written. A run that ends before its kill does not count. Writes
-benchmarks/results/crash_recovery.json.
+of the whole run are written. A run that ends before its kill does not count. Also measured: reading the
+journal of millions of images, as each run does at its start. Writes benchmarks/results/crash_recovery.json.
 """
 
 import contextlib
@@ -20,13 +20,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from multisa.benchmarks.harness import CLI, environment, make_parser, save_results
+from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results
 from multisa.runtime.bundle import default_bundle_path
+from multisa.runtime.demo import IMAGES as DEMO_IMAGES
 from multisa.runtime.jobs.finalize import FINISHED
+from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK, SNAPSHOT
 from multisa.runtime.jobs.shards import FILES, listed_files, part_path
 
@@ -52,19 +55,15 @@ class CrashCounts:
 def make_images(folder: Path, images: int = IMAGES) -> None:
     """Crops of the packaged images as small JPEGs in a few sizes; two files are damaged."""
     random_numbers = random.Random(0)
-    folder.mkdir(parents=True)
-    packaged = default_bundle_path().parents[1] / "demo_images"
-    originals = [Image.open(path).convert("RGB") for path in sorted(packaged.glob("*.jpg"))]
-    for i in range(images):
+    originals = [Image.open(path).convert("RGB") for path in sorted(DEMO_IMAGES.glob("*.jpg"))]
+    paths = [folder / f"{i % 5}" / f"{i:04d}.jpg" for i in range(images)]
+    for i, path in enumerate(paths):
         image = originals[i % len(originals)]
-        width = 64 + 8 * (i % 3)
-        height = 64 + 8 * (i % 2)
-        x = random_numbers.randrange(image.width - width)
-        y = random_numbers.randrange(image.height - height)
-        path = folder / f"{i % 5}" / f"{i:04d}.jpg"
-        path.parent.mkdir(exist_ok=True)
+        width, height = 64 + 8 * (i % 3), 64 + 8 * (i % 2)
+        x, y = random_numbers.randrange(image.width - width), random_numbers.randrange(image.height - height)
+        path.parent.mkdir(parents=True, exist_ok=True)
         image.crop((x, y, x + width, y + height)).save(path)
-    for path in sorted(folder.glob("*/*.jpg"))[10 : images : images // 2]:
+    for path in sorted(paths)[10 : images : images // 2]:
         path.write_bytes(path.read_bytes()[:100])
 
 
@@ -85,7 +84,7 @@ class KilledRuns:
         self._number = 0
         make_images(work / "images")
         options = ("--shard-size", SHARD_SIZE, "--writer", ",".join(WRITERS), "--workers", 2, "--batch", 3)
-        words = (command, work / "images", "--bundle", bundle, "--max-failures", "10%", "--report", 0)
+        words = (command, work / "images", "--bundle", bundle, "--max-failures", "10%", "--report-images", 0)
         self._command = [sys.executable, *CLI, *map(str, (*words, *options)), "-o"]
         out = work / "uninterrupted"
         with self._process(out) as process:
@@ -102,21 +101,21 @@ class KilledRuns:
             out = self._work / f"killed-{self._number}"
             self._number += 1
             kills = 0
-            committed: dict[Path, tuple[int, int]] = {}
+            files: dict[Path, tuple[int, int]] = {}
             for _ in range(min(kills_per_run, points - found.points)):
                 if not self._kill_once(out, self._random.choice(MOMENTS)):
                     break
                 kills += 1
                 found.phases[phase(out)] += 1
-                committed = {**files_of_committed_shards(out), **committed}
+                files = {**files_of_committed_shards(out), **files}
             with self._process(out) as process:
                 _end(process)
             found.points += kills
             found.runs += 1
             found.identical += kills * (public_bytes(out) == self.expected)
-            found.recomputed += sum(identity(path) != before for path, before in committed.items())
-            lines = (out / JOURNAL).read_bytes().splitlines()
-            found.recomputed += len(lines) - len({json.loads(line)["shard"] for line in lines})
+            found.recomputed += sum(identity(path) != before for path, before in files.items())
+            shards = committed(out)
+            found.recomputed += len(shards) - len(set(shards))
         return found
 
     def _kill_once(self, out: Path, moment: str) -> bool:
@@ -125,8 +124,8 @@ class KilledRuns:
         condition, longest = {
             "any": ((out / LOCK).exists, self.seconds),
             "snapshot": (lambda: any((out / f"{SNAPSHOT}{end}").exists() for end in ("", ".tmp")), 0.03),
-            "shards": (lambda: committed_shards(out) >= 1, self.seconds / 2),
-            "finishing": (lambda: committed_shards(out) >= SHARDS, 0.015),
+            "shards": (lambda: len(committed(out)) >= 1, self.seconds / 2),
+            "finishing": (lambda: len(committed(out)) >= SHARDS, 0.015),
         }[moment]
         with self._process(out) as process:
             _wait(process, condition)
@@ -159,32 +158,47 @@ def phase(out: Path) -> str:
     """Where in a run a kill fell."""
     if not (out / CONFIG).exists():
         return "snapshot"
-    committed = committed_shards(out)
-    if committed < SHARDS:
-        return "shards" if committed else "before the first commit"
+    shards = len(committed(out))
+    if shards < SHARDS:
+        return "shards" if shards else "before the first commit"
     return "end" if (out / FINISHED).exists() else "finishing"
 
 
-def committed_shards(out: Path) -> int:
-    """Number of lines in the journal."""
+def committed(out: Path) -> list[int]:
+    """The shards in the journal, without a line that was cut off."""
     journal = out / JOURNAL
-    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+    whole, _, _ = journal.read_bytes().rpartition(b"\n") if journal.exists() else (b"", b"", b"")
+    return [json.loads(line)["shard"] for line in whole.splitlines()]
 
 
 def files_of_committed_shards(out: Path) -> dict[Path, tuple[int, int]]:
     """Identity of every file of the shards in the journal."""
-    journal = out / JOURNAL
-    whole, _, _ = journal.read_bytes().rpartition(b"\n") if journal.exists() else (b"", b"", b"")
-    shards = [json.loads(line)["shard"] for line in whole.splitlines()]
-    parts = (out / part_path(FILES, shard) for shard in shards)
-    files = (out / relative for part in parts for relative, _ in listed_files(part))
-    return {path: identity(path) for path in files}
+    parts = (out / part_path(FILES, shard) for shard in committed(out))
+    return {out / file: identity(out / file) for part in parts for file, _ in listed_files(part)}
 
 
 def identity(path: Path) -> tuple[int, int]:
     """Inode and modification time: different once the file is written again."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns
+
+
+def journal_seconds(work: Path, images: int) -> dict[str, float]:
+    """Seconds per million images to read the journal of a run that lacks its last shard, by shard size."""
+    cases: dict[str, Callable[[], object]] = {}
+    for size in (256, 1):  # the default, and a line for each image
+        path = work / f"journal-{size}.jsonl"
+        with path.open("wb") as lines:
+            for shard in range(images // size - 1):
+                lines.write(ShardResult(shard, size, 0, 1_000_000, "0123456789abcdef" * 4).line())
+        cases[str(size)] = partial(_open_journal, path)
+    times = interleave(cases, repeats=5)
+    return {size: round(taken.median * 1_000_000 / images, 5) for size, taken in times.items()}
+
+
+def _open_journal(path: Path) -> None:
+    with Journal(path) as journal:
+        assert not journal.torn and journal.shards
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,23 +208,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills-per-run", type=int, default=1)
     parser.add_argument("--command", choices=("segment", "label"), default="segment")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--journal-images", type=int, default=10_000_000, help="images of the journal")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as work:
         runs = KilledRuns(Path(work), options.command, default_bundle_path(), seed=options.seed)
         found = runs.kill(options.points, options.kills_per_run)
+        read = journal_seconds(Path(work), options.journal_images)
     results = {
         "environment": environment("onnxruntime"),
         "command": options.command,
+        "seed": options.seed,
+        "writers": WRITERS,
         "images": IMAGES,
         "shard_size": SHARD_SIZE,
-        "writers": WRITERS,
-        "seed": options.seed,
-        "uninterrupted_seconds": round(runs.seconds, 3),
         "files": len(runs.expected),
-        "points": found.points,
-        "identical": found.identical,
-        "recomputed": found.recomputed,
-        "phases": dict(sorted(found.phases.items())),
+        "uninterrupted_seconds": round(runs.seconds, 3),
+        **vars(found),
+        "journal": {"images": options.journal_images, "seconds_for_a_million_images": read},
     }
     save_results("crash_recovery", results, options.results)
     if found.identical < found.points or found.recomputed:

@@ -39,7 +39,7 @@ output=$(realpath -m -- "$output")
 venv=${environment:-$root/.venv-gpu}
 python=$venv/bin/python
 made=$output/work/bundle
-images=${data:-$root/runtime/demo_photos}
+images=${data:-$root/runtime/demo_images}
 count=$([ ${#quick[@]} -gt 0 ] && echo 16 || echo 128)
 # Besides the environment's programs, nvcc: of the system, or of NVIDIA's wheels.
 path_with_nvcc() {
@@ -108,7 +108,7 @@ make_bundle() {
         cp -r "$bundle" "$made"
         return
     fi
-    multisa convert "$bundle" --precision fp16 --photographs "$images" --count "$count" \
+    multisa convert "$bundle" --precision fp16 --images "$images" --num-images "$count" \
         --report "$output/fp16.json" -o "$made" && return
     local code=$?
     rm -rf "$made"
@@ -139,10 +139,10 @@ for precision in fp32 fp16; do
         if [ -n "$why" ]; then skip "parity-$backend-$precision" "$why"; continue; fi
         if [ $backend != onnxruntime-cuda ]; then
             step "engines-$backend-$precision" multisa build "$made" --target "$target" --precision $precision \
-                --library $backend --json "$output/engines-$backend-$precision.json"
+                --library $backend --report "$output/engines-$backend-$precision.json"
         fi
         step "parity-$backend-$precision" multisa parity "$made" --backend $backend --precision $precision \
-            --photographs "$images" --count "$count" --report "$output/parity-$backend-$precision.json"
+            --images "$images" --num-images "$count" --report "$output/parity-$backend-$precision.json"
     done
 done
 [ -n "$data" ] || skip bench "no --data"

@@ -9,7 +9,7 @@ too far from its reference, 5 without a usable GPU.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.benchmarks.harness import environment, interleave, with_ratios
-from multisa.benchmarks.random_walk import transition
+from multisa.benchmarks.harness import Times, environment, interleave, with_ratios
+from multisa.benchmarks.kernels import transition
 from multisa.benchmarks.synthetic_images import (
     class_probabilities,
     image_bytes,
@@ -31,9 +31,8 @@ from multisa.kernels import (
     dense_crf,
     random_walk,
     random_walk_reference,
-    stencil_offsets,
 )
-from multisa.kernels.common.walk import WalkSettings, chebyshev_degree
+from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.device import Device
@@ -89,20 +88,9 @@ def walk_row(device: Device, images: int, channels: int, side: int, repeats: int
         ways["dense squaring, PyTorch on the GPU"] = dense_squaring(one, scores)
     times = interleave(ways, repeats=repeats, slow={ON_CPU: min(repeats, SLOW_REPEATS)})
     resident()
-    walked = out.numpy()
+    shape = {"images": images, "channels": channels, "side": side}
     expected = random_walk_reference(scores, affinity)
-    planes = len(stencil_offsets(SETTINGS.radius))
-    pixels = images * side * side
-    # Each product reads the fp16 weights, both states and the sum; it writes state and sum.
-    moved = chebyshev_degree(SETTINGS.steps) * pixels * (2 * planes + 4 * 5 * channels)
-    return {
-        "kernel": "random_walk",
-        "shape": {"images": images, "channels": channels, "side": side},
-        "ways": with_ratios(times, "resident"),
-        "max_error": float(np.abs(walked - expected).max()),
-        "label_agreement": float((walked.argmax(axis=1) == expected.argmax(axis=1)).mean()),
-        "bytes": moved,
-    }
+    return result("random_walk", shape, times, out.numpy(), expected)
 
 
 def dense_squaring(affinity: Float32, scores: Float32) -> Callable[[], object]:
@@ -142,59 +130,44 @@ def crf_row(device: Device, labels: int, height: int, width: int, repeats: int) 
     }
     slow = dict.fromkeys((ON_CPU, "pydensecrf"), min(repeats, SLOW_REPEATS))
     times = interleave(ways, repeats=repeats, slow=slow)
-    got = made[0].numpy()
-    expected = dense_crf(image, probabilities)
-    return {
-        "kernel": "dense_crf",
-        "shape": {"labels": labels, "height": height, "width": width},
-        "ways": with_ratios(times, "resident"),
-        "max_error": float(np.abs(got - expected).max()),
-        "label_agreement": float((got.argmax(axis=0) == expected.argmax(axis=0)).mean()),
-    }
-
-
-def copied_bytes_per_second() -> float:
-    """Bytes per second that a copy in GPU memory reads and writes, in PyTorch."""
-    import torch
-
-    source = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        for _ in range(16):
-            target.copy_(source)
-        torch.cuda.synchronize()
-
-    return 16 * 2 * source.numel() / min(interleave({"copy": copy}, repeats=6)["copy"].seconds)
+    shape = {"labels": labels, "height": height, "width": width}
+    return result("dense_crf", shape, times, made[0].numpy(), dense_crf(image, probabilities))
 
 
 def problems(rows: list[dict[str, Any]]) -> list[str]:
     """Where a kernel is too far from its reference; NaN counts as too far."""
     found = []
     for row in rows:
-        where = f"{row['kernel']} {row['shape']}"
-        if row["kernel"] == "random_walk" and not row["max_error"] <= WALK_TOLERANCE:
-            found.append(f"{where}: got error {row['max_error']:.2g}, expected at most {WALK_TOLERANCE}")
-        if row["kernel"] == "dense_crf" and not row["label_agreement"] >= CRF_AGREEMENT:
-            agreement = f"{row['label_agreement']:.4%}"
-            found.append(f"{where}: got {agreement} of labels equal, expected {CRF_AGREEMENT:.2%}")
+        where = f"{row['kernel']} {row['shape']}: got"
+        error, agreement = row["max_error"], row["label_agreement"]
+        if row["kernel"] == "random_walk" and not error <= WALK_TOLERANCE:
+            found.append(f"{where} error {error:.2g}, expected at most {WALK_TOLERANCE}")
+        if row["kernel"] == "dense_crf" and not agreement >= CRF_AGREEMENT:
+            found.append(f"{where} {agreement:.4%} of labels equal, expected {CRF_AGREEMENT:.2%}")
     return found
 
 
-def measure(device: Device, *, quick: bool) -> dict[str, Any]:
-    """All rows; where PyTorch sees the GPU, with the walk's roofline: its bytes over the rate of a copy."""
-    import torch
+def result(
+    kernel: str, shape: dict[str, int], times: Mapping[str, Times], got: Float32, wanted: npt.NDArray[Any]
+) -> dict[str, Any]:
+    """A row: times, ratios to the resident call, and the difference from the reference."""
+    return {
+        "kernel": kernel,
+        "shape": shape,
+        "ways": with_ratios(times, "resident"),
+        "max_error": float(np.abs(got - wanted).max()),
+        "label_agreement": float((got.argmax(axis=-3) == wanted.argmax(axis=-3)).mean()),
+    }
 
+
+def measure(device: Device, *, quick: bool) -> dict[str, Any]:
+    """All rows, and what is too far from its reference."""
     repeats = 5 if quick else 20
     rows = [walk_row(device, *shape, repeats) for shape in (WALKS[:2] if quick else WALKS)]
     rows += [crf_row(device, *shape, repeats) for shape in (CRFS[:1] if quick else CRFS)]
-    rate = copied_bytes_per_second() if torch.cuda.is_available() else None
-    for row in (row for row in rows if rate and "bytes" in row):
-        row["bytes_roofline_ms"] = round(1000 * row["bytes"] / rate, 4)
     return {
         "environment": environment("torch", "pycuda", "pydensecrf2", quick=quick),
         "settings": {"walk": asdict(SETTINGS), "crf": asdict(CRF)},
-        "copied_bytes_per_second": rate,
         "rows": rows,
         "problems": problems(rows),
     }
@@ -202,9 +175,7 @@ def measure(device: Device, *, quick: bool) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Measure and write; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="the smaller sizes, fewer repeats")
     options = parser.parse_args(arguments)

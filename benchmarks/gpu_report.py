@@ -109,16 +109,17 @@ def summary(output: Path, ended: int | None = None) -> int:
     gpu = results.get("driver", {})
     lines += [f"GPU: {gpu.get('gpu', 'none')}, {gpu.get('target', '')}", ""]
     lines += _table(("step", "exit code", "seconds", "remark"), steps)
-    reports = [results[name] for name in results if name.startswith("parity-")]
-    rows = [
-        (title, report[title]) for report in reports for title in report if isinstance(report[title], dict)
-    ]
-    parity = [(title, found.get("passed"), "; ".join(found.get("problems", ()))) for title, found in rows]
+    reports = [report for name, report in results.items() if name.startswith("parity-")]
+    found = [(title, r) for report in reports for title, r in report.items() if isinstance(r, dict)]
+    parity = [(title, r.get("passed"), "; ".join(r.get("problems", ()))) for title, r in found]
     lines += _table(("parity with fp32 on the CPU", "passed", "problems"), parity)
-    kernels = results.get("kernels", {}).get("rows", ())
-    lines += _columns(("kernel", "shape", "max_error", "label_agreement", "ways"), kernels)
+    names: Sequence[str] = ("kernel", "shape", "max_error", "label_agreement", "ways")
+    lines += _table(
+        names, [[row.get(n) for n in names] for row in results.get("kernels", {}).get("rows", ())]
+    )
     names = ("backend", "precision", "device", "images_per_second", "miou", "label_agreement", "problem")
-    lines += _columns(names, results.get("bench", {}).get("segment", ()))
+    rows = results.get("bench", {}).get("segment", ())
+    lines += _table(names, [[row.get(name) for name in names] for row in rows])
     write_bytes_atomically(output / "summary.md", "\n".join(lines).encode())
     print(output / "summary.md")
     return code
@@ -141,33 +142,23 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     return [*lines, ""] if rows else []
 
 
-def _columns(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
-    return _table(names, [[row.get(name) for name in names] for row in rows])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """One of the parts; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts = parser.add_subparsers(dest="part", required=True)
-    parts.add_parser("driver").add_argument("--output", type=Path, required=True)
-    parts.add_parser("tests").add_argument("--output", type=Path, required=True)
-    why = parts.add_parser("why-not")
-    why.add_argument("driver", type=Path)
-    why.add_argument("backend")
-    made = parts.add_parser("summary")
-    made.add_argument("output", type=Path)
-    made.add_argument("--exit-code", default="")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("driver", "tests", "why-not", "summary"))
+    parser.add_argument("names", nargs="*", help="why-not: driver.json and a backend; summary: the folder")
+    parser.add_argument("--output", type=Path, help="file of driver and tests")
+    parser.add_argument("--exit-code", default="", help="of the step that ended the run early")
     options, rest = parser.parse_known_args(arguments)
+    names = options.names
     if options.part == "driver":
         return driver(options.output)
     if options.part == "tests":
-        return tests(options.output, rest)
+        return tests(options.output, [*names, *rest])
     if options.part == "why-not":
-        print(json.loads(options.driver.read_text(encoding="utf-8"))["problems"][options.backend])
+        print(json.loads(Path(names[0]).read_text(encoding="utf-8"))["problems"][names[1]])
         return 0
-    return summary(options.output, int(options.exit_code) if options.exit_code else None)
+    return summary(Path(names[0]), int(options.exit_code) if options.exit_code else None)
 
 
 if __name__ == "__main__":

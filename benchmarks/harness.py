@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from multisa.kernels.cpu import native
+from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.system import installed_versions, usable_cpus
 
 RESULTS = Path(__file__).parent / "results"
 CLI = ("-m", "multisa.runtime.cli.main")  # arguments of Python that start the `multisa` command
 _COPIED_BYTES = 1 << 28  # 256 MiB: larger than every cache
-_NVIDIA_SMI_SECONDS = 10
+_PROGRAM_SECONDS = 10  # for nvidia-smi and git
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,13 @@ def interleave(
     slow = slow or {}
     rounds = {name: slow.get(name, repeats) for name in cases}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for name, case in cases.items():
-        if name not in slow:
-            case()
+    for name in (name for name in cases if name not in slow):
+        cases[name]()
     for index in range(max(rounds.values())):
-        for name, case in cases.items():
-            if index < rounds[name]:
-                start = time.perf_counter()
-                case()
-                seconds[name].append(time.perf_counter() - start)
+        for name in (name for name in cases if index < rounds[name]):
+            start = time.perf_counter()
+            cases[name]()
+            seconds[name].append(time.perf_counter() - start)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 
@@ -89,8 +89,10 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
-def make_parser(description: str | None, *, quick: str = "") -> argparse.ArgumentParser:
-    """A parser with `--results`, and with `--quick` where `quick` says what it leaves out."""
+def make_parser(
+    description: str | None, *, quick: str = "", data: str = "", bundle: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with `--results`, and `--quick`, `--data` (for which the help is given) and `--bundle`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,6 +101,10 @@ def make_parser(description: str | None, *, quick: str = "") -> argparse.Argumen
     )
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
+    if data:
+        parser.add_argument("--data", type=Path, required=True, help=data)
+    if bundle:
+        parser.add_argument("--bundle", type=Path, default=default_bundle_path())
     return parser
 
 
@@ -126,6 +132,11 @@ def environment(*packages: str, quick: bool = False) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "quick": quick,
     }
+
+
+def roofline_share(roofline: float, taken: float, text: str) -> dict[str, Any]:
+    """The roofline (seconds), its share of the seconds taken, and what it is made of."""
+    return {"roofline_ms": round(1000 * roofline, 3), "share": round(roofline / taken, 3), "text": text}
 
 
 def peaks() -> dict[str, float]:
@@ -156,11 +167,9 @@ def copied_bytes_per_second(working_set: int) -> float:
 def processor() -> str:
     """Name of the processor where the system has it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def peak_memory_mib(pid: int | str | None = "self") -> float | None:
@@ -178,15 +187,8 @@ def peak_memory_mib(pid: int | str | None = "self") -> float | None:
 
 def gpu_memory_mib() -> float | None:
     """GPU memory of this process in MiB; None where nvidia-smi is missing or does not list the process."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    listed = _output("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    rows = [line.split(", ") for line in (listed or "").splitlines()]
     used = [float(row[1]) for row in rows if row[0] == str(os.getpid()) and row[1].isdigit()]
     return sum(used) if used else None
 
@@ -200,11 +202,18 @@ def _memory_gib() -> float | None:
 def _commit() -> str | None:
     """Commit of the checkout, with a plus where files differ; None for an installed package."""
     folder = Path(__file__).resolve().parents[1]
-    git = shutil.which("git")
-    if git is None or not (folder / ".git").exists():
+    if not (folder / ".git").exists():
         return None
-    describe = [git, "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    words = ("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
+    return _output("git", "-C", str(folder), *words)
+
+
+def _output(program: str, *arguments: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    words = [shutil.which(program) or program, *arguments]
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.check_output(
+            words, stderr=subprocess.DEVNULL, text=True, timeout=_PROGRAM_SECONDS
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,18 +1,17 @@
 """Labelling from file to file: `multisa label` on every backend against the literature's recipe in PyTorch.
 
-    python benchmarks/labelling.py --data VOC_LAYOUT [--quick] [--backends onnxruntime-cpu,pytorch-eager]
+    multisa bench --data VOC_LAYOUT --stages label -o DIR
 
 The recipe runs once with a sparse transition matrix, everything else equal, and once squaring the dense one
-as psa and irn do. All label the same images alternately, given their image-level labels. Writes
-benchmarks/results/labelling.json; the same as `multisa bench --stages label`.
+as psa and irn do. All label the same images alternately, given their image-level labels.
+Its bench.json is benchmarks/results/labelling.json.
 """
 
 import csv
-import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,26 @@ import numpy as np
 from PIL import Image
 
 from multisa.benchmarks.harness import median_ratio
-from multisa.benchmarks.suite.candidates import EAGER, Candidate, auto_candidate, list_candidates
-from multisa.benchmarks.suite.context import BenchContext, stage_main
+from multisa.benchmarks.suite.candidates import (
+    EAGER,
+    Measured,
+    auto_candidate,
+    list_candidates,
+    run_alternately,
+)
+from multisa.benchmarks.suite.context import BenchContext, mean_roofline
 from multisa.benchmarks.suite.images import (
     LabelledImage,
     count_confusion,
     read_plainly,
     read_working,
-    settle,
     spread,
 )
-from multisa.benchmarks.suite.roofline import mean_roofline
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou
-from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import read_image, read_mask
-from multisa.runtime.progress import Progress, log
+from multisa.runtime.progress import Progress
 
 Row = dict[str, Any]
 OURS = "multisa label"
@@ -49,20 +50,15 @@ RECIPES = {walk: f"PyTorch eager, {walk} walk, pydensecrf" for walk in ("sparse"
 
 
 @dataclass(eq=False)
-class _Measured:
+class _Measured(Measured):
     """A way to label and its measurements so far."""
 
-    candidate: Candidate
-    walk: str  # of the recipe; empty for ours
-    row: Row
-    rates: list[float] = field(default_factory=list)  # images per second, one per round
+    walk: str = ""  # of the recipe; empty for ours
     stages: dict[str, float] = field(default_factory=dict)  # seconds
-    worker: WorkerProcess | None = None
 
     @property
     def folder(self) -> str:
-        candidate = self.candidate
-        return f"{candidate.backend}-{candidate.precision}-{candidate.device}-{self.walk}"
+        return "-".join((*astuple(self.candidate), self.walk))
 
 
 def measure(context: BenchContext) -> list[Row]:
@@ -74,25 +70,14 @@ def measure(context: BenchContext) -> list[Row]:
         for candidate in list_candidates(context.bundle, CAM, context.backends, gpu=gpu):
             row = candidate.row(is_default=candidate == default)
             if candidate.is_ours:
-                measured.append(_Measured(candidate, "", row | {"recipe": OURS}))
-            elif candidate.backend == EAGER:
-                for walk, recipe in RECIPES.items():
-                    measured.append(_Measured(candidate, walk, row | {"recipe": recipe}))
-                    _open(context, measured[-1], stack)
-        PseudoLabeler(context, measured).measure()
+                measured.append(_Measured(candidate, row | {"recipe": OURS}))
+            for walk, recipe in RECIPES.items() if candidate.backend == EAGER else ():
+                each = _Measured(candidate, row | {"recipe": recipe}, walk=walk)
+                opened = (context.bundle.path, walk, candidate.device, context.weights)
+                each.start(stack, context.pytorch_problem, _open_baseline, *opened)
+                measured.append(each)
+        _Steps(context, measured).measure()
     return [each.row for each in measured]
-
-
-def _open(context: BenchContext, each: _Measured, stack: ExitStack) -> None:
-    try:
-        if context.pytorch_problem:
-            raise WorkerFailedError(context.pytorch_problem)
-        opened = (context.bundle.path, each.walk, each.candidate.device, context.weights)
-        each.worker = stack.enter_context(WorkerProcess.started_twice(_open_baseline, *opened))
-        each.row["startup_seconds"] = round(each.worker.start_seconds, 3)
-    except WorkerFailedError as error:
-        each.row["problem"] = str(error)
-        log.info(f"{each.row['recipe']}: skipped: {error}")
 
 
 def _open_baseline(bundle: Path, walk: str, device: str, weights: Path) -> object:
@@ -101,7 +86,7 @@ def _open_baseline(bundle: Path, walk: str, device: str, weights: Path) -> objec
     return BaselineLabelling(bundle, walk, device, weights)
 
 
-class PseudoLabeler:
+class _Steps:
     """The steps of the measurement; in each step the ways run alternately."""
 
     def __init__(self, context: BenchContext, measured: list[_Measured]) -> None:
@@ -115,22 +100,11 @@ class PseudoLabeler:
         many = [each for each in self._measured if each.walk != "dense"]
         one = [each for each in self._measured if each.walk == "dense"]
         with Progress((self._rounds + 1) * len(many) + 2 * len(one), "labelling", "step") as bar:
-            self._run([*many, *one], bar, self._warm_up)
+            run_alternately([*many, *one], self._warm_up, bar)
             for index in range(self._rounds):
-                self._run(many, bar, partial(self._label, index))
-            self._run(one, bar, self._against_dense)
+                run_alternately(many, partial(self._label, index), bar)
+            run_alternately(one, self._against_dense, bar)
         self._summarise(many)
-
-    def _run(self, measured: Sequence[_Measured], bar: Progress, step: Callable[[_Measured], object]) -> None:
-        for each in measured:
-            if each.row["problem"] is None:
-                settle()
-                try:
-                    step(each)
-                except WorkerFailedError as error:
-                    each.row["problem"] = str(error)
-                    log.info(f"{each.row['recipe']} on {each.candidate.title}: skipped from here on: {error}")
-            bar.advance()
 
     def _warm_up(self, each: _Measured) -> None:
         small = _reduced(self._images[0], self._context, WARM_UP_SIDE)
@@ -166,54 +140,49 @@ class PseudoLabeler:
         image = _reduced(self._images[0], self._context, self._context.effort.dense_side)
         ours = self._ours()
         copies = [replace(image, id=f"{image.id}-{number}") for number in range(COPIES)]
-        rates: list[float] = []
         our_rates: list[float] = []
-        stages: dict[str, float] = {}
         for _ in range(DENSE_REPEATS):
-            rate, stages = self._rate(each, [image], self._masks_of(each))
-            rates.append(rate)
+            rate, each.stages = self._rate(each, [image], self._masks_of(each))
+            each.rates.append(rate)
             if ours is not None:
                 our_rates.append(self._rate(ours, copies, self._masks_of(each) / "ours")[0])
-        each.row |= {
-            "images_per_second": round(statistics.median(rates), 5),
+        each.row |= self._figures(each, [image], median_ratio(our_rates, each.rates) if ours else None)
+
+    def _figures(self, each: _Measured, images: Sequence[LabelledImage], ratio: float | None) -> Row:
+        """ratio: how many times as fast the default is on the same images."""
+        shapes = [read_image(image.path).rgb.shape for image in images]
+        return {
+            "images_per_second": float(f"{statistics.median(each.rates):.5g}"),
             "end_to_end": {
-                "by": "loop",
-                "images": 1,
-                "images_per_second": [round(rate, 5) for rate in rates],
+                "by": "loop" if each.walk else OURS,
+                "images": len(images),
+                # The rounds have different images; the dense recipe repeats one.
+                **({} if each.walk == "dense" else {"rounds": self._rounds}),
+                "images_per_second": [float(f"{rate:.5g}") for rate in each.rates],
             },
-            "default_times_as_fast": median_ratio(our_rates, rates) if our_rates else None,
-            "images": 1,
-            "mean_pixels": _mean_pixels([image]),
-            "stages_ms": {name: round(1000 * seconds, 1) for name, seconds in stages.items()},
+            "default_times_as_fast": ratio,
+            "images": len(images),
+            "mean_pixels": round(float(np.mean([shape[0] * shape[1] for shape in shapes]))),
+            "stages_ms": {name: round(1000 * s / len(images), 2) for name, s in each.stages.items()},
         }
 
     def _summarise(self, measured: Sequence[_Measured]) -> None:
         ran = [each for each in measured if each.row["problem"] is None]
         ours = self._ours()
         recipes = [each for each in ran if each.walk]
-        same_device = [each for each in recipes if ours and each.candidate.device == ours.candidate.device]
-        baseline = next(iter([*same_device, *recipes]), ours)
+        recipes.sort(key=lambda each: not ours or each.candidate.device != ours.candidate.device)
+        baseline = next(iter(recipes), ours)
         shapes = [
             (read_working(image.path, self._context.long_side).shape[1:3], len(image.classes))
             for image in self._images
         ]
         roofline = mean_roofline(self._context, "labelling", shapes)
-        count = len(self._images)
         for each in ran:
+            ratio = median_ratio(ours.rates, each.rates) if ours else None
             each.row |= {
                 "baseline": each is baseline,
-                "images_per_second": round(statistics.median(each.rates), 3),
-                "end_to_end": {
-                    "by": "loop" if each.walk else OURS,
-                    "images": count,
-                    "rounds": self._rounds,
-                    "images_per_second": [round(rate, 3) for rate in each.rates],
-                },
+                **self._figures(each, self._images, ratio),
                 "times_baseline": median_ratio(each.rates, baseline.rates) if baseline else None,
-                "default_times_as_fast": median_ratio(ours.rates, each.rates) if ours else None,
-                "images": count,
-                "mean_pixels": _mean_pixels(self._images),
-                "stages_ms": {name: round(1000 * s / count, 2) for name, s in each.stages.items()},
                 "limit": roofline.limit(each.candidate, 1 / statistics.median(each.rates)),
                 **self._compare_masks(each, ours),
             }
@@ -243,26 +212,14 @@ class PseudoLabeler:
         }
 
 
-def _mean_pixels(images: Sequence[LabelledImage]) -> int:
-    shapes = [read_image(image.path).rgb.shape for image in images]
-    return round(float(np.mean([shape[0] * shape[1] for shape in shapes])))
-
-
 def _reduced(image: LabelledImage, context: BenchContext, long_side: int) -> LabelledImage:
-    buffer = io.BytesIO()
-    Image.fromarray(read_plainly(image.path, long_side)[0]).save(buffer, "PNG")
     path = context.scratch / f"reduced-{long_side}-{image.id}.png"
-    write_bytes_atomically(path, buffer.getvalue())
+    Image.fromarray(read_plainly(image.path, long_side)[0]).save(path)
     return replace(image, path=path)
 
 
 def _write_labels(path: Path, images: Sequence[LabelledImage]) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(("image", "labels"))
-    rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)
-    write_bytes_atomically(path, text.getvalue().encode())
-
-
-if __name__ == "__main__":
-    stage_main("labelling", __doc__, "label", measure)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("image", "labels"))
+        rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)

@@ -46,6 +46,20 @@ tr.default { background: #eaf1fa; font-weight: 600; }
 figure { display: inline-block; margin: 8px 16px 8px 0; max-width: 100%; vertical-align: top; }
 figure img { max-width: 100%; height: auto; }
 """
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>multisa bench</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>multisa bench</h1>
+{body}
+</body>
+</html>
+"""
 _NOTES = {
     "segment": "images/s is from the image file to the mask file, without opening the networks: ours by the "
     "command, PyTorch in a plain loop (Pillow reads, resizes and writes, one image after the other). Then "
@@ -168,7 +182,6 @@ def _problems(bench: Bench, stage: str) -> list[tuple[Row, str]]:
 
 def page(bench: Bench, figures: Sequence[tuple[str, str]]) -> str:
     """The page as HTML; every name in it is escaped. figures: (stage, file name) of each figure."""
-    environment: Mapping[str, Any] = bench["environment"]
     parts = []
     for stage, title in STAGES.items():
         if stage not in bench:
@@ -178,23 +191,17 @@ def page(bench: Bench, figures: Sequence[tuple[str, str]]) -> str:
         parts += [f"<p>Roofline: {escape(one_line(text))}.</p>" for text in texts if text]
         for index, table in enumerate(stage_tables(bench, stage)):
             parts += [f"<h3>{escape(table.title)}</h3>" if index else "", _html_table(table)]
-        missing = [(row_name(stage, row), reason) for row, reason in _problems(bench, stage)]
+        missing = tuple((row_name(stage, row), reason) for row, reason in _problems(bench, stage))
         if missing:
-            parts.append(_html_table(Table("", ("not measured", "reason"), tuple(missing)), long=True))
+            parts.append(_html_table(Table("", ("not measured", "reason"), missing), long=True))
         names = [escape(name) for of, name in figures if of == stage]
         parts += [f'<figure><img src="{FIGURES}/{name}" alt="{name}"></figure>' for name in names]
     if not figures:
         parts.append("<p>No figures: install matplotlib to draw them.</p>")
-    facts = tuple((one_line(str(key)), _fact(fact)) for key, fact in environment.items())
+    facts = tuple((one_line(str(key)), _fact(fact)) for key, fact in bench["environment"].items())
     parts += ["<h2>How it was measured</h2>", f"<p>{escape(_HOW)}</p>", "<h2>Environment</h2>"]
     parts.append(_html_table(Table("", ("environment", ""), facts), long=True))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>multisa bench</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>multisa bench</h1>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
+    return _PAGE.format(style=_STYLE, body="\n".join(filter(None, parts)))
 
 
 def _fact(fact: object) -> str:
@@ -204,15 +211,14 @@ def _fact(fact: object) -> str:
 
 
 def _html_table(table: Table, *, long: bool = False) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in table.head)
-    lines = []
-    for cells, is_default in zip(table.rows, table.is_default or (False,) * len(table.rows), strict=True):
-        body = "".join(
-            f"<td{' class=long' * (long and i > 0)}>{escape(cell)}</td>" for i, cell in enumerate(cells)
-        )
-        lines.append(f"<tr{' class=default' * is_default}>{body}</tr>")
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f"<div class=scroll><table>{body}</table></div>"
+    lines = ["".join(f"<th>{escape(title)}</th>" for title in table.head)]
+    for cells in table.rows:
+        texts = enumerate(map(escape, cells))
+        lines.append("".join(f"<td{' class=long' * (long and i > 0)}>{text}</td>" for i, text in texts))
+    marks = (False, *(table.is_default or (False,) * len(table.rows)))
+    head, *body = (f"<tr{' class=default' * m}>{x}</tr>" for x, m in zip(lines, marks, strict=True))
+    whole = f"<thead>{head}</thead><tbody>{''.join(body)}</tbody>"
+    return f"<div class=scroll><table>{whole}</table></div>"
 
 
 def draw(bench: Bench, folder: Path) -> list[tuple[str, str]]:
@@ -249,10 +255,10 @@ def _plots(bench: Bench) -> list[tuple[str, str, Callable[[Any], None]]]:
         if kept:
             found.append((stage, name, lambda axes: _bars(axes, title, unit, kept)))
 
-    bars(
-        "segment", "end-to-end", "Segmenting, file to file", "images/s", [(r, end_to_end(r)) for r in segment]
-    )
-    bars("segment", "loop", "The same plain loop for all", "images/s", [(r, loop_rate(r)) for r in segment])
+    rates = [(row, end_to_end(row)) for row in segment]
+    bars("segment", "end-to-end", "Segmenting, file to file", "images/s", rates)
+    loops = [(row, loop_rate(row)) for row in segment]
+    bars("segment", "loop", "The same plain loop for all", "images/s", loops)
     points = [(r, value(r, "latency_ms", "p50"), value(r, "miou")) for r in segment]
     if any(latency and miou for _, latency, miou in points):
         found.append(("segment", "latency-miou", lambda axes: _scatter(axes, points)))
@@ -287,12 +293,8 @@ def _bars(axes: Any, title: str, unit: str, pairs: Sequence[tuple[str, float]]) 
 def _scatter(axes: Any, points: Sequence[tuple[Row, float | None, float | None]]) -> None:
     for row, latency, miou in points:
         if latency and miou:
-            axes.scatter(
-                latency,
-                miou,
-                label=row_name("segment", row)[:_LONGEST_NAME],
-                marker="*" if row.get("default") else "o",
-            )
+            marker = "*" if row.get("default") else "o"
+            axes.scatter(latency, miou, label=row_name("segment", row)[:_LONGEST_NAME], marker=marker)
     axes.set(title="Latency against mIoU (star: default)", xlabel="median ms of one image", ylabel="mIoU, %")
     axes.legend(**_LEGEND)
 
@@ -300,9 +302,7 @@ def _scatter(axes: Any, points: Sequence[tuple[Row, float | None, float | None]]
 def _lines(axes: Any, title: str, x: str, unit: str, lines: Sequence[tuple[str, dict[float, float]]]) -> None:
     for name, points in lines:
         if points:
-            axes.plot(
-                list(points), list(points.values()), marker="o", markersize=3, label=name[:_LONGEST_NAME]
-            )
+            axes.plot(*zip(*points.items(), strict=True), "o-", markersize=3, label=name[:_LONGEST_NAME])
     axes.set(title=title, xlabel=x, ylabel=unit)
     if x == "pixels":
         axes.loglog()

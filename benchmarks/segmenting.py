@@ -1,17 +1,15 @@
 """Segmenting with every backend and with PyTorch: latency, throughput, masks, memory, start-up.
 
-    python benchmarks/segmenting.py --data VOC_LAYOUT [--quick] [--backends onnxruntime-cpu,pytorch-eager]
+    multisa bench --data VOC_LAYOUT --stages segment -o DIR
 
 Each candidate has its own process. They run alternately on the same images, so that a busy machine slows them
-all down alike. Writes benchmarks/results/segmenting.json; the same as `multisa bench --stages segment`.
+all down alike. Its bench.json is benchmarks/results/segmenting.json.
 """
 
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,33 +19,34 @@ from multisa.benchmarks.suite.candidates import (
     COMPILED,
     REFERENCE,
     Candidate,
+    Measured,
     auto_candidate,
     baseline_of,
     list_candidates,
+    run_alternately,
 )
-from multisa.benchmarks.suite.context import BenchContext, stage_main
-from multisa.benchmarks.suite.images import of_one_size, read_working, settle, spread
-from multisa.benchmarks.suite.roofline import mean_roofline
+from multisa.benchmarks.suite.context import BenchContext, mean_roofline
+from multisa.benchmarks.suite.images import read_working, spread
 from multisa.benchmarks.suite.segment_candidate import SegmentCandidate
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
+from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.progress import Progress, log
+from multisa.runtime.progress import Progress
 from multisa.runtime.system import usable_cpus
 
 Row = dict[str, Any]
 
 
 @dataclass(eq=False)
-class _Measured:
-    """A running candidate and its measurements so far."""
+class _Measured(Measured):
+    """A candidate and its measurements so far; `rates` are from file to file."""
 
-    candidate: Candidate
-    worker: WorkerProcess
-    row: Row
     latency_rounds: list[list[float]] = field(default_factory=list)  # seconds of single images
-    rates: list[float] = field(default_factory=list)  # images per second from file to file, one per round
-    loop_rates: list[float] = field(default_factory=list)  # the same in a plain loop
+    loop_rates: list[float] = field(default_factory=list)  # images per second in a plain loop
+
+    def call(self, name: str, *arguments: object) -> Any:
+        assert self.worker is not None
+        return self.worker.call(name, *arguments)
 
     @property
     def seconds(self) -> list[float]:
@@ -58,38 +57,28 @@ def measure(context: BenchContext) -> list[Row]:
     """One row per candidate; candidates that cannot run here have the reason as "problem"."""
     listed = list_candidates(context.bundle, SEGMENTER, context.backends, gpu=bool(probe_gpus().gpus))
     default = auto_candidate(context.bundle.path, SEGMENTER.name, context.engine_cache)
-    rows: list[Row] = []
+    measured = [_Measured(each, each.row(is_default=each == default)) for each in listed]
     with ExitStack() as stack:
-        measured = []
-        for candidate in listed:
-            row = candidate.row(is_default=candidate == default)
-            rows.append(row)
-            try:
-                opened = _arguments(context, candidate)
-                worker = stack.enter_context(WorkerProcess.started_twice(*opened))
-            except WorkerFailedError as error:
-                row["problem"] = str(error)
-                log.info(f"{candidate.title}: skipped: {error}")
-                continue
-            row["startup_seconds"] = round(worker.start_seconds, 3)
-            measured.append(_Measured(candidate, worker, row))
-        Segmenter(context, measured).measure()
-    return rows
+        for each in measured:
+            each.start(stack, _skipped(context, each.candidate), *_arguments(context, each.candidate))
+        _Steps(context, [each for each in measured if each.worker]).measure()
+    return [each.row for each in measured]
+
+
+def _skipped(context: BenchContext, candidate: Candidate) -> str:
+    """Why a candidate is not started; empty where it is."""
+    if candidate.backend == COMPILED and context.effort.is_quick and COMPILED not in context.backends:
+        return f"compiles for minutes: skipped in a quick run unless --backends names {COMPILED}"
+    return "" if candidate.is_ours else context.pytorch_problem
 
 
 def _arguments(context: BenchContext, candidate: Candidate) -> tuple[Any, ...]:
-    """Arguments of the candidate's WorkerProcess. Raises WorkerFailedError for a skipped candidate."""
-    if not candidate.is_ours and context.pytorch_problem:
-        raise WorkerFailedError(context.pytorch_problem)
-    if candidate.backend == COMPILED and context.effort.is_quick and COMPILED not in context.backends:
-        raise WorkerFailedError(
-            f"compiles for minutes: skipped in a quick run unless --backends names {COMPILED}"
-        )
+    """What its WorkerProcess is started with."""
     first = context.val[0].path
     return SegmentCandidate, context.bundle.path, candidate, context.engine_cache, first, context.weights
 
 
-class Segmenter:
+class _Steps:
     """The steps of the measurement; in each step the candidates run alternately."""
 
     def __init__(self, context: BenchContext, measured: list[_Measured]) -> None:
@@ -108,37 +97,23 @@ class Segmenter:
         steps += [self._latency] * self._effort.latency_rounds
         steps += [self._memory, self._masks]
         steps += [self._end_to_end] * self._effort.end_to_end_rounds
-        curves = [self._sizes, self._batches, self._cores]  # _cores last: it leaves one thread per image
+        curves = [self._sizes, self._batches, self._cores]
         with Progress((len(steps) + len(curves)) * len(self._measured), "segmenting", "step") as bar:
             for step in (*steps, *curves):
-                self._run(bar, step, is_curve=step in curves)
+                run_alternately(self._measured, step, bar, is_curve=step in curves)
         self._summarise()
 
-    def _run(self, bar: Progress, step: Callable[[_Measured], object], *, is_curve: bool) -> None:
-        for each in self._measured:
-            if each.row["problem"] is None:
-                settle()
-                try:
-                    step(each)
-                except WorkerFailedError as error:
-                    name = step.__name__.strip("_").replace("_", " ")
-                    log.info(f"{each.candidate.title}: {name}: {error}")
-                    if is_curve:
-                        each.row.setdefault("notes", []).append(f"{name}: {error}")
-                    else:
-                        each.row["problem"] = str(error)
-            bar.advance()
-
     def _warm_up(self, each: _Measured) -> None:
-        each.worker.call("load", self._files)
-        each.worker.call("latencies")
+        each.call("load", self._files)
+        each.call("latencies")
 
     def _latency(self, each: _Measured) -> None:
-        each.latency_rounds.append(each.worker.call("latencies"))
+        each.latency_rounds.append(each.call("latencies"))
 
     def _memory(self, each: _Measured) -> None:
-        each.row["peak_mib"] = {"host": each.worker.peak_mib, "device": each.worker.call("device_mib")}
-        each.row["model_bytes"] = each.worker.call("model_bytes")
+        assert each.worker is not None
+        each.row["model_bytes"], device = each.call("sizes")
+        each.row["peak_mib"] = {"host": each.worker.peak_mib, "device": device}
 
     def _masks(self, each: _Measured) -> None:
         images = spread(self._context.val, self._effort.masks)
@@ -147,48 +122,47 @@ class Segmenter:
         first = self._measured[0]  # the reference, if it runs
         has_reference = first.candidate == REFERENCE and first.row["problem"] is None
         kept = reference if has_reference else None
-        each.row |= each.worker.call("masks", images, kept, each.candidate == REFERENCE)
+        each.row |= each.call("masks", images, kept, each.candidate == REFERENCE)
         each.row["images"] = len(images)
-
-    def _sizes(self, each: _Measured) -> None:
-        rows = []
-        for side in self._effort.sides:
-            image = self._context.val[0].path
-            pixels, seconds = each.worker.call("at_side", image, side, self._effort.repeats)
-            rows.append({"long_side": side, "pixels": pixels, "latency_ms": _ms(statistics.median(seconds))})
-        each.row["sizes"] = rows
-
-    def _batches(self, each: _Measured) -> None:
-        rows = []
-        for batch in self._effort.batches:
-            files = (self._of_one_size * batch)[:batch]
-            seconds = statistics.median(each.worker.call("batch", files, self._effort.repeats))
-            rows.append({"batch": batch, "images_per_second": round(batch / seconds, 2)})
-        each.row["batches"] = rows
 
     def _end_to_end(self, each: _Measured) -> None:
         images = spread(self._context.val, self._effort.end_to_end)
         out = self._context.scratch / "segmented"
-        rate = each.worker.call("loop", [image.path for image in images], out / "loop")
+        rate = each.call("loop", [image.path for image in images], out / "loop")
         each.loop_rates.append(rate)
         if each.candidate.is_ours:
             record = self._context.run_on_images("segment", each.candidate, images, out / "command")
             rate = record["images_per_second"]
         each.rates.append(rate)
 
+    def _sizes(self, each: _Measured) -> None:
+        rows = []
+        for side in self._effort.sides:
+            pixels, seconds = each.call("at_side", self._files[0], side, self._effort.repeats)
+            rows.append({"long_side": side, "pixels": pixels, "latency_ms": _ms(statistics.median(seconds))})
+        each.row["sizes"] = rows
+
+    def _batches(self, each: _Measured) -> None:
+        rows = []
+        for batch in self._effort.batches:
+            seconds = statistics.median(each.call("batch", self._files[0], batch, self._effort.repeats))
+            rows.append({"batch": batch, "images_per_second": round(batch / seconds, 2)})
+        each.row["batches"] = rows
+
     def _cores(self, each: _Measured) -> None:
+        """Throughput by cores, on a CPU with one thread per image."""
         cores = usable_cpus()
-        rows = [
-            {"cores": cores, "images_per_second": each.worker.call("images_per_second", self._effort.repeats)}
-        ]
         # torch.compile would compile again for each number of cores, for minutes.
-        only_all = each.candidate.device != "cpu" or each.candidate.backend == COMPILED
-        for count in () if only_all else [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores]:
-            with WorkerProcess(*_arguments(self._context, each.candidate), cpus=count) as worker:
+        if each.candidate.device != "cpu" or each.candidate.backend == COMPILED:
+            rate = each.call("images_per_second", 1, self._effort.repeats)
+            each.row["cores"] = [{"cores": cores, "images_per_second": rate}]
+            return
+        each.row["cores"] = []
+        for count in (*(count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores), cores):
+            with WorkerProcess(*_arguments(self._context, each.candidate), 1, cpus=count) as worker:
                 worker.call("load", self._files)
-                rate = worker.call("images_per_second", self._effort.repeats)
-                rows.append({"cores": count, "images_per_second": rate})
-        each.row["cores"] = sorted(rows, key=lambda row: int(row["cores"]))
+                rate = worker.call("images_per_second", count, self._effort.repeats)
+            each.row["cores"].append({"cores": count, "images_per_second": rate})
 
     def _summarise(self) -> None:
         ran = [each for each in self._measured if each.row["problem"] is None]
@@ -216,11 +190,6 @@ class Segmenter:
                 "limit": roofline.limit(each.candidate, statistics.mean(each.seconds)),
             }
 
-    @cached_property
-    def _of_one_size(self) -> list[Path]:
-        images = spread(self._context.val, 4 * max(self._effort.batches))
-        return of_one_size(images, self._context.long_side)
-
 
 def latency_figures(rounds: list[list[float]]) -> dict[str, Any]:
     """Milliseconds: percentiles over all images and rounds, and the median of each round.
@@ -228,22 +197,13 @@ def latency_figures(rounds: list[list[float]]) -> dict[str, Any]:
     p99 is None for fewer than a hundred samples.
     """
     every = np.array([seconds for each in rounds for seconds in each])
-    p50, p90, p99 = np.percentile(every, (50, 90, 99))
-    return {
-        "p50": _ms(p50),
-        "p90": _ms(p90),
-        "p99": _ms(p99) if len(every) >= 100 else None,
-        "min": _ms(every.min()),
-        "max": _ms(every.max()),
-        "mean": _ms(every.mean()),
-        "count": len(every),
-        "repeats": [_ms(statistics.median(each)) for each in rounds],
-    }
+    percentiles = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+    figures: dict[str, Any] = {k: _ms(np.percentile(every, share)) for k, share in percentiles.items()}
+    if len(every) < 100:
+        figures["p99"] = None
+    repeats = [_ms(statistics.median(each)) for each in rounds]
+    return {**figures, "mean": _ms(every.mean()), "count": len(every), "repeats": repeats}
 
 
 def _ms(seconds: float) -> float:
     return round(1000 * float(seconds), 3)
-
-
-if __name__ == "__main__":
-    stage_main("segmenting", __doc__, "segment", measure)

@@ -17,11 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results, with_ratios
+from multisa.benchmarks.harness import (
+    CLI,
+    environment,
+    interleave,
+    make_parser,
+    roofline_share,
+    save_results,
+    with_ratios,
+)
 from multisa.benchmarks.suite.candidates import COMPILED, EAGER, REFERENCE, Candidate
 from multisa.benchmarks.suite.context import write_weights
-from multisa.benchmarks.suite.worker_process import WorkerProcess
-from multisa.runtime.bundle import default_bundle_path
+from multisa.benchmarks.worker_process import WorkerProcess
+from multisa.runtime.demo import IMAGES as DEMO_IMAGES
 
 INTERPRETER = "Python and NumPy"
 OURS = "multisa segment, one image"
@@ -40,7 +48,7 @@ _SEGMENT = (
 
 def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dict[str, Any]:
     """Times of each way to start, run alternately, and their ratios to ours."""
-    image = min((default_bundle_path().parents[1] / "demo_images").glob("*.jpg"))
+    image = min(DEMO_IMAGES.glob("*.jpg"))
     weights = scratch / "weights"
     with WorkerProcess(write_weights, bundle, weights):  # once: PyTorch then starts from its file of weights
         pass
@@ -50,14 +58,14 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         return ["-c", _SEGMENT, str(bundle), str(image), str(weights), *words]
 
     out = scratch / "out"
-    command = ["segment", str(image), "-o", str(out), "--bundle", str(bundle), "--report", "0"]
+    command = ["segment", str(image), "-o", str(out), "--bundle", str(bundle), "--report-images", "0"]
     backends = [name for name, package in ON_CPUS.items() if importlib.util.find_spec(package)]
     ways = {
         INTERPRETER: ["-c", "import numpy"],
         "multisa --help": [*CLI, "--help"],
         "multisa inspect": [*CLI, "inspect", str(bundle)],
         OURS: [*CLI, *command],
-        **{with_backend(name): [*CLI, *command, "--backend", name] for name in backends},
+        **{f"multisa segment --backend {b}, one image": [*CLI, *command, "--backend", b] for b in backends},
         "the backend alone, one image": program(REFERENCE),
         EAGER_START: program(Candidate(EAGER, "fp32", "cpu")),
     }
@@ -69,15 +77,8 @@ def measure(repeats: int, bundle: Path, scratch: Path, *, compiled: bool) -> dic
         name: partial(_start, words, out, scratch / "compiled") for name, words in ways.items()
     }
     times = interleave(cases, repeats=repeats, slow=slow)
-    rows = with_ratios(times, OURS)
-    share = round(times[INTERPRETER].median / times[OURS].median, 3)
-    limit = {"roofline_ms": rows[INTERPRETER]["median_ms"], "share": share, "text": INTERPRETER}
-    return {"ways": rows, "limit": limit}
-
-
-def with_backend(name: str) -> str:
-    """Name of the way that asks for a backend instead of leaving the choice to `multisa segment`."""
-    return f"multisa segment --backend {name}, one image"
+    limit = roofline_share(times[INTERPRETER].median, times[OURS].median, INTERPRETER)
+    return {"ways": with_ratios(times, OURS), "limit": limit}
 
 
 def _start(words: Sequence[str], out: Path, compiled: Path) -> None:
@@ -89,8 +90,7 @@ def _start(words: Sequence[str], out: Path, compiled: Path) -> None:
 
 def main() -> None:
     """Measure, print, write the results file."""
-    parser = make_parser(__doc__, quick="fewer repeats, without torch.compile")
-    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
+    parser = make_parser(__doc__, quick="fewer repeats, without torch.compile", bundle=True)
     options = parser.parse_args()
     described = environment("onnxruntime", "openvino", "torch", quick=options.quick)
     repeats = 3 if options.quick else 9

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multisa.benchmarks.random_walk import dense_squaring, sparse_steps
+from multisa.benchmarks.kernels import dense_squaring, sparse_steps
 from multisa.benchmarks.suite.images import LabelledImage, read_plainly, write_plainly
 from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, plain_batch
 from multisa.kernels import dense_crf
@@ -41,8 +41,8 @@ class BaselineLabelling:
         self._manifest = opened.manifest
         self._walk = walk
         self._device = torch.device(device)
-        cam = load_cam(opened, weights)
-        self._maps = MultiScaleCAM(cam, scales=self._manifest.parameters.cam_scales).to(self._device)
+        scales = self._manifest.parameters.cam_scales
+        self._maps = MultiScaleCAM(load_cam(opened, weights), scales=scales).to(self._device)
         self._affinity = load_affinity(opened, weights).to(self._device)
         self._seconds: dict[str, float] = {}
 

@@ -1,19 +1,25 @@
 """What is measured: the backends of the runtime, and PyTorch in the ways people run it."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.backends.base import CONTRACTS, GraphContract
 from multisa.runtime.backends.registry import BACKENDS, BackendRequest, backend_precisions, select_backend
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import UsageError
+from multisa.runtime.progress import Progress, log
+
+Row = dict[str, Any]
 
 EAGER = "pytorch-eager"
 CHANNELS_LAST = "pytorch-channels-last-autocast"
 COMPILED = "pytorch-compile"
+SETTLE_SECONDS = 0.3  # until the thread pools of the previous measurement have stopped spinning
 PYTORCH = (EAGER, CHANNELS_LAST, COMPILED)
 
 
@@ -35,15 +41,52 @@ class Candidate:
         """Whether a backend of the runtime runs it."""
         return self.backend in BACKENDS
 
-    def row(self, *, is_default: bool) -> dict[str, Any]:
+    def row(self, *, is_default: bool) -> Row:
         """The first keys of its row in the report."""
-        return {
-            "backend": self.backend,
-            "precision": self.precision,
-            "device": self.device,
-            "default": is_default,
-            "problem": None,
-        }
+        return {**asdict(self), "default": is_default, "problem": None}
+
+
+@dataclass(eq=False)
+class Measured:
+    """A candidate and its measurements so far."""
+
+    candidate: Candidate
+    row: Row
+    worker: WorkerProcess | None = None
+    rates: list[float] = field(default_factory=list)  # images per second, one per round
+
+    def start(self, stack: ExitStack, problem: str, make: Callable[..., object], *arguments: object) -> None:
+        """Start its process, which `stack` ends; the reason why there is none becomes the row's "problem"."""
+        try:
+            if problem:
+                raise WorkerFailedError(problem)
+            self.worker = stack.enter_context(WorkerProcess.started_twice(make, *arguments))
+            self.row["startup_seconds"] = round(self.worker.start_seconds, 3)
+        except WorkerFailedError as error:
+            self.row["problem"] = str(error)
+            log.info(f"{self.candidate.title}: skipped: {error}")
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def run_alternately(
+    measured: Sequence[M], step: Callable[[M], object], bar: Progress, *, is_curve: bool = False
+) -> None:
+    """One step of all candidates without a problem; one that fails gets it, a curve among its "notes"."""
+    for each in measured:
+        if each.row["problem"] is None:
+            time.sleep(SETTLE_SECONDS)
+            try:
+                step(each)
+            except WorkerFailedError as error:
+                name = getattr(step, "__name__", "").strip("_").replace("_", " ")
+                log.info(f"{each.candidate.title}: {name}: {error}")
+                if is_curve:
+                    each.row.setdefault("notes", []).append(f"{name}: {error}")
+                else:
+                    each.row["problem"] = str(error)
+        bar.advance()
 
 
 REFERENCE = Candidate("onnxruntime-cpu", "fp32", "cpu")  # the labels of the others are compared with its
@@ -92,10 +135,9 @@ def auto_candidate(bundle: Path, graph: str, engine_cache: Path | None) -> Candi
     """What "auto" chooses on this machine, asked in its own process; None where nothing runs."""
     try:
         with WorkerProcess(_Auto, bundle, graph, engine_cache) as worker:
-            backend, precision = worker.call("chosen")
+            return Candidate(*worker.call("chosen"))
     except WorkerFailedError:
         return None
-    return Candidate(backend, precision, "cuda" if BACKENDS[backend].needs_gpu else "cpu")
 
 
 class _Auto:
@@ -103,10 +145,10 @@ class _Auto:
 
     def __init__(self, bundle: Path, graph: str, engine_cache: Path | None) -> None:
         contract = next(contract for contract in CONTRACTS if contract.name == graph)
-        choice = select_backend(load_bundle(bundle), contract, BackendRequest(plans=engine_cache))
-        self._chosen = (choice.backend.name, choice.precision)
-        choice.backend.close()
+        self._choice = select_backend(
+            load_bundle(bundle), contract, BackendRequest(engine_cache=engine_cache)
+        )
 
-    def chosen(self) -> tuple[str, str]:
-        """Backend and precision."""
-        return self._chosen
+    def chosen(self) -> tuple[str, str, str]:
+        name = self._choice.backend.name
+        return name, self._choice.precision, "cuda" if BACKENDS[name].needs_gpu else "cpu"

@@ -1,27 +1,34 @@
 """What a run of the suite measures: bundle, data set, backends, and how many images and repeats."""
 
-import tempfile
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks.harness import environment, make_parser, peaks, save_results
+from multisa.benchmarks.harness import environment, peaks, roofline_share
 from multisa.benchmarks.suite.candidates import Candidate
 from multisa.benchmarks.suite.images import LabelledImage, copy_images
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess, run_command
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess, run_command
+from multisa.kernels import stencil_offsets
+from multisa.kernels.common.walk import chebyshev_degree
+from multisa.kernels.cpu import native
 from multisa.runtime.backends.gpus import probe_gpus
-from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
+from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_file
+from multisa.runtime.system import usable_cpus
 from multisa.training.data import Dataset, Item, read_dataset
 
 PACKAGES = (
     "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "timm", "scipy", "pydensecrf2", "pillow",
     "simplejpeg",
 )  # fmt: skip
+
+_PEAK_SECONDS = 0.5  # spent on measuring the peak
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,20 @@ class BenchContext:
     @property
     def val(self) -> list[LabelledImage]:
         """Images with ground truth that no training used."""
-        return [_labelled(self.dataset, item) for item in self.dataset.val if item.mask]
+        return self._labelled(self.dataset.val)
 
     @property
     def train(self) -> list[LabelledImage]:
         """Images with image-level labels and ground truth."""
-        items = [item for item in self.dataset.train if item.mask and item.classes]
-        return [_labelled(self.dataset, item) for item in items]
+        return [image for image in self._labelled(self.dataset.train) if image.classes]
+
+    def _labelled(self, items: Sequence[Item]) -> list[LabelledImage]:
+        names = self.dataset.class_names
+        return [
+            LabelledImage(item.id, item.image, item.mask, tuple(names[i] for i in item.classes))
+            for item in items
+            if item.mask
+        ]
 
     def run_on_images(
         self, command: str, candidate: Candidate, images: Sequence[LabelledImage], out: Path, *arguments: str
@@ -151,26 +165,71 @@ def make_context(request: BenchRequest, scratch: Path) -> BenchContext:
     return context
 
 
-def _labelled(dataset: Dataset, item: Item) -> LabelledImage:
-    assert item.mask is not None
-    return LabelledImage(item.id, item.image, item.mask, tuple(dataset.class_names[i] for i in item.classes))
+@dataclass(frozen=True)
+class Roofline:
+    """Multiply-adds of one image over what all cores can do per second."""
+
+    seconds: float | None  # None where they cannot be counted: torch is not installed
+    problem: str = ""
+
+    def limit(self, candidate: Candidate, seconds: float) -> dict[str, Any] | None:
+        """How close `seconds` per image come to the roofline; only for fp32 on the CPU, whose peak is
+        measured."""
+        if candidate.device != "cpu" or candidate.precision != "fp32":
+            return None
+        if self.seconds is None:
+            return {"roofline_ms": None, "share": None, "text": f"not counted: {self.problem}"}
+        text = "multiply-adds alone over the measured float32 peak of all cores"
+        return roofline_share(self.seconds, seconds, text)
 
 
-def stage_main(
-    subject: str, description: str | None, stage: str, measure: Callable[[BenchContext], list[dict[str, Any]]]
-) -> None:
-    """Command line of one stage as a program: measure, print, write results/SUBJECT.json."""
-    parser = make_parser(description, quick="fewer images and repeats")
-    parser.add_argument("--data", type=Path, required=True, help="data set in VOC layout, with masks")
-    parser.add_argument("--bundle", type=Path, default=default_bundle_path())
-    parser.add_argument(
-        "--engine-cache", type=Path, help="folder of TensorRT engines besides the bundle's own"
-    )
-    parser.add_argument("--backends", default="", help="names separated by commas; default: all")
-    options = parser.parse_args()
-    backends = [name for name in options.backends.split(",") if name]
-    request = BenchRequest(options.bundle, options.data, backends, options.engine_cache, options.quick)
-    with tempfile.TemporaryDirectory() as scratch:
-        context = make_context(request, Path(scratch))
-        described = context.describe()
-        save_results(subject, {"environment": described, stage: measure(context)}, options.results)
+def peak_of_all_cores() -> float:
+    """Measured float32 multiply-adds per second with a thread on every core."""
+    cores = usable_cpus()
+    with ThreadPoolExecutor(cores) as pool:  # the kernel releases the GIL
+        return sum(pool.map(native.peak_multiply_adds, [_PEAK_SECONDS] * cores))
+
+
+def mean_roofline(context: BenchContext, method: str, inputs: Sequence[object]) -> Roofline:
+    """The mean over `inputs`: sizes (height, width) for "segmenting"; (size, number of labelled classes) for
+    "labelling", which counts the networks and the walk but not the CRF."""
+    if context.pytorch_problem:
+        return Roofline(None, context.pytorch_problem)
+    try:
+        with WorkerProcess(_Counter, context.bundle.path, context.weights) as worker:
+            counts = [worker.call(method, given) for given in inputs]
+    except WorkerFailedError as error:
+        return Roofline(None, str(error))
+    return Roofline(sum(counts) / len(counts) / peak_of_all_cores())
+
+
+class _Counter:
+    """Counts the multiply-adds of one image; needs torch."""
+
+    def __init__(self, bundle: Path, weights: Path) -> None:
+        from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, load_segmenter
+        from multisa.export.cost import cost_of
+        from multisa.export.fold import FoldedMultiSACAM
+
+        opened = load_bundle(bundle)
+        self._parameters = opened.manifest.parameters
+        self._segmenter = load_segmenter(opened, weights)
+        self._cam = FoldedMultiSACAM(load_cam(opened, weights))
+        self._affinity = load_affinity(opened, weights).backbone
+        self._cost_of = cost_of
+
+    def segmenting(self, size: tuple[int, int]) -> int:
+        """The segmenter on an image of `size` (height, width)."""
+        return self._cost_of(self._segmenter, size).multiply_adds
+
+    def labelling(self, image: tuple[tuple[int, int], int]) -> int:
+        """The folded cam at every scale with its mirror image, affinity, and the walk."""
+        (height, width), classes = image
+        scaled = [(math.ceil(height * s), math.ceil(width * s)) for s in self._parameters.cam_scales]
+        cam = sum(2 * self._cost_of(self._cam, size).multiply_adds for size in scaled)
+        affinity = self._cost_of(self._affinity, (height, width)).multiply_adds
+        label = self._parameters.label
+        stride = self._parameters.walk_stride
+        points = -(-height // stride) * -(-width // stride)
+        pairs = 2 * len(stencil_offsets(label.walk_radius)) + 1
+        return cam + affinity + chebyshev_degree(label.walk_steps) * points * classes * pairs

@@ -1,8 +1,6 @@
 """Which images of a data set are measured (always the same, spread over its lists), and how they are read."""
 
 import shutil
-import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +45,6 @@ def scaled_to(path: Path, long_side: int) -> UInt8:
     return np.ascontiguousarray(resize_image(rgb, size))[np.newaxis]
 
 
-def of_one_size(images: Sequence[LabelledImage], long_side: int) -> list[Path]:
-    """The files whose working size is the most frequent one."""
-    sizes = {image.path: read_working(image.path, long_side).shape[1:3] for image in images}
-    most = Counter(sizes.values()).most_common(1)[0][0]
-    return [path for path, size in sizes.items() if size == most]
-
-
 def count_confusion(labels: UInt8, mask: Path, n_classes: int) -> npt.NDArray[np.int64]:
     """Confusion matrix int64 [n, n] at the size of the ground truth; labels uint8 [h, w] are enlarged."""
     truth = read_mask(mask)
@@ -67,11 +58,6 @@ def copy_images(images: Sequence[LabelledImage], folder: Path) -> Path:
     for image in images:
         shutil.copyfile(image.path, folder / f"{image.id}{image.path.suffix}")
     return folder
-
-
-def settle(seconds: float = 0.3) -> None:
-    """Wait until the thread pools of the previous measurement have stopped spinning."""
-    time.sleep(seconds)
 
 
 def read_plainly(path: Path, long_side: int) -> tuple[UInt8, tuple[int, int]]:

@@ -1,11 +1,10 @@
 """The bundle's networks in PyTorch, in the ways people run them. Imported only where torch is installed.
 
-The networks are rebuilt from the bundle once (`export/unfold.py`) and kept as a file of weights each, so that
-neither start-up nor memory of a candidate includes the rebuilding.
+The networks are rebuilt from the bundle once (`export/to_torch.py`) and kept as a file of weights each, so
+that neither start-up nor memory of a candidate includes the rebuilding.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from multisa.benchmarks.harness import gpu_memory_mib
 from multisa.benchmarks.suite.candidates import CHANNELS_LAST, COMPILED, Candidate
-from multisa.export.unfold import (
+from multisa.export.to_torch import (
     affinity_from_bundle,
     cam_from_bundle,
     config_from_bundle,
@@ -55,22 +53,23 @@ class WeightFiles:
 def load_segmenter(bundle: Bundle, weights: Path) -> DeepLabV3Plus:
     """DeepLabV3+ as trained, in evaluation mode."""
     config = replace(config_from_bundle(bundle).segmenter, weights="none")
-    return _load(create_model(config, len(bundle.manifest.classes)), weights / "segmenter.safetensors")
+    network = create_model(config, len(bundle.manifest.classes))
+    return _with_weights(network, weights / "segmenter.safetensors")
 
 
 def load_cam(bundle: Bundle, weights: Path) -> MultiSACAM:
     """The Multi-SA network, not folded, in evaluation mode."""
     config = replace(config_from_bundle(bundle).cam, weights="none")
-    return _load(create_model(config, len(bundle.manifest.classes)), weights / "cam.safetensors")
+    return _with_weights(create_model(config, len(bundle.manifest.classes)), weights / "cam.safetensors")
 
 
 def load_affinity(bundle: Bundle, weights: Path) -> AffinityNet:
     """AffinityNet in evaluation mode."""
     config = replace(config_from_bundle(bundle).affinity, weights="none")
-    return _load(create_model(config), weights / "affinity.safetensors")
+    return _with_weights(create_model(config), weights / "affinity.safetensors")
 
 
-def _load(network: Network, path: Path) -> Network:
+def _with_weights(network: Network, path: Path) -> Network:
     network.load_state_dict(load_file(path))
     # The default layout of PyTorch; the trainers' networks are channels_last.
     plain: Network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -95,33 +94,18 @@ class PyTorchSegmenter:
             raise BackendUnavailable(f"torch {torch.__version__} sees no GPU")
         torch.set_num_threads(threads)
         self._device = torch.device(candidate.device)
-        network: nn.Module = SegmentImages(create_model(bundle, checkpoint=weights)).eval().to(self._device)
+        network: nn.Module = SegmentImages(load_segmenter(bundle, weights)).eval().to(self._device)
         self.model_bytes = sum(t.numel() * t.element_size() for t in network.state_dict().values())
         self._channels_last = candidate.backend == CHANNELS_LAST
-        self._context: Callable[[], AbstractContextManager[object]] = nullcontext
         if self._channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            half = torch.bfloat16 if candidate.device == "cpu" else torch.float16
-            self._context = lambda: torch.autocast(candidate.device, dtype=half)
-        self._network: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = network
-        self._is_compiled = candidate.backend == COMPILED
-        if self._is_compiled:
-            self._network = torch.compile(network)
+        self._type = torch.bfloat16 if candidate.device == "cpu" else torch.float16
+        self._network = torch.compile(network) if candidate.backend == COMPILED else network
 
     def labels(self, images: UInt8) -> UInt8:
         """Segment uint8 [N, H, W, 3]; the labels uint8 [N, H, W], on the CPU."""
         tensor = torch.from_numpy(images) if self._channels_last else plain_batch(images)
-        with torch.inference_mode(), self._context():
+        autocast = torch.autocast(self._device.type, dtype=self._type, enabled=self._channels_last)
+        with torch.inference_mode(), autocast:
             labels, _ = self._network(tensor.to(self._device))
             return np.asarray(labels.cpu().numpy(), np.uint8)
-
-    def use_one_thread_per_image(self) -> bool:
-        """Run each image on one thread from now on; False where that is not possible."""
-        if self._device.type == "cuda" or self._is_compiled:
-            return False
-        torch.set_num_threads(1)
-        return True
-
-    def device_mib(self) -> float | None:
-        """GPU memory of the process in MiB."""
-        return gpu_memory_mib() if self._device.type == "cuda" else None

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from multisa import segment_images
 from multisa.benchmarks.suite.context import BenchContext, BenchRequest, Effort, make_context
 from multisa.runtime.bundle import default_bundle_path, load_bundle
-from multisa.runtime.demo import PHOTOGRAPHS
-from multisa.runtime.jobs.run import annotate_images
+from multisa.runtime.demo import IMAGES
 
 sys.path.insert(0, str(Path(__file__).parent))  # for made_up.py
 
@@ -42,12 +42,12 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = {}
     for use in ("train", "val"):
         for name, classes in images.items():
-            shutil.copy(PHOTOGRAPHS / f"{name}.jpg", root / "JPEGImages" / f"{use}_{name}.jpg")
+            shutil.copy(IMAGES / f"{name}.jpg", root / "JPEGImages" / f"{use}_{name}.jpg")
             labels[f"{use}_{name}"] = classes
         names = [f"{use}_{name}" for name in images]
         (root / "ImageSets" / "Segmentation" / f"{use}.txt").write_text("\n".join(names) + "\n")
     out = root / "segmented"
-    annotate_images("segment", str(root / "JPEGImages"), out, bundle=load_bundle(default_bundle_path()))
+    segment_images(root / "JPEGImages", out)
     for mask in (out / "masks").glob("*.png"):
         shutil.copy(mask, root / "SegmentationClass" / mask.name)
     classes = load_bundle(default_bundle_path()).manifest.classes

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from multisa.benchmarks import cam_head, random_walk, start_up
+from multisa.benchmarks import kernels, start_up
 from multisa.benchmarks.harness import Times, environment, interleave, make_parser, save_results
 from multisa.benchmarks.suite.candidates import Candidate
-from multisa.benchmarks.suite.roofline import Roofline, peak_of_all_cores
+from multisa.benchmarks.suite.context import Roofline, peak_of_all_cores
 from multisa.kernels.cpu import native
 from multisa.runtime.bundle import default_bundle_path
 
@@ -31,8 +31,8 @@ def test_every_program_has_help(
 
 
 def test_the_programs_are_all_there() -> None:
-    wanted = {"random_walk", "dense_crf", "cam_head", "labelling", "segmenting", "encoding", "start_up"}
-    wanted |= {"pipeline", "uncertainty", "journal", "crash_recovery", "engines", "gpu_kernels", "tables"}
+    wanted = {"cam_head", "start_up"}
+    wanted |= {"pipeline", "crash_recovery", "engines", "gpu_kernels", "tables"}
     assert wanted <= {path.stem for path in PROGRAMS}
 
 
@@ -59,16 +59,6 @@ def test_results_go_where_they_are_asked_to(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
-def test_the_share_that_grows_with_classes_is_above_the_scatter() -> None:
-    every, one = Times((1.0, 1.2, 2.0, 1.1)), Times((0.9, 1.0, 1.7, 1.0))
-    found = cam_head.growth(every, one)
-    assert found["share_of_time_that_grows_with_classes"] == 0.125
-    assert found["quartiles_of_that_share"][0] > 0
-    lost = cam_head.growth(one, every)
-    assert lost["share_of_time_that_grows_with_classes"] is None
-    assert lost["quartiles_of_that_share"][0] < 0
-
-
 def test_the_peak_of_all_cores_is_at_least_one_cores() -> None:
     assert peak_of_all_cores() > 0.5 * native.peak_multiply_adds(0.2)
 
@@ -93,12 +83,25 @@ def test_starting_takes_longer_than_the_interpreter(tmp_path: Path) -> None:
     assert 0 < measured["limit"]["share"] < 1
 
 
-def test_the_binding_roofline_is_the_longer_time() -> None:
-    times = {"size": 16, "channels": 2, "ways": {"multisa": {"median_ms": 1.0}}}
+def test_the_roofline_of_the_walk_is_the_longer_time() -> None:
     for rate, of in ((1e6, "multiply-adds"), (1e18, "bytes")):
-        found = random_walk.roofline(times, {"multiply_adds_per_second": rate})
-        assert found["binding"]["text"].startswith(of)
-        assert found["binding"]["roofline_ms"] == max(found["roofline_ms"], found["bytes_roofline_ms"])
+        found = kernels.walk_roofline(16, 1.0, {"multiply_adds_per_second": rate})
+        assert found["text"].startswith(of) and found["roofline_ms"] > 0
+    assert kernels.walk_roofline(16, 2.0, {"multiply_adds_per_second": 1e6})["share"] > 0.5
+
+
+def test_every_way_of_a_kernel_is_a_row() -> None:
+    machine = {"multiply_adds_per_second": 1e11, "copied_bytes_per_second": 1e10}
+    walk = list(kernels.walk_rows(machine, 16, True, 1))
+    crf = list(kernels.crf_rows(machine, "psa", 3, 3, 1))
+    assert [row["way"] for row in walk][:2] == ["multisa", "multisa, every step"]
+    assert [row["threads"] for row in walk] == [1, 1, 1, "all", "all"]
+    assert all(row["max_error"] < 1e-3 for row in walk[:-1]) and walk[-1]["max_error"] is None
+    assert crf[0]["label_agreement"] > 0.999 and crf[-1]["way"] == "pydensecrf"
+    for rows in (walk, crf):
+        assert (
+            rows[0]["times_ours"] == 1.0 and rows[0]["limit"]["roofline_ms"] > 0 and rows[1]["limit"] is None
+        )
 
 
 def test_the_environment_describes_machine_and_commit() -> None:

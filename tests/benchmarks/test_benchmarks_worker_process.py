@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from multisa.benchmarks.suite.worker_process import WorkerFailedError, WorkerProcess
+from multisa.benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from multisa.runtime.errors import BackendUnavailable
 
 
@@ -86,7 +86,7 @@ def test_cpus_limit_it() -> None:
 
 
 def test_closing_does_not_wait_for_a_hanging_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multisa.benchmarks.suite.worker_process._EXIT_SECONDS", 0.2)
+    monkeypatch.setattr("multisa.benchmarks.worker_process._EXIT_SECONDS", 0.2)
     start = time.monotonic()
     with WorkerProcess(Subject) as worker:
         assert worker.pid
@@ -96,7 +96,7 @@ def test_closing_does_not_wait_for_a_hanging_worker(monkeypatch: pytest.MonkeyPa
 
 def test_no_answer_in_time_kills_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     with WorkerProcess(Subject) as worker:
-        monkeypatch.setattr("multisa.benchmarks.suite.worker_process._ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr("multisa.benchmarks.worker_process._ANSWER_SECONDS", 0.2)
         with pytest.raises(WorkerFailedError, match=r"no answer within 0 s; the process was killed"):
             worker.call("sleep", 60.0)
         with pytest.raises(WorkerFailedError, match="signal 9"):

@@ -1,14 +1,13 @@
-"""benchmarks/plans.py: what is passed through, and which failures end the run."""
+"""benchmarks/engines.py: what is passed through, and which failures end the run."""
 
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from multisa.benchmarks import plans
+from multisa.benchmarks import engines
 from multisa.export.fp16 import fp16_candidates, fp16_graph, model_bytes, read_fp32_graph
 from multisa.export.tensorrt.build import BuildOptions, BuildResult
 from multisa.runtime.backends.tensorrt_runtime import Library, import_library
@@ -16,43 +15,37 @@ from multisa.runtime.bundle import default_bundle_path, load_bundle, write_bundl
 from multisa.runtime.errors import BackendUnavailable
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.setattr(plans, "RESULTS", tmp_path)
-    return plans
+def run(monkeypatch: pytest.MonkeyPatch, work: Path, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["engines.py", "--work", str(work), "--results", str(work), *options])
+    try:
+        engines.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
-def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, work: Path, *options: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["plans.py", "--work", str(work), *options])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    return int(stop.value.code or 0)
-
-
-def test_turing_fails_for_cam_as_is_known(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_turing_fails_for_cam_as_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     try:
         import_library("tensorrt-rtx")
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    assert "sm75" in script.TARGETS
+    assert "sm75" in engines.TARGETS
     packaged = load_bundle(default_bundle_path())
     plain = read_fp32_graph(packaged.read_file("segmenter.onnx"))
     files = {name: packaged.read_file(name) for name in packaged.manifest.files}
     files["segmenter.fp16.onnx"] = model_bytes(fp16_graph(plain, fp16_candidates(plain)))
-    # Of the smallest photographs the three default profiles are one.
+    # Of the smallest images the three default profiles are one.
     parameters = replace(packaged.manifest.parameters, long_side=64)
     write_bundle(tmp_path / "bundle", replace(packaged.manifest, parameters=parameters), files)
-    monkeypatch.setattr(script, "default_bundle_path", lambda: tmp_path / "bundle")
-    assert run(script, monkeypatch, tmp_path, "--targets", "sm75") == 0
-    assert run(script, monkeypatch, tmp_path, "--targets", "sm75", "--precision", "fp16") == 0
-    entries = json.loads((tmp_path / "plans.json").read_text())["bundles"]
-    cam, affinity, segmenter = entries[packaged.manifest.name]["plans"]
+    words = ("--bundle", str(tmp_path / "bundle"), "--targets", "sm75")
+    assert run(monkeypatch, tmp_path, *words) == 0
+    assert run(monkeypatch, tmp_path, *words, "--precision", "fp16") == 0
+    entries = json.loads((tmp_path / "engines.json").read_text())["bundles"]
+    cam, affinity, segmenter = entries[packaged.manifest.name]["engines"]
     assert cam["known"] is True and "FP32 GEMM is not supported" in cam["failure"]
     assert (affinity["graph"], segmenter["graph"]) == ("affinity", "segmenter")
     assert affinity["megabytes"] > 1 and "failure" not in segmenter
-    (half,) = entries[f"{packaged.manifest.name}, fp16"]["plans"]
+    (half,) = entries[f"{packaged.manifest.name}, fp16"]["engines"]
     assert (half["graph"], half["precision"]) == ("segmenter", "fp16")
 
 
@@ -65,7 +58,6 @@ def test_turing_fails_for_cam_as_is_known(
     ],
 )
 def test_other_failures_end_the_run(
-    script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     target: str,
@@ -79,7 +71,7 @@ def test_other_failures_end_the_run(
         failures = (failure,) if options.graphs == ("cam",) else ()
         return BuildResult("bundle", Library("tensorrt", None, "0"), Path("engines"), (), failures, 0.0)
 
-    monkeypatch.setattr(script, "build_engines", failing)
-    assert run(script, monkeypatch, tmp_path, "--targets", target, "--library", "tensorrt") == code
+    monkeypatch.setattr(engines, "build_engines", failing)
+    assert run(monkeypatch, tmp_path, "--targets", target, "--library", "tensorrt") == code
     assert [options.graphs for options in seen] == [("cam",), ("affinity",), ("segmenter",)]
     assert {(o.library, o.targets, o.precision) for o in seen} == {("tensorrt", (target,), "fp32")}

@@ -4,25 +4,22 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from multisa.benchmarks import labelling, segmenting
+from multisa.benchmarks import kernels, labelling, segmenting
 from multisa.benchmarks.bench_file import SCHEMA_VERSION
 from multisa.benchmarks.suite.candidates import list_candidates
 from multisa.benchmarks.suite.context import BenchContext, BenchRequest, make_context
-from multisa.benchmarks.suite.worker_process import INSTALL
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.progress import Progress, log
 
 Row = dict[str, Any]
 BENCH_FILE = "bench.json"
-OURS = "multisa"
 
 
 def run_suite(
@@ -71,65 +68,8 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def measure_kernels(context: BenchContext) -> list[Row]:
-    """Rows of the random walk and the dense CRF, ours and the literature's.
-
-    A kernel whose packages are missing is one row with the reason as "problem".
-    """
-    quick = context.effort.is_quick
-    rows: list[Row] = []
-    kernels: dict[str, Callable[[bool], Iterator[Row]]] = {"random walk": _walk, "dense CRF": _crf}
-    with Progress(len(kernels), "kernels", "kernel") as bar:
-        for name, kernel in kernels.items():
-            try:
-                rows += list(kernel(quick))
-            except ImportError as error:  # SciPy or pydensecrf
-                missing = f"{error.name} is not installed" if error.name else str(error)
-                rows.append({"kernel": name, "way": "", "problem": f"{missing}: {INSTALL}"})
-                log.info(f"{name}: skipped: {missing}: {INSTALL}")
-            bar.advance()
-    return rows
-
-
-def _walk(quick: bool) -> Iterator[Row]:
-    from multisa.benchmarks import random_walk
-
-    for compared in random_walk.comparisons(quick=quick):
-        size = f"{compared['size']}x{compared['size']}, {compared['channels']} channels"
-        yield from _ways("random walk", size, compared["ways"], compared["roofline"]["binding"])
-
-
-def _crf(quick: bool) -> Iterator[Row]:
-    from multisa.benchmarks import dense_crf
-
-    for compared in dense_crf.comparisons(quick=quick):
-        shape = f"{dense_crf.WIDTH}x{dense_crf.HEIGHT}, {compared['parameters']}"
-        size = f"{shape}, {compared['labels']} labels, {compared['present']} present"
-        limit = {
-            "roofline_ms": compared["roofline"]["roofline_ms"],
-            "share": compared["roofline"]["share_of_roofline"],
-            "text": "bytes of the lattice read once per iteration, over the measured bandwidth of a copy",
-        }
-        yield from _ways("dense CRF", size, compared["ways"], limit)
-
-
-def _ways(kernel: str, size: str, ways: Mapping[str, Mapping[str, Any]], limit: Row) -> Iterator[Row]:
-    ours = ways[OURS]["median_ms"]
-    for way, figures in ways.items():
-        yield {
-            "kernel": kernel,
-            "way": way,
-            "size": size,
-            "threads": "all" if way.startswith("dense squaring") else 1,
-            "problem": None,
-            **figures,
-            "times_ours": round(figures["median_ms"] / ours, 3),
-            "limit": limit if way == OURS else None,
-        }
-
-
 MEASURES: dict[str, Callable[[BenchContext], list[Row]]] = {
     "segment": segmenting.measure,
     "label": labelling.measure,
-    "kernels": measure_kernels,
+    "kernels": lambda context: kernels.measure(quick=context.effort.is_quick),
 }

@@ -57,6 +57,7 @@ class WorkerProcess:
         self._process = context.Process(target=_serve, args=(theirs, make, arguments, cpus), daemon=True)
         start = time.perf_counter()
         self._process.start()
+        self.pid = self._process.pid
         theirs.close()
         try:
             self._answer()
@@ -83,11 +84,6 @@ class WorkerProcess:
     def peak_mib(self) -> float | None:
         """Peak resident memory of the process in MiB; None where the system does not have it."""
         return peak_memory_mib(self._process.pid)
-
-    @property
-    def pid(self) -> int | None:
-        """Id of the process."""
-        return self._process.pid
 
     def close(self) -> None:
         """End the process."""
@@ -164,15 +160,10 @@ def run_command(command: str, source: Path, out: Path, *arguments: str) -> dict[
     Raises WorkerFailedError with the command's last line of stderr where it fails.
     """
     shutil.rmtree(out, ignore_errors=True)
-    words = [command, str(source), "-o", str(out), "--report", "0", *arguments]
+    words = [command, str(source), "-o", str(out), "--report-images", "0", *arguments]
+    program = [sys.executable, "-c", _COMMAND, *words]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _COMMAND, *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_ANSWER_SECONDS,
-        )
+        done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
         raise WorkerFailedError(f"multisa {command}: killed after {_ANSWER_SECONDS:.0f} s") from None
     lines = done.stderr.splitlines()
