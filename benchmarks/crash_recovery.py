@@ -28,7 +28,7 @@ from PIL import Image
 from multisa.benchmarks.harness import CLI, environment, interleave, make_parser, save_results
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.demo import IMAGES as DEMO_IMAGES
-from multisa.runtime.jobs.finalize import FINISHED
+from multisa.runtime.jobs.finalize import FINALIZED
 from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.output import CONFIG, JOURNAL, LOCK, SNAPSHOT
 from multisa.runtime.jobs.shards import FILES, listed_files, part_path
@@ -161,7 +161,7 @@ def phase(out: Path) -> str:
     shards = len(committed(out))
     if shards < SHARDS:
         return "shards" if shards else "before the first commit"
-    return "end" if (out / FINISHED).exists() else "finishing"
+    return "end" if (out / FINALIZED).exists() else "finishing"
 
 
 def committed(out: Path) -> list[int]:

@@ -31,9 +31,9 @@ MAX_FILE_BYTES = 512 * 2**20  # of one image; no camera writes more, and a worke
 MAX_PIXELS = 50_000_000
 MINIMUM_SIDE = 64  # the exported graphs take no smaller side
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-# A JPEG that is decoded smaller keeps this many times the side that the networks see. Of the labels of 13
-# images, enlarged to 12 megapixels, 0.5 % change so (benchmarks/encoding.py; 0.2 % of its 12); 0.8 % do
-# when what the networks see is saved as a JPEG of quality 95.
+# A JPEG that is decoded smaller keeps this many times the side that the networks see. On 13 images enlarged to
+# 12 megapixels 0.5 % of the labels change (0.2 % on the 12 of benchmarks/results/encoding.json); saving what
+# the networks see as a JPEG of quality 95 changes 0.8 %.
 SCALED_SIDES = 2
 
 # Everything Pillow's decoders raise for broken files.

@@ -1,6 +1,6 @@
 """How uncertain a mask is, so that people look at the uncertain ones first; it ranks, it is no probability.
 
-The definitions were chosen among several on the val images, the ones benchmarks/uncertainty.py measures with.
+The definitions were chosen among several on val images: benchmarks/results/uncertainty.json.
 """
 
 from collections.abc import Collection, Mapping
