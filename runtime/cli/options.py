@@ -232,12 +232,7 @@ _RUN_OPTIONS = (
         group=_MACHINES,
         help="Process the shards on a Ray cluster (auto, local, HOST:PORT); OUT must be shared.",
     ),
-    option(
-        "--log-json",
-        metavar="FILE",
-        group=_MONITORING,
-        help="Write events as JSON lines; - for stderr.",
-    ),
+    option("--log-json", metavar="FILE", group=_MONITORING, help="Write events as JSON lines; - for stderr."),
     option(
         "--metrics-port",
         type=click.IntRange(1, 65535),

@@ -21,13 +21,7 @@ from multisa.runtime.backends.registry import BackendRequest, SelectedBackend, o
 from multisa.runtime.bundle import Bundle, Manifest, load_bundle
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import (
-    MAX_PIXELS,
-    DecodedImage,
-    ImageInput,
-    load_image,
-    resize_mask,
-)
+from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image, resize_mask
 from multisa.runtime.imaging.png import encode_palette_png, overlay_mask
 from multisa.runtime.predict.uncertainty import uncertainty
 from multisa.runtime.system import usable_cpus

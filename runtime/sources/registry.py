@@ -32,10 +32,7 @@ _WILD = re.compile(r"[*?[]")
 
 
 def open_source(
-    spec: str,
-    *,
-    classes: Collection[str] = (),
-    storage_options: str | Mapping[str, Any] | None = None,
+    spec: str, *, classes: Collection[str] = (), storage_options: str | Mapping[str, Any] | None = None
 ) -> Source:
     """Open what `spec` names, without listing it or contacting a server.
 

@@ -58,11 +58,7 @@ class LabelStudioWriter(WriterBase):
             ]
         except ValueError as error:
             raise ImageError(f"label-studio cannot hold it: {error}") from error
-        prediction = {
-            "model_version": self._version,
-            "score": image.record["confidence"],
-            "result": results,
-        }
+        prediction = {"model_version": self._version, "score": image.record["confidence"], "result": results}
         reference = self._prefix + (quote(image.id) if self._prefix.startswith(_WEB) else image.id)
         return json_bytes(
             {"data": {"image": reference}, "meta": {"id": image.id}, "predictions": [prediction]}
