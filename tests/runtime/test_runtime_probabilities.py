@@ -176,8 +176,8 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "cut short": (lambda tar: tar.read_bytes()[:1500], "expected a tar of class probabilities"),
     "no record": (npz_only, "'a' without its record"),
     "another's record": (lambda tar: altered(tar, {}, key="b", renamed="a"), "got the member 'a.json'"),
-    "a damaged header": (lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"), "damaged or cut"),
-    "cut between images": (lambda tar: tar.read_bytes()[: second_image(tar)], "damaged or cut"),
+    "a damaged header": (lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"), "damaged or truncated"),
+    "cut between images": (lambda tar: tar.read_bytes()[: second_image(tar)], "damaged or truncated"),
     "a link": (lambda tar: linked(), "got the member 'a.npz'"),
     "another member": (lambda tar: altered(tar, {}, extra=(("a.txt", b""),)), "got the member 'a.txt'"),
     "a path out": (lambda tar: altered(tar, {}, key="../a"), r"got the name '\.\./a'"),
@@ -190,7 +190,7 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a made-up shape": (lambda tar: altered(tar, {"probabilities.npy": HUGE}), r"shape \(3, 99999, 99999\)"),
     "other classes": (
         lambda tar: altered(tar, {"class_ids.npy": npy(np.zeros(4, np.uint8))}),
-        "do not belong together",
+        "do not fit together",
     ),
     "a huge size": (
         lambda tar: altered(tar, {"size.npy": npy(np.array([99999, 99999], np.int32))}),
