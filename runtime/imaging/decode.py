@@ -33,8 +33,8 @@ MINIMUM_SIDE = 64  # pixels; the smallest side that the exported graphs accept
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 MASK_FORMATS = ("PNG",)
 EXTENSIONS = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pbm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm",
 ))  # fmt: skip
 # A JPEG decoded at reduced size keeps at least this many times the side that the networks see. This changes
 # 0.5 % of the labels of 13 images enlarged to 12 megapixels (benchmarks/encoding.py; 0.2 % of its 12). Saving
@@ -44,8 +44,8 @@ SCALED_SIDES = 2
 # Everything that Pillow's decoders raise for broken files.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, ArithmeticError, MemoryError,
-    AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
-    Warning,  # where the host program turns warnings into errors
+    AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error,
+    Image.DecompressionBombError, Warning,  # where the host program turns warnings into errors
 )  # fmt: skip
 _PREFIX_BYTES = 16  # of a file, by which Pillow's plug-ins recognise their format
 
@@ -76,10 +76,16 @@ def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: in
     elif isinstance(image, bytes):
         loaded = decode_image(image, max_pixels=max_pixels, long_side=long_side)
     elif isinstance(image, (str, os.PathLike)):
+        path = Path(image)
         try:
-            loaded = decode_image(_read(Path(image)), max_pixels=max_pixels, long_side=long_side)
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
+            loaded = decode_image(path.read_bytes(), max_pixels=max_pixels, long_side=long_side)
+        except OSError as error:
+            raise ImageError(f"{path}: {reason_of(error)}") from error
         except ImageError as error:
-            raise ImageError(f"{Path(image)}: {error}") from error
+            raise ImageError(f"{path}: {error}") from error
     else:
         raise ImageError(
             f"got {type(image).__name__}, expected a path, the bytes of an image file, a PIL image, or RGB "
@@ -308,7 +314,12 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
 def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """Read class ids uint8 [H, W] as `decode_mask` does. Raises ImageError (`PATH: reason`)."""
     try:
-        return decode_mask(_read(path), max_pixels=max_pixels)
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
+        return decode_mask(path.read_bytes(), max_pixels=max_pixels)
+    except OSError as error:
+        raise ImageError(f"{path}: {reason_of(error, MASK_FORMATS)}") from error
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
 
@@ -332,13 +343,3 @@ def resize_mask(mask: UInt8, size: tuple[int, int]) -> UInt8:
         return mask
     image = Image.fromarray(np.ascontiguousarray(mask))
     return np.array(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
-            size = path.stat().st_size
-            raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(reason_of(error)) from error

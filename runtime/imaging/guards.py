@@ -159,7 +159,7 @@ def _check_gif(data: bytes) -> None:
 
 
 def _directories(data: bytes) -> Iterator[list[tuple[int, int]]]:
-    """Yield (type, count) of the entries in a TIFF's first directory, and an empty list for each other one."""
+    """Yield (type, count) of each entry in a TIFF's first directory, then an empty list per other one."""
     order = "<" if data[:2] == b"II" else ">"
     big = b"+" in data[2:4]
     head, entry, pointer = ("Q", "2xHQ8x", "Q") if big else ("H", "2xHL4x", "L")

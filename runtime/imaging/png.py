@@ -33,8 +33,8 @@ def voc_palette() -> UInt8:
 def encode_palette_png(mask: UInt8, palette: UInt8) -> bytes:
     """Encode class ids as a palette PNG (PNG 3rd edition: IHDR, PLTE, IDAT, IEND).
 
-    The bytes are the same on every machine. mask: uint8 [H, W], H, W >= 1. palette: uint8 [n, 3] RGB, n <= 256,
-    more than every id. Raises TypeError for another dtype, ValueError for another shape or an id without a colour.
+    The bytes are the same on every machine. mask: uint8 [H, W], H, W >= 1. palette: uint8 [n, 3] RGB,
+    1 <= n <= 256. Raises TypeError for another dtype, ValueError for another shape or an id without a colour.
     """
     if palette.dtype != np.uint8:
         raise TypeError(f"palette: got {palette.dtype}, expected uint8")
