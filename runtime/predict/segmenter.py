@@ -13,14 +13,7 @@ from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BackendError
 from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
-from multisa.runtime.predict.prediction import (
-    DECIMALS,
-    BundlePredictor,
-    Labels,
-    Prediction,
-    StageTimer,
-    timed,
-)
+from multisa.runtime.predict.prediction import DECIMALS, BundlePredictor, Labels, Prediction, StageTimer
 from multisa.runtime.predict.uncertainty import histogram_disagreement
 
 UInt8 = npt.NDArray[np.uint8]
