@@ -1,4 +1,4 @@
-"""The demonstration: label and segment the images of the package, side by side on one page."""
+"""The demo: label and segment the packaged images, and show both results on one page."""
 
 import io
 import json
@@ -31,7 +31,7 @@ from multisa.runtime.report.pictures import (
 IMAGES = Path(__file__).parent / "demo_images"
 RUNS = ("label", "segment")
 CAPTIONS = {PHOTO: "image", "label": "multisa label", "segment": "multisa segment"}
-COLUMN_WIDTH = 360  # pixels of the contact sheet, as the following
+COLUMN_WIDTH = 360  # pixels of the contact sheet, like the next three
 CAPTION_HEIGHT = 32
 CAPTION_SIZE = 18
 GAP = 4  # between rows and between columns
@@ -40,14 +40,14 @@ GAP = 4  # between rows and between columns
 def run_demo(out: Path, bundle: Bundle, request: BackendRequest) -> dict[str, RunSummary]:
     """Write OUT/label, OUT/segment, OUT/index.html and the contact sheet OUT/demo.jpg.
 
-    Returns a summary for each run. A bundle of other classes labels from its own scores. Raises
-    TooManyFailures, before it makes page and sheet, if any image failed.
+    Returns the summary of each run. A bundle without the classes of the demo labels from its scores. Raises
+    TooManyFailures, before writing page and sheet, if any image failed.
     """
     labels: Path | None = IMAGES / "labels.csv"
     try:
         read_image_labels(IMAGES / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
-        log.info(f"{error}; the images are labelled from scores")
+        log.info(f"{error}; the classifier's scores decide instead")
         labels = None
     settings = RunSettings(
         bundle=bundle,
@@ -55,7 +55,7 @@ def run_demo(out: Path, bundle: Bundle, request: BackendRequest) -> dict[str, Ru
         precision=request.precision,
         engine_cache=request.engine_cache,
         overwrite=True,
-        report_images=0,  # the page of the demo is about both runs
+        report_images=0,  # the page of the demo shows both runs
     )
     summaries = {
         "label": label_images(IMAGES / "*.jpg", out / "label", labels, **settings),
@@ -71,7 +71,7 @@ def run_demo(out: Path, bundle: Bundle, request: BackendRequest) -> dict[str, Ru
 
 
 def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) -> None:
-    """Write OUT/index.html: the images with the masks of both runs; facts are those of `segment`."""
+    """Write OUT/index.html: the images with the masks of both runs, and the metadata of `segment`."""
     clear_pictures(out)
     cards = []
     for record in sorted(records, key=lambda record: (-record["uncertainty"], record["index"])):
@@ -89,7 +89,7 @@ def _write_page(out: Path, records: list[dict[str, Any]], manifest: Manifest) ->
 
 
 def _write_contact_sheet(out: Path, indices: list[int]) -> None:
-    """Write one picture: a captioned column for each panel, a row for each image."""
+    """Write one JPEG with a captioned column for each panel and a row for each image."""
     rows = [[_read_picture(out, index, kind) for kind in CAPTIONS] for index in indices]
     height = CAPTION_HEIGHT + sum(row[0].height for row in rows) + GAP * (len(rows) - 1)
     sheet = Image.new("RGB", (COLUMN_WIDTH * len(CAPTIONS) + GAP * (len(CAPTIONS) - 1), height), "white")
@@ -107,7 +107,7 @@ def _write_contact_sheet(out: Path, indices: list[int]) -> None:
 
 
 def _read_picture(out: Path, index: int, kind: str) -> Image.Image:
-    """One panel of one image, as wide as its column."""
+    """Read one panel of one image, resized to the width of its column."""
     with Image.open(out / picture_path(index, kind)) as picture:
         height = round(picture.height * COLUMN_WIDTH / picture.width)
         return picture.resize((COLUMN_WIDTH, height), Image.Resampling.LANCZOS)

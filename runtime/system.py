@@ -1,4 +1,4 @@
-"""What this process may use: processors, and the versions of installed packages."""
+"""The processors that this process may use, and the versions of installed packages."""
 
 import math
 import os
@@ -6,29 +6,29 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cpus() -> int:
-    """Processors that this process may use, at least 1: in a container often fewer than the machine has.
+    """Return the number of processors that this process may use, at least 1.
 
-    Counts what the affinity of the process and the quotas of its cgroups allow.
-
-    A quota of a part of a processor counts as a whole one. Quotas are those of cgroup v2 (`cpu.max`,
-    https://docs.kernel.org/admin-guide/cgroup-v2.html), which every group above has, too.
+    In a container that is often fewer than the machine has: the minimum of the process's affinity and the
+    quotas (rounded up) of its cgroup v2 and all parent groups (`cpu.max`,
+    https://docs.kernel.org/admin-guide/cgroup-v2.html).
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min((affinity, *map(math.ceil, _quotas()))))
 
 
 def _quotas() -> Iterator[float]:
-    """Processors that each of the groups of this process may use, where it has a limit."""
+    """Yield the quota, in processors, of each cgroup of this process that has one."""
     try:
         lines = _MEMBERSHIP.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
-        if line.startswith("0::"):  # version 2; the others have numbers
+        if line.startswith("0::"):  # version 2; the hierarchies of version 1 have other numbers
             own = _CGROUPS / line.removeprefix("0::").lstrip("/")
             for folder in (own, *own.parents):
                 if folder.is_relative_to(_CGROUPS):
@@ -40,11 +40,11 @@ def _quota(path: Path) -> Iterator[float]:
         limit, period = path.read_text(encoding="ascii").split()
         if limit != "max":
             yield int(limit) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # the topmost group has none
+    except (OSError, ValueError, ZeroDivisionError):  # the root group has none
         return
 
 
-# Packages that come under several names, which hold the same modules: the name for people, all others.
+# Packages whose modules are also distributed under other names: the usual name, and all names.
 _ALIASES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings"),
@@ -53,12 +53,12 @@ _ALIASES = {
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Version of each package that is installed, by the name it is installed under."""
-    found = {}
+    """Return the version of each installed package, by the name under which it is installed."""
+    versions = {}
     for name in names:
         for alias in _ALIASES.get(name, (name,)):
             try:
-                found[alias] = version(alias)
+                versions[alias] = version(alias)
             except PackageNotFoundError:
                 continue
-    return found
+    return versions
