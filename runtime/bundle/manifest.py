@@ -123,54 +123,42 @@ def manifest_from_json(text: str) -> Manifest:
 
 def check_manifest(manifest: Manifest) -> None:
     """Check what types cannot express. Raises ValueError that names the key and what is expected."""
-    classes, parameters = manifest.classes, manifest.parameters
-    colours = [channel for colour in manifest.palette for channel in colour]
+    classes = manifest.classes
+    palette = manifest.palette
+    files = sorted(manifest.files)
+    parameters = manifest.parameters
+    long_side = parameters.long_side
     thresholds = parameters.score_thresholds
-    bad_names = [name for name in manifest.files if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME]
+    names = sorted(classes[1:])
     gains = len(parameters.label.class_gain)
+    bad_names = [name for name in files if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME]
+    has_background = len(classes) >= 2 and classes[0] == BACKGROUND and all(classes)
+    in_range = all(0 <= channel <= 255 for colour in palette for channel in colour)
+    are_shares = all(0 <= threshold <= 1 for threshold in thresholds.values())
+    colours = f"{len(palette)} colours"
     rules = (
+        ("classes", has_background, list(classes), f"{BACKGROUND!r} and then at least one class"),
+        ("classes", len(set(classes)) == len(classes), list(classes), "each class once"),
+        ("classes", len(classes) <= 255, len(classes), "at most 255 (ids have 8 bits)"),
+        ("palette", len(palette) == len(classes), colours, f"one per class ({len(classes)})"),
+        ("palette", in_range, palette, "channels within 0..255"),
+        ("ignore_index", manifest.ignore_index == IGNORE_INDEX, manifest.ignore_index, str(IGNORE_INDEX)),
+        ("parameters.long_side", long_side >= MINIMUM_SIDE, long_side, f">= {MINIMUM_SIDE}"),
+        ("parameters.walk_stride", parameters.walk_stride >= 1, parameters.walk_stride, ">= 1"),
+        ("parameters.score_thresholds", sorted(thresholds) == names, sorted(thresholds), str(names)),
+        ("parameters.score_thresholds", are_shares, thresholds, "values within 0..1"),
         (
-            len(classes) >= 2 and classes[0] == BACKGROUND and all(classes),
-            f"classes: expected {BACKGROUND!r} and then at least one class, got {list(classes)}",
+            "parameters.label.class_gain",
+            gains in (0, len(names)),
+            f"{gains} numbers",
+            f"{len(names)} or none",
         ),
-        (len(set(classes)) == len(classes), f"classes: expected each class once, got {list(classes)}"),
-        (len(classes) <= 255, f"classes: got {len(classes)}, expected at most 255 (ids are 8 bits)"),
-        (
-            len(manifest.palette) == len(classes),
-            f"palette: got {len(manifest.palette)} colours, expected one for each of {len(classes)} classes",
-        ),
-        (all(0 <= channel <= 255 for channel in colours), "palette: expected channels within 0..255"),
-        (
-            manifest.ignore_index == IGNORE_INDEX,
-            f"ignore_index: got {manifest.ignore_index}, expected {IGNORE_INDEX}",
-        ),
-        (
-            parameters.long_side >= MINIMUM_SIDE,
-            f"parameters.long_side: got {parameters.long_side}, expected >= {MINIMUM_SIDE}",
-        ),
-        (parameters.walk_stride >= 1, f"parameters.walk_stride: got {parameters.walk_stride}, expected >= 1"),
-        (
-            sorted(thresholds) == sorted(classes[1:]),
-            f"parameters.score_thresholds: got {sorted(thresholds)}, expected {sorted(classes[1:])}",
-        ),
-        (
-            all(0 <= threshold <= 1 for threshold in thresholds.values()),
-            f"parameters.score_thresholds: expected values within 0..1, got {thresholds}",
-        ),
-        (
-            gains in (0, len(classes) - 1),
-            f"parameters.label.class_gain: got {gains} numbers, expected one for each of {len(classes) - 1} "
-            "foreground classes, or none",
-        ),
-        (not bad_names, f"files: got {bad_names}, expected plain file names inside the folder"),
-        (
-            set(GRAPH_NAMES) <= set(manifest.files),
-            f"files: got {sorted(manifest.files)}, expected {', '.join(GRAPH_NAMES)} among them",
-        ),
+        ("files", not bad_names, bad_names, "plain file names inside the folder"),
+        ("files", set(GRAPH_NAMES) <= set(files), files, f"{', '.join(GRAPH_NAMES)} among them"),
     )
-    for holds, problem in rules:
+    for key, holds, got, expected in rules:
         if not holds:
-            raise ValueError(problem)
+            raise ValueError(f"{key}: got {got}, expected {expected}")
 
 
 def manifest_to_json(manifest: Manifest) -> str:

@@ -11,6 +11,7 @@ from multisa.kernels import deflate_mask
 UInt8 = npt.NDArray[np.uint8]
 
 IGNORE_INDEX = 255
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # One byte per pixel: some readers stretch or refuse the smaller depths of PNG, and compression does not gain
 # from them.
@@ -46,7 +47,7 @@ def encode_palette_png(mask: UInt8, palette: UInt8) -> bytes:
     height, width = mask.shape
     head = struct.pack(">IIBBBBB", width, height, _BIT_DEPTH, _PALETTE_COLOURS, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"PLTE", palette.tobytes()), (b"IDAT", data), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, content) for kind, content in chunks)
+    return PNG_SIGNATURE + b"".join(png_chunk(kind, content) for kind, content in chunks)
 
 
 def png_encoder() -> str:
@@ -54,7 +55,8 @@ def png_encoder() -> str:
     return _ENCODER
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Return one chunk of a PNG: length, kind, content, checksum."""
     checksum = zlib.crc32(content, zlib.crc32(kind))
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 

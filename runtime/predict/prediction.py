@@ -1,14 +1,15 @@
-"""The prediction for one image, and the interface and common base of the predictors."""
+"""The prediction for one image, and the common base of the predictors."""
 
 import io
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -169,36 +170,15 @@ def timed(timer: StageTimer | None, stage: str) -> AbstractContextManager[None]:
     return nullcontext() if timer is None else timer.stage(stage)
 
 
-class Predictor(AbstractContextManager["Predictor"], Protocol):
-    """The interface of `Segmenter` and `PseudoLabeler` that a run uses. Every method is thread-safe.
+class Predictor(Closeable):
+    """The common base of `Segmenter` and `PseudoLabeler`: a bundle, its open graphs, and decoding.
 
-    A MultisaError that a method raises concerns only the images of that call.
+    Several threads may call every method at once. A MultisaError that a method raises concerns only the
+    images of that call.
     """
 
     command: str  # "label" or "segment"
-    backends: Sequence[SelectedBackend]
-
-    @property
-    def device(self) -> str:
-        """The device that makes the masks, "cpu" or "gpu". Their bytes may differ."""
-
-    def decode(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-        """Decode an image file and resize it to the working size. Raises ImageError."""
-
-    def predict_batch(
-        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
-    ) -> Sequence[Any]:
-        """Run the graphs on uint8 [N, h, w, 3]. Returns one result per image, the input of `postprocess`.
-
-        labels: for each image its image-level labels, or None if they are unknown.
-        """
-
-    def postprocess(self, raw: Any, image: DecodedImage, timer: StageTimer | None = None) -> Prediction:
-        """Turn one result of `predict_batch` into the prediction for the image."""
-
-
-class BundlePredictor(Closeable):
-    """The common base of `Segmenter` and `PseudoLabeler`: a bundle, its open graphs, and decoding."""
+    device = "cpu"  # what makes the masks, "cpu" or "gpu"; their bytes may differ
 
     def __init__(
         self,
@@ -222,6 +202,19 @@ class BundlePredictor(Closeable):
     def decode(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
         """Decode the bytes of an image file and resize the image to the working size. Raises ImageError."""
         return load_image(data, max_pixels=max_pixels, long_side=self._long_side)
+
+    @abstractmethod
+    def predict_batch(
+        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
+    ) -> Sequence[Any]:
+        """Run the graphs on uint8 [N, h, w, 3]. Returns one result per image, the input of `postprocess`.
+
+        labels: for each image its image-level labels, or None if they are unknown.
+        """
+
+    @abstractmethod
+    def postprocess(self, raw: Any, image: DecodedImage, timer: StageTimer | None = None) -> Prediction:
+        """Turn one result of `predict_batch` into the prediction for the image."""
 
     def close(self) -> None:
         """Free the memory of the graphs. The predictor cannot be used afterwards."""

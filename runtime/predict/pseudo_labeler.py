@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,10 @@ from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput,
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.predict.prediction import (
     DECIMALS,
-    BundlePredictor,
     ClassProbabilities,
     Labels,
     Prediction,
+    Predictor,
     StageTimer,
     timed,
 )
@@ -37,7 +37,7 @@ UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 
-class PseudoLabeler(BundlePredictor):
+class PseudoLabeler(Predictor):
     """Makes pseudo-masks from image-level labels (Multi-SA CAM, AffinityNet, random walk, dense CRF).
 
     >>> with PseudoLabeler() as label:
@@ -70,6 +70,7 @@ class PseudoLabeler(BundlePredictor):
             stack.callback(super().close)
             self._steps = _make_steps(self._manifest, self.backends, stack, probabilities=probabilities)
             self._stack = stack.pop_all()
+        self.device = self._steps.device
 
     def __call__(
         self, image: ImageInput, labels: Sequence[str] | None = None, *, max_pixels: int = MAX_PIXELS
@@ -87,11 +88,6 @@ class PseudoLabeler(BundlePredictor):
         loaded = load_image(image, max_pixels=max_pixels, long_side=self._long_side)
         (raw,) = self.predict_batch(loaded.rgb[np.newaxis], (ordered,))
         return self.postprocess(raw, loaded)
-
-    @property
-    def device(self) -> str:
-        """The device that makes the masks, "cpu" or "gpu". Their bytes may differ."""
-        return self._steps.device
 
     def predict_batch(
         self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
@@ -121,21 +117,9 @@ class PseudoLabeler(BundlePredictor):
         return tuple(name for name in foreground if name in labels)
 
 
-class _Steps(Protocol):
-    """The two steps of labelling, on the CPU or on a GPU."""
-
-    device: str
-
-    def predict_batch(
-        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
-    ) -> Sequence[Any]: ...
-
-    def postprocess(self, raw: Any, image: DecodedImage, timer: StageTimer | None) -> Prediction: ...
-
-
 def _make_steps(
     manifest: Manifest, backends: Sequence[SelectedBackend], stack: ExitStack, *, probabilities: bool
-) -> _Steps:
+) -> "_CpuSteps | _GpuSteps":
     """Run the steps on the GPU if both networks and the kernels can run there, else on the CPU."""
     cam, affinity = (selected.backend for selected in backends)
     if isinstance(cam, AsyncBackend) and isinstance(affinity, AsyncBackend):
@@ -157,14 +141,6 @@ class WalkResult:
     labels_from: str  # "file", or "scores"
 
 
-@dataclass(frozen=True)
-class _Affinity:
-    """Runs the affinity graph; `device_errors` are those of the device if its output stays there."""
-
-    run: Callable[[UInt8], Mapping[str, Any]]
-    device_errors: tuple[type[Exception], ...] = ()
-
-
 class _CpuSteps:
     """Runs the graphs on any backend, and random walk, dense CRF and argmax with the CPU kernels."""
 
@@ -175,7 +151,8 @@ class _CpuSteps:
         self._probabilities = probabilities
         self._thresholds = manifest.parameters.score_thresholds
         self._cam = cam
-        self._affinity = _affinity_for_the_walk(affinity, manifest.parameters.label.walk_radius)
+        radius = manifest.parameters.label.walk_radius
+        self._run_affinity, self._device_errors = _affinity_for_the_walk(affinity, radius)
 
     def predict_batch(
         self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
@@ -228,7 +205,7 @@ class _CpuSteps:
         if not classes:  # nothing to spread
             return np.zeros((0, 1, 1), np.float32)
         with timed(timer, "affinity"):
-            edges: Float32 = self._affinity.run(image[np.newaxis])["affinity"]  # or a device array
+            edges: Float32 = self._run_affinity(image[np.newaxis])["affinity"]  # or a device array
         expected = len(stencil_offsets(parameters.walk_radius))
         offsets, grid = edges.shape[1], tuple(edges.shape[2:])
         if offsets != expected:
@@ -241,7 +218,7 @@ class _CpuSteps:
                 f"affinity: got a grid of {grid}, expected {strided} at stride {stride} of {image.shape[:2]}"
             )
         rows = [self._manifest.foreground.index(name) for name in classes]
-        with timed(timer, "walk"), _kernel_errors_as_image_errors(self._affinity.device_errors):
+        with timed(timer, "walk"), _kernel_errors_as_image_errors(self._device_errors):
             return walk_scores(maps[rows], edges, parameters)
 
 
@@ -290,10 +267,15 @@ class _GpuSteps:
         )
 
 
-def _affinity_for_the_walk(backend: Backend, radius: int) -> _Affinity:
-    """Leave affinities, by far the largest output, on the device if the walk can run there too."""
+def _affinity_for_the_walk(
+    backend: Backend, radius: int
+) -> tuple[Callable[[UInt8], Mapping[str, Any]], tuple[type[Exception], ...]]:
+    """Return a function that runs the affinity graph, and the errors of the device that keeps its output.
+
+    Affinities, by far the largest output, stay on the device if the walk can run there too.
+    """
     if not isinstance(backend, DeviceBackend):
-        return _Affinity(backend.run)
+        return backend.run, ()
     from multisa.kernels.cuda import calls
     from multisa.kernels.cuda.device import MAX_RADIUS
     from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
@@ -302,10 +284,10 @@ def _affinity_for_the_walk(backend: Backend, radius: int) -> _Affinity:
         device = calls.default_device()
     except DeviceUnavailableError as error:
         log.info(f"the random walk runs on the CPU: {error}")
-        return _Affinity(backend.run)
+        return backend.run, ()
     if radius > MAX_RADIUS:
-        return _Affinity(backend.run)
-    return _Affinity(backend.run_on_device, device.errors if isinstance(device, PrimaryContext) else ())
+        return backend.run, ()
+    return backend.run_on_device, device.errors if isinstance(device, PrimaryContext) else ()
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BackendError
 from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
-from multisa.runtime.predict.prediction import DECIMALS, BundlePredictor, Labels, Prediction, StageTimer
+from multisa.runtime.predict.prediction import DECIMALS, Labels, Prediction, Predictor, StageTimer
 from multisa.runtime.predict.uncertainty import histogram_disagreement
 
 UInt8 = npt.NDArray[np.uint8]
 
 
-class Segmenter(BundlePredictor):
+class Segmenter(Predictor):
     """Segments images with the trained segmenter of a bundle (DeepLabV3+ by default).
 
     >>> with Segmenter() as segment:
@@ -30,7 +30,6 @@ class Segmenter(BundlePredictor):
     """
 
     command = "segment"
-    device = "cpu"
 
     def __init__(
         self,

@@ -7,7 +7,6 @@ import io
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,28 +16,27 @@ from PIL import Image
 
 from multisa.kernels import encode_rle
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.imaging.png import IGNORE_INDEX, voc_palette
+from multisa.runtime.imaging.png import IGNORE_INDEX, PNG_SIGNATURE, png_chunk, voc_palette
 
 UInt8 = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
 Members = Iterable[tuple[str, bytes]]  # name and data
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PALETTE_CHUNKS = (b"PLTE", b"tRNS")
 _GREY, _INDEXED = 0, 3  # colour types
-_COMPRESSION = 1  # of zlib
+_COMPRESSION = 1  # of zlib; more effort gains little, and confidences are noise to it
 _MODE = 0o644  # of the members of archives
 _FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip member
 
 
 def with_palette(png: bytes, palette: UInt8) -> bytes:
     """Replace the palette of a PNG by the first colours of uint8 [256, 3], as many as it has."""
-    pieces = [_SIGNATURE]
+    pieces = [PNG_SIGNATURE]
     for kind, data in _chunks(png):
         if kind == b"PLTE":
             data = palette.tobytes()[: len(data)]
         if kind != b"tRNS":
-            pieces.append(_chunk(kind, data))
+            pieces.append(png_chunk(kind, data))
     return b"".join(pieces)
 
 
@@ -50,26 +48,22 @@ def grey_png(mask: UInt8, png: bytes) -> bytes:
         return encode_grey(mask)
     header[9] = _GREY
     kept = [(kind, data) for kind, data in chunks[1:] if kind not in _PALETTE_CHUNKS]
-    return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in [(b"IHDR", bytes(header)), *kept])
+    return PNG_SIGNATURE + b"".join(png_chunk(kind, data) for kind, data in [(b"IHDR", bytes(header)), *kept])
 
 
-def encode_grey(mask: UInt8) -> bytes:
-    """Encode class ids uint8 [H, W] as an 8-bit grey PNG."""
+def encode_grey(values: UInt8) -> bytes:
+    """Encode uint8 [H, W] as an 8-bit grey PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(mask)).save(buffer, "PNG", compress_level=_COMPRESSION)
+    Image.fromarray(np.ascontiguousarray(values)).save(buffer, "PNG", compress_level=_COMPRESSION)
     return buffer.getvalue()
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    offset = len(_SIGNATURE)
+    offset = len(PNG_SIGNATURE)
     while offset < len(png):
         (size,) = struct.unpack_from(">I", png, offset)
         yield png[offset + 4 : offset + 8], png[offset + 8 : offset + 8 + size]
         offset += size + 12  # length, kind, data, checksum
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def distinct_colours(manifest: Manifest) -> UInt8:

@@ -1,16 +1,11 @@
 """Plain files: `masks`, `confidence` and `tar`, and the base classes of formats like them."""
 
-import io
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from PIL import Image
-
 from multisa.runtime.imaging.decode import resize_mask
 from multisa.runtime.writers.base import LabelledImage, ShardFiles, Writer, json_bytes, shard_path, tar_key
-from multisa.runtime.writers.encoding import tar_bytes
-
-_COMPRESSION = 1  # of zlib; confidences are noise to it, and more effort gains little
+from multisa.runtime.writers.encoding import encode_grey, tar_bytes
 
 
 class PngWriter(Writer):
@@ -48,11 +43,8 @@ class ConfidenceWriter(PngWriter):
     folder = "confidence"
 
     def png(self, image: LabelledImage) -> bytes:
-        buffer = io.BytesIO()
-        size = (image.mask.shape[0], image.mask.shape[1])
-        grey = Image.fromarray(resize_mask(image.confidence, size))
-        grey.save(buffer, "PNG", compress_level=_COMPRESSION)
-        return buffer.getvalue()
+        height, width = image.mask.shape
+        return encode_grey(resize_mask(image.confidence, (height, width)))
 
 
 TarMembers = tuple[tuple[str, bytes], ...]
