@@ -109,35 +109,35 @@ def _run(
     labels: Path | None,
     settings: RunSettings,
 ) -> RunSummary:
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    arguments: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     valid = RunSettings.__annotations__
-    if unknown := sorted(set(given) - set(valid)):
+    if unknown := sorted(set(arguments) - set(valid)):
         raise UsageError(f"got the argument {unknown[0]!r}, expected some of {', '.join(valid)}")
-    if "ray" in given and "num_processes" in given:
+    if "ray" in arguments and "num_processes" in arguments:
         raise UsageError("got both --ray and --num-processes, expected one of them")
-    options = _options(given)
-    bundle = given.get("bundle")
-    cache = Path(given["engine_cache"]) if given.get("engine_cache") else None
-    storage = given.get("storage_options")
+    options = _options(arguments)
+    bundle = arguments.get("bundle")
+    cache = Path(arguments["engine_cache"]) if arguments.get("engine_cache") else None
+    storage = arguments.get("storage_options")
     job = make_job(
         command,
         str(images),
         Path(output),
         (bundle if isinstance(bundle, Bundle) else load_bundle(bundle)).path,
-        BackendRequest(given.get("backend", AUTO), given.get("precision", AUTO), cache),
+        BackendRequest(arguments.get("backend", AUTO), arguments.get("precision", AUTO), cache),
         options,
         storage_options=json.dumps(dict(storage)) if isinstance(storage, Mapping) else storage,
-        image_prefix=given.get("image_prefix", ""),
+        image_prefix=arguments.get("image_prefix", ""),
     )
-    executor = make_executor(num_processes=given.get("num_processes", 1), ray=given.get("ray"))
-    host = given.get("metrics_host", LOCALHOST)
-    telemetry = Telemetry(given.get("log_json"), given.get("metrics_port"), host)
-    with console() if given.get("progress") else nullcontext():
+    executor = make_executor(num_processes=arguments.get("num_processes", 1), ray=arguments.get("ray"))
+    host = arguments.get("metrics_host", LOCALHOST)
+    telemetry = Telemetry(arguments.get("log_json"), arguments.get("metrics_port"), host)
+    with console() if arguments.get("progress") else nullcontext():
         return run(job, options, executor, labels=labels, telemetry=telemetry)
 
 
-def _options(given: Mapping[str, Any]) -> RunOptions:
-    values = {name: value for name, value in given.items() if name in _RUN_OPTIONS}
+def _options(arguments: Mapping[str, Any]) -> RunOptions:
+    values = {name: value for name, value in arguments.items() if name in _RUN_OPTIONS}
     if "writers" in values:
         names = [values["writers"]] if isinstance(values["writers"], str) else values["writers"]
         values["writers"] = tuple(part for name in names for part in name.split(",") if part)

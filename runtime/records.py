@@ -70,7 +70,7 @@ def _value(hint: Any, value: object, where: str, complete: bool) -> Any:
             raise ValueError(f"{where}: got {_kind(value)}, expected an object")
         return {key: _value(arguments[1], item, f"{where}.{key}", complete) for key, item in value.items()}
     accepted = (int, float) if hint is float else (hint,)
-    # true is a Python int, too; a switch is no number.
+    # True is a Python int too, but not a number.
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where}: got {_kind(value)}, expected {hint.__name__}")
     if hint is not float:

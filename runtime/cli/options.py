@@ -71,14 +71,18 @@ def _count(name: str, group: str, text: str, least: int = 1) -> Callable[[Comman
     return option(name, type=click.IntRange(least), metavar="N", group=group, help=text)
 
 
+def _text(name: str, metavar: str, group: str, text: str) -> Callable[[Command], Command]:
+    return option(name, metavar=metavar, group=group, help=text)
+
+
 def _flag(name: str, text: str) -> Callable[[Command], Command]:
     return option(name, is_flag=True, group=_FAILURES, help=text)
 
 
 def _choice(name: str, metavar: str, names: tuple[str, ...], text: str) -> Callable[[Command], Command]:
     complete = _complete(("auto", *names))
-    shown = {"default": "auto", "show_default": True, "metavar": metavar, "help": text}
-    return option(name, group=_NETWORKS, shell_complete=complete, **shown)
+    attributes = {"default": "auto", "show_default": True, "metavar": metavar, "help": text}
+    return option(name, group=_NETWORKS, shell_complete=complete, **attributes)
 
 
 def output_option(**attributes: Any) -> Callable[[Command], Command]:
@@ -138,17 +142,15 @@ _RUN_OPTIONS = (
         "Images on OUT/report.html, the most uncertain first; 200 by default, 0 for no page.",
         least=0,
     ),
-    option(
-        "--image-prefix", metavar="TEXT", group=_RESULTS, help="Prefix of image paths in Label Studio tasks."
-    ),
+    _text("--image-prefix", "TEXT", _RESULTS, "Prefix of image paths in Label Studio tasks."),
     bundle_option,
     *_BACKEND_OPTIONS,
-    option(
+    _text(
         "--max-failures",
-        metavar="N|P%",
-        group=_FAILURES,
-        help="Stop with exit code 4 as soon as more images fail. By default a run continues to its end and "
-        "exits with 4 if any image failed.",
+        "N|P%",
+        _FAILURES,
+        "Stop with exit code 4 as soon as more images fail. By default a run continues to its end and exits "
+        "with 4 if any image failed.",
     ),
     _flag("--retry-failed", "Try the failed images of OUT again."),
     _flag("--overwrite", "Remove the run in OUT and start from scratch."),
@@ -164,13 +166,13 @@ _RUN_OPTIONS = (
     _count(
         "--num-processes", _MACHINES, "Processes side by side; with several GPUs each takes the next one."
     ),
-    option(
+    _text(
         "--ray",
-        metavar="ADDRESS",
-        group=_MACHINES,
-        help="Process the shards on a Ray cluster (auto, local, HOST:PORT); OUT must be shared.",
+        "ADDRESS",
+        _MACHINES,
+        "Process the shards on a Ray cluster (auto, local, HOST:PORT); OUT must be shared.",
     ),
-    option("--log-json", metavar="FILE", group=_MONITORING, help="Write events as JSON lines; - for stderr."),
+    _text("--log-json", "FILE", _MONITORING, "Write events as JSON lines; - for stderr."),
     option(
         "--metrics-port",
         type=click.IntRange(1, 65535),
@@ -178,18 +180,8 @@ _RUN_OPTIONS = (
         group=_MONITORING,
         help="Serve Prometheus metrics on this port.",
     ),
-    option(
-        "--metrics-host",
-        metavar="HOST",
-        group=_MONITORING,
-        help="Address to serve metrics on; 127.0.0.1 by default.",
-    ),
-    option(
-        "--storage-options",
-        metavar="JSON",
-        group=_SOURCE,
-        help='Options for fsspec, such as \'{"endpoint_url": "..."}\'.',
-    ),
+    _text("--metrics-host", "HOST", _MONITORING, "Address to serve metrics on; 127.0.0.1 by default."),
+    _text("--storage-options", "JSON", _SOURCE, """Options for fsspec, such as '{"endpoint_url": "..."}'."""),
 )
 
 

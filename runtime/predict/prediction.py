@@ -52,7 +52,7 @@ class Prediction:
     working_mask: UInt8  # [h, w] class ids, 0 is the background
     working_confidence: UInt8  # [h, w] probability of the chosen class, 0..255 for 0..1
     size: tuple[int, int]  # (H, W) of the upright image
-    classes: Labels  # foreground classes: the image-level labels if given, else those found
+    classes: Labels  # foreground classes: the image-level labels, if any, else those of the mask
     manifest: Manifest  # of the bundle: names and colours of the classes
     missing: Labels = ()  # image-level labels that are absent from the mask
     disagreement: float = (

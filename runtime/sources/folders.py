@@ -14,7 +14,7 @@ from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import EXTENSIONS
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
 from multisa.runtime.sources.names import LONGEST_PATH, is_image, printable
-from multisa.runtime.sources.storage import Entry, LocalStore, Store, Wanted, join, reason_of
+from multisa.runtime.sources.storage import Entry, LocalStore, NameFilter, Store, join, reason_of
 
 
 class Pattern:
@@ -59,14 +59,14 @@ class Pattern:
         return reached
 
 
-def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> Iterator[Entry | OtherFiles]:
+def walk(store: Store, root: str, keep: NameFilter, pattern: Pattern | None) -> Iterator[Entry | OtherFiles]:
     """Yield everything below `root`, depth first, names sorted by code point; `name` is the path.
 
-    Skipped entries have a `problem`. The last item counts the files that are not `wanted`. Memory holds the
+    Skipped entries have a `problem`. The last item counts the files that `keep` rejects. Memory holds the
     names of one folder and of its parents. Raises OSError when `root` cannot be read.
     """
     others = 0
-    stack = [("", store.folder(root, wanted))]
+    stack = [("", store.folder(root, keep))]
     while stack:
         prefix, entries = stack[-1]
         entry = next(entries, None)
@@ -80,14 +80,14 @@ def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> It
             problem = entry.problem or ("its name is too long" if len(path) > LONGEST_PATH else "")
             if not problem:
                 try:
-                    stack.append((path + "/", store.folder(join(root, path), wanted)))
+                    stack.append((path + "/", store.folder(join(root, path), keep)))
                 except OSError as error:
                     problem = reason_of(error)
             if problem:
                 yield entry._replace(name=path, problem=problem)
         elif pattern and not pattern.matches(path):
             continue
-        elif wanted(entry.name):
+        elif keep(entry.name):
             yield entry._replace(name=path)
         elif not entry.problem:
             others += 1

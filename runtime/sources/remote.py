@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import unsafe_path
-from multisa.runtime.sources.storage import Blob, Entry, Store, Wanted, check_size, check_version
+from multisa.runtime.sources.storage import Blob, Entry, NameFilter, Store, check_size, check_version
 
 Result = TypeVar("Result")
 
@@ -205,7 +205,7 @@ class RemoteStore(Store):
                 "fsspec's protocols"
             ) from error
 
-    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
+    def folder(self, path: str, keep: NameFilter) -> Iterator[Entry]:
         if self._protocol in ("s3", "s3a") and _host(path):
             return _by_name(self._call(s3_folder, self._files, path))
         from fsspec.core import strip_protocol

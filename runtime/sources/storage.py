@@ -21,7 +21,7 @@ from multisa.runtime.sources.names import bad_name
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-Wanted = Callable[[str], bool]  # whether the caller wants files of this name
+NameFilter = Callable[[str], bool]  # whether files of this name are listed with size and version
 
 CHANGED = "changed since it was listed: finish with the files as they were, or start a new run"
 
@@ -91,8 +91,8 @@ class Store(ABC):
     """Holds files under paths that `join` builds. Several threads may call every method at once."""
 
     @abstractmethod
-    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
-        """Yield the names in a folder, sorted by code point; sizes and versions of `wanted` names only."""
+    def folder(self, path: str, keep: NameFilter) -> Iterator[Entry]:
+        """Yield the names in a folder, sorted by code point; sizes and versions only if `keep(name)`."""
 
     @abstractmethod
     def open(self, path: str) -> AbstractContextManager[Blob]:
@@ -166,11 +166,11 @@ class LocalStore(Store):
     def __init__(self, root: str | None = None) -> None:
         self._root = None if root is None else os.path.realpath(root)
 
-    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
+    def folder(self, path: str, keep: NameFilter) -> Iterator[Entry]:
         with os.scandir(path) as scan:
             # In reverse, so that entries can be popped off the end and freed.
             entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
-        return self._entries(entries, wanted)
+        return self._entries(entries, keep)
 
     @contextmanager
     def open(self, path: str) -> Iterator[Blob]:
@@ -236,15 +236,15 @@ class LocalStore(Store):
         real = os.path.realpath(path)
         return real != self._root and not real.startswith(self._root.rstrip("/") + "/")
 
-    def _entries(self, entries: list["os.DirEntry[str]"], wanted: Wanted) -> Iterator[Entry]:
+    def _entries(self, entries: list["os.DirEntry[str]"], keep: NameFilter) -> Iterator[Entry]:
         while entries:
             entry = entries.pop()
             try:
-                yield self._entry(entry, wanted)
+                yield self._entry(entry, keep)
             except OSError as error:  # deleted since the folder was listed
                 yield Entry(entry.name, False, problem=reason_of(error))
 
-    def _entry(self, entry: "os.DirEntry[str]", wanted: Wanted) -> Entry:
+    def _entry(self, entry: "os.DirEntry[str]", keep: NameFilter) -> Entry:
         problem = bad_name(entry.name)
         if entry.is_symlink():
             is_folder = entry.is_dir()
@@ -258,7 +258,7 @@ class LocalStore(Store):
                 return Entry(entry.name, is_folder, problem=problem)
         elif entry.is_dir():
             return Entry(entry.name, True, problem=problem)
-        if problem or not wanted(entry.name):
+        if problem or not keep(entry.name):
             return Entry(entry.name, False, problem=problem)
         status = entry.stat()
         if not stat.S_ISREG(status.st_mode):
