@@ -119,7 +119,6 @@ def dense_crf(
 
 
 def _infer_on_cpu(image: UInt8, probabilities: Float32, parameters: CrfParameters) -> Float32:
-    """Run the compiled kernel."""
     return DenseCRF(image, parameters).infer(probabilities)
 
 

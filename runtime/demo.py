@@ -107,7 +107,6 @@ def _write_contact_sheet(out: Path, indices: list[int]) -> None:
 
 
 def _read_picture(out: Path, index: int, kind: str) -> Image.Image:
-    """Read one panel of one image, resized to the width of its column."""
     with Image.open(out / picture_path(index, kind)) as picture:
         height = round(picture.height * COLUMN_WIDTH / picture.width)
         return picture.resize((COLUMN_WIDTH, height), Image.Resampling.LANCZOS)

@@ -88,7 +88,6 @@ class LabelMatcher:
         return [key for key in spellings if key in self._labels.rows]
 
     def _named_keys(self, relative: str) -> list[str]:
-        """Return the keys whose file name is that of an image, with or without extension."""
         path = PurePosixPath(relative)
         names = dict.fromkeys((path.name, path.stem))
         return [key for name in names for key in self._by_file_name.get(name, [])]

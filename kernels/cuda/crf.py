@@ -182,7 +182,6 @@ class DeviceCRF:
         self._errors.check(stream)
 
     def _check_images(self) -> None:
-        """Raise ValueError if `set_images` was not called."""
         if not self._has_images:
             raise ValueError("images: got none, expected a call of set_images before")
 
@@ -205,7 +204,6 @@ class DeviceCRF:
             self._queue_update(iteration > 0, 0, 0, self.shape.labels, stream)
 
     def _queue_filters(self, stream: int) -> None:
-        """Queue filtering the beliefs with both kernels."""
         self._spatial.filter(self._memory["beliefs"], self._copies, self._lanes, stream)
         self._bilateral.filter(self._memory["beliefs"], self.shape.problems, self._lanes, stream)
 

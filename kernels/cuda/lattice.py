@@ -283,7 +283,6 @@ class LatticeBuilder:
         )
 
     def _link(self, lattice: "Lattice", stream: int) -> None:
-        """Find the neighbours of every vertex."""
         geometry = lattice.geometry
         scratch = self._scratch
         memory = lattice.memory
@@ -294,7 +293,7 @@ class LatticeBuilder:
         self._device.launch("lattice_neighbours", grid, (THREADS, 1, 1), arguments, stream=stream)
 
     def _launch(self, name: str, threads: int, arguments: tuple[int | np.generic, ...], stream: int) -> None:
-        """Queue a kernel of one thread an element."""
+        """Queue a kernel with one thread per element."""
         grid = (divide_up(threads, THREADS), 1, 1)
         self._device.launch(name, grid, (THREADS, 1, 1), arguments, stream=stream)
 

@@ -173,7 +173,6 @@ def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine
 
 
 def _settings(arguments: Mapping[str, Any]) -> "RunSettings":
-    """Return the options as the keyword arguments of the library."""
     from multisa.runtime.api import RunSettings
 
     return RunSettings(**{**arguments, "bundle": _load_bundle(arguments["bundle"])})  # type: ignore[typeddict-item]

@@ -71,9 +71,10 @@ def relative_member_name(name: str) -> str:
     return name
 
 
-def size_problem(size: int) -> str:
-    """Return why a member of this many bytes is skipped, or ""."""
-    return f"got {size} bytes, expected at most {MAX_FILE_BYTES}" if size > MAX_FILE_BYTES else ""
+def member_problem(name: str, size: int, problem: str) -> str:
+    """Return why an archive member of this name and size is skipped, or ""; `problem` is a known reason."""
+    too_large = f"got {size} bytes, expected at most {MAX_FILE_BYTES}" if size > MAX_FILE_BYTES else ""
+    return unsafe_path(name) or problem or too_large
 
 
 def safe_id(path: str) -> str:

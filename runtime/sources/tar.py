@@ -22,11 +22,10 @@ from multisa.runtime.sources.names import (
     SeenHashes,
     is_image,
     is_tar,
+    member_problem,
     printable,
     relative_member_name,
     safe_id,
-    size_problem,
-    unsafe_path,
 )
 from multisa.runtime.sources.storage import Blob, BlobFile, Entry, Store, join, reason_of
 
@@ -309,7 +308,6 @@ class TarSource(Source):
             raise UsageError(f"{path}: cannot be read ({reason_of(error)}), expected a tar file") from error
 
     def _sample(self, shard: str, members: list[Member], blob: Blob, seen: SeenHashes) -> Iterator[Listed]:
-        """Yield the entries of one sample of the tar file `shard`."""
         prefix = safe_id(shard[:-4])
         images = [member for member in members if is_image(member.name)]
         sidecars = {}
@@ -321,7 +319,7 @@ class TarSource(Source):
             yield Skipped(printable(f"{prefix}/{name}"), problem)
         for member in images:
             id_ = f"{prefix}/{member.name}"
-            problem = unsafe_path(member.name) or member.problem or size_problem(member.size)
+            problem = member_problem(member.name, member.size, member.problem)
             if not problem and len(id_.encode()) > LONGEST_PATH:
                 problem = "its name is too long"
             if not problem and not seen.add(id_):

@@ -11,10 +11,9 @@ from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, So
 from multisa.runtime.sources.names import (
     SeenHashes,
     is_image,
+    member_problem,
     printable,
     relative_member_name,
-    size_problem,
-    unsafe_path,
 )
 from multisa.runtime.sources.storage import CHANGED, Blob, BlobFile, Store, reason_of
 
@@ -53,7 +52,7 @@ class ZipSource(Source):
                     if not is_image(name):
                         others += not name.endswith("/")
                         continue
-                    problem = unsafe_path(name) or problem or size_problem(member.file_size)
+                    problem = member_problem(name, member.file_size, problem)
                     if not problem and not seen.add(name):
                         problem = "another member has the same name: the first is used"
                     yield Skipped(printable(name), problem) if problem else _item(member)

@@ -70,7 +70,6 @@ class LabelStudioWriter(Writer):
             files.write(shard_path(_FOLDER, shard, "json"), tasks)
 
     def finalize(self, folder: RunFolder, shards: int) -> None:
-        """Write the labelling interface."""
         manifest = self.context.manifest
         colours = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in manifest.palette[1:])
         labels = (

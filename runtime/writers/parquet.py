@@ -40,7 +40,6 @@ class ParquetWriter(Writer):
     """One table for each shard."""
 
     def __init__(self, context: WriterContext) -> None:
-        """Raise BackendUnavailable if pyarrow is missing."""
         super().__init__(context)
         if importlib.util.find_spec("pyarrow") is None:
             raise BackendUnavailable(

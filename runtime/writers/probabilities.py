@@ -5,6 +5,7 @@ arrays (`_ARRAYS`) and KEY.json, its record:
 
     for image in read_probabilities(Path("out/probabilities/000000.tar")):
         mask = mask_from_probabilities(image, background_weight=0.8)
+        write_mask(Path(f"masks/{image.name}.png"), mask, bundle.manifest.mask_palette())
 """
 
 import io
@@ -14,7 +15,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask, write_mask
+from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.prediction import ClassProbabilities
 from multisa.runtime.writers.base import LabelledImage, json_bytes, tar_key, unescape_name
@@ -121,7 +122,12 @@ def mask_from_probabilities(
     minimum_confidence: pixels whose class has a lower share of the probabilities become 255, "ignore".
     Raises UsageError for values out of range.
     """
-    _check_thresholds(background_weight, minimum_confidence)
+    if not 0 < background_weight < math.inf:
+        raise UsageError(
+            f"got {background_weight} as the background's weight, expected a finite number above 0"
+        )
+    if not 0 <= minimum_confidence < 1:
+        raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
     ids = np.array(image.probabilities.class_ids, np.uint8)
     scores = image.probabilities.probabilities.astype(np.float32)
     scores[ids == 0] *= np.float32(background_weight)
@@ -130,41 +136,6 @@ def mask_from_probabilities(
         unsure = scores.max(axis=0) < minimum_confidence * scores.sum(axis=0)
         mask[unsure] = IGNORE_INDEX
     return resize_mask(mask, image.size)
-
-
-def write_masks_from_probabilities(
-    paths: Iterable[Path],
-    out: Path,
-    palette: UInt8,
-    *,
-    background_weight: float = 1.0,
-    minimum_confidence: float = 0.0,
-) -> int:
-    """Write the mask of every image in the tars `paths` to OUT/NAME.png; return the number of masks.
-
-    palette: uint8 [256, 3], of the bundle (`Manifest.mask_palette`). Raises UsageError as
-    `mask_from_probabilities` and `read_probabilities` do.
-    """
-    _check_thresholds(background_weight, minimum_confidence)
-    count = 0
-    for path in paths:
-        for image in read_probabilities(path):
-            mask = mask_from_probabilities(
-                image, background_weight=background_weight, minimum_confidence=minimum_confidence
-            )
-            write_mask(out / f"{image.name}.png", mask, palette)
-            count += 1
-    return count
-
-
-def _check_thresholds(background_weight: float, minimum_confidence: float) -> None:
-    """Raise UsageError for values out of range."""
-    if not 0 < background_weight < float("inf"):
-        raise UsageError(
-            f"got {background_weight} as the background's weight, expected a finite number above 0"
-        )
-    if not 0 <= minimum_confidence < 1:
-        raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
 
 
 def _images(archive: tarfile.TarFile) -> Iterator[StoredProbabilities]:
