@@ -1,15 +1,14 @@
-"""Weakly supervised semantic segmentation: pixel masks from image-level labels, and a segmenter that ships.
+"""Weakly supervised semantic segmentation: pixel masks from image-level labels, and a deployable segmenter.
 
     import multisa
 
     with multisa.Segmenter() as segment:
         result = segment("photo.jpg")  # a path, bytes, a PIL image, or RGB as uint8 [H, W, 3]
-    result.mask, result.confidence  # uint8 [H, W] at the image's own size
+    result.mask, result.confidence  # uint8 [H, W] at the size of the image
     result.save("mask.png")
 
-Names are loaded when they are first used: `import multisa` itself loads neither numpy nor ONNX Runtime.
-Training, export and the kernels have public names of their own: `multisa.training`, `multisa.export`,
-`multisa.kernels`. Everything else is private.
+Names are imported on first use: `import multisa` itself loads neither NumPy nor ONNX Runtime. The packages
+`multisa.training`, `multisa.export` and `multisa.kernels` have public names too. Everything else is private.
 """
 
 import importlib
@@ -54,7 +53,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name (PEP 562)."""
+    """Import a public name on first use (PEP 562)."""
     if name == "__version__":
         from importlib.metadata import version
 

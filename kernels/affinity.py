@@ -44,7 +44,6 @@ def affinity_from_boundary(boundary: Float32, *, radius: int = 5, backend: Backe
 
 
 def _on_device(name: str, array: Float32, radius: int) -> Float32:
-    """Run on the first GPU."""
     from multisa.kernels.cuda import calls
 
     affinity: Float32 = calls.affinity_on_device(name, array, radius, calls.default_device())

@@ -17,7 +17,7 @@ from multisa.kernels.common.crf import PROBABILITY_FLOOR, CrfParameters
 
 CrfBackend = Literal["auto", "cpu", "cuda", "pydensecrf"]
 
-# Labels that may be present at once (csrc/cpu/mean_field.hpp): as many as uint8 masks can tell apart.
+# Labels that may be present at once (csrc/cpu/mean_field.hpp): as many as a uint8 mask can distinguish.
 MAX_LABELS = 256
 
 
@@ -119,7 +119,6 @@ def dense_crf(
 
 
 def _infer_on_cpu(image: UInt8, probabilities: Float32, parameters: CrfParameters) -> Float32:
-    """Run the compiled kernel."""
     return DenseCRF(image, parameters).infer(probabilities)
 
 

@@ -24,7 +24,7 @@ MAX_PNG_SIDE = 2**31 - 1  # the limit of the PNG format
 
 @dataclass(frozen=True, eq=False)
 class ClassRuns:
-    """The pixels of one class, as run lengths.
+    """The pixels of one class as run lengths.
 
     `columns` and `rows` count pixels outside, inside, outside, ... from the first pixel on. They start with 0
     if the first pixel is inside, and end with the last run inside if that run reaches the last pixel.
@@ -42,7 +42,8 @@ def encode_rle(mask: UInt8) -> tuple[ClassRuns, ...]:
     """Encode every class of a mask, in ascending order of ids; 0 and 255 are ordinary classes.
 
     mask: uint8 [H, W], H, W >= 1, fewer than 2^32 pixels. The time does not depend on the number of classes.
-    Raises TypeError for another dtype, ValueError for another shape.
+    Returns one `ClassRuns` per class in the mask. Raises TypeError for another dtype, ValueError for another
+    shape.
     """
     mask = _checked_mask(mask)
     if mask.size > MAX_RLE_PIXELS:
@@ -55,10 +56,10 @@ def encode_rle(mask: UInt8) -> tuple[ClassRuns, ...]:
 def deflate_mask(mask: UInt8) -> bytes:
     """Return the IDAT data of a PNG: the mask with PNG's filter Up on every row, as a zlib stream.
 
-    mask: uint8 [H, W], H, W >= 1. The bytes are the same on every machine. The encoder looks for runs of one
-    byte only: a filtered mask is zero except along outlines, and Huffman codes built for it make it smaller
-    than a general search does. Any mask decodes to itself; noise grows by less than one percent. Raises
-    TypeError for another dtype, ValueError for another shape.
+    mask: uint8 [H, W], H, W >= 1. The bytes are the same on every machine. The encoder searches only for runs
+    of one byte: a filtered mask is zero except along outlines, and Huffman codes built for it compress better
+    than a general search. The encoding is lossless; noise grows by less than one percent. Raises TypeError
+    for another dtype, ValueError for another shape.
     """
     mask = _checked_mask(mask)
     if max(mask.shape) > MAX_PNG_SIDE:
@@ -100,4 +101,3 @@ def _checked_mask(mask: UInt8) -> UInt8:
     if mask.ndim != 2 or mask.size == 0:
         raise ValueError(f"mask: got shape {list(mask.shape)}, expected [H, W] with H, W >= 1")
     return np.ascontiguousarray(mask)
-

@@ -1,4 +1,4 @@
-"""The functions of `import multisa` that work on whole folders; the command line calls them, too."""
+"""The functions of `import multisa` that process whole folders. The command line calls them too."""
 
 import json
 import tempfile
@@ -24,48 +24,56 @@ ImageLabelMapping = Mapping[str, Sequence[str]]
 
 
 class RunSettings(TypedDict, total=False):
-    """The keyword arguments of `segment_images` and `label_images`, named as the options of the commands."""
+    """The keyword arguments of `segment_images` and `label_images`, named like the command-line options.
 
-    bundle: Bundle | str | Path | None  # or its folder; the packaged one by default
-    backend: str  # what runs the graphs; "auto" takes the first that is usable
-    precision: str  # "fp32", "fp16", "int8", "bf16"; "auto" is fp32 on a CPU, fp16 on a GPU that has it
-    engine_cache: str | Path | None  # a folder of TensorRT engines besides the bundle's own
-    writers: str | Sequence[str]  # what to write: "masks" by default, "tar", "coco", ...
-    image_prefix: str  # what Label Studio puts before the path of an image
-    shard_size: int  # images that are committed together, 256
-    workers: int  # threads; one for each usable CPU
-    readers: int  # threads that read; as many as workers, 16 for images behind a URL
-    batch: int  # images of one size that a backend gets at once, 1
-    max_pixels: int  # larger images are failures, 50 million
-    max_failures: int | str  # stop when more images fail: 3, "3" or "2%"
+    All are optional; None stands for the default.
+    """
+
+    bundle: Bundle | str | Path | None  # a bundle or its folder; default: the packaged bundle
+    backend: str  # what runs the graphs; "auto" takes the first usable one
+    precision: str  # "fp32", "fp16", "int8" or "bf16"; "auto": fp32 on a CPU, fp16 on a GPU if available
+    engine_cache: str | Path | None  # folder with TensorRT engines, besides those of the bundle
+    writers: str | Sequence[str]  # formats to write: "masks" (default), "tar", "coco", ...
+    image_prefix: str  # prefix of image paths in Label Studio tasks
+    shard_size: int  # images that are committed together; default: 256
+    workers: int  # threads; default: one for each usable CPU
+    readers: int  # threads that read; default: as many as workers, 16 for images behind a URL
+    batch: int  # images of one size per call of a backend; default: 1
+    max_pixels: int  # larger images are failures; default: 50 million
+    max_failures: int | str  # stop as soon as more images fail: 3, "3" or "2%"; default: no limit
     retry_failed: bool  # try the failed images of an earlier run again
-    overwrite: bool  # remove the run that the output folder holds
+    overwrite: bool  # remove the run in the output folder and start from scratch
     skip_source_check: bool  # resume without listing the images again
-    verify: bool  # hash what is committed, and redo what was altered
-    report_images: int  # images on OUT/report.html, 200; 0 for no page
+    verify: bool  # hash the committed files again and redo any that changed
+    report_images: int  # images on OUT/report.html; default: 200; 0: no page
     num_processes: int  # processes side by side; with several GPUs each takes the next one
     ray: str  # address of a Ray cluster that processes the shards
-    storage_options: str | Mapping[str, Any]  # for images behind a URL, as fsspec takes them
-    log_json: str  # a file of events as JSON lines; "-" is stderr
+    storage_options: str | Mapping[str, Any]  # options for fsspec, for images behind a URL
+    log_json: str  # file for events as JSON lines; "-": stderr
     metrics_port: int  # serve Prometheus metrics on this port
-    metrics_host: str  # ... of this address, 127.0.0.1
+    metrics_host: str  # address to serve metrics on; default: 127.0.0.1
     progress: bool  # show messages and progress on stderr
 
 
-_OF_THE_OPTIONS = {field.name for field in fields(RunOptions)}
+_RUN_OPTIONS = {field.name for field in fields(RunOptions)}
 
 
 def segment_images(images: str | Path, output: str | Path, **settings: Unpack[RunSettings]) -> RunSummary:
-    """Segment images in bulk with the trained segmenter, as `multisa segment` does.
+    """Segment images in bulk with the trained segmenter, like `multisa segment`.
 
     images: a folder, one image, a glob, a list (.txt), a manifest (.csv, .jsonl, .parquet), tar shards or a
-    zip, here or behind a URL. output: the folder for the results: `masks/NAME.png`, `labels.jsonl`,
-    `failed.jsonl` where images failed, `report.html`. settings: see `RunSettings`. A run that was interrupted
-    resumes when the function is called again with the same arguments.
+    zip, on this machine or behind a URL.
+    output: folder for the results: `masks/NAME.png`, `labels.jsonl`, `report.html`, and `failed.jsonl` if
+    images failed.
+    settings: see `RunSettings`.
 
-    Returns what was done, failed images included. Raises UsageError for arguments that cannot be used or
-    that differ from those of the run in `output`, BundleError, BackendUnavailable, Interrupted after a
-    signal, TooManyFailures once more images fail than `max_failures` allows.
+    To resume an interrupted run, call the function again with the same arguments. A failed image does not
+    stop the run.
+
+    Returns a summary of the run, which counts images and failures. Raises UsageError for invalid arguments
+    and for arguments that differ from those of the run in `output`, BundleError for a damaged bundle,
+    BackendUnavailable if no backend can run, Interrupted after a signal, and TooManyFailures as soon as more
+    images fail than `max_failures` allows.
     """
     return _run("segment", images, output, None, settings)
 
@@ -76,19 +84,20 @@ def label_images(
     labels: str | Path | ImageLabelMapping | None = None,
     **settings: Unpack[RunSettings],
 ) -> RunSummary:
-    """Make pseudo-masks in bulk from image-level labels, as `multisa label` does.
+    """Make pseudo-masks in bulk from image-level labels, like `multisa label`.
 
-    images, output, settings, errors: as for `segment_images`. labels: a CSV (`image,labels`) or JSON file, or
-    a mapping from image to class names; images without an entry are labelled from the classifier's scores.
+    images, output, settings, result and errors are those of `segment_images`.
+    labels: a CSV (`image,labels`) or JSON file, or a mapping from the path or file name of an image to its
+    class names. Images without an entry get the classes whose classifier score reaches its threshold.
     """
     with ExitStack() as stack:
         path = None
         if isinstance(labels, Mapping):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="multisa-labels-"))
             path = Path(folder, "labels.json")
-            # Canonical: a run with the same labels resumes.
-            given = {image: list(names) for image, names in labels.items()}
-            path.write_text(json.dumps(given, sort_keys=True), encoding="utf-8")
+            # Sorted, so that a run with the same labels resumes.
+            text = json.dumps({image: list(names) for image, names in labels.items()}, sort_keys=True)
+            path.write_text(text, encoding="utf-8")
         elif labels is not None:
             path = Path(labels)
         return _run("label", images, output, path, settings)
@@ -101,41 +110,37 @@ def _run(
     labels: Path | None,
     settings: RunSettings,
 ) -> RunSummary:
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    unknown = sorted(set(given) - set(RunSettings.__annotations__))
-    if unknown:
-        valid = ", ".join(RunSettings.__annotations__)
-        raise UsageError(f"got the argument {unknown[0]!r}, expected some of {valid}")
-    if "ray" in given and "num_processes" in given:
+    arguments: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    valid = RunSettings.__annotations__
+    if unknown := sorted(set(arguments) - set(valid)):
+        raise UsageError(f"got the argument {unknown[0]!r}, expected some of {', '.join(valid)}")
+    if "ray" in arguments and "num_processes" in arguments:
         raise UsageError("got both --ray and --num-processes, expected one of them")
-    options = _options(given)
-    bundle = given.get("bundle")
-    cache = given.get("engine_cache")
-    storage = given.get("storage_options")
+    options = _options(arguments)
+    bundle = arguments.get("bundle")
+    cache = Path(arguments["engine_cache"]) if arguments.get("engine_cache") else None
+    storage = arguments.get("storage_options")
     job = make_job(
         command,
         str(images),
         Path(output),
         (bundle if isinstance(bundle, Bundle) else load_bundle(bundle)).path,
-        BackendRequest(
-            given.get("backend", AUTO), given.get("precision", AUTO), Path(cache) if cache else None
-        ),
+        BackendRequest(arguments.get("backend", AUTO), arguments.get("precision", AUTO), cache),
         options,
         storage_options=json.dumps(dict(storage)) if isinstance(storage, Mapping) else storage,
-        image_prefix=given.get("image_prefix", ""),
+        image_prefix=arguments.get("image_prefix", ""),
     )
     executor = partial(
-        make_executor, num_processes=given.get("num_processes", 1), ray_address=given.get("ray")
+        make_executor, num_processes=arguments.get("num_processes", 1), ray_address=arguments.get("ray")
     )
-    metrics = given.get("metrics_port"), given.get("metrics_host", LOCALHOST)
-    with console() if given.get("progress") else nullcontext():
-        return run(
-            job, options, executor, labels=labels, telemetry=Telemetry(given.get("log_json"), *metrics)
-        )
+    host = arguments.get("metrics_host", LOCALHOST)
+    telemetry = Telemetry(arguments.get("log_json"), arguments.get("metrics_port"), host)
+    with console() if arguments.get("progress") else nullcontext():
+        return run(job, options, executor, labels=labels, telemetry=telemetry)
 
 
-def _options(given: Mapping[str, Any]) -> RunOptions:
-    values = {name: value for name, value in given.items() if name in _OF_THE_OPTIONS}
+def _options(arguments: Mapping[str, Any]) -> RunOptions:
+    values = {name: value for name, value in arguments.items() if name in _RUN_OPTIONS}
     if "writers" in values:
         names = [values["writers"]] if isinstance(values["writers"], str) else values["writers"]
         values["writers"] = tuple(part for name in names for part in name.split(",") if part)
@@ -143,5 +148,5 @@ def _options(given: Mapping[str, Any]) -> RunOptions:
             del values["writers"]
     if "max_failures" in values:
         values["max_failures"] = str(values["max_failures"])
-        failure_limit(values["max_failures"], images=1)  # a misspelt limit is refused now, not after the run
+        failure_limit(values["max_failures"], images=1)  # refuse a misspelt limit now, not after the run
     return RunOptions(**values)

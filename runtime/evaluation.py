@@ -1,7 +1,7 @@
-"""Segmentation metrics: counts first (int64), ratios of them afterwards.
+"""Segmentation metrics from an int64 confusion matrix, and the comparison of two folders of masks.
 
-Protocol of PASCAL VOC: one confusion matrix over the whole set, pixels marked 255 in the truth left out,
-IoU = TP / (TP + FP + FN) per class, mIoU their mean.
+Follows the protocol of PASCAL VOC: one confusion matrix over the whole set, without the pixels that are 255
+in the ground truth; IoU = TP / (TP + FP + FN) per class; mIoU is their mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,25 +23,28 @@ from multisa.runtime.progress import pluralize
 def confusion_matrix(
     prediction: npt.NDArray[np.uint8], truth: npt.NDArray[np.uint8], n_classes: int
 ) -> npt.NDArray[np.int64]:
-    """Count pixels, int64 [n_classes, n_classes], rows = truth, columns = prediction.
+    """Count pixels: int64 [n_classes, n_classes], rows = truth, columns = prediction.
 
-    Both inputs are uint8 of one shape. Pixels whose truth is 255 are left out. Raises ValueError for a class
-    outside 0..n_classes-1 (a prediction of 255 included: a segmenter has no right to abstain).
+    Both inputs are uint8 of the same shape. Pixels whose truth is 255 are ignored. Raises ValueError for
+    other shapes and for a class outside 0..n_classes-1, including a prediction of 255: a segmenter must not
+    abstain.
     """
     if prediction.shape != truth.shape:
-        raise ValueError(f"prediction is {prediction.shape}, truth is {truth.shape}: they must be equal")
+        raise ValueError(
+            f"got a prediction of {prediction.shape}, expected {truth.shape} as the ground truth"
+        )
     kept = truth != IGNORE_INDEX
     rows = truth[kept].astype(np.int64)
     columns = prediction[kept].astype(np.int64)
     for name, values in (("truth", rows), ("prediction", columns)):
         if values.size and values.max() >= n_classes:
-            raise ValueError(f"{name} holds class {values.max()}, expected 0..{n_classes - 1}")
+            raise ValueError(f"{name} contains class {values.max()}, expected 0..{n_classes - 1}")
     counts = np.bincount(rows * n_classes + columns, minlength=n_classes * n_classes)
     return counts.reshape(n_classes, n_classes).astype(np.int64)
 
 
 def iou_per_class(confusion: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """IoU of each class, float64 [n_classes]; NaN for a class neither in the truth nor predicted."""
+    """Return the IoU per class, float64 [n_classes]; NaN for a class in neither truth nor prediction."""
     hits = np.diag(confusion).astype(np.float64)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - np.diag(confusion)
     ratios = np.full_like(hits, np.nan)
@@ -50,50 +53,47 @@ def iou_per_class(confusion: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 
 def mean_iou(confusion: npt.NDArray[np.int64]) -> float:
-    """Mean of `iou_per_class` over the classes that occur."""
+    """Return the mean of `iou_per_class` over the classes that occur."""
     return float(np.nanmean(iou_per_class(confusion)))
 
 
 def pixel_accuracy(confusion: npt.NDArray[np.int64]) -> float:
-    """Share of counted pixels that are right; NaN when none was counted."""
+    """Return the share of correct pixels; NaN without pixels."""
     total = int(confusion.sum())
     return float(np.diag(confusion).sum()) / total if total else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Counts over a whole set and what they amount to."""
+    """The confusion matrix of a set of masks, and its metrics."""
 
     classes: tuple[str, ...]
     confusion: npt.NDArray[np.int64]  # [n, n], rows = truth, columns = prediction
     images: int
-    missing: tuple[str, ...]  # truth without a prediction, left out
+    missing: tuple[str, ...]  # masks without a prediction, skipped
 
     def to_json(self) -> Mapping[str, Any]:
-        """The figures as JSON values; the IoU of a class that does not occur is null."""
+        """Return the metrics as JSON values; the IoU of a class that does not occur is null."""
         ious = iou_per_class(self.confusion).tolist()
         return {
             "images": self.images,
             "missing": list(self.missing),
             "miou": mean_iou(self.confusion),
             "pixel_accuracy": pixel_accuracy(self.confusion),
-            # NaN is unequal to itself, and JSON has no word for it.
+            # NaN is unequal to itself, and JSON cannot represent it.
             "iou": {name: iou if iou == iou else None for name, iou in zip(self.classes, ious, strict=True)},
         }
 
     def table(self) -> str:
-        """The figures for people, in percent."""
+        """Return the metrics as a table, in percent."""
         width = max(len(name) for name in (*self.classes, "pixel accuracy"))
         ious = iou_per_class(self.confusion).tolist()
-        rows = [
-            (name, f"{iou:7.2%}" if iou == iou else "      -")
-            for name, iou in zip(self.classes, ious, strict=True)
-        ]
-        rows += [("mIoU", f"{mean_iou(self.confusion):7.2%}")]
-        rows += [("pixel accuracy", f"{pixel_accuracy(self.confusion):7.2%}")]
+        totals = [("mIoU", mean_iou(self.confusion)), ("pixel accuracy", pixel_accuracy(self.confusion))]
+        values = [*zip(self.classes, ious, strict=True), *totals]
+        rows = [(name, f"{value:7.2%}" if value == value else "      -") for name, value in values]
         lines = [f"{name:<{width}}  {value}" for name, value in [("class", "    IoU"), *rows]]
-        left_out = f", {len(self.missing)} without a prediction left out" if self.missing else ""
-        return "\n".join([*lines, f"{pluralize(self.images, 'image')}{left_out}"])
+        skipped = f", {len(self.missing)} without a prediction skipped" if self.missing else ""
+        return "\n".join([*lines, f"{pluralize(self.images, 'image')}{skipped}"])
 
 
 def evaluate_masks(
@@ -105,104 +105,96 @@ def evaluate_masks(
     allow_missing: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
-    """Compare the PNG masks of two folders: IoU of each class, mIoU, pixel accuracy (PASCAL VOC's protocol).
+    """Compare the PNG masks of two folders: IoU per class, mIoU and pixel accuracy (protocol of PASCAL VOC).
 
-    classes: names in the order of their ids, or a file with one name a line; those of the packaged bundle by
-    default. names: relative names of the masks to compare, or a file with one a line; every mask of
-    `ground_truth` by default. Pixels of the ground truth that are 255 are left out.
+    Pixels that are 255 in the ground truth are ignored.
+
+    predictions, ground_truth: folders of masks with the same relative names.
+    classes: class names in the order of their ids, or a file with one name per line; by default those of the
+    packaged bundle.
+    names: relative names of the masks to compare, or a file with one per line; by default every mask in
+    `ground_truth`.
+    allow_missing: skip masks without a prediction.
 
     Raises UsageError for missing files, and for missing predictions unless `allow_missing`; ImageError for a
-    mask that cannot be read or does not fit its ground truth.
+    mask that cannot be read, has more than `max_pixels` or does not fit its ground truth.
     """
+    prediction, truth = Path(predictions), Path(ground_truth)
     if classes is None:
         classes = load_bundle().manifest.classes
     class_names = read_class_names(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
     listed = read_mask_names(Path(names)) if isinstance(names, (str, Path)) else names
-    return _evaluate(
-        Path(predictions),
-        Path(ground_truth),
-        class_names,
-        listed,
-        allow_missing=allow_missing,
-        max_pixels=max_pixels,
-    )
+    present, missing = _masks_to_compare(prediction, truth, listed, allow_missing=allow_missing)
+    confusion = np.zeros((len(class_names), len(class_names)), np.int64)
+    for name in present:
+        pair = (prediction / f"{name}.png", truth / f"{name}.png")
+        confusion += _confusion(*pair, len(class_names), max_pixels=max_pixels)
+    if confusion.sum() == 0:
+        raise UsageError(f"{truth}: every pixel is marked as ignored (255), expected some to count")
+    return Evaluation(class_names, confusion, len(present), missing)
 
 
-def _evaluate(
-    prediction: Path,
-    truth: Path,
-    classes: tuple[str, ...],
-    names: Sequence[str] | None,
-    *,
-    allow_missing: bool,
-    max_pixels: int,
-) -> Evaluation:
+def _masks_to_compare(
+    prediction: Path, truth: Path, names: Sequence[str] | None, *, allow_missing: bool
+) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names of the masks with a prediction, and of those without."""
     for folder in (prediction, truth):
         if not folder.is_dir():
-            raise UsageError(f"{folder}: is no folder, expected one with PNG masks")
-    found = sorted(path.relative_to(truth).with_suffix("").as_posix() for path in truth.rglob("*.png"))
-    wanted = found if names is None else list(names)
-    if not wanted:
+            raise UsageError(f"{folder}: is not a folder, expected a folder of PNG masks")
+    all_names = sorted(path.relative_to(truth).with_suffix("").as_posix() for path in truth.rglob("*.png"))
+    selected = all_names if names is None else list(names)
+    if not selected:
         raise UsageError(f"{truth}: no mask found, expected PNG files")
-    untrue = sorted(set(wanted) - set(found))
+    untrue = sorted(set(selected) - set(all_names))
     if untrue:
         raise UsageError(f"{truth}: lacks {pluralize(len(untrue), 'mask')}, among them {untrue[0]}.png")
-    missing = tuple(name for name in wanted if not (prediction / f"{name}.png").is_file())
-    present = [name for name in wanted if name not in set(missing)]
+    missing = tuple(name for name in selected if not (prediction / f"{name}.png").is_file())
+    present = [name for name in selected if name not in set(missing)]
     if missing and (not allow_missing or not present):
         hint = f"; did you mean {prediction / 'masks'}?" if (prediction / "masks").is_dir() else ""
         raise UsageError(
-            f"{prediction}: lacks {len(missing)} of {pluralize(len(wanted), 'prediction')}, among them "
+            f"{prediction}: lacks {len(missing)} of {pluralize(len(selected), 'prediction')}, among them "
             f"{missing[0]}.png: add them or allow it (--allow-missing){hint}"
         )
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    for name in present:
-        confusion += _confusion(
-            prediction / f"{name}.png", truth / f"{name}.png", len(classes), max_pixels=max_pixels
-        )
-    if confusion.sum() == 0:
-        raise UsageError(f"{truth}: every pixel is marked as ignored (255), nothing can be counted")
-    return Evaluation(classes, confusion, len(present), missing)
+    return present, missing
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Read the names of the classes, one a line in the order of ids; blank lines are skipped.
+    """Read class names, one per line in the order of their ids; blank lines are skipped.
 
-    Raises UsageError for a file that cannot be read or is empty, and for a name given twice.
+    Raises UsageError for a file that cannot be read or is empty, and for a repeated name.
     """
-    return _each_once(path, _read_lines(path))
+    return _read_names(path, ignored_suffix="")
 
 
 def read_mask_names(path: Path) -> tuple[str, ...]:
-    """Read a list of masks, one relative name a line, with or without .png; blank lines are skipped.
+    """Read relative names of masks, one per line, with or without .png; blank lines are skipped.
 
     Raises UsageError as `read_class_names` does.
     """
-    return _each_once(path, tuple(line.removesuffix(".png") for line in _read_lines(path)))
+    return _read_names(path, ignored_suffix=".png")
 
 
-def _read_lines(path: Path) -> tuple[str, ...]:
-    return tuple(line.strip() for line in read_user_text(path).splitlines() if line.strip())
-
-
-def _each_once(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+def _read_names(path: Path, *, ignored_suffix: str) -> tuple[str, ...]:
+    lines = (line.strip() for line in read_user_text(path).splitlines())
+    names = tuple(line.removesuffix(ignored_suffix) for line in lines if line)
     if not names:
-        raise UsageError(f"{path}: is empty, expected one name a line")
+        raise UsageError(f"{path}: is empty, expected one name per line")
     if len(set(names)) != len(names):
         repeated = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"{path}: {repeated!r} is there more than once, expected each name once")
+        raise UsageError(f"{path}: contains {repeated!r} more than once, expected each name once")
     return names
 
 
 def _confusion(prediction: Path, truth: Path, n_classes: int, *, max_pixels: int) -> npt.NDArray[np.int64]:
-    answer, expected = (read_mask(path, max_pixels=max_pixels) for path in (prediction, truth))
+    predicted, expected = (read_mask(path, max_pixels=max_pixels) for path in (prediction, truth))
     highest = int(expected[expected != IGNORE_INDEX].max(initial=0))
     if highest >= n_classes:
         raise ImageError(
-            f"{truth}: truth holds class {highest}, expected 0..{n_classes - 1} or {IGNORE_INDEX}: name the "
-            "classes of its ids with --classes; the predictions must have the same ids"
+            f"{truth}: contains class {highest}, expected 0..{n_classes - 1} or {IGNORE_INDEX}: name the "
+            "classes of its ids with --classes; the predictions must use the same ids"
         )
     try:
-        return confusion_matrix(answer, expected, n_classes)
+        return confusion_matrix(predicted, expected, n_classes)
     except ValueError as error:
         raise ImageError(f"{prediction}: {error}") from error

@@ -9,7 +9,7 @@ In CSV, spaces separate classes, or semicolons if names contain spaces:
 
 import csv
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ Labels = tuple[str, ...]
 
 
 def labels_from_scores(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:
-    """The classes whose score reaches its threshold, in the order of `scores`."""
+    """Return the classes whose score reaches its threshold, in the order of `scores`."""
     return tuple(name for name, score in scores.items() if score >= thresholds[name])
 
 
@@ -35,61 +35,31 @@ class ImageLabels:
     rows: Mapping[str, Labels]  # classes in the order of the bundle
 
     def matcher(self, relatives: Iterable[str] = ()) -> "LabelMatcher":
-        """Match images one by one.
+        """Return a matcher that finds the rows of images one by one.
 
-        relatives: all images, if they are known; read once. A row that names one image by its path then never
-        matches another one by its file name. Without them, that is an error if the other one comes first.
+        relatives: all images, if they are known; read once. A row that names one of them by its path then
+        never matches another one by its file name. Otherwise that is an error if the other one comes first.
         """
-        return LabelMatcher(self, {key for relative in relatives for key in self.exact_keys(relative)})
-
-    def match(self, relatives: Sequence[str]) -> dict[str, Labels]:
-        """The classes of each image that has a row, by posix path below the images' folder.
-
-        See `LabelMatcher.find` for how rows match, and for the errors.
-        """
-        matcher = self.matcher(relatives)
-        found = ((relative, matcher.find(relative)) for relative in relatives)
-        return {relative: labels for relative, labels in found if labels is not None}
-
-    def matching_keys(self, relative: str, taken: Collection[str]) -> list[str]:
-        """The keys that match an image; `taken` ones only by path."""
-        exact = self.exact_keys(relative)
-        return exact or [key for key in self._named_keys(relative) if key not in taken]
-
-    def exact_keys(self, relative: str) -> list[str]:
-        """The keys that name an image by its path, with or without extension."""
-        spellings = dict.fromkeys((relative, PurePosixPath(relative).with_suffix("").as_posix()))
-        return [key for key in spellings if key in self.rows]
-
-    def _named_keys(self, relative: str) -> list[str]:
-        path = PurePosixPath(relative)
-        names = dict.fromkeys((path.name, path.stem))
-        return [key for name in names for key in self._by_file_name.get(name, [])]
-
-    @cached_property
-    def _by_file_name(self) -> dict[str, list[str]]:
-        index: dict[str, list[str]] = {}
-        for key in self.rows:
-            index.setdefault(PurePosixPath(key).name, []).append(key)
-        return index
+        return LabelMatcher(self, relatives)
 
 
 class LabelMatcher:
-    """Finds the row of one image after the other; memory grows with the rows, not with the images."""
+    """Finds the rows of images one by one; memory grows with the rows, not with the images."""
 
-    def __init__(self, labels: ImageLabels, taken: Collection[str] = ()) -> None:
+    def __init__(self, labels: ImageLabels, relatives: Iterable[str] = ()) -> None:
         self._labels = labels
-        self._taken = set(taken)  # keys that name an image by its path
+        self._taken = {key for relative in relatives for key in self._exact_keys(relative)}
         self._users: dict[str, str] = {}  # key -> the image that it matched
 
     def find(self, relative: str) -> Labels | None:
-        """The classes of an image, by its posix path below the images' folder; None if it has no row.
+        """Return the classes of an image, by its posix path below the images' folder, or None without a row.
 
         Rows match by relative path, with or without extension; else by file name, if they do not name another
         image by its path. Raises UsageError when several rows with different labels match, or when a row has
         matched another image before.
         """
-        keys = self._labels.matching_keys(relative, self._taken)
+        exact = self._exact_keys(relative)
+        keys = exact or [key for key in self._named_keys(relative) if key not in self._taken]
         if not keys:
             return None
         rows = self._labels.rows
@@ -98,7 +68,7 @@ class LabelMatcher:
                 f"{self._labels.path}: {relative} matches several rows with different labels "
                 f"({', '.join(keys)}), expected one: write its path relative to the images' folder"
             )
-        self._taken.update(self._labels.exact_keys(relative))
+        self._taken.update(exact)
         for key in keys:
             other = self._users.setdefault(key, relative)
             if other != relative:
@@ -109,15 +79,32 @@ class LabelMatcher:
         return rows[keys[0]]
 
     def unused(self) -> tuple[str, ...]:
-        """Keys of the rows that have matched no image, sorted."""
+        """Return the keys of the rows that have matched no image, sorted."""
         return tuple(sorted(set(self._labels.rows) - self._users.keys()))
+
+    def _exact_keys(self, relative: str) -> list[str]:
+        """Return the keys that name an image by its path, with or without extension."""
+        spellings = dict.fromkeys((relative, PurePosixPath(relative).with_suffix("").as_posix()))
+        return [key for key in spellings if key in self._labels.rows]
+
+    def _named_keys(self, relative: str) -> list[str]:
+        path = PurePosixPath(relative)
+        names = dict.fromkeys((path.name, path.stem))
+        return [key for name in names for key in self._by_file_name.get(name, [])]
+
+    @cached_property
+    def _by_file_name(self) -> dict[str, list[str]]:
+        index: dict[str, list[str]] = {}
+        for key in self._labels.rows:
+            index.setdefault(PurePosixPath(key).name, []).append(key)
+        return index
 
 
 def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
     """Read a label file (.csv or .json); `classes` are the allowed names, in the order of their ids.
 
-    An image with an empty list shows none of the classes. Raises UsageError with the line (CSV) or the key
-    (JSON) for a missing header, a malformed row, an unknown class, or an image with two rows that differ.
+    An empty list means that the image shows none of the classes. Raises UsageError with the line (CSV) or the
+    key (JSON) for a missing header, a malformed row, an unknown class, or an image with two different rows.
     """
     readers = {".csv": _csv_rows, ".json": _json_rows}
     reader = readers.get(path.suffix.lower())
@@ -142,7 +129,7 @@ def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
             )
         positions.setdefault(key, position)
     if not rows:
-        raise UsageError(f"{path}: no image in it, expected at least one row")
+        raise UsageError(f"{path}: has no row, expected at least one image")
     return ImageLabels(path, rows)
 
 
@@ -168,7 +155,7 @@ def _csv_rows(path: Path, text: str, classes: Collection[str]) -> Iterator[tuple
 
 
 def split_classes(cell: str, classes: Collection[str]) -> list[str]:
-    """The names in a cell: the cell itself if it is a class, else separated by semicolons, else by spaces."""
+    """Split a cell into names: the whole cell if it is a class, else at semicolons, else at spaces."""
     if cell.strip() in classes:  # one name, which may contain spaces
         return [cell.strip()]
     names = cell.split(";") if ";" in cell else cell.split()

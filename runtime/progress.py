@@ -1,8 +1,7 @@
 """Messages and progress on stderr.
 
-The library logs to the logger "multisa" and prints nothing by itself; the command line shows messages and
-progress with `console`. Progress is a bar with rate and time left on a terminal, and a line every ten seconds
-in a log file.
+The library logs to the logger "multisa" and prints nothing itself. The command line shows messages and
+progress with `console`: a bar with rate and remaining time on a terminal, a line every ten seconds elsewhere.
 """
 
 import contextlib
@@ -11,10 +10,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
-if TYPE_CHECKING:  # help of the command line does without
+if TYPE_CHECKING:  # --help must not load tqdm
     from tqdm import tqdm
 
 log = logging.getLogger("multisa")
@@ -24,13 +22,12 @@ LINE_INTERVAL = 10.0  # seconds between lines when stderr is not a terminal
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes messages to the current sys.stderr without tearing a progress bar.
+    """Writes messages to the current sys.stderr without breaking a progress bar.
 
-    A stderr that was closed loses the messages, never the run.
+    A closed stderr loses the messages but does not stop the run.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
         from tqdm import tqdm
 
         if sys.stderr is None:  # tqdm would write to stdout
@@ -41,7 +38,7 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def console(*, quiet: bool = False) -> Iterator[None]:
-    """Show messages and progress on stderr; with `quiet` only warnings and errors."""
+    """Show messages and progress on stderr; with `quiet`, only warnings and errors."""
     handlers = log.handlers[:]
     level = log.level
     log.handlers = [*(h for h in handlers if not isinstance(h, ConsoleHandler)), ConsoleHandler()]
@@ -54,24 +51,24 @@ def console(*, quiet: bool = False) -> Iterator[None]:
 
 
 def shows_progress() -> bool:
-    """Whether `console` is active, and not quiet."""
+    """Return whether `console` is active and not quiet."""
     return log.isEnabledFor(logging.INFO) and any(isinstance(h, ConsoleHandler) for h in log.handlers)
 
 
 def pluralize(number: int, noun: str) -> str:
-    """A number and what it counts: "1 image", "2 images"; `noun` is one that takes an s."""
+    """Format a number with its noun: "1 image", "2 images". `noun` must have a plural in s."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def format_examples(names: Sequence[str], count: int | None = None) -> str:
-    """The first EXAMPLES_SHOWN names, and how many more there are of `count` (`len(names)` by default)."""
+    """Join the first EXAMPLES_SHOWN of `count` names (by default all of them), and append "and N more"."""
     count = len(names) if count is None else count
     more = f" and {count - EXAMPLES_SHOWN} more" if count > EXAMPLES_SHOWN else ""
     return ", ".join(names[:EXAMPLES_SHOWN]) + more
 
 
 class Progress:
-    """Counts finished items; a context manager. The rate leaves out `initial` items, finished before.
+    """Counts finished items; a context manager. The rate excludes the `initial` items of earlier runs.
 
     >>> with Progress(total=3, description="label", unit="image") as progress:
     ...     for _ in range(3):
@@ -86,27 +83,25 @@ class Progress:
         self._done = initial
         self._note = ""
         self._start = self._last_line = time.monotonic()
-        self._is_shown = shows_progress()
-        self._bar = self._open_bar() if self._is_shown and _is_terminal() else None
+        self._is_active = shows_progress()
+        self._bar = self._open_bar() if self._is_active and _is_terminal() else None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` items as finished; `note` (a loss, a stage) is shown behind the rate."""
+        """Count `count` finished items; `note` (a loss, a stage) appears after the rate."""
         self._done += count
         self._note = note or self._note
         if self._bar is not None:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif self._is_shown and time.monotonic() - self._last_line >= LINE_INTERVAL:
+        elif self._is_active and time.monotonic() - self._last_line >= LINE_INTERVAL:
             self._last_line = time.monotonic()
             log.info(self._line())
 
@@ -125,14 +120,13 @@ class Progress:
     def _line(self) -> str:
         rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
-        line = (
-            f"{self._description}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left:.0f} s left"
-        )
-        return f"{line}, {self._note}" if self._note else line
+        done = f"{self._description}: {self._done}/{self._total} {self._unit}s"
+        note = f", {self._note}" if self._note else ""
+        return f"{done}, {rate:.2f}/s, {left:.0f} s left{note}"
 
 
 def _is_terminal() -> bool:
-    """Whether stderr is a terminal; False where it was closed."""
+    """Return whether stderr is a terminal; False if it is closed."""
     try:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):

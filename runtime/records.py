@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain values (JSON, TOML): every key and type is checked, nothing is guessed."""
+"""Build frozen dataclasses from plain values (JSON, TOML), checking every key and type."""
 
 import dataclasses
 import types
@@ -9,10 +9,10 @@ Record = TypeVar("Record")
 
 
 def record_from_dict(kind: type[Record], value: object, where: str = "", *, complete: bool = False) -> Record:
-    """Build the dataclass `kind` from a parsed object; nested dataclasses and tuples are built too.
+    """Build the dataclass `kind`, with nested dataclasses and tuples, from a parsed object.
 
-    A key without a default must be there, with complete=True every key; no other key may be. Raises
-    ValueError that names the key below `where`, what was got and what was expected.
+    Keys without a default are required (complete=True: all keys); unknown keys are errors. Raises ValueError
+    that names the key below `where`, the value and what is expected.
     """
     place = where or "the top level"
     if not isinstance(value, dict):
@@ -22,9 +22,7 @@ def record_from_dict(kind: type[Record], value: object, where: str = "", *, comp
     unknown = sorted(set(value) - set(names))
     if unknown:
         raise ValueError(f"{place}: unknown key {unknown[0]!r}; valid keys: {', '.join(names)}")
-    missing = [
-        field.name for field in fields if field.name not in value and (complete or _is_required(field))
-    ]
+    missing = [f.name for f in fields if f.name not in value and (complete or _is_required(f))]
     if missing:
         raise ValueError(f"{place}: missing key {missing[0]!r}, expected {', '.join(names)}")
     hints = typing.get_type_hints(kind)
@@ -32,12 +30,12 @@ def record_from_dict(kind: type[Record], value: object, where: str = "", *, comp
     values = {key: _value(hints[key], item, prefix + key, complete) for key, item in value.items()}
     try:
         return kind(**values)
-    except ValueError as error:  # a dataclass that checks its values knows the key, not the place
+    except ValueError as error:  # a dataclass that checks its values knows the key but not its parents
         raise ValueError(f"{prefix}{error}") from error
 
 
 def record_to_dict(record: Any) -> dict[str, Any]:
-    """Turn a dataclass into dictionaries and lists, as JSON holds them."""
+    """Convert a dataclass to dictionaries and lists for JSON."""
     return typing.cast(dict[str, Any], _plain(dataclasses.asdict(record)))
 
 
@@ -72,7 +70,7 @@ def _value(hint: Any, value: object, where: str, complete: bool) -> Any:
             raise ValueError(f"{where}: got {_kind(value)}, expected an object")
         return {key: _value(arguments[1], item, f"{where}.{key}", complete) for key, item in value.items()}
     accepted = (int, float) if hint is float else (hint,)
-    # true is a Python int, too; a switch is no number.
+    # True is a Python int too, but not a number.
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where}: got {_kind(value)}, expected {hint.__name__}")
     if hint is not float:

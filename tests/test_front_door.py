@@ -101,7 +101,7 @@ def test_exif_is_applied_and_large_images_are_reduced(segmenter: multisa.Segment
     ("given", "message"),
     [
         ("absent.jpg", "absent.jpg: .*check the path"),
-        (b"no image", "not an image of a format"),
+        (b"no image", "not an image of a supported format"),
         (np.zeros((4, 4), np.uint8), r"got uint8 \[4, 4\], expected RGB as uint8 \[H, W, 3\]"),
         (np.zeros((4, 4, 3), np.float32), r"got float32 \[4, 4, 3\]"),
         (7, "got int, expected a path, the bytes of an image file, a PIL image"),

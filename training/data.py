@@ -181,12 +181,12 @@ def _label_file(root: Path, labels: Path | None) -> Path | None:
 
 
 def _classes_from_table(table: Path, names: tuple[str, ...], relatives: list[str]) -> list[tuple[int, ...]]:
-    rows = read_image_labels(table, names[1:])
-    matched = rows.match(relatives)
-    missing = [relative for relative in relatives if relative not in matched]
+    matcher = read_image_labels(table, names[1:]).matcher(relatives)
+    labels = {relative: matcher.find(relative) for relative in relatives}
+    missing = [relative for relative, found in labels.items() if found is None]
     if missing:
         raise DatasetError(f"{table}: no row for {len(missing)} images, for example {missing[0]}; add them")
-    return [_class_ids(matched[relative], names) for relative in relatives]
+    return [_class_ids(found, names) for found in labels.values() if found is not None]
 
 
 def _class_names(root: Path) -> tuple[str, ...]:

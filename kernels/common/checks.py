@@ -49,7 +49,7 @@ def check_dtype(name: str, array: object, dtype: type[np.generic], expected: str
 
 
 def check_integer(name: str, value: int, *, minimum: int) -> int:
-    """Return `value` as an int. Raises TypeError if it is no integer, ValueError if it is below `minimum`."""
+    """Return `value` as an int. Raises TypeError unless it is an integer, ValueError below `minimum`."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -37,7 +37,7 @@ class WalkSettings:
         check_boundary(self.boundary)
 
     def chebyshev_series(self) -> list[float]:
-        """Return the coefficients that replace the steps, or none where every step is taken."""
+        """Return the coefficients that replace the steps, or an empty list to take every step."""
         degree = self.steps if self.exact else chebyshev_degree(self.steps)
         return chebyshev_coefficients(self.steps, degree) if degree < self.steps else []
 

@@ -116,7 +116,7 @@ class DeviceInput:
 
 @functools.lru_cache(maxsize=1)
 def default_device() -> Device:
-    """Open the first GPU once. Raises DeviceUnavailableError, which says what is missing."""
+    """Open the first GPU once. Raises DeviceUnavailableError, which names the cause."""
     from multisa.kernels.cuda.pycuda_device import PycudaDevice
 
     return PycudaDevice()

@@ -28,7 +28,7 @@ from multisa.kernels.cuda.device import (
 from multisa.kernels.cuda.lattice import Lattice, LatticeBuilder, lattice_geometry
 
 THREADS = 128  # a block of the kernels with one thread per pixel
-REGISTER_LANES = (4, 8, 16, 24, 32)  # padded label counts that stay in registers
+REGISTER_LABELS = (4, 8, 16, 24, 32)  # padded label counts that stay in registers
 
 # Bits of the error word, as in lattice.cuh.
 CRF_ERRORS = {
@@ -64,7 +64,7 @@ class CrfShape:
 
 def padded_labels(labels: int) -> int:
     """Return the number of labels whose memory and work `labels` take: kernels exist for a few counts."""
-    return next((n for n in REGISTER_LANES if n >= labels), divide_up(labels, 8) * 8)
+    return next((n for n in REGISTER_LABELS if n >= labels), divide_up(labels, 8) * 8)
 
 
 class DeviceCRF:
@@ -94,18 +94,18 @@ class DeviceCRF:
         self._device = device
         self._copies = shape.images * shape.problems
         self._pixels = shape.height * shape.width
-        self._lanes = padded_labels(shape.labels)
+        self._padded = padded_labels(shape.labels)
         size = (shape.height, shape.width)
-        spatial = lattice_geometry(1, *size, (self.parameters.spatial_sxy,) * 2, lanes=self._lanes)
+        spatial = lattice_geometry(1, *size, (self.parameters.spatial_sxy,) * 2, padded=self._padded)
         deviations = (self.parameters.bilateral_sxy,) * 2 + (self.parameters.bilateral_srgb,) * 3
         bilateral = lattice_geometry(
-            shape.images, *size, deviations, lanes=self._lanes, max_vertices=max_vertices
+            shape.images, *size, deviations, padded=self._padded, max_vertices=max_vertices
         )
         planes = 4 * self._copies * self._pixels
-        self._memory = Workspace(device, {"beliefs": planes * self._lanes, "unaries": planes * shape.labels})
+        self._memory = Workspace(device, {"beliefs": planes * self._padded, "unaries": planes * shape.labels})
         self._errors = ErrorWord(device, CRF_ERRORS)
-        self._spatial = Lattice(device, spatial, self._copies, self._lanes)
-        self._bilateral = Lattice(device, bilateral, shape.problems, self._lanes)
+        self._spatial = Lattice(device, spatial, self._copies, self._padded)
+        self._bilateral = Lattice(device, bilateral, shape.problems, self._padded)
         self._builder = LatticeBuilder(device, (spatial, bilateral), self._errors.pointer)
         self._has_images = False
         self._builder.insert(self._spatial, 0, 0)
@@ -182,7 +182,6 @@ class DeviceCRF:
         self._errors.check(stream)
 
     def _check_images(self) -> None:
-        """Raise ValueError if `set_images` was not called."""
         if not self._has_images:
             raise ValueError("images: got none, expected a call of set_images before")
 
@@ -205,9 +204,8 @@ class DeviceCRF:
             self._queue_update(iteration > 0, 0, 0, self.shape.labels, stream)
 
     def _queue_filters(self, stream: int) -> None:
-        """Queue filtering the beliefs with both kernels."""
-        self._spatial.filter(self._memory["beliefs"], self._copies, self._lanes, stream)
-        self._bilateral.filter(self._memory["beliefs"], self.shape.problems, self._lanes, stream)
+        self._spatial.filter(self._memory["beliefs"], self._copies, self._padded, stream)
+        self._bilateral.filter(self._memory["beliefs"], self.shape.problems, self._padded, stream)
 
     def _queue_update(self, filtered: bool, out: int, channels: int, classes: int, stream: int) -> None:
         """Queue equation 4 of the paper for every pixel, into the beliefs or, in the last step, `out`."""
@@ -217,7 +215,7 @@ class DeviceCRF:
             memory = lattice.memory
             lattices += [memory["vertex_of"], memory["weights"], lattice.values]
             lattices += [np.int32(lattice.geometry.capacity), np.float32(compat)]
-        sizes = (self.shape.images, self._pixels, self.shape.labels, self._lanes)
+        sizes = (self.shape.images, self._pixels, self.shape.labels, self._padded)
         arguments = (
             *lattices,
             np.int32(filtered),
@@ -228,7 +226,7 @@ class DeviceCRF:
             np.int32(classes),
             out,
         )
-        kernel = self._lanes if self._lanes in REGISTER_LANES else "any"
+        kernel = self._padded if self._padded in REGISTER_LABELS else "any"
         self._launch(f"crf_update_{kernel}", arguments, stream)
 
     def _launch(self, name: str, arguments: tuple[Argument, ...], stream: int) -> None:

@@ -130,7 +130,7 @@ class ErrorWord:
     size = 4  # bytes
 
     def __init__(self, device: Device, messages: Mapping[int, str]) -> None:
-        """Allocate the word and clear it; `messages` says what each bit means."""
+        """Allocate the word and clear it; `messages` has the meaning of each bit."""
         self._device = device
         self._messages = messages
         self._buffer = device.allocate(self.size)

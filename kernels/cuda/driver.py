@@ -79,7 +79,6 @@ class Driver:
         return _handle(module)
 
     def unload_module(self, module: int) -> None:
-        """Unload a module."""
         self._call("cuModuleUnload", module)
 
     def function(self, module: int, name: str) -> int:
@@ -106,7 +105,6 @@ class Driver:
         self._call("cuLaunchKernel", function, *grid, *block, shared_bytes, stream, pointers, None)
 
     def fill(self, target: int, value: int, count: int, stream: int) -> None:
-        """Queue writing `count` 32-bit words."""
         self._call("cuMemsetD32Async", target, value, count, stream)
 
     def upload(self, target: int, source: int, size: int, stream: int) -> None:
@@ -151,7 +149,6 @@ class Driver:
         self._call("cuEventSynchronize", event)
 
     def destroy_event(self, event: int) -> None:
-        """Destroy an event."""
         self._call("cuEventDestroy_v2", event)
 
     def synchronise(self, stream: int) -> None:
@@ -186,11 +183,9 @@ class Driver:
         return _handle(executable)
 
     def launch_graph(self, executable: int, stream: int) -> None:
-        """Queue a whole graph."""
         self._call("cuGraphLaunch", executable, stream)
 
     def destroy_graph(self, executable: int) -> None:
-        """Destroy an executable graph of `instantiate`."""
         self._call("cuGraphExecDestroy", executable)
 
     def _call(self, name: str, *arguments: Any) -> None:

@@ -66,13 +66,13 @@ def lattice_geometry(
     width: int,
     deviations: tuple[float, ...],
     *,
-    lanes: int = 4,
+    padded: int = 4,
     max_vertices: int | None = None,
 ) -> LatticeGeometry:
     """Lay out the lattice of features (x, y) or (x, y, r, g, b) with the given standard deviations.
 
     Raises ValueError if the deviations are too small for 64-bit keys, or if there are too many pixels, or
-    values of `lanes` padded labels, to index.
+    values of `padded` labels, to index.
     """
     dimension = len(deviations)
     corners = dimension + 1
@@ -93,9 +93,9 @@ def lattice_geometry(
     scales = _scales(dimension)
     bound = min(corners * pixels, _vertex_bound(extents)) * images
     capacity = bound if max_vertices is None else min(bound, max_vertices)
-    if capacity * lanes // 4 > MAX_CELLS:
+    if capacity * padded // 4 > MAX_CELLS:
         raise ValueError(
-            f"labels: got {lanes} for up to {capacity} vertices, expected a product of at most "
+            f"labels: got {padded} for up to {capacity} vertices, expected a product of at most "
             f"{4 * MAX_CELLS}; split the batch or pass a smaller max_vertices"
         )
     numbers = np.concatenate([divisors, scales])
@@ -283,7 +283,6 @@ class LatticeBuilder:
         )
 
     def _link(self, lattice: "Lattice", stream: int) -> None:
-        """Find the neighbours of every vertex."""
         geometry = lattice.geometry
         scratch = self._scratch
         memory = lattice.memory
@@ -294,18 +293,18 @@ class LatticeBuilder:
         self._device.launch("lattice_neighbours", grid, (THREADS, 1, 1), arguments, stream=stream)
 
     def _launch(self, name: str, threads: int, arguments: tuple[int | np.generic, ...], stream: int) -> None:
-        """Queue a kernel of one thread an element."""
+        """Queue a kernel with one thread per element."""
         grid = (divide_up(threads, THREADS), 1, 1)
         self._device.launch(name, grid, (THREADS, 1, 1), arguments, stream=stream)
 
 
 class Lattice:
-    """A lattice on the device, and the memory to filter `copies` fields of `lanes` padded labels with it."""
+    """A lattice on the device, and the memory to filter `copies` fields of `padded` labels with it."""
 
-    def __init__(self, device: Device, geometry: LatticeGeometry, copies: int, lanes: int) -> None:
+    def __init__(self, device: Device, geometry: LatticeGeometry, copies: int, padded: int) -> None:
         """Allocate the memory; a LatticeBuilder fills it."""
         corners = geometry.dimension + 1
-        values = 4 * copies * geometry.capacity * lanes
+        values = 4 * copies * geometry.capacity * padded
         sizes = dict.fromkeys(("vertex_of", "weights"), 4 * geometry.touches)
         sizes |= {"entries": 8 * geometry.touches, "starts": 4 * (geometry.capacity + 1), "vertices": 4}
         sizes |= {"neighbours": 8 * corners * geometry.capacity, "values0": values, "values1": values}
@@ -321,14 +320,14 @@ class Lattice:
         """Return the address of the result of `filter`: each of the d + 1 blurs swaps two regions."""
         return self.memory[f"values{(self.geometry.dimension + 1) % 2}"]
 
-    def filter(self, beliefs: int, copies: int, lanes: int, stream: int) -> None:
-        """Queue splatting and blurring of float32 [copies, points, lanes].
+    def filter(self, beliefs: int, copies: int, padded: int, stream: int) -> None:
+        """Queue splatting and blurring of float32 [copies, points, padded].
 
-        `values` are then float32 [copies, capacity, lanes], to be sliced with `vertex_of` and `weights`.
+        `values` are then float32 [copies, capacity, padded], to be sliced with `vertex_of` and `weights`.
         """
         geometry = self.geometry
         memory = self.memory
-        quads = np.int32(lanes // 4)
+        quads = np.int32(padded // 4)
         rows = np.int32(geometry.capacity)
         # Blurring with (1/2, 1, 1/2) along d + 1 axes amplifies; the factor is pydensecrf's.
         scale = np.float32(1 / (1 + 2.0**-geometry.dimension))
@@ -337,13 +336,13 @@ class Lattice:
         lists = (memory["entries"], memory["starts"], memory["vertices"])
         blocks = _striding_blocks(geometry.capacity, SPLAT_VERTICES)
         self._device.launch(
-            "crf_splat_4" if lanes == 4 else "crf_splat_8",
-            (blocks, copies, max(lanes // 8, 1)),
+            "crf_splat_4" if padded == 4 else "crf_splat_8",
+            (blocks, copies, max(padded // 8, 1)),
             (THREADS, 1, 1),
             (*lists, beliefs, np.int32(geometry.points), quads, scale, rows, values),
             stream=stream,
         )
-        blocks = _striding_blocks(geometry.capacity * lanes // 4, THREADS)
+        blocks = _striding_blocks(geometry.capacity * padded // 4, THREADS)
         for axis in range(geometry.dimension + 1):
             along = memory["neighbours"] + 8 * axis * geometry.capacity
             arguments = (along, memory["vertices"], values, rows, quads, blurred)

@@ -20,7 +20,7 @@ from multisa.kernels.cuda.driver import Driver, DriverError
 
 
 class DeviceUnavailableError(RuntimeError):
-    """No GPU can be used; the message says what is missing."""
+    """No GPU is usable; the message names the cause."""
 
 
 class PycudaBuffer:

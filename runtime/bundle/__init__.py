@@ -1,4 +1,4 @@
-"""The bundle: one folder with three ONNX graphs and bundle.json, which holds every number of the runtime."""
+"""The bundle: a folder with three ONNX graphs and bundle.json, which holds every parameter of the runtime."""
 
 from multisa.runtime.bundle.describe import bundle_to_json, describe
 from multisa.runtime.bundle.manifest import (

@@ -1,4 +1,4 @@
-"""The schema of bundle.json as frozen dataclasses, with every check that types cannot make."""
+"""The schema of bundle.json as frozen dataclasses, with the checks that types cannot express."""
 
 import json
 import math
@@ -21,39 +21,37 @@ BACKGROUND = "background"
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-
-# Far above what any recipe uses; a walk beyond them takes minutes or gigabytes for one image.
+# Far above any recipe; a longer walk takes minutes or gigabytes for one image.
 MAX_WALK_RADIUS = 32
 MAX_WALK_STEPS = 65536
 
 
 @dataclass(frozen=True)
 class LabelParameters:
-    """Every number between the networks' outputs and a pseudo-mask."""
+    """The parameters between the outputs of the networks and a pseudo-mask."""
 
     walk_radius: int = 5
     walk_beta: float = 8.0
     walk_steps: int = 256
-    # Divide the walked maps by their one highest value (irn, PuzzleCAM), or leave them as the averages they
-    # are (psa). One pixel walled in by edges keeps its score and sets that value for the whole image.
+    # Divide the walked maps by their single highest value (irn, PuzzleCAM), or keep them as averages (psa). A
+    # pixel enclosed by edges keeps its score and determines that value for the whole image.
     walk_to_peak: bool = True
     background: float = 0.3  # constant score of the background class
-    # Factor on each foreground class's walked map before it competes, in the order of the classes; empty: 1.
+    # Factor on the walked map of each foreground class, in the order of the classes; empty: all 1.
     class_gain: tuple[float, ...] = ()
     use_crf: bool = True
     crf: CrfParameters = field(default_factory=CrfParameters)
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value out of its range."""
-        rules: tuple[tuple[str, bool, str], ...] = (
+        rules = (
             ("walk_radius", 2 <= self.walk_radius <= MAX_WALK_RADIUS, f"2..{MAX_WALK_RADIUS}"),
             ("walk_beta", 0 < self.walk_beta < math.inf, "a finite number above 0"),
             ("walk_steps", 0 <= self.walk_steps <= MAX_WALK_STEPS, f"0..{MAX_WALK_STEPS}"),
-            # At 0 a pixel where no class scores would belong to nothing; at 1 no class could win.
+            # At 0, a pixel where no class scores would have no class; at 1, no class could win.
             ("background", 0 < self.background < 1, "a number above 0 and below 1"),
+            ("class_gain", all(0 < gain < math.inf for gain in self.class_gain), "finite numbers above 0"),
         )
-        gains = all(0 < gain < math.inf for gain in self.class_gain)
-        rules += (("class_gain", gains, "finite numbers above 0"),)
         for name, holds, expected in rules:
             if not holds:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
@@ -61,7 +59,7 @@ class LabelParameters:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file of the bundle must be."""
+    """Digest and size of a file of the bundle."""
 
     sha256: str
     bytes: int
@@ -69,18 +67,18 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class BundleParameters:
-    """Every number the runtime needs beside the graphs."""
+    """The parameters of the runtime besides the graphs."""
 
-    long_side: int  # images are shrunk to this before the networks see them
+    long_side: int  # pixels; larger images are reduced to this for the networks
     cam_scales: tuple[float, ...]  # the scales fused inside cam.onnx
     walk_stride: int  # stride of affinity.onnx
     label: LabelParameters
-    score_thresholds: dict[str, float]  # class -> score from which it counts as present
+    score_thresholds: dict[str, float]  # class -> lowest score at which it counts as present
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """bundle.json; every key must be there and no other may be."""
+    """bundle.json. Every key is required and no other key is allowed."""
 
     schema_version: int
     name: str
@@ -88,31 +86,31 @@ class Manifest:
     palette: tuple[tuple[int, int, int], ...]  # one colour for each class
     ignore_index: int
     parameters: BundleParameters
-    preprocessing: tuple[str, ...]  # what is done to an image, in order and in words
+    preprocessing: tuple[str, ...]  # the steps of preprocessing, in order, as text
     metrics: dict[str, Any]
     provenance: dict[str, Any]
     files: dict[str, FileEntry]
 
     @property
     def foreground(self) -> tuple[str, ...]:
-        """The classes without the background; row c of cam.onnx is `foreground[c]`, id c + 1."""
+        """The classes without the background; map c of cam.onnx is `foreground[c]`, id c + 1."""
         return self.classes[1:]
 
     def mask_palette(self) -> npt.NDArray[np.uint8]:
-        """Colours for mask files, uint8 [256, 3]: the bundle's, VOC's for every id it does not use."""
+        """Return the colours of mask files, uint8 [256, 3]: the bundle's, and VOC's for unused ids."""
         colours = voc_palette()
         colours[: len(self.palette)] = self.palette
         return colours
 
 
 def manifest_from_json(text: str) -> Manifest:
-    """Parse and check bundle.json. Raises ValueError that names the key, got and expected."""
+    """Parse and check bundle.json. Raises ValueError that names the key, the value and what is expected."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError as error:
-        raise ValueError("nested too deeply, expected the levels `multisa export` writes") from error
+        raise ValueError("nested too deeply, expected the nesting that `multisa export` writes") from error
     version = value.get("schema_version") if isinstance(value, dict) else None
-    # Said before the keys are compared: those of another version differ, which would be a puzzling message.
+    # Check this first: the keys of another version differ, which would give a puzzling message.
     if isinstance(value, dict) and "schema_version" in value and version != SCHEMA_VERSION:
         raise ValueError(
             f"schema_version: got {version!r}, expected {SCHEMA_VERSION}: "
@@ -124,58 +122,47 @@ def manifest_from_json(text: str) -> Manifest:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Check what types cannot say. Raises ValueError that names the key, got and expected."""
-    classes, parameters = manifest.classes, manifest.parameters
-    colours = [channel for colour in manifest.palette for channel in colour]
+    """Check what types cannot express. Raises ValueError that names the key and what is expected."""
+    classes = manifest.classes
+    palette = manifest.palette
+    files = sorted(manifest.files)
+    parameters = manifest.parameters
+    long_side = parameters.long_side
     thresholds = parameters.score_thresholds
-    bad_names = [name for name in manifest.files if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME]
-    rules: tuple[tuple[bool, str], ...] = (
+    names = sorted(classes[1:])
+    gains = len(parameters.label.class_gain)
+    bad_names = [name for name in files if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME]
+    has_background = len(classes) >= 2 and classes[0] == BACKGROUND and all(classes)
+    in_range = all(0 <= channel <= 255 for colour in palette for channel in colour)
+    are_shares = all(0 <= threshold <= 1 for threshold in thresholds.values())
+    colours = f"{len(palette)} colours"
+    rules = (
+        ("classes", has_background, list(classes), f"{BACKGROUND!r} and then at least one class"),
+        ("classes", len(set(classes)) == len(classes), list(classes), "each class once"),
+        ("classes", len(classes) <= 255, len(classes), "at most 255 (ids have 8 bits)"),
+        ("palette", len(palette) == len(classes), colours, f"one per class ({len(classes)})"),
+        ("palette", in_range, palette, "channels within 0..255"),
+        ("ignore_index", manifest.ignore_index == IGNORE_INDEX, manifest.ignore_index, str(IGNORE_INDEX)),
+        ("parameters.long_side", long_side >= MINIMUM_SIDE, long_side, f">= {MINIMUM_SIDE}"),
+        ("parameters.walk_stride", parameters.walk_stride >= 1, parameters.walk_stride, ">= 1"),
+        ("parameters.score_thresholds", sorted(thresholds) == names, sorted(thresholds), str(names)),
+        ("parameters.score_thresholds", are_shares, thresholds, "values within 0..1"),
         (
-            len(classes) >= 2 and classes[0] == BACKGROUND and all(classes),
-            f"classes: expected {BACKGROUND!r} and then at least one class, got {list(classes)}",
+            "parameters.label.class_gain",
+            gains in (0, len(names)),
+            f"{gains} numbers",
+            f"{len(names)} or none",
         ),
-        (len(set(classes)) == len(classes), f"classes: expected each class once, got {list(classes)}"),
-        (len(classes) <= 255, f"classes: got {len(classes)}, expected at most 255 (ids are 8 bits)"),
-        (
-            len(manifest.palette) == len(classes),
-            f"palette: got {len(manifest.palette)} colours, expected one for each of {len(classes)} classes",
-        ),
-        (all(0 <= channel <= 255 for channel in colours), "palette: expected channels within 0..255"),
-        (
-            manifest.ignore_index == IGNORE_INDEX,
-            f"ignore_index: got {manifest.ignore_index}, expected {IGNORE_INDEX}",
-        ),
-        (
-            parameters.long_side >= MINIMUM_SIDE,
-            f"parameters.long_side: got {parameters.long_side}, expected >= {MINIMUM_SIDE}",
-        ),
-        (parameters.walk_stride >= 1, f"parameters.walk_stride: got {parameters.walk_stride}, expected >= 1"),
-        (
-            sorted(thresholds) == sorted(classes[1:]),
-            f"parameters.score_thresholds: got {sorted(thresholds)}, expected {sorted(classes[1:])}",
-        ),
-        (
-            all(0 <= threshold <= 1 for threshold in thresholds.values()),
-            f"parameters.score_thresholds: expected values within 0..1, got {thresholds}",
-        ),
-        (
-            len(parameters.label.class_gain) in (0, len(classes) - 1),
-            f"parameters.label.class_gain: got {len(parameters.label.class_gain)} numbers, expected one for "
-            f"each of {len(classes) - 1} foreground classes, or none",
-        ),
-        (not bad_names, f"files: got {bad_names}, expected plain file names inside the folder"),
-        (
-            set(GRAPH_NAMES) <= set(manifest.files),
-            f"files: got {sorted(manifest.files)}, expected {', '.join(GRAPH_NAMES)} among them",
-        ),
+        ("files", not bad_names, bad_names, "plain file names inside the folder"),
+        ("files", set(GRAPH_NAMES) <= set(files), files, f"{', '.join(GRAPH_NAMES)} among them"),
     )
-    for holds, problem in rules:
+    for key, holds, got, expected in rules:
         if not holds:
-            raise ValueError(problem)
+            raise ValueError(f"{key}: got {got}, expected {expected}")
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """bundle.json as text, indented, with a final newline."""
+    """Serialise bundle.json, indented and with a final newline."""
     return json.dumps(asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -1,6 +1,6 @@
-"""The bundle: one folder of graphs and bundle.json, read strictly, verified by SHA-256 and written whole.
+"""Read, verify and write bundles: folders with graphs and bundle.json.
 
-`multisa inspect FOLDER` verifies a bundle and prints what is in it.
+`multisa inspect FOLDER` verifies a bundle and describes it.
 """
 
 import json
@@ -23,23 +23,20 @@ from multisa.runtime.bundle.manifest import (
 from multisa.runtime.errors import BundleError
 from multisa.runtime.files import flush_folder, sha256_of_bytes, sha256_of_file, write_bytes_atomically
 
-ENGINES_FOLDER = "engines"  # serialised engines inside a bundle: a cache that can be made again
+ENGINES_FOLDER = "engines"  # built TensorRT engines inside a bundle: a cache that can be rebuilt
 
-_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest is some kilobytes
+_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has some kilobytes
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle on the disk."""
+    """A verified bundle on disk."""
 
     path: Path
     manifest: Manifest
 
     def read_file(self, name: str) -> bytes:
-        """Bytes of one file, verified as they were read, so that what is run is what was checked.
-
-        Raises BundleError when they are not what the manifest says.
-        """
+        """Read one file and verify its bytes against the manifest. Raises BundleError on a mismatch."""
         entry = self.manifest.files.get(name)
         if entry is None:
             listed = ", ".join(sorted(self.manifest.files))
@@ -51,21 +48,22 @@ class Bundle:
 
 
 def default_bundle_path() -> Path:
-    """Folder of the bundle that comes with the package."""
+    """Return the folder of the packaged bundle."""
     return Path(__file__).parents[1] / "bundles" / "voc-animals"
 
 
 def load_bundle(path: str | Path | None = None) -> Bundle:
-    """Read and verify a bundle folder: the manifest's schema, then name, size and SHA-256 of each file.
+    """Load a bundle and verify it: the schema of bundle.json, then name, size and SHA-256 of every file.
 
-    path: the folder; the packaged bundle by default. Raises BundleError that names the file or key, what was got
-    and what was expected.
+    path: the folder of the bundle; by default the packaged one (`voc-animals`). Returns the `Bundle`, which
+    the predictors accept in place of a path. Raises BundleError that names the file or key, the value and
+    what is expected.
     """
     path = default_bundle_path() if path is None else Path(path)
     manifest_path = path / MANIFEST_NAME
     if not manifest_path.is_file():
         raise BundleError(
-            f"{path}: no {MANIFEST_NAME} there, expected a bundle folder as `multisa export` writes"
+            f"{path}: has no {MANIFEST_NAME}, expected a bundle folder written by `multisa export`"
         )
     size = manifest_path.stat().st_size
     if size > _MANIFEST_LIMIT:
@@ -73,7 +71,7 @@ def load_bundle(path: str | Path | None = None) -> Bundle:
     try:
         manifest = manifest_from_json(manifest_path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise BundleError(f"{manifest_path}: is no JSON ({error}): get the bundle again") from error
+        raise BundleError(f"{manifest_path}: is not JSON ({error}): get the bundle again") from error
     except ValueError as error:
         raise BundleError(f"{manifest_path}: {error}") from error
     for name, entry in manifest.files.items():
@@ -83,12 +81,11 @@ def load_bundle(path: str | Path | None = None) -> Bundle:
 
 
 def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
-    """Write `files` and bundle.json to `folder`, replacing a bundle that is there, and verify the result.
+    """Write `files` and bundle.json to `folder`, replacing any bundle in it, and verify the result.
 
-    The manifest's `files` are computed here from the bytes given. Everything is written to a temporary folder
-    beside the target first. The cache of engines of a bundle that is replaced stays: an engine of graphs that
-    have changed is not found by its key. Raises BundleError when the manifest is not valid, and as
-    `check_replaceable` does.
+    Computes the manifest's `files` from the bytes, and writes everything to a temporary folder beside the
+    target first. The engine cache of a replaced bundle stays, since its keys depend on the graphs. Raises
+    BundleError if the manifest is invalid, and as `check_replaceable` does.
     """
     entries = {name: FileEntry(sha256_of_bytes(data), len(data)) for name, data in sorted(files.items())}
     complete = replace(manifest, files=entries)
@@ -97,7 +94,7 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
     except ValueError as error:
         raise BundleError(f"{folder / MANIFEST_NAME}: {error}") from error
     check_replaceable(folder)
-    target = folder.resolve()  # of a link, what it leads to
+    target = folder.resolve()  # the target of a link
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as work:
         new = Path(work, "new")
@@ -135,50 +132,45 @@ def _compare(path: Path, digest: str, entry: FileEntry) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise BundleError if a bundle written to `folder` would remove anything but a bundle.
+    """Raise BundleError if writing a bundle to `folder` would remove anything but a bundle.
 
-    A bundle is its manifest, the files that lists and, perhaps, its cache of engines.
+    A bundle consists of its manifest, the files listed in it and, perhaps, its engine cache.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    problem = _what_is_no_bundle(folder)
+    problem = _foreign_content(folder)
     if problem:
         raise BundleError(
-            f"{folder}: exists and is not a bundle alone ({problem}), expected a new folder or a bundle to "
-            "replace: choose another folder or move what is not of the bundle"
+            f"{folder}: exists and is not only a bundle ({problem}), expected a new folder or a bundle to "
+            "replace: choose another folder or move the other files away"
         )
 
 
-def _what_is_no_bundle(folder: Path) -> str:
+def _foreign_content(folder: Path) -> str:
+    """Return what in `folder` does not belong to a bundle, or ""."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        return f"no {MANIFEST_NAME} in it"
+        return f"no {MANIFEST_NAME}"
     if path.stat().st_size > _MANIFEST_LIMIT:
         return f"{MANIFEST_NAME} has more than {_MANIFEST_LIMIT} bytes"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return f"{MANIFEST_NAME} is not JSON, or nested too deeply"
-    # Only what every version has: a bundle of an older or newer one may be replaced, too.
-    if (
-        not isinstance(value, dict)
-        or "schema_version" not in value
-        or not isinstance(value.get("files"), dict)
-    ):
-        return f"{MANIFEST_NAME} is no manifest: schema_version and files are expected in it"
+    # Checks only the keys of every version: bundles of older and newer versions may be replaced too.
+    value = value if isinstance(value, dict) else {}
+    if "schema_version" not in value or not isinstance(value.get("files"), dict):
+        return f"{MANIFEST_NAME} is not a manifest, expected schema_version and files in it"
     names = {MANIFEST_NAME, *value["files"]}
-    for place in sorted(folder.iterdir()):
-        is_cache = place.name == ENGINES_FOLDER and place.is_dir()
-        if not is_cache and not (place.name in names and place.is_file()):
-            return f"{place.name} is not of it"
+    for path in sorted(folder.iterdir()):
+        is_cache = path.name == ENGINES_FOLDER and path.is_dir()
+        if not is_cache and not (path.name in names and path.is_file()):
+            return f"{path.name} does not belong to it"
     return ""
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`, which its engines stay in.
-
-    On any failure, an interrupt too, `folder` is as it was.
-    """
+    """Replace `folder` by `new`, keeping its engine cache. On any failure or interrupt, restore `folder`."""
     old = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.old")
     try:
         folder.replace(old)

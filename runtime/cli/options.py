@@ -1,4 +1,4 @@
-"""The options of the commands, each defined once, and how they are grouped in the help."""
+"""The options of the commands, each defined once, and their groups in the help."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
-# The names of runtime/backends/registry.py and base.py, which help does not load; a test compares them.
+# Copies of names in runtime/backends, which --help must not load. A test compares them.
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu", "openvino")
 PRECISIONS = ("fp32", "fp16", "int8", "bf16")
 
@@ -37,10 +37,10 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists its options in groups, those without one last."""
+    """A command whose help lists its options in groups; options without a group come last."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section for each group, in the order in which the groups come first."""
+        """Write a section for each group, in the order in which the groups first occur."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -53,7 +53,7 @@ class GroupedCommand(click.Command):
 
 
 def option(*names: str, group: str = OTHER_OPTIONS, **attributes: Any) -> Callable[[Command], Command]:
-    """`click.option` with a group."""
+    """Return `click.option` with a group."""
     return click.option(*names, cls=GroupedOption, group=group, **attributes)
 
 
@@ -67,72 +67,62 @@ def _complete(
     return matches
 
 
-def bundle_option(command: Command) -> Command:
-    """Which bundle is run."""
-    return option(
-        "--bundle",
-        type=PATH,
-        metavar="DIR",
-        group=_NETWORKS,
-        help="Bundle to run; the one in the package by default.",
-    )(command)
+def _count(name: str, group: str, text: str, least: int = 1) -> Callable[[Command], Command]:
+    return option(name, type=click.IntRange(least), metavar="N", group=group, help=text)
+
+
+def _text(name: str, metavar: str, group: str, text: str) -> Callable[[Command], Command]:
+    return option(name, metavar=metavar, group=group, help=text)
+
+
+def _flag(name: str, text: str) -> Callable[[Command], Command]:
+    return option(name, is_flag=True, group=_FAILURES, help=text)
+
+
+def _choice(name: str, metavar: str, names: tuple[str, ...], text: str) -> Callable[[Command], Command]:
+    complete = _complete(("auto", *names))
+    attributes = {"default": "auto", "show_default": True, "metavar": metavar, "help": text}
+    return option(name, group=_NETWORKS, shell_complete=complete, **attributes)
 
 
 def output_option(**attributes: Any) -> Callable[[Command], Command]:
-    """Where results go."""
-    given = {"required": True, "help": "Folder for the results.", **attributes}
-    return option("-o", "--output", type=PATH, metavar="OUT", **given)
+    """Add --output, required unless `attributes` says otherwise."""
+    defaults = {"required": True, "help": "Folder for the results.", **attributes}
+    return option("-o", "--output", type=PATH, metavar="OUT", **defaults)
 
 
 def max_pixels_option(what: str) -> Callable[[Command], Command]:
-    """How large `what` may be."""
-    return option(
-        "--max-pixels", type=click.IntRange(1), metavar="N", help=f"Largest {what}; 50 million by default."
-    )
+    """Add --max-pixels, the size limit of each `what`."""
+    return _count("--max-pixels", OTHER_OPTIONS, f"Largest {what}; 50 million by default.")
 
 
-def engine_cache_option(command: Command) -> Command:
-    """Where TensorRT engines lie besides those of the bundle."""
-    return option(
-        "--engine-cache",
-        type=FOLDER,
-        metavar="DIR",
-        group=_NETWORKS,
-        help="Look for TensorRT engines here, too, besides BUNDLE/engines.",
-    )(command)
+bundle_option = option(
+    "--bundle", type=PATH, metavar="DIR", group=_NETWORKS, help="Bundle to run; the packaged one by default."
+)
+engine_cache_option = option(
+    "--engine-cache",
+    type=FOLDER,
+    metavar="DIR",
+    group=_NETWORKS,
+    help="Also look for TensorRT engines here, besides BUNDLE/engines.",
+)
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
-
-def json_option(command: Command) -> Command:
-    """Print JSON for programs instead of text for people."""
-    return option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(command)
-
-
-def backend_options(command: Command) -> Command:
-    """Which backend runs the graphs, and in which precision."""
-    for decorate in (
-        engine_cache_option,
-        option(
-            "--precision",
-            default="auto",
-            show_default=True,
-            metavar="P",
-            shell_complete=_complete(("auto", *PRECISIONS)),
-            group=_NETWORKS,
-            help="fp32, fp16 or int8, as the bundle has them; bf16 for segment on openvino.",
-        ),
-        option(
-            "--backend",
-            default="auto",
-            show_default=True,
-            metavar="NAME",
-            shell_complete=_complete(("auto", *BACKENDS)),
-            group=_NETWORKS,
-            help=f"What runs the graphs: {', '.join(BACKENDS)}; auto takes the first that is usable.",
-        ),
-    ):
-        command = decorate(command)
-    return command
-
+_BACKEND_OPTIONS = (
+    _choice(
+        "--backend",
+        "NAME",
+        BACKENDS,
+        f"What runs the graphs: {', '.join(BACKENDS)}; auto takes the first that is usable.",
+    ),
+    _choice(
+        "--precision",
+        "P",
+        PRECISIONS,
+        "fp32, fp16 or int8, if the bundle has it; bf16 for segment on openvino.",
+    ),
+    engine_cache_option,
+)
 
 _RUN_OPTIONS = (
     click.argument("images"),
@@ -144,100 +134,45 @@ _RUN_OPTIONS = (
         metavar="NAME",
         shell_complete=_complete(tuple(WRITERS)),
         group=_RESULTS,
-        help=f"What to write, repeated or separated by commas: {', '.join(WRITERS)}; masks by default.",
+        help=f"Formats to write, repeated or separated by commas: {', '.join(WRITERS)}; masks by default.",
     ),
-    option(
+    _count(
         "--report-images",
-        type=click.IntRange(0),
-        metavar="N",
-        group=_RESULTS,
-        help="Images on OUT/report.html, the most uncertain first; 200 by default, 0 for no page.",
+        _RESULTS,
+        "Images on OUT/report.html, the most uncertain first; 200 by default, 0 for no page.",
+        least=0,
     ),
-    option(
-        "--image-prefix",
-        metavar="TEXT",
-        group=_RESULTS,
-        help="What Label Studio puts before the path of an image.",
-    ),
+    _text("--image-prefix", "TEXT", _RESULTS, "Prefix of image paths in Label Studio tasks."),
     bundle_option,
-    backend_options,
-    option(
+    *_BACKEND_OPTIONS,
+    _text(
         "--max-failures",
-        metavar="N|P%",
-        group=_FAILURES,
-        help="Stop, with exit code 4, when more images fail. By default a run continues to its end and exits "
+        "N|P%",
+        _FAILURES,
+        "Stop with exit code 4 as soon as more images fail. By default a run continues to its end and exits "
         "with 4 if any image failed.",
     ),
-    option("--retry-failed", is_flag=True, group=_FAILURES, help="Try the failed images of OUT again."),
-    option(
-        "--overwrite", is_flag=True, group=_FAILURES, help="Remove the run in OUT and start from scratch."
+    _flag("--retry-failed", "Try the failed images of OUT again."),
+    _flag("--overwrite", "Remove the run in OUT and start from scratch."),
+    _flag("--skip-source-check", "Resume without checking whether IMAGES has changed."),
+    _flag("--verify", "Hash the committed files again and redo any that changed."),
+    _count("--max-pixels", _FAILURES, "Larger images are failures; 50 million by default."),
+    _count("--workers", _SPEED, "Threads; one for each usable CPU by default."),
+    _count(
+        "--readers", _SPEED, "Threads that read; as many as --workers by default, 16 for images behind a URL."
     ),
-    option(
-        "--skip-source-check",
-        is_flag=True,
-        group=_FAILURES,
-        help="Resume without checking whether IMAGES has changed.",
+    _count("--batch", _SPEED, "Images of one size per call of a backend; 1 by default."),
+    _count("--shard-size", _SPEED, "Images that are committed together; 256 by default."),
+    _count(
+        "--num-processes", _MACHINES, "Processes side by side; with several GPUs each takes the next one."
     ),
-    option(
-        "--verify",
-        is_flag=True,
-        group=_FAILURES,
-        help="Hash the committed files again and redo any that changed.",
-    ),
-    option(
-        "--max-pixels",
-        type=click.IntRange(1),
-        metavar="N",
-        group=_FAILURES,
-        help="Larger images are failures; 50 million by default.",
-    ),
-    option(
-        "--workers",
-        type=click.IntRange(1),
-        metavar="N",
-        group=_SPEED,
-        help="Threads; one for each usable CPU by default.",
-    ),
-    option(
-        "--readers",
-        type=click.IntRange(1),
-        metavar="N",
-        group=_SPEED,
-        help="Threads that read; as many as --workers by default, 16 where images are behind a URL.",
-    ),
-    option(
-        "--batch",
-        type=click.IntRange(1),
-        metavar="N",
-        group=_SPEED,
-        help="Images of one size that a backend gets at once; 1 by default.",
-    ),
-    option(
-        "--shard-size",
-        type=click.IntRange(1),
-        metavar="N",
-        group=_SPEED,
-        help="Images that are committed together; 256 by default.",
-    ),
-    option(
-        "--num-processes",
-        type=click.IntRange(1),
-        metavar="N",
-        group=_MACHINES,
-        help="Processes side by side; with several GPUs each takes the next one.",
-    ),
-    option(
+    _text(
         "--ray",
-        metavar="ADDRESS",
-        group=_MACHINES,
-        help="Process the shards on a Ray cluster (auto, local, HOST:PORT); OUT must be shared.",
+        "ADDRESS",
+        _MACHINES,
+        "Process the shards on a Ray cluster (auto, local, HOST:PORT); OUT must be shared.",
     ),
-    option(
-        "--log-json",
-        metavar="FILE",
-        group=_MONITORING,
-        help="Write events as JSON lines; - for stderr.",
-    ),
+    _text("--log-json", "FILE", _MONITORING, "Write events as JSON lines; - for stderr."),
     option(
         "--metrics-port",
         type=click.IntRange(1, 65535),
@@ -245,23 +180,22 @@ _RUN_OPTIONS = (
         group=_MONITORING,
         help="Serve Prometheus metrics on this port.",
     ),
-    option(
-        "--metrics-host",
-        metavar="HOST",
-        group=_MONITORING,
-        help="Address to serve metrics on; 127.0.0.1 by default.",
-    ),
-    option(
-        "--storage-options",
-        metavar="JSON",
-        group=_SOURCE,
-        help='As fsspec takes them: \'{"endpoint_url": "..."}\'.',
-    ),
+    _text("--metrics-host", "HOST", _MONITORING, "Address to serve metrics on; 127.0.0.1 by default."),
+    _text("--storage-options", "JSON", _SOURCE, """Options for fsspec, such as '{"endpoint_url": "..."}'."""),
 )
 
 
-def run_options(command: Command) -> Command:
-    """The arguments that `label` and `segment` share; `multisa.runtime.api.RunSettings` takes them."""
-    for decorate in reversed(_RUN_OPTIONS):
+def _decorated(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+    for decorate in reversed(options):
         command = decorate(command)
     return command
+
+
+def backend_options(command: Command) -> Command:
+    """Add --backend, --precision and --engine-cache."""
+    return _decorated(command, _BACKEND_OPTIONS)
+
+
+def run_options(command: Command) -> Command:
+    """Add the arguments that `label` and `segment` share; `multisa.runtime.api.RunSettings` takes them."""
+    return _decorated(command, _RUN_OPTIONS)

@@ -1,1 +1,1 @@
-"""Decoding images and encoding masks: the only place where image files are read or written."""
+"""Decoding of images and encoding of masks: the only package that reads or writes image files."""

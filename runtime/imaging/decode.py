@@ -1,8 +1,8 @@
-"""Images from bytes: the one way that images are decoded, whatever they come from.
+"""Decode images and read, write and resize masks. Every part of multisa decodes images with these functions.
 
     image = decode_image(data, long_side=512)      # image.rgb, image.size
 
-JPEGs go through libjpeg-turbo, whose pixels are Pillow's; everything else, and what is odd, through Pillow.
+Ordinary JPEGs are decoded by libjpeg-turbo, with the same pixels as Pillow; Pillow decodes everything else.
 """
 
 import errno
@@ -27,44 +27,47 @@ from multisa.runtime.imaging.png import encode_palette_png
 
 UInt8 = npt.NDArray[np.uint8]
 
-MAX_FILE_BYTES = 512 * 2**20  # of one image; no camera writes more, and a worker holds one in memory
+MAX_FILE_BYTES = 512 * 2**20  # of one image; no camera writes more, and a worker holds it in memory
 MAX_PIXELS = 50_000_000
-MINIMUM_SIDE = 64  # the exported graphs take no smaller side
+MINIMUM_SIDE = 64  # pixels; the smallest side that the exported graphs accept
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-# A JPEG that is decoded smaller keeps this many times the side that the networks see. On 13 images enlarged to
-# 12 megapixels 0.5 % of the labels change (0.2 % on the 12 of benchmarks/results/encoding.json); saving what
-# the networks see as a JPEG of quality 95 changes 0.8 %.
+MASK_FORMATS = ("PNG",)
+EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm",
+))  # fmt: skip
+# A JPEG decoded at reduced size keeps at least this many times the side that the networks see. This changes
+# 0.5 % of the labels of 13 images enlarged to 12 megapixels (0.2 % on the 12 images of
+# benchmarks/results/encoding.json). Saving the networks' input as a JPEG of quality 95 changes 0.8 %.
 SCALED_SIDES = 2
 
-# Everything Pillow's decoders raise for broken files.
+# Everything that Pillow's decoders raise for broken files.
 DECODER_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, ArithmeticError),
-    *(AttributeError, AssertionError, NotImplementedError, MemoryError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-    Warning,  # where the host program turns warnings into errors
-)
-_PREFIX_BYTES = 16  # of a file, by which plug-ins of Pillow know their format
-
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, ArithmeticError, MemoryError,
+    AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error,
+    Image.DecompressionBombError, Warning,  # where the host program turns warnings into errors
+)  # fmt: skip
+_PREFIX_BYTES = 16  # of a file, by which Pillow's plug-ins recognise their format
 
 ImageInput: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """One upright image and what was done to it."""
+    """One upright image and its original size."""
 
-    rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only where a long side was given
-    orientation: int  # EXIF orientation as found, 1..8 (1 when absent); `rgb` is upright already
-    notes: tuple[str, ...]  # conversions that lose something, in words
-    size: tuple[int, int]  # (H, W) of the upright image itself: masks are written in it
+    rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only if decoded with a long side
+    orientation: int  # EXIF orientation of the file, 1..8 (1 when absent); `rgb` is already upright
+    notes: tuple[str, ...]  # descriptions of lossy conversions
+    size: tuple[int, int]  # (H, W) of the upright image before resizing: the size of its mask
 
 
 def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: int | None) -> DecodedImage:
-    """Load an image from what a program has: upright RGB, reduced to the working size of `long_side`.
+    """Load an image as upright RGB, resized to the working size of `long_side`.
 
-    image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3]. Without `long_side`
-    the image keeps its size. Raises ImageError for an image that cannot be read, has more than `max_pixels`,
-    or is an array of another shape or dtype.
+    image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3]. With `long_side` None
+    the image keeps its size. Raises ImageError for an image that cannot be read or has more than
+    `max_pixels`, and for an array of another shape or dtype.
     """
     if isinstance(image, np.ndarray):
         loaded = _from_array(image, max_pixels)
@@ -94,14 +97,15 @@ def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: in
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> DecodedImage:
-    """Decode one image file as upright RGB; every mode Pillow knows with a defined 8-bit meaning is accepted.
+    """Decode one image file as upright RGB. Accepts every Pillow mode that has a defined 8-bit meaning.
 
-    Grey is repeated, 16-bit grey is scaled to 8 bits, transparency is laid on white, of an animation the
-    first frame is taken. Where `long_side` says what will be resized to (see `working_size`), a JPEG that is
-    much larger is decoded at one or more eighths of its size, never below SCALED_SIDES times that one.
-    Raises ImageError (the reason) for what is empty, truncated, not an image, larger than `max_pixels`, of a
-    mode without a defined range (float, 32-bit integer), or swollen with metadata; sizes are looked at before
-    a pixel is decoded.
+    Repeats grey in all channels, scales 16-bit grey to 8 bits, composites transparency on white, and takes
+    the first frame of an animation. If `long_side` announces a later resize (see `working_size`), a much
+    larger JPEG is decoded at some eighths of its size, but not below SCALED_SIDES times the working size.
+
+    Raises ImageError (the reason) for data that is empty, truncated, not an image, larger than `max_pixels`,
+    of a mode without a defined range (float, 32-bit integer), or bloated with metadata. Sizes are checked
+    before any pixel is decoded.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -109,7 +113,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
         check_metadata(data)
         with open_image(data, FORMATS, max_pixels) as image:
             notes = [] if image.format == "JPEG" else _frame_notes(data, image)
-            found = _orientation(image)
+            orientation = _orientation(image)
             rgb = _decode_jpeg(data, image, long_side)
             size = image.size
             if rgb is None:
@@ -117,19 +121,20 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
                 rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
                 size = image.size  # a TIFF turns itself upright while loading
             # Where it did, it has dropped the tag.
-            remaining = found if found == 1 else _orientation(image)
+            remaining = orientation if orientation == 1 else _orientation(image)
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error)) from error
     width, height = size if remaining < 5 else size[::-1]
     if remaining != 1:
         rgb = _upright(rgb, remaining)
-    return DecodedImage(rgb, found, tuple(notes), (height, width))
+    return DecodedImage(rgb, orientation, tuple(notes), (height, width))
 
 
 def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
-    """Size (height, width) the networks see: the long side at most `long_side`, no side below MINIMUM_SIDE.
+    """Return the size (height, width) of the networks' input for an image of this size.
 
-    Nothing is enlarged except a side shorter than that. Raises ValueError for long_side < MINIMUM_SIDE.
+    The long side is at most `long_side`; only sides below MINIMUM_SIDE are enlarged, to that value. Raises
+    ValueError for long_side < MINIMUM_SIDE.
     """
     if long_side < MINIMUM_SIDE:
         raise ValueError(f"long_side is {long_side}, expected at least {MINIMUM_SIDE}")
@@ -139,12 +144,12 @@ def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
 
 @contextmanager
 def open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
-    """Open an image with Pillow: its header is read, its pixels are not.
+    """Open an image with Pillow, which reads its header but not its pixels.
 
-    Raises ImageError for one of more than `max_pixels`, and any of DECODER_ERRORS.
+    Raises ImageError for an image of more than `max_pixels`, and any of DECODER_ERRORS.
     """
-    # `Image.open` compares the size with a module-wide limit before the caller can compare it with theirs,
-    # and that limit belongs to the host program. The plug-ins behind it have no limit; no pixel is decoded.
+    # `Image.open` first compares the size with a module-wide limit that belongs to the host program. The
+    # plug-ins behind it have no limit, and they decode no pixel.
     Image.init()
     for name in formats:
         opener, accepts = Image.OPEN[name]
@@ -160,7 +165,7 @@ def open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterat
                 raise _too_large(image.width, image.height, max_pixels)
             yield image
         return
-    raise UnidentifiedImageError("no plug-in of Pillow takes it")
+    raise UnidentifiedImageError("no plug-in of Pillow accepts it")
 
 
 def _too_large(width: int, height: int, max_pixels: int) -> ImageError:
@@ -171,9 +176,9 @@ def _too_large(width: int, height: int, max_pixels: int) -> ImageError:
 
 
 def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
-    """Say in words why an image could not be opened or decoded."""
+    """Describe why an image could not be opened or decoded."""
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image of a format that can be read here, expected {', '.join(formats)}"
+        return f"not an image of a supported format, expected {', '.join(formats)}"
     if isinstance(error, OSError) and error.errno is not None:
         reason = os.strerror(error.errno)
         return f"{reason}: check the path" if error.errno == errno.ENOENT else reason
@@ -190,27 +195,27 @@ def _from_array(rgb: UInt8, max_pixels: int) -> DecodedImage:
 
 
 def _from_pillow(image: Image.Image, max_pixels: int) -> DecodedImage:
-    """The pixels of a PIL image, converted and turned upright as those of a file are."""
+    """Convert a PIL image to upright RGB as `decode_image` does."""
     if image.width * image.height > max_pixels:
         raise _too_large(image.width, image.height, max_pixels)
     notes: list[str] = []
     try:
-        found = _orientation(image)
+        orientation = _orientation(image)
         image.load()
         rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
         rgb = _upright(rgb, _orientation(image))
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error)) from error
-    return DecodedImage(rgb, found, tuple(notes), (rgb.shape[0], rgb.shape[1]))
+    return DecodedImage(rgb, orientation, tuple(notes), (rgb.shape[0], rgb.shape[1]))
 
 
 def _frame_notes(data: bytes, image: ImageFile.ImageFile) -> list[str]:
-    # Pillow counts the frames of these formats by going through each of them.
-    pluralize = count_frames(data)
-    frames = int(getattr(image, "n_frames", 1)) if pluralize is None else pluralize
+    # For GIF and TIFF, Pillow counts frames without a limit.
+    counted = count_frames(data)
+    frames = int(getattr(image, "n_frames", 1)) if counted is None else counted
     if frames <= 1:
         return []
-    return [f"first of {'at least ' if pluralize == MOST_FRAMES else ''}{frames} frames"]
+    return [f"first of {'at least ' if counted == MOST_FRAMES else ''}{frames} frames"]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -222,9 +227,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode_jpeg(data: bytes, image: ImageFile.ImageFile, long_side: int | None) -> UInt8 | None:
-    """Decode a grey or colour JPEG without defects to [h, w, 3]; None leaves any other to Pillow.
+    """Decode a grey or colour JPEG without defects to uint8 [h, w, 3]; return None to leave it to Pillow.
 
-    Its pixels are Pillow's at full size: both use libjpeg-turbo's accurate DCT and smooth upsampling.
+    At full size the pixels equal Pillow's: both use libjpeg-turbo's accurate DCT and smooth upsampling.
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
@@ -237,8 +242,8 @@ def _decode_jpeg(data: bytes, image: ImageFile.ImageFile, long_side: int | None)
     try:
         rgb: UInt8 = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except ValueError:
-        return None  # Pillow reads what has small defects, and has the words for the others
-    # The two headers are read by different programs; a file that they read differently is not plain.
+        return None  # Pillow tolerates small defects, and describes the others
+    # Pillow must agree on the size: a file whose header has two readings is not ordinary.
     scaled = long_side is not None and rgb.shape[0] >= least[0] and rgb.shape[1] >= least[1]
     return rgb if scaled or rgb.shape[:2] == (image.height, image.width) else None
 
@@ -267,7 +272,7 @@ def _eight_bits(grey: npt.NDArray[np.integer]) -> UInt8:
 
 
 def _upright(rgb: UInt8, orientation: int) -> UInt8:
-    """Turn a picture stored with this EXIF orientation so that it stands upright; contiguous."""
+    """Rotate and flip an image with this EXIF orientation to stand upright; the result is contiguous."""
     if orientation >= 5:  # stored with rows and columns exchanged
         rgb = rgb.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -277,36 +282,15 @@ def _upright(rgb: UInt8, orientation: int) -> UInt8:
     return np.ascontiguousarray(rgb)
 
 
-MASK_FORMATS = ("PNG",)
-EXTENSIONS = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".jp2",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-    )
-)
-
-
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Read one image file as upright RGB of its full size. Raises ImageError (`PATH: reason`)."""
+    """Read one image file as upright RGB at full size. Raises ImageError (`PATH: reason`)."""
     return load_image(path, max_pixels=max_pixels, long_side=None)
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """Decode class ids uint8 [H, W] from the bytes of a palette or 8-bit grey PNG of at most `max_pixels`.
 
-    Raises ImageError (the reason) for anything else: a mask of colours or of another depth has no ids.
+    Raises ImageError (the reason) for anything else: RGB masks and masks of another depth have no ids.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -322,7 +306,7 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     if ids is None:
         raise ImageError(
             f"got a mask of mode {raw_mode}, expected a palette or 8-bit grey PNG whose values are "
-            "class ids: map each colour to its id and save it so"
+            "class ids: map each colour to its id and save the ids"
         )
     return ids.astype(np.uint8, copy=False)
 
@@ -330,18 +314,23 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
 def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """Read class ids uint8 [H, W] as `decode_mask` does. Raises ImageError (`PATH: reason`)."""
     try:
-        return decode_mask(_read(path), max_pixels=max_pixels)
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
+        return decode_mask(path.read_bytes(), max_pixels=max_pixels)
+    except OSError as error:
+        raise ImageError(f"{path}: {reason_of(error, MASK_FORMATS)}") from error
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
 
 
 def write_mask(path: Path, mask: UInt8, palette: UInt8) -> None:
-    """Write class ids uint8 [H, W] atomically, encoded as `encode_palette_png` does, which raises, too."""
+    """Write class ids uint8 [H, W] atomically as a palette PNG. Raises as `encode_palette_png` does."""
     write_bytes_atomically(path, encode_palette_png(mask, palette))
 
 
 def resize_image(rgb: UInt8, size: tuple[int, int]) -> UInt8:
-    """Resize uint8 [H, W, 3] to [*size, 3] bilinearly, averaging over the source area when shrinking."""
+    """Resize uint8 [H, W, 3] to [*size, 3] bilinearly, averaging the source area when shrinking."""
     if rgb.shape[:2] == size:
         return rgb
     image = Image.fromarray(np.ascontiguousarray(rgb))
@@ -354,14 +343,3 @@ def resize_mask(mask: UInt8, size: tuple[int, int]) -> UInt8:
         return mask
     image = Image.fromarray(np.ascontiguousarray(mask))
     return np.array(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
-            raise ImageError(
-                f"{path.stat().st_size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(reason_of(error)) from error

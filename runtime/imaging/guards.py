@@ -1,7 +1,7 @@
-"""What an image file says besides its pixels, bounded: a million tiny records are refused, not gone through.
+"""Bounds on the metadata of image files, against files that stall a decoder with millions of tiny records.
 
-Decoders go through metadata record by record, some of them in time that grows with the square; none of what
-is counted here is needed for a picture. Broken structures are left to the decoder, which says what is wrong.
+Decoders read metadata record by record, some in quadratic time, though no image needs that much. Broken
+structures are left to the decoder, which reports them.
 """
 
 import re
@@ -12,39 +12,29 @@ MOST_RECORDS = 10_000  # segments, chunks, boxes, tags
 MOST_BYTES = 16 * 2**20  # of metadata in a JPEG; a colour profile has at most 16 MiB
 MOST_JUNK = 2**16  # bytes between the segments of a JPEG, in the comments of a PPM
 MOST_BLOCKS = 4096  # of 255 bytes, before the first frame of a GIF
-MOST_SCANS = 64  # of a progressive JPEG: each goes over the whole picture; encoders write about ten
-MOST_FRAMES = 10_000  # are counted
-# In a JPEG's picture: not a byte 255 of its own, no restart, no padding; those have no content.
+MOST_SCANS = 64  # of a progressive JPEG: each covers the whole image; encoders write about ten
+MOST_FRAMES = 10_000  # of an animation; more are not counted
+# The next marker in the image data of a JPEG that has content: no stuffed byte 255, restart or padding.
 _NEXT_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+# Bytes of one value of each TIFF type.
 _TIFF_SIZES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
+    **dict.fromkeys((1, 2, 6, 7), 1),
+    **dict.fromkeys((3, 8), 2),
+    **dict.fromkeys((4, 9, 11, 13), 4),
+    **dict.fromkeys((5, 10, 12, 16, 17, 18), 8),
 }
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def check_metadata(data: bytes) -> None:
-    """Raise ValueError when a file holds more metadata than any image needs; no pixel is looked at."""
+    """Raise ValueError for more metadata than any image needs. Decodes no pixel."""
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
     elif data.startswith(b"\x89PNG"):
         _check_png(data)
     elif data.startswith(b"GIF8"):
         _check_gif(data)
-    elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    elif data.startswith(_TIFF_MAGIC):
         check_tiff(data)
     elif data.startswith(b"\xff\x4f\xff\x51"):
         _check_codestream(data, 0)
@@ -57,21 +47,21 @@ def check_metadata(data: bytes) -> None:
 
 
 def count_frames(data: bytes) -> int | None:
-    """Frames of a GIF or TIFF, counted up to MOST_FRAMES; None for other formats, whose headers tell."""
+    """Count the frames of a GIF or TIFF, up to MOST_FRAMES; None for formats whose header has the number."""
     if data.startswith(b"GIF8"):
         return sum(1 for kind in _gif_blocks(data) if kind == b",")
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if data.startswith(_TIFF_MAGIC):
         return sum(1 for _ in _directories(data))
     return None
 
 
 def check_tiff(data: bytes) -> None:
-    """Raise ValueError when the tags of a TIFF's first directory, or EXIF's, claim more than there is."""
-    for _, entries in _directories(data):
+    """Raise ValueError when the first tags of a TIFF, or of EXIF, claim more bytes than it has."""
+    for entries in _directories(data):
         if len(entries) > MOST_RECORDS:
             raise _excess("tags", MOST_RECORDS)
         inline = 8 if data[2:3] == b"+" or data[3:4] == b"+" else 4
-        sizes = (_TIFF_SIZES.get(kind, 0) * count for _, kind, count in entries)
+        sizes = (_TIFF_SIZES.get(kind, 0) * count for kind, count in entries)
         total = sum(size for size in sizes if size > inline)
         if total > len(data):
             raise ValueError(f"its tags claim {total} bytes, the file has {len(data)}: save it again")
@@ -92,7 +82,7 @@ def _check_jpeg(data: bytes) -> None:
         if junk > MOST_JUNK:
             raise _excess("bytes between segments", MOST_JUNK)
         marker = data[start + 1] if start + 1 < len(data) else 0xDA
-        if marker == 0xDA:  # the picture begins
+        if marker == 0xDA:  # the image data begin
             break
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # those without content
             at = start + (1 if marker == 0xFF else 2)
@@ -103,22 +93,22 @@ def _check_jpeg(data: bytes) -> None:
         records, size = records + 1, size + length
         if records > MOST_RECORDS or size > MOST_BYTES:
             raise _excess(f"segments, or {MOST_BYTES} bytes of them,", MOST_RECORDS)
-    # Counting is quick, and enough for nearly all; phones put films behind their pictures, where all occurs.
+    # Counting is quick and suffices for nearly all files. Phones append videos, in which any bytes occur.
     if data.count(b"\xff\xda", at) > MOST_SCANS:
         _check_scans(data, at)
 
 
 def _check_scans(data: bytes, at: int) -> None:
-    """Go from marker to marker as decoders do, from the first scan after `at` to the picture's end."""
+    """Follow the markers as decoders do, from the first scan after `at` to the end of the image."""
     scans = 0
     for _ in range(MOST_RECORDS):
-        found = _NEXT_SEGMENT.search(data, at)
-        if found is None or found[1] == b"\xd9":
+        marker = _NEXT_SEGMENT.search(data, at)
+        if marker is None or marker[1] == b"\xd9":
             return
-        scans += found[1] == b"\xda"
+        scans += marker[1] == b"\xda"
         if scans > MOST_SCANS:
             raise _excess("scans", MOST_SCANS)
-        at = found.end() + max(int.from_bytes(data[found.end() : found.end() + 2], "big"), 2)
+        at = marker.end() + max(int.from_bytes(data[marker.end() : marker.end() + 2], "big"), 2)
     raise _excess("segments", MOST_RECORDS)
 
 
@@ -126,11 +116,10 @@ def _check_png(data: bytes) -> None:
     at, records, pieces = 8, 0, 0
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
-        if data[at + 4 : at + 8] in (b"IDAT", b"fdAT"):
-            pieces += 1
-        else:
-            records += 1
-        # Encoders write pieces of 8 KiB and more; 50 times as many are let pass.
+        is_piece = data[at + 4 : at + 8] in (b"IDAT", b"fdAT")
+        pieces += is_piece
+        records += not is_piece
+        # Encoders write pieces of 8 KiB and more, so 50 times as many pass.
         if records > MOST_RECORDS or pieces > 50 * MOST_RECORDS:
             raise _excess("chunks", MOST_RECORDS)
         at += 12 + length
@@ -156,7 +145,7 @@ def _gif_blocks(data: bytes) -> Iterator[bytes]:
             blocks += 1
             if kind == b"!":
                 yield kind
-            elif blocks > 100 * MOST_RECORDS:  # a picture of 255 MB, or one that is made to keep us
+            elif blocks > 100 * MOST_RECORDS:  # an image of 255 MB, or an attack
                 return
         at += 1
 
@@ -169,11 +158,11 @@ def _check_gif(data: bytes) -> None:
             raise _excess("blocks before the first frame", MOST_BLOCKS)
 
 
-def _directories(data: bytes) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-    """Yield each directory of a TIFF: its place and (tag, type, count) of its entries, those of the first."""
+def _directories(data: bytes) -> Iterator[list[tuple[int, int]]]:
+    """Yield (type, count) of each entry in a TIFF's first directory, then an empty list per other one."""
     order = "<" if data[:2] == b"II" else ">"
     big = b"+" in data[2:4]
-    head, entry, pointer = ("Q", "HHQ8x", "Q") if big else ("H", "HHL4x", "L")
+    head, entry, pointer = ("Q", "2xHQ8x", "Q") if big else ("H", "2xHL4x", "L")
     head_size, entry_size = struct.calcsize(order + head), struct.calcsize(order + entry)
     seen: set[int] = set()
     try:
@@ -181,11 +170,10 @@ def _directories(data: bytes) -> Iterator[tuple[int, list[tuple[int, int, int]]]
         while at and at not in seen and len(seen) < MOST_FRAMES:
             (count,) = struct.unpack_from(order + head, data, at)
             read = 0 if seen else min(count, MOST_RECORDS + 1)
-            fields = [
-                struct.unpack_from(order + entry, data, at + head_size + i * entry_size) for i in range(read)
-            ]
+            starts = (at + head_size + i * entry_size for i in range(read))
+            fields = [struct.unpack_from(order + entry, data, start) for start in starts]
             seen.add(at)
-            yield at, [(tag, kind, number) for tag, kind, number in fields]
+            yield [(kind, number) for kind, number in fields]
             (at,) = struct.unpack_from(order + pointer, data, at + head_size + count * entry_size)
     except struct.error:
         return
@@ -210,11 +198,11 @@ def _check_jpeg2000(data: bytes) -> None:
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         if kind == b"jp2c":
             return _check_codestream(data, at + 8)
-        if kind == b"jp2h":  # what is in it is gone through, too
+        if kind == b"jp2h":  # enter this box
             at += 8
         elif length == 1:
             at += max(int.from_bytes(data[at + 8 : at + 16], "big"), 16)
-        elif length < 8:  # the last, or broken
+        elif length < 8:  # the last box, or a broken one
             return None
         else:
             at += length
@@ -243,10 +231,10 @@ def _check_ppm(data: bytes) -> None:
 
 
 def _check_bmp(data: bytes) -> None:
-    if len(data) < 34 or int.from_bytes(data[30:34], "little") not in (1, 2):  # run lengths, of 8 or 4 bits
+    if len(data) < 34 or int.from_bytes(data[30:34], "little") not in (1, 2):  # run lengths of 8 or 4 bits
         return
     width, height = struct.unpack_from("<ll", data, 18)
-    # A run of one pixel takes two bytes, the end of a row two more; what moves without a pixel has no end.
+    # A run of one pixel takes two bytes, the end of a row two more. Moves without a pixel are unlimited.
     most = 4 * abs(width * height) + 2**20
     if len(data) > most:
         raise ValueError(f"{len(data)} bytes of run lengths for {width}x{height} pixels: save it again")

@@ -1,1 +1,1 @@
-"""Predictors: one image, or a batch of one size, to a mask with confidence and uncertainty."""
+"""Predictors turn an image, or a batch of one size, into masks with confidence and uncertainty."""

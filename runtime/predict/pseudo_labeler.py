@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,10 @@ from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput,
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.predict.prediction import (
     DECIMALS,
-    BundlePredictor,
     ClassProbabilities,
     Labels,
     Prediction,
+    Predictor,
     StageTimer,
     timed,
 )
@@ -37,13 +37,13 @@ UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 
-class PseudoLabeler(BundlePredictor):
+class PseudoLabeler(Predictor):
     """Makes pseudo-masks from image-level labels (Multi-SA CAM, AffinityNet, random walk, dense CRF).
 
     >>> with PseudoLabeler() as label:
     ...     result = label("photo.jpg", labels=["dog", "person"])
 
-    A labeler may be called from several threads at once. Use it as a context manager, or call `close`.
+    Several threads may call one labeler at once. Use it as a context manager, or call `close`.
     """
 
     command = "label"
@@ -60,9 +60,9 @@ class PseudoLabeler(BundlePredictor):
     ) -> None:
         """Load the graphs of the CAM network and of AffinityNet.
 
-        The arguments and errors are those of `Segmenter`. probabilities: whether predictions keep the class
-        probabilities before the argmax. Where both graphs run as TensorRT engines and the CUDA kernels are
-        there, the whole chain stays on the GPU.
+        Arguments and errors are those of `Segmenter`. probabilities: keep the class probabilities before the
+        argmax in `Prediction.probabilities`. If both graphs run as TensorRT engines and the CUDA kernels are
+        usable, all steps run on the GPU.
         """
         request = BackendRequest(backend, precision, Path(engine_cache) if engine_cache else None)
         super().__init__(bundle, (CAM, AFFINITY), request, threads)
@@ -70,44 +70,41 @@ class PseudoLabeler(BundlePredictor):
             stack.callback(super().close)
             self._steps = _make_steps(self._manifest, self.backends, stack, probabilities=probabilities)
             self._stack = stack.pop_all()
+        self.device = self._steps.device
 
     def __call__(
         self, image: ImageInput, labels: Sequence[str] | None = None, *, max_pixels: int = MAX_PIXELS
     ) -> Prediction:
         """Make the pseudo-mask of one image.
 
-        image: as `Segmenter` takes it. labels: the foreground classes that the image shows, in any order;
-        an empty sequence for background only; None to take them from the classifier's scores.
+        image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3].
+        labels: the foreground classes in the image, in any order; an empty sequence for background only; None
+        to take the classes whose classifier score reaches its threshold.
 
-        Raises UsageError for a label that is no class of the bundle, ImageError for an image that cannot be
-        read or processed or has more than `max_pixels`, BackendError where a backend fails.
+        Raises UsageError for a label that is not a foreground class of the bundle, ImageError for an image
+        that cannot be read or processed or has more than `max_pixels`, BackendError if a backend fails.
         """
-        given = None if labels is None else self._in_order(labels)
+        ordered = None if labels is None else self._in_order(labels)
         loaded = load_image(image, max_pixels=max_pixels, long_side=self._long_side)
-        (raw,) = self.predict_batch(loaded.rgb[np.newaxis], (given,))
+        (raw,) = self.predict_batch(loaded.rgb[np.newaxis], (ordered,))
         return self.postprocess(raw, loaded)
-
-    @property
-    def device(self) -> str:
-        """Where masks are made, "cpu" or "gpu": their bytes may differ."""
-        return self._steps.device
 
     def predict_batch(
         self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
     ) -> Sequence[Any]:
-        """Run CAM network, AffinityNet and random walk on uint8 [N, h, w, 3]; one result for each image.
+        """Run CAM network, AffinityNet and random walk on uint8 [N, h, w, 3]. Returns one result per image.
 
-        labels: for each image its classes in the bundle's order, or None for those of the scores. Raises
-        BackendError where a graph gives other sizes than the bundle says.
+        labels: for each image its classes in the bundle's order, or None to take them from the scores. Raises
+        BackendError if the outputs of a graph do not have the sizes in the bundle.
         """
         return self._steps.predict_batch(images, labels, timer)
 
     def postprocess(self, raw: Any, image: DecodedImage, timer: StageTimer | None = None) -> Prediction:
-        """Background, dense CRF and argmax of one image. Raises ImageError where a kernel refuses it."""
+        """Add the background, run dense CRF and argmax. Raises ImageError if a kernel refuses the image."""
         return self._steps.postprocess(raw, image, timer)
 
     def close(self) -> None:
-        """Free the memory of the graphs; calls are an error afterwards."""
+        """Free the memory of the graphs. The labeler cannot be used afterwards."""
         self._stack.close()
 
     def _in_order(self, labels: Sequence[str]) -> Labels:
@@ -120,22 +117,10 @@ class PseudoLabeler(BundlePredictor):
         return tuple(name for name in foreground if name in labels)
 
 
-class _Steps(Protocol):
-    """The two steps of labelling, on the CPU or on a GPU."""
-
-    device: str
-
-    def predict_batch(
-        self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
-    ) -> Sequence[Any]: ...
-
-    def postprocess(self, raw: Any, image: DecodedImage, timer: StageTimer | None) -> Prediction: ...
-
-
 def _make_steps(
     manifest: Manifest, backends: Sequence[SelectedBackend], stack: ExitStack, *, probabilities: bool
-) -> _Steps:
-    """The steps on the GPU where both networks and the kernels can work there, else on the CPU."""
+) -> "_CpuSteps | _GpuSteps":
+    """Run the steps on the GPU if both networks and the kernels can run there, else on the CPU."""
     cam, affinity = (selected.backend for selected in backends)
     if isinstance(cam, AsyncBackend) and isinstance(affinity, AsyncBackend):
         from multisa.runtime.gpu.pipeline import open_gpu_pipeline
@@ -148,7 +133,7 @@ def _make_steps(
 
 @dataclass(frozen=True, eq=False)
 class WalkResult:
-    """One image after the graphs and the random walk."""
+    """The state of one image after the graphs and the random walk."""
 
     classes: Labels
     walked: Float32  # [len(classes), h, w] in [0, 1]
@@ -156,16 +141,8 @@ class WalkResult:
     labels_from: str  # "file", or "scores"
 
 
-@dataclass(frozen=True)
-class _Affinity:
-    """What runs the affinity graph; the errors of the device, if its output stays there for the walk."""
-
-    run: Callable[[UInt8], Mapping[str, Any]]
-    device_errors: tuple[type[Exception], ...] = ()
-
-
 class _CpuSteps:
-    """Graphs on any backend; random walk, dense CRF and argmax in the CPU kernels."""
+    """Runs the graphs on any backend, and random walk, dense CRF and argmax with the CPU kernels."""
 
     device = "cpu"
 
@@ -174,12 +151,12 @@ class _CpuSteps:
         self._probabilities = probabilities
         self._thresholds = manifest.parameters.score_thresholds
         self._cam = cam
-        self._affinity = _affinity_for_the_walk(affinity, manifest.parameters.label.walk_radius)
+        radius = manifest.parameters.label.walk_radius
+        self._run_affinity, self._device_errors = _affinity_for_the_walk(affinity, radius)
 
     def predict_batch(
         self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
     ) -> Sequence[WalkResult]:
-        """See `PseudoLabeler.predict_batch`."""
         with timed(timer, "cam"):
             outputs = self._cam.run(images)
         maps: Float32 = outputs["cam"]
@@ -189,30 +166,29 @@ class _CpuSteps:
             raise BackendError(
                 f"cam: got {maps.shape[1]} maps, expected one for each of {len(foreground)} classes"
             )
-        found = []
+        results = []
         for image, class_maps, class_scores, names in zip(images, maps, scores, labels, strict=True):
             named = dict(zip(foreground, class_scores.tolist(), strict=True))
             classes = labels_from_scores(named, self._thresholds) if names is None else names
             walked = self._walk(image, class_maps, classes, timer)
-            found.append(WalkResult(classes, walked, named, "scores" if names is None else "file"))
-        return found
+            results.append(WalkResult(classes, walked, named, "scores" if names is None else "file"))
+        return results
 
     def postprocess(self, raw: WalkResult, image: DecodedImage, timer: StageTimer | None) -> Prediction:
-        """See `PseudoLabeler.postprocess`."""
         parameters = self._manifest.parameters.label
         ids = tuple(self._manifest.classes.index(name) for name in raw.classes)
-        with timed(timer, "crf"), _kernel_errors_of_the_image():
-            made = pseudo_mask(image.rgb, raw.walked, ids, parameters)
-        present = set(np.unique(made.mask).tolist())
-        disagreement = made.disagreement
+        with timed(timer, "crf"), _kernel_errors_as_image_errors():
+            result = pseudo_mask(image.rgb, raw.walked, ids, parameters)
+        present = set(np.unique(result.mask).tolist())
+        disagreement = result.disagreement
         if not raw.classes and raw.labels_from == "scores":
             disagreement = no_class_disagreement(raw.scores, self._thresholds)
         probabilities = None
         if self._probabilities:
-            probabilities = ClassProbabilities((0, *ids), made.probabilities.astype(np.float16))
+            probabilities = ClassProbabilities((0, *ids), result.probabilities.astype(np.float16))
         return Prediction(
-            working_mask=made.mask,
-            working_confidence=confidence_levels(made.confidence),
+            working_mask=result.mask,
+            working_confidence=confidence_levels(result.confidence),
             size=image.size,
             classes=raw.classes,
             manifest=self._manifest,
@@ -226,28 +202,28 @@ class _CpuSteps:
 
     def _walk(self, image: UInt8, maps: Float32, classes: Labels, timer: StageTimer | None) -> Float32:
         parameters, stride = self._manifest.parameters.label, self._manifest.parameters.walk_stride
-        if not classes:  # there is nothing to spread
+        if not classes:  # nothing to spread
             return np.zeros((0, 1, 1), np.float32)
         with timed(timer, "affinity"):
-            edges: Float32 = self._affinity.run(image[np.newaxis])["affinity"]  # or an array of the device
+            edges: Float32 = self._run_affinity(image[np.newaxis])["affinity"]  # or a device array
         expected = len(stencil_offsets(parameters.walk_radius))
         offsets, grid = edges.shape[1], tuple(edges.shape[2:])
         if offsets != expected:
             raise BackendError(
                 f"affinity: got {offsets} offsets, expected {expected} at radius {parameters.walk_radius}"
             )
-        wanted = tuple(-(-side // stride) for side in image.shape[:2])
-        if grid != wanted:
+        strided = tuple(-(-side // stride) for side in image.shape[:2])
+        if grid != strided:
             raise BackendError(
-                f"affinity: got a grid of {grid}, expected {wanted} at stride {stride} of {image.shape[:2]}"
+                f"affinity: got a grid of {grid}, expected {strided} at stride {stride} of {image.shape[:2]}"
             )
         rows = [self._manifest.foreground.index(name) for name in classes]
-        with timed(timer, "walk"), _kernel_errors_of_the_image(self._affinity.device_errors):
+        with timed(timer, "walk"), _kernel_errors_as_image_errors(self._device_errors):
             return walk_scores(maps[rows], edges, parameters)
 
 
 class _GpuSteps:
-    """The whole chain on a GPU; masks and confidences are all that comes back."""
+    """Runs all steps on a GPU and downloads only masks and confidences."""
 
     device = "gpu"
 
@@ -258,14 +234,14 @@ class _GpuSteps:
     def predict_batch(
         self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None
     ) -> "Sequence[tuple[GpuLabels | ImageError, str]]":
-        """See `PseudoLabeler.predict_batch`; where one image fails, its error is in its place."""
+        """See `PseudoLabeler.predict_batch`. The result of a failed image is its error."""
         origins = ["scores" if names is None else "file" for names in labels]
         return list(zip(self._pipeline.label(images, labels, timer), origins, strict=True))
 
     def postprocess(
         self, raw: "tuple[GpuLabels | ImageError, str]", image: DecodedImage, timer: StageTimer | None
     ) -> Prediction:
-        """See `PseudoLabeler.postprocess`. Raises the ImageError that the GPU has found."""
+        """See `PseudoLabeler.postprocess`. Raises the ImageError that `predict_batch` recorded."""
         labelled, labels_from = raw
         if isinstance(labelled, ImageError):
             raise labelled
@@ -282,7 +258,7 @@ class _GpuSteps:
             classes=labelled.classes,
             manifest=self._manifest,
             missing=tuple(name for name in labelled.classes if index(name) not in present),
-            # The walk's own answer stays on the GPU, so the mask alone is judged here.
+            # The walked scores stay on the GPU, so this uses the mask alone.
             disagreement=segmenter_disagreement(labelled.mask, labelled.confidence),
             details=_details(labelled.scores, labels_from),
             probabilities=probabilities,
@@ -291,10 +267,15 @@ class _GpuSteps:
         )
 
 
-def _affinity_for_the_walk(backend: Backend, radius: int) -> _Affinity:
-    """Leave affinities, by far the largest output, on the device where the walk can run there, too."""
+def _affinity_for_the_walk(
+    backend: Backend, radius: int
+) -> tuple[Callable[[UInt8], Mapping[str, Any]], tuple[type[Exception], ...]]:
+    """Return a function that runs the affinity graph, and the errors of the device that keeps its output.
+
+    Affinities, by far the largest output, stay on the device if the walk can run there too.
+    """
     if not isinstance(backend, DeviceBackend):
-        return _Affinity(backend.run)
+        return backend.run, ()
     from multisa.kernels.cuda import calls
     from multisa.kernels.cuda.device import MAX_RADIUS
     from multisa.kernels.cuda.pycuda_context import DeviceUnavailableError, PrimaryContext
@@ -303,18 +284,18 @@ def _affinity_for_the_walk(backend: Backend, radius: int) -> _Affinity:
         device = calls.default_device()
     except DeviceUnavailableError as error:
         log.info(f"the random walk runs on the CPU: {error}")
-        return _Affinity(backend.run)
+        return backend.run, ()
     if radius > MAX_RADIUS:
-        return _Affinity(backend.run)
-    return _Affinity(backend.run_on_device, device.errors if isinstance(device, PrimaryContext) else ())
+        return backend.run, ()
+    return backend.run_on_device, device.errors if isinstance(device, PrimaryContext) else ()
 
 
 @contextmanager
-def _kernel_errors_of_the_image(of_the_device: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """What a kernel refuses about one image, say NaN from a network, is a failure of that image."""
+def _kernel_errors_as_image_errors(device_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn the errors of a kernel, for example about NaN, into a failure of the image."""
     try:
         yield
-    except of_the_device as error:
+    except device_errors as error:
         raise BackendError(f"random walk: cannot be run on the GPU: {error}") from error
     except (TypeError, ValueError) as error:
         raise ImageError(f"post-processing: {error}") from error

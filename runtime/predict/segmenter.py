@@ -1,4 +1,4 @@
-"""The trained segmenter: an image in, its mask out."""
+"""The trained segmenter: from an image to its mask."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,30 +13,23 @@ from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BackendError
 from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
-from multisa.runtime.predict.prediction import (
-    DECIMALS,
-    BundlePredictor,
-    Labels,
-    Prediction,
-    StageTimer,
-)
+from multisa.runtime.predict.prediction import DECIMALS, Labels, Prediction, Predictor, StageTimer
 from multisa.runtime.predict.uncertainty import histogram_disagreement
 
 UInt8 = npt.NDArray[np.uint8]
 
 
-class Segmenter(BundlePredictor):
+class Segmenter(Predictor):
     """Segments images with the trained segmenter of a bundle (DeepLabV3+ by default).
 
     >>> with Segmenter() as segment:
     ...     result = segment("photo.jpg")
     ...     result.save("mask.png")
 
-    A segmenter may be called from several threads at once. Use it as a context manager, or call `close`.
+    Several threads may call one segmenter at once. Use it as a context manager, or call `close`.
     """
 
     command = "segment"
-    device = "cpu"
 
     def __init__(
         self,
@@ -49,13 +42,15 @@ class Segmenter(BundlePredictor):
     ) -> None:
         """Load the segmenter's graph.
 
-        bundle: a bundle or its folder; the packaged one by default. backend: what runs the graph
-        (`multisa.available_backends`), "auto" for the first that is usable. precision: "fp32", "fp16",
-        "int8" or "bf16", as far as bundle and backend have it. threads: of the CPU for one call; all usable
-        ones by default. engine_cache: a folder of TensorRT engines besides the bundle's own.
+        bundle: a bundle or its folder; by default the packaged bundle.
+        backend: what runs the graph, one of `multisa.available_backends()`; "auto" takes the first usable.
+        precision: "fp32", "fp16", "int8" or "bf16", if bundle and backend support it; "auto" takes fp16 on a
+        GPU if the bundle has it, else fp32.
+        threads: CPU threads of one call; by default all usable CPUs.
+        engine_cache: a folder with TensorRT engines, besides those of the bundle.
 
-        Raises BundleError for a bundle that is damaged, UsageError for a backend or precision that does not
-        exist, BackendUnavailable and BackendError for a backend that cannot run here.
+        Raises BundleError for a damaged bundle, UsageError for an unknown backend or precision,
+        BackendUnavailable or BackendError for a backend that cannot run on this machine.
         """
         request = BackendRequest(backend, precision, Path(engine_cache) if engine_cache else None)
         super().__init__(bundle, (SEGMENTER,), request, threads)
@@ -64,10 +59,10 @@ class Segmenter(BundlePredictor):
         """Segment one image.
 
         image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3]. EXIF orientation
-        is applied, and large images are reduced as `multisa segment` does; the mask has the image's own size.
+        is applied. The network sees large images at a reduced size; the mask has the full size, [H, W].
 
-        Raises ImageError for an image that cannot be read or has more than `max_pixels`, BackendError where
-        the backend fails.
+        Raises ImageError for an image that cannot be read or has more than `max_pixels`, BackendError if the
+        backend fails.
         """
         loaded = load_image(image, max_pixels=max_pixels, long_side=self._long_side)
         (raw,) = self.predict_batch(loaded.rgb[np.newaxis], (None,))
@@ -76,19 +71,19 @@ class Segmenter(BundlePredictor):
     def predict_batch(
         self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
     ) -> Sequence[tuple[UInt8, UInt8]]:
-        """Run the graph on uint8 [N, h, w, 3]; class ids and confidence, uint8 [h, w], of each image.
+        """Run the graph on uint8 [N, h, w, 3]. Returns class ids and confidence, uint8 [h, w], of each image.
 
-        The segmenter takes no image-level labels; `labels` is not looked at. Raises BackendError.
+        Ignores `labels`: the segmenter uses no image-level labels. Raises BackendError.
         """
         with timer.stage("segmenter") if timer else nullcontext():
             outputs = self.backends[0].backend.run(images)
-        found, confidence = outputs["labels"], outputs["confidence"]
-        if found.shape != images.shape[:3] or confidence.shape != images.shape[:3]:
+        masks, confidence = outputs["labels"], outputs["confidence"]
+        if masks.shape != images.shape[:3] or confidence.shape != images.shape[:3]:
             raise BackendError(
-                f"segmenter: got labels {found.shape} and confidence {confidence.shape}, expected "
+                f"segmenter: got labels {masks.shape} and confidence {confidence.shape}, expected "
                 f"{images.shape[:3]} as the images: export the bundle again"
             )
-        return list(zip(found, confidence, strict=True))
+        return list(zip(masks, confidence, strict=True))
 
     def postprocess(
         self, raw: tuple[UInt8, UInt8], image: DecodedImage, timer: StageTimer | None = None
@@ -103,7 +98,7 @@ class Segmenter(BundlePredictor):
             raise BackendError(f"segmenter: got class {present[-1]}, expected 0..{len(classes) - 1}")
         histograms = histograms[: len(classes)]
         sums = histograms @ np.arange(256)
-        # Of each class in the mask, the background included: mean confidence over its pixels.
+        # Mean confidence over the pixels of each class in the mask, including the background.
         scores: dict[str, float] = {}
         for index in present:
             scores[classes[index]] = round(float(sums[index] / counts[index]) / 255, DECIMALS)

@@ -1,4 +1,4 @@
-"""How uncertain a mask is, so that people look at the uncertain ones first; it ranks, it is no probability.
+"""Uncertainty scores in [0, 1] that rank masks for review. They are not calibrated probabilities.
 
 The definitions were chosen among several on val images: benchmarks/results/uncertainty.json.
 """
@@ -14,37 +14,37 @@ UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
-SURE = 0.6  # a pixel whose class has a lower probability is an unsure one
+CONFIDENT = 0.6  # a pixel whose class has a lower probability is unsure
 
 
 def uncertainty(
-    confidence: float, disagreement: float, given: Collection[str], found: Collection[str]
+    confidence: float, disagreement: float, labels: Collection[str], present: Collection[str]
 ) -> float:
-    """1 - confidence * (1 - disagreement) * share of the given classes that were found; within 0..1.
+    """Return 1 - confidence * (1 - disagreement) * share of the labels that are present; within 0..1.
 
-    confidence: mean over the pixels, 0..1. disagreement: of one of the functions below, 0..1. given: the
-    image-level labels, empty when there are none (then nothing can be missing). found: the classes in the
-    mask. Raises ValueError for a number out of its range.
+    confidence: mean over the pixels, 0..1. disagreement: from one of the functions below, 0..1. labels: the
+    image-level labels; without any, none can be missing. present: the classes in the mask. Raises ValueError
+    for a number out of its range.
     """
     for name, value in (("confidence", confidence), ("disagreement", disagreement)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: got {value}, expected 0..1")
-    wanted = set(given)
-    share = len(wanted.intersection(found)) / len(wanted) if wanted else 1.0
+    names = set(labels)
+    share = len(names.intersection(present)) / len(names) if names else 1.0
     return 1 - confidence * (1 - disagreement) * share
 
 
 def segmenter_disagreement(mask: UInt8, confidence: UInt8) -> float:
-    """`histogram_disagreement` of a mask uint8 [h, w] and its confidence, 0..255 for 0..1."""
+    """Return `histogram_disagreement` of a mask, uint8 [h, w], and its confidence, 0..255 for 0..1."""
     return histogram_disagreement(joint_histogram(mask, confidence))
 
 
 def histogram_disagreement(histograms: Int64) -> float:
-    """1 - mean confidence of a class of the mask * share of the pixels that are sure; within 0..1.
+    """Return 1 - mean confidence over the classes of the mask * share of confident pixels; within 0..1.
 
-    The mean is over classes, the background among them: over pixels, a small object whose class the network
-    guesses at is lost in a large background. histograms: int64 [classes, 256], for each class how many of its
-    pixels have a confidence of 0..255. No pixel, no disagreement.
+    The mean is over classes, including the background: in a mean over pixels, a large background would hide a
+    small object of uncertain class. histograms: int64 [classes, 256], for each class how many of its pixels
+    have each confidence 0..255. Without pixels, the result is 0.
     """
     pixels = histograms.sum(axis=1)
     present = pixels > 0
@@ -52,16 +52,16 @@ def histogram_disagreement(histograms: Int64) -> float:
         return 0.0
     sums = histograms @ np.arange(256)
     by_class = float((sums[present] / pixels[present]).mean()) / 255
-    unsure = int(histograms[:, : round(SURE * 255)].sum())
+    unsure = int(histograms[:, : round(CONFIDENT * 255)].sum())
     return 1 - by_class * (1 - unsure / int(pixels.sum()))
 
 
 def label_disagreement(before: Float32, after: npt.NDArray[np.intp]) -> float:
-    """1 - agreement of the walk and the CRF * share of the pixels the walk is sure of; within 0..1.
+    """Return 1 - agreement of walk and CRF * share of pixels where the walk is confident; within 0..1.
 
-    Agreement is the IoU of what each calls a class, averaged over the background and the classes labelled
-    with; one that neither finds counts 0. before: float32 [1 + C, H, W], each pixel summing to one, before
-    the CRF; after: integer [H, W], the row that wins after it. No pixel, no disagreement.
+    Agreement is the IoU of the two masks, averaged over the background and the image's labels; a class that
+    neither mask contains counts 0. before: float32 [1 + C, H, W], probabilities before the CRF that sum to
+    one in each pixel. after: integer [H, W], the winning row after the CRF. Without pixels, the result is 0.
     """
     if not after.size:
         return 0.0
@@ -71,15 +71,15 @@ def label_disagreement(before: Float32, after: npt.NDArray[np.intp]) -> float:
     both = np.diag(joint)
     either = joint.sum(axis=0) + joint.sum(axis=1) - both
     agreement = float((both / np.maximum(either, 1)).mean())
-    unsure = int(np.count_nonzero(before.max(axis=0) < np.float32(SURE)))
+    unsure = int(np.count_nonzero(before.max(axis=0) < np.float32(CONFIDENT)))
     return 1 - agreement * (1 - unsure / after.size)
 
 
 def no_class_disagreement(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> float:
-    """How close a class came to being present where the classifier's scores call none so; within 0..1.
+    """Return how close the best class came to its threshold when no class reaches one; within 0..1.
 
-    The mask is background with full confidence then, which says nothing. scores and thresholds: by class,
-    thresholds of 0..1; the highest score counts as a share of its threshold.
+    The mask is then background with full confidence, which carries no information. scores, thresholds: by
+    class, thresholds in 0..1. The result is the highest ratio of score to threshold.
     """
     shares = (score / thresholds[name] if thresholds[name] > 0 else 1.0 for name, score in scores.items())
     return min(max(max(shares, default=0.0), 0.0), 1.0)

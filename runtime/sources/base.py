@@ -1,9 +1,12 @@
-"""The protocol of every source of images: a listing in a fixed order, and the bytes of one image."""
+"""The base class of every source of images: a listing in a fixed order, and the bytes of one image."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
+
+from multisa.runtime.errors import ImageError
+from multisa.runtime.sources.storage import reason_of
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,7 @@ class SourceItem:
     """One image of a source, without its bytes."""
 
     id: str  # posix path, unique in the source and safe below the output folder: results are named after it
-    uri: str  # where `Source.read` finds it, in a form of the source's own
+    uri: str  # where `Source.read` finds it; each kind of source has its own form
     size: int  # bytes; -1 if unknown
     version: str = ""  # changes with the bytes (modification time, ETag, CRC); "" if unknown
     labels: tuple[str, ...] | None = None  # classes that the source names, unchecked
@@ -19,7 +22,7 @@ class SourceItem:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An entry of a source that is not read, and the reason. No entry is skipped silently."""
+    """An entry that the source does not read, and the reason. No entry is skipped silently."""
 
     id: str  # printable
     reason: str
@@ -27,7 +30,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class OtherFiles:
-    """How many entries are not images by their extension."""
+    """The number of entries whose extension is not that of an image."""
 
     count: int
 
@@ -35,37 +38,42 @@ class OtherFiles:
 Listed = SourceItem | Skipped | OtherFiles
 
 
-class Source(Protocol):
+class Source(ABC):
     """A collection of images; a context manager. Several threads may call `read` at once."""
 
-    @property
-    def description(self) -> str:
-        """What it is and where, for people: "folder photos", "tar files s3://bucket/shards/*.tar"."""
+    description: str  # for messages: "folder photos", "tar files s3://bucket/shards/*.tar"
 
+    @abstractmethod
     def listing(self) -> Iterator[Listed]:
-        """Every entry, in an order that depends on the content alone, without holding all in memory.
+        """Yield every entry, in an order that depends only on the content, without holding all in memory.
 
         Raises UsageError when the source does not exist or cannot be listed.
         """
 
     def read(self, item: SourceItem) -> bytes:
-        """The bytes of one image. Raises ImageError (the reason, without the id) when they cannot be read.
+        """Return the bytes of one image. Raises ImageError (the reason, without the id) on failure.
 
-        Refuses an image of another size than `item.size` (unless that is -1), of another version if the
-        store returns it with the bytes, or of more than MAX_FILE_BYTES.
+        Refuses an image whose size differs from `item.size` (unless that is -1), whose version differs (if
+        the store returns it with the bytes), or that is larger than MAX_FILE_BYTES.
         """
+        try:
+            return self._read(item)
+        except OSError as error:
+            raise ImageError(reason_of(error)) from error
 
+    @abstractmethod
+    def _read(self, item: SourceItem) -> bytes:
+        """Implement `read`; an OSError becomes an ImageError."""
+
+    @abstractmethod
     def exists(self, item: SourceItem) -> bool:
-        """Whether the disk, server or archive of `item` can be reached; called after `read` has failed.
+        """Return whether the disk, server or archive of `item` can be reached. Called after `read` failed.
 
-        False also for credentials that have expired: then no other item of it can be read either.
+        Also False when credentials have expired: then no other item can be read either.
         """
 
-    def close(self) -> None:
-        """Release handles and connections."""
+    def __enter__(self) -> Self:
+        return self
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:  # noqa: B027 (a default, not a forgotten override)
+        """Release nothing: the sources here hold no handle between two calls."""

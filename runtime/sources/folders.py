@@ -1,4 +1,4 @@
-"""Images in a folder and the folders below it, all of them or those that match a pattern; one image alone.
+"""Sources for the images below a folder, all or those that match a pattern, and for a single image.
 
 FolderSource("photos", LocalStore("photos"), Pattern("**/*.jpg"))
 """
@@ -9,37 +9,35 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Self
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import EXTENSIONS
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
 from multisa.runtime.sources.names import LONGEST_PATH, is_image, printable
-from multisa.runtime.sources.storage import Entry, LocalStore, Store, Wanted, join, reason_of
+from multisa.runtime.sources.storage import Entry, LocalStore, NameFilter, Store, join, reason_of
 
 
 class Pattern:
-    """A glob pattern on paths below a folder: `*`, `?`, `[a-z]` within a name, `**` for any folders.
+    """A glob pattern for paths below a folder: `*`, `?`, `[a-z]` within a name, `**` for any folders.
 
-    Part i of the pattern is state i of an automaton that reads the names of a path.
+    Part i of the pattern is state i of an automaton that consumes the names of a path.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
-        # None stands for "**".
-        self._parts = [None if part == "**" else _compile(part) for part in text.split("/")]
+        # None stands for "**". `fnmatch` matches "[a" and "[]" literally and ignores empty ranges like [z-a].
+        self._parts = [None if p == "**" else re.compile(fnmatch.translate(p)) for p in text.split("/")]
 
     def matches(self, path: str) -> bool:
-        """Whether the pattern matches the file `path`."""
+        """Return whether the pattern matches the file `path`."""
         return len(self._parts) in self._states(path)
 
     def may_contain(self, folder: str) -> bool:
-        """Whether a file below `folder` can match."""
+        """Return whether a file below `folder` can match."""
         return any(state < len(self._parts) for state in self._states(folder))
 
     def _states(self, path: str) -> set[int]:
-        """How many parts of the pattern the names of `path` can use up."""
+        """Return the states that the names of `path` lead to."""
         states = self._skip_folders({0})
         for name in path.split("/"):
             moved = set()
@@ -53,22 +51,22 @@ class Pattern:
         return states
 
     def _skip_folders(self, states: set[int]) -> set[int]:
-        """Add what follows "**", which stands for any number of folders, or at the end for any path."""
-        found = set(states)
+        """Add the states after each "**", which also matches no folder at all."""
+        reached = set(states)
         for state in range(len(self._parts) - 1):
-            if state in found and self._parts[state] is None:
-                found.add(state + 1)
-        return found
+            if state in reached and self._parts[state] is None:
+                reached.add(state + 1)
+        return reached
 
 
-def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> Iterator[Entry | OtherFiles]:
-    """Everything below `root`, depth first, each folder's names by code point; `name` is the path.
+def walk(store: Store, root: str, keep: NameFilter, pattern: Pattern | None) -> Iterator[Entry | OtherFiles]:
+    """Yield everything below `root`, depth first, names sorted by code point; `name` is the path.
 
-    Entries that are not read have a `problem`; files that are not `wanted` are counted at the end. Memory
-    holds the names of one folder and of its parents. Raises OSError when `root` cannot be read.
+    Skipped entries have a `problem`. The last item counts the files that `keep` rejects. Memory holds the
+    names of one folder and of its parents. Raises OSError when `root` cannot be read.
     """
     others = 0
-    stack = [("", store.folder(root, wanted))]
+    stack = [("", store.folder(root, keep))]
     while stack:
         prefix, entries = stack[-1]
         entry = next(entries, None)
@@ -82,14 +80,14 @@ def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> It
             problem = entry.problem or ("its name is too long" if len(path) > LONGEST_PATH else "")
             if not problem:
                 try:
-                    stack.append((path + "/", store.folder(join(root, path), wanted)))
+                    stack.append((path + "/", store.folder(join(root, path), keep)))
                 except OSError as error:
                     problem = reason_of(error)
             if problem:
                 yield entry._replace(name=path, problem=problem)
         elif pattern and not pattern.matches(path):
             continue
-        elif wanted(entry.name):
+        elif keep(entry.name):
             yield entry._replace(name=path)
         elif not entry.problem:
             others += 1
@@ -97,33 +95,17 @@ def walk(store: Store, root: str, wanted: Wanted, pattern: Pattern | None) -> It
         yield OtherFiles(others)
 
 
-class SourceBase:
-    """A source with nothing to close."""
-
-    def close(self) -> None:
-        """See Source."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class FolderSource(SourceBase):
+class FolderSource(Source):
     """The images below `root`; ids and URIs are their paths below it."""
 
     def __init__(self, root: str, store: Store, pattern: Pattern | None = None) -> None:
         self._root = root
         self._store = store
         self._pattern = pattern
-        shown = printable(root)
-        self.description = f"files {join(shown, pattern.text)}" if pattern else f"folder {shown}"
+        name = printable(root)
+        self.description = f"files {join(name, pattern.text)}" if pattern else f"folder {name}"
 
     def listing(self) -> Iterator[Listed]:
-        """See Source."""
         try:
             for entry in walk(self._store, self._root, is_image, self._pattern):
                 if isinstance(entry, OtherFiles):
@@ -138,19 +120,14 @@ class FolderSource(SourceBase):
             ) from error
 
     def exists(self, item: SourceItem) -> bool:
-        """See Source."""
         return self._store.exists(self._root)
 
-    def read(self, item: SourceItem) -> bytes:
-        """See Source."""
-        try:
-            return self._store.read(join(self._root, inside(item.uri)), item.size, item.version)
-        except OSError as error:
-            raise ImageError(reason_of(error)) from error
+    def _read(self, item: SourceItem) -> bytes:
+        return self._store.read(join(self._root, inside(item.uri)), item.size, item.version)
 
 
-class OneFileSource(SourceBase):
-    """One image; its id is its name."""
+class OneFileSource(Source):
+    """A single image; its id is its name."""
 
     def __init__(self, path: str, store: Store) -> None:
         self._path = path
@@ -158,7 +135,6 @@ class OneFileSource(SourceBase):
         self.description = f"image {printable(path.partition('?')[0])}"
 
     def listing(self) -> Iterator[Listed]:
-        """See Source."""
         path = self._path.partition("?")[0] if "://" in self._path else self._path
         name = path.rpartition("/")[2]
         try:
@@ -167,15 +143,10 @@ class OneFileSource(SourceBase):
         except OSError as error:
             raise UsageError(f"{self.description}: cannot be read ({reason_of(error)})") from error
 
-    def read(self, item: SourceItem) -> bytes:
-        """See Source."""
-        try:
-            return self._store.read(self._path, item.size, item.version)
-        except OSError as error:
-            raise ImageError(reason_of(error)) from error
+    def _read(self, item: SourceItem) -> bytes:
+        return self._store.read(self._path, item.size, item.version)
 
     def exists(self, item: SourceItem) -> bool:
-        """See Source."""
         return self._store.exists(self._path)
 
 
@@ -190,19 +161,19 @@ class ListedImage:
 
 @dataclass(frozen=True)
 class ListedImages:
-    """The images of a folder, sorted by relative path, and the entries that are not read."""
+    """The images of a folder, sorted by relative path, and the skipped entries."""
 
     images: tuple[ListedImage, ...]
     skipped: tuple[Skipped, ...]
 
 
 def list_images(folder: Path) -> ListedImages:
-    """Find all images below a folder at once, for corpora of a size that can be trained on.
+    """List all images below a folder at once, for data sets that fit in memory.
 
-    Raises UsageError when `folder` is no folder, or holds no image.
+    Raises UsageError when `folder` is not a folder or holds no image.
     """
     if not folder.is_dir():
-        raise UsageError(f"{printable(str(folder))}: is no folder, expected a folder of images")
+        raise UsageError(f"{printable(str(folder))}: is not a folder, expected a folder of images")
     with FolderSource(str(folder), LocalStore(str(folder))) as source:
         listing = list(source.listing())
     relatives = sorted(entry.id for entry in listing if isinstance(entry, SourceItem))
@@ -216,7 +187,7 @@ def list_images(folder: Path) -> ListedImages:
 
 
 def _result_names(relatives: list[str]) -> list[str]:
-    """Paths without extension; images that would share one keep their full paths, every one of them.
+    """Drop the extensions, except where images would then share a name: all of those keep their full paths.
 
     So does an image whose mask would have the name of a folder (a.jpg beside a.png/b.jpg).
     """
@@ -235,12 +206,7 @@ def _result_names(relatives: list[str]) -> list[str]:
 
 
 def inside(path: str) -> str:
-    """`path`, unless it leads out of its folder. Raises ImageError then."""
+    """Return `path`. Raises ImageError if it leads out of its folder."""
     if path.startswith("/") or ".." in path.split("/"):
-        raise ImageError(f"{printable(path)}: is no path below the folder")
+        raise ImageError(f"{printable(path)}: is not a path below the folder")
     return path
-
-
-def _compile(part: str) -> re.Pattern[str]:
-    # `fnmatch` takes "[a" and "[]" as they are written, and ignores an empty range like [z-a].
-    return re.compile(fnmatch.translate(part))

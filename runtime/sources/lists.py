@@ -1,6 +1,7 @@
 """Images named by a list (.txt) or a manifest (.csv, .jsonl, .parquet), in its order.
 
-They lie beside the list, elsewhere, or behind URLs. A manifest has a column `image`, and may have `labels`.
+Entries are paths relative to the list, absolute paths, or URLs. A manifest has a column `image` and may have
+a column `labels`.
 """
 
 import csv
@@ -8,14 +9,12 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
+from multisa.runtime.errors import BackendUnavailable, UsageError
 from multisa.runtime.image_labels import Labels, split_classes
-from multisa.runtime.sources.base import Listed, SourceItem
-from multisa.runtime.sources.folders import SourceBase
+from multisa.runtime.sources.base import Listed, Source, SourceItem
 from multisa.runtime.sources.names import SeenHashes, printable, safe_id, unique_id
 from multisa.runtime.sources.remote import protocol_of
 from multisa.runtime.sources.storage import Store, join, reason_of
@@ -29,12 +28,12 @@ _LARGEST_PARQUET_HEADER = 2**28  # bytes, and entries, of the file's metadata
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Reads labels; `classes` tell a name with spaces from several names, and labels from a caption."""
+    """Reads labels. `classes` tell a name with spaces from several names, and labels from a caption."""
 
     classes: Collection[str] = ()
 
     def from_value(self, value: Any) -> Labels | None:
-        """Labels from a list of names, a text of names, or None. Raises ValueError for anything else."""
+        """Return the labels in a list or a text of names, or None. Raises ValueError for anything else."""
         if value is None:
             return None
         if isinstance(value, str):
@@ -46,7 +45,7 @@ class LabelReader:
         return tuple(dict.fromkeys(value))
 
     def from_file(self, kind: str, data: bytes) -> Labels | None:
-        """Labels from a file of a sample: "json", "cls" or "txt". Raises ValueError if it cannot be read."""
+        """Return the labels in a "json", "cls" or "txt" file. Raises ValueError for an unreadable one."""
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
@@ -61,7 +60,7 @@ class LabelReader:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text of any origin. Raises ValueError."""
+    """Parse untrusted JSON. Raises ValueError, also for deep nesting."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -77,99 +76,92 @@ class Row(NamedTuple):
 
 
 def read_rows(store: Store, path: str, labels: LabelReader) -> Iterator[Row]:
-    """The rows of a file ending in .txt, .csv, .jsonl, .ndjson or .parquet.
+    """Yield the rows of a file ending in .txt, .csv, .jsonl, .ndjson or .parquet.
 
-    Raises UsageError naming the line or row that cannot be used, BackendUnavailable if pyarrow is missing.
+    Raises UsageError that names the bad line or row, BackendUnavailable if pyarrow is missing.
     """
-    shown = printable(path.partition("?")[0])
+    list_name = printable(path.partition("?")[0])
     reader = KINDS[path.partition("?")[0].lower().rpartition(".")[2]]
     try:
         with store.stream(path) as file:
-            yield from reader(file, shown, labels)
+            yield from reader(file, list_name, labels)
     except OSError as error:
-        raise UsageError(
-            f"{shown}: cannot be read ({reason_of(error)}), expected a list of images"
-        ) from error
+        reason = reason_of(error)
+        raise UsageError(f"{list_name}: cannot be read ({reason}), expected a list of images") from error
 
 
-def _lines(file: BinaryIO, shown: str) -> Iterator[tuple[str, str]]:
-    """("line 1", its text with its end) and so on."""
+def _lines(file: BinaryIO, list_name: str) -> Iterator[tuple[str, str]]:
+    """Yield ("line 1", its text with the line end) and so on."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
-            raise UsageError(f"{shown}, line {number}: longer than {LONGEST_LINE} bytes, expected a list")
+            raise UsageError(f"{list_name}, line {number}: longer than {LONGEST_LINE} bytes, expected a list")
         try:
             yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UsageError(f"{shown}, line {number}: is not UTF-8 text ({error.reason})") from error
+            raise UsageError(f"{list_name}, line {number}: is not UTF-8 text ({error.reason})") from error
 
 
-def _text_rows(file: BinaryIO, shown: str, _: LabelReader) -> Iterator[Row]:
-    for position, line in _lines(file, shown):
+def _text_rows(file: BinaryIO, list_name: str, _: LabelReader) -> Iterator[Row]:
+    for position, line in _lines(file, list_name):
         if image := line.rstrip("\r\n"):
             yield Row(position, image, None)
 
 
-def _csv_rows(file: BinaryIO, shown: str, reader: LabelReader) -> Iterator[Row]:
-    rows = csv.reader((line for _, line in _lines(file, shown)), strict=True)
+def _csv_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[Row]:
+    rows = csv.reader((line for _, line in _lines(file, list_name)), strict=True)
     try:
         header = [cell.strip() for cell in next(rows, [])]
-        _check_columns(header, f"{shown}, line 1")
+        _check_columns(header, f"{list_name}, line 1")
         for cells in rows:
             position = f"line {rows.line_num}"
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise UsageError(f"{shown}, {position}: got {len(cells)} columns, expected {len(header)}")
-            yield _row(shown, position, dict(zip(header, cells, strict=True)), reader)
+                raise UsageError(f"{list_name}, {position}: got {len(cells)} columns, expected {len(header)}")
+            yield _row(list_name, position, dict(zip(header, cells, strict=True)), reader)
     except csv.Error as error:
-        raise UsageError(f"{shown}, line {rows.line_num}: not CSV: {error}") from error
+        raise UsageError(f"{list_name}, line {rows.line_num}: not CSV: {error}") from error
 
 
-def _jsonl_rows(file: BinaryIO, shown: str, reader: LabelReader) -> Iterator[Row]:
-    for position, line in _lines(file, shown):
+def _jsonl_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[Row]:
+    for position, line in _lines(file, list_name):
         if not line.strip():
             continue
         try:
             value = parse_json(line)
         except ValueError as error:
-            raise UsageError(f"{shown}, {position}: {error}") from None
+            raise UsageError(f"{list_name}, {position}: {error}") from None
         if not isinstance(value, dict):
-            raise UsageError(f'{shown}, {position}: got no JSON object, expected {{"{IMAGE}": "a.jpg"}}')
-        yield _row(shown, position, value, reader)
+            raise UsageError(f'{list_name}, {position}: got no JSON object, expected {{"{IMAGE}": "a.jpg"}}')
+        yield _row(list_name, position, value, reader)
 
 
-def _parquet_rows(file: BinaryIO, shown: str, reader: LabelReader) -> Iterator[Row]:
+def _parquet_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[Row]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise BackendUnavailable(
-            f"{shown}: pyarrow is not installed", remedy="pip install pyarrow"
+            f"{list_name}: pyarrow is not installed", remedy="pip install pyarrow"
         ) from error
-
-    @contextmanager
-    def parquet_errors() -> Iterator[None]:
-        try:
-            yield
-        except (pyarrow.ArrowException, ValueError, MemoryError) as error:
-            raise UsageError(f"{shown}: not a Parquet file that can be read: {error}") from error
-
     number = 0
-    with parquet_errors():
+    try:
         table = parquet.ParquetFile(
             file,
             thrift_string_size_limit=_LARGEST_PARQUET_HEADER,
             thrift_container_size_limit=_LARGEST_PARQUET_HEADER,
         )
         names = list(table.schema_arrow.names)
-        _check_columns(names, shown)
-        wanted = [name for name in (IMAGE, LABELS) if name in names]
-        for batch in table.iter_batches(_BATCH, columns=wanted):
+        _check_columns(names, list_name)
+        columns = [name for name in (IMAGE, LABELS) if name in names]
+        for batch in table.iter_batches(_BATCH, columns=columns):
             for values in batch.to_pylist():
                 number += 1
-                yield _row(shown, f"row {number}", values, reader)
+                yield _row(list_name, f"row {number}", values, reader)
+    except (pyarrow.ArrowException, ValueError, MemoryError) as error:
+        raise UsageError(f"{list_name}: not a readable Parquet file: {error}") from error
 
 
 KINDS: dict[str, Callable[[BinaryIO, str, LabelReader], Iterator[Row]]] = {
@@ -182,7 +174,7 @@ KINDS: dict[str, Callable[[BinaryIO, str, LabelReader], Iterator[Row]]] = {
 
 
 def _check_columns(header: list[str], where: str) -> None:
-    """Raise UsageError for a header without images, or with a column of images or labels twice."""
+    """Raise UsageError unless the header has one column of images and at most one of labels."""
     for name in (IMAGE, LABELS):
         if header.count(name) > 1:
             raise UsageError(f"{where}: got two columns {name!r}, expected one")
@@ -191,31 +183,31 @@ def _check_columns(header: list[str], where: str) -> None:
         raise UsageError(f"{where}: got the columns {got!r}, expected {IMAGE!r} and {LABELS!r}")
 
 
-def _row(shown: str, position: str, values: dict[str, Any], reader: LabelReader) -> Row:
+def _row(list_name: str, position: str, values: dict[str, Any], reader: LabelReader) -> Row:
     image = values.get(IMAGE)
     if not isinstance(image, str) or not image.strip():
         raise UsageError(
-            f"{shown}, {position}: got {str(image)[:80]!r} as {IMAGE!r}, expected the path of an image"
+            f"{list_name}, {position}: got {str(image)[:80]!r} as {IMAGE!r}, expected the path of an image"
         )
     try:
         return Row(position, image, reader.from_value(values.get(LABELS)))
     except ValueError as error:
-        raise UsageError(f"{shown}, {position}, {LABELS!r}: {error}") from None
+        raise UsageError(f"{list_name}, {position}, {LABELS!r}: {error}") from None
 
 
-class _Found(NamedTuple):
-    """Where an image of a list is."""
+class _Location(NamedTuple):
+    """The location of a listed image."""
 
-    uri: str  # as in SourceItem: below the list's folder if possible
+    uri: str  # as in SourceItem: relative to the list's folder if possible
     id: str
     identity: str  # equal for two spellings of one URI
 
 
-class ListSource(SourceBase):
-    """Images by name; `store_of` returns the store of a protocol ("" is this machine).
+class ListSource(Source):
+    """The images that a list names; `store_of` returns the store of a protocol ("" is this machine).
 
-    Ids are paths below the list's folder. An image elsewhere has the path as written, without what leads
-    upwards, and with a digest of the URI where another image has that id.
+    Ids are paths below the list's folder. For an image elsewhere, the id is the path as written without its
+    upward parts, plus a digest of the URI where another image has that id.
     """
 
     def __init__(self, path: str, store_of: Callable[[str], Store], labels: LabelReader) -> None:
@@ -228,69 +220,63 @@ class ListSource(SourceBase):
         self.description = f"list {printable(path.partition('?')[0])}"
 
     def listing(self) -> Iterator[Listed]:
-        """See Source."""
         identities, ids = SeenHashes(), SeenHashes()
         for row in read_rows(self._store_of(self._protocol), self._path, self._labels):
             where = f"{self.description}, {row.position}"
-            found = self._find(row.image, where)
-            if not identities.add(found.identity):
-                raise UsageError(f"{where}: {printable(row.image)} came before, expected each image once")
-            name, attempts = found.id, itertools.count()
+            location = self._locate(row.image, where)
+            if not identities.add(location.identity):
+                raise UsageError(f"{where}: {printable(row.image)} is a duplicate, expected each image once")
+            name, attempts = location.id, itertools.count()
             while not ids.add(name):
-                name = unique_id(found.id, found.uri, next(attempts))
-            size, version = self._status(found.uri)
-            yield SourceItem(name, found.uri, size, version, row.labels)
+                name = unique_id(location.id, location.uri, next(attempts))
+            size, version = self._status(location.uri)
+            yield SourceItem(name, location.uri, size, version, row.labels)
 
-    def read(self, item: SourceItem) -> bytes:
-        """See Source."""
+    def _read(self, item: SourceItem) -> bytes:
         protocol = protocol_of(item.uri)
         store = self._store_of(protocol or self._protocol)
-        path = item.uri if protocol else self._absolute(item.uri)
-        try:
-            return store.read(path, item.size, item.version)
-        except OSError as error:
-            raise ImageError(reason_of(error)) from error
+        return store.read(item.uri if protocol else self._absolute(item.uri), item.size, item.version)
 
     def exists(self, item: SourceItem) -> bool:
-        """See Source; looks at the disk or the server of the item, as a list may name many."""
+        """See Source. Checks the disk or server of the item, because a list may name many."""
         protocol = protocol_of(item.uri)
         if protocol:
             return self._store_of(protocol).is_reachable(item.uri)
         store = self._store_of(self._protocol)
         if not self._protocol:
             if item.size < 0:
-                return True  # it did not exist when it was listed: its disk is unknown
+                return True  # the file did not exist when it was listed: its disk is unknown
             if not item.uri.startswith("/") and not store.exists(self._home):
                 return False
         return store.is_reachable(self._absolute(item.uri))
 
-    def _find(self, image: str, where: str) -> _Found:
+    def _locate(self, image: str, where: str) -> _Location:
         if "\0" in image or printable(image) != image:
-            raise UsageError(f"{where}: {printable(image)!r} is no path, expected UTF-8 without NUL")
+            raise UsageError(f"{where}: {printable(image)!r} is not a path, expected UTF-8 without NUL")
         if "://" in image:
             if protocol_of(image) in ("", "file", "local") or "::" in image:
                 raise UsageError(
                     f"{where}: {image}: expected a path or the URL of one file (s3://, https://)"
                 )
             rest = image.partition("://")[2]
-            return _Found(image, safe_id(rest.partition("?")[0]), image)
+            return _Location(image, safe_id(rest.partition("?")[0]), image)
         path = os.path.normpath(image)
         if self._protocol:
             if image.startswith("/") or ".." in image.split("/"):
                 raise UsageError(
                     f"{where}: {image} leaves the list's folder, expected a path below it, or a URL"
                 )
-            return _Found(path, safe_id(path), join(self._home, path))
+            return _Location(path, safe_id(path), join(self._home, path))
         whole = os.path.normpath(os.path.join(self._home, image))  # noqa: PTH118 (a Path for each is slow)
         if whole.startswith(self._home + "/"):
             path = whole[len(self._home) + 1 :]
-        return _Found(path, safe_id(path), whole)
+        return _Location(path, safe_id(path), whole)
 
     def _absolute(self, path: str) -> str:
         return path if path.startswith("/") else join(self._home, path)
 
     def _status(self, uri: str) -> tuple[int, str]:
-        """Size and version if they cost no request; a missing file is an error of `read`."""
+        """Return size and version if that costs no request; `read` reports a missing file."""
         if self._protocol or protocol_of(uri):
             return -1, ""
         try:

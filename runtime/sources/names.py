@@ -1,4 +1,4 @@
-"""Names in sources: which are images, which are safe below the output folder, which occurred before."""
+"""Names in sources: image extensions, safety below the output folder, duplicates."""
 
 import hashlib
 import re
@@ -18,30 +18,30 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_image(name: str) -> bool:
-    """Whether a name has the extension of an image."""
+    """Return whether a name has the extension of an image."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
     return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS
 
 
 def is_tar(name: str) -> bool:
-    """Whether a name has the extension of an uncompressed tar file."""
+    """Return whether a name has the extension of an uncompressed tar file."""
     return name.lower().endswith(".tar")
 
 
 def printable(name: str) -> str:
-    """`name` with escapes for what is not UTF-8."""
+    """Escape the parts of `name` that are not UTF-8."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def bad_name(name: str) -> str:
-    """Why a name in a folder is skipped, or ""."""
+    """Return why a name in a folder is skipped, or ""."""
     if name.startswith("."):
         return "hidden"
     return "" if _is_utf8(name) else "its name is not UTF-8"
 
 
 def unsafe_path(path: str) -> str:
-    """Why a path from an archive or a bucket is not safe below the output folder, or ""."""
+    """Return why a path from an archive or a bucket is unsafe below the output folder, or ""."""
     if len(path) <= LONGEST_NAME and _PLAIN.fullmatch(path):
         return ""
     if not _is_utf8(path):
@@ -65,46 +65,47 @@ def unsafe_path(path: str) -> str:
 
 
 def relative_member_name(name: str) -> str:
-    """The name of an archive's member without the "./" that some programs put before it."""
+    """Strip the leading "./" that some programs write before the names of members."""
     while name.startswith("./"):
         name = name[2:].lstrip("/")
     return name
 
 
-def size_problem(size: int) -> str:
-    """Why a member of this many bytes is skipped, or ""."""
-    return f"got {size} bytes, expected at most {MAX_FILE_BYTES}" if size > MAX_FILE_BYTES else ""
+def member_problem(name: str, size: int, problem: str) -> str:
+    """Return why an archive member of this name and size is skipped, or ""; `problem` is a known reason."""
+    too_large = f"got {size} bytes, expected at most {MAX_FILE_BYTES}" if size > MAX_FILE_BYTES else ""
+    return unsafe_path(name) or problem or too_large
 
 
 def safe_id(path: str) -> str:
-    """A relative path that `unsafe_path` accepts, made from any path.
+    """Turn any path into a relative path that `unsafe_path` accepts.
 
     A safe path is its own id. Other paths can share one: see `unique_id`.
     """
     if path and not unsafe_path(path):
         return path
     parts = [_safe_part(part) for part in path.split("/") if part not in ("", ".", "..")]
-    made = "/".join(parts) or "_"
-    if len(made.encode()) <= LONGEST_PATH:
-        return made
+    joined = "/".join(parts) or "_"
+    if len(joined.encode()) <= LONGEST_PATH:
+        return joined
     return f"{_digest(path)}-{parts[-1]}" if len(parts[-1].encode()) < LONGEST_NAME - 20 else _digest(path)
 
 
-def unique_id(wanted: str, uri: str, attempt: int = 0) -> str:
-    """Another id for `uri` when the id `wanted` is taken; a different one for every attempt."""
-    path = PurePosixPath(wanted)
-    suffix = path.suffix if len(path.suffix.encode()) <= 16 else ""
+def unique_id(taken: str, uri: str, attempt: int = 0) -> str:
+    """Return another id for `uri` when the id `taken` is in use; a different one for every attempt."""
+    path = PurePosixPath(taken)
+    suffix = _short_suffix(taken)
     stem = path.name.removesuffix(suffix).encode()[: LONGEST_NAME - 40].decode(errors="ignore")
     mark = _digest(f"{attempt}:{uri}")
-    made = str(path.with_name(f"{stem}~{mark}{suffix}"))
-    return made if len(made.encode()) <= LONGEST_PATH else mark + suffix
+    marked = str(path.with_name(f"{stem}~{mark}{suffix}"))
+    return marked if len(marked.encode()) <= LONGEST_PATH else mark + suffix
 
 
 class SeenHashes:
-    """A set of texts that only grows, with 12 to 24 bytes per text (a `set` needs 100).
+    """A grow-only set of texts that takes 12 to 24 bytes per text (a `set` takes 100).
 
-    It stores 64 bits of a digest: among n texts, two are confused with a probability of n^2 / 2^65 (one in
-    370,000 for ten million).
+    Stores 64 bits of a digest: among n texts, a collision has a probability of n^2 / 2^65 (one in 370,000 for
+    ten million).
     """
 
     def __init__(self) -> None:
@@ -112,7 +113,7 @@ class SeenHashes:
         self._count = 0
 
     def add(self, text: str) -> bool:
-        """Add `text`; False if it was added before."""
+        """Add `text`; return False if the set already contains it."""
         digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
         value = int.from_bytes(digest, "little") or 1  # 0 is an empty slot
         if not _put(self._slots, value):
@@ -144,9 +145,13 @@ def _safe_part(part: str) -> str:
         part = "_" + part[1:]
     if len(part.encode()) <= LONGEST_NAME:
         return part
-    suffix = PurePosixPath(part).suffix
-    suffix = suffix if len(suffix.encode()) <= 16 else ""
-    return part.encode()[: LONGEST_NAME - 40].decode(errors="ignore") + "~" + _digest(part) + suffix
+    stem = part.encode()[: LONGEST_NAME - 40].decode(errors="ignore")
+    return f"{stem}~{_digest(part)}{_short_suffix(part)}"
+
+
+def _short_suffix(path: str) -> str:
+    suffix = PurePosixPath(path).suffix
+    return suffix if len(suffix.encode()) <= 16 else ""
 
 
 def _digest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Which source a path, pattern or URL means.
+"""Open the source that a path, pattern or URL names.
 
 with open_source("photos/**/*.jpg") as source:
     for listed in source.listing(): ...
@@ -19,12 +19,12 @@ from multisa.runtime.sources.lists import KINDS, LabelReader, ListSource
 from multisa.runtime.sources.names import bad_name, is_image, is_tar, printable
 from multisa.runtime.sources.remote import RemoteStore, protocol_of
 from multisa.runtime.sources.storage import Entry, LocalStore, Store
-from multisa.runtime.sources.tar import TarSource, expand_range, found_shards, has_range
+from multisa.runtime.sources.tar import TarSource, expand_range, has_range, matching_shards
 from multisa.runtime.sources.zip import ZipSource
 
 EXPECTED = (
     "expected a folder of images, one image, a pattern (photos/**/*.jpg), a list (.txt), a manifest (.csv, "
-    ".jsonl, .parquet), tar files (shards/{000..123}.tar) or a .zip, here or behind a URL"
+    ".jsonl, .parquet), tar files (shards/{000..123}.tar) or a .zip, on this machine or behind a URL"
 )
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
@@ -32,17 +32,15 @@ _WILD = re.compile(r"[*?[]")
 
 
 def open_source(
-    spec: str,
-    *,
-    classes: Collection[str] = (),
-    storage_options: str | Mapping[str, Any] | None = None,
+    spec: str, *, classes: Collection[str] = (), storage_options: str | Mapping[str, Any] | None = None
 ) -> Source:
-    """Open what `spec` names, without listing it or contacting a server.
+    """Open the source that `spec` names, without listing it or contacting a server.
 
-    classes: tell a label with spaces from several labels. storage_options: a JSON object or a mapping for
-    fsspec; without them, fsspec's configuration and the environment apply.
+    classes: names that tell a label with spaces from several labels. storage_options: a JSON object or a
+    mapping for fsspec; by default, fsspec's configuration and the environment apply.
 
-    Raises UsageError for what is no source, BackendUnavailable if fsspec or a protocol's package is missing.
+    Raises UsageError if `spec` names no source, BackendUnavailable if fsspec or its package for a protocol is
+    missing.
     """
     stores = _Stores(protocol_of(spec), _options(storage_options))
     labels = LabelReader(tuple(classes))
@@ -62,9 +60,9 @@ def open_source(
 
 
 class _Stores:
-    """One store for each protocol, created when it is first needed.
+    """One store per protocol, created on first use.
 
-    The options apply to the protocol of the source, and to all URLs in a list of this machine.
+    The options apply to the protocol of the source, and to all URLs in a local list.
     """
 
     def __init__(self, protocol: str, options: Mapping[str, Any]) -> None:
@@ -74,7 +72,7 @@ class _Stores:
         self._lock = threading.Lock()
 
     def of(self, protocol: str) -> Store:
-        """The store for URLs of a protocol; "" is this machine, where links may lead anywhere."""
+        """Return the store for URLs of a protocol; "" is this machine, where links may lead anywhere."""
         with self._lock:
             if protocol not in self._stores:
                 options = self._options if self.protocol in ("", protocol) else {}
@@ -82,31 +80,30 @@ class _Stores:
             return self._stores[protocol]
 
     def below(self, root: str) -> Store:
-        """The store of the source's own protocol; on this machine, links may not leave the folder `root`."""
+        """Return the store of the source's protocol; on this machine, links must not leave `root`."""
         return self.of(self.protocol) if self.protocol else LocalStore(root or ".")
 
 
 def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
-    shown = printable(spec)
     if os.path.isdir(spec):  # noqa: PTH112 (text, as all paths of sources)
         root = spec.rstrip("/") or "/"
         return FolderSource(root, LocalStore(root))
     if not os.path.lexists(spec):
         if has_range(spec) or _WILD.search(spec):
             return _pattern(spec, stores, labels)
-        raise UsageError(f"{shown}: does not exist, {EXPECTED}")
+        raise UsageError(f"{printable(spec)}: does not exist, {EXPECTED}")
     name = spec.rpartition("/")[2]
-    # Decoding decides whether a file with another extension is an image.
+    # A file with another extension may be an image; decoding decides.
     return _file(spec, name, stores, labels) or _image(spec, name, stores)
 
 
 def _file(spec: str, name: str, stores: _Stores, labels: LabelReader) -> Source | None:
-    """The source that one file is, by its extension; None for an extension that is not known."""
+    """Return the source for a single file, chosen by its extension; None for an unknown extension."""
     store = stores.of(stores.protocol)
     if _COMPRESSED.search(name):
         raise UsageError(
             f"{printable(spec)}: a compressed tar file, whose members cannot be read one by one: decompress "
-            "it first (gunzip, bunzip2, unxz, zstd -d); images gain nothing by it"
+            "it first (gunzip, bunzip2, unxz, zstd -d); compression gains nothing for images"
         )
     if is_tar(name):
         root = spec[: -len(name)].rstrip("/") if "/" in spec.rstrip("/") else ""
@@ -142,30 +139,30 @@ def _pattern(spec: str, stores: _Stores, labels: LabelReader) -> Source:
     assert wild
     root, text = _split(spec, wild.start())
     if text.lower().endswith(".zip") or text.lower().rpartition(".")[2] in KINDS:
-        raise UsageError(f"{printable(spec)}: several files, expected one zip file, list or manifest a run")
+        raise UsageError(f"{printable(spec)}: several files, expected one zip file, list or manifest per run")
     root = root or "."
     store, pattern = stores.below(root), Pattern(text)
     if is_tar(text):
-        found = partial(found_shards, store, root, pattern)
-        return TarSource(root, store, found, f"tar files {printable(spec)}", labels)
+        shards = partial(matching_shards, store, root, pattern)
+        return TarSource(root, store, shards, f"tar files {printable(spec)}", labels)
     return FolderSource(root, store, pattern)
 
 
 def _split(spec: str, at: int) -> tuple[str, str]:
-    """The folder before the name at position `at`, and the rest."""
+    """Split `spec` into the folder before the name at position `at`, and the rest."""
     slash = spec.rfind("/", 0, at)
     root = spec[: slash + 1].rstrip("/")
     return ("/" if slash >= 0 and not root else root), spec[slash + 1 :]
 
 
-def _options(given: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if not isinstance(given, str):
-        return given or {}
+def _options(text: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if not isinstance(text, str):
+        return text or {}
     try:
-        options = json.loads(given)
+        options = json.loads(text)
     except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
-        # Not shown: it may contain credentials.
+        # The message omits the text, which may contain credentials.
         raise UsageError('storage options: got no JSON object, expected {"endpoint_url": "..."} or the like')
     return options

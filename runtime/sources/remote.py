@@ -19,14 +19,14 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.names import unsafe_path
-from multisa.runtime.sources.storage import Blob, Entry, Wanted, check_size, check_version
+from multisa.runtime.sources.storage import Blob, Entry, NameFilter, Store, check_size, check_version
 
 Result = TypeVar("Result")
 
 _PIECE = 2**20  # bytes
-_NO_RANGES = "the server sends whole files only, expected parts: copy the file here"
+_NO_RANGES = "the server sends whole files only, expected ranges: copy the file to this machine"
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
-_PARTIAL = 206  # HTTP status of an answer that respects the requested range
+_PARTIAL = 206  # HTTP status of a response that respects the requested range
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _WAITS = (0.2, 1.0)  # seconds before the second and the third attempt; packages also retry on their own
 _WINDOW = 4 * 2**20  # bytes per request: the latency of a request equals some megabytes
@@ -37,7 +37,7 @@ _PACKAGES = {
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
     **dict.fromkeys(("http", "https"), "aiohttp"),
 }
-# What these packages raise besides OSError: module and class.
+# Errors of these packages that are not OSErrors: module and class.
 _FOREIGN = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
@@ -51,13 +51,13 @@ _WITNESSES = 3  # hosts or buckets; of each, the file that was read last is reme
 
 
 def protocol_of(path: str) -> str:
-    """The protocol of a URL in lower case, or "" for a path of this machine."""
+    """Return the protocol of a URL in lower case, or "" for a path of this machine."""
     match = _URL.match(path)
     return match[1].lower() if match else ""
 
 
 class Part(NamedTuple):
-    """Bytes of a file, and its version (as in SourceItem) if the answer to the request named it."""
+    """Bytes of a file, and its version (as in SourceItem) if the response states it."""
 
     data: bytes
     version: str = ""  # its ETag
@@ -67,10 +67,10 @@ PartRequest = Callable[[Any, str, int, int], Part]
 
 
 def web_part(files: Any, url: str, start: int, end: int) -> Part:
-    """Bytes `start` to `end` of a file, fewer at its end; reads no more, whatever the server sends.
+    """Read bytes `start` to `end` of a file, fewer at its end, and no more, whatever the server sends.
 
-    `cat_file` of fsspec neither returns the ETag nor stops at `end`. Raises ImageError when the answer does
-    not begin at `start`, and what aiohttp raises.
+    `cat_file` of fsspec neither returns the ETag nor stops at `end`. Raises ImageError when the response does
+    not begin at `start`, and the errors of aiohttp.
     """
 
     async def request() -> Part:
@@ -89,7 +89,7 @@ def web_part(files: Any, url: str, start: int, end: int) -> Part:
 
 
 def s3_part(files: Any, url: str, start: int, end: int) -> Part:
-    """Bytes `start` to `end` of an object, fewer at its end. Raises what s3fs raises.
+    """Read bytes `start` to `end` of an object, fewer at its end. Raises the errors of s3fs.
 
     `cat_file` of s3fs does not return the ETag, and `info` would cost a second request for every image.
     """
@@ -107,15 +107,15 @@ def s3_part(files: Any, url: str, start: int, end: int) -> Part:
 
 
 def s3_folder(files: Any, url: str) -> dict[str, Entry]:
-    """The names directly below a prefix; holds one page of answers and an `Entry` for every key.
+    """List the names directly below a prefix, holding one page of responses and an `Entry` per key.
 
-    `ls` of s3fs would hold all answers, 2 kB for each key. Raises FileNotFoundError if there is no key, and
-    what s3fs raises.
+    `ls` of s3fs would hold all responses, 2 kB per key. Raises FileNotFoundError if no key has the prefix,
+    and the errors of s3fs.
     """
     bucket, key, _ = files.split_path(url)
     prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
     entries: dict[str, Entry] = {}
-    found = False
+    is_empty = True
     page: dict[str, Any] = {"IsTruncated": True}
     options: dict[str, str] = {}
     while page.get("IsTruncated"):
@@ -124,15 +124,15 @@ def s3_folder(files: Any, url: str) -> dict[str, Entry]:
             add_entry(entries, folder["Prefix"][len(prefix) :], {"type": "directory"}, 0)
         for info in page.get("Contents", ()):
             add_entry(entries, info["Key"][len(prefix) :], info, info["Size"])
-        found = found or bool(page.get("CommonPrefixes") or page.get("Contents"))
+        is_empty = is_empty and not (page.get("CommonPrefixes") or page.get("Contents"))
         options["ContinuationToken"] = page.get("NextContinuationToken", "")
-    if prefix and not found:
+    if prefix and is_empty:
         raise FileNotFoundError(errno.ENOENT, "no key has this prefix")
     return entries
 
 
 def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any], size: int | None) -> None:
-    """Add one name of a listing; where a file and a folder share it, the folder is kept."""
+    """Add one name of a listing; a folder wins over a file of the same name."""
     name = name.removesuffix("/")
     # Some stores keep an empty object for the folder itself.
     if not name or (name in entries and entries[name].is_folder):
@@ -143,7 +143,7 @@ def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any], siz
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """The version in an entry of a listing; "" where there is none."""
+    """Return the version in an entry of a listing, or ""."""
     for key in _VERSIONS:
         if info.get(key) is not None:
             return str(info[key]).strip('"')
@@ -171,11 +171,11 @@ def _run(files: Any, request: Callable[[], Coroutine[Any, Any, Result]]) -> Resu
 PARTS: dict[str, PartRequest] = {"http": web_part, "https": web_part, "s3": s3_part, "s3a": s3_part}
 
 
-class RemoteStore:
-    """See Store. Requests that fail for the moment are sent three times in all.
+class RemoteStore(Store):
+    """Files behind URLs of one protocol. Requests with a transient failure are sent up to three times.
 
-    A read compares versions if the answer names one, as from S3 and web servers that send an ETag. Elsewhere,
-    a change that keeps the size goes unnoticed.
+    A read compares versions if the response names one, as S3 and web servers with ETags do. Otherwise a
+    change that keeps the size goes unnoticed.
     """
 
     def __init__(self, protocol: str, options: Mapping[str, Any]) -> None:
@@ -205,10 +205,9 @@ class RemoteStore:
                 "fsspec's protocols"
             ) from error
 
-    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
-        """See Store."""
+    def folder(self, path: str, keep: NameFilter) -> Iterator[Entry]:
         if self._protocol in ("s3", "s3a") and _host(path):
-            return _in_order(self._call(s3_folder, self._files, path))
+            return _by_name(self._call(s3_folder, self._files, path))
         from fsspec.core import strip_protocol
 
         entries: dict[str, Entry] = {}
@@ -218,30 +217,27 @@ class RemoteStore:
             name = name.removeprefix(here) if name.startswith(here) else name.lstrip("/")
             if f"{name.removesuffix('/')}/" not in (here, here.lstrip("/")):
                 add_entry(entries, name, info, info.get("size"))
-        return _in_order(entries)
+        return _by_name(entries)
 
     @contextmanager
     def open(self, path: str) -> Iterator[Blob]:
-        """See Store."""
         info = self._call(self._files.info, path)
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         if info.get("size") is None:
             raise OSError(errno.EINVAL, "the server does not report its size")
-        yield _RemoteBlob(self, path, int(info["size"]), version_of(info))
+        yield _RemoteBlob(int(info["size"]), version_of(info), _WINDOW, self, path)
 
     @contextmanager
     def stream(self, path: str) -> Iterator[BinaryIO]:
-        """See Store."""
         with _translated(), self._files.open(path, "rb", block_size=_WINDOW) as file:
             yield io.BufferedReader(file)  # supports readline with a limit
 
     def read(self, path: str, size: int, version: str) -> bytes:
-        """See Store."""
         if size > MAX_FILE_BYTES:
             check_size(size, size)
         if size == 0:
-            return b""  # there is no range of 0 bytes
+            return b""  # HTTP has no range of 0 bytes
         # One byte more than expected, to detect a longer file.
         end = (MAX_FILE_BYTES if size < 0 else size) + 1
         part = self._call(self._part, path, 0, end)
@@ -251,7 +247,6 @@ class RemoteStore:
         return part.data
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
-        """See Store."""
         if length <= 0:
             return b""
         part = self._call(self._part, path, start, start + length)
@@ -261,7 +256,7 @@ class RemoteStore:
         return part.data
 
     def exists(self, path: str) -> bool:
-        """See Store; one request, which is not repeated for a while if it succeeds."""
+        """See Store. Sends one request, which is not repeated for a while if it succeeds."""
         now = time.monotonic()
         with self._lock:
             if now - self._answered.get(path, -_REMEMBERED) < _REMEMBERED:
@@ -276,7 +271,7 @@ class RemoteStore:
         return True
 
     def is_reachable(self, path: str) -> bool:
-        """See Store; checks the files that were read last, one for each of the last few hosts."""
+        """See Store. Checks the files that were read last, one for each of the last few hosts."""
         with self._lock:
             served = list(self._served.values())
         if served:
@@ -286,7 +281,7 @@ class RemoteStore:
         try:
             self._call(self._files.info, f"{self._protocol}://{_host(path)}")
         except FileNotFoundError:
-            return True  # the server answers: there is no such bucket
+            return True  # the server responds: no such bucket
         except OSError:
             return False
         return True
@@ -320,12 +315,9 @@ class RemoteStore:
 
 
 @dataclass(frozen=True)
-class _RemoteBlob:
+class _RemoteBlob(Blob):
     store: RemoteStore
     path: str
-    size: int
-    version: str
-    window: int = _WINDOW
 
     def read_at(self, offset: int, length: int) -> bytes:
         length = min(length, self.size - offset)
@@ -356,13 +348,13 @@ def _translated() -> Iterator[None]:
         raise OSError(number, f"{status} {text}" if status else text) from error
 
 
-def _in_order(entries: dict[str, Entry]) -> Iterator[Entry]:
-    """Entries by name; each is freed when it is yielded."""
+def _by_name(entries: dict[str, Entry]) -> Iterator[Entry]:
+    """Yield the entries sorted by name; each is freed when it is yielded."""
     names = sorted(entries, reverse=True)
     while names:
         yield entries.pop(names.pop())
 
 
 def _host(path: str) -> str:
-    """The host, or the bucket, of a URL."""
+    """Return the host, or the bucket, of a URL."""
     return path.partition("://")[2].partition("/")[0]

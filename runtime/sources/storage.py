@@ -1,6 +1,6 @@
-"""Stores: what the sources need of a disk or a bucket, and the store of local disks.
+"""Stores: the file access that sources need from a disk or a bucket, and the store of local disks.
 
-Stores raise OSError; `reason_of` puts one into words.
+Stores raise OSError; `reason_of` turns one into text.
 """
 
 import errno
@@ -8,10 +8,11 @@ import io
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from multisa.runtime.errors import ImageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
@@ -20,12 +21,13 @@ from multisa.runtime.sources.names import bad_name
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-Wanted = Callable[[str], bool]  # whether files of this name are of interest
+NameFilter = Callable[[str], bool]  # whether files of this name are listed with size and version
 
 CHANGED = "changed since it was listed: finish with the files as they were, or start a new run"
 
-_LARGEST_READ = 2**30  # bytes; nothing that is parsed as a whole needs as much
-# The folders that disks are mounted in, not below.
+_LARGEST_READ = 2**30  # bytes; no directory of an archive needs as much
+_HEADER_WINDOW = 8192  # bytes: a header and its neighbours
+# The folders that contain mount points.
 _OF_DISKS = re.compile(r"/(?:mnt|Volumes|(?:run/)?media(?:/[^/]+)?)?")
 
 
@@ -39,23 +41,17 @@ class Entry(NamedTuple):
     problem: str = ""  # why it is skipped
 
 
-class Blob(Protocol):
+@dataclass(frozen=True)
+class Blob(ABC):
     """One file, open for reading at any offset."""
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
+    size: int  # bytes
+    version: str  # as in SourceItem
+    window: int  # bytes to request at once when reading sequentially
 
-    @property
-    def version(self) -> str:
-        """As in SourceItem."""
-
-    @property
-    def window(self) -> int:
-        """How many bytes to read at once when reading sequentially."""
-
+    @abstractmethod
     def read_at(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; fewer at the end of the file only."""
+        """Return `length` bytes from `offset`, fewer only at the end of the file."""
 
 
 class BlobFile(io.RawIOBase):
@@ -66,15 +62,13 @@ class BlobFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """See io.IOBase. Raises OSError for a position before the start."""
+        """Seek as io.IOBase does. Raises OSError for a position before the start."""
         position = (0, self._position, self._blob.size)[whence] + offset
         if position < 0:
             raise OSError(errno.EINVAL, f"byte {position} lies before the start of the file")
@@ -82,7 +76,7 @@ class BlobFile(io.RawIOBase):
         return position
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
-        """See io.RawIOBase; fills `buffer` except at the end of the file. Raises ValueError, OSError."""
+        """Fill `buffer`, except at the end of the file. Raises ValueError for a huge one, OSError."""
         view = memoryview(buffer).cast("B")
         if len(view) > _LARGEST_READ:
             raise ValueError(f"got a directory of {len(view)} bytes, expected at most {_LARGEST_READ}")
@@ -93,47 +87,54 @@ class BlobFile(io.RawIOBase):
         return len(data)
 
 
-class Store(Protocol):
-    """Holds files; paths are what `join` makes. Every method may be called from several threads."""
+class Store(ABC):
+    """Holds files under paths that `join` builds. Several threads may call every method at once."""
 
-    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
-        """The names in a folder, sorted by code point; sizes and versions of `wanted` names only."""
+    @abstractmethod
+    def folder(self, path: str, keep: NameFilter) -> Iterator[Entry]:
+        """Yield the names in a folder, sorted by code point; sizes and versions only if `keep(name)`."""
 
+    @abstractmethod
     def open(self, path: str) -> AbstractContextManager[Blob]:
         """Open a file for random access."""
 
+    @abstractmethod
     def stream(self, path: str) -> AbstractContextManager[BinaryIO]:
         """Open a file for sequential reading."""
 
+    @abstractmethod
     def read(self, path: str, size: int, version: str) -> bytes:
-        """A whole file. Raises ImageError if its size (unless -1) or version differs, or it is too large."""
+        """Return a file. Raises ImageError if its size (unless -1) or version differs, or it is too large."""
 
+    @abstractmethod
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
-        """Some bytes of a file; fewer at its end. Raises ImageError when it is known to have changed."""
+        """Return a part of a file, shorter at its end. Raises ImageError if the file is known to differ."""
 
+    @abstractmethod
     def exists(self, path: str) -> bool:
-        """Whether there is a file, or a folder that is not empty."""
+        """Return whether `path` is a file, or a folder that is not empty."""
 
+    @abstractmethod
     def is_reachable(self, path: str) -> bool:
-        """Whether the disk or the server of a file that existed can be reached, even if the file is gone."""
+        """Return whether the disk or server of a file that existed responds, even if the file is gone."""
 
 
 def join(root: str, relative: str) -> str:
-    """The path of `relative` below the folder `root`."""
+    """Return the path of `relative` below the folder `root`."""
     return f"{root.rstrip('/')}/{relative}" if root else relative
 
 
 def reason_of(error: OSError) -> str:
-    """The reason without the path, which messages name themselves."""
-    kinds = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}
-    for kind, number in kinds.items():
-        if isinstance(error, kind):
-            return os.strerror(number)
+    """Return the reason without the path, which the messages name themselves."""
+    if isinstance(error, FileNotFoundError):
+        return os.strerror(errno.ENOENT)
+    if isinstance(error, PermissionError):
+        return os.strerror(errno.EACCES)
     return error.strerror or str(error) or type(error).__name__
 
 
 def check_size(got: int, expected: int) -> None:
-    """Raise ImageError for a file of another size than was listed, or one that is too large."""
+    """Raise ImageError for a file whose size differs from the listed one or exceeds MAX_FILE_BYTES."""
     if expected >= 0 and got != expected:
         raise ImageError(f"got {got} bytes, expected the {expected} it had when it was listed: {CHANGED}")
     if got > MAX_FILE_BYTES:
@@ -147,11 +148,8 @@ def check_version(got: str, expected: str) -> None:
 
 
 @dataclass(frozen=True)
-class _LocalBlob:
+class _LocalBlob(Blob):
     descriptor: int
-    size: int
-    version: str
-    window: int = 8192  # a header and what is beside it
 
     def read_at(self, offset: int, length: int) -> bytes:
         pieces = []
@@ -162,22 +160,20 @@ class _LocalBlob:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-class LocalStore:
-    """Files of this machine. Links may not lead out of `root`; None allows all of them."""
+class LocalStore(Store):
+    """Files of this machine. Links must not lead out of `root`; None allows all of them."""
 
     def __init__(self, root: str | None = None) -> None:
         self._root = None if root is None else os.path.realpath(root)
 
-    def folder(self, path: str, wanted: Wanted) -> Iterator[Entry]:
-        """See Store."""
-        with os.scandir(path) as found:
-            # Backwards, so that entries can be popped off the end and freed.
-            entries = sorted(found, key=lambda entry: entry.name, reverse=True)
-        return self._entries(entries, wanted)
+    def folder(self, path: str, keep: NameFilter) -> Iterator[Entry]:
+        with os.scandir(path) as scan:
+            # In reverse, so that entries can be popped off the end and freed.
+            entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
+        return self._entries(entries, keep)
 
     @contextmanager
     def open(self, path: str) -> Iterator[Blob]:
-        """See Store."""
         if self._leaves(path):
             raise OSError(errno.EINVAL, "symbolic link that leaves the folder")
         # Non-blocking: the file may have been replaced by a pipe that nobody writes to.
@@ -186,33 +182,30 @@ class LocalStore:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            yield _LocalBlob(descriptor, status.st_size, str(status.st_mtime_ns))
+            yield _LocalBlob(status.st_size, str(status.st_mtime_ns), _HEADER_WINDOW, descriptor)
         finally:
             os.close(descriptor)
 
     @contextmanager
     def stream(self, path: str) -> Iterator[BinaryIO]:
-        """See Store."""
         with self.open(path) as blob:
             assert isinstance(blob, _LocalBlob)
             with open(os.dup(blob.descriptor), "rb") as file:  # noqa: PTH123 (it is a descriptor)
                 yield file
 
     def read(self, path: str, size: int, version: str) -> bytes:
-        """See Store."""
         with self.open(path) as blob:
             check_size(blob.size, size)
             check_version(blob.version, version)
             return blob.read_at(0, blob.size)
 
     def read_range(self, path: str, start: int, length: int, version: str) -> bytes:
-        """See Store."""
         with self.open(path) as blob:
             check_version(blob.version, version)
             return blob.read_at(start, length)
 
     def exists(self, path: str) -> bool:
-        """See Store; a disk that is gone often leaves an empty folder."""
+        """See Store. A disk that is gone often leaves an empty folder."""
         try:
             return _holds_any(path)
         except NotADirectoryError:
@@ -225,7 +218,7 @@ class LocalStore:
         folder, below = os.path.dirname(os.path.abspath(path)), ""  # noqa: PTH100, PTH120 (text, as all paths)
         while folder != below:
             try:
-                # Disks that mount themselves take their folder along.
+                # An automounted disk that is gone takes its folder along.
                 return _holds_any(folder) and not (below and _OF_DISKS.fullmatch(folder))
             except (FileNotFoundError, NotADirectoryError):
                 if os.path.islink(folder):  # noqa: PTH114
@@ -243,15 +236,15 @@ class LocalStore:
         real = os.path.realpath(path)
         return real != self._root and not real.startswith(self._root.rstrip("/") + "/")
 
-    def _entries(self, entries: list["os.DirEntry[str]"], wanted: Wanted) -> Iterator[Entry]:
+    def _entries(self, entries: list["os.DirEntry[str]"], keep: NameFilter) -> Iterator[Entry]:
         while entries:
             entry = entries.pop()
             try:
-                yield self._entry(entry, wanted)
+                yield self._entry(entry, keep)
             except OSError as error:  # deleted since the folder was listed
                 yield Entry(entry.name, False, problem=reason_of(error))
 
-    def _entry(self, entry: "os.DirEntry[str]", wanted: Wanted) -> Entry:
+    def _entry(self, entry: "os.DirEntry[str]", keep: NameFilter) -> Entry:
         problem = bad_name(entry.name)
         if entry.is_symlink():
             is_folder = entry.is_dir()
@@ -265,7 +258,7 @@ class LocalStore:
                 return Entry(entry.name, is_folder, problem=problem)
         elif entry.is_dir():
             return Entry(entry.name, True, problem=problem)
-        if problem or not wanted(entry.name):
+        if problem or not keep(entry.name):
             return Entry(entry.name, False, problem=problem)
         status = entry.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -274,5 +267,5 @@ class LocalStore:
 
 
 def _holds_any(folder: str) -> bool:
-    with os.scandir(folder) as found:
-        return next(found, None) is not None
+    with os.scandir(folder) as scan:
+        return next(scan, None) is not None

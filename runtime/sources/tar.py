@@ -1,8 +1,8 @@
-"""Images in tar shards, with the labels beside them, as WebDataset lays them out.
+"""Images in tar shards with labels beside them, in the layout of WebDataset.
 
     0001.jpg  0001.json {"labels": ["cat"]}  or  0001.cls  or  0001.txt
 
-Listing a shard reads its headers; a read then requests the bytes of one image.
+Listing a shard reads its headers; each read then requests the bytes of one image.
 """
 
 import io
@@ -14,30 +14,29 @@ from typing import BinaryIO, NamedTuple
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
-from multisa.runtime.sources.folders import Pattern, SourceBase, inside, walk
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
+from multisa.runtime.sources.folders import Pattern, inside, walk
 from multisa.runtime.sources.lists import LabelReader
 from multisa.runtime.sources.names import (
     LONGEST_PATH,
     SeenHashes,
     is_image,
     is_tar,
+    member_problem,
     printable,
     relative_member_name,
     safe_id,
-    size_problem,
-    unsafe_path,
 )
 from multisa.runtime.sources.storage import Blob, BlobFile, Entry, Store, join, reason_of
 
 MOST_SHARDS = 1_000_000
 _LONGEST_HEADER = 2**20  # bytes of a long name or of pax records: a path has some hundreds
 _LARGEST_SIDECAR = 2**20  # bytes of a file of labels
-_LARGEST_SAMPLE = 256  # members of one key that are looked at together
+_LARGEST_SAMPLE = 256  # members of one key that form a sample
 _BLOCK = tarfile.BLOCKSIZE
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
-# What the size in their headers says is not there.
+# Members without data, whatever the size in their header.
 _WITHOUT_DATA = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
@@ -55,7 +54,7 @@ _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 
 
 class TarDamaged(Exception):
-    """Nothing can be read from byte `offset` on."""
+    """The tar file is unreadable from byte `offset` on."""
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(reason)
@@ -63,17 +62,17 @@ class TarDamaged(Exception):
 
 
 class Member(NamedTuple):
-    """One member that is no folder."""
+    """One member that is not a folder."""
 
     name: str  # as in the file, without a leading "./"; may hold surrogates
     offset: int  # of its bytes
     size: int
-    problem: str = ""  # why it is no file that can be read
+    problem: str = ""  # why it cannot be read
 
 
 @dataclass
 class _Extension:
-    """What the headers before a member's own header say about it."""
+    """The contents of the extension headers before a member's own header."""
 
     name: bytes | None = None
     size: int | None = None
@@ -95,10 +94,10 @@ class _Extension:
 
 
 def tar_members(blob: Blob) -> Iterator[Member]:
-    """Every member in the order of the file; a member that is cut off is the last, with a problem.
+    """Yield every member in the order of the file; a truncated member comes last and has a problem.
 
-    `tarfile` would recurse into chains of long names, read headers of any length, take a damaged header for
-    the end, and need twice as long. Raises TarDamaged and OSError.
+    `tarfile` would recurse into chains of long names, read headers of any length, treat a damaged header as
+    the end, and take twice as long. Raises TarDamaged and OSError.
     """
     file = io.BufferedReader(BlobFile(blob), blob.window)
     offset, extension = 0, _Extension()
@@ -125,7 +124,7 @@ def tar_members(blob: Blob) -> Iterator[Member]:
             problem = "" if kind in _REGULAR else _PROBLEMS.get(kind, "not a regular file")
             problem = _SPARSE if extension.is_sparse else problem
             if not problem and start + size > blob.size:
-                problem = f"cut off: {max(0, blob.size - start)} of its {size} bytes are in the file"
+                problem = f"truncated: {max(0, blob.size - start)} of its {size} bytes are in the file"
             text_name = relative_member_name(name.decode(errors="surrogateescape"))
             yield Member(text_name, start, size, problem)
         if start + size > blob.size:
@@ -139,16 +138,14 @@ def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
 
 
 def _type_and_size(header: bytes, offset: int) -> tuple[bytes, int]:
-    """Raises TarDamaged for what is no header."""
-    magics = _COMPRESSED if offset == 0 else {}
-    for magic, program in magics.items():
-        if header.startswith(magic):
-            raise TarDamaged(
-                offset, f"compressed by {program}, where no member can be read alone: decompress it first"
-            )
+    """Return the type and the size in a header. Raises TarDamaged for anything else."""
+    for magic, program in _COMPRESSED.items():
+        if offset == 0 and header.startswith(magic):
+            reason = f"compressed by {program}, which prevents reading one member alone: decompress it first"
+            raise TarDamaged(offset, reason)
     if len(header) < _BLOCK:
         raise TarDamaged(offset, "the file ends in a header")
-    # The sum of all bytes, those of the checksum itself taken as spaces.
+    # The sum of all bytes, with spaces in place of the checksum itself.
     checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     expected = _number(header[148:156])
     if expected != checksum:
@@ -163,7 +160,7 @@ def _type_and_size(header: bytes, offset: int) -> tuple[bytes, int]:
 
 
 def _number(field: bytes) -> int | None:
-    """A number in octal digits, or in binary after a byte 0x80; None for anything else."""
+    """Parse octal digits, or binary after a byte 0x80; None for anything else."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
@@ -171,7 +168,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _name(header: bytes) -> bytes:
-    # GNU's headers have times where POSIX has the prefix.
+    # GNU headers have times where POSIX has the prefix.
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
@@ -183,13 +180,13 @@ def _pax_records(text: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
         match = _PAX_RECORD.match(text, at)
         end = at + int(match[1]) if match else 0
         if not match or not match.end() < end <= len(text) or text[end - 1 : end] != b"\n":
-            raise TarDamaged(offset, "a pax header that is none")
+            raise TarDamaged(offset, "a malformed pax header")
         yield match[2], text[match.end() : end - 1]
         at = end
 
 
 def _after_holes(file: BinaryIO, header: bytes, start: int) -> int:
-    """Where the data of a sparse member begins: after the blocks that list more of its holes."""
+    """Return where the data of a sparse member begins: after the blocks that list more of its holes."""
     more = header[482]
     while more:
         block = _read_at(file, start, _BLOCK)
@@ -201,19 +198,19 @@ def _after_holes(file: BinaryIO, header: bytes, start: int) -> int:
 
 
 def _padded(size: int) -> int:
-    """`size` rounded up to whole blocks."""
+    """Round `size` up to whole blocks."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def has_range(spec: str) -> bool:
-    """Whether `spec` has a range like {000000..000123}."""
+    """Return whether `spec` has a range like {000000..000123}."""
     return bool(_RANGE.search(spec))
 
 
 def expand_range(spec: str) -> Iterator[str]:
-    """The paths of `spec` with {000000..000123} counted up.
+    """Expand a range like {000000..000123} in `spec` to its paths.
 
-    Raises UsageError for more than one range, or one that is too large.
+    Raises UsageError for several ranges or one that is too large.
     """
     first, *more = _RANGE.finditer(spec)
     if more:
@@ -228,8 +225,8 @@ def expand_range(spec: str) -> Iterator[str]:
     return (f"{spec[: first.start()]}{i:0{width}}{spec[first.end() :]}" for i in range(low, high + 1))
 
 
-def found_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
-    """The tar files below `root` that a pattern matches. Raises UsageError where there is none."""
+def matching_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
+    """Yield the tar files below `root` that match a pattern. Raises UsageError if there is none."""
     count = 0
     try:
         for entry in walk(store, root, is_tar, pattern):
@@ -242,7 +239,7 @@ def found_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
         raise UsageError(f"{printable(join(root, pattern.text))}: no file of this name, expected tar files")
 
 
-class TarSource(SourceBase):
+class TarSource(Source):
     """Tar files below `root`; ids are "shard/member", URIs "shard.tar#offset"."""
 
     def __init__(
@@ -260,7 +257,6 @@ class TarSource(SourceBase):
         self.description = description
 
     def listing(self) -> Iterator[Listed]:
-        """See Source."""
         seen, stems = SeenHashes(), SeenHashes()
         others = 0
         for shard in self._shards():
@@ -279,26 +275,22 @@ class TarSource(SourceBase):
         if others:
             yield OtherFiles(others)
 
-    def read(self, item: SourceItem) -> bytes:
-        """See Source."""
+    def _read(self, item: SourceItem) -> bytes:
         path, _, offset = item.uri.rpartition("#")
         if not 0 <= item.size <= MAX_FILE_BYTES:
             raise ImageError(f"got {item.size} bytes, expected at most {MAX_FILE_BYTES}")
-        try:
-            path = join(self._root, inside(path))
-            data = self._store.read_range(path, int(offset), item.size, item.version)
-        except OSError as error:
-            raise ImageError(reason_of(error)) from error
+        path = join(self._root, inside(path))
+        data = self._store.read_range(path, int(offset), item.size, item.version)
         if len(data) != item.size:
             raise ImageError(f"the tar file ends after {len(data)} of the image's {item.size} bytes")
         return data
 
     def exists(self, item: SourceItem) -> bool:
-        """See Source; looks for the item's tar file."""
+        """See Source. Checks the item's tar file."""
         return self._store.exists(join(self._root, item.uri.rpartition("#")[0]))
 
     def _shard(self, name: str, seen: SeenHashes) -> Iterator[Listed]:
-        shown = printable(join(self._root, name))
+        path = printable(join(self._root, name))
         has_members = False
         try:
             with self._store.open(join(self._root, name)) as blob:
@@ -309,14 +301,13 @@ class TarSource(SourceBase):
                     yield from self._sample(name, sample, blob, seen)
         except TarDamaged as error:
             if not has_members:
-                raise UsageError(f"{shown}: cannot be read as a tar file: {error}") from error
-            reason = f"damaged at byte {error.offset}: {error}; what follows is not read"
+                raise UsageError(f"{path}: cannot be read as a tar file: {error}") from error
+            reason = f"damaged at byte {error.offset}: {error}; the rest is not read"
             yield Skipped(printable(name), reason)
         except OSError as error:
-            raise UsageError(f"{shown}: cannot be read ({reason_of(error)}), expected a tar file") from error
+            raise UsageError(f"{path}: cannot be read ({reason_of(error)}), expected a tar file") from error
 
     def _sample(self, shard: str, members: list[Member], blob: Blob, seen: SeenHashes) -> Iterator[Listed]:
-        """The entries of one sample of the tar file `shard`."""
         prefix = safe_id(shard[:-4])
         images = [member for member in members if is_image(member.name)]
         sidecars = {}
@@ -328,7 +319,7 @@ class TarSource(SourceBase):
             yield Skipped(printable(f"{prefix}/{name}"), problem)
         for member in images:
             id_ = f"{prefix}/{member.name}"
-            problem = unsafe_path(member.name) or member.problem or size_problem(member.size)
+            problem = member_problem(member.name, member.size, member.problem)
             if not problem and len(id_.encode()) > LONGEST_PATH:
                 problem = "its name is too long"
             if not problem and not seen.add(id_):
@@ -343,7 +334,7 @@ class TarSource(SourceBase):
     def _labels(
         self, sidecars: dict[str, Member], blob: Blob
     ) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
-        """The labels in the files beside an image, and the files that cannot be read, with the reason."""
+        """Return the labels in the files beside an image, and the unreadable files with their reasons."""
         problems: list[tuple[str, str]] = []
         for kind in ("json", "cls", "txt"):
             member = sidecars.get(kind)
@@ -365,7 +356,7 @@ class TarSource(SourceBase):
 
 
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Members of one key that follow each other; those before damage come before its exception."""
+    """Group consecutive members of one key; yield the members before damage, then raise."""
     sample: list[Member] = []
     try:
         for member in members:
@@ -382,6 +373,6 @@ def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:
 
 
 def _key(name: str) -> str:
-    """What the members of one sample share: the path up to the first dot in the name."""
+    """Return the key that the members of a sample share: the path up to the first dot of the name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
-from multisa.runtime.sources.folders import SourceBase
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
 from multisa.runtime.sources.names import (
     SeenHashes,
     is_image,
+    member_problem,
     printable,
     relative_member_name,
-    size_problem,
-    unsafe_path,
 )
 from multisa.runtime.sources.storage import CHANGED, Blob, BlobFile, Store, reason_of
 
@@ -29,14 +27,14 @@ _FILE_TYPE, _LINK, _REGULAR, _FOLDER = 0o170000, 0o120000, 0o100000, 0o040000
 _IN_ZIP64_FIELD = 0xFFFFFFFF  # a size that the zip64 field should have replaced
 _WHOLE = (0, 0xFFFF)  # numbers of the only disk; the second one refers to the zip64 record
 _NAME_AND_EXTRA = 512  # bytes that the name and extra field of a local header rarely exceed
-# Photographs hardly deflate. Flat pictures deflate a thousandfold, which is harmless while they are small.
+# Photos hardly deflate. Flat images deflate a thousandfold, which is harmless while they are small.
 _MAX_RATIO = 200
 _RATIO_FROM = 2**20  # bytes; smaller members may have any ratio
-# What `zipfile` raises for damaged or hostile directories.
+# Errors of `zipfile` for damaged or hostile directories.
 _BROKEN = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error)
 
 
-class ZipSource(SourceBase):
+class ZipSource(Source):
     """One zip file; ids are member names, URIs "header offset:compressed size:method", versions CRCs."""
 
     def __init__(self, path: str, store: Store) -> None:
@@ -45,7 +43,6 @@ class ZipSource(SourceBase):
         self.description = f"zip file {printable(path.partition('?')[0])}"
 
     def listing(self) -> Iterator[Listed]:
-        """See Source."""
         seen = SeenHashes()
         others = 0
         try:
@@ -55,7 +52,7 @@ class ZipSource(SourceBase):
                     if not is_image(name):
                         others += not name.endswith("/")
                         continue
-                    problem = unsafe_path(name) or problem or size_problem(member.file_size)
+                    problem = member_problem(name, member.file_size, problem)
                     if not problem and not seen.add(name):
                         problem = "another member has the same name: the first is used"
                     yield Skipped(printable(name), problem) if problem else _item(member)
@@ -66,15 +63,11 @@ class ZipSource(SourceBase):
         if others:
             yield OtherFiles(others)
 
-    def read(self, item: SourceItem) -> bytes:
-        """See Source."""
+    def _read(self, item: SourceItem) -> bytes:
         header, compressed, method = (int(number) for number in item.uri.split(":"))
         if not 0 <= item.size <= MAX_FILE_BYTES or not 0 <= compressed <= 2 * MAX_FILE_BYTES:
             raise ImageError(f"got {item.size} bytes, expected at most {MAX_FILE_BYTES}")
-        try:
-            data = self._read_compressed(header, compressed, method)
-        except OSError as error:
-            raise ImageError(reason_of(error)) from error
+        data = self._read_compressed(header, compressed, method)
         if method == zipfile.ZIP_DEFLATED:
             data = _inflate(data, item.size)
         if len(data) != item.size:
@@ -84,33 +77,31 @@ class ZipSource(SourceBase):
         return data
 
     def exists(self, item: SourceItem) -> bool:
-        """See Source."""
         return self._store.exists(self._path)
 
     def _read_compressed(self, header: int, compressed: int, method: int) -> bytes:
-        """The member's bytes as stored, with one request unless its local header is unusually long.
+        """Read a member as stored, with one request unless its local header is unusually long.
 
         `zipfile` would read the whole directory first, in every process and on every machine of a run.
         """
         length = _LOCAL_HEADER.size + _NAME_AND_EXTRA + compressed
-        found = self._store.read_range(self._path, header, length, "")
-        if len(found) < _LOCAL_HEADER.size or not found.startswith(_LOCAL_MAGIC):
-            raise ImageError(f"no member where one was: the zip file {CHANGED}")
-        fields = _LOCAL_HEADER.unpack_from(found)
+        block = self._store.read_range(self._path, header, length, "")
+        if len(block) < _LOCAL_HEADER.size or not block.startswith(_LOCAL_MAGIC):
+            raise ImageError(f"its header is missing: the zip file {CHANGED}")
+        fields = _LOCAL_HEADER.unpack_from(block)
         if fields[3] != method:
-            raise ImageError(f"another member where this one was: the zip file {CHANGED}")
+            raise ImageError(f"another member is in its place: the zip file {CHANGED}")
         start = _LOCAL_HEADER.size + fields[9] + fields[10]
-        data = found[start : start + compressed]
+        data = block[start : start + compressed]
         if len(data) < compressed:
             data = self._store.read_range(self._path, header + start, compressed, "")
         return data
 
 
 def list_members(blob: Blob) -> Iterator[tuple[zipfile.ZipInfo, str]]:
-    """Every member in the order of the directory, with the reason why it cannot be read, or "".
+    """Yield every member in the order of the directory, with the reason why it is skipped, or "".
 
-    Memory holds the directory, 0.7 kB per member.
-    Raises OSError and what `_BROKEN` lists.
+    Memory holds the directory, 0.7 kB per member. Raises OSError and the errors in `_BROKEN`.
     """
     with zipfile.ZipFile(BlobFile(blob)) as archive:
         members: list[zipfile.ZipInfo] = archive.infolist()
@@ -126,7 +117,7 @@ def list_members(blob: Blob) -> Iterator[tuple[zipfile.ZipInfo, str]]:
 
 
 def _problem(member: zipfile.ZipInfo, end: int, is_overlapping: bool) -> str:
-    """Why a member is not read, or ""; `end` is where the directory begins."""
+    """Return why a member is skipped, or ""; the directory begins at `end`."""
     kind = (member.external_attr >> 16) & _FILE_TYPE if member.create_system == _UNIX else 0
     method, size, compressed = member.compress_type, member.file_size, member.compress_size
     if member.flag_bits & _ENCRYPTED:
@@ -149,19 +140,19 @@ def _problem(member: zipfile.ZipInfo, end: int, is_overlapping: bool) -> str:
 
 
 def _overlapping(members: list[zipfile.ZipInfo]) -> set[zipfile.ZipInfo]:
-    """The members that share bytes with another one."""
-    found: set[zipfile.ZipInfo] = set()
+    """Return the members that share bytes with another one."""
+    overlapping: set[zipfile.ZipInfo] = set()
     last: zipfile.ZipInfo | None = None  # the one that reaches furthest so far
     for member in sorted(members, key=lambda member: member.header_offset):
         if last and member.header_offset < _end(last):
-            found |= {member, last}
+            overlapping |= {member, last}
         if last is None or _end(member) > _end(last):
             last = member
-    return found
+    return overlapping
 
 
 def _end(member: zipfile.ZipInfo) -> int:
-    """Where a member ends at the earliest."""
+    """Return the earliest end of a member."""
     return member.header_offset + _LOCAL_HEADER.size + member.compress_size
 
 
@@ -176,7 +167,7 @@ def _item(member: zipfile.ZipInfo) -> SourceItem:
 
 
 def _inflate(data: bytes, size: int) -> bytes:
-    """At most `size` + 1 bytes, whatever the data would become."""
+    """Inflate to at most `size` + 1 bytes, whatever the data would become."""
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error as error:

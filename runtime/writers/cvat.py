@@ -14,7 +14,7 @@ from multisa.runtime.imaging.png import IGNORE_INDEX, encode_palette_png, voc_pa
 from multisa.runtime.writers.base import (
     LabelledImage,
     ShardFiles,
-    WriterBase,
+    Writer,
     WriterContext,
     label_name,
     line_name,
@@ -25,7 +25,7 @@ from multisa.runtime.writers.encoding import distinct_colours, ignore_name, with
 _Masks = tuple[str, bytes, bytes]
 
 
-class CvatWriter(WriterBase):
+class CvatWriter(Writer):
     """One zip for each shard."""
 
     def __init__(self, context: WriterContext) -> None:
@@ -34,13 +34,12 @@ class CvatWriter(WriterBase):
         self._voc = voc_palette()
 
     def encode(self, image: LabelledImage) -> _Masks:
-        """The name, the mask of classes and the mask of objects."""
+        """Return the name, the mask of classes and the mask of objects."""
         classes = with_palette(image.png, self._colours)
         return line_name(image.name), classes, self._objects(image.mask, image.png)
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Masks]) -> None:
-        """Write the zip of the shard; none if all its images failed."""
-        if not payloads:
+        if not payloads:  # all images of the shard failed
             return
         names = "".join(f"{name}\n" for name, _, _ in payloads)
         members = [

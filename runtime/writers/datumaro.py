@@ -15,7 +15,7 @@ from multisa.runtime.writers.base import (
     LabelledImage,
     RunFolder,
     ShardFiles,
-    WriterBase,
+    Writer,
     encode_rows,
     file_name,
     json_bytes,
@@ -28,22 +28,20 @@ _NAME = "datumaro"
 _Item = tuple[int, str, bytes, bytes]
 
 
-class DatumaroWriter(WriterBase):
+class DatumaroWriter(Writer):
     """One mask for each image, and a table of names."""
 
     def encode(self, image: LabelledImage) -> _Item:
-        """The index, the path of the mask, the mask, and the line of the table."""
+        """Return the index, the path of the mask, the mask, and the line of the table."""
         line = {"item": file_name(image.name), "image": image.id}
         return image.index, _path(image.name), self._grey(image), json_bytes(line)
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Item]) -> None:
-        """Write the masks of the shard, and keep its lines of the table for `finalize`."""
         for _, path, png, _ in payloads:
             files.write(path, png)
         files.write_part(_NAME, encode_rows((index, [line]) for index, _, _, line in payloads))
 
     def finalize(self, folder: RunFolder, shards: int) -> None:
-        """Write the classes and the table of names."""
         manifest = self.context.manifest
         names = [*manifest.classes, ignore_name(manifest)]
         colours = distinct_colours(manifest)[[*range(len(manifest.classes)), IGNORE_INDEX]]
@@ -57,7 +55,6 @@ class DatumaroWriter(WriterBase):
         folder.write("datumaro/names.jsonl", _lines(folder))
 
     def results(self, name: str) -> Sequence[str]:
-        """The mask."""
         return (_path(name),)
 
     def _grey(self, image: LabelledImage) -> bytes:

@@ -1,79 +1,71 @@
-"""Plain files: `masks`, `confidence` and `tar`."""
+"""Plain files: `masks`, `confidence` and `tar`, and the base classes of formats like them."""
 
-import io
+from abc import abstractmethod
 from collections.abc import Sequence
 
-from PIL import Image
-
 from multisa.runtime.imaging.decode import resize_mask
-from multisa.runtime.writers.base import (
-    LabelledImage,
-    ShardFiles,
-    WriterBase,
-    json_bytes,
-    shard_path,
-    tar_key,
-)
-from multisa.runtime.writers.encoding import tar_bytes
-
-_COMPRESSION = 1  # of zlib; confidences are noise to it, and more effort gains little
+from multisa.runtime.writers.base import LabelledImage, ShardFiles, Writer, json_bytes, shard_path, tar_key
+from multisa.runtime.writers.encoding import encode_grey, tar_bytes
 
 
-class MasksWriter(WriterBase):
-    """`masks`: a palette PNG for each image, OUT/masks/NAME.png, as VOC tools read them."""
+class PngWriter(Writer):
+    """One PNG for each image, OUT/FOLDER/NAME.png."""
+
+    folder: str
+
+    @abstractmethod
+    def png(self, image: LabelledImage) -> bytes:
+        """Encode the file of one image."""
 
     def encode(self, image: LabelledImage) -> tuple[str, bytes]:
-        """The path and the PNG."""
-        return mask_path(image.name), image.png
+        return self.results(image.name)[0], self.png(image)
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[tuple[str, bytes]]) -> None:
-        """Write the masks of the shard."""
         for path, png in payloads:
             files.write(path, png)
 
     def results(self, name: str) -> Sequence[str]:
-        """The mask."""
-        return (mask_path(name),)
+        return (f"{self.folder}/{name}.png",)
 
 
-def mask_path(name: str) -> str:
-    """Path of the mask of the image `name` below the output folder."""
-    return f"masks/{name}.png"
+class MasksWriter(PngWriter):
+    """`masks`: palette PNGs, as VOC tools read them."""
+
+    folder = "masks"
+
+    def png(self, image: LabelledImage) -> bytes:
+        return image.png
 
 
-class ConfidenceWriter(WriterBase):
-    """`confidence`: a grey PNG for each image, OUT/confidence/NAME.png, 0..255 for 0..1."""
+class ConfidenceWriter(PngWriter):
+    """`confidence`: grey PNGs, 0..255 for 0..1."""
 
-    def encode(self, image: LabelledImage) -> tuple[str, bytes]:
-        """The path and the PNG."""
-        buffer = io.BytesIO()
-        size = (image.mask.shape[0], image.mask.shape[1])
-        grey = Image.fromarray(resize_mask(image.confidence, size))
-        grey.save(buffer, "PNG", compress_level=_COMPRESSION)
-        return self.results(image.name)[0], buffer.getvalue()
+    folder = "confidence"
 
-    def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[tuple[str, bytes]]) -> None:
-        """Write the files of the shard."""
-        for path, png in payloads:
-            files.write(path, png)
-
-    def results(self, name: str) -> Sequence[str]:
-        """The grey image."""
-        return (f"confidence/{name}.png",)
+    def png(self, image: LabelledImage) -> bytes:
+        height, width = image.mask.shape
+        return encode_grey(resize_mask(image.confidence, (height, width)))
 
 
-_Members = tuple[tuple[str, bytes], ...]
+TarMembers = tuple[tuple[str, bytes], ...]
 
 
-class TarWriter(WriterBase):
-    """`tar`: OUT/shards/000012.tar for WebDataset, KEY.png and KEY.json (its record) for each image."""
+class TarShardWriter(Writer):
+    """One tar for each shard, OUT/FOLDER/000012.tar, without those whose images all failed."""
 
-    def encode(self, image: LabelledImage) -> _Members:
-        """The two members of an image."""
+    folder: str
+
+    def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[TarMembers]) -> None:
+        if payloads:
+            data = tar_bytes(member for members in payloads for member in members)
+            files.write(shard_path(self.folder, shard, "tar"), data)
+
+
+class TarWriter(TarShardWriter):
+    """`tar`: shards for WebDataset with KEY.png and KEY.json (its record) for each image."""
+
+    folder = "shards"
+
+    def encode(self, image: LabelledImage) -> TarMembers:
         key = tar_key(image.name)
         return (f"{key}.png", image.png), (f"{key}.json", json_bytes(image.record))
-
-    def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Members]) -> None:
-        """Write the tar of the shard; none if all its images failed."""
-        if payloads:
-            files.write(shard_path("shards", shard, "tar"), tar_bytes(m for pair in payloads for m in pair))

@@ -1,7 +1,7 @@
 """`label-studio`: OUT/label-studio/000012.json, tasks with predictions: one brush mask per class and image.
 
-OUT/label-studio/labeling_config.xml is the labelling interface for them. Tasks refer to an image by its id
-behind a prefix, under which Label Studio finds the images.
+OUT/label-studio/labeling_config.xml is their labelling interface. Tasks refer to an image by a prefix and its
+id; Label Studio must find the image at that path or URL.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from multisa.runtime.writers.base import (
     LabelledImage,
     RunFolder,
     ShardFiles,
-    WriterBase,
+    Writer,
     WriterContext,
     json_bytes,
     shard_path,
@@ -40,7 +40,7 @@ _MAX_PIXELS = (2**32 - 1) // _CHANNELS  # the header counts values in 32 bits
 _WEB = ("http://", "https://", "/")  # prefixes of URLs, in which ids must be escaped
 
 
-class LabelStudioWriter(WriterBase):
+class LabelStudioWriter(Writer):
     """One list of tasks for each shard."""
 
     def __init__(self, context: WriterContext, image_prefix: str = "") -> None:
@@ -49,7 +49,7 @@ class LabelStudioWriter(WriterBase):
         self._version = f"{context.manifest.name}-{context.bundle_sha256[:12]}"
 
     def encode(self, image: LabelledImage) -> bytes:
-        """The task as JSON."""
+        """Return the task as JSON."""
         try:
             results = [
                 self._result(image, runs)
@@ -57,25 +57,19 @@ class LabelStudioWriter(WriterBase):
                 if runs.class_id not in (0, IGNORE_INDEX)
             ]
         except ValueError as error:
-            raise ImageError(f"label-studio cannot hold it: {error}") from error
-        prediction = {
-            "model_version": self._version,
-            "score": image.record["confidence"],
-            "result": results,
-        }
+            raise ImageError(f"label-studio cannot hold the mask: {error}") from error
+        prediction = {"model_version": self._version, "score": image.record["confidence"], "result": results}
         reference = self._prefix + (quote(image.id) if self._prefix.startswith(_WEB) else image.id)
         return json_bytes(
             {"data": {"image": reference}, "meta": {"id": image.id}, "predictions": [prediction]}
         )
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[bytes]) -> None:
-        """Write the tasks of the shard; none if all its images failed."""
-        if payloads:
+        if payloads:  # else all images of the shard failed
             tasks = b"[\n" + b",\n".join(payloads) + b"\n]\n"
             files.write(shard_path(_FOLDER, shard, "json"), tasks)
 
     def finalize(self, folder: RunFolder, shards: int) -> None:
-        """Write the labelling interface."""
         manifest = self.context.manifest
         colours = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in manifest.palette[1:])
         labels = (
@@ -127,7 +121,7 @@ def encode_label_studio_rle(runs: RowRuns, pixels: int) -> bytes:
 def _pieces(runs: RowRuns, pixels: int) -> tuple[Int64, Int64]:
     """Lengths and values of runs, cut into pieces of at most `_MAX_PIECE`.
 
-    The remainder of a cut run is negative: like Label Studio's encoder, we write it in the widest form.
+    The remainder of a cut run is negative: Label Studio's encoder writes it in the widest form.
     """
     bounds = np.empty(2 * len(runs.starts) + 2, np.int64)
     bounds[0], bounds[-1] = 0, pixels
@@ -155,7 +149,7 @@ def _header(pixels: int) -> Int64:
 def _pack(codes: Int64, bits: Int64) -> bytes:
     """Concatenate `codes` of `bits` bits each (at most 32), most significant bit first.
 
-    Padded like Label Studio's encoder: with a whole byte where none is needed.
+    Pads like Label Studio's encoder, with a whole byte where none is needed.
     """
     high_first = (codes << (_WORD - bits)).astype(">u4").view(np.uint8)
     is_used = np.arange(_WORD) < bits[:, None]

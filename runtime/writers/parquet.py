@@ -13,7 +13,7 @@ from multisa.runtime.errors import BackendUnavailable
 from multisa.runtime.writers.base import (
     LabelledImage,
     ShardFiles,
-    WriterBase,
+    Writer,
     WriterContext,
     json_bytes,
     shard_path,
@@ -36,11 +36,10 @@ _LISTS = ("classes", "notes")
 _COMPRESSION = "zstd"
 
 
-class ParquetWriter(WriterBase):
+class ParquetWriter(Writer):
     """One table for each shard."""
 
     def __init__(self, context: WriterContext) -> None:
-        """Raise BackendUnavailable without pyarrow."""
         super().__init__(context)
         if importlib.util.find_spec("pyarrow") is None:
             raise BackendUnavailable(
@@ -48,7 +47,6 @@ class ParquetWriter(WriterBase):
             )
 
     def encode(self, image: LabelledImage) -> Mapping[str, Any]:
-        """The row."""
         record = image.record
         shares = record["pixel_shares"]
         known = {*_COLUMNS, *_LISTS, "pixel_shares"}
@@ -60,8 +58,7 @@ class ParquetWriter(WriterBase):
         return row
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[Mapping[str, Any]]) -> None:
-        """Write the table of the shard; none if all its images failed."""
-        if not payloads:
+        if not payloads:  # all images of the shard failed
             return
         import pyarrow
         import pyarrow.parquet

@@ -1,10 +1,11 @@
 """`probabilities`: OUT/probabilities/000012.tar, the class probabilities of each image.
 
-They allow other thresholds to be tried without running the networks again. Each image has KEY.npz with four
+With them you can try other thresholds without running the networks again. Each image has KEY.npz with four
 arrays (`_ARRAYS`) and KEY.json, its record:
 
     for image in read_probabilities(Path("out/probabilities/000000.tar")):
         mask = mask_from_probabilities(image, background_weight=0.8)
+        write_mask(Path(f"masks/{image.name}.png"), mask, bundle.manifest.mask_palette())
 """
 
 import io
@@ -14,7 +15,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -23,34 +24,27 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask, write_mask
+from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.prediction import ClassProbabilities
-from multisa.runtime.writers.base import (
-    LabelledImage,
-    ShardFiles,
-    WriterBase,
-    json_bytes,
-    shard_path,
-    tar_key,
-    unescape_name,
-)
-from multisa.runtime.writers.encoding import tar_bytes, zip_bytes
+from multisa.runtime.writers.base import LabelledImage, json_bytes, tar_key, unescape_name
+from multisa.runtime.writers.encoding import zip_bytes
+from multisa.runtime.writers.files import TarMembers, TarShardWriter
 
 UInt8 = npt.NDArray[np.uint8]
 
 MAX_ARRAY_BYTES = 512 * 2**20  # of one image's probabilities: 255 classes at 1,024 x 1,024 pixels
 MAX_RECORD_BYTES = 2**20
-_HEADER_BYTES = 256  # more than the header of any of our arrays
+_HEADER_BYTES = 256  # more than the header of any of these arrays
 _LEVEL = 1  # of deflate; higher levels take several times as long and save few bytes
-# Each array: its type, and its number of dimensions.
+# Type and number of dimensions of each array.
 _ARRAYS = {
     "class_ids": ("|u1", 1),
     "confidence": ("|u1", 2),  # [h, w] of the chosen class, 0..255 for 0..1
     "probabilities": ("<f2", 3),  # [len(class_ids), h, w], 0..1
     "size": ("<i4", 1),  # height and width of the mask
 }
-# What tarfile and zipfile raise for broken files (RuntimeError: encrypted, or an unknown compression).
+# Errors of tarfile and zipfile for broken files (RuntimeError: encrypted, or an unknown compression).
 _BROKEN = (
     OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
@@ -60,16 +54,14 @@ _HEADER = re.compile(
     re.DOTALL,
 )
 
-_Members = tuple[tuple[str, bytes], ...]
 
-
-class ProbabilitiesWriter(WriterBase):
+class ProbabilitiesWriter(TarShardWriter):
     """One tar of arrays for each shard."""
 
+    folder = "probabilities"
     needs_probabilities = True
 
-    def encode(self, image: LabelledImage) -> _Members:
-        """The two members of an image."""
+    def encode(self, image: LabelledImage) -> TarMembers:
         probabilities = image.probabilities
         assert probabilities is not None, "the run passes probabilities to writers that need them"
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -81,13 +73,6 @@ class ProbabilitiesWriter(WriterBase):
         key = tar_key(image.name)
         npz = zip_bytes(((f"{name}.npy", _npy(array)) for name, array in arrays.items()), level=_LEVEL)
         return (f"{key}.npz", npz), (f"{key}.json", json_bytes(image.record))
-
-    def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[_Members]) -> None:
-        """Write the tar of the shard; none if all its images failed."""
-        if payloads:
-            files.write(
-                shard_path("probabilities", shard, "tar"), tar_bytes(m for pair in payloads for m in pair)
-            )
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:
@@ -112,8 +97,9 @@ class StoredProbabilities:
 def read_probabilities(path: Path) -> Iterator[StoredProbabilities]:
     """Read a tar of class probabilities, one image at a time.
 
-    Raises UsageError when the file is missing or holds anything but what this writer writes: other members,
-    names that lead out of the folder of results, arrays of other types and shapes or above MAX_ARRAY_BYTES.
+    Raises UsageError when the file is missing or contains anything that the writer does not write: other
+    members, names that lead out of the output folder, arrays of other types or shapes or above
+    MAX_ARRAY_BYTES.
     """
     try:
         with tarfile.open(path, "r:") as archive:
@@ -128,7 +114,7 @@ def read_probabilities(path: Path) -> Iterator[StoredProbabilities]:
 def mask_from_probabilities(
     image: StoredProbabilities, *, background_weight: float = 1.0, minimum_confidence: float = 0.0
 ) -> UInt8:
-    """Choose the class of each pixel again, uint8 [H, W] at the image's own size.
+    """Choose the class of each pixel again: uint8 [H, W] at the image's own size.
 
     background_weight: factor of the background's probability before the argmax. Without a CRF, the result is
     the mask of a run whose background score is multiplied by it. At 1, the result is the mask of the run,
@@ -136,7 +122,12 @@ def mask_from_probabilities(
     minimum_confidence: pixels whose class has a lower share of the probabilities become 255, "ignore".
     Raises UsageError for values out of range.
     """
-    _check_thresholds(background_weight, minimum_confidence)
+    if not 0 < background_weight < math.inf:
+        raise UsageError(
+            f"got {background_weight} as the background's weight, expected a finite number above 0"
+        )
+    if not 0 <= minimum_confidence < 1:
+        raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
     ids = np.array(image.probabilities.class_ids, np.uint8)
     scores = image.probabilities.probabilities.astype(np.float32)
     scores[ids == 0] *= np.float32(background_weight)
@@ -145,41 +136,6 @@ def mask_from_probabilities(
         unsure = scores.max(axis=0) < minimum_confidence * scores.sum(axis=0)
         mask[unsure] = IGNORE_INDEX
     return resize_mask(mask, image.size)
-
-
-def write_masks_from_probabilities(
-    paths: Iterable[Path],
-    out: Path,
-    palette: UInt8,
-    *,
-    background_weight: float = 1.0,
-    minimum_confidence: float = 0.0,
-) -> int:
-    """Write the mask of every image in the tars `paths` to OUT/NAME.png; return the number of masks.
-
-    palette: uint8 [256, 3], of the bundle (`Manifest.mask_palette`). Raises UsageError as
-    `mask_from_probabilities` and `read_probabilities` do.
-    """
-    _check_thresholds(background_weight, minimum_confidence)
-    count = 0
-    for path in paths:
-        for image in read_probabilities(path):
-            mask = mask_from_probabilities(
-                image, background_weight=background_weight, minimum_confidence=minimum_confidence
-            )
-            write_mask(out / f"{image.name}.png", mask, palette)
-            count += 1
-    return count
-
-
-def _check_thresholds(background_weight: float, minimum_confidence: float) -> None:
-    """Raise UsageError for values out of range."""
-    if not 0 < background_weight < float("inf"):
-        raise UsageError(
-            f"got {background_weight} as the background's weight, expected a finite number above 0"
-        )
-    if not 0 <= minimum_confidence < 1:
-        raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
 
 
 def _images(archive: tarfile.TarFile) -> Iterator[StoredProbabilities]:
@@ -201,13 +157,13 @@ def _images(archive: tarfile.TarFile) -> Iterator[StoredProbabilities]:
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Refuse a tar that is cut off or damaged; tarfile takes a header that it cannot read for the end."""
+    """Refuse a truncated or damaged tar; tarfile treats an unreadable header as the end."""
     file = archive.fileobj
     assert file is not None
     file.seek(archive.offset)
     rest = file.read(tarfile.RECORDSIZE + 1)
     if not tarfile.BLOCKSIZE <= len(rest) <= tarfile.RECORDSIZE or any(rest):
-        raise ValueError(f"damaged or cut at byte {archive.offset}")
+        raise ValueError(f"damaged or truncated at byte {archive.offset}")
 
 
 def _image(
@@ -218,7 +174,7 @@ def _image(
     size = arrays["size"].tolist()
     if ids.shape != (count,) or confidence.shape != tuple(grid) or not probabilities.size or len(size) != 2:
         shapes = {name: array.shape for name, array in arrays.items()}
-        raise ValueError(f"{key!r}: got arrays of shapes {shapes}, which do not belong together")
+        raise ValueError(f"{key!r}: got arrays of shapes {shapes}, which do not fit together")
     if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{key!r}: got a size of {size}, expected 1 to {MAX_PIXELS} pixels")
     maps = ClassProbabilities(tuple(ids.tolist()), probabilities)
@@ -237,13 +193,13 @@ def _arrays(file: IO[bytes], size: int) -> dict[str, npt.NDArray[Any]]:
 
 def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     kind, dimensions = _ARRAYS[name]
-    # A zip may declare less than it holds: limit what is inflated.
+    # A zip may declare less than it holds, so limit what is inflated.
     with archive.open(f"{name}.npy") as member:
         data = member.read(MAX_ARRAY_BYTES + _HEADER_BYTES + 1)
-    # NumPy's own reader evaluates the header as Python; our headers have one fixed form.
+    # NumPy's own reader evaluates the header as Python; these headers have one fixed form.
     header = _HEADER.match(data)
     if not header or header["type"].decode() != kind:
-        raise ValueError(f"{name}: got another header than that of an array of {kind}")
+        raise ValueError(f"{name}: got another header, expected that of an array of {kind}")
     shape = tuple(map(int, header["shape"].replace(b",", b" ").split()))
     values = memoryview(data)[header.end() :]
     if len(shape) != dimensions or math.prod(shape) * np.dtype(kind).itemsize != len(values):
@@ -263,7 +219,7 @@ def _record(file: IO[bytes]) -> Mapping[str, Any]:
     except RecursionError as error:
         raise ValueError("got a record that is nested too deeply") from error
     if not isinstance(record, dict):
-        raise ValueError("got a record that is no object")
+        raise ValueError("got a record that is not a JSON object")
     return record
 
 

@@ -25,17 +25,17 @@ WRITERS: dict[str, str] = {
 
 
 def writer_folder(name: str) -> str:
-    """The folder below the output folder that a writer uses."""
+    """Return the subfolder of the output folder that a writer uses."""
     return "shards" if name == "tar" else name
 
 
 def open_writers(
     names: Sequence[str], context: WriterContext, *, image_prefix: str = ""
 ) -> tuple[Writer, ...]:
-    """Create the writers with these names, without duplicates, in the order of the names.
+    """Create the writers with these names, in their order and without duplicates.
 
     image_prefix: precedes an image's id in the path or URL that Label Studio loads. Raises UsageError for an
-    unknown name, BackendUnavailable if a format's package is not installed.
+    unknown name, BackendUnavailable if the package of a format is not installed.
     """
     unknown = [name for name in names if name not in WRITERS]
     if unknown:

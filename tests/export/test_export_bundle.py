@@ -156,7 +156,7 @@ def test_where_no_bundle_can_be_written_nothing_is_done_first(
         report = tmp_path / "bundle" / "report.json"
         export_bundle(trained[1], dataset, tmp_path / "bundle", ExportOptions(report=report))
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="is not a bundle alone"):
+    with pytest.raises(BundleError, match="is not only a bundle"):
         export_bundle(trained[1], dataset, tmp_path)
 
 

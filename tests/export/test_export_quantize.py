@@ -151,7 +151,7 @@ def test_options_that_do_not_exist(bundle: Bundle, options: QuantizeOptions, pro
 @pytest.mark.parametrize(
     ("output", "options", "code", "said"),
     [
-        ("thesis", (), 1, "thesis: exists and is not a bundle alone"),
+        ("thesis", (), 1, "thesis: exists and is not only a bundle"),
         ("new", ("--report", "new/parity.json"), 2, "inside the bundle's folder"),
         ("new", ("--int8-for", "tensorrt"), 2, "--int8-for tensorrt: no int8 graph is made, expected"),
         ("new", ("--int8-for", "cpu"), 2, "--int8-for cpu: no int8 graph is made"),

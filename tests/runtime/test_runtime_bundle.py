@@ -44,7 +44,7 @@ def test_write_refuses_a_folder_that_is_no_bundle(
     tmp_path: Path, graphs: dict[str, bytes], manifest: Manifest
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="is not a bundle"):
+    with pytest.raises(BundleError, match="is not only a bundle"):
         write_bundle(tmp_path, manifest, graphs)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -52,13 +52,13 @@ def test_write_refuses_a_folder_that_is_no_bundle(
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("thesis.txt", "years of work", "thesis.txt is not of it"),
-        ("photos/a.jpg", "an image", "photos is not of it"),
-        ("cam.onnx/a.jpg", "an image", "cam.onnx is not of it"),
-        ("engines", "a file, no cache", "engines is not of it"),
-        ("bundle.json", '{"name": "of some other tool"}', "no manifest"),
-        ("bundle.json", '{"schema_version": 1, "files": ["cam.onnx"]}', "no manifest"),
-        ("bundle.json", "[]", "no manifest"),
+        ("thesis.txt", "years of work", "thesis.txt does not belong to it"),
+        ("photos/a.jpg", "an image", "photos does not belong to it"),
+        ("cam.onnx/a.jpg", "an image", "cam.onnx does not belong to it"),
+        ("engines", "a file, no cache", "engines does not belong to it"),
+        ("bundle.json", '{"name": "of some other tool"}', "is not a manifest"),
+        ("bundle.json", '{"schema_version": 1, "files": ["cam.onnx"]}', "is not a manifest"),
+        ("bundle.json", "[]", "is not a manifest"),
         ("bundle.json", "{", "not JSON"),
         ("bundle.json", "[" * 500_000, "nested too deeply"),
         ("bundle.json", " " * (2 << 20), "more than"),

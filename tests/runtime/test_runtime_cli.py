@@ -94,7 +94,7 @@ def test_the_help_names_the_threads_that_read() -> None:
     (readers,) = (option for option in commands.label.params if option.name == "readers")
     sizes = {remote: RunOptions(workers=5).pipeline_config(remote=remote).readers for remote in (False, True)}
     assert sizes == {False: 5, True: 16}
-    assert "as many as --workers by default, 16 where images are behind a URL" in readers.help
+    assert "as many as --workers by default, 16 for images behind a URL" in readers.help
 
 
 def test_a_bundle_that_is_not_there_is_a_usage_error(tmp_path: Path, photos: Path) -> None:

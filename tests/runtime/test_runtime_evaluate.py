@@ -48,7 +48,7 @@ def test_missing_predictions(tmp_path: Path) -> None:
         evaluate_masks(guess, truth, CLASSES)
     result = evaluate_masks(guess, truth, CLASSES, allow_missing=True)
     assert result.images == 1 and result.missing == ("b",)
-    assert "1 without a prediction left out" in result.table()
+    assert "1 without a prediction skipped" in result.table()
     assert evaluate_masks(guess, truth, CLASSES, names=("a",)).images == 1
 
 
@@ -62,9 +62,9 @@ def test_hint_to_the_masks_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("guess", "match"),
     [
-        (GUESS[:1], r"prediction is \(1, 4\), truth is \(2, 4\)"),
-        (np.full_like(TRUTH, 9), "prediction holds class 9"),
-        (np.full_like(TRUTH, 255), "prediction holds class 255"),
+        (GUESS[:1], r"got a prediction of \(1, 4\), expected \(2, 4\)"),
+        (np.full_like(TRUTH, 9), "prediction contains class 9"),
+        (np.full_like(TRUTH, 255), "prediction contains class 255"),
     ],
 )
 def test_masks_that_do_not_fit(tmp_path: Path, guess: np.ndarray, match: str) -> None:
@@ -75,7 +75,7 @@ def test_masks_that_do_not_fit(tmp_path: Path, guess: np.ndarray, match: str) ->
 
 def test_truth_of_other_classes_names_its_file(tmp_path: Path) -> None:
     truth = save(tmp_path / "gt", a=np.where(TRUTH == 2, 17, TRUTH).astype(np.uint8))
-    match = r"gt/a\.png: truth holds class 17, expected 0\.\.3 or 255: .*--classes"
+    match = r"gt/a\.png: contains class 17, expected 0\.\.3 or 255: .*--classes"
     with pytest.raises(ImageError, match=match):
         evaluate_masks(save(tmp_path / "pred", a=GUESS), truth, CLASSES)
 
@@ -83,7 +83,7 @@ def test_truth_of_other_classes_names_its_file(tmp_path: Path) -> None:
 def test_usage_errors(tmp_path: Path) -> None:
     truth = save(tmp_path / "gt", a=np.full_like(TRUTH, 255))
     guess = save(tmp_path / "pred", a=GUESS)
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         evaluate_masks(tmp_path / "absent", truth, CLASSES)
     with pytest.raises(UsageError, match="every pixel is marked as ignored"):
         evaluate_masks(guess, truth, CLASSES)

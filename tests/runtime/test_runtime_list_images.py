@@ -56,7 +56,7 @@ def test_entries_that_are_not_read(tmp_path: Path) -> None:
 def test_no_images(tmp_path: Path) -> None:
     touch(tmp_path, "a.txt")
     for path in (tmp_path / "absent", tmp_path / "a.txt"):
-        with pytest.raises(UsageError, match="is no folder, expected a folder"):
+        with pytest.raises(UsageError, match="is not a folder, expected a folder"):
             list_images(path)
     with pytest.raises(UsageError, match="no image found"):
         list_images(tmp_path)

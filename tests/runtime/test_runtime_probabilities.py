@@ -11,7 +11,7 @@ import pytest
 
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
-from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.decode import read_mask, resize_mask, write_mask
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.predict.postprocess import background_and_foreground, pseudo_mask
 from multisa.runtime.predict.prediction import ClassProbabilities
@@ -22,7 +22,6 @@ from multisa.runtime.writers.probabilities import (
     ProbabilitiesWriter,
     mask_from_probabilities,
     read_probabilities,
-    write_masks_from_probabilities,
 )
 
 BACKGROUND = 0.3
@@ -113,16 +112,17 @@ def test_unsure_pixels_are_left_open(tar: Path) -> None:
         ({"minimum_confidence": -0.1}, "got -0.1 as the lowest confidence"),
     ],
 )
-def test_thresholds_that_are_none(tar: Path, settings: dict, expected: str, tmp_path: Path) -> None:
+def test_thresholds_that_are_none(tar: Path, settings: dict, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         mask_from_probabilities(next(read_probabilities(tar)), **settings)
-    with pytest.raises(UsageError, match=expected):
-        write_masks_from_probabilities([], tmp_path, voc_palette(), **settings)
 
 
 def test_masks_of_a_whole_run(tar: Path, images: list[LabelledImage], tmp_path: Path) -> None:
-    tars = sorted(tar.parent.iterdir())
-    assert write_masks_from_probabilities(tars, tmp_path / "new", voc_palette(), background_weight=1e-6) == 3
+    for path in sorted(tar.parent.iterdir()):
+        for stored in read_probabilities(path):
+            mask = mask_from_probabilities(stored, background_weight=1e-6)
+            write_mask(tmp_path / f"new/{stored.name}.png", mask, voc_palette())
+    assert len(images) == 3
     for image in images:
         assert set(np.unique(read_mask(tmp_path / f"new/{image.name}.png"))) == {1, 2}
 
@@ -176,8 +176,11 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "cut short": (lambda tar: tar.read_bytes()[:1500], "expected a tar of class probabilities"),
     "no record": (npz_only, "'a' without its record"),
     "another's record": (lambda tar: altered(tar, {}, key="b", renamed="a"), "got the member 'a.json'"),
-    "a damaged header": (lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"), "damaged or cut"),
-    "cut between images": (lambda tar: tar.read_bytes()[: second_image(tar)], "damaged or cut"),
+    "a damaged header": (
+        lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"),
+        "damaged or truncated",
+    ),
+    "cut between images": (lambda tar: tar.read_bytes()[: second_image(tar)], "damaged or truncated"),
     "a link": (lambda tar: linked(), "got the member 'a.npz'"),
     "another member": (lambda tar: altered(tar, {}, extra=(("a.txt", b""),)), "got the member 'a.txt'"),
     "a path out": (lambda tar: altered(tar, {}, key="../a"), r"got the name '\.\./a'"),
@@ -190,7 +193,7 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a made-up shape": (lambda tar: altered(tar, {"probabilities.npy": HUGE}), r"shape \(3, 99999, 99999\)"),
     "other classes": (
         lambda tar: altered(tar, {"class_ids.npy": npy(np.zeros(4, np.uint8))}),
-        "do not belong together",
+        "do not fit together",
     ),
     "a huge size": (
         lambda tar: altered(tar, {"size.npy": npy(np.array([99999, 99999], np.int32))}),

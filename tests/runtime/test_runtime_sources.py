@@ -128,7 +128,7 @@ def test_what_has_changed_since_the_listing_is_not_read(folder: Path, tmp_path: 
     with pytest.raises(ImageError, match="not a regular file"):  # and does not wait for a writer
         source.read(found["a/c/d.PNG"])
     for place in ("../secret.jpg", str(tmp_path / "secret.jpg")):
-        with pytest.raises(ImageError, match="no path below the folder"):
+        with pytest.raises(ImageError, match="not a path below the folder"):
             source.read(SourceItem("x.jpg", place, -1))
 
 
@@ -182,8 +182,8 @@ def test_a_list_of_files(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("a.jpg\nb.jpg\na.jpg\n", "line 3: a.jpg came before"),
-        ("a.jpg\n./a.jpg\n", "line 2: ./a.jpg came before"),
+        ("a.jpg\nb.jpg\na.jpg\n", "line 3: a.jpg is a duplicate"),
+        ("a.jpg\n./a.jpg\n", "line 2: ./a.jpg is a duplicate"),
         ("a.jpg\nx/../a.jpg\n", "line 2"),
         ("a\0.jpg\n", "line 1: .* expected UTF-8 without NUL"),
         ("file:///etc/passwd\n", "line 1: .* expected a path or the URL"),
@@ -230,7 +230,7 @@ def test_manifests(folder: Path, kind: str) -> None:
         ("m.csv", "image,image\na,b\n", "two columns 'image'"),
         ("m.csv", "image,labels\na.jpg\n", "line 2: got 1 columns, expected 2"),
         ("m.csv", 'image,labels\n"a.jpg,cat\n', "not CSV"),
-        ("m.csv", "image\na.jpg\n\na.jpg\n", "line 4: a.jpg came before"),
+        ("m.csv", "image\na.jpg\n\na.jpg\n", "line 4: a.jpg is a duplicate"),
         ("m.csv", "", "line 1"),
         ("m.jsonl", "{", "line 1: is not JSON"),
         ("m.jsonl", "[" * 100_000, "line 1: is not JSON, or nested too deeply"),
@@ -238,7 +238,7 @@ def test_manifests(folder: Path, kind: str) -> None:
         ("m.jsonl", '{"image": 1}', "line 1: got '1' as 'image'"),
         ("m.jsonl", '{"image": "\\ud800.jpg"}', "expected UTF-8"),
         ("m.jsonl", '{"image": "a.jpg", "labels": [1]}', r"line 1, 'labels': got '\[1\]', expected a list"),
-        ("m.parquet", "PAR1 and what is no table PAR1", "not a Parquet file"),
+        ("m.parquet", "PAR1 and what is no table PAR1", "not a readable Parquet file"),
     ],
 )
 def test_manifests_that_cannot_be_used(tmp_path: Path, name: str, text: str, match: str) -> None:

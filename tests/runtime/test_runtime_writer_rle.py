@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_reference
 
+from multisa.kernels import encode_rle
 from multisa.runtime.writers.base import encode_rows, ordered_rows
-from multisa.runtime.writers.encoding import RowRuns, coco_masks, row_runs
+from multisa.runtime.writers.encoding import RowRuns, row_runs
 from multisa.runtime.writers.label_studio import encode_label_studio_rle
 
 
@@ -21,12 +22,12 @@ def masks(draw) -> np.ndarray:
 
 
 @given(mask=masks())
-def test_coco_masks_are_those_of_pycocotools(mask: np.ndarray) -> None:
-    encoded = coco_masks(mask)
+def test_run_lengths_are_those_of_pycocotools(mask: np.ndarray) -> None:
+    encoded = encode_rle(mask)
     assert [m.class_id for m in encoded] == np.unique(mask).tolist()
     for one in encoded:
         expected = coco_reference.encode(np.asfortranarray(mask == one.class_id))
-        assert one.counts == expected["counts"].decode()
+        assert one.compressed.decode() == expected["counts"].decode()
         assert one.area == coco_reference.area(expected)
         assert list(one.box) == coco_reference.toBbox(expected).tolist()
 
@@ -36,7 +37,7 @@ def test_long_runs_of_coco() -> None:
     mask[:, 700] = 1
     mask[5, 900:] = 1
     expected = coco_reference.encode(np.asfortranarray(mask == 1))
-    assert coco_masks(mask)[1].counts == expected["counts"].decode()
+    assert encode_rle(mask)[1].compressed.decode() == expected["counts"].decode()
 
 
 @given(mask=masks())
