@@ -13,8 +13,8 @@ from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.checks import check_run
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
-from multisa.training.segmentation import evaluate_segmenter, train_segmenter
 from multisa.training.stage_cache import Stage, StageCache
+from multisa.training.stage_functions import evaluate_segmenter, train_segmenter
 from multisa.training.stages import PseudoLabels, RunStages, make_pseudo_labels
 
 SEGMENTER = "DeepLabV3+ on pseudo-masks"  # name of the row of the results

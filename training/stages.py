@@ -11,14 +11,19 @@ from typing import Any
 
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.records import record_to_dict
-from multisa.training.affinity import make_affinity_labels, train_affinity, walk_cams
-from multisa.training.cams import compute_cams, measure_maps, train_cam
 from multisa.training.config import CamConfig, TrainConfig
 from multisa.training.data import Dataset, Item
-from multisa.training.evaluation import score_masks
-from multisa.training.segmentation import make_pseudo_masks
 from multisa.training.stage_cache import Stage, StageCache
-from multisa.training.thresholds import choose_thresholds
+from multisa.training.stage_functions import (
+    compute_cams,
+    make_affinity_labels,
+    make_pseudo_masks,
+    measure_maps,
+    train_affinity,
+    train_cam,
+    walk_cams,
+)
+from multisa.training.thresholds import choose_thresholds, score_masks
 
 # Stage names: the network of the run, and networks with other taps, or none, that are measured or shown
 # beside it.
