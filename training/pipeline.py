@@ -50,6 +50,11 @@ class ImageCounts:
     val: int
 
 
+def count_images(dataset: Dataset) -> ImageCounts:
+    """Count the images of each list of a data set."""
+    return ImageCounts(len(dataset.train_images), len(dataset.train), len(dataset.val))
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """Settings and results of a finished run: `run.json`, all that export needs beside the checkpoints."""
@@ -128,7 +133,7 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
         config=config,
         classes=dataset.class_names,
         palette=dataset.palette,
-        images=ImageCounts(len(dataset.train_images), len(dataset.train), len(dataset.val)),
+        images=count_images(dataset),
         data_digest=stages.images_digest,
         label=labels.label,
         score_thresholds=tuple(labels.cams.results["score_thresholds"]),

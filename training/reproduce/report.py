@@ -11,7 +11,7 @@ from multisa.runtime.files import write_bytes_atomically, write_json_atomically
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
-from multisa.training.pipeline import RUN_RECORD, RunRecord, load_run, run_stages
+from multisa.training.pipeline import RUN_RECORD, RunRecord, count_images, load_run, run_stages
 from multisa.training.reproduce import paper
 
 FOLDER = "reproduce"  # below the run's folder
@@ -24,9 +24,7 @@ class TableRow:
     name: str
     ours: float | None
     paper: float | None
-    other_methods: tuple[
-        float | None, ...
-    ] = ()  # in the paper's table, in the order of `Table.other_methods`
+    other_methods: tuple[float | None, ...] = ()  # in the paper's table, as `Table.other_methods`
     background: float | None = None  # score of the background class that ours is measured with
     iou: tuple[float | None, ...] = ()  # of each class of the data set
     comparable: bool = True  # False when ours and the paper's measure different things
@@ -48,6 +46,7 @@ class Table:
     heading: str  # of the first column
     rows: tuple[TableRow, ...]
     notes: tuple[str, ...]
+    digests: Mapping[str, str]  # of the data trained on and measured on, and of the stages, by name
     other_methods: tuple[str, ...] = ()  # names of the methods that the paper compares with
 
 
@@ -120,45 +119,34 @@ def format_markdown(table: Table) -> str:
     return "\n".join([f"# {table.title}", "", header, rule, *rows, "", notes, ""])
 
 
-def write_table(
-    table: Table, config: TrainConfig, dataset: Dataset, digests: Mapping[str, str], root: Path
-) -> Path:
-    """Write NAME.json and NAME.md below `root`/reproduce; returns the path of the JSON file.
-
-    digests: of the data trained on and measured on, and of the stages, by name.
-    """
-    folder = root / FOLDER
-    rows = [
-        {
+def write_table(table: Table, config: TrainConfig, dataset: Dataset, root: Path) -> None:
+    """Write NAME.json and NAME.md below `root`/reproduce."""
+    rows = []
+    for row in table.rows:
+        values: dict[str, Any] = {
             "name": row.name,
             "ours": row.ours,
             "paper": row.paper,
             "difference": row.difference,
-            **(
-                {"other_methods": dict(zip(table.other_methods, row.other_methods, strict=True))}
-                if row.other_methods
-                else {}
-            ),
-            **({"background": row.background} if row.background is not None else {}),
-            **({"iou": dict(zip(dataset.class_names, row.iou, strict=True))} if row.iou else {}),
         }
-        for row in table.rows
-    ]
+        if row.other_methods:
+            values["other_methods"] = dict(zip(table.other_methods, row.other_methods, strict=True))
+        if row.background is not None:
+            values["background"] = row.background
+        if row.iou:
+            values["iou"] = dict(zip(dataset.class_names, row.iou, strict=True))
+        rows.append(values)
     record = {"what": table.name, "title": table.title, "rows": rows, "notes": table.notes}
-    write_json_atomically(folder / f"{table.name}.json", {**record, **provenance(config, dataset, digests)})
-    write_bytes_atomically(folder / f"{table.name}.md", format_markdown(table).encode())
-    return folder / f"{table.name}.json"
+    path = root / FOLDER / f"{table.name}.json"
+    write_json_atomically(path, {**record, **provenance(config, dataset, table.digests)})
+    write_bytes_atomically(path.with_suffix(".md"), format_markdown(table).encode())
 
 
 def provenance(config: TrainConfig, dataset: Dataset, digests: Mapping[str, str]) -> dict[str, Any]:
     """What a table or a figure was made from, as JSON values."""
     return {
         "classes": dataset.class_names,
-        "images": {
-            "train_images": len(dataset.train_images),
-            "train": len(dataset.train),
-            "val": len(dataset.val),
-        },
+        "images": record_to_dict(count_images(dataset)),
         "digests": dict(digests),
         "config": record_to_dict(config),
         "torch": torch.__version__,
@@ -172,16 +160,14 @@ def _cells(table: Table) -> list[list[str]]:
         ("background", [row.background for row in table.rows], ".2f"),
         ("ours", [row.ours for row in table.rows], ".2f"),
         (
-            f"paper{f' ({paper.MULTI_SA})' if table.other_methods else ''}",
+            f"paper ({paper.MULTI_SA})" if table.other_methods else "paper",
             [row.paper for row in table.rows],
             ".2f",
         ),
         ("difference", [row.difference for row in table.rows], "+.2f"),
-        *(
-            (name, [row.other_methods[i] for row in table.rows], ".1f")
-            for i, name in enumerate(table.other_methods)
-        ),
     ]
+    for i, name in enumerate(table.other_methods):
+        columns.append((name, [row.other_methods[i] for row in table.rows], ".1f"))
     filled = [column for column in columns if any(value is not None for value in column[1])]
     body = [
         [row.name, *("-" if v[i] is None else format(v[i], style) for _, v, style in filled)]

@@ -1,8 +1,9 @@
 """Tables 1 to 3: number of self-attentions, stages, IoU of each class; ours beside the paper's."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.training.checks import check_run
@@ -21,14 +22,6 @@ OWN_ROWS = {
 }
 
 
-@dataclass(frozen=True)
-class TableResult:
-    """A table, and the digests of what it was made from."""
-
-    table: Table
-    digests: Mapping[str, str]
-
-
 def reproduce_table(name: str, config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     """Run the stages that `name` ("table1" to "table3") needs, and write the table below `root`/reproduce.
 
@@ -39,9 +32,9 @@ def reproduce_table(name: str, config: TrainConfig, dataset: Dataset, root: Path
     if not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     check_run(config, dataset)
-    result = TABLES[name](config, dataset, root)
-    write_table(result.table, config, dataset, result.digests, root)
-    return result.table
+    table = TABLES[name](config, dataset, root)
+    write_table(table, config, dataset, root)
+    return table
 
 
 def attention_counts(taps: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -72,7 +65,7 @@ def per_class_rows(names: tuple[str, ...], val: Row) -> list[TableRow]:
     return [*rows, own]
 
 
-def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
+def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     stages = RunStages(StageCache(root), config, dataset)
     rows = []
     for k, taps in enumerate(attention_counts(config.cam.taps)):
@@ -80,15 +73,8 @@ def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
         name = CAM if taps == config.cam.taps else BASELINE
         _, maps = stages.cam_maps(replace(config.cam, taps=taps), name)
         best = stages.measured_maps(maps).results["best"]
-        rows.append(
-            TableRow(
-                _attentions(taps),
-                best["miou"],
-                paper.TABLE1[k] if k < len(paper.TABLE1) else None,
-                background=best["background"],
-                iou=tuple(best["iou"]),
-            )
-        )
+        printed = paper.TABLE1[k] if k < len(paper.TABLE1) else None
+        rows.append(_measured_row(_attentions(taps), best, printed, best["background"]))
     notes = (
         *protocol(config, dataset, "train", paper.TABLE1_BACKBONE),
         "mIoU of the class activation maps on train, each row at the background score with the highest mIoU.",
@@ -96,34 +82,27 @@ def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
         "which was not measured, mean nothing.",
     )
     title = "Table 1: number of self-attentions (k)"
-    table = Table("table1", title, "self-attentions", tuple(rows), notes)
-    return TableResult(table, _digests(stages))
+    return Table("table1", title, "self-attentions", tuple(rows), notes, _digests(stages))
 
 
-def _table2(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
+def _table2(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     stages = RunStages(StageCache(root), replace(config, cam_baseline=True), dataset)
     labels = make_pseudo_labels(stages, paper_protocol=True)
-    rows = tuple(
-        TableRow(
-            f"{measured.name}{' (ours)' if measured.name in OWN_ROWS else ''}",
-            measured.scores["miou"],
-            paper.TABLE2.get(measured.name),
-            background=measured.background,
-            iou=tuple(measured.scores["iou"]),
-        )
-        for measured in labels.measured
-    )
+    rows = []
+    for measured in labels.measured:
+        name = f"{measured.name} (ours)" if measured.name in OWN_ROWS else measured.name
+        printed = paper.TABLE2.get(measured.name)
+        rows.append(_measured_row(name, measured.scores, printed, measured.background))
     notes = (
         *protocol(config, dataset, "train", paper.TABLE2_BACKBONE),
         "mIoU on train. Maps are measured at the background score with the highest mIoU. From the dense CRF "
         "on, the score is the one whose masks have the highest, on a sample of train if train is large.",
         *(note for name, note in OWN_ROWS.items() if name in {measured.name for measured in labels.measured}),
     )
-    table = Table("table2", "Table 2: the stages", "stage", rows, notes)
-    return TableResult(table, _digests(stages))
+    return Table("table2", "Table 2: the stages", "stage", tuple(rows), notes, _digests(stages))
 
 
-def _table3(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
+def _table3(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     run = full_run(config, dataset, root)
     val = next(row for row in run.rows if row.measured_on == "val")
     notes = [
@@ -136,14 +115,16 @@ def _table3(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
         notes.append("The pseudo-masks use gains of classes, our own step; the paper does not have them.")
     others = tuple(method for method in paper.TABLE3 if method != paper.MULTI_SA)
     rows = tuple(per_class_rows(run.classes, val))
-    table = Table("table3", "Table 3: IoU of each class", "class", rows, tuple(notes), others)
-    digests = {stage.name: stage.digest for stage in run.stages}
-    return TableResult(
-        table, {"train_images": run.data_digest, "val": dataset.masks_digest(dataset.val), **digests}
-    )
+    digests = {"train_images": run.data_digest, "val": dataset.masks_digest(dataset.val)}
+    digests |= {stage.name: stage.digest for stage in run.stages}
+    return Table("table3", "Table 3: IoU of each class", "class", rows, tuple(notes), digests, others)
 
 
-TABLES: Mapping[str, Callable[[TrainConfig, Dataset, Path], TableResult]] = {
+def _measured_row(name: str, scores: Mapping[str, Any], printed: float | None, background: float) -> TableRow:
+    return TableRow(name, scores["miou"], printed, background=background, iou=tuple(scores["iou"]))
+
+
+TABLES: Mapping[str, Callable[[TrainConfig, Dataset, Path], Table]] = {
     "table1": _table1,
     "table2": _table2,
     "table3": _table3,
