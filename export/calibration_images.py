@@ -5,15 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from multisa.runtime.errors import UsageError
-from multisa.runtime.imaging.decode import read_image, resize_image, working_size
+from multisa.runtime.imaging.decode import UInt8, read_image, resize_image, working_size
 from multisa.runtime.sources.folders import list_images
-from multisa.training.data import Item, read_dataset
+from multisa.training.data import read_dataset
 
-UInt8 = npt.NDArray[np.uint8]
 Element = TypeVar("Element")
 
 CALIBRATION_IMAGES = 64  # to take the ranges of values from; more hardly widen a range
@@ -40,7 +36,7 @@ class ImageSets:
 
 
 def read_image_sets(
-    root: Path, classes: tuple[str, ...], *, num_images: int, masks: Path | None, calibrate: bool = True
+    root: str | Path, classes: tuple[str, ...], *, num_images: int, masks: Path | None, calibrate: bool = True
 ) -> ImageSets:
     """Read a data set in VOC layout, or a folder of images.
 
@@ -51,6 +47,7 @@ def read_image_sets(
     names of the images in a plain folder. Raises UsageError for classes other than the bundle's, for `masks`
     with VOC layout, and for a folder of masks with no mask of any image.
     """
+    root = Path(root)
     if (root / "JPEGImages").is_dir():
         if masks:
             raise UsageError(
@@ -68,14 +65,13 @@ def read_image_sets(
         compared = {item.image for item in (*labelled, *segmenter)}
         others = [item for item in dataset.train_images if item.image not in compared]
         calibration = spread(others or dataset.train_images, CALIBRATION_IMAGES if calibrate else 0)
-        return ImageSets(
-            tuple(map(_of_item, calibration)), tuple(map(_of_item, labelled)), tuple(map(_of_item, segmenter))
-        )
+        sets = (calibration, labelled, segmenter)
+        return ImageSets(*(tuple(LabelledImage(i.image, i.classes, i.mask) for i in items) for items in sets))
     corpus = list_images(root).images
-    found = [
-        LabelledImage(image.path, None, _mask(masks / f"{image.name}.png" if masks else None))
-        for image in corpus
-    ]
+    found = []
+    for image in corpus:
+        mask = masks / f"{image.name}.png" if masks else None
+        found.append(LabelledImage(image.path, None, mask if mask and mask.is_file() else None))
     if masks and not any(image.mask for image in found):
         raise UsageError(f"{masks}: no mask of an image in {root}, expected {corpus[0].name}.png")
     calibration_half = found[::2] if calibrate else []
@@ -97,11 +93,3 @@ def working_image(path: Path, long_side: int) -> UInt8:
     """Read an image as the networks see it: uint8 [H, W, 3] RGB, long side at most `long_side` pixels."""
     rgb = read_image(path).rgb
     return resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side))
-
-
-def _of_item(item: Item) -> LabelledImage:
-    return LabelledImage(item.image, item.classes, item.mask)
-
-
-def _mask(path: Path | None) -> Path | None:
-    return path if path is not None and path.is_file() else None

@@ -12,20 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from multisa.export.calibration_images import ImageSets, LabelledImage, read_image_sets, working_image
 from multisa.export.parity import Compared, Outputs, ParityReport
 from multisa.export.report import check_report, describe_parity, open_bundle, report_to_bytes
-from multisa.runtime.backends.base import (
-    AFFINITY,
-    CAM,
-    CONTRACTS,
-    SEGMENTER,
-    Backend,
-    GraphContract,
-    graph_file,
-)
+from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, Backend, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import (
     BackendRequest,
@@ -36,14 +27,12 @@ from multisa.runtime.backends.registry import (
 from multisa.runtime.bundle import Bundle, LabelParameters
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.decode import UInt8, read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, log
 
-UInt8 = npt.NDArray[np.uint8]
-
-_TOGETHER = (CAM, AFFINITY)  # pseudo-masks need both
+_TOGETHER = tuple(c for c in CONTRACTS if c != SEGMENTER)  # cam and affinity: pseudo-masks need both
 
 
 @dataclass(frozen=True)
@@ -105,10 +94,7 @@ class Variant:
 
 
 def check_parity(
-    bundle: Bundle | str | Path,
-    backend: str,
-    images: str | Path,
-    options: ParityOptions | None = None,
+    bundle: Bundle | str | Path, backend: str, images: str | Path, options: ParityOptions | None = None
 ) -> ParityResult:
     """Compare a bundle's graphs in one precision, on one backend, with its fp32 graphs on the CPU.
 
@@ -117,7 +103,7 @@ def check_parity(
 
     Figures beyond their limits are in the result: see `passed`, or call `require` to have them raised. Raises
     UsageError for an unknown backend, a precision that the bundle lacks, or images that do not fit;
-    BackendUnavailable if the backend cannot run here; ParityError for outputs that are missing or have another
+    BackendUnavailable if the backend cannot run here; ParityError for outputs that are missing or of another
     shape than those of fp32.
     """
     start = time.perf_counter()
@@ -125,11 +111,7 @@ def check_parity(
     opened = open_bundle(bundle)
     check_report(options.report, opened.path)
     sets = read_image_sets(
-        Path(images),
-        opened.manifest.classes,
-        num_images=options.num_images,
-        masks=options.masks,
-        calibrate=False,
+        images, opened.manifest.classes, num_images=options.num_images, masks=options.masks, calibrate=False
     )
     request = BackendRequest(backend, options.precision, options.engine_cache)
     available = [c for c in CONTRACTS if options.precision in backend_precisions(opened, c, backend)]
@@ -174,20 +156,29 @@ def compare_variants(
             continue
         graphs = {contract.name: bundle.read_file(graph_file(contract)) for contract in contracts}
         with ExitStack() as stack, Progress(len(images), f"parity of {', '.join(graphs)}") as bar:
-            reference = _opened(stack, on_cpu(graphs, threads), contracts)
-            runners = {variant.title: _opened(stack, variant.open, contracts) for variant in taking}
+            openers = {"": on_cpu(graphs, threads), **{variant.title: variant.open for variant in taking}}
+            runners = {
+                title: [stack.enter_context(open_one(contract)) for contract in contracts]
+                for title, open_one in openers.items()
+            }
+            reference = runners.pop("")
             for image in images:
                 rgb = working_image(image.path, bundle.manifest.parameters.long_side)
-                expected = _answers(reference, rgb)
+                expected = run_all(reference, rgb)
                 classes = _classes(bundle.manifest, image, expected)
                 add_pseudo_mask(rgb, classes, expected, label)
                 truth = truth_of(image.mask, rgb)
-                for title, engines in runners.items():
-                    got = _answers(engines, rgb)
+                for title, backends in runners.items():
+                    got = run_all(backends, rgb)
                     add_pseudo_mask(rgb, classes, got, label)
                     reports[title].add(Compared(expected, got, truth), n_classes=n_classes)
                 bar.advance()
     return reports
+
+
+def run_all(backends: Sequence[Backend], image: UInt8) -> Outputs:
+    """All outputs of the backends for one image, uint8 [H, W, 3], by name."""
+    return {name: values for backend in backends for name, values in backend.run(image[None]).items()}
 
 
 def truth_of(mask: Path | None, image: UInt8) -> dict[str, UInt8]:
@@ -214,28 +205,15 @@ def add_pseudo_mask(
     if np.isfinite(cam).all() and np.isfinite(affinity).all():
         walked = walk_scores(cam, affinity, parameters) if classes else cam
         made = pseudo_mask(image, walked, classes, parameters)
-        mask = made.mask
-        confidence = 255 * made.confidence
+        outputs["pseudo_mask"] = made.mask
+        outputs["pseudo_mask_confidence"] = 255 * made.confidence
     else:
         # The walk refuses such maps. They are counted as not finite, and no label agrees.
-        size = (image.shape[0], image.shape[1])
-        mask = np.full(size, IGNORE_INDEX, np.uint8)
-        confidence = np.zeros(size, np.float32)
+        outputs["pseudo_mask"] = np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
+        outputs["pseudo_mask_confidence"] = np.zeros(image.shape[:2], np.float32)
     # A NaN in a map that is left out still counts.
     finite = bool(np.isfinite(np.asarray(outputs["cam"], np.float32)).all())
     outputs["cam"] = cam[None] if finite else np.full_like(cam[None], np.nan)
-    outputs["pseudo_mask"] = mask
-    outputs["pseudo_mask_confidence"] = confidence
-
-
-def _opened(
-    stack: ExitStack, open_one: Callable[[GraphContract], Backend], contracts: Sequence[GraphContract]
-) -> list[Backend]:
-    return [stack.enter_context(open_one(contract)) for contract in contracts]
-
-
-def _answers(engines: Sequence[Backend], image: UInt8) -> Outputs:
-    return {name: values for backend in engines for name, values in backend.run(image[None]).items()}
 
 
 def _classes(manifest: Manifest, image: LabelledImage, reference: Outputs) -> tuple[int, ...]:

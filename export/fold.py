@@ -24,26 +24,23 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from multisa.training.affinity_net import AffinityNet
-from multisa.training.backbones import Backbone
-from multisa.training.multi_sa import MultiSACAM, SelfAttention
+from multisa.training.backbones import Backbone, resize_bilinear
+from multisa.training.multi_sa import MultiSACAM, SelfAttention, attend
 
 
 class AffinityFromImages(nn.Module):
     """uint8 [N, H, W, 3] -> affinity float32 [N, P, h, w] for one radius, on the head's grid."""
 
     def __init__(self, network: AffinityNet, radius: int) -> None:
-        """Wrap a trained AffinityNet."""
         super().__init__()
         self.network = network
         self.radius = radius
 
     def forward(self, image: Tensor) -> Tensor:
         """Affinity of every pixel with each of its P neighbours in the half stencil."""
-        affinity: Tensor = self.network(self.network.backbone.normalise(image), self.radius)
-        return affinity
+        return torch.as_tensor(self.network(self.network.backbone.normalise(image), self.radius))
 
 
 class FoldedLevel(nn.Module):
@@ -60,12 +57,7 @@ class FoldedLevel(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, c, h, w] -> [N, C, h, w]."""
-        query, key, value = (
-            maps.flatten(2).transpose(1, 2)[:, None]
-            for maps in (self.query(features), features, self.value(features))
-        )
-        # The exported graph has a loop over blocks of queries here: export/attention.py.
-        attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+        attended = attend(self.query(features), features, self.value(features))
         direct = self.direct(features)
         return torch.as_tensor(direct + attended[:, 0].transpose(1, 2).reshape(direct.shape))
 
@@ -102,10 +94,7 @@ class FoldedMultiSACAM(nn.Module):
         if self.classifier is not None:
             return torch.as_tensor(self.classifier(pyramid[-1]))
         maps = [level(pyramid[tap]) for level, tap in zip(self.levels, self.taps, strict=True)]
-        size = maps[0].shape[-2:]
-        raised = [
-            functional.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps[1:]
-        ]
+        raised = [resize_bilinear(m, maps[0].shape[-2:]) for m in maps[1:]]
         return torch.stack([maps[0], *raised]).sum(0)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper
 
@@ -19,12 +18,11 @@ from multisa.export.fp16 import (
     read_fp32_graph,
 )
 from multisa.export.int8 import calibrate_graph, quantize_graph
-from multisa.export.parity import Compared, measure_parity
+from multisa.export.parity import Compared, Outputs, measure_parity
 from multisa.export.sensitivity import SearchResult, find_sensitive_nodes
 from multisa.runtime.backends.base import IMAGE, GraphContract
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-UInt8 = npt.NDArray[np.uint8]
+from multisa.runtime.imaging.decode import UInt8
 
 # A node stays in fp32 if it touches values above FP16_MAX / HEADROOM: other images may give larger values
 # than the few that are measured.
@@ -52,76 +50,65 @@ class ConvertedGraph:
         return {**self.search.as_json(), "too_large_for_fp16": peaks}
 
 
-def convert_to_fp16(
-    data: bytes, contract: GraphContract, images: Sequence[UInt8], *, threads: int
-) -> ConvertedGraph:
-    """Convert an fp32 graph to fp16, except for the nodes that `images`, uint8 [H, W, 3], show to need fp32.
+@dataclass(frozen=True)
+class Reference:
+    """The fp32 graph to convert, and the images that each conversion is compared with it on."""
+
+    data: bytes  # the ONNX file
+    contract: GraphContract
+    images: Sequence[UInt8]  # [H, W, 3]
+    threads: int
+
+
+def convert_to_fp16(reference: Reference) -> ConvertedGraph:
+    """Convert an fp32 graph to fp16, except for the nodes that its images show to need fp32.
 
     A node stays in fp32 if it touches values within HEADROOM of fp16's largest number, or if the search of
     sensitivity.py finds it harmful.
     """
-    fp32 = read_fp32_graph(data)
+    fp32 = read_fp32_graph(reference.data)
     candidates = fp16_candidates(fp32)
-    too_large = _nodes_with_large_values(fp32, candidates, images, threads)
+    too_large = _nodes_with_large_values(fp32, candidates, reference.images, reference.threads)
     small = [name for name in candidates if name not in too_large]
 
     def emulate(converted: Collection[str]) -> bytes:
         return model_bytes(emulated_fp16_graph(fp32, converted))
 
-    share_of = _share_of(emulate, _Reference(data, contract, images, threads), "fp16")
-    search = find_sensitive_nodes(small, share_of)
+    search = find_sensitive_nodes(small, _share_of(emulate, reference, "fp16"))
     converted = [name for name in small if name not in search.kept]
     return ConvertedGraph(model_bytes(fp16_graph(fp32, converted)), emulate(converted), search, too_large)
 
 
 def convert_to_int8(
-    data: bytes,
-    contract: GraphContract,
-    images: Sequence[UInt8],
-    calibration: Iterable[Sequence[UInt8]],
-    *,
-    symmetric: bool,
-    threads: int,
+    reference: Reference, calibration: Iterable[Sequence[UInt8]], *, symmetric: bool
 ) -> ConvertedGraph:
-    """Convert an fp32 graph to int8 (Q/DQ), except for the nodes that `images` show to need fp32.
+    """Convert an fp32 graph to int8 (Q/DQ), except for the nodes that its images show to need fp32.
 
     calibration: images to take ranges from, in chunks of a few. symmetric: see int8.py.
     """
-    calibrated = calibrate_graph(data, calibration, symmetric=symmetric)
+    calibrated = calibrate_graph(reference.data, calibration, symmetric=symmetric)
 
     def quantize(converted: Collection[str]) -> bytes:
         return quantize_graph(calibrated, converted)
 
-    share_of = _share_of(quantize, _Reference(data, contract, images, threads), "int8")
+    share_of = _share_of(quantize, reference, "int8")
     search = find_sensitive_nodes(calibrated.candidates, share_of, max_runs=MAX_INT8_RUNS)
     result = quantize([name for name in calibrated.candidates if name not in search.kept])
     return ConvertedGraph(result, result, search, {})
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """The fp32 graph and the images that conversions are compared on."""
-
-    data: bytes
-    contract: GraphContract
-    images: Sequence[UInt8]
-    threads: int
-
-
 def _share_of(
-    convert: Callable[[Collection[str]], bytes], reference: _Reference, precision: str
+    convert: Callable[[Collection[str]], bytes], reference: Reference, precision: str
 ) -> Callable[[Sequence[str]], float]:
-    def run(data: bytes) -> list[dict[str, npt.NDArray[np.generic]]]:
+    def run(data: bytes) -> list[Outputs]:
         with OnnxRuntimeBackend(data, threads=reference.threads, contract=reference.contract) as backend:
             return [backend.run(image[None]) for image in reference.images]
 
     expected = run(reference.data)
 
     def share(converted: Sequence[str]) -> float:
-        got = run(convert(converted))
-        return measure_parity(
-            (Compared(*pair) for pair in zip(expected, got, strict=True)), precision
-        ).share()
+        pairs = map(Compared, expected, run(convert(converted)))
+        return measure_parity(pairs, precision).share()
 
     return share
 

@@ -6,18 +6,15 @@ print(result.describe())
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from multisa.export.calibration_images import ImageSets, LabelledImage, read_image_sets, spread, working_image
 from multisa.export.compare import Variant, compare_variants, on_cpu
 from multisa.export.parity import ParityReport
-from multisa.export.precision import ConvertedGraph, convert_to_fp16, convert_to_int8
+from multisa.export.precision import ConvertedGraph, Reference, convert_to_fp16, convert_to_int8
 from multisa.export.report import (
     INT8_FOR,
     REPORT_NAME,
@@ -37,10 +34,9 @@ from multisa.runtime.bundle import Bundle, write_bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.files import write_bytes_atomically
+from multisa.runtime.imaging.decode import UInt8
 from multisa.runtime.progress import Progress, log, pluralize
 from multisa.runtime.system import installed_versions
-
-UInt8 = npt.NDArray[np.uint8]
 
 SEARCH_IMAGES = 4  # that each measurement of the sensitivity search runs on
 TIMED_IMAGES = 4
@@ -104,12 +100,7 @@ class QuantizeResult:
         if self.speed:
             header = ("int8 speed", "fp32 ms", "int8 ms", "ratio")
             rows = [
-                (
-                    pluralize(row["threads"], "thread"),
-                    f"{row['fp32_ms']:.2f}",
-                    f"{row['ms']:.2f}",
-                    f"{row['ratio']:.2f}",
-                )
+                (pluralize(row["threads"], "thread"), *(f"{row[k]:.2f}" for k in ("fp32_ms", "ms", "ratio")))
                 for row in self.speed
             ]
             parts.append(format_table(header, rows, right=header[1:]))
@@ -154,9 +145,8 @@ def quantize_bundle(
     if output.resolve() == source.path.resolve():
         raise UsageError(f"{output}: is the bundle to read, expected another folder for the new one")
     check_destinations(output, options.report)
-    sets = read_image_sets(
-        Path(images), source.manifest.classes, num_images=options.num_images, masks=options.masks
-    )
+    classes = source.manifest.classes
+    sets = read_image_sets(images, classes, num_images=options.num_images, masks=options.masks)
     converted: dict[str, dict[str, ConvertedGraph]] = {}
     graphs: list[GraphFile] = []
     for precision in options.precisions:
@@ -182,9 +172,8 @@ def quantize_bundle(
     manifest = _manifest(source.manifest, entries, converted, options)
     written = write_bundle(output, manifest, data)
     speed = tuple(entries.get("int8", {}).get("speed", {}).get("rows", ()))
-    return QuantizeResult(
-        written, tuple(graphs), reports, speed, tuple(problems), time.perf_counter() - start
-    )
+    seconds = time.perf_counter() - start
+    return QuantizeResult(written, tuple(graphs), reports, speed, tuple(problems), seconds)
 
 
 def compare_speed(
@@ -193,27 +182,20 @@ def compare_speed(
     """Time two graphs in turn on the same images; medians in milliseconds per image, by number of threads."""
     rows = []
     for threads in TIMED_THREADS:
-        engines = [
-            OnnxRuntimeBackend(data, threads=threads, contract=contract) for data in (reference, answer)
-        ]
+        graphs = (reference, answer)
+        backends = [OnnxRuntimeBackend(data, threads=threads, contract=contract) for data in graphs]
         taken: tuple[list[float], list[float]] = ([], [])
         for turn in range(REPEATS + 1):
             for image in images:
-                for backend, seconds in zip(engines, taken, strict=True):
+                for backend, seconds in zip(backends, taken, strict=True):
                     start = time.perf_counter()
                     backend.run(image[None])
                     if turn:  # the first is warm-up
                         seconds.append(time.perf_counter() - start)
         first, second = (1e3 * statistics.median(seconds) for seconds in taken)
-        rows.append(
-            {
-                "threads": threads,
-                "fp32_ms": round(first, 2),
-                "ms": round(second, 2),
-                "ratio": round(first / second, 3),
-            }
-        )
-    return {"backend": engines[0].name, "images": len(images), "repeats": REPEATS, "rows": rows}
+        times = {"fp32_ms": round(first, 2), "ms": round(second, 2), "ratio": round(first / second, 3)}
+        rows.append({"threads": threads, **times})
+    return {"backend": backends[0].name, "images": len(images), "repeats": REPEATS, "rows": rows}
 
 
 def _convert(
@@ -227,23 +209,17 @@ def _convert(
         for contract in GRAPHS[precision]:
             start = time.perf_counter()
             data = bundle.read_file(graph_file(contract))
+            reference = Reference(data, contract, images, options.threads)
             if precision == "fp16":
-                graph = convert_to_fp16(data, contract, images, threads=options.threads)
+                graph = convert_to_fp16(reference)
             else:
-                graph = convert_to_int8(
-                    data,
-                    contract,
-                    images,
-                    _chunks(bundle, sets.calibration),
-                    symmetric=options.symmetric,
-                    threads=options.threads,
-                )
+                chunks = _chunks(bundle, sets.calibration)
+                graph = convert_to_int8(reference, chunks, symmetric=options.symmetric)
             made[contract.name] = graph
             file = graph_file(contract, precision)
             seconds = time.perf_counter() - start
-            files.append(
-                GraphFile(contract.name, precision, file, len(graph.data), seconds, graph.fp32_nodes)
-            )
+            size = len(graph.data)
+            files.append(GraphFile(contract.name, precision, file, size, seconds, graph.fp32_nodes))
             log.info(
                 f"{file}: {pluralize(graph.fp32_nodes, 'node')} kept in fp32 after "
                 f"{pluralize(len(graph.search.trials), 'trial')}, {graph.search.share:.0%} of the limits used"
@@ -255,23 +231,17 @@ def _convert(
 def _variants(
     converted: Mapping[str, Mapping[str, ConvertedGraph]], options: QuantizeOptions
 ) -> list[Variant]:
-    return [
-        Variant(
-            title,
-            precision,
-            tuple(map(_contract, graphs)),
-            on_cpu({name: pick(graph) for name, graph in graphs.items()}, options.threads),
-        )
-        for precision, graphs in converted.items()
-        for title, pick in _ways_of_running(precision)
-    ]
-
-
-def _ways_of_running(precision: str) -> tuple[tuple[str, Callable[[ConvertedGraph], bytes]], ...]:
-    if precision == "fp16":
-        # ONNX Runtime's CPU does not round between fp16 nodes; the emulated graph shows what hardware gives.
-        return ("fp16", lambda graph: graph.emulated), ("fp16 on onnxruntime-cpu", lambda graph: graph.data)
-    return ((precision, lambda graph: graph.data),)
+    found = []
+    for precision, graphs in converted.items():
+        contracts = tuple(map(_contract, graphs))
+        ways = {precision: {name: graph.emulated for name, graph in graphs.items()}}
+        if precision == "fp16":
+            # ONNX Runtime's CPU does not round between fp16 nodes; the emulated graph shows what
+            # hardware gives.
+            ways["fp16 on onnxruntime-cpu"] = {name: graph.data for name, graph in graphs.items()}
+        for title, files in ways.items():
+            found.append(Variant(title, precision, contracts, on_cpu(files, options.threads)))
+    return found
 
 
 def _report_entries(
@@ -327,20 +297,15 @@ def _manifest(
     metrics = dict(manifest.metrics)
     provenance = dict(manifest.provenance)
     for title, entry in entries.items():
-        metrics[f"parity of {title}"] = entry["figures"] | (
-            {"speed": entry["speed"]["rows"]} if "speed" in entry else {}
-        )
+        speed = {"speed": entry["speed"]["rows"]} if "speed" in entry else {}
+        metrics[f"parity of {title}"] = entry["figures"] | speed
     for precision, graphs in converted.items():
-        provenance[f"{precision} graphs"] = {
-            "kept_in_fp32": {
-                graph_file(_contract(name), precision): {
-                    **dict.fromkeys(graph.too_large, "touches values too large for fp16"),
-                    **graph.search.kept_json(),
-                }
-                for name, graph in graphs.items()
-            },
-            "versions": installed_versions(("multisa", "onnx", "onnxruntime")),
-        }
+        kept: dict[str, Any] = {}
+        for name, graph in graphs.items():
+            too_large = dict.fromkeys(graph.too_large, "touches values too large for fp16")
+            kept[graph_file(_contract(name), precision)] = {**too_large, **graph.search.kept_json()}
+        versions = installed_versions(("multisa", "onnx", "onnxruntime"))
+        provenance[f"{precision} graphs"] = {"kept_in_fp32": kept, "versions": versions}
     if "int8" in converted:
         provenance[INT8_FOR] = "tensorrt" if options.symmetric else "cpu"
     return replace(manifest, metrics=metrics, provenance=provenance)

@@ -72,7 +72,6 @@ class Backbone(nn.Module):
         return (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return every level, finest first."""
         return cast(list[Tensor], self.network(image))
 
 
@@ -91,6 +90,11 @@ class FixedSameConv2d(nn.Conv2d):
         right = kernel - 1 - left
         padded = functional.pad(input, (left, right, left, right))
         return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def resize_bilinear(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """[N, C, h, w] -> [N, C, *size]."""
+    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def check_weights(name: str, weights: str) -> None:
@@ -159,14 +163,10 @@ def _fix_same_padding(network: nn.Module) -> None:
     for parent in network.modules():
         for name, child in parent.named_children():
             if type(child).__name__ == "Conv2dSame" and isinstance(child, nn.Conv2d):
-                fixed = FixedSameConv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    (child.kernel_size[0], child.kernel_size[1]),
-                    stride=(child.stride[0], child.stride[1]),
-                    groups=child.groups,
-                    bias=child.bias is not None,
-                )
+                kernel, stride = ((size[0], size[1]) for size in (child.kernel_size, child.stride))
+                channels = child.in_channels, child.out_channels
+                bias = child.bias is not None
+                fixed = FixedSameConv2d(*channels, kernel, stride=stride, groups=child.groups, bias=bias)
                 fixed.load_state_dict(child.state_dict())
                 setattr(parent, name, fixed)
 

@@ -113,13 +113,8 @@ def _read_voc(root: Path, labels: Path | None) -> Dataset:
     val_items = [_voc_item(root, name, ()) for name in val]
     in_train = set(train)
     train_items = [item for item in train_images if item.id in in_train]
-    return Dataset(
-        root=root,
-        class_names=names,
-        train_images=tuple(train_images),
-        train=_with_masks("train", train_items),
-        val=_with_masks("val", val_items),
-    )
+    measured = _with_masks("train", train_items), _with_masks("val", val_items)
+    return Dataset(root, names, tuple(train_images), *measured)
 
 
 def _check_lists(root: Path, trained_on: list[str], train: list[str], val: list[str]) -> None:
@@ -175,14 +170,11 @@ def _read_folder(root: Path, labels: Path | None) -> Dataset:
 
 
 def _label_file(root: Path, labels: Path | None) -> Path | None:
-    if labels is not None:
-        return labels
-    return next((p for p in (root / "labels.json", root / "labels.csv") if p.is_file()), None)
+    return labels or next((p for p in (root / "labels.json", root / "labels.csv") if p.is_file()), None)
 
 
 def _classes_from_table(table: Path, names: tuple[str, ...], relatives: list[str]) -> list[tuple[int, ...]]:
-    rows = read_image_labels(table, names[1:])
-    matched = rows.match(relatives)
+    matched = read_image_labels(table, names[1:]).match(relatives)
     missing = [relative for relative in relatives if relative not in matched]
     if missing:
         raise DatasetError(f"{table}: no row for {len(missing)} images, for example {missing[0]}; add them")

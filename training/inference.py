@@ -41,9 +41,8 @@ def for_each_item(
 ) -> None:
     """Call `work` on every item that lacks one of its files, on `workers` threads.
 
-    An item has a file `folder`/ID + suffix for each suffix; `work` takes the item and the paths of all of them.
-    It writes each file atomically, so an interrupted stage resumes where it stopped. The first error ends the
-    stage.
+    An item has a file `folder`/ID + suffix for each suffix; `work` gets the item and these paths. It writes
+    each file atomically, so an interrupted stage resumes where it stopped. The first error ends the stage.
     """
     tasks = [(item, [folder / f"{item.id}{suffix}" for suffix in suffixes]) for item in items]
     left = [(item, paths) for item, paths in tasks if not all(path.exists() for path in paths)]

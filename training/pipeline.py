@@ -1,21 +1,30 @@
-"""All stages in order: image-level labels -> CAMs -> affinities -> pseudo-masks -> segmenter -> results."""
+"""All stages in order: image-level labels -> CAMs -> affinities -> pseudo-masks -> segmenter -> results.
+
+Mistakes in the configuration or the data set are found before the first stage (`check_run`).
+"""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from multisa.runtime.bundle import LabelParameters
-from multisa.runtime.errors import UsageError
+from multisa.runtime.errors import DatasetError, ImageError, UsageError
 from multisa.runtime.files import write_json_atomically
+from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.progress import log
 from multisa.runtime.records import record_from_dict, record_to_dict
-from multisa.training.checks import check_run
+from multisa.training.backbones import check_weights
 from multisa.training.config import TrainConfig
-from multisa.training.data import Dataset
-from multisa.training.stage_cache import Stage, StageCache
+from multisa.training.data import Dataset, Item
+from multisa.training.models import create_model
+from multisa.training.stage_cache import StageCache
 from multisa.training.stage_functions import evaluate_segmenter, train_segmenter
-from multisa.training.stages import PseudoLabels, RunStages, make_pseudo_labels
+from multisa.training.stages import RunStages, make_pseudo_labels
 
 SEGMENTER = "DeepLabV3+ on pseudo-masks"  # name of the row of the results
 RUN_RECORD = "run.json"
@@ -117,18 +126,17 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
     cache = StageCache(output)
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)
-    segmenter = cache.stage(
-        "segmenter",
-        record_to_dict(config.segmenter),
-        [labels.masks],
-        lambda folder: train_segmenter(config, dataset, labels.masks, labels.cam, folder),
-    )
-    val = dataset.val and cache.stage(
-        "val",
-        {"truth": dataset.masks_digest(dataset.val)},
-        [segmenter],
-        lambda folder: evaluate_segmenter(config, dataset, segmenter, folder),
-    )
+    work = partial(train_segmenter, config, dataset, labels.masks, labels.cam)
+    segmenter = cache.stage("segmenter", record_to_dict(config.segmenter), [labels.masks], work)
+    rows = [
+        Row(f"{m.name} (background {m.background:.2f})", "train", m.scores["miou"], tuple(m.scores["iou"]))
+        for m in labels.measured
+    ]
+    if dataset.val:
+        truth = {"truth": dataset.masks_digest(dataset.val)}
+        work = partial(evaluate_segmenter, config, dataset, segmenter)
+        scores = cache.stage("val", truth, [segmenter], work).results
+        rows.append(Row(SEGMENTER, "val", scores["miou"], tuple(scores["iou"])))
     return RunRecord(
         config=config,
         classes=dataset.class_names,
@@ -138,7 +146,7 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
         label=labels.label,
         score_thresholds=tuple(labels.cams.results["score_thresholds"]),
         betas=tuple(labels.cam.results["betas"]),
-        rows=tuple(_rows(labels, val or None)),
+        rows=tuple(rows),
         stages=tuple(StageRecord(s.name, s.folder.name, s.digest, round(s.seconds, 1)) for s in cache.stages),
         seconds=round(sum(stage.seconds for stage in cache.stages), 1),
         torch=torch.__version__,
@@ -157,11 +165,61 @@ def load_run(output: Path) -> RunRecord:
         raise UsageError(f"{error}; run `multisa train` again with this version") from error
 
 
-def _rows(labels: PseudoLabels, val: Stage | None) -> list[Row]:
-    rows = [
-        Row(f"{m.name} (background {m.background:.2f})", "train", m.scores["miou"], tuple(m.scores["iou"]))
-        for m in labels.measured
-    ]
-    if val:
-        rows.append(Row(SEGMENTER, "val", val.results["miou"], tuple(val.results["iou"])))
-    return rows
+def check_run(config: TrainConfig, dataset: Dataset) -> None:
+    """Check a configuration against the networks it names and against the data set.
+
+    Raises UsageError for the configuration, DatasetError for the ground truth.
+    """
+    _check_label(config, dataset)
+    check_networks(config, len(dataset.class_names))
+    check_ground_truth((*dataset.train, *dataset.val), len(dataset.class_names))
+
+
+def check_networks(config: TrainConfig, n_classes: int) -> None:
+    """Build the three networks without memory for weights; n_classes counts the background.
+
+    Raises UsageError for a backbone, weights, taps or a head that do not exist or do not fit together.
+    """
+    for part in (config.cam, config.affinity, config.segmenter):
+        check_weights(part.backbone, part.weights)
+    with torch.device("meta"):
+        create_model(replace(config.cam, weights="none"), n_classes)
+        create_model(replace(config.affinity, weights="none"))
+        create_model(replace(config.segmenter, weights="none"), n_classes)
+
+
+def check_ground_truth(items: Iterable[Item], n_classes: int) -> None:
+    """Raise DatasetError, naming the file, for a mask that cannot be read or holds an id without a class."""
+    for item in items:
+        if item.mask is None:
+            continue
+        try:
+            mask = read_mask(item.mask)
+        except ImageError as error:
+            raise DatasetError(str(error)) from error
+        highest = int(mask[mask != IGNORE_INDEX].max(initial=0))
+        if highest >= n_classes:
+            raise DatasetError(
+                f"{item.mask}: got class id {highest}, expected 0..{n_classes - 1} or {IGNORE_INDEX}; name "
+                f"every class in classes.txt, or write {IGNORE_INDEX} (ignored) for the others"
+            )
+
+
+def _check_label(config: TrainConfig, dataset: Dataset) -> None:
+    gains = config.label.class_gain
+    foreground = len(dataset.class_names) - 1
+    if len(gains) not in (0, foreground):
+        raise UsageError(
+            f"label.class_gain: got {len(gains)} numbers, expected {foreground}, one for each foreground "
+            "class, or none"
+        )
+    if gains and config.background_from == "train-masks-per-class":
+        raise UsageError(
+            f"label.class_gain: got {list(gains)}, expected none with background_from=train-masks-per-class, "
+            "which chooses them: leave out one of the two"
+        )
+    if config.background_from != "config" and not dataset.train:
+        log.info(
+            f"background_from={config.background_from}: the train list has no masks to choose on, "
+            f"so label.background {config.label.background:g} is used"
+        )

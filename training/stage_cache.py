@@ -36,7 +36,6 @@ class StageCache:
     """The stages of one run below `root`."""
 
     def __init__(self, root: Path) -> None:
-        """Keep stages in folders below `root`."""
         self.root = root
         self.stages: list[Stage] = []  # in the order they were asked for
 

@@ -6,7 +6,7 @@ command has finished is found by all others.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from multisa.runtime.bundle import LabelParameters
@@ -65,67 +65,47 @@ class RunStages:
             "seed": self.config.seed,
             "long_side": self.config.long_side,
         }
-        return self.cache.stage(
-            name, inputs, [], lambda folder: train_cam(cam, self.config, self.dataset, folder)
-        )
+        return self.cache.stage(name, inputs, [], partial(train_cam, cam, self.config, self.dataset))
 
     def cam_maps(self, cam: CamConfig, name: str) -> tuple[Stage, Stage]:
         """Train a CAM network and compute its maps; returns both stages."""
         trained = self.cam_network(cam, name)
         # A baseline is only measured, so images without masks need no maps.
         items = self.dataset.train if name == BASELINE else self.dataset.train_images
-        maps = self.cache.stage(
-            f"{name}-maps",
-            {"scales": list(cam.scales), "items": [item.id for item in items]},
-            [trained],
-            lambda folder: compute_cams(cam, self.config, self.dataset, items, trained, folder),
-        )
-        return trained, maps
+        inputs = {"scales": list(cam.scales), "items": [item.id for item in items]}
+        work = partial(compute_cams, cam, self.config, self.dataset, items, trained)
+        return trained, self.cache.stage(f"{name}-maps", inputs, [trained], work)
 
     def measured_maps(self, maps: Stage) -> Stage:
         """Score maps on the train list: results as of `ThresholdSweep.results`."""
+        inputs = {"truth": self.masks_digest, "background": self.config.label.background}
         return self.cache.stage(
             f"{maps.name}-measured",
-            {"truth": self.masks_digest, "background": self.config.label.background},
+            inputs,
             [maps],
-            lambda folder: measure_maps(maps.folder, self.config, self.dataset),
+            lambda _: measure_maps(maps.folder, self.config, self.dataset),
         )
 
     def walked_maps(self, cams: Stage) -> Stage:
         """Train AffinityNet on labels from the maps and spread the maps along its affinities."""
-        config, dataset = self.config, self.dataset
-        labels = self.cache.stage(
-            "affinity-labels",
-            record_to_dict(config.affinity_labels),
-            [cams],
-            lambda folder: make_affinity_labels(config, dataset, cams, folder),
-        )
-        affinity = self.cache.stage(
-            "affinity",
-            record_to_dict(config.affinity),
-            [labels],
-            lambda folder: train_affinity(config, dataset, labels, folder),
-        )
+        config, dataset, cache = self.config, self.dataset, self.cache
+        work = partial(make_affinity_labels, config, dataset, cams)
+        labels = cache.stage("affinity-labels", record_to_dict(config.affinity_labels), [cams], work)
+        work = partial(train_affinity, config, dataset, labels)
+        affinity = cache.stage("affinity", record_to_dict(config.affinity), [labels], work)
         walk = {key: value for key, value in record_to_dict(config.label).items() if key.startswith("walk_")}
-        return self.cache.stage(
-            "walk",
-            walk,
-            [cams, affinity],
-            lambda folder: walk_cams(config, dataset, cams, affinity, folder),
-        )
+        work = partial(walk_cams, config, dataset, cams, affinity)
+        return cache.stage("walk", walk, [cams, affinity], work)
 
     def label_parameters(self, walked: Stage, measured_walk: Stage | None, name: str) -> LabelParameters:
         """Parameters of the pseudo-masks: as configured, or chosen on masks if `background_from` says so."""
         config = self.config
         if config.background_from == "config" or measured_walk is None:
             return config.label
+        inputs = {"label": record_to_dict(config.label), "from": config.background_from}
         background = measured_walk.results["best"]["background"]
-        chosen = self.cache.stage(
-            name,
-            {"label": record_to_dict(config.label), "from": config.background_from},
-            [walked, measured_walk],
-            lambda folder: choose_thresholds(config, self.dataset, walked, background, folder),
-        ).results
+        work = partial(choose_thresholds, config, self.dataset, walked, background)
+        chosen = self.cache.stage(name, inputs, [walked, measured_walk], work).results
         return replace(config.label, background=chosen["background"], class_gain=tuple(chosen["class_gain"]))
 
     def pseudo_masks(
@@ -134,12 +114,8 @@ class RunStages:
         """Make the masks of `items` from the walked maps."""
         # The walked maps depend on the train images already; any other list is an input of its own.
         others = {} if items == self.dataset.train_images else {"items": [item.id for item in items]}
-        return self.cache.stage(
-            name,
-            {**others, **record_to_dict(label)},
-            [walked],
-            lambda folder: make_pseudo_masks(self.config, label, self.dataset, items, walked, folder),
-        )
+        work = partial(make_pseudo_masks, self.config, label, self.dataset, items, walked)
+        return self.cache.stage(name, {**others, **record_to_dict(label)}, [walked], work)
 
     def measured_masks(self, masks: Stage) -> Stage:
         """Score masks on the train list: results "miou" and "iou", in percent."""
@@ -147,7 +123,7 @@ class RunStages:
             f"{masks.name}-measured",
             {"truth": self.masks_digest},
             [masks],
-            lambda folder: score_masks(masks.folder, self.dataset.train, len(self.dataset.class_names)),
+            lambda _: score_masks(masks.folder, self.dataset.train, len(self.dataset.class_names)),
         )
 
 
@@ -198,7 +174,8 @@ def make_pseudo_labels(stages: RunStages, *, paper_protocol: bool = False) -> Ps
     measure(MULTI_SA_CAM, cams)
     walked = stages.walked_maps(cams)
     measured_walk = measure(RANDOM_WALK, walked)
-    as_paper = _with_paper_protocol(config)
+    paper_label = replace(config.label, class_gain=(), use_crf=True)
+    as_paper = replace(config, background_from="train-masks", label=paper_label)
     both = config.background_from == "train-masks-per-class" or (paper_protocol and config != as_paper)
     if both and dataset.train:
         paper_stages = replace(stages, config=as_paper)
@@ -210,16 +187,6 @@ def make_pseudo_labels(stages: RunStages, *, paper_protocol: bool = False) -> Ps
     masks = stages.pseudo_masks(label, dataset.train_images, walked, "pseudo-masks")
     if dataset.train:
         scores = stages.measured_masks(masks).results
-        measured.append(Measurement(_row_name(label, both), label.background, scores))
+        name = CLASS_GAINS if label.class_gain else AS_CONFIGURED if both else DENSE_CRF
+        measured.append(Measurement(name, label.background, scores))
     return PseudoLabels(cam, cams, walked, label, masks, tuple(measured))
-
-
-def _with_paper_protocol(config: TrainConfig) -> TrainConfig:
-    label = replace(config.label, class_gain=(), use_crf=True)
-    return replace(config, background_from="train-masks", label=label)
-
-
-def _row_name(label: LabelParameters, paper_protocol_measured: bool) -> str:
-    if label.class_gain:
-        return CLASS_GAINS
-    return AS_CONFIGURED if paper_protocol_measured else DENSE_CRF

@@ -71,19 +71,12 @@ class BuildResult:
     def describe(self) -> str:
         """A table of the engines for people, then the folder they are in."""
         header = ("graph", "target", "precision", "profiles", "MB", "seconds", "")
-        rows = [
-            (
-                row.graph,
-                row.target,
-                row.precision,
-                str(len(row.profiles)),
-                f"{row.bytes / 1e6:.1f}",
-                f"{row.build_seconds:.1f}",
-                "from the cache" if row.is_cached else "built",
-            )
-            for row in self.rows
-        ]
-        table = format_table(header, rows, right=("profiles", "MB", "seconds"))
+        rows = []
+        for row in self.rows:
+            numbers = (str(len(row.profiles)), f"{row.bytes / 1e6:.1f}", f"{row.build_seconds:.1f}")
+            origin = "from the cache" if row.is_cached else "built"
+            rows.append((row.graph, row.target, row.precision, *numbers, origin))
+        table = format_table(header, rows, right=header[3:6])
         end = f"time: {self.seconds:.1f} s\nengine cache: {self.engine_cache}"
         return f"{self.bundle}, {self.library}\n{table}\n\n{end}"
 
@@ -119,8 +112,8 @@ def build_engines(bundle: Bundle | str | Path, options: BuildOptions) -> BuildRe
     everything that decides what the engine computes and where it runs. An engine that cannot be built does
     not stop the others: its reason is in `failures`, see `BuildResult.raise_failures`.
 
-    Raises UsageError for unknown targets, graphs, precisions, profiles or libraries, BackendUnavailable if the
-    library, the driver or the GPU is missing, BundleError for a damaged bundle.
+    Raises UsageError for unknown targets, graphs, precisions, profiles or libraries, BackendUnavailable if
+    the library, the driver or the GPU is missing, BundleError for a damaged bundle.
     """
     start = time.perf_counter()
     bundle = open_bundle(bundle)
@@ -226,13 +219,5 @@ def _build(
             return pool.submit(build_engine, library, data, contract, key.profiles, (key.target,)).result()
 
     stored = cache.get_or_build(key, build)
-    return EngineRow(
-        graph=key.graph,
-        target=key.target,
-        precision=key.precision,
-        profiles=key.profiles,
-        bytes=stored.bytes,
-        build_seconds=stored.build_seconds,
-        is_cached=not built,
-        path=stored.path,
-    )
+    identity = (key.graph, key.target, key.precision, key.profiles)
+    return EngineRow(*identity, stored.bytes, stored.build_seconds, is_cached=not built, path=stored.path)

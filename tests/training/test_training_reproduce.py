@@ -18,8 +18,13 @@ from multisa.training.pipeline import Row, load_run
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES
-from multisa.training.reproduce.report import protocol
-from multisa.training.reproduce.tables import TABLES, attention_counts, per_class_rows, reproduce_table
+from multisa.training.reproduce.tables import (
+    TABLES,
+    attention_counts,
+    per_class_rows,
+    protocol,
+    reproduce_table,
+)
 from multisa.training.stages import CLASS_GAINS, DENSE_CRF, MULTI_SA_CAM, PLAIN_CAM, RANDOM_WALK
 
 TINY = Path(__file__).with_name("tiny.toml")

@@ -12,16 +12,16 @@ from multisa.runtime.files import read_user_text, write_bytes_atomically, write_
 from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask
-from multisa.training.checks import check_run
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset, Item
 from multisa.training.inference import as_batch, load_maps, read_working_image, torch_device
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, SingleLevel, shares_at_peak
+from multisa.training.pipeline import check_run
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.pictures import Legend, Strip, coloured, draw_sheet, fitted, heat_map
-from multisa.training.reproduce.report import FOLDER, full_run, provenance
+from multisa.training.reproduce.tables import FOLDER, full_run, provenance
 from multisa.training.segmenter import SegmentImages
 from multisa.training.stage_cache import StageCache
 from multisa.training.stages import BASELINE, CAM, RunStages, make_pseudo_labels
