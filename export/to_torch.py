@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
-from multisa.export.layer_match import layers_run, state_of_graph
-from multisa.export.stored_layers import PREFIX, StoredGraph, read_graph
+from multisa.export.layer_match import PREFIX, StoredGraph, layers_run, read_graph, state_of_graph
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BundleError

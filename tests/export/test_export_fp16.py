@@ -22,7 +22,7 @@ from multisa.export.precision import Reference, convert_to_fp16, largest_values
 from multisa.runtime.backends.base import SEGMENTER, GraphContract, TensorContract
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path
-from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.demo import IMAGES
 from multisa.runtime.imaging.decode import read_image
 
 Arrays = dict[str, np.ndarray]
@@ -223,7 +223,7 @@ def test_subgraphs_read_what_is_around_them_in_fp32(image: np.ndarray) -> None:
 
 
 def test_the_packaged_segmenter_answers_alike_in_fp16() -> None:
-    image = read_image(PHOTOGRAPHS / "chelsea.jpg").rgb[::2, ::2]
+    image = read_image(IMAGES / "chelsea.jpg").rgb[::2, ::2]
     data = Path(default_bundle_path(), "segmenter.onnx").read_bytes()
     plain = read_fp32_graph(data)
     candidates = fp16_candidates(plain)
