@@ -55,9 +55,9 @@ def read_fp32_graph(data: bytes) -> Fp32Graph:
     if len({node.name for node in kept}) < len(kept):
         for position, node in enumerate(kept):
             node.name = f"{node.name}_{position}"
-    _replace(graph.node, kept)
+    replace_values(graph.node, kept)
     used = {name for node in graph.node for name in _reads(node)}
-    _replace(graph.initializer, [i for i in graph.initializer if i.name in used])
+    replace_values(graph.initializer, [i for i in graph.initializer if i.name in used])
     return Fp32Graph(model, frozenset(float16_weights & used), _value_types(model))
 
 
@@ -133,8 +133,8 @@ def fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.ModelProto:
                 nodes.append(_cast(name, origin, FLOAT))
             elif name in fp16_wanted and name not in fp16_values:
                 nodes.append(_cast(name, name + _SUFFIX, FLOAT16))
-    _replace(graph.initializer, initializers)
-    _replace(graph.node, nodes)
+    replace_values(graph.initializer, initializers)
+    replace_values(graph.node, nodes)
     graph.ClearField("value_info")  # types of the fp32 graph, which no longer hold
     return model
 
@@ -165,7 +165,7 @@ def emulated_fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.Mod
         if node.op_type == "Cast" and node.attribute[0].i == FLOAT16:
             node.attribute[0].i = FLOAT
         nodes += [*before, node, *after]
-    _replace(graph.node, nodes)
+    replace_values(graph.node, nodes)
     return model
 
 
@@ -215,7 +215,7 @@ def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [target], f"{target}.cast", to=kind)
 
 
-def _replace(field: Any, values: Iterable[Any]) -> None:
+def replace_values(field: Any, values: Iterable[Any]) -> None:
     """Replace the values of a repeated field; some may be in it already."""
     copies = [type(value).FromString(value.SerializeToString()) for value in values]
     del field[:]

@@ -166,8 +166,8 @@ def quantize_bundle(
     for line in problems:
         log.info(f"kept despite: {line}")
     data = {name: source.read_file(name) for name in source.manifest.files}
-    for precision, made in converted.items():
-        data |= {graph_file(_contract(name), precision): graph.data for name, graph in made.items()}
+    for made in converted.values():
+        data |= {file: graph.data for file, graph in made.items()}
     data[REPORT_NAME] = report_to_bytes(report)
     manifest = _manifest(source.manifest, entries, converted, options)
     written = write_bundle(output, manifest, data)
@@ -201,7 +201,7 @@ def compare_speed(
 def _convert(
     bundle: Bundle, precision: str, sets: ImageSets, options: QuantizeOptions
 ) -> tuple[dict[str, ConvertedGraph], list[GraphFile]]:
-    """Convert all graphs of one precision, by name."""
+    """Convert all graphs of one precision, by file."""
     images = _images(bundle, spread(sets.calibration, SEARCH_IMAGES))
     made: dict[str, ConvertedGraph] = {}
     files = []
@@ -215,8 +215,8 @@ def _convert(
             else:
                 chunks = _chunks(bundle, sets.calibration)
                 graph = convert_to_int8(reference, chunks, symmetric=options.symmetric)
-            made[contract.name] = graph
             file = graph_file(contract, precision)
+            made[file] = graph
             seconds = time.perf_counter() - start
             size = len(graph.data)
             files.append(GraphFile(contract.name, precision, file, size, seconds, graph.fp32_nodes))
@@ -233,12 +233,13 @@ def _variants(
 ) -> list[Variant]:
     found = []
     for precision, graphs in converted.items():
-        contracts = tuple(map(_contract, graphs))
-        ways = {precision: {name: graph.emulated for name, graph in graphs.items()}}
+        contracts = GRAPHS[precision]
+        by_name = {contract.name: graphs[graph_file(contract, precision)] for contract in contracts}
+        ways = {precision: {name: graph.emulated for name, graph in by_name.items()}}
         if precision == "fp16":
             # ONNX Runtime's CPU does not round between fp16 nodes; the emulated graph shows what
             # hardware gives.
-            ways["fp16 on onnxruntime-cpu"] = {name: graph.data for name, graph in graphs.items()}
+            ways["fp16 on onnxruntime-cpu"] = {name: graph.data for name, graph in by_name.items()}
         for title, files in ways.items():
             found.append(Variant(title, precision, contracts, on_cpu(files, options.threads)))
     return found
@@ -255,12 +256,10 @@ def _report_entries(
     entries: dict[str, Any] = {title: report.full_json() for title, report in reports.items()}
     problems = [f"{title}: {line}" for title, report in reports.items() for line in report.problems()]
     for precision, graphs in converted.items():
-        entries[precision]["fp32_nodes"] = {
-            graph_file(_contract(name), precision): graph.as_json() for name, graph in graphs.items()
-        }
+        entries[precision]["fp32_nodes"] = {file: graph.as_json() for file, graph in graphs.items()}
     if "int8" in converted:
         images = _images(bundle, spread(sets.segmenter, TIMED_IMAGES))
-        int8 = converted["int8"][SEGMENTER.name].data
+        int8 = converted["int8"][graph_file(SEGMENTER, "int8")].data
         speed = compare_speed(bundle.read_file(graph_file(SEGMENTER)), int8, SEGMENTER, images)
         entries["int8"]["speed"] = speed
         # A CPU cannot tell what TensorRT gains.
@@ -284,10 +283,6 @@ def _chunks(bundle: Bundle, images: Sequence[LabelledImage]) -> Iterator[list[UI
         yield _images(bundle, images[start : start + _CHUNK])
 
 
-def _contract(name: str) -> GraphContract:
-    return next(contract for contract in CONTRACTS if contract.name == name)
-
-
 def _manifest(
     manifest: Manifest,
     entries: Mapping[str, Any],
@@ -301,9 +296,9 @@ def _manifest(
         metrics[f"parity of {title}"] = entry["figures"] | speed
     for precision, graphs in converted.items():
         kept: dict[str, Any] = {}
-        for name, graph in graphs.items():
+        for file, graph in graphs.items():
             too_large = dict.fromkeys(graph.too_large, "touches values too large for fp16")
-            kept[graph_file(_contract(name), precision)] = {**too_large, **graph.search.kept_json()}
+            kept[file] = {**too_large, **graph.search.kept_json()}
         versions = installed_versions(("multisa", "onnx", "onnxruntime"))
         provenance[f"{precision} graphs"] = {"kept_in_fp32": kept, "versions": versions}
     if "int8" in converted:

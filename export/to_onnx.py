@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from multisa.export.attention import OPSET, attention_translation, expand_attention
+from multisa.export.fp16 import replace_values
 from multisa.runtime.backends.base import IMAGE
 from multisa.runtime.errors import ParityError
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
@@ -129,9 +130,9 @@ def fold_batch_norms(graph: onnx.GraphProto) -> None:
         if readers[node.input[0]] != 1 or not all(name in stored for name in parameters):
             continue
         if parameters not in folded:
-            weight, bias = _fold(convolution, node, stored)
-            names = (f"{parameters[0]}.folded_{len(folded)}", f"{parameters[0]}.folded_{len(folded)}.bias")
-            for values, name in zip((weight, bias), names, strict=True):
+            name = f"{parameters[0]}.folded_{len(folded)}"
+            names = (name, f"{name}.bias")
+            for values, name in zip(_fold(convolution, node, stored), names, strict=True):
                 graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
             folded[parameters] = names
         data = convolution.input[0]
@@ -147,25 +148,19 @@ def fold_batch_norms(graph: onnx.GraphProto) -> None:
 def _fold(
     convolution: onnx.NodeProto, norm: onnx.NodeProto, stored: dict[str, onnx.TensorProto]
 ) -> tuple[Float64, Float64]:
-    parameters = [_float64(stored[name]) for name in convolution.input[1:]]
-    weight = parameters[0]
-    bias = parameters[1] if len(parameters) > 1 else np.zeros(len(weight))
-    gamma, beta, mean, variance = (_float64(stored[name]) for name in norm.input[1:5])
+    def values(names: Sequence[str]) -> list[Float64]:
+        return [np.asarray(numpy_helper.to_array(stored[name]), np.float64) for name in names]
+
+    weight, *biases = values(convolution.input[1:])
+    bias = biases[0] if biases else np.zeros(len(weight))
+    gamma, beta, mean, variance = values(norm.input[1:5])
     epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), _DEFAULT_EPSILON)
     factor = gamma / np.sqrt(variance + epsilon)
     return weight * factor[:, None, None, None], factor * (bias - mean) + beta
 
 
-def _float64(tensor: onnx.TensorProto) -> Float64:
-    return np.asarray(numpy_helper.to_array(tensor), np.float64)
-
-
 def _drop_unread(graph: onnx.GraphProto) -> None:
     read = {name for node in graph.node for name in node.input}
-    kept = [initializer for initializer in graph.initializer if initializer.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    replace_values(graph.initializer, [value for value in graph.initializer if value.name in read])
     known = {name for node in graph.node for name in node.output}
-    shapes = [value for value in graph.value_info if value.name in known]
-    del graph.value_info[:]
-    graph.value_info.extend(shapes)
+    replace_values(graph.value_info, [value for value in graph.value_info if value.name in known])

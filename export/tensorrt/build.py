@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,24 +85,16 @@ class BuildResult:
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; sizes in bytes, times in seconds."""
+        engines = []
+        for row in self.rows:
+            values = {name.removeprefix("is_"): value for name, value in asdict(row).items()}
+            engines.append({**values, "profiles": [str(p) for p in row.profiles], "path": str(row.path)})
         return {
             "bundle": self.bundle,
             "library": self.library.name,
             "library_version": self.library.version,
             "engine_cache": str(self.engine_cache),
-            "engines": [
-                {
-                    "graph": row.graph,
-                    "target": row.target,
-                    "precision": row.precision,
-                    "profiles": [str(profile) for profile in row.profiles],
-                    "bytes": row.bytes,
-                    "build_seconds": row.build_seconds,
-                    "cached": row.is_cached,
-                    "path": str(row.path),
-                }
-                for row in self.rows
-            ],
+            "engines": engines,
             "failures": list(self.failures),
             "seconds": round(self.seconds, 2),
         }
@@ -201,7 +193,18 @@ def parse_profiles(texts: Sequence[str], long_side: int) -> tuple[Profile, ...]:
     for text, profile in zip(texts, profiles, strict=True):
         if profiles.count(profile) > 1:
             raise UsageError(f"profile {text}: given twice, expected each once")
-        _check(profile, long_side)
+        low, high = min(profile.minimum[1:]), max(profile.maximum[1:])
+        where = f"input image: profile {profile}"
+        if low < MINIMUM_SIDE:
+            raise UsageError(
+                f"{where}: got a side of {low}, expected at least {MINIMUM_SIDE}: the graphs take no smaller "
+                "image"
+            )
+        if high > long_side:
+            raise UsageError(
+                f"{where}: got a side of {high}, expected at most {long_side}: the bundle reduces every "
+                "image to that long side"
+            )
     return profiles
 
 
@@ -214,20 +217,6 @@ def _parse(text: str) -> Profile:
         return Profile(*[(batch, height, width) for batch, height, width in shapes])
     except ValueError as error:
         raise UsageError(f"input image: {error}") from error
-
-
-def _check(profile: Profile, long_side: int) -> None:
-    low, high = min(profile.minimum[1:]), max(profile.maximum[1:])
-    if low < MINIMUM_SIDE:
-        raise UsageError(
-            f"input image: profile {profile}: got a side of {low}, expected at least {MINIMUM_SIDE}: "
-            "the graphs take no smaller image"
-        )
-    if high > long_side:
-        raise UsageError(
-            f"input image: profile {profile}: got a side of {high}, expected at most {long_side}: the bundle "
-            "reduces every image to that long side"
-        )
 
 
 def _on_grid(side: int, long_side: int) -> int:
