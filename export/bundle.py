@@ -1,8 +1,4 @@
-"""Export a finished training run to a bundle: fold, convert to ONNX, compare, and only then write.
-
-result = export_bundle("runs/voc", read_dataset(Path("VOC2012")), "bundles/voc")
-print(result.describe())
-"""
+"""Export a finished training run to a bundle: fold, convert to ONNX, compare, and only then write."""
 
 import platform
 import time
@@ -33,7 +29,7 @@ from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bun
 from multisa.runtime.bundle.manifest import SCHEMA_VERSION
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.png import IGNORE_INDEX, UInt8
+from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import Progress
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import installed_versions
@@ -154,7 +150,12 @@ def compare_with_networks(
         with Progress(len(items), "parity") as bar:
             for item in items:
                 image = read_working_image(item, run.config.long_side)
-                expected = _network_outputs(graphs, image)
+                expected: Outputs = {}
+                for graph in graphs:
+                    with torch.inference_mode():
+                        made = graph.reference(as_batch(image))
+                    tensors = made if isinstance(made, tuple) else (made,)
+                    expected.update(zip(graph.outputs, (t.numpy() for t in tensors), strict=True))
                 got = run_all(backends, image)
                 for outputs in (expected, got):
                     add_pseudo_mask(image, item.classes, outputs, run.label)
@@ -200,16 +201,6 @@ def _convert(
             written.append(GraphFile(graph.contract.name, "fp32", graph.file, len(data), seconds))
             bar.advance(note=graph.file)
     return files, tuple(written)
-
-
-def _network_outputs(graphs: tuple[Graph, ...], image: UInt8) -> Outputs:
-    outputs: Outputs = {}
-    for graph in graphs:
-        with torch.inference_mode():
-            made = graph.reference(as_batch(image))
-        made = made if isinstance(made, tuple) else (made,)
-        outputs.update({name: tensor.numpy() for name, tensor in zip(graph.outputs, made, strict=True)})
-    return outputs
 
 
 def _manifest(run: RunRecord, report: ParityReport) -> Manifest:

@@ -1,8 +1,4 @@
-"""Run graphs beside the bundle's fp32 graphs on ONNX Runtime's CPU and compare; no PyTorch, no onnx.
-
-result = check_parity("bundles/voc", "tensorrt-rtx", "VOC2012", ParityOptions(precision="fp16"))
-print(result.describe())
-"""
+"""Run graphs beside the bundle's fp32 graphs on ONNX Runtime's CPU and compare; no PyTorch, no onnx."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -58,7 +58,11 @@ def read_fp32_graph(data: bytes) -> Fp32Graph:
     replace_values(graph.node, kept)
     used = {name for node in graph.node for name in _reads(node)}
     replace_values(graph.initializer, [i for i in graph.initializer if i.name in used])
-    return Fp32Graph(model, frozenset(float16_weights & used), _value_types(model))
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {initializer.name: initializer.data_type for initializer in inferred.initializer}
+    return Fp32Graph(model, frozenset(float16_weights & used), types)
 
 
 def fp16_candidates(fp32: Fp32Graph) -> tuple[str, ...]:
@@ -193,13 +197,6 @@ def _fp16_values(fp32: Fp32Graph, node: onnx.NodeProto) -> tuple[list[str], list
         ]
 
     return chosen(node.input, schema.inputs), chosen(node.output, schema.outputs)
-
-
-def _value_types(model: onnx.ModelProto) -> dict[str, int]:
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    return types | {initializer.name: initializer.data_type for initializer in graph.initializer}
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:

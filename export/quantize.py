@@ -1,8 +1,4 @@
-"""Add fp16 and int8 graphs to a bundle, measured against its fp32 graphs; PyTorch is not needed.
-
-result = quantize_bundle("bundles/voc", "VOC2012", "bundles/voc-all", QuantizeOptions(("fp16", "int8")))
-print(result.describe())
-"""
+"""Add fp16 and int8 graphs to a bundle, measured against its fp32 graphs; PyTorch is not needed."""
 
 import statistics
 import time

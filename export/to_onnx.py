@@ -72,7 +72,12 @@ def onnx_from_module(
     if half_weights:
         _store_weights_as_float16(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
-    _drop_source_locations(model)
+    # The exporter stores each node's source location, with paths of the machine it ran on.
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+    for node in graph.node:
+        node.ClearField("doc_string")
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))
 
@@ -93,16 +98,6 @@ def _store_weights_as_float16(graph: onnx.GraphProto) -> None:
         )
     for position, cast in enumerate(casts):
         graph.node.insert(position, cast)
-
-
-def _drop_source_locations(model: onnx.ModelProto) -> None:
-    # The exporter stores each node's source location, with paths of the machine it ran on.
-    for node in model.graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        value.ClearField("metadata_props")
-    model.graph.ClearField("metadata_props")
 
 
 def fold_batch_norms(graph: onnx.GraphProto) -> None:
@@ -142,7 +137,10 @@ def fold_batch_norms(graph: onnx.GraphProto) -> None:
         removed.append(node)
     for node in removed:
         graph.node.remove(node)
-    _drop_unread(graph)
+    read = {name for node in graph.node for name in node.input}
+    replace_values(graph.initializer, [value for value in graph.initializer if value.name in read])
+    known = {name for node in graph.node for name in node.output}
+    replace_values(graph.value_info, [value for value in graph.value_info if value.name in known])
 
 
 def _fold(
@@ -157,10 +155,3 @@ def _fold(
     epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), _DEFAULT_EPSILON)
     factor = gamma / np.sqrt(variance + epsilon)
     return weight * factor[:, None, None, None], factor * (bias - mean) + beta
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    read = {name for node in graph.node for name in node.input}
-    replace_values(graph.initializer, [value for value in graph.initializer if value.name in read])
-    known = {name for node in graph.node for name in node.output}
-    replace_values(graph.value_info, [value for value in graph.value_info if value.name in known])

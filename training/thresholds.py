@@ -134,7 +134,12 @@ def choose_thresholds(
     """
     label = config.label
     if config.background_from == "train-masks-per-class":
-        scored = _scored_maps(dataset, walked)
+        scored = []
+        for item in dataset.train:
+            assert item.mask is not None
+            scores = load_maps(walked.folder / f"{item.id}.npy")
+            ground_truth = resize_mask(read_mask(item.mask), (scores.shape[1], scores.shape[2]))
+            scored.append(ScoredMaps(scores, item.classes, ground_truth))
         label = replace(label, class_gain=choose_class_gains(scored, background, len(dataset.class_names)))
     best = background
     curve: dict[float, float] = {}
@@ -190,16 +195,6 @@ def choose_class_gains(images: Sequence[ScoredMaps], background: float, n_classe
         if np.array_equal(gains, before):
             break
     return tuple(round(float(gain), 3) for gain in gains[1:])
-
-
-def _scored_maps(dataset: Dataset, walked: Stage) -> list[ScoredMaps]:
-    found = []
-    for item in dataset.train:
-        assert item.mask is not None
-        scores = load_maps(walked.folder / f"{item.id}.npy")
-        ground_truth = resize_mask(read_mask(item.mask), (scores.shape[1], scores.shape[2]))
-        found.append(ScoredMaps(scores, item.classes, ground_truth))
-    return found
 
 
 def _confusions_after_crf(

@@ -1,8 +1,4 @@
-"""Build TensorRT engines of a bundle's graphs for several GPUs, or find them in the engine cache.
-
-result = build_engines("bundles/voc", BuildOptions(targets=("sm86", "sm89"), precision="fp16"))
-result.raise_failures()
-"""
+"""Build TensorRT engines of a bundle's graphs for several GPUs, or find them in the engine cache."""
 
 import re
 import time

@@ -55,7 +55,11 @@ def build_engine(
     logger, log = library_log(module)
     log.clear()
     builder: trt.Builder = module.Builder(logger)
-    network: trt.INetworkDefinition = builder.create_network(_network_flags(library))
+    flags = 0
+    if not library.is_rtx and library.major <= 10:
+        # The graph decides the types: TensorRT 10 needs a flag for that, the others always do so.
+        flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network: trt.INetworkDefinition = builder.create_network(flags)
     parser: trt.OnnxParser = module.OnnxParser(network, logger)
     # Bytes, not a path: check_onnx has made sure that no other file belongs to the graph.
     if not parser.parse(graph):
@@ -71,13 +75,6 @@ def build_engine(
     if engine is None:
         raise BackendError(f"{label}: {library} builds no engine:{_build_errors(log)}")
     return bytes(engine)
-
-
-def _network_flags(library: Library) -> int:
-    """The graph decides the types: TensorRT 10 needs a flag for that, the others always do so."""
-    if library.is_rtx or library.major > 10:
-        return 0
-    return 1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 def _set_flags(config: "trt.IBuilderConfig", module: Any) -> None:

@@ -68,7 +68,9 @@ def reproduce_figure(
         )
     check_run(config, dataset)
     figure = FIGURES[name](config, dataset, root, items)
-    legend = [_legend(i, dataset) for i in sorted(figure.shown)]
+    names = {**dict(enumerate(dataset.class_names)), IGNORE_INDEX: "ignored"}
+    colours = [tuple(colour) for colour in dataset.mask_palette.tolist()]
+    legend = [Legend(names[i], colours[i]) for i in sorted(figure.shown)]
     path = root / FOLDER / f"{name}.png"
     write_bytes_atomically(path, draw_sheet(figure.captions, figure.strips, legend))
     record = {
@@ -244,9 +246,3 @@ def _betas(values: Sequence[float]) -> str:
 def _strongest(maps: Float32) -> Float32:
     """float32 [C, h, w] -> [h, w]; zero where there is no class."""
     return maps.max(axis=0) if len(maps) else np.zeros(maps.shape[1:], np.float32)
-
-
-def _legend(class_id: int, dataset: Dataset) -> Legend:
-    red, green, blue = dataset.mask_palette[class_id].tolist()
-    name = "ignored" if class_id == IGNORE_INDEX else dataset.class_names[class_id]
-    return Legend(name, (red, green, blue))

@@ -75,7 +75,13 @@ def reproduce_table(name: str, config: TrainConfig, dataset: Dataset, root: Path
     Raises, before any training, DatasetError when the data set lacks the masks to measure on, UsageError for
     a configuration without self-attention, and whatever `check_run` raises.
     """
-    _check_masks(name, dataset)
+    measured = "val" if name == "table3" else "train"
+    if not (dataset.val if measured == "val" else dataset.train):
+        raise DatasetError(
+            f"{dataset.root}: no image of the {measured} list has a mask, but {name} needs masks; expected "
+            f"a VOC layout with ImageSets/Segmentation/{measured}.txt and SegmentationClass/ID.png "
+            "(figure4 to figure6 need no masks)"
+        )
     if not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     check_run(config, dataset)
@@ -176,16 +182,6 @@ TABLES: Mapping[str, Callable[[TrainConfig, Dataset, Path], Table]] = {
     "table2": _table2,
     "table3": _table3,
 }
-
-
-def _check_masks(name: str, dataset: Dataset) -> None:
-    measured = "val" if name == "table3" else "train"
-    if not (dataset.val if measured == "val" else dataset.train):
-        raise DatasetError(
-            f"{dataset.root}: no image of the {measured} list has a mask, but {name} needs masks; expected "
-            f"a VOC layout with ImageSets/Segmentation/{measured}.txt and SegmentationClass/ID.png "
-            "(figure4 to figure6 need no masks)"
-        )
 
 
 def _attentions(taps: tuple[int, ...]) -> str:
