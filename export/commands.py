@@ -13,6 +13,7 @@ from multisa.runtime.cli.options import FOLDER, PATH, option
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _path = partial(option, type=PATH, metavar="DIR")
+_several = partial(option, multiple=True)
 _count = partial(option, type=click.IntRange(1), metavar="N", show_default=True)
 
 
@@ -76,11 +77,10 @@ def export(
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@option(
+@_several(
     "--precision",
     "precisions",
     required=True,
-    multiple=True,
     type=click.Choice(["fp16", "int8"]),
     help="fp16 converts all three graphs, int8 the segmenter. Can be given twice.",
 )
@@ -148,26 +148,20 @@ def parity(bundle: Path, backend: str, images: Path, *, as_json: bool, **options
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@option(
+@_several(
     "--target",
     "targets",
-    multiple=True,
     required=True,
     metavar="SM[,SM...]",
     help="Compute capabilities of the GPUs: sm89, or sm80,sm86,sm89.",
 )
 @option("--precision", default="fp32", show_default=True, metavar="fp32|fp16|int8", help="Of the graphs.")
-@option(
-    "--graph",
-    "graphs",
-    multiple=True,
-    metavar="NAME",
-    help="cam, affinity or segmenter. Can be repeated; all by default.",
+@_several(
+    "--graph", "graphs", metavar="NAME", help="cam, affinity or segmenter. Can be repeated; all by default."
 )
-@option(
+@_several(
     "--profile",
     "profiles",
-    multiple=True,
     metavar="MIN:OPT:MAX",
     help="Image sizes NxHxW: 1x64x64:1x384x512:8x512x512. By default three profiles for one image at a time.",
 )

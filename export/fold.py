@@ -13,11 +13,9 @@ classifier W_c times the columns of the fusion W that belong to level l (C x c_l
 With F = g G, the constant gain g times what the backbone gives, P_l and W_3 take g and M takes g^2.
 All products are computed once, in float64.
 
-The graph computes every class, even where image-level labels are known. With 20 classes that costs 1 % of the
-multiply-adds of the ResNet-50 and ResNeSt-101 graphs at 512 pixels (2 % and 1.5 % at 1024), and 8 % for
-EfficientNet-Lite0, whose first tap has 40 channels (2.5 % with six classes). Saving it would take a second
-input in every backend, and the scores need every class anyway. `multisa label` drops absent classes before
-the walk.
+The graph computes every class, even where image-level labels are known: the scores need them, and with 20
+classes that costs 1 % of the multiply-adds for ResNets at 512 pixels and 8 % for EfficientNet-Lite0, whose
+first tap has 40 channels. `multisa label` drops absent classes before the walk.
 """
 
 from typing import cast
@@ -56,7 +54,6 @@ class FoldedLevel(nn.Module):
         self.value = _convolution(attention.beta.detach().double() * projection @ value * gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, c, h, w] -> [N, C, h, w]."""
         attended = attend(self.query(features), features, self.value(features))
         direct = self.direct(features)
         return torch.as_tensor(direct + attended[:, 0].transpose(1, 2).reshape(direct.shape))

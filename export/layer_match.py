@@ -215,27 +215,27 @@ def state_of_graph(module: nn.Module, run: Sequence[RunLayer], stored: StoredGra
     scale 1, mean 0, variance 1 - eps. Raises BundleError, naming layers and what was expected, unless the
     graph has exactly the module's layers, each with its shapes and settings, and no other weights.
     """
-    found = _Found(stored)
-    queue = _Queue(stored)
+    match = _Match(stored)
     norms = {layer.follows: layer for layer in run if layer.kind == BATCH_NORM and layer.follows is not None}
     folded: set[str] = set()
     for layer in run:
         if layer.name in folded:
             continue
-        taken = queue.take(layer)
+        taken = match.take(layer)
         if layer.kind != CONVOLUTION:
-            found.put_norm(layer, taken)
+            match.put_norm(layer, taken)
             continue
         norm = norms.get(layer.name)
-        if norm is None or queue.next_is_norm_of(taken):
-            found.put_convolution(layer, taken, norm=None)
-        else:
+        following = stored.layers[match.place : match.place + 1]
+        if any(after.kind == BATCH_NORM and after.reads == taken.output for after in following):
+            norm = None
+        match.put_convolution(layer, taken, norm)
+        if norm is not None:
             folded.add(norm.name)
-            found.put_convolution(layer, taken, norm)
-    left = queue.left()
+    left = stored.layers[match.place :]
     if left:
         raise stored.error(f"{len(left)} layers the network does not have, starting with {left[0].output}")
-    return found.complete(module)
+    return match.complete(module)
 
 
 def layers_run(module: nn.Module, stored: StoredGraph) -> list[RunLayer]:
@@ -272,12 +272,24 @@ def layers_run(module: nn.Module, stored: StoredGraph) -> list[RunLayer]:
     return run
 
 
-class _Queue:
-    """The layers of a graph, taken in order."""
+def _settings(layer: RunLayer) -> Iterator[tuple[str, tuple[float, ...]]]:
+    module = layer.module
+    if isinstance(module, nn.Conv2d):
+        yield from (("strides", module.stride), ("dilations", module.dilation), ("group", (module.groups,)))
+    elif isinstance(module, nn.GroupNorm):
+        yield from (("groups", (module.num_groups,)), ("epsilon", (module.eps,)))
+    elif isinstance(module, nn.BatchNorm2d):
+        yield "epsilon", (module.eps,)
 
-    def __init__(self, stored: StoredGraph) -> None:
-        self.stored = stored
-        self.place = 0
+
+@dataclass
+class _Match:
+    """The state so far, and the initializer that each part came from ("" for none)."""
+
+    stored: StoredGraph
+    place: int = 0  # of the next layer of the graph
+    state: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def take(self, layer: RunLayer) -> StoredLayer:
         """Return the next layer, which must have the kind and settings of the module's `layer`."""
@@ -296,32 +308,6 @@ class _Queue:
                     f"{taken.output}: {name}: got {list(got)}, expected {list(expected)} for {layer.name}"
                 )
         return taken
-
-    def next_is_norm_of(self, convolution: StoredLayer) -> bool:
-        following = self.left()[:1]
-        return any(layer.kind == BATCH_NORM and layer.reads == convolution.output for layer in following)
-
-    def left(self) -> tuple[StoredLayer, ...]:
-        return self.stored.layers[self.place :]
-
-
-def _settings(layer: RunLayer) -> Iterator[tuple[str, tuple[float, ...]]]:
-    module = layer.module
-    if isinstance(module, nn.Conv2d):
-        yield from (("strides", module.stride), ("dilations", module.dilation), ("group", (module.groups,)))
-    elif isinstance(module, nn.GroupNorm):
-        yield from (("groups", (module.num_groups,)), ("epsilon", (module.eps,)))
-    elif isinstance(module, nn.BatchNorm2d):
-        yield "epsilon", (module.eps,)
-
-
-@dataclass
-class _Found:
-    """The state so far, and the initializer that each part came from ("" for none)."""
-
-    stored: StoredGraph
-    state: dict[str, Tensor] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
 
     def put_convolution(self, layer: RunLayer, taken: StoredLayer, norm: RunLayer | None) -> None:
         """Set a convolution and, if `norm` was folded into it, that batch norm."""

@@ -7,8 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from multisa.export.calibration_images import ImageSets, LabelledImage, read_image_sets, spread, working_image
-from multisa.export.compare import Variant, compare_variants, on_cpu
+from multisa.export.compare import (
+    ImageSets,
+    LabelledImage,
+    Variant,
+    compare_variants,
+    on_cpu,
+    read_image_sets,
+    spread,
+    working_image,
+)
 from multisa.export.parity import ParityReport
 from multisa.export.precision import ConvertedGraph, Reference, convert_to_fp16, convert_to_int8
 from multisa.export.report import (

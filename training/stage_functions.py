@@ -83,13 +83,18 @@ def compute_cams(
     return {"score_thresholds": score_thresholds(folder, items, dataset)}
 
 
-def measure_maps(folder: Path, config: TrainConfig, dataset: Dataset) -> Mapping[str, Any]:
-    """Score the maps ID.npy of `folder` against the train masks, for every background score."""
+def measure_maps(config: TrainConfig, dataset: Dataset, maps: Stage, folder: Path) -> Mapping[str, Any]:
+    """Score maps against the train masks, for every background score; writes no file."""
     sweep = ThresholdSweep(len(dataset.class_names))
     for item in dataset.train:
         assert item.mask is not None
-        sweep.add(load_maps(folder / f"{item.id}.npy"), item.classes, read_mask(item.mask))
+        sweep.add(load_maps(maps.folder / f"{item.id}.npy"), item.classes, read_mask(item.mask))
     return sweep.results(config.label.background)
+
+
+def measure_masks(dataset: Dataset, masks: Stage, folder: Path) -> Mapping[str, Any]:
+    """Score pseudo-masks against the train masks; writes no file."""
+    return score_masks(masks.folder, dataset.train, len(dataset.class_names))
 
 
 def make_affinity_labels(

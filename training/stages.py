@@ -19,11 +19,12 @@ from multisa.training.stage_functions import (
     make_affinity_labels,
     make_pseudo_masks,
     measure_maps,
+    measure_masks,
     train_affinity,
     train_cam,
     walk_cams,
 )
-from multisa.training.thresholds import choose_thresholds, score_masks
+from multisa.training.thresholds import choose_thresholds
 
 # Stage names: the network of the run, and networks with other taps, or none, that are measured or shown
 # beside it.
@@ -79,12 +80,8 @@ class RunStages:
     def measured_maps(self, maps: Stage) -> Stage:
         """Score maps on the train list: results as of `ThresholdSweep.results`."""
         inputs = {"truth": self.masks_digest, "background": self.config.label.background}
-        return self.cache.stage(
-            f"{maps.name}-measured",
-            inputs,
-            [maps],
-            lambda _: measure_maps(maps.folder, self.config, self.dataset),
-        )
+        work = partial(measure_maps, self.config, self.dataset, maps)
+        return self.cache.stage(f"{maps.name}-measured", inputs, [maps], work)
 
     def walked_maps(self, cams: Stage) -> Stage:
         """Train AffinityNet on labels from the maps and spread the maps along its affinities."""
@@ -119,12 +116,8 @@ class RunStages:
 
     def measured_masks(self, masks: Stage) -> Stage:
         """Score masks on the train list: results "miou" and "iou", in percent."""
-        return self.cache.stage(
-            f"{masks.name}-measured",
-            {"truth": self.masks_digest},
-            [masks],
-            lambda _: score_masks(masks.folder, self.dataset.train, len(self.dataset.class_names)),
-        )
+        work = partial(measure_masks, self.dataset, masks)
+        return self.cache.stage(f"{masks.name}-measured", {"truth": self.masks_digest}, [masks], work)
 
 
 @dataclass(frozen=True)

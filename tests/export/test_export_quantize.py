@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from multisa.export import quantize as quantize_module
-from multisa.export.calibration_images import read_image_sets
+from multisa.export.compare import read_image_sets
 from multisa.export.parity import LIMITS
 from multisa.export.precision import ConvertedGraph, Reference
 from multisa.export.quantize import QuantizeOptions

@@ -202,11 +202,7 @@ def _figure6(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
     )
 
 
-FIGURES: Mapping[str, Callable[[TrainConfig, Dataset, Path, Sequence[Item]], Figure]] = {
-    "figure4": _figure4,
-    "figure5": _figure5,
-    "figure6": _figure6,
-}
+FIGURES = {"figure4": _figure4, "figure5": _figure5, "figure6": _figure6}
 
 
 def _with_ground_truth(

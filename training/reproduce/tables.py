@@ -3,7 +3,7 @@
 Also what tables and figures share: the full run, and the record of what they were made from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,11 +177,7 @@ def _measured_row(name: str, scores: Mapping[str, Any], printed: float | None, b
     return TableRow(name, scores["miou"], printed, background=background, iou=tuple(scores["iou"]))
 
 
-TABLES: Mapping[str, Callable[[TrainConfig, Dataset, Path], Table]] = {
-    "table1": _table1,
-    "table2": _table2,
-    "table3": _table3,
-}
+TABLES = {"table1": _table1, "table2": _table2, "table3": _table3}
 
 
 def _attentions(taps: tuple[int, ...]) -> str:
