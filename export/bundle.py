@@ -16,7 +16,7 @@ from multisa.export.parity import Compared, Outputs, ParityReport, measure_parit
 from multisa.export.report import (
     REPORT_NAME,
     GraphFile,
-    check_destinations,
+    check_report,
     describe_graphs,
     describe_parity,
     graphs_as_json,
@@ -25,7 +25,7 @@ from multisa.export.report import (
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
+from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, check_replaceable, write_bundle
 from multisa.runtime.bundle.manifest import SCHEMA_VERSION
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
@@ -122,7 +122,8 @@ def export_bundle(
     run = Path(run)
     output = Path(output)
     record = load_run(run)
-    check_destinations(output, options.report)
+    check_replaceable(output)  # before minutes of work
+    check_report(options.report, output)
     if dataset.class_names != record.classes or dataset.train_images_digest() != record.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {run} was trained on; give the same one")
     graphs = graphs_of_run(record, run)

@@ -110,8 +110,9 @@ class FigureRow(NamedTuple):
 class Difference:
     """Running comparison of one output over many images."""
 
+    name: str
+    limit: Limit
     images: int = 0
-    labels: bool = False  # class ids: only equality means anything
     max_error: float = 0.0
     total_error: float = 0.0
     equal: int = 0
@@ -159,7 +160,7 @@ class Difference:
 
     def figures(self) -> dict[str, float]:
         """Each figure that applies, by the name of its limit; mIoU in points; NaN if nothing was measured."""
-        if not self.labels:
+        if self.name not in CONFIDENCE:  # of labels, class ids, only equality means anything
             finite = self.count - self.not_finite
             return {
                 "max_error": self.max_error if self.count else math.nan,
@@ -173,28 +174,35 @@ class Difference:
             found |= {"miou_reference": reference, "miou": answer, "miou_loss": reference - answer}
         return found
 
-    def shares(self, limit: Limit) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         """The share of its limit that each figure uses; infinite if values are missing or not finite."""
         if not self.count:
-            return {"count": math.inf} if limit.given() else {}
+            return {"count": math.inf} if self.limit.given() else {}
         found = self.figures()
         shares = {"not_finite": math.inf} if self.not_finite else {}
-        for name, allowed in limit.given().items():
+        for name, allowed in self.limit.given().items():
             if name in found:
                 missed = name.endswith("agreement")
                 value = (1 - found[name]) / (1 - allowed) if missed else found[name] / allowed
                 shares[name] = value if math.isfinite(value) else math.inf
         return shares
 
-    def breaches(self, name: str, limit: Limit) -> list[str]:
-        """Messages about what exceeds the limit of the output `name`."""
-        found = self.figures()
-        images = pluralize(self.images, "image")
-        return [
-            f"{name}: {BREACHES[key].format(**found, images=images, not_finite=self.not_finite, limit=limit)}"
-            for key, share in self.shares(limit).items()
-            if not share <= 1
-        ]
+    def breaches(self) -> list[str]:
+        """Messages about what exceeds the limit."""
+        found = {**self.figures(), "not_finite": self.not_finite, "images": pluralize(self.images, "image")}
+        exceeded = [key for key, share in self.shares().items() if not share <= 1]
+        return [f"{self.name}: {BREACHES[key].format(**found, limit=self.limit)}" for key in exceeded]
+
+    def rows(self) -> Iterator[FigureRow]:
+        """Every figure that has a limit, and the number of values that are not finite if there are any."""
+        figures = self.figures()
+        shares = self.shares()
+        if self.not_finite:
+            yield FigureRow(self.name, self.images, "not_finite", self.not_finite, 0, False)
+        for figure, allowed in self.limit.given().items():
+            if figure in figures:
+                passed = shares.get(figure, math.inf) <= 1
+                yield FigureRow(self.name, self.images, figure, figures[figure], allowed, passed)
 
 
 @dataclass
@@ -207,12 +215,12 @@ class ParityReport:
 
     def add(self, pair: Compared, *, n_classes: int = 255) -> None:
         """Count one image. Raises ParityError if the graph lacks an output or gives another shape."""
-        for name in LIMITS[self.precision]:
+        for name, limit in LIMITS[self.precision].items():
             if name not in pair.expected:
                 continue
             if name not in pair.got:
                 raise ParityError(f"{name}: the graph gives {sorted(pair.got)}, expected {name} among them")
-            difference = self.differences.setdefault(name, Difference(labels=name in CONFIDENCE))
+            difference = self.differences.setdefault(name, Difference(name, limit))
             reference, answer = pair.expected[name], pair.got[name]
             difference.add(reference, answer)
             confidence = pair.expected.get(CONFIDENCE.get(name, ""))
@@ -226,28 +234,18 @@ class ParityReport:
 
     def problems(self) -> list[str]:
         """Messages about everything beyond its limit; empty if the graphs pass."""
-        limits = LIMITS[self.precision]
-        found = [line for name, d in self.differences.items() for line in d.breaches(name, limits[name])]
+        found = [line for difference in self.differences.values() for line in difference.breaches()]
         return found if self.images else ["no image to compare on; give at least one"]
 
     def share(self) -> float:
         """The largest share of its limit that any figure uses; above 1 the graphs fail."""
-        limits = LIMITS[self.precision]
-        each = [s for name, d in self.differences.items() for s in d.shares(limits[name]).values()]
+        each = [share for difference in self.differences.values() for share in difference.shares().values()]
         return max(each, default=math.inf)
 
     def rows(self) -> Iterator[FigureRow]:
         """Every figure that has a limit, and the number of values that are not finite where there are any."""
-        for name, difference in self.differences.items():
-            limit = LIMITS[self.precision][name]
-            figures = difference.figures()
-            shares = difference.shares(limit)
-            if difference.not_finite:
-                yield FigureRow(name, difference.images, "not_finite", difference.not_finite, 0, False)
-            for figure, allowed in limit.given().items():
-                if figure in figures:
-                    passed = shares.get(figure, math.inf) <= 1
-                    yield FigureRow(name, difference.images, figure, figures[figure], allowed, passed)
+        for difference in self.differences.values():
+            yield from difference.rows()
 
     def as_json(self) -> dict[str, object]:
         """Figures for the bundle's manifest."""
@@ -267,7 +265,7 @@ class ParityReport:
             "passed": not self.problems(),
             "problems": self.problems(),
             "figures": self.as_json(),
-            "limits": {name: LIMITS[self.precision][name].given() for name in self.differences},
+            "limits": {name: difference.limit.given() for name, difference in self.differences.items()},
             "confident_pixels": f"pixels whose reference confidence is at least {CONFIDENT} of 255",
         }
 

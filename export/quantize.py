@@ -23,7 +23,7 @@ from multisa.export.report import (
     INT8_FOR,
     REPORT_NAME,
     GraphFile,
-    check_destinations,
+    check_report,
     describe_graphs,
     describe_parity,
     format_table,
@@ -34,7 +34,7 @@ from multisa.export.report import (
 )
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.bundle import Bundle, write_bundle
+from multisa.runtime.bundle import Bundle, check_replaceable, write_bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.files import write_bytes_atomically
@@ -148,7 +148,8 @@ def quantize_bundle(
     output = Path(output)
     if output.resolve() == source.path.resolve():
         raise UsageError(f"{output}: is the bundle to read, expected another folder for the new one")
-    check_destinations(output, options.report)
+    check_replaceable(output)  # before minutes of work
+    check_report(options.report, output)
     classes = source.manifest.classes
     sets = read_image_sets(images, classes, num_images=options.num_images, masks=options.masks)
     converted: dict[str, dict[str, ConvertedGraph]] = {}

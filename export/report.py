@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multisa.export.parity import ParityReport
-from multisa.runtime.bundle import Bundle, check_replaceable, load_bundle
+from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import BundleError, UsageError
 
 REPORT_NAME = "parity.json"  # the parity report inside a bundle
@@ -56,15 +56,6 @@ def report_of_bundle(bundle: Bundle) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise BundleError(f"{bundle.path / REPORT_NAME}: got {type(report).__name__}, expected an object")
     return report
-
-
-def check_destinations(output: Path, report: Path | None) -> None:
-    """Check, before minutes of work, that a bundle can go to `output` and a copy of its report to `report`.
-
-    Raises BundleError if `output` holds anything but a bundle, UsageError for a report inside it.
-    """
-    check_replaceable(output)
-    check_report(report, output)
 
 
 def check_report(report: Path | None, bundle: Path) -> None:

@@ -20,6 +20,8 @@ FORMAT = 2
 MARKER = "stage.json"
 CLOCK = "clock.json"
 
+Results = Mapping[str, Any]  # of a stage: JSON values
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -28,7 +30,7 @@ class Stage:
     name: str
     folder: Path
     digest: str
-    results: Mapping[str, Any] = field(default_factory=dict)
+    results: Results = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -44,7 +46,7 @@ class StageCache:
         name: str,
         inputs: Mapping[str, Any],
         after: list[Stage],
-        work: Callable[[Path], Mapping[str, Any]],
+        work: Callable[[Path], Results],
     ) -> Stage:
         """Run `work` in the folder of the stage, unless it is finished already from the same inputs.
 

@@ -1,12 +1,11 @@
 """What the stages compute: CAM network and maps, affinities and walk, pseudo-masks, segmenter.
 
-Each function works in the folder of its stage (stages.py) and returns the results of the stage. Files are
+Each function works in the folder of its stage (pipeline.py) and returns the results of the stage. Files are
 named by image: ID.npy for maps, ID.png for masks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +27,13 @@ from multisa.training.loop import CHECKPOINT, LoopOptions, train_network
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, multilabel_soft_margin
 from multisa.training.segmenter import SegmentImages, segmentation_loss
-from multisa.training.stage_cache import Stage
+from multisa.training.stage_cache import Results, Stage
 from multisa.training.thresholds import ThresholdSweep, score_masks, score_thresholds
 
 LEVEL_GAIN_IMAGES = 16  # images that the levels' magnitudes are measured on
 
 
-def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Path) -> Mapping[str, Any]:
+def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Path) -> Results:
     """Train Multi-SA (or, without taps, the plain CAM) on the train images."""
     torch.manual_seed(config.seed)
     n_classes = len(dataset.class_names)
@@ -63,7 +62,7 @@ def compute_cams(
     items: tuple[Item, ...],
     trained: Stage,
     folder: Path,
-) -> Mapping[str, Any]:
+) -> Results:
     """Write ID.npy (maps of the image's classes) and ID.scores.npy; choose the score thresholds."""
     device = torch_device(config)
     network = create_model(cam, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT)
@@ -83,7 +82,7 @@ def compute_cams(
     return {"score_thresholds": score_thresholds(folder, items, dataset)}
 
 
-def measure_maps(config: TrainConfig, dataset: Dataset, maps: Stage, folder: Path) -> Mapping[str, Any]:
+def measure_maps(config: TrainConfig, dataset: Dataset, maps: Stage, folder: Path) -> Results:
     """Score maps against the train masks, for every background score; writes no file."""
     sweep = ThresholdSweep(len(dataset.class_names))
     for item in dataset.train:
@@ -92,14 +91,12 @@ def measure_maps(config: TrainConfig, dataset: Dataset, maps: Stage, folder: Pat
     return sweep.results(config.label.background)
 
 
-def measure_masks(dataset: Dataset, masks: Stage, folder: Path) -> Mapping[str, Any]:
+def measure_masks(dataset: Dataset, masks: Stage, folder: Path) -> Results:
     """Score pseudo-masks against the train masks; writes no file."""
     return score_masks(masks.folder, dataset.train, len(dataset.class_names))
 
 
-def make_affinity_labels(
-    config: TrainConfig, dataset: Dataset, cams: Stage, folder: Path
-) -> Mapping[str, Any]:
+def make_affinity_labels(config: TrainConfig, dataset: Dataset, cams: Stage, folder: Path) -> Results:
     """Write ID.png for each train image: class ids where they are certain, 255 elsewhere."""
     palette = dataset.mask_palette
 
@@ -142,7 +139,7 @@ def affinity_labels(
     return labels
 
 
-def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path) -> Mapping[str, Any]:
+def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path) -> Results:
     """Train AffinityNet on the affinity labels of the train images."""
     torch.manual_seed(config.seed)
     schedule = config.affinity.schedule
@@ -167,9 +164,7 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
     return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
 
 
-def walk_cams(
-    config: TrainConfig, dataset: Dataset, cams: Stage, trained: Stage, folder: Path
-) -> Mapping[str, Any]:
+def walk_cams(config: TrainConfig, dataset: Dataset, cams: Stage, trained: Stage, folder: Path) -> Results:
     """Write ID.npy, the maps after the random walk, for each train image."""
     device = torch_device(config)
     network = create_model(config.affinity, checkpoint=trained.folder / CHECKPOINT).to(device)
@@ -193,7 +188,7 @@ def make_pseudo_masks(
     items: tuple[Item, ...],
     walked: Stage,
     folder: Path,
-) -> Mapping[str, Any]:
+) -> Results:
     """Write ID.png for each image of `items`, from the walked maps."""
     palette = dataset.mask_palette
 
@@ -206,9 +201,7 @@ def make_pseudo_masks(
     return {}
 
 
-def train_segmenter(
-    config: TrainConfig, dataset: Dataset, masks: Stage, cam: Stage, folder: Path
-) -> Mapping[str, Any]:
+def train_segmenter(config: TrainConfig, dataset: Dataset, masks: Stage, cam: Stage, folder: Path) -> Results:
     """Train DeepLabV3+ on the pseudo-masks of the train images."""
     if masks.folder.resolve() == (dataset.root / "SegmentationClass").resolve():
         raise DatasetError(
@@ -232,9 +225,7 @@ def train_segmenter(
     return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
 
 
-def evaluate_segmenter(
-    config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path
-) -> Mapping[str, Any]:
+def evaluate_segmenter(config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path) -> Results:
     """Segment the val list with the PyTorch network, write ID.png and score them."""
     n_classes = len(dataset.class_names)
     palette = dataset.mask_palette

@@ -6,7 +6,7 @@ surroundings (a dog's sofa), and a single background score cannot suit both.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_masks, re
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset, Item
 from multisa.training.inference import for_each_item, load_maps, read_working_image
-from multisa.training.stage_cache import Stage
+from multisa.training.stage_cache import Results, Stage
 
 Counts = npt.NDArray[np.int64]
 
@@ -127,7 +127,7 @@ def score_thresholds(folder: Path, items: tuple[Item, ...], dataset: Dataset) ->
 
 def choose_thresholds(
     config: TrainConfig, dataset: Dataset, walked: Stage, background: float, folder: Path
-) -> Mapping[str, Any]:
+) -> Results:
     """Choose the background score and, if the run asks for them, the gains of the classes on the train masks.
 
     background: the best score for the walked maps themselves, before the dense CRF.

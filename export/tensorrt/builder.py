@@ -68,7 +68,12 @@ def build_engine(
     config: trt.IBuilderConfig = builder.create_builder_config()
     _set_flags(config, module)
     if library.is_rtx:
-        _set_targets(config, library, targets)
+        rtx_config: Any = config  # TensorRT's stubs do not have compute capabilities
+        known = _capabilities(library)
+        rtx_config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            if not rtx_config.set_compute_capability(known[target], index):
+                raise BackendError(f"{library}: does not take the target {target} at place {index}")
     for profile in profiles:
         _add_profile(builder, config, profile, log, label)
     engine = builder.build_serialized_network(network, config)
@@ -103,14 +108,6 @@ def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, 
 def _dtype(tensor: "trt.ITensor") -> str:
     name = str(tensor.dtype.name)
     return DTYPES.get(name, name)
-
-
-def _set_targets(rtx_config: Any, library: Library, targets: Sequence[str]) -> None:
-    known = _capabilities(library)  # RTX only; TensorRT's stubs do not have it
-    rtx_config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        if not rtx_config.set_compute_capability(known[target], index):
-            raise BackendError(f"{library}: does not take the target {target} at place {index}")
 
 
 def _capabilities(library: Library) -> dict[str, Any]:

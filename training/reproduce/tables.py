@@ -16,17 +16,22 @@ from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
 from multisa.training.pipeline import (
+    AS_CONFIGURED,
+    BASELINE,
+    CAM,
+    CLASS_GAINS,
     RUN_RECORD,
     Row,
     RunRecord,
+    RunStages,
     check_run,
     count_images,
     load_run,
+    make_pseudo_labels,
     run_stages,
 )
 from multisa.training.reproduce import paper
 from multisa.training.stage_cache import StageCache
-from multisa.training.stages import AS_CONFIGURED, BASELINE, CAM, CLASS_GAINS, RunStages, make_pseudo_labels
 
 FOLDER = "reproduce"  # below the run's folder
 # Rows that the paper does not have, each with its note.
