@@ -34,8 +34,8 @@ from multisa.runtime.progress import Progress
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import installed_versions
 from multisa.training.affinity_net import head_stride
-from multisa.training.data import Dataset, Item
-from multisa.training.inference import as_batch, read_working_image
+from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.inference import as_batch
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM
@@ -150,7 +150,7 @@ def compare_with_networks(
     def pairs() -> Iterator[Compared]:
         with Progress(len(items), "parity") as bar:
             for item in items:
-                image = read_working_image(item, run.config.long_side)
+                image = read_working_image(item.image, run.config.long_side)
                 expected: Outputs = {}
                 for graph in graphs:
                     with torch.inference_mode():

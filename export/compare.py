@@ -28,17 +28,14 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import (
     UInt8,
-    read_image,
     read_mask,
-    resize_image,
     resize_mask,
-    working_size,
 )
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, log
 from multisa.runtime.sources.folders import list_images
-from multisa.training.data import read_dataset
+from multisa.training.data import read_dataset, read_working_image
 
 Element = TypeVar("Element")
 
@@ -194,7 +191,7 @@ def compare_variants(
             }
             reference = runners.pop("")
             for image in images:
-                rgb = working_image(image.path, bundle.manifest.parameters.long_side)
+                rgb = read_working_image(image.path, bundle.manifest.parameters.long_side)
                 expected = run_all(reference, rgb)
                 classes = _classes(bundle.manifest, image, expected)
                 add_pseudo_mask(rgb, classes, expected, label)
@@ -308,9 +305,3 @@ def spread(elements: Sequence[Element], count: int) -> tuple[Element, ...]:
     """At most `count` of the elements, evenly spaced."""
     count = min(count, len(elements))
     return tuple(elements[place * len(elements) // count] for place in range(count))
-
-
-def working_image(path: Path, long_side: int) -> UInt8:
-    """Read an image as the networks see it: uint8 [H, W, 3] RGB, long side at most `long_side` pixels."""
-    rgb = read_image(path).rgb
-    return resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side))

@@ -15,7 +15,6 @@ from multisa.export.compare import (
     on_cpu,
     read_image_sets,
     spread,
-    working_image,
 )
 from multisa.export.parity import ParityReport
 from multisa.export.precision import ConvertedGraph, Reference, convert_to_fp16, convert_to_int8
@@ -41,6 +40,7 @@ from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import UInt8
 from multisa.runtime.progress import Progress, log, pluralize
 from multisa.runtime.system import installed_versions
+from multisa.training.data import read_working_image
 
 SEARCH_IMAGES = 4  # that each measurement of the sensitivity search runs on
 TIMED_IMAGES = 4
@@ -280,7 +280,7 @@ def _report_entries(
 
 
 def _images(bundle: Bundle, images: Sequence[LabelledImage]) -> list[UInt8]:
-    return [working_image(image.path, bundle.manifest.parameters.long_side) for image in images]
+    return [read_working_image(image.path, bundle.manifest.parameters.long_side) for image in images]
 
 
 def _chunks(bundle: Bundle, images: Sequence[LabelledImage]) -> Iterator[list[UInt8]]:

@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 from multisa.runtime.imaging.decode import UInt8, read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.training.config import Schedule, TrainConfig
-from multisa.training.data import Item
-from multisa.training.inference import read_working_image
+from multisa.training.data import Item, read_working_image
 
 # Grey level around images smaller than the crop: about zero after normalisation (PuzzleCAM pads with zero).
 PADDING = 128
@@ -60,7 +59,7 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         item = self.items[index]
         random = np.random.default_rng((self.seed, self.epoch, index))
-        image = read_working_image(item, self.long_side)
+        image = read_working_image(item.image, self.long_side)
         mask = None if self.masks is None else read_mask(self.masks / f"{item.id}.png")
         image, mask = random_resize(image, mask, self.schedule.resize, random)
         if random.random() < 0.5:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
-import numpy.typing as npt
-
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
+from multisa.runtime.imaging.decode import UInt8, read_image, resize_image, working_size
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import log
 from multisa.runtime.sources.folders import list_images
@@ -55,7 +53,7 @@ class Dataset:
         return tuple((red, green, blue) for red, green, blue in rows)
 
     @property
-    def mask_palette(self) -> npt.NDArray[np.uint8]:
+    def mask_palette(self) -> UInt8:
         """Colours of mask files, uint8 [256, 3]."""
         colours = voc_palette()
         colours[: len(self.class_names)] = self.palette
@@ -91,6 +89,16 @@ def read_dataset(root: Path, labels: Path | None = None) -> Dataset:
     if (root / "JPEGImages").is_dir():
         return _read_voc(root, labels)
     return _read_folder(root, labels)
+
+
+def read_working_image(path: Path, long_side: int) -> UInt8:
+    """Read an image as the networks see it: uint8 RGB [H, W, 3], long side at most `long_side` pixels.
+
+    Every stage and the exporter read images here, so that maps and masks of one image have one size. Raises
+    ImageError.
+    """
+    rgb = read_image(path).rgb
+    return resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side))
 
 
 def _read_voc(root: Path, labels: Path | None) -> Dataset:

@@ -11,7 +11,6 @@ import torch
 
 from multisa.runtime.errors import BackendUnavailable
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.runtime.predict.postprocess import Float32, UInt8
 from multisa.runtime.progress import Progress
 from multisa.training.config import TrainConfig
@@ -59,16 +58,6 @@ def for_each_item(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def read_working_image(item: Item, long_side: int) -> UInt8:
-    """Read an image as uint8 RGB [H, W, 3], shrunk so that its long side is at most `long_side` pixels.
-
-    Every stage reads images here, so that maps and masks of one image have one size. Raises ImageError.
-    """
-    rgb = read_image(item.image).rgb
-    size = working_size(rgb.shape[0], rgb.shape[1], long_side)
-    return rgb if size == rgb.shape[:2] else resize_image(rgb, size)
 
 
 def as_batch(image: UInt8) -> torch.Tensor:

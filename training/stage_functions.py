@@ -17,12 +17,11 @@ from multisa.runtime.errors import DatasetError
 from multisa.runtime.imaging.decode import read_mask, write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask, resize_maps, walk_scores
-from multisa.training import inference
 from multisa.training.affinity_net import affinity_loss, pair_targets
 from multisa.training.augment import AugmentedImages
 from multisa.training.config import AffinityLabelConfig, CamConfig, TrainConfig
-from multisa.training.data import Dataset, Item
-from multisa.training.inference import for_each_item, load_maps, read_working_image, torch_device
+from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
 from multisa.training.loop import CHECKPOINT, LoopOptions, train_network
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, multilabel_soft_margin
@@ -70,12 +69,10 @@ def compute_cams(
 
     def work(item: Item, maps_path: Path, scores_path: Path) -> None:
         with torch.inference_mode():
-            maps, scores = multi_scale(
-                inference.as_batch(read_working_image(item, config.long_side)).to(device)
-            )
+            maps, scores = multi_scale(as_batch(read_working_image(item.image, config.long_side)).to(device))
         present = maps[0].cpu().numpy()[[class_id - 1 for class_id in item.classes]]
-        inference.save_maps(maps_path, present)
-        inference.save_maps(scores_path, scores[0].cpu().numpy())
+        save_maps(maps_path, present)
+        save_maps(scores_path, scores[0].cpu().numpy())
 
     title = f"CAMs, k = {len(cam.taps)}"
     for_each_item(work, items, folder, (".npy", ".scores.npy"), workers=config.workers, title=title)
@@ -101,7 +98,7 @@ def make_affinity_labels(config: TrainConfig, dataset: Dataset, cams: Stage, fol
     palette = dataset.mask_palette
 
     def work(item: Item, path: Path) -> None:
-        image = read_working_image(item, config.long_side)
+        image = read_working_image(item.image, config.long_side)
         maps = load_maps(cams.folder / f"{item.id}.npy")
         write_mask(path, affinity_labels(image, maps, item.classes, config.affinity_labels), palette)
 
@@ -171,10 +168,10 @@ def walk_cams(config: TrainConfig, dataset: Dataset, cams: Stage, trained: Stage
 
     def work(item: Item, path: Path) -> None:
         with torch.inference_mode():
-            batch = inference.as_batch(read_working_image(item, config.long_side)).to(device)
+            batch = as_batch(read_working_image(item.image, config.long_side)).to(device)
             affinity = network(network.backbone.normalise(batch), config.label.walk_radius)
         maps = load_maps(cams.folder / f"{item.id}.npy")
-        inference.save_maps(path, walk_scores(maps, affinity[0].cpu().numpy(), config.label))
+        save_maps(path, walk_scores(maps, affinity[0].cpu().numpy(), config.label))
 
     items = dataset.train_images
     for_each_item(work, items, folder, (".npy",), workers=config.workers, title="random walk")
@@ -193,7 +190,7 @@ def make_pseudo_masks(
     palette = dataset.mask_palette
 
     def work(item: Item, path: Path) -> None:
-        image = read_working_image(item, config.long_side)
+        image = read_working_image(item.image, config.long_side)
         result = pseudo_mask(image, load_maps(walked.folder / f"{item.id}.npy"), item.classes, parameters)
         write_mask(path, result.mask, palette)
 
@@ -235,7 +232,7 @@ def evaluate_segmenter(config: TrainConfig, dataset: Dataset, trained: Stage, fo
 
     def work(item: Item, path: Path) -> None:
         with torch.inference_mode():
-            labels, _ = segment(inference.as_batch(read_working_image(item, config.long_side)).to(device))
+            labels, _ = segment(as_batch(read_working_image(item.image, config.long_side)).to(device))
         write_mask(path, labels[0].cpu().numpy(), palette)
 
     for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title="val")

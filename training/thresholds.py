@@ -21,8 +21,8 @@ from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_masks, resize_maps
 from multisa.training.config import TrainConfig
-from multisa.training.data import Dataset, Item
-from multisa.training.inference import for_each_item, load_maps, read_working_image
+from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.inference import for_each_item, load_maps
 from multisa.training.stage_cache import Results, Stage
 
 Counts = npt.NDArray[np.int64]
@@ -212,7 +212,7 @@ def _confusions_after_crf(
     def work(item: Item, path: Path) -> None:
         assert item.mask is not None
         ground_truth = read_mask(item.mask)
-        image = read_working_image(item, config.long_side)
+        image = read_working_image(item.image, config.long_side)
         scores = load_maps(walked.folder / f"{item.id}.npy")
         results = pseudo_masks(image, scores, item.classes, label, candidates)
         size = (ground_truth.shape[0], ground_truth.shape[1])

@@ -13,8 +13,8 @@ from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask
 from multisa.training.config import TrainConfig
-from multisa.training.data import Dataset, Item
-from multisa.training.inference import as_batch, load_maps, read_working_image, torch_device
+from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.inference import as_batch, load_maps, torch_device
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, SingleLevel, shares_at_peak
@@ -121,7 +121,7 @@ def _figure4(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
     strips: list[Strip] = []
     shares = [torch.empty(0, len(parts))]
     for item in items:
-        rgb = read_working_image(item, config.long_side)
+        rgb = read_working_image(item.image, config.long_side)
         with torch.inference_mode():
             batch = as_batch(rgb).to(device)
             maps = [inference(batch)[0][0].cpu().numpy() for inference in passes]
@@ -219,7 +219,7 @@ def _with_ground_truth(
     shown: set[int] = set()
     has_masks = all(item.mask is not None for item in items)
     for item in items:
-        rgb = read_working_image(item, config.long_side)
+        rgb = read_working_image(item.image, config.long_side)
         pictures, masks = panels(item, rgb)
         if item.mask is not None and has_masks:
             masks.append(resize_mask(read_mask(item.mask), (rgb.shape[0], rgb.shape[1])))
