@@ -75,13 +75,14 @@ _FUNCTION = f"""
 """
 
 
+_TYPES = [("T", ["tensor(float)"], "what PyTorch computes attention in")]
 _SCHEMA = OpSchema(
     _NAME,
     _DOMAIN,
     1,
     inputs=[OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
     outputs=[OpSchema.FormalParameter("attended", "T")],
-    type_constraints=[("T", ["tensor(float)"], "what PyTorch computes attention in")],
+    type_constraints=_TYPES,
 )
 _PLACEHOLDER = values.Op(values.Opset(_DOMAIN, 1), _NAME, _SCHEMA)
 
@@ -113,8 +114,11 @@ def expand_attention(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "Loop":
             body = next(attribute.g for attribute in node.attribute if attribute.name == "body")
             for inner in (node, *body.node):
-                # The inliner numbers the nodes it writes from 1: loop__1, logits__1, ...
-                numbered = re.fullmatch(r"(\w+)__(\d+)", inner.name)
-                if numbered:
-                    inner.name = f"attention_{int(numbered[2]) - 1}.{numbered[1]}"
+                inner.name = _readable(inner.name)
     return expanded
+
+
+def _readable(name: str) -> str:
+    # The inliner numbers the nodes it writes from 1: loop__1, logits__1, ...
+    numbered = re.fullmatch(r"(\w+)__(\d+)", name)
+    return f"attention_{int(numbered[2]) - 1}.{numbered[1]}" if numbered else name

@@ -16,7 +16,6 @@ from onnx import numpy_helper
 from torch import nn
 
 from multisa.export.attention import OPSET, attention_translation, expand_attention
-from multisa.export.fp16 import replace_values
 from multisa.runtime.backends.base import IMAGE
 from multisa.runtime.errors import ParityError
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
@@ -72,12 +71,7 @@ def onnx_from_module(
     if half_weights:
         _store_weights_as_float16(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
-    # The exporter stores each node's source location, with paths of the machine it ran on.
-    graph = model.graph
-    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")
-    for node in graph.node:
-        node.ClearField("doc_string")
+    _drop_source_locations(model)
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))
 
@@ -98,6 +92,16 @@ def _store_weights_as_float16(graph: onnx.GraphProto) -> None:
         )
     for position, cast in enumerate(casts):
         graph.node.insert(position, cast)
+
+
+def _drop_source_locations(model: onnx.ModelProto) -> None:
+    # The exporter stores each node's source location, with paths of the machine it ran on.
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.ClearField("metadata_props")
+    model.graph.ClearField("metadata_props")
 
 
 def fold_batch_norms(graph: onnx.GraphProto) -> None:
@@ -125,9 +129,9 @@ def fold_batch_norms(graph: onnx.GraphProto) -> None:
         if readers[node.input[0]] != 1 or not all(name in stored for name in parameters):
             continue
         if parameters not in folded:
-            name = f"{parameters[0]}.folded_{len(folded)}"
-            names = (name, f"{name}.bias")
-            for values, name in zip(_fold(convolution, node, stored), names, strict=True):
+            weight, bias = _fold(convolution, node, stored)
+            names = (f"{parameters[0]}.folded_{len(folded)}", f"{parameters[0]}.folded_{len(folded)}.bias")
+            for values, name in zip((weight, bias), names, strict=True):
                 graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
             folded[parameters] = names
         data = convolution.input[0]
@@ -137,21 +141,31 @@ def fold_batch_norms(graph: onnx.GraphProto) -> None:
         removed.append(node)
     for node in removed:
         graph.node.remove(node)
-    read = {name for node in graph.node for name in node.input}
-    replace_values(graph.initializer, [value for value in graph.initializer if value.name in read])
-    known = {name for node in graph.node for name in node.output}
-    replace_values(graph.value_info, [value for value in graph.value_info if value.name in known])
+    _drop_unread(graph)
 
 
 def _fold(
     convolution: onnx.NodeProto, norm: onnx.NodeProto, stored: dict[str, onnx.TensorProto]
 ) -> tuple[Float64, Float64]:
-    def values(names: Sequence[str]) -> list[Float64]:
-        return [np.asarray(numpy_helper.to_array(stored[name]), np.float64) for name in names]
-
-    weight, *biases = values(convolution.input[1:])
-    bias = biases[0] if biases else np.zeros(len(weight))
-    gamma, beta, mean, variance = values(norm.input[1:5])
+    parameters = [_float64(stored[name]) for name in convolution.input[1:]]
+    weight = parameters[0]
+    bias = parameters[1] if len(parameters) > 1 else np.zeros(len(weight))
+    gamma, beta, mean, variance = (_float64(stored[name]) for name in norm.input[1:5])
     epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), _DEFAULT_EPSILON)
     factor = gamma / np.sqrt(variance + epsilon)
     return weight * factor[:, None, None, None], factor * (bias - mean) + beta
+
+
+def _float64(tensor: onnx.TensorProto) -> Float64:
+    return np.asarray(numpy_helper.to_array(tensor), np.float64)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    read = {name for node in graph.node for name in node.input}
+    kept = [initializer for initializer in graph.initializer if initializer.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    known = {name for node in graph.node for name in node.output}
+    shapes = [value for value in graph.value_info if value.name in known]
+    del graph.value_info[:]
+    graph.value_info.extend(shapes)
