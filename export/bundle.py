@@ -1,8 +1,4 @@
-"""Export a finished training run to a bundle: fold, convert to ONNX, compare, and only then write.
-
-result = export_bundle("runs/voc", read_dataset(Path("VOC2012")), "bundles/voc")
-print(result.describe())
-"""
+"""Export a finished training run to a bundle: fold, convert to ONNX, compare, and only then write."""
 
 import platform
 import time
@@ -11,18 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from multisa.export.compare import add_pseudo_mask, truth_of
+from multisa.export.compare import add_pseudo_mask, run_all, truth_of
 from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.parity import Compared, Outputs, ParityReport, measure_parity
 from multisa.export.report import (
     REPORT_NAME,
     GraphFile,
-    check_destinations,
+    check_report,
     describe_graphs,
     describe_parity,
     graphs_as_json,
@@ -31,7 +25,7 @@ from multisa.export.report import (
 from multisa.export.to_onnx import onnx_from_module
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, write_bundle
+from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, check_replaceable, write_bundle
 from multisa.runtime.bundle.manifest import SCHEMA_VERSION
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
@@ -40,15 +34,14 @@ from multisa.runtime.progress import Progress
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import installed_versions
 from multisa.training.affinity_net import head_stride
-from multisa.training.data import Dataset, Item
-from multisa.training.inference import as_batch, read_working_image
+from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.inference import as_batch
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM
 from multisa.training.pipeline import RunRecord, load_run
 from multisa.training.segmenter import SegmentImages
 
-UInt8 = npt.NDArray[np.uint8]
 PREPROCESSING = (
     "EXIF orientation applied, RGB, 8 bits",
     "reduced to a long side of at most parameters.long_side (bilinear, averaged over the pixels it replaces)",
@@ -62,9 +55,7 @@ class ExportOptions:
     """How to export a run."""
 
     num_images: int = 32  # images of the weak list to compare graphs and networks on
-    full_weights: bool = (
-        False  # store weights as float32 instead of float16; arithmetic is float32 either way
-    )
+    full_weights: bool = False  # store weights as float32 instead of float16; arithmetic is float32
     report: Path | None = None  # also write the parity report here, even if a figure is beyond its limit
 
 
@@ -79,12 +70,8 @@ class ExportResult:
 
     def describe(self) -> str:
         """Tables of graphs and figures for people, then the bundle's folder."""
-        parts = (
-            describe_graphs(self.graphs),
-            describe_parity("fp32 against PyTorch", self.parity),
-            f"time: {self.seconds:.1f} s\nbundle: {self.bundle.path}",
-        )
-        return "\n\n".join(parts)
+        tables = describe_graphs(self.graphs), describe_parity("fp32 against PyTorch", self.parity)
+        return "\n\n".join((*tables, f"time: {self.seconds:.1f} s\nbundle: {self.bundle.path}"))
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; sizes in bytes, times in seconds."""
@@ -135,15 +122,15 @@ def export_bundle(
     run = Path(run)
     output = Path(output)
     record = load_run(run)
-    check_destinations(output, options.report)
+    check_replaceable(output)  # before minutes of work
+    check_report(options.report, output)
     if dataset.class_names != record.classes or dataset.train_images_digest() != record.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {run} was trained on; give the same one")
     graphs = graphs_of_run(record, run)
     files, written = _convert(record, graphs, half_weights=not options.full_weights)
     # Evenly over the weak list, whose images have the image-level labels that pseudo-masks need.
-    items = dataset.train_images[:: max(len(dataset.train_images) // options.num_images, 1)][
-        : options.num_images
-    ]
+    step = max(len(dataset.train_images) // options.num_images, 1)
+    items = dataset.train_images[::step][: options.num_images]
     parity = compare_with_networks(record, graphs, files, items)
     files[REPORT_NAME] = report_to_bytes({"fp32": parity.full_json()})
     if options.report:
@@ -158,19 +145,19 @@ def compare_with_networks(
 ) -> ParityReport:
     """Compare the graphs, ONNX `files` by name, with the networks, including the pseudo-masks of both."""
     threads = torch.get_num_threads()
-    engines = {
-        graph.file: OnnxRuntimeBackend(files[graph.file], threads=threads, contract=graph.contract)
-        for graph in graphs
-    }
+    backends = [OnnxRuntimeBackend(files[g.file], threads=threads, contract=g.contract) for g in graphs]
 
     def pairs() -> Iterator[Compared]:
         with Progress(len(items), "parity") as bar:
             for item in items:
-                image = read_working_image(item, run.config.long_side)
-                expected = _network_outputs(graphs, image)
-                got: Outputs = {}
+                image = read_working_image(item.image, run.config.long_side)
+                expected: Outputs = {}
                 for graph in graphs:
-                    got.update(engines[graph.file].run(image[None]))
+                    with torch.inference_mode():
+                        made = graph.reference(as_batch(image))
+                    tensors = made if isinstance(made, tuple) else (made,)
+                    expected.update(zip(graph.outputs, (t.numpy() for t in tensors), strict=True))
+                got = run_all(backends, image)
                 for outputs in (expected, got):
                     add_pseudo_mask(image, item.classes, outputs, run.label)
                 yield Compared(expected, got, truth_of(item.mask, image))
@@ -185,18 +172,15 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     n_classes = len(run.classes)
     cam = create_model(config.cam, n_classes, checkpoint=run.folder(root, "cam") / CHECKPOINT)
     affinity = create_model(config.affinity, checkpoint=run.folder(root, "affinity") / CHECKPOINT)
-    segmenter = create_model(
-        config.segmenter, n_classes, checkpoint=run.folder(root, "segmenter") / CHECKPOINT
-    )
+    checkpoint = run.folder(root, "segmenter") / CHECKPOINT
+    segmenter = create_model(config.segmenter, n_classes, checkpoint=checkpoint)
     affinities = AffinityFromImages(affinity, run.label.walk_radius).eval()
     segment = SegmentImages(segmenter).eval()
-    scales = config.cam.scales
+    maps, folded = (
+        MultiScaleCAM(network, scales=config.cam.scales).eval() for network in (cam, FoldedMultiSACAM(cam))
+    )
     return (
-        Graph(
-            CAM,
-            MultiScaleCAM(cam, scales=scales).eval(),
-            MultiScaleCAM(FoldedMultiSACAM(cam), scales=scales).eval(),
-        ),
+        Graph(CAM, maps, folded),
         Graph(AFFINITY, affinities, affinities),
         Graph(SEGMENTER, segment, segment),
     )
@@ -218,16 +202,6 @@ def _convert(
             written.append(GraphFile(graph.contract.name, "fp32", graph.file, len(data), seconds))
             bar.advance(note=graph.file)
     return files, tuple(written)
-
-
-def _network_outputs(graphs: tuple[Graph, ...], image: UInt8) -> Outputs:
-    outputs: Outputs = {}
-    for graph in graphs:
-        with torch.inference_mode():
-            made = graph.reference(as_batch(image))
-        made = made if isinstance(made, tuple) else (made,)
-        outputs.update({name: tensor.numpy() for name, tensor in zip(graph.outputs, made, strict=True)})
-    return outputs
 
 
 def _manifest(run: RunRecord, report: ParityReport) -> Manifest:

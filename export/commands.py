@@ -2,14 +2,19 @@
 
 import json
 from collections.abc import Callable
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import click
 
+from multisa.runtime.cli.options import FOLDER, PATH, option
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_PATH = click.Path(path_type=Path)
+_path = partial(option, type=PATH, metavar="DIR")
+_several = partial(option, multiple=True)
+_count = partial(option, type=click.IntRange(1), metavar="N", show_default=True)
 
 
 class _Result(Protocol):
@@ -18,78 +23,40 @@ class _Result(Protocol):
     def as_json(self) -> dict[str, Any]: ...
 
 
-def _report_option(command: Command) -> Command:
-    return click.option(
-        "--report",
-        type=_PATH,
-        metavar="FILE",
-        help="Also write the parity report to FILE, even if it fails.",
-    )(command)
+def _together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(command: Command) -> Command:
+        return reduce(lambda done, option: option(done), reversed(options), command)
+
+    return decorate
 
 
-def _json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")(
-        command
-    )
-
-
-def _image_options(command: Command) -> Command:
-    """The options of `convert` and `parity` that tell which images are compared."""
-    for decorate in (
-        click.option(
-            "--threads",
-            default=2,
-            show_default=True,
-            type=click.IntRange(1),
-            metavar="N",
-            help="CPU threads.",
-        ),
-        click.option(
-            "--num-images",
-            default=128,
-            show_default=True,
-            type=click.IntRange(1),
-            metavar="N",
-            help="Most images to compare cam and affinity on; the segmenter gets 8 N.",
-        ),
-        click.option(
-            "--masks",
-            type=_PATH,
-            metavar="DIR",
-            help="Ground truth for a folder of images: PNG masks of the same names.",
-        ),
-        click.option(
-            "--images",
-            required=True,
-            type=_PATH,
-            metavar="DIR",
-            help="Data set in VOC layout, or folder of images, to measure on.",
-        ),
-    ):
-        command = decorate(command)
-    return command
+_json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+_result_options = _together(
+    _path("--report", metavar="FILE", help="Also write the parity report to FILE, even if it fails."),
+    _json_option,
+)
+_image_options = _together(
+    _path("--images", required=True, help="Data set in VOC layout, or folder of images, to measure on."),
+    _path("--masks", help="Ground truth for a folder of images: PNG masks of the same names."),
+    _count(
+        "--num-images",
+        default=128,
+        help="Most images to compare cam and affinity on; the segmenter gets 8 N.",
+    ),
+    _count("--threads", default=2, help="CPU threads."),
+)
 
 
 @click.command()
-@click.argument("run", type=_PATH)
-@click.option(
-    "--data", required=True, type=_PATH, metavar="DIR", help="The data set that RUN was trained on."
-)
-@click.option("--labels", type=_PATH, metavar="FILE", help="The label file given to `multisa train`, if any.")
-@click.option(
-    "-o", "--output", required=True, type=_PATH, metavar="DIR", help="Folder to write the bundle to."
-)
-@click.option(
-    "--num-images",
-    default=32,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Images to compare on.",
-)
-@click.option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
-@_report_option
-@_json_option
+@click.argument("run", type=PATH)
+@_path("--data", required=True, help="The data set that RUN was trained on.")
+@_path("--labels", metavar="FILE", help="The label file given to `multisa train`, if any.")
+@_path("-o", "--output", required=True, help="Folder to write the bundle to.")
+@_count("--num-images", default=32, help="Images to compare on.")
+@option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
+@_result_options
 def export(
     run: Path, data: Path, labels: Path | None, output: Path, *, as_json: bool, **options: Any
 ) -> None:
@@ -109,27 +76,23 @@ def export(
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
-@click.option(
+@click.argument("bundle", type=PATH)
+@_several(
     "--precision",
     "precisions",
     required=True,
-    multiple=True,
     type=click.Choice(["fp16", "int8"]),
     help="fp16 converts all three graphs, int8 the segmenter. Can be given twice.",
 )
 @_image_options
-@click.option(
-    "-o", "--output", required=True, type=_PATH, metavar="DIR", help="Folder to write the new bundle to."
-)
-@click.option(
+@_path("-o", "--output", required=True, help="Folder to write the new bundle to.")
+@option(
     "--int8-for",
     type=click.Choice(["cpu", "tensorrt"]),
     help="cpu (default): unsigned with zero points; tensorrt: signed without.",
 )
-@click.option("--keep", is_flag=True, help="Write the bundle even if a figure is beyond its limit.")
-@_report_option
-@_json_option
+@option("--keep", is_flag=True, help="Write the bundle even if a figure is beyond its limit.")
+@_result_options
 def convert(bundle: Path, images: Path, output: Path, *, as_json: bool, **options: Any) -> None:
     """Write a new bundle: BUNDLE with fp16 or int8 graphs added.
 
@@ -148,15 +111,15 @@ def convert(bundle: Path, images: Path, output: Path, *, as_json: bool, **option
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
-@click.option(
+@click.argument("bundle", type=PATH)
+@option(
     "--backend",
     required=True,
     metavar="NAME",
     # The names of the runtime's registry of backends, which help does not load.
     help="What to compare: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or openvino.",
 )
-@click.option(
+@option(
     "--precision",
     default="fp32",
     show_default=True,
@@ -164,14 +127,8 @@ def convert(bundle: Path, images: Path, output: Path, *, as_json: bool, **option
     help="Precision of the graphs; bf16 for the segmenter on openvino.",
 )
 @_image_options
-@click.option(
-    "--engine-cache",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="DIR",
-    help="TensorRT engines built with `multisa build --engine-cache DIR`.",
-)
-@_report_option
-@_json_option
+@_path("--engine-cache", type=FOLDER, help="TensorRT engines built with `multisa build --engine-cache DIR`.")
+@_result_options
 def parity(bundle: Path, backend: str, images: Path, *, as_json: bool, **options: Any) -> None:
     """Compare BUNDLE's graphs on a backend with its fp32 graphs on ONNX Runtime's CPU.
 
@@ -190,43 +147,33 @@ def parity(bundle: Path, backend: str, images: Path, *, as_json: bool, **options
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
-@click.option(
+@click.argument("bundle", type=PATH)
+@_several(
     "--target",
     "targets",
-    multiple=True,
     required=True,
     metavar="SM[,SM...]",
     help="Compute capabilities of the GPUs: sm89, or sm80,sm86,sm89.",
 )
-@click.option(
-    "--precision", default="fp32", show_default=True, metavar="fp32|fp16|int8", help="Of the graphs."
+@option("--precision", default="fp32", show_default=True, metavar="fp32|fp16|int8", help="Of the graphs.")
+@_several(
+    "--graph", "graphs", metavar="NAME", help="cam, affinity or segmenter. Can be repeated; all by default."
 )
-@click.option(
-    "--graph",
-    "graphs",
-    multiple=True,
-    metavar="NAME",
-    help="cam, affinity or segmenter. Can be repeated; all by default.",
-)
-@click.option(
+@_several(
     "--profile",
     "profiles",
-    multiple=True,
     metavar="MIN:OPT:MAX",
     help="Image sizes NxHxW: 1x64x64:1x384x512:8x512x512. By default three profiles for one image at a time.",
 )
-@click.option(
+@option(
     "--library",
     default="tensorrt-rtx",
     show_default=True,
     metavar="tensorrt-rtx|tensorrt",
     help="tensorrt-rtx builds without a GPU, tensorrt for the GPU of this machine.",
 )
-@click.option(
-    "--engine-cache", type=_PATH, metavar="DIR", help="Folder of the engines; BUNDLE/engines by default."
-)
-@click.option("--report", type=_PATH, metavar="FILE", help="Also write the JSON object to FILE.")
+@_path("--engine-cache", help="Folder of the engines; BUNDLE/engines by default.")
+@_path("--report", metavar="FILE", help="Also write the JSON object to FILE.")
 @_json_option
 def build(bundle: Path, report: Path | None, *, as_json: bool, **options: Any) -> None:
     """Build TensorRT engines of BUNDLE's graphs, or find them in the engine cache.

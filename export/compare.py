@@ -1,7 +1,6 @@
 """Run graphs beside the bundle's fp32 graphs on ONNX Runtime's CPU and compare; no PyTorch, no onnx.
 
-result = check_parity("bundles/voc", "tensorrt-rtx", "VOC2012", ParityOptions(precision="fp16"))
-print(result.describe())
+Also which images graphs are compared on, and which they are calibrated on (`read_image_sets`).
 """
 
 import time
@@ -9,23 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from multisa.export.calibration_images import ImageSets, LabelledImage, read_image_sets, working_image
 from multisa.export.parity import Compared, Outputs, ParityReport
 from multisa.export.report import check_report, describe_parity, open_bundle, report_to_bytes
-from multisa.runtime.backends.base import (
-    AFFINITY,
-    CAM,
-    CONTRACTS,
-    SEGMENTER,
-    Backend,
-    GraphContract,
-    graph_file,
-)
+from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, Backend, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import (
     BackendRequest,
@@ -35,15 +24,43 @@ from multisa.runtime.backends.registry import (
 )
 from multisa.runtime.bundle import Bundle, LabelParameters
 from multisa.runtime.bundle.manifest import Manifest
+from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.decode import (
+    UInt8,
+    read_mask,
+    resize_mask,
+)
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, log
+from multisa.runtime.sources.folders import list_images
+from multisa.training.data import read_dataset, read_working_image
 
-UInt8 = npt.NDArray[np.uint8]
+Element = TypeVar("Element")
 
-_TOGETHER = (CAM, AFFINITY)  # pseudo-masks need both
+CALIBRATION_IMAGES = 64  # to take the ranges of values from; more hardly widen a range
+# The segmenter is one small graph, compared on this many times as many images as cam and affinity.
+SEGMENTER_FACTOR = 8
+_TOGETHER = tuple(c for c in CONTRACTS if c != SEGMENTER)  # cam and affinity: pseudo-masks need both
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image file, with its image-level labels and ground truth where they are known."""
+
+    path: Path
+    classes: tuple[int, ...] | None  # foreground class ids; None if the image has no labels
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """The images for each step; calibration shares none with the others unless there are no more."""
+
+    calibration: tuple[LabelledImage, ...]
+    labelled: tuple[LabelledImage, ...]  # for cam, affinity and the pseudo-masks made from them
+    segmenter: tuple[LabelledImage, ...]
 
 
 @dataclass(frozen=True)
@@ -105,10 +122,7 @@ class Variant:
 
 
 def check_parity(
-    bundle: Bundle | str | Path,
-    backend: str,
-    images: str | Path,
-    options: ParityOptions | None = None,
+    bundle: Bundle | str | Path, backend: str, images: str | Path, options: ParityOptions | None = None
 ) -> ParityResult:
     """Compare a bundle's graphs in one precision, on one backend, with its fp32 graphs on the CPU.
 
@@ -117,7 +131,7 @@ def check_parity(
 
     Figures beyond their limits are in the result: see `passed`, or call `require` to have them raised. Raises
     UsageError for an unknown backend, a precision that the bundle lacks, or images that do not fit;
-    BackendUnavailable if the backend cannot run here; ParityError for outputs that are missing or have another
+    BackendUnavailable if the backend cannot run here; ParityError for outputs that are missing or of another
     shape than those of fp32.
     """
     start = time.perf_counter()
@@ -125,11 +139,7 @@ def check_parity(
     opened = open_bundle(bundle)
     check_report(options.report, opened.path)
     sets = read_image_sets(
-        Path(images),
-        opened.manifest.classes,
-        num_images=options.num_images,
-        masks=options.masks,
-        calibrate=False,
+        images, opened.manifest.classes, num_images=options.num_images, masks=options.masks, calibrate=False
     )
     request = BackendRequest(backend, options.precision, options.engine_cache)
     available = [c for c in CONTRACTS if options.precision in backend_precisions(opened, c, backend)]
@@ -174,20 +184,29 @@ def compare_variants(
             continue
         graphs = {contract.name: bundle.read_file(graph_file(contract)) for contract in contracts}
         with ExitStack() as stack, Progress(len(images), f"parity of {', '.join(graphs)}") as bar:
-            reference = _opened(stack, on_cpu(graphs, threads), contracts)
-            runners = {variant.title: _opened(stack, variant.open, contracts) for variant in taking}
+            openers = {"": on_cpu(graphs, threads), **{variant.title: variant.open for variant in taking}}
+            runners = {
+                title: [stack.enter_context(open_one(contract)) for contract in contracts]
+                for title, open_one in openers.items()
+            }
+            reference = runners.pop("")
             for image in images:
-                rgb = working_image(image.path, bundle.manifest.parameters.long_side)
-                expected = _answers(reference, rgb)
+                rgb = read_working_image(image.path, bundle.manifest.parameters.long_side)
+                expected = run_all(reference, rgb)
                 classes = _classes(bundle.manifest, image, expected)
                 add_pseudo_mask(rgb, classes, expected, label)
                 truth = truth_of(image.mask, rgb)
-                for title, engines in runners.items():
-                    got = _answers(engines, rgb)
+                for title, backends in runners.items():
+                    got = run_all(backends, rgb)
                     add_pseudo_mask(rgb, classes, got, label)
                     reports[title].add(Compared(expected, got, truth), n_classes=n_classes)
                 bar.advance()
     return reports
+
+
+def run_all(backends: Sequence[Backend], image: UInt8) -> Outputs:
+    """All outputs of the backends for one image, uint8 [H, W, 3], by name."""
+    return {name: values for backend in backends for name, values in backend.run(image[None]).items()}
 
 
 def truth_of(mask: Path | None, image: UInt8) -> dict[str, UInt8]:
@@ -214,28 +233,15 @@ def add_pseudo_mask(
     if np.isfinite(cam).all() and np.isfinite(affinity).all():
         walked = walk_scores(cam, affinity, parameters) if classes else cam
         made = pseudo_mask(image, walked, classes, parameters)
-        mask = made.mask
-        confidence = 255 * made.confidence
+        outputs["pseudo_mask"] = made.mask
+        outputs["pseudo_mask_confidence"] = 255 * made.confidence
     else:
         # The walk refuses such maps. They are counted as not finite, and no label agrees.
-        size = (image.shape[0], image.shape[1])
-        mask = np.full(size, IGNORE_INDEX, np.uint8)
-        confidence = np.zeros(size, np.float32)
+        outputs["pseudo_mask"] = np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
+        outputs["pseudo_mask_confidence"] = np.zeros(image.shape[:2], np.float32)
     # A NaN in a map that is left out still counts.
     finite = bool(np.isfinite(np.asarray(outputs["cam"], np.float32)).all())
     outputs["cam"] = cam[None] if finite else np.full_like(cam[None], np.nan)
-    outputs["pseudo_mask"] = mask
-    outputs["pseudo_mask_confidence"] = confidence
-
-
-def _opened(
-    stack: ExitStack, open_one: Callable[[GraphContract], Backend], contracts: Sequence[GraphContract]
-) -> list[Backend]:
-    return [stack.enter_context(open_one(contract)) for contract in contracts]
-
-
-def _answers(engines: Sequence[Backend], image: UInt8) -> Outputs:
-    return {name: values for backend in engines for name, values in backend.run(image[None]).items()}
 
 
 def _classes(manifest: Manifest, image: LabelledImage, reference: Outputs) -> tuple[int, ...]:
@@ -245,3 +251,57 @@ def _classes(manifest: Manifest, image: LabelledImage, reference: Outputs) -> tu
     thresholds = [manifest.parameters.score_thresholds[name] for name in manifest.foreground]
     found = np.asarray(reference["scores"], np.float32)[0] >= thresholds
     return tuple((np.flatnonzero(found) + 1).tolist())
+
+
+def read_image_sets(
+    root: str | Path, classes: tuple[str, ...], *, num_images: int, masks: Path | None, calibrate: bool = True
+) -> ImageSets:
+    """Read a data set in VOC layout, or a folder of images.
+
+    VOC layout (has its own masks): cam and affinity are compared on `train` (or the weak list if there is no
+    `train`), the segmenter on `val`; the rest of the weak list is for calibration. Folder: every other image
+    is for calibration, the rest for comparison; without `calibrate`, all are for comparison.
+    classes: the bundle's. num_images: most images for cam and affinity. masks: folder of PNG masks with the
+    names of the images in a plain folder. Raises UsageError for classes other than the bundle's, for `masks`
+    with VOC layout, and for a folder of masks with no mask of any image.
+    """
+    root = Path(root)
+    if (root / "JPEGImages").is_dir():
+        if masks:
+            raise UsageError(
+                f"--masks {masks}: {root} is a data set in VOC layout, which has masks of its own; leave the "
+                "option out, or give the folder of images alone"
+            )
+        dataset = read_dataset(root)
+        if dataset.class_names != classes:
+            raise UsageError(
+                f"{root}: its classes are {', '.join(dataset.class_names)}, expected the bundle's, "
+                f"{', '.join(classes)}"
+            )
+        labelled = spread(dataset.train or dataset.train_images, num_images)
+        segmenter = spread(dataset.val or dataset.train_images, SEGMENTER_FACTOR * num_images)
+        compared = {item.image for item in (*labelled, *segmenter)}
+        others = [item for item in dataset.train_images if item.image not in compared]
+        calibration = spread(others or dataset.train_images, CALIBRATION_IMAGES if calibrate else 0)
+        sets = (calibration, labelled, segmenter)
+        return ImageSets(*(tuple(LabelledImage(i.image, i.classes, i.mask) for i in items) for items in sets))
+    corpus = list_images(root).images
+    found = []
+    for image in corpus:
+        mask = masks / f"{image.name}.png" if masks else None
+        found.append(LabelledImage(image.path, None, mask if mask and mask.is_file() else None))
+    if masks and not any(image.mask for image in found):
+        raise UsageError(f"{masks}: no mask of an image in {root}, expected {corpus[0].name}.png")
+    calibration_half = found[::2] if calibrate else []
+    compared_half = (found[1::2] if calibrate else found) or found
+    return ImageSets(
+        spread(calibration_half, CALIBRATION_IMAGES),
+        spread(compared_half, num_images),
+        spread(compared_half, SEGMENTER_FACTOR * num_images),
+    )
+
+
+def spread(elements: Sequence[Element], count: int) -> tuple[Element, ...]:
+    """At most `count` of the elements, evenly spaced."""
+    count = min(count, len(elements))
+    return tuple(elements[place * len(elements) // count] for place in range(count))

@@ -13,37 +13,32 @@ classifier W_c times the columns of the fusion W that belong to level l (C x c_l
 With F = g G, the constant gain g times what the backbone gives, P_l and W_3 take g and M takes g^2.
 All products are computed once, in float64.
 
-The graph computes every class, even where image-level labels are known. With 20 classes that costs 1 % of the
-multiply-adds of the ResNet-50 and ResNeSt-101 graphs at 512 pixels (2 % and 1.5 % at 1024), and 8 % for
-EfficientNet-Lite0, whose first tap has 40 channels (2.5 % with six classes). Saving it would take a second
-input in every backend, and the scores need every class anyway. `multisa label` drops absent classes before
-the walk.
+The graph computes every class, even where image-level labels are known: the scores need them, and with 20
+classes that costs 1 % of the multiply-adds for ResNets at 512 pixels and 8 % for EfficientNet-Lite0, whose
+first tap has 40 channels. `multisa label` drops absent classes before the walk.
 """
 
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from multisa.training.affinity_net import AffinityNet
-from multisa.training.backbones import Backbone
-from multisa.training.multi_sa import MultiSACAM, SelfAttention
+from multisa.training.backbones import Backbone, resize_bilinear
+from multisa.training.multi_sa import MultiSACAM, SelfAttention, attend
 
 
 class AffinityFromImages(nn.Module):
     """uint8 [N, H, W, 3] -> affinity float32 [N, P, h, w] for one radius, on the head's grid."""
 
     def __init__(self, network: AffinityNet, radius: int) -> None:
-        """Wrap a trained AffinityNet."""
         super().__init__()
         self.network = network
         self.radius = radius
 
     def forward(self, image: Tensor) -> Tensor:
         """Affinity of every pixel with each of its P neighbours in the half stencil."""
-        affinity: Tensor = self.network(self.network.backbone.normalise(image), self.radius)
-        return affinity
+        return torch.as_tensor(self.network(self.network.backbone.normalise(image), self.radius))
 
 
 class FoldedLevel(nn.Module):
@@ -59,13 +54,7 @@ class FoldedLevel(nn.Module):
         self.value = _convolution(attention.beta.detach().double() * projection @ value * gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, c, h, w] -> [N, C, h, w]."""
-        query, key, value = (
-            maps.flatten(2).transpose(1, 2)[:, None]
-            for maps in (self.query(features), features, self.value(features))
-        )
-        # The exported graph has a loop over blocks of queries here: export/attention.py.
-        attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+        attended = attend(self.query(features), features, self.value(features))
         direct = self.direct(features)
         return torch.as_tensor(direct + attended[:, 0].transpose(1, 2).reshape(direct.shape))
 
@@ -102,10 +91,7 @@ class FoldedMultiSACAM(nn.Module):
         if self.classifier is not None:
             return torch.as_tensor(self.classifier(pyramid[-1]))
         maps = [level(pyramid[tap]) for level, tap in zip(self.levels, self.taps, strict=True)]
-        size = maps[0].shape[-2:]
-        raised = [
-            functional.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps[1:]
-        ]
+        raised = [resize_bilinear(m, maps[0].shape[-2:]) for m in maps[1:]]
         return torch.stack([maps[0], *raised]).sum(0)
 
 

@@ -55,10 +55,14 @@ def read_fp32_graph(data: bytes) -> Fp32Graph:
     if len({node.name for node in kept}) < len(kept):
         for position, node in enumerate(kept):
             node.name = f"{node.name}_{position}"
-    _replace(graph.node, kept)
+    replace_values(graph.node, kept)
     used = {name for node in graph.node for name in _reads(node)}
-    _replace(graph.initializer, [i for i in graph.initializer if i.name in used])
-    return Fp32Graph(model, frozenset(float16_weights & used), _value_types(model))
+    replace_values(graph.initializer, [i for i in graph.initializer if i.name in used])
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {initializer.name: initializer.data_type for initializer in inferred.initializer}
+    return Fp32Graph(model, frozenset(float16_weights & used), types)
 
 
 def fp16_candidates(fp32: Fp32Graph) -> tuple[str, ...]:
@@ -72,7 +76,7 @@ def fp16_candidates(fp32: Fp32Graph) -> tuple[str, ...]:
         # Values computed from sizes alone are coordinates, which fp16 does not represent exactly above 2048.
         if node.op_type not in SHAPE_OPERATORS and from_image & set(_reads(node)):
             from_image.update(node.output)
-        converted = [*_fp16_inputs(fp32, node), *_fp16_outputs(fp32, node)]
+        converted = [name for names in _fp16_values(fp32, node) for name in names]
         if (
             from_image & set(node.output)
             and converted
@@ -99,16 +103,16 @@ def fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.ModelProto:
         if node.op_type in SHAPE_OPERATORS and node.input[0] in fp16_values:
             node.input[0] += _SUFFIX  # takes any type, so no cast is needed
             continue
-        renamed: dict[str, set[str]] = {"input": set(), "output": set()}
+        inputs: set[str] = set()
+        outputs: set[str] = set()
         if node.name in converted:
-            renamed["input"] = set(_fp16_inputs(fp32, node))
-            renamed["output"] = set(_fp16_outputs(fp32, node))
+            inputs, outputs = map(set, _fp16_values(fp32, node))
             if node.op_type == "Cast" and node.attribute[0].i == FLOAT:
                 node.attribute[0].i = FLOAT16
-        fp32_wanted.update(name for name in _reads(node) if name not in renamed["input"])
-        fp16_wanted |= renamed["input"]
-        fp16_values |= renamed["output"]
-        for names, chosen in ((node.input, renamed["input"]), (node.output, renamed["output"])):
+        fp32_wanted.update(name for name in _reads(node) if name not in inputs)
+        fp16_wanted |= inputs
+        fp16_values |= outputs
+        for names, chosen in ((node.input, inputs), (node.output, outputs)):
             for place, name in enumerate(names):
                 if name in chosen:
                     names[place] = name + _SUFFIX
@@ -133,8 +137,8 @@ def fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.ModelProto:
                 nodes.append(_cast(name, origin, FLOAT))
             elif name in fp16_wanted and name not in fp16_values:
                 nodes.append(_cast(name, name + _SUFFIX, FLOAT16))
-    _replace(graph.initializer, initializers)
-    _replace(graph.node, nodes)
+    replace_values(graph.initializer, initializers)
+    replace_values(graph.node, nodes)
     graph.ClearField("value_info")  # types of the fp32 graph, which no longer hold
     return model
 
@@ -165,7 +169,7 @@ def emulated_fp16_graph(fp32: Fp32Graph, converted: Collection[str]) -> onnx.Mod
         if node.op_type == "Cast" and node.attribute[0].i == FLOAT16:
             node.attribute[0].i = FLOAT
         nodes += [*before, node, *after]
-    _replace(graph.node, nodes)
+    replace_values(graph.node, nodes)
     return model
 
 
@@ -175,40 +179,24 @@ def model_bytes(model: onnx.ModelProto) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _fp16_inputs(fp32: Fp32Graph, node: onnx.NodeProto) -> list[str]:
-    """The inputs of a node that are float32 and that the operator's schema allows to be float16."""
-    schema = _schema(fp32, node)
-    return [] if schema is None else _fp16_values(fp32, schema, schema.inputs, node.input)
-
-
-def _fp16_outputs(fp32: Fp32Graph, node: onnx.NodeProto) -> list[str]:
-    """The same for its outputs."""
-    schema = _schema(fp32, node)
-    return [] if schema is None else _fp16_values(fp32, schema, schema.outputs, node.output)
-
-
-def _schema(fp32: Fp32Graph, node: onnx.NodeProto) -> Any:
+def _fp16_values(fp32: Fp32Graph, node: onnx.NodeProto) -> tuple[list[str], list[str]]:
+    """The inputs and the outputs of a node that are float32 and that its operator allows to be float16."""
     opset = next(e.version for e in fp32.model.opset_import if e.domain in ("", "ai.onnx"))
-    known = node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type, opset, "")
-    return onnx.defs.get_schema(node.op_type, opset, "") if known else None
-
-
-def _fp16_values(fp32: Fp32Graph, schema: Any, formal: Sequence[Any], names: Sequence[str]) -> list[str]:
+    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type, opset, ""):
+        return [], []
+    schema = onnx.defs.get_schema(node.op_type, opset, "")
     allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
-    # The last formal parameter may be variadic.
-    kinds = [formal[min(place, len(formal) - 1)].type_str for place in range(len(names))]
-    return [
-        name
-        for name, kind in zip(names, kinds, strict=True)
-        if fp32.types.get(name) == FLOAT and "tensor(float16)" in allowed.get(kind, ())
-    ]
 
+    def chosen(names: Sequence[str], formal: Sequence[Any]) -> list[str]:
+        # The last formal parameter may be variadic.
+        kinds = [formal[min(place, len(formal) - 1)].type_str for place in range(len(names))]
+        return [
+            name
+            for name, kind in zip(names, kinds, strict=True)
+            if fp32.types.get(name) == FLOAT and "tensor(float16)" in allowed.get(kind, ())
+        ]
 
-def _value_types(model: onnx.ModelProto) -> dict[str, int]:
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    return types | {initializer.name: initializer.data_type for initializer in graph.initializer}
+    return chosen(node.input, schema.inputs), chosen(node.output, schema.outputs)
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
@@ -224,7 +212,7 @@ def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [target], f"{target}.cast", to=kind)
 
 
-def _replace(field: Any, values: Iterable[Any]) -> None:
+def replace_values(field: Any, values: Iterable[Any]) -> None:
     """Replace the values of a repeated field; some may be in it already."""
     copies = [type(value).FromString(value.SerializeToString()) for value in values]
     del field[:]

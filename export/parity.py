@@ -15,16 +15,26 @@ import numpy.typing as npt
 
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
-from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.imaging.png import IGNORE_INDEX, UInt8
 from multisa.runtime.progress import pluralize
 
 Array = npt.NDArray[np.generic]
-UInt8 = npt.NDArray[np.uint8]
 Outputs = dict[str, Array]
 
 # Confidence, in 255ths, from which a pixel is confident: the winning class has a probability of at least
 # 0.55, the next one at most 0.45, so rounding alone should not exchange them.
 CONFIDENT = round(0.55 * 255)
+# Messages about figures beyond their limits; `limit` is a Limit, all other names are figures.
+BREACHES = {
+    "count": "no value was compared on {images}; give other images: cam is compared on the classes they show",
+    "not_finite": "{not_finite} values are not finite",
+    "max_error": "largest difference {max_error:.3g}, allowed {limit.max_error:g}",
+    "mean_error": "mean difference {mean_error:.3g}, allowed {limit.mean_error:g}",
+    "agreement": "{agreement:.4%} of the labels agree, needed {limit.agreement:.2%}",
+    "confident_agreement": "{confident_agreement:.4%} of the labels of confident pixels agree, "
+    "needed {limit.confident_agreement:.2%}",
+    "miou_loss": "mIoU {miou:.2f}, the reference's {miou_reference:.2f}, allowed loss {limit.miou_loss:g}",
+}
 # Output with labels -> output with their confidence, 0..255. pseudo_mask is made from cam and affinity.
 CONFIDENCE = {"labels": "confidence", "pseudo_mask": "pseudo_mask_confidence"}
 
@@ -38,6 +48,10 @@ class Limit:
     agreement: float | None = None  # smallest share of equal labels
     confident_agreement: float | None = None  # the same among confident pixels
     miou_loss: float | None = None  # points of mIoU, where there is ground truth
+
+    def given(self) -> dict[str, float]:
+        """The figures that apply, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 # The only table of tolerances, by the precision of the graph that is compared.
@@ -96,8 +110,9 @@ class FigureRow(NamedTuple):
 class Difference:
     """Running comparison of one output over many images."""
 
+    name: str
+    limit: Limit
     images: int = 0
-    labels: bool = False  # class ids: only equality means anything
     max_error: float = 0.0
     total_error: float = 0.0
     equal: int = 0
@@ -145,7 +160,7 @@ class Difference:
 
     def figures(self) -> dict[str, float]:
         """Each figure that applies, by the name of its limit; mIoU in points; NaN if nothing was measured."""
-        if not self.labels:
+        if self.name not in CONFIDENCE:  # of labels, class ids, only equality means anything
             finite = self.count - self.not_finite
             return {
                 "max_error": self.max_error if self.count else math.nan,
@@ -159,44 +174,35 @@ class Difference:
             found |= {"miou_reference": reference, "miou": answer, "miou_loss": reference - answer}
         return found
 
-    def shares(self, limit: Limit) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         """The share of its limit that each figure uses; infinite if values are missing or not finite."""
         if not self.count:
-            return {"count": math.inf} if any(v is not None for v in asdict(limit).values()) else {}
+            return {"count": math.inf} if self.limit.given() else {}
         found = self.figures()
         shares = {"not_finite": math.inf} if self.not_finite else {}
-        for name, allowed in asdict(limit).items():
-            if allowed is None or name not in found:
-                continue
-            missed = name.endswith("agreement")
-            value = (1 - found[name]) / (1 - allowed) if missed else found[name] / allowed
-            shares[name] = value if math.isfinite(value) else math.inf
+        for name, allowed in self.limit.given().items():
+            if name in found:
+                missed = name.endswith("agreement")
+                value = (1 - found[name]) / (1 - allowed) if missed else found[name] / allowed
+                shares[name] = value if math.isfinite(value) else math.inf
         return shares
 
-    def breaches(self, name: str, limit: Limit) -> list[str]:
-        """Messages about what exceeds the limit of the output `name`."""
-        found = self.figures()
-        words = {
-            "count": lambda: (
-                f"no value was compared on {pluralize(self.images, 'image')}; give other images: cam is "
-                "compared on the classes they show"
-            ),
-            "not_finite": lambda: f"{self.not_finite} values are not finite",
-            "max_error": lambda: f"largest difference {found['max_error']:.3g}, allowed {limit.max_error:g}",
-            "mean_error": lambda: f"mean difference {found['mean_error']:.3g}, allowed {limit.mean_error:g}",
-            "agreement": lambda: (
-                f"{found['agreement']:.4%} of the labels agree, needed {limit.agreement:.2%}"
-            ),
-            "confident_agreement": lambda: (
-                f"{found['confident_agreement']:.4%} of the labels of confident pixels agree, "
-                f"needed {limit.confident_agreement:.2%}"
-            ),
-            "miou_loss": lambda: (
-                f"mIoU {found['miou']:.2f}, the reference's {found['miou_reference']:.2f}, "
-                f"allowed loss {limit.miou_loss:g}"
-            ),
-        }
-        return [f"{name}: {words[key]()}" for key, share in self.shares(limit).items() if not share <= 1]
+    def breaches(self) -> list[str]:
+        """Messages about what exceeds the limit."""
+        found = {**self.figures(), "not_finite": self.not_finite, "images": pluralize(self.images, "image")}
+        exceeded = [key for key, share in self.shares().items() if not share <= 1]
+        return [f"{self.name}: {BREACHES[key].format(**found, limit=self.limit)}" for key in exceeded]
+
+    def rows(self) -> Iterator[FigureRow]:
+        """Every figure that has a limit, and the number of values that are not finite if there are any."""
+        figures = self.figures()
+        shares = self.shares()
+        if self.not_finite:
+            yield FigureRow(self.name, self.images, "not_finite", self.not_finite, 0, False)
+        for figure, allowed in self.limit.given().items():
+            if figure in figures:
+                passed = shares.get(figure, math.inf) <= 1
+                yield FigureRow(self.name, self.images, figure, figures[figure], allowed, passed)
 
 
 @dataclass
@@ -209,12 +215,12 @@ class ParityReport:
 
     def add(self, pair: Compared, *, n_classes: int = 255) -> None:
         """Count one image. Raises ParityError if the graph lacks an output or gives another shape."""
-        for name in LIMITS[self.precision]:
+        for name, limit in LIMITS[self.precision].items():
             if name not in pair.expected:
                 continue
             if name not in pair.got:
                 raise ParityError(f"{name}: the graph gives {sorted(pair.got)}, expected {name} among them")
-            difference = self.differences.setdefault(name, Difference(labels=name in CONFIDENCE))
+            difference = self.differences.setdefault(name, Difference(name, limit))
             reference, answer = pair.expected[name], pair.got[name]
             difference.add(reference, answer)
             confidence = pair.expected.get(CONFIDENCE.get(name, ""))
@@ -228,58 +234,38 @@ class ParityReport:
 
     def problems(self) -> list[str]:
         """Messages about everything beyond its limit; empty if the graphs pass."""
-        limits = LIMITS[self.precision]
-        found = [line for name, d in self.differences.items() for line in d.breaches(name, limits[name])]
+        found = [line for difference in self.differences.values() for line in difference.breaches()]
         return found if self.images else ["no image to compare on; give at least one"]
 
     def share(self) -> float:
         """The largest share of its limit that any figure uses; above 1 the graphs fail."""
-        limits = LIMITS[self.precision]
-        each = [s for name, d in self.differences.items() for s in d.shares(limits[name]).values()]
+        each = [share for difference in self.differences.values() for share in difference.shares().values()]
         return max(each, default=math.inf)
 
     def rows(self) -> Iterator[FigureRow]:
         """Every figure that has a limit, and the number of values that are not finite where there are any."""
-        for name, difference in self.differences.items():
-            limit = LIMITS[self.precision][name]
-            figures = difference.figures()
-            shares = difference.shares(limit)
-            if difference.not_finite:
-                yield FigureRow(name, difference.images, "not_finite", difference.not_finite, 0, False)
-            for figure, allowed in asdict(limit).items():
-                if allowed is not None and figure in figures:
-                    passed = shares.get(figure, math.inf) <= 1
-                    yield FigureRow(name, difference.images, figure, figures[figure], allowed, passed)
+        for difference in self.differences.values():
+            yield from difference.rows()
 
     def as_json(self) -> dict[str, object]:
         """Figures for the bundle's manifest."""
-        return {
-            "images": self.images,
-            **{
-                name: {
-                    **{key: _number(value) for key, value in d.figures().items()},
-                    **({"images_with_truth": d.truths} if d.truths else {}),
-                    "not_finite": d.not_finite,
-                    "images": d.images,
-                }
-                for name, d in self.differences.items()
-            },
-        }
+        found: dict[str, object] = {"images": self.images}
+        for name, difference in self.differences.items():
+            figures = {key: _number(value) for key, value in difference.figures().items()}
+            truths = {"images_with_truth": difference.truths} if difference.truths else {}
+            found[name] = (
+                figures | truths | {"not_finite": difference.not_finite, "images": difference.images}
+            )
+        return found
 
     def full_json(self) -> dict[str, object]:
         """The whole report: figures, their limits, and messages about those beyond."""
-        limits = {
-            name: {
-                key: value for key, value in asdict(LIMITS[self.precision][name]).items() if value is not None
-            }
-            for name in self.differences
-        }
         return {
             "precision": self.precision,
             "passed": not self.problems(),
             "problems": self.problems(),
             "figures": self.as_json(),
-            "limits": limits,
+            "limits": {name: difference.limit.given() for name, difference in self.differences.items()},
             "confident_pixels": f"pixels whose reference confidence is at least {CONFIDENT} of 255",
         }
 

@@ -1,28 +1,28 @@
-"""Add fp16 and int8 graphs to a bundle, measured against its fp32 graphs; PyTorch is not needed.
-
-result = quantize_bundle("bundles/voc", "VOC2012", "bundles/voc-all", QuantizeOptions(("fp16", "int8")))
-print(result.describe())
-"""
+"""Add fp16 and int8 graphs to a bundle, measured against its fp32 graphs; PyTorch is not needed."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from multisa.export.calibration_images import ImageSets, LabelledImage, read_image_sets, spread, working_image
-from multisa.export.compare import Variant, compare_variants, on_cpu
+from multisa.export.compare import (
+    ImageSets,
+    LabelledImage,
+    Variant,
+    compare_variants,
+    on_cpu,
+    read_image_sets,
+    spread,
+)
 from multisa.export.parity import ParityReport
-from multisa.export.precision import ConvertedGraph, convert_to_fp16, convert_to_int8
+from multisa.export.precision import ConvertedGraph, Reference, convert_to_fp16, convert_to_int8
 from multisa.export.report import (
     INT8_FOR,
     REPORT_NAME,
     GraphFile,
-    check_destinations,
+    check_report,
     describe_graphs,
     describe_parity,
     format_table,
@@ -33,14 +33,14 @@ from multisa.export.report import (
 )
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.bundle import Bundle, write_bundle
+from multisa.runtime.bundle import Bundle, check_replaceable, write_bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import ParityError, UsageError
 from multisa.runtime.files import write_bytes_atomically
+from multisa.runtime.imaging.decode import UInt8
 from multisa.runtime.progress import Progress, log, pluralize
 from multisa.runtime.system import installed_versions
-
-UInt8 = npt.NDArray[np.uint8]
+from multisa.training.data import read_working_image
 
 SEARCH_IMAGES = 4  # that each measurement of the sensitivity search runs on
 TIMED_IMAGES = 4
@@ -104,12 +104,7 @@ class QuantizeResult:
         if self.speed:
             header = ("int8 speed", "fp32 ms", "int8 ms", "ratio")
             rows = [
-                (
-                    pluralize(row["threads"], "thread"),
-                    f"{row['fp32_ms']:.2f}",
-                    f"{row['ms']:.2f}",
-                    f"{row['ratio']:.2f}",
-                )
+                (pluralize(row["threads"], "thread"), *(f"{row[k]:.2f}" for k in ("fp32_ms", "ms", "ratio")))
                 for row in self.speed
             ]
             parts.append(format_table(header, rows, right=header[1:]))
@@ -153,10 +148,10 @@ def quantize_bundle(
     output = Path(output)
     if output.resolve() == source.path.resolve():
         raise UsageError(f"{output}: is the bundle to read, expected another folder for the new one")
-    check_destinations(output, options.report)
-    sets = read_image_sets(
-        Path(images), source.manifest.classes, num_images=options.num_images, masks=options.masks
-    )
+    check_replaceable(output)  # before minutes of work
+    check_report(options.report, output)
+    classes = source.manifest.classes
+    sets = read_image_sets(images, classes, num_images=options.num_images, masks=options.masks)
     converted: dict[str, dict[str, ConvertedGraph]] = {}
     graphs: list[GraphFile] = []
     for precision in options.precisions:
@@ -176,15 +171,14 @@ def quantize_bundle(
     for line in problems:
         log.info(f"kept despite: {line}")
     data = {name: source.read_file(name) for name in source.manifest.files}
-    for precision, made in converted.items():
-        data |= {graph_file(_contract(name), precision): graph.data for name, graph in made.items()}
+    for made in converted.values():
+        data |= {file: graph.data for file, graph in made.items()}
     data[REPORT_NAME] = report_to_bytes(report)
     manifest = _manifest(source.manifest, entries, converted, options)
     written = write_bundle(output, manifest, data)
     speed = tuple(entries.get("int8", {}).get("speed", {}).get("rows", ()))
-    return QuantizeResult(
-        written, tuple(graphs), reports, speed, tuple(problems), time.perf_counter() - start
-    )
+    seconds = time.perf_counter() - start
+    return QuantizeResult(written, tuple(graphs), reports, speed, tuple(problems), seconds)
 
 
 def compare_speed(
@@ -193,33 +187,26 @@ def compare_speed(
     """Time two graphs in turn on the same images; medians in milliseconds per image, by number of threads."""
     rows = []
     for threads in TIMED_THREADS:
-        engines = [
-            OnnxRuntimeBackend(data, threads=threads, contract=contract) for data in (reference, answer)
-        ]
+        graphs = (reference, answer)
+        backends = [OnnxRuntimeBackend(data, threads=threads, contract=contract) for data in graphs]
         taken: tuple[list[float], list[float]] = ([], [])
         for turn in range(REPEATS + 1):
             for image in images:
-                for backend, seconds in zip(engines, taken, strict=True):
+                for backend, seconds in zip(backends, taken, strict=True):
                     start = time.perf_counter()
                     backend.run(image[None])
                     if turn:  # the first is warm-up
                         seconds.append(time.perf_counter() - start)
         first, second = (1e3 * statistics.median(seconds) for seconds in taken)
-        rows.append(
-            {
-                "threads": threads,
-                "fp32_ms": round(first, 2),
-                "ms": round(second, 2),
-                "ratio": round(first / second, 3),
-            }
-        )
-    return {"backend": engines[0].name, "images": len(images), "repeats": REPEATS, "rows": rows}
+        times = {"fp32_ms": round(first, 2), "ms": round(second, 2), "ratio": round(first / second, 3)}
+        rows.append({"threads": threads, **times})
+    return {"backend": backends[0].name, "images": len(images), "repeats": REPEATS, "rows": rows}
 
 
 def _convert(
     bundle: Bundle, precision: str, sets: ImageSets, options: QuantizeOptions
 ) -> tuple[dict[str, ConvertedGraph], list[GraphFile]]:
-    """Convert all graphs of one precision, by name."""
+    """Convert all graphs of one precision, by file."""
     images = _images(bundle, spread(sets.calibration, SEARCH_IMAGES))
     made: dict[str, ConvertedGraph] = {}
     files = []
@@ -227,23 +214,17 @@ def _convert(
         for contract in GRAPHS[precision]:
             start = time.perf_counter()
             data = bundle.read_file(graph_file(contract))
+            reference = Reference(data, contract, images, options.threads)
             if precision == "fp16":
-                graph = convert_to_fp16(data, contract, images, threads=options.threads)
+                graph = convert_to_fp16(reference)
             else:
-                graph = convert_to_int8(
-                    data,
-                    contract,
-                    images,
-                    _chunks(bundle, sets.calibration),
-                    symmetric=options.symmetric,
-                    threads=options.threads,
-                )
-            made[contract.name] = graph
+                chunks = _chunks(bundle, sets.calibration)
+                graph = convert_to_int8(reference, chunks, symmetric=options.symmetric)
             file = graph_file(contract, precision)
+            made[file] = graph
             seconds = time.perf_counter() - start
-            files.append(
-                GraphFile(contract.name, precision, file, len(graph.data), seconds, graph.fp32_nodes)
-            )
+            size = len(graph.data)
+            files.append(GraphFile(contract.name, precision, file, size, seconds, graph.fp32_nodes))
             log.info(
                 f"{file}: {pluralize(graph.fp32_nodes, 'node')} kept in fp32 after "
                 f"{pluralize(len(graph.search.trials), 'trial')}, {graph.search.share:.0%} of the limits used"
@@ -255,23 +236,18 @@ def _convert(
 def _variants(
     converted: Mapping[str, Mapping[str, ConvertedGraph]], options: QuantizeOptions
 ) -> list[Variant]:
-    return [
-        Variant(
-            title,
-            precision,
-            tuple(map(_contract, graphs)),
-            on_cpu({name: pick(graph) for name, graph in graphs.items()}, options.threads),
-        )
-        for precision, graphs in converted.items()
-        for title, pick in _ways_of_running(precision)
-    ]
-
-
-def _ways_of_running(precision: str) -> tuple[tuple[str, Callable[[ConvertedGraph], bytes]], ...]:
-    if precision == "fp16":
-        # ONNX Runtime's CPU does not round between fp16 nodes; the emulated graph shows what hardware gives.
-        return ("fp16", lambda graph: graph.emulated), ("fp16 on onnxruntime-cpu", lambda graph: graph.data)
-    return ((precision, lambda graph: graph.data),)
+    found = []
+    for precision, graphs in converted.items():
+        contracts = GRAPHS[precision]
+        by_name = {contract.name: graphs[graph_file(contract, precision)] for contract in contracts}
+        ways = {precision: {name: graph.emulated for name, graph in by_name.items()}}
+        if precision == "fp16":
+            # ONNX Runtime's CPU does not round between fp16 nodes; the emulated graph shows what
+            # hardware gives.
+            ways["fp16 on onnxruntime-cpu"] = {name: graph.data for name, graph in by_name.items()}
+        for title, files in ways.items():
+            found.append(Variant(title, precision, contracts, on_cpu(files, options.threads)))
+    return found
 
 
 def _report_entries(
@@ -285,12 +261,10 @@ def _report_entries(
     entries: dict[str, Any] = {title: report.full_json() for title, report in reports.items()}
     problems = [f"{title}: {line}" for title, report in reports.items() for line in report.problems()]
     for precision, graphs in converted.items():
-        entries[precision]["fp32_nodes"] = {
-            graph_file(_contract(name), precision): graph.as_json() for name, graph in graphs.items()
-        }
+        entries[precision]["fp32_nodes"] = {file: graph.as_json() for file, graph in graphs.items()}
     if "int8" in converted:
         images = _images(bundle, spread(sets.segmenter, TIMED_IMAGES))
-        int8 = converted["int8"][SEGMENTER.name].data
+        int8 = converted["int8"][graph_file(SEGMENTER, "int8")].data
         speed = compare_speed(bundle.read_file(graph_file(SEGMENTER)), int8, SEGMENTER, images)
         entries["int8"]["speed"] = speed
         # A CPU cannot tell what TensorRT gains.
@@ -306,16 +280,12 @@ def _report_entries(
 
 
 def _images(bundle: Bundle, images: Sequence[LabelledImage]) -> list[UInt8]:
-    return [working_image(image.path, bundle.manifest.parameters.long_side) for image in images]
+    return [read_working_image(image.path, bundle.manifest.parameters.long_side) for image in images]
 
 
 def _chunks(bundle: Bundle, images: Sequence[LabelledImage]) -> Iterator[list[UInt8]]:
     for start in range(0, len(images), _CHUNK):
         yield _images(bundle, images[start : start + _CHUNK])
-
-
-def _contract(name: str) -> GraphContract:
-    return next(contract for contract in CONTRACTS if contract.name == name)
 
 
 def _manifest(
@@ -327,20 +297,15 @@ def _manifest(
     metrics = dict(manifest.metrics)
     provenance = dict(manifest.provenance)
     for title, entry in entries.items():
-        metrics[f"parity of {title}"] = entry["figures"] | (
-            {"speed": entry["speed"]["rows"]} if "speed" in entry else {}
-        )
+        speed = {"speed": entry["speed"]["rows"]} if "speed" in entry else {}
+        metrics[f"parity of {title}"] = entry["figures"] | speed
     for precision, graphs in converted.items():
-        provenance[f"{precision} graphs"] = {
-            "kept_in_fp32": {
-                graph_file(_contract(name), precision): {
-                    **dict.fromkeys(graph.too_large, "touches values too large for fp16"),
-                    **graph.search.kept_json(),
-                }
-                for name, graph in graphs.items()
-            },
-            "versions": installed_versions(("multisa", "onnx", "onnxruntime")),
-        }
+        kept: dict[str, Any] = {}
+        for file, graph in graphs.items():
+            too_large = dict.fromkeys(graph.too_large, "touches values too large for fp16")
+            kept[file] = {**too_large, **graph.search.kept_json()}
+        versions = installed_versions(("multisa", "onnx", "onnxruntime"))
+        provenance[f"{precision} graphs"] = {"kept_in_fp32": kept, "versions": versions}
     if "int8" in converted:
         provenance[INT8_FOR] = "tensorrt" if options.symmetric else "cpu"
     return replace(manifest, metrics=metrics, provenance=provenance)

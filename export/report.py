@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multisa.export.parity import ParityReport
-from multisa.runtime.bundle import Bundle, check_replaceable, load_bundle
+from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import BundleError, UsageError
 
 REPORT_NAME = "parity.json"  # the parity report inside a bundle
@@ -58,15 +58,6 @@ def report_of_bundle(bundle: Bundle) -> dict[str, Any]:
     return report
 
 
-def check_destinations(output: Path, report: Path | None) -> None:
-    """Check, before minutes of work, that a bundle can go to `output` and a copy of its report to `report`.
-
-    Raises BundleError if `output` holds anything but a bundle, UsageError for a report inside it.
-    """
-    check_replaceable(output)
-    check_report(report, output)
-
-
 def check_report(report: Path | None, bundle: Path) -> None:
     """Raise UsageError for a report inside a bundle's folder, which would invalidate the bundle."""
     if report and report.resolve().is_relative_to(bundle.resolve()):
@@ -90,34 +81,24 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Co
 def describe_graphs(graphs: Sequence[GraphFile]) -> str:
     """A table of the graph files that were written."""
     header = ("graph", "precision", "file", "MB", "fp32 nodes", "seconds")
-    rows = [
-        (
-            graph.graph,
-            graph.precision,
-            graph.file,
-            f"{graph.bytes / 1e6:.2f}",
-            "all" if graph.precision == "fp32" else str(graph.fp32_nodes),
-            f"{graph.seconds:.1f}",
-        )
-        for graph in graphs
-    ]
+    rows = []
+    for graph in graphs:
+        nodes = "all" if graph.precision == "fp32" else str(graph.fp32_nodes)
+        numbers = (f"{graph.bytes / 1e6:.2f}", nodes, f"{graph.seconds:.1f}")
+        rows.append((graph.graph, graph.precision, graph.file, *numbers))
     return format_table(header, rows, right=("MB", "fp32 nodes", "seconds"))
 
 
 def describe_parity(title: str, report: ParityReport) -> str:
     """A table of all figures that have a limit."""
     header = ("output", "images", "figure", "measured", "limit", "")
-    rows = [
-        (
-            row.output,
-            str(row.images),
-            row.figure.replace("_", " ").replace("miou", "mIoU"),
-            _figure(row.figure, row.measured),
-            f"{'>=' if row.figure.endswith('agreement') else '<='} {_figure(row.figure, row.limit)}",
-            "ok" if row.passed else "FAILED",
-        )
-        for row in report.rows()
-    ]
+    rows = []
+    for row in report.rows():
+        name = row.figure.replace("_", " ").replace("miou", "mIoU")
+        measured, limit = (_figure(row.figure, value) for value in (row.measured, row.limit))
+        bound = f"{'>=' if row.figure.endswith('agreement') else '<='} {limit}"
+        verdict = "ok" if row.passed else "FAILED"
+        rows.append((row.output, str(row.images), name, measured, bound, verdict))
     table = format_table(header, rows, right=("images", "measured", "limit"))
     return f"parity: {title}\n{table}"
 

@@ -6,7 +6,7 @@ than their share of the parity limits are halved until the harmful nodes stand a
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 GROUPS = 8  # the search starts with this many
 MAX_RUNS = 40  # measurements before whole groups are kept; each runs the graph on a few images
@@ -23,6 +23,10 @@ class Trial:
     converted: int
     share: float  # of the parity limits, 1 = at the limit; infinite if values were not finite
 
+    def as_json(self) -> dict[str, object]:
+        nodes = {"first": self.first, "last": self.last, "converted": self.converted}
+        return {**nodes, "share_of_limit": _number(self.share)}
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -37,35 +41,12 @@ class SearchResult:
         return {
             "kept": self.kept_json(),
             "share_of_limit": _number(self.share),
-            "trials": [
-                {
-                    "first": t.first,
-                    "last": t.last,
-                    "converted": t.converted,
-                    "share_of_limit": _number(t.share),
-                }
-                for t in self.trials
-            ],
+            "trials": [trial.as_json() for trial in self.trials],
         }
 
     def kept_json(self) -> dict[str, float | None]:
         """The kept nodes and their shares; an infinite share is null."""
         return {name: _number(share) for name, share in self.kept.items()}
-
-
-@dataclass
-class _Search:
-    share_of: Callable[[Sequence[str]], float]
-    trials: list[Trial] = field(default_factory=list)
-
-    def measure(self, nodes: Sequence[str]) -> float:
-        if not nodes:
-            return 0.0
-        share = self.share_of(nodes)
-        # NaN compares as neither more nor less than any number, so it becomes infinite.
-        share = share if math.isfinite(share) else math.inf
-        self.trials.append(Trial(nodes[0], nodes[-1], len(nodes), share))
-        return share
 
 
 def find_sensitive_nodes(
@@ -81,26 +62,36 @@ def find_sensitive_nodes(
     search ends when converting all remaining nodes uses at most `allowed`. After `max_runs` measurements
     whole groups are kept, the worse half at a time, so at most 2 log2(len(nodes)) more measurements follow.
     """
-    search = _Search(share_of)
+    trials: list[Trial] = []
     kept: dict[str, float] = {}
-    share = search.measure(nodes)
+
+    def measure(nodes: Sequence[str]) -> float:
+        if not nodes:
+            return 0.0
+        share = share_of(nodes)
+        # NaN compares as neither more nor less than any number, so it becomes infinite.
+        share = share if math.isfinite(share) else math.inf
+        trials.append(Trial(nodes[0], nodes[-1], len(nodes), share))
+        return share
+
+    share = measure(nodes)
     if share <= allowed:
-        return SearchResult({}, share, tuple(search.trials))
+        return SearchResult({}, share, tuple(trials))
     size = max(math.ceil(len(nodes) / GROUPS), 1)
-    groups = [(search.measure(part), part) for part in _split(nodes, size)]
+    groups = [(measure(part), part) for part in _split(nodes, size)]
     while share > allowed and groups:
         groups.sort(key=lambda group: group[0], reverse=True)
-        spent = len(search.trials) >= max_runs
+        spent = len(trials) >= max_runs
         worst = [part for _, part in groups[: (len(groups) + 1) // 2 if spent else 1]]
         if not spent and len(worst[0]) > 1:
             halves = _split(worst[0], math.ceil(len(worst[0]) / 2))
-            groups[:1] = [(search.measure(part), part) for part in halves]
+            groups[:1] = [(measure(part), part) for part in halves]
             continue
         for single, part in groups[: len(worst)]:
             kept.update(dict.fromkeys(part, single))
         del groups[: len(worst)]
-        share = search.measure([name for name in nodes if name not in kept])
-    return SearchResult(kept, share, tuple(search.trials))
+        share = measure([name for name in nodes if name not in kept])
+    return SearchResult(kept, share, tuple(trials))
 
 
 def _split(nodes: Sequence[str], size: int) -> list[Sequence[str]]:

@@ -5,9 +5,7 @@
 
 The graphs of a bundle are folded: batch norms are part of the convolutions before them, and the Multi-SA head
 is multiplied out. The rebuilt networks have all trained layers again, cost as much to run, and compute the
-same outputs: a folded convolution keeps its weights, and its batch norm only adds the bias. Running the
-network on PyTorch's meta device, without data, tells which module a layer of the graph belongs to: the graph
-lists its layers in the order they run.
+same outputs: a folded convolution keeps its weights, and its batch norm only adds the bias.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
-from multisa.export.layer_match import layers_run, state_of_graph
-from multisa.export.stored_layers import PREFIX, StoredGraph, read_graph
+from multisa.export.layer_match import PREFIX, StoredGraph, layers_run, read_graph, state_of_graph
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BundleError
@@ -77,11 +74,8 @@ def segmenter_from_bundle(bundle: Bundle) -> DeepLabV3Plus:
             f"{len(stored.layers)} layers, expected those for {len(config.atrous_rates)} rates"
         )
 
-    def made() -> DeepLabV3Plus:
-        return create_model(config, n_classes)
-
-    state = _matched(stored, lambda: SegmentImages(made()))
-    return _loaded(made(), state, stored)
+    state = _matched(stored, lambda: SegmentImages(create_model(config, n_classes)))
+    return _loaded(create_model(config, n_classes), state, stored)
 
 
 def affinity_from_bundle(bundle: Bundle) -> AffinityNet:

@@ -21,8 +21,8 @@ from PIL import Image
 
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli.main import COMMANDS, root
-from multisa.training.checks import check_networks
 from multisa.training.config import load_config
+from multisa.training.pipeline import check_networks
 from multisa.training.thresholds import BACKGROUND_SAMPLE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -39,24 +39,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Dataset": "multisa.training.data",
-    "RunRecord": "multisa.training.pipeline",
-    "TrainConfig": "multisa.training.config",
-    "create_model": "multisa.training.models",
-    "load_config": "multisa.training.config",
-    "load_run": "multisa.training.pipeline",
-    "read_dataset": "multisa.training.data",
-    "reproduce_paper": "multisa.training.reproduce.command",
-    "train": "multisa.training.pipeline",
+    "config": ("TrainConfig", "load_config"),
+    "data": ("Dataset", "read_dataset"),
+    "models": ("create_model",),
+    "pipeline": ("RunRecord", "load_run", "train"),
+    "reproduce.command": ("reproduce_paper",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
+    """Import a public name when it is first used (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from multisa.kernels import path_offsets, stencil_offsets
 from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.training.backbones import Backbone
+from multisa.training.backbones import Backbone, resize_bilinear
 
 FEATURE_CHANNELS = (64, 128, 256)  # of the last three levels (psa)
 BOUNDARY_CHANNELS = 32  # of every level (irn)
@@ -50,7 +50,7 @@ class FeatureHead(nn.Module):
         last = [levels[level] for level in self.levels]
         size = last[0].shape[-2:]
         reduced = [
-            _resize(functional.elu(layer(level)), size)
+            resize_bilinear(functional.elu(layer(level)), size)
             for layer, level in zip(self.reduce, last, strict=True)
         ]
         return affinity_from_features(functional.elu(self.mix(torch.cat(reduced, 1))), radius)
@@ -82,7 +82,7 @@ class BoundaryHead(nn.Module):
         """Pyramid -> boundary logits float32 [N, 1, h, w]."""
         size = levels[self.grid_level].shape[-2:]
         reduced = [
-            functional.relu(_resize(layer(level), size))
+            functional.relu(resize_bilinear(layer(level), size))
             for layer, level in zip(self.reduce, levels, strict=True)
         ]
         return torch.as_tensor(self.mix(torch.cat(reduced, 1)))
@@ -159,12 +159,8 @@ def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     same = []
     for dy, dx in stencil_offsets(radius):
         there = padded[:, dy : dy + height, margin + dx : margin + dx + width]
-        pluralize = (labels != IGNORE_INDEX) & (there != IGNORE_INDEX)
-        same.append(
-            torch.where(
-                pluralize, (labels == there).to(torch.int8), torch.full_like(labels, -1, dtype=torch.int8)
-            )
-        )
+        counted = (labels != IGNORE_INDEX) & (there != IGNORE_INDEX)
+        same.append((labels == there).to(torch.int8).where(counted, -1))
     stacked = torch.stack(same, 1)
     return stacked, (labels == 0)[:, None].expand_as(stacked)
 
@@ -184,10 +180,6 @@ def affinity_loss(affinity: Tensor, same: Tensor, source_is_background: Tensor) 
     background = mean(loss_same, (same == 1) & source_is_background)
     foreground = mean(loss_same, (same == 1) & ~source_is_background)
     return background / 4 + foreground / 4 + mean(loss_different, same == 0) / 2
-
-
-def _resize(maps: Tensor, size: torch.Size) -> Tensor:
-    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def _shifts(maps: Tensor, radius: int) -> Callable[[int, int], Tensor]:

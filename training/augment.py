@@ -4,21 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.decode import UInt8, read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.training.config import Schedule, TrainConfig
-from multisa.training.data import Item
-from multisa.training.inference import read_working_image
+from multisa.training.data import Item, read_working_image
 
-UInt8 = npt.NDArray[np.uint8]
-# Grey level around images smaller than the crop: nearly zero after normalisation, where PuzzleCAM pads with
-# zero.
+# Grey level around images smaller than the crop: about zero after normalisation (PuzzleCAM pads with zero).
 PADDING = 128
 
 
@@ -29,6 +25,9 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     float32 [n_classes - 1]; with masks it is the mask after the same transforms, uint8 [g, g] with g =
     ceil(crop / mask_stride), 255 where the image does not reach. The random draws depend only on the seed,
     the epoch and the index, not on the process that loads the sample.
+
+    masks: a folder of ID.png of the working size; mask_stride: pixels per cell of the returned mask;
+    n_classes counts the background.
     """
 
     def __init__(
@@ -41,10 +40,6 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
         masks: Path | None = None,
         mask_stride: int = 1,
     ) -> None:
-        """masks: a folder of ID.png of the working size; mask_stride: pixels per cell of the returned mask.
-
-        n_classes counts the background.
-        """
         self.items = items
         self.schedule = schedule
         self.n_classes = n_classes
@@ -59,14 +54,12 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return (image, target) as the class docstring describes."""
         item = self.items[index]
         random = np.random.default_rng((self.seed, self.epoch, index))
-        image = read_working_image(item, self.long_side)
+        image = read_working_image(item.image, self.long_side)
         mask = None if self.masks is None else read_mask(self.masks / f"{item.id}.png")
         image, mask = random_resize(image, mask, self.schedule.resize, random)
         if random.random() < 0.5:
@@ -99,18 +92,16 @@ def random_crop(
     """Cut out a square of `crop` pixels, or place a smaller image in it; both at a random position."""
     height, width = image.shape[:2]
     top, left = (int(random.integers(0, abs(side - crop) + 1)) for side in (height, width))
-    source = tuple(
-        slice(start, start + crop) if side > crop else slice(0, side)
-        for start, side in ((top, height), (left, width))
-    )
-    target = tuple(
-        slice(0, crop) if side > crop else slice(start, start + side)
-        for start, side in ((top, height), (left, width))
-    )
-    square = np.full((crop, crop, 3), PADDING, np.uint8)
-    square[target] = image[source]
-    if mask is None:
-        return square, None
-    square_mask = np.full((crop, crop), IGNORE_INDEX, np.uint8)
-    square_mask[target] = mask[source]
-    return square, square_mask
+    source: tuple[slice, ...] = ()
+    target: tuple[slice, ...] = ()
+    for start, side in ((top, height), (left, width)):
+        fixed, moved = slice(0, min(side, crop)), slice(start, start + min(side, crop))
+        source += (moved if side > crop else fixed,)
+        target += (fixed if side > crop else moved,)
+
+    def placed(values: UInt8, padding: int) -> UInt8:
+        square = np.full((crop, crop, *values.shape[2:]), padding, np.uint8)
+        square[target] = values[source]
+        return square
+
+    return placed(image, PADDING), None if mask is None else placed(mask, IGNORE_INDEX)

@@ -47,14 +47,14 @@ class Backbone(nn.Module):
             raise UsageError(f"backbone {name!r}: not a timm model; see timm.list_models()")
         self.network = _features_of(timm, name, weights == "timm", output_stride)
         if weights == "packaged":
-            _load_packaged_weights(name, self.network)
+            package, file = PACKAGED_WEIGHTS[name]
+            folder = Path(str(importlib.import_module(package).__file__)).parent
+            stored = torch.load(folder / "models" / file, weights_only=True, map_location="cpu")
+            self.network.load_state_dict(in_order(self.network.state_dict(), stored, file), strict=True)
         levels: Any = self.network.feature_info
         self.channels: list[int] = levels.channels()
         self.strides: list[int] = levels.reduction()
-        for module in self.network.modules():
-            if isinstance(module, nn.Conv2d):
-                _undilate(module)
-        _fix_same_padding(self.network)
+        _adapt_convolutions(self.network)
         config: Any = self.network.pretrained_cfg
         for key in ("mean", "std"):
             scale = torch.tensor(config[key], dtype=torch.float32) * 255.0
@@ -72,7 +72,6 @@ class Backbone(nn.Module):
         return (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return every level, finest first."""
         return cast(list[Tensor], self.network(image))
 
 
@@ -91,6 +90,11 @@ class FixedSameConv2d(nn.Conv2d):
         right = kernel - 1 - left
         padded = functional.pad(input, (left, right, left, right))
         return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def resize_bilinear(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """[N, C, h, w] -> [N, C, *size]."""
+    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def check_weights(name: str, weights: str) -> None:
@@ -147,35 +151,21 @@ def _features_of(timm: Any, name: str, pretrained: bool, output_stride: int) -> 
     raise UsageError(f"backbone {name!r}: timm cannot give its features")
 
 
-def _undilate(convolution: nn.Conv2d) -> None:
-    kernel = convolution.kernel_size[0]
-    if convolution.dilation[0] > 1:
-        convolution.dilation = (1, 1)
-        if not isinstance(convolution.padding, str) and convolution.padding[0] > 0:
-            convolution.padding = ((kernel - 1) // 2,) * 2
-
-
-def _fix_same_padding(network: nn.Module) -> None:
+def _adapt_convolutions(network: nn.Module) -> None:
+    """Remove dilation, and the dependence of "same" padding on the size of the image."""
     for parent in network.modules():
         for name, child in parent.named_children():
-            if type(child).__name__ == "Conv2dSame" and isinstance(child, nn.Conv2d):
-                fixed = FixedSameConv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    (child.kernel_size[0], child.kernel_size[1]),
-                    stride=(child.stride[0], child.stride[1]),
-                    groups=child.groups,
-                    bias=child.bias is not None,
-                )
+            if isinstance(child, nn.Conv2d) and child.dilation[0] > 1:
+                child.dilation = (1, 1)
+                if not isinstance(child.padding, str) and child.padding[0] > 0:
+                    child.padding = ((child.kernel_size[0] - 1) // 2,) * 2
+            if isinstance(child, nn.Conv2d) and type(child).__name__ == "Conv2dSame":
+                kernel, stride = ((size[0], size[1]) for size in (child.kernel_size, child.stride))
+                channels = child.in_channels, child.out_channels
+                bias = child.bias is not None
+                fixed = FixedSameConv2d(*channels, kernel, stride=stride, groups=child.groups, bias=bias)
                 fixed.load_state_dict(child.state_dict())
                 setattr(parent, name, fixed)
-
-
-def _load_packaged_weights(name: str, network: nn.Module) -> None:
-    package, file = PACKAGED_WEIGHTS[name]
-    folder = Path(str(importlib.import_module(package).__file__)).parent
-    stored = torch.load(folder / "models" / file, weights_only=True, map_location="cpu")
-    network.load_state_dict(in_order(network.state_dict(), stored, file), strict=True)
 
 
 def in_order(target: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -188,8 +178,7 @@ def in_order(target: Mapping[str, Tensor], stored: Mapping[str, Tensor], source:
         raise UsageError(f"{source}: got {len(stored)} tensors, expected at least {len(target)}")
     named = {}
     for (key, tensor), (stored_key, value) in zip(target.items(), stored.items(), strict=False):
-        same_kind = key.rsplit(".")[-1] == stored_key.rsplit(".")[-1]
-        if not same_kind or tensor.shape != value.shape:
+        if key.rsplit(".")[-1] != stored_key.rsplit(".")[-1] or tensor.shape != value.shape:
             raise UsageError(
                 f"{source}: got {stored_key} {tuple(value.shape)}, expected {key} {tuple(tensor.shape)}; "
                 "install the version of the package that pyproject.toml names"

@@ -1,54 +1,50 @@
 """`multisa train` and `multisa reproduce`: the command line of the training pipeline."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from multisa.runtime.cli.options import PATH, option
+
 PAPER_ITEMS = ("table1", "table2", "table3", "figure4", "figure5", "figure6")
 
-Command = Callable[..., Any]
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_path = partial(option, type=PATH, metavar="FILE")
+_TRAINING_OPTIONS = (
+    _path(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="Data set: a folder in VOC layout, or a folder of images with labels.csv and classes.txt.",
+    ),
+    option("--preset", default="lite0", show_default=True, help="Name of a preset, or path of a TOML file."),
+    _path("--labels", help="Image-level labels (CSV or JSON) to use instead of the data set's own."),
+    _path(
+        "-o",
+        "--output",
+        default=Path("runs/multisa"),
+        show_default=True,
+        metavar="OUT",
+        help="Run folder. Finished stages in it are reused.",
+    ),
+    option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override one value of the preset, e.g. cam.schedule.epochs=4. Repeatable.",
+    ),
+)
 
 
 def training_options(command: Command) -> Command:
     """Options that identify a run: data set, configuration, output folder."""
-    options = [
-        click.option(
-            "--data",
-            required=True,
-            metavar="DIR",
-            type=click.Path(path_type=Path),
-            help="Data set: a folder in VOC layout, or a folder of images with labels.csv and classes.txt.",
-        ),
-        click.option(
-            "--preset", default="lite0", show_default=True, help="Name of a preset, or path of a TOML file."
-        ),
-        click.option(
-            "--labels",
-            metavar="FILE",
-            type=click.Path(path_type=Path),
-            help="Image-level labels (CSV or JSON) to use instead of the data set's own.",
-        ),
-        click.option(
-            "-o",
-            "--output",
-            default=Path("runs/multisa"),
-            show_default=True,
-            metavar="OUT",
-            type=click.Path(path_type=Path),
-            help="Run folder. Finished stages in it are reused.",
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override one value of the preset, e.g. cam.schedule.epochs=4. Repeatable.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
+    for decorate in reversed(_TRAINING_OPTIONS):
+        command = decorate(command)
     return command
 
 
@@ -69,32 +65,18 @@ def train(data: Path, preset: str, labels: Path | None, output: Path, overrides:
     click.echo(f"{run.seconds / 60:.0f} minutes in total; details: {output / 'run.json'}")
 
 
-# more than six parameters: click passes each option as a parameter
 @click.command()
 @click.argument("what", type=click.Choice(PAPER_ITEMS))
 @training_options
-@click.option(
+@option(
     "--num-images",
     type=int,
     metavar="N",
     help="Number of images in a figure, evenly spaced in its list.  [4]",
 )
-@click.option(
-    "--list",
-    "image_list",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Show the images of this file in a figure instead: one id per line.",
-)
+@_path("--list", "image_list", help="Show the images of this file in a figure instead: one id per line.")
 def reproduce(
-    what: str,
-    data: Path,
-    preset: str,
-    labels: Path | None,
-    output: Path,
-    overrides: tuple[str, ...],
-    num_images: int | None,
-    image_list: Path | None,
+    what: str, data: Path, labels: Path | None, preset: str, overrides: tuple[str, ...], **options: Any
 ) -> None:
     """Reproduce a table or a figure of the paper on any data set, with the paper's numbers beside ours.
 
@@ -115,5 +97,4 @@ def reproduce(
     from multisa.training import load_config, read_dataset, reproduce_paper
 
     config = load_config(preset, overrides)
-    dataset = read_dataset(data, labels)
-    click.echo(reproduce_paper(what, config, dataset, output, num_images=num_images, image_list=image_list))
+    click.echo(reproduce_paper(what, config, read_dataset(data, labels), **options))

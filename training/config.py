@@ -40,7 +40,6 @@ class Schedule:
     freeze_batch_norm: bool = True  # keep the running statistics (irn, psa); scale and shift are trained
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers that no training can use."""
         _expect(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _expect(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _expect(self.crop >= MINIMUM_SIDE, "crop", self.crop, f"at least {MINIMUM_SIDE}")
@@ -68,7 +67,6 @@ class CamConfig:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for scales that a graph cannot have, taps out of order, or a rate out of range."""
         _expect(0 < self.beta_factor < math.inf, "beta_factor", self.beta_factor, "a finite number above 0")
         ordered = list(self.taps) == sorted(set(self.taps)) and min(self.taps, default=0) >= 0
         _expect(ordered, "taps", self.taps, "ascending levels of the backbone, from 0")
@@ -86,7 +84,6 @@ class AffinityLabelConfig:
     crf: CrfParameters = field(default_factory=lambda: CrfParameters(bilateral_sxy=50.0, bilateral_srgb=5.0))
 
     def __post_init__(self) -> None:
-        """Raise ValueError for scores in the wrong order or a confidence that is not a probability."""
         _expect(0 < self.foreground < 1, "foreground", self.foreground, "above 0 and below 1")
         below = f"above 0 and below foreground, {self.foreground}"
         _expect(0 < self.background < self.foreground, "background", self.background, below)
@@ -104,7 +101,6 @@ class AffinityConfig:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a radius without pairs, or one whose pairs would fill the memory."""
         within = 2 <= self.training_radius <= MAX_WALK_RADIUS
         _expect(within, "training_radius", self.training_radius, f"2..{MAX_WALK_RADIUS}")
 
@@ -123,7 +119,6 @@ class SegmenterConfig:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for layers that cannot be built."""
         _expect(self.decoder_channels >= 1, "decoder_channels", self.decoder_channels, "at least 1")
         _expect(min(self.atrous_rates, default=1) >= 1, "atrous_rates", self.atrous_rates, "each at least 1")
         _expect(0 <= self.dropout < 1, "dropout", self.dropout, "within 0..1, below 1")
@@ -150,7 +145,6 @@ class TrainConfig:
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values that no run can use."""
         _expect(self.workers >= 1, "workers", self.workers, "at least 1")
         _expect(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0..{MAX_SEED}")
         _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
-import numpy.typing as npt
-
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import read_image_labels
+from multisa.runtime.imaging.decode import UInt8, read_image, resize_image, working_size
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import log
 from multisa.runtime.sources.folders import list_images
@@ -55,7 +53,7 @@ class Dataset:
         return tuple((red, green, blue) for red, green, blue in rows)
 
     @property
-    def mask_palette(self) -> npt.NDArray[np.uint8]:
+    def mask_palette(self) -> UInt8:
         """Colours of mask files, uint8 [256, 3]."""
         colours = voc_palette()
         colours[: len(self.class_names)] = self.palette
@@ -93,6 +91,16 @@ def read_dataset(root: Path, labels: Path | None = None) -> Dataset:
     return _read_folder(root, labels)
 
 
+def read_working_image(path: Path, long_side: int) -> UInt8:
+    """Read an image as the networks see it: uint8 RGB [H, W, 3], long side at most `long_side` pixels.
+
+    Every stage and the exporter read images here, so that maps and masks of one image have one size. Raises
+    ImageError.
+    """
+    rgb = read_image(path).rgb
+    return resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side))
+
+
 def _read_voc(root: Path, labels: Path | None) -> Dataset:
     names = _class_names(root) or VOC_CLASSES
     train = _read_list(root, "train")
@@ -113,13 +121,8 @@ def _read_voc(root: Path, labels: Path | None) -> Dataset:
     val_items = [_voc_item(root, name, ()) for name in val]
     in_train = set(train)
     train_items = [item for item in train_images if item.id in in_train]
-    return Dataset(
-        root=root,
-        class_names=names,
-        train_images=tuple(train_images),
-        train=_with_masks("train", train_items),
-        val=_with_masks("val", val_items),
-    )
+    measured = _with_masks("train", train_items), _with_masks("val", val_items)
+    return Dataset(root, names, tuple(train_images), *measured)
 
 
 def _check_lists(root: Path, trained_on: list[str], train: list[str], val: list[str]) -> None:
@@ -175,9 +178,7 @@ def _read_folder(root: Path, labels: Path | None) -> Dataset:
 
 
 def _label_file(root: Path, labels: Path | None) -> Path | None:
-    if labels is not None:
-        return labels
-    return next((p for p in (root / "labels.json", root / "labels.csv") if p.is_file()), None)
+    return labels or next((p for p in (root / "labels.json", root / "labels.csv") if p.is_file()), None)
 
 
 def _classes_from_table(table: Path, names: tuple[str, ...], relatives: list[str]) -> list[tuple[int, ...]]:

@@ -7,25 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from multisa.runtime.errors import BackendUnavailable
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import read_image, resize_image, working_size
+from multisa.runtime.predict.postprocess import Float32, UInt8
 from multisa.runtime.progress import Progress
 from multisa.training.config import TrainConfig
 from multisa.training.data import Item
 
-UInt8 = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
-
 
 def torch_device(config: TrainConfig) -> torch.device:
     """The device a configuration asks for. Raises BackendUnavailable for CUDA where torch has none."""
-    if config.device == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available():
+    if config.device != "cpu" and torch.cuda.is_available():
         return torch.device("cuda")
     if config.device == "cuda":
         raise BackendUnavailable(
@@ -36,25 +30,27 @@ def torch_device(config: TrainConfig) -> torch.device:
 
 
 def for_each_item(
-    work: Callable[[Item], None],
+    work: Callable[..., None],
     items: Sequence[Item],
-    outputs: Callable[[Item], tuple[Path, ...]],
+    folder: Path,
+    suffixes: tuple[str, ...],
     *,
     workers: int,
     title: str,
 ) -> None:
-    """Call `work` on every item that lacks one of its files `outputs(item)`, on `workers` threads.
+    """Call `work` on every item that lacks one of its files, on `workers` threads.
 
-    `work` writes each file atomically, so an interrupted stage resumes where it stopped. The first error
-    ends the stage.
+    An item has a file `folder`/ID + suffix for each suffix; `work` gets the item and these paths. It writes
+    each file atomically, so an interrupted stage resumes where it stopped. The first error ends the stage.
     """
-    left = [item for item in items if not all(path.exists() for path in outputs(item))]
+    tasks = [(item, [folder / f"{item.id}{suffix}" for suffix in suffixes]) for item in items]
+    left = [(item, paths) for item, paths in tasks if not all(path.exists() for path in paths)]
     with (
         _single_threaded_operators(workers),
         ThreadPoolExecutor(workers) as pool,
         Progress(len(items), title, initial=len(items) - len(left)) as bar,
     ):
-        futures = [pool.submit(work, item) for item in left]
+        futures = [pool.submit(work, item, *paths) for item, paths in left]
         try:
             for future in futures:
                 future.result()
@@ -62,16 +58,6 @@ def for_each_item(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def read_working_image(item: Item, long_side: int) -> UInt8:
-    """Read an image as uint8 RGB [H, W, 3], shrunk so that its long side is at most `long_side` pixels.
-
-    Every stage reads images here, so that maps and masks of one image have one size. Raises ImageError.
-    """
-    rgb = read_image(item.image).rgb
-    size = working_size(rgb.shape[0], rgb.shape[1], long_side)
-    return rgb if size == rgb.shape[:2] else resize_image(rgb, size)
 
 
 def as_batch(image: UInt8) -> torch.Tensor:

@@ -70,7 +70,8 @@ def train_network(
         started = time.perf_counter()
         _set_training_mode(model, schedule)
         torch.manual_seed(options.seed * MODEL_SEED_STRIDE + epoch)
-        steps = _steps_per_epoch(len(dataset), schedule)  # type: ignore[arg-type]
+        # The incomplete last batch is dropped (other samples in every epoch), unless it is the only one.
+        steps = max(len(dataset) // schedule.batch_size, 1)  # type: ignore[arg-type]
         batches = _batches(dataset, schedule, options, epoch)
         total = 0.0
         with Progress(steps, f"{options.title} {epoch + 1}/{schedule.epochs}", "step") as bar:
@@ -126,11 +127,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | N
         raise CheckpointError(f"{path}: damaged ({error}); {_REMEDY}") from error
     if "multisa" not in metadata:
         raise CheckpointError(f"{path}: not a multisa checkpoint; {_REMEDY}")
-    state = {
-        key.removeprefix(_MODEL_PREFIX): value
-        for key, value in tensors.items()
-        if key.startswith(_MODEL_PREFIX)
-    }
+    prefix = _MODEL_PREFIX
+    state = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:  # its message lists every key, a page of them
@@ -172,27 +170,19 @@ def _set_training_mode(model: nn.Module, schedule: Schedule) -> None:
             module.eval()
 
 
-def _steps_per_epoch(size: int, schedule: Schedule) -> int:
-    # The incomplete last batch is dropped (other samples in every epoch), unless it is the only one.
-    return max(size // schedule.batch_size, 1)
-
-
 def _batches(dataset: Dataset[Any], schedule: Schedule, options: LoopOptions, epoch: int) -> Iterator[Any]:
-    set_epoch = getattr(dataset, "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(epoch)
-    size = len(dataset)  # type: ignore[arg-type]
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=min(schedule.batch_size, size),
-            shuffle=True,
-            drop_last=True,
-            num_workers=options.workers,
-            generator=torch.Generator().manual_seed(options.seed * ORDER_SEED_STRIDE + epoch),
-            multiprocessing_context=_worker_context() if options.workers else None,
-        )
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+    loader = DataLoader(
+        dataset,
+        batch_size=min(schedule.batch_size, len(dataset)),  # type: ignore[arg-type]
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+        generator=torch.Generator().manual_seed(options.seed * ORDER_SEED_STRIDE + epoch),
+        multiprocessing_context=_worker_context() if options.workers else None,
     )
+    return iter(loader)
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:

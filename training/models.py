@@ -1,6 +1,5 @@
 """The three networks from their configurations: Multi-SA CAM, AffinityNet and DeepLabV3+."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -53,15 +52,7 @@ def create_model(
     Raises UsageError for a missing class count, or a backbone, weights, taps or head that do not exist or do
     not fit together; CheckpointError for a checkpoint that is missing, damaged, or of another network.
     """
-    if checkpoint is not None:
-        network = _build(replace(config, weights="none"), n_classes)
-        load_checkpoint(checkpoint, network)
-        return network.eval()
-    return _build(config, n_classes)
-
-
-def _build(config: ModelConfig, n_classes: int | None) -> nn.Module:
-    backbone = Backbone(config.backbone, weights=config.weights)
+    backbone = Backbone(config.backbone, weights="none" if checkpoint else config.weights)
     network: nn.Module
     if isinstance(config, AffinityConfig):
         network = AffinityNet(backbone, head=config.head)
@@ -77,4 +68,8 @@ def _build(config: ModelConfig, n_classes: int | None) -> nn.Module:
             atrous_rates=config.atrous_rates,
             dropout=config.dropout,
         )
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if checkpoint is None:
+        return network
+    load_checkpoint(checkpoint, network)
+    return network.eval()

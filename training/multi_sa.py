@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from multisa.runtime.errors import UsageError
-from multisa.training.backbones import Backbone
+from multisa.training.backbones import Backbone, resize_bilinear
 
 MINIMUM_MAGNITUDE = 1e-6  # keeps the gain of a level that is zero everywhere finite
 PEAK_EPSILON = 1e-5  # as in irn: a class without any evidence stays near zero instead of dividing by it
@@ -28,7 +28,6 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(self, channels: int) -> None:
-        """Build the three projections for `channels` input channels."""
         super().__init__()
         self.query = nn.Conv2d(channels, channels, 1, bias=False)
         self.key = nn.Conv2d(channels, channels, 1, bias=False)
@@ -40,14 +39,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, c, h, w] -> [N, c, h, w]."""
-        query, key, value = (
-            layer(features).flatten(2).transpose(1, 2)[:, None]
-            for layer in (self.query, self.key, self.value)
-        )
-        # The whole (hw)^2 matrix is never built: the operator is fused in training, and becomes a loop over
-        # blocks of queries in an exported graph (export/attention.py).
-        attended = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+        attended = attend(self.query(features), self.key(features), self.value(features))
         return self.beta * attended[:, 0].transpose(1, 2).reshape(features.shape) + features
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention over positions: query and key [N, c, h, w], value [N, v, h, w] -> [N, 1, h * w, v]."""
+    q, k, v = (maps.flatten(2).transpose(1, 2)[:, None] for maps in (query, key, value))
+    # The whole (hw)^2 matrix is never built: the operator is fused in training, and becomes a loop over
+    # blocks of queries in an exported graph (export/attention.py).
+    return functional.scaled_dot_product_attention(q, k, v, scale=1.0)
 
 
 class MultiSACAM(nn.Module):
@@ -115,10 +116,7 @@ class MultiSACAM(nn.Module):
             layer(levels[tap] * self.level_gain[tap])
             for layer, tap in zip(self.attention, self.taps, strict=True)
         ]
-        size = enhanced[0].shape[-2:]
-        stacked = torch.cat(
-            [functional.interpolate(v, size=size, mode="bilinear", align_corners=False) for v in enhanced], 1
-        )
+        stacked = torch.cat([resize_bilinear(v, enhanced[0].shape[-2:]) for v in enhanced], 1)
         return torch.as_tensor(self.classifier(self.fuse(stacked)))
 
     def betas(self) -> list[float]:
@@ -138,9 +136,8 @@ class MultiScaleCAM(nn.Module):
     """uint8 images -> class activation maps in [0, 1] (Eq. 9) and classification scores in [0, 1].
 
     The network runs on every scale and its mirror image; then ReLU, sum, and division of each map by its own
-    maximum (irn).
-    Scores are the sigmoid of the mean logit over scales and mirrors: no ReLU, which would hide evidence
-    against a class.
+    maximum (irn). Scores are the sigmoid of the mean logit over scales and mirrors: no ReLU, which would hide
+    evidence against a class.
     """
 
     def __init__(self, network: nn.Module, *, scales: tuple[float, ...]) -> None:
@@ -164,11 +161,7 @@ class MultiScaleCAM(nn.Module):
             logits.append(both.mean((-2, -1)))
             positive = functional.relu(both)
             straight, mirrored = positive[:batch], positive[batch:]
-            maps.append(
-                functional.interpolate(
-                    straight + mirrored.flip(-1), size=grid, mode="bilinear", align_corners=False
-                )
-            )
+            maps.append(resize_bilinear(straight + mirrored.flip(-1), grid))
         cam = torch.stack(maps).sum(0)
         cam = cam / (cam.amax((-2, -1), keepdim=True) + PEAK_EPSILON)
         mean_logits = torch.stack(logits).mean(0)
@@ -205,8 +198,7 @@ class SingleLevel(nn.Module):
         levels = self.backbone(image)
         tap = network.taps[self.index]
         enhanced = network.attention[self.index](levels[tap] * network.level_gain[tap])
-        size = levels[network.taps[0]].shape[-2:]
-        raised = functional.interpolate(enhanced, size=size, mode="bilinear", align_corners=False)
+        raised = resize_bilinear(enhanced, levels[network.taps[0]].shape[-2:])
         fused = functional.conv2d(raised, network.fuse.weight[:, self.columns])
         return torch.as_tensor(network.classifier(fused))
 
@@ -232,4 +224,4 @@ def _rescale(image: Tensor, scale: Fraction) -> Tensor:
     size = tuple(
         (side * scale.numerator + scale.denominator - 1) // scale.denominator for side in image.shape[-2:]
     )
-    return functional.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    return resize_bilinear(image, size)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.training.backbones import Backbone
+from multisa.training.backbones import Backbone, resize_bilinear
 
 LOW_LEVEL_CHANNELS = 48  # of the stride-4 features in the decoder
 
@@ -50,7 +50,7 @@ class DeepLabV3Plus(nn.Module):
         fine = levels[self.fine_level]
         pooled = self.pooled(deep.mean((-2, -1), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
         mixed = self.project(torch.cat([*(branch(deep) for branch in self.pyramid), pooled], 1))
-        raised = functional.interpolate(mixed, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        raised = resize_bilinear(mixed, fine.shape[-2:])
         decoded = self.decode(torch.cat([raised, self.low_level(fine)], 1))
         return torch.as_tensor(self.classifier(self.dropout(decoded)))
 
@@ -60,7 +60,7 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
 
     logits: float [N, K, h, w], resized here to the mask's size; mask: uint8 [N, H, W]. Returns a scalar.
     """
-    resized = functional.interpolate(logits, size=mask.shape[-2:], mode="bilinear", align_corners=False)
+    resized = resize_bilinear(logits, mask.shape[-2:])
     return functional.cross_entropy(resized, mask.to(torch.int64), ignore_index=IGNORE_INDEX)
 
 
@@ -68,17 +68,14 @@ class SegmentImages(nn.Module):
     """uint8 images -> labels and confidence at full size: the module that is exported and deployed."""
 
     def __init__(self, network: DeepLabV3Plus) -> None:
-        """Wrap a trained network."""
         super().__init__()
         self.network = network
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N, H, W, 3] -> labels uint8 [N, H, W], confidence uint8 [N, H, W] (255 = certain)."""
         logits = self.network(self.network.backbone.normalise(image))
-        size = (image.shape[1], image.shape[2])
-        full = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        # The softmax of the winning class alone is 1 / sum exp(l - max): no tensor of all probabilities is
-        # needed.
+        full = resize_bilinear(logits, (image.shape[1], image.shape[2]))
+        # The softmax of the winner alone is 1 / sum exp(l - max), without a tensor of all probabilities.
         highest, labels = full.max(1)
         confidence = 1 / torch.exp(full - highest[:, None]).sum(1)
         return labels.to(torch.uint8), (confidence * 255 + 0.5).to(torch.uint8)

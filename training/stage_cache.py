@@ -20,6 +20,8 @@ FORMAT = 2
 MARKER = "stage.json"
 CLOCK = "clock.json"
 
+Results = Mapping[str, Any]  # of a stage: JSON values
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -28,7 +30,7 @@ class Stage:
     name: str
     folder: Path
     digest: str
-    results: Mapping[str, Any] = field(default_factory=dict)
+    results: Results = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -36,7 +38,6 @@ class StageCache:
     """The stages of one run below `root`."""
 
     def __init__(self, root: Path) -> None:
-        """Keep stages in folders below `root`."""
         self.root = root
         self.stages: list[Stage] = []  # in the order they were asked for
 
@@ -45,14 +46,16 @@ class StageCache:
         name: str,
         inputs: Mapping[str, Any],
         after: list[Stage],
-        work: Callable[[Path], Mapping[str, Any]],
+        work: Callable[[Path], Results],
     ) -> Stage:
         """Run `work` in the folder of the stage, unless it is finished already from the same inputs.
 
         inputs: JSON values that determine the output of the stage; after: the stages it reads. What `work`
         returns is stored as the results of the stage.
         """
-        digest = stage_digest(name, inputs, [stage.digest for stage in after])
+        read = [stage.digest for stage in after]
+        identity = {"format": FORMAT, "stage": name, "inputs": inputs, "after": read}
+        digest = sha256_of_bytes(json.dumps(identity, sort_keys=True).encode())
         folder = self.root / f"{name}-{digest[:10]}"
         stage = _finished(name, folder, digest)
         if stage is None:
@@ -62,19 +65,15 @@ class StageCache:
             results = work(folder)
             seconds = before + time.time() - started
             stage = Stage(name, folder, digest, results, seconds)
+            paths = [path for path in sorted(folder.iterdir()) if path.name not in (MARKER, CLOCK)]
             record = {"digest": digest, "inputs": inputs, "seconds": seconds, "results": results}
-            write_json_atomically(folder / MARKER, {**record, "files": _files(folder)})
+            files = {path.name: sha256_of_file(path) for path in paths}
+            write_json_atomically(folder / MARKER, {**record, "files": files})
             log.info(f"{name}: done, {seconds:.0f} s")
         else:
             log.info(f"{name}: skipped, already done with the same inputs")
         self.stages.append(stage)
         return stage
-
-
-def stage_digest(name: str, inputs: Mapping[str, Any], after: list[str]) -> str:
-    """Digest of everything a stage depends on: its name, its inputs, the digests of the stages it reads."""
-    described = {"format": FORMAT, "stage": name, "inputs": inputs, "after": after}
-    return sha256_of_bytes(json.dumps(described, sort_keys=True).encode())
 
 
 def _finished(name: str, folder: Path, digest: str) -> Stage | None:
@@ -97,11 +96,6 @@ def _finished(name: str, folder: Path, digest: str) -> Stage | None:
     for file in wrong:
         (folder / file).unlink(missing_ok=True)
     return None
-
-
-def _files(folder: Path) -> dict[str, str]:
-    own = (MARKER, CLOCK)
-    return {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name not in own}
 
 
 def _seconds_spent(folder: Path) -> float:

@@ -1,28 +1,27 @@
-"""Build TensorRT engines of a bundle's graphs for several GPUs, or find them in the engine cache.
-
-result = build_engines("bundles/voc", BuildOptions(targets=("sm86", "sm89"), precision="fp16"))
-result.raise_failures()
-"""
+"""Build TensorRT engines of a bundle's graphs for several GPUs, or find them in the engine cache."""
 
 import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from multisa.export.report import INT8_FOR, format_table, open_bundle
 from multisa.export.tensorrt.builder import build_engine, check_targets
-from multisa.export.tensorrt.profiles import parse_profiles
 from multisa.runtime.backends.base import CONTRACTS, PRECISIONS, GraphContract, graph_file, how_to_convert
-from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
+from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, Shape, this_platform
 from multisa.runtime.backends.gpus import Gpu, probe_gpus
 from multisa.runtime.backends.tensorrt_runtime import TENSORRT_RTX, Library, import_library
 from multisa.runtime.bundle import ENGINES_FOLDER, Bundle
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.files import sha256_of_bytes
+from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.runtime.progress import Progress, log, pluralize
+
+_FORM = "NxHxW:NxHxW:NxHxW, as in 1x64x64:1x384x512:8x512x512"
+_GRID = 32  # sides of the default profiles are multiples of the largest stride of the backbones
 
 
 @dataclass(frozen=True)
@@ -71,42 +70,27 @@ class BuildResult:
     def describe(self) -> str:
         """A table of the engines for people, then the folder they are in."""
         header = ("graph", "target", "precision", "profiles", "MB", "seconds", "")
-        rows = [
-            (
-                row.graph,
-                row.target,
-                row.precision,
-                str(len(row.profiles)),
-                f"{row.bytes / 1e6:.1f}",
-                f"{row.build_seconds:.1f}",
-                "from the cache" if row.is_cached else "built",
-            )
-            for row in self.rows
-        ]
-        table = format_table(header, rows, right=("profiles", "MB", "seconds"))
+        rows = []
+        for row in self.rows:
+            numbers = (str(len(row.profiles)), f"{row.bytes / 1e6:.1f}", f"{row.build_seconds:.1f}")
+            origin = "from the cache" if row.is_cached else "built"
+            rows.append((row.graph, row.target, row.precision, *numbers, origin))
+        table = format_table(header, rows, right=header[3:6])
         end = f"time: {self.seconds:.1f} s\nengine cache: {self.engine_cache}"
         return f"{self.bundle}, {self.library}\n{table}\n\n{end}"
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; sizes in bytes, times in seconds."""
+        engines = []
+        for row in self.rows:
+            values = {name.removeprefix("is_"): value for name, value in asdict(row).items()}
+            engines.append({**values, "profiles": [str(p) for p in row.profiles], "path": str(row.path)})
         return {
             "bundle": self.bundle,
             "library": self.library.name,
             "library_version": self.library.version,
             "engine_cache": str(self.engine_cache),
-            "engines": [
-                {
-                    "graph": row.graph,
-                    "target": row.target,
-                    "precision": row.precision,
-                    "profiles": [str(profile) for profile in row.profiles],
-                    "bytes": row.bytes,
-                    "build_seconds": row.build_seconds,
-                    "cached": row.is_cached,
-                    "path": str(row.path),
-                }
-                for row in self.rows
-            ],
+            "engines": engines,
             "failures": list(self.failures),
             "seconds": round(self.seconds, 2),
         }
@@ -119,8 +103,8 @@ def build_engines(bundle: Bundle | str | Path, options: BuildOptions) -> BuildRe
     everything that decides what the engine computes and where it runs. An engine that cannot be built does
     not stop the others: its reason is in `failures`, see `BuildResult.raise_failures`.
 
-    Raises UsageError for unknown targets, graphs, precisions, profiles or libraries, BackendUnavailable if the
-    library, the driver or the GPU is missing, BundleError for a damaged bundle.
+    Raises UsageError for unknown targets, graphs, precisions, profiles or libraries, BackendUnavailable if
+    the library, the driver or the GPU is missing, BundleError for a damaged bundle.
     """
     start = time.perf_counter()
     bundle = open_bundle(bundle)
@@ -176,6 +160,66 @@ def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(targets))
 
 
+def default_profiles(long_side: int) -> tuple[Profile, ...]:
+    """Three profiles for images whose long side is at most `long_side` pixels.
+
+    Most images are larger and are reduced to exactly `long_side`, in 4:3 or 3:4: two profiles are tuned for
+    these, and the first also covers everything wider than 3:4. The third is tuned for small images. All have
+    batch 1, as the runtime runs them: an engine reserves the memory of its largest batch.
+    """
+    short = _on_grid(long_side * 3 // 4, long_side)
+    small = _on_grid(long_side * 5 // 8, long_side)
+    smallest: Shape = (1, MINIMUM_SIDE, MINIMUM_SIDE)
+    profiles = [
+        Profile(smallest, (1, short, long_side), (1, long_side, long_side)),
+        Profile(smallest, (1, long_side, short), (1, long_side, short)),
+        Profile(smallest, (1, small, small), (1, small, small)),
+    ]
+    return tuple(dict.fromkeys(profiles))  # they coincide for the smallest long_side
+
+
+def parse_profiles(texts: Sequence[str], long_side: int) -> tuple[Profile, ...]:
+    """Profiles from texts like "1x64x64:1x384x512:8x512x512" (NxHxW as min:opt:max), or the default ones.
+
+    Raises UsageError, naming the profile, for malformed texts and sizes outside 64..`long_side`.
+    """
+    if not texts:
+        return default_profiles(long_side)
+    profiles = tuple(_parse(text) for text in texts)
+    for text, profile in zip(texts, profiles, strict=True):
+        if profiles.count(profile) > 1:
+            raise UsageError(f"profile {text}: given twice, expected each once")
+        low, high = min(profile.minimum[1:]), max(profile.maximum[1:])
+        where = f"input image: profile {profile}"
+        if low < MINIMUM_SIDE:
+            raise UsageError(
+                f"{where}: got a side of {low}, expected at least {MINIMUM_SIDE}: the graphs take no smaller "
+                "image"
+            )
+        if high > long_side:
+            raise UsageError(
+                f"{where}: got a side of {high}, expected at most {long_side}: the bundle reduces every "
+                "image to that long side"
+            )
+    return profiles
+
+
+def _parse(text: str) -> Profile:
+    parts = text.lower().split(":")
+    if len(parts) != 3 or not all(re.fullmatch(r"\d{1,6}x\d{1,6}x\d{1,6}", part) for part in parts):
+        raise UsageError(f"profile: got {text!r}, expected {_FORM}")
+    shapes = [tuple(map(int, part.split("x"))) for part in parts]
+    try:
+        return Profile(*[(batch, height, width) for batch, height, width in shapes])
+    except ValueError as error:
+        raise UsageError(f"input image: {error}") from error
+
+
+def _on_grid(side: int, long_side: int) -> int:
+    rounded = -(-side // _GRID) * _GRID
+    return min(max(rounded, MINIMUM_SIDE), long_side)
+
+
 def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[GraphContract, ...]:
     """The graphs to build; graphs without the precision are left out unless they were named."""
     if options.precision not in PRECISIONS:
@@ -226,13 +270,5 @@ def _build(
             return pool.submit(build_engine, library, data, contract, key.profiles, (key.target,)).result()
 
     stored = cache.get_or_build(key, build)
-    return EngineRow(
-        graph=key.graph,
-        target=key.target,
-        precision=key.precision,
-        profiles=key.profiles,
-        bytes=stored.bytes,
-        build_seconds=stored.build_seconds,
-        is_cached=not built,
-        path=stored.path,
-    )
+    identity = (key.graph, key.target, key.precision, key.profiles)
+    return EngineRow(*identity, stored.bytes, stored.build_seconds, is_cached=not built, path=stored.path)

@@ -55,7 +55,11 @@ def build_engine(
     logger, log = library_log(module)
     log.clear()
     builder: trt.Builder = module.Builder(logger)
-    network: trt.INetworkDefinition = builder.create_network(_network_flags(library))
+    flags = 0
+    if not library.is_rtx and library.major <= 10:
+        # The graph decides the types: TensorRT 10 needs a flag for that, the others always do so.
+        flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network: trt.INetworkDefinition = builder.create_network(flags)
     parser: trt.OnnxParser = module.OnnxParser(network, logger)
     # Bytes, not a path: check_onnx has made sure that no other file belongs to the graph.
     if not parser.parse(graph):
@@ -64,20 +68,18 @@ def build_engine(
     config: trt.IBuilderConfig = builder.create_builder_config()
     _set_flags(config, module)
     if library.is_rtx:
-        _set_targets(config, library, targets)
+        rtx_config: Any = config  # TensorRT's stubs do not have compute capabilities
+        known = _capabilities(library)
+        rtx_config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            if not rtx_config.set_compute_capability(known[target], index):
+                raise BackendError(f"{library}: does not take the target {target} at place {index}")
     for profile in profiles:
         _add_profile(builder, config, profile, log, label)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BackendError(f"{label}: {library} builds no engine:{_build_errors(log)}")
     return bytes(engine)
-
-
-def _network_flags(library: Library) -> int:
-    """The graph decides the types: TensorRT 10 needs a flag for that, the others always do so."""
-    if library.is_rtx or library.major > 10:
-        return 0
-    return 1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 def _set_flags(config: "trt.IBuilderConfig", module: Any) -> None:
@@ -106,14 +108,6 @@ def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, 
 def _dtype(tensor: "trt.ITensor") -> str:
     name = str(tensor.dtype.name)
     return DTYPES.get(name, name)
-
-
-def _set_targets(rtx_config: Any, library: Library, targets: Sequence[str]) -> None:
-    known = _capabilities(library)  # RTX only; TensorRT's stubs do not have it
-    rtx_config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        if not rtx_config.set_compute_capability(known[target], index):
-            raise BackendError(f"{library}: does not take the target {target} at place {index}")
 
 
 def _capabilities(library: Library) -> dict[str, Any]:

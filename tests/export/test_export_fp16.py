@@ -18,11 +18,11 @@ from multisa.export.fp16 import (
     read_fp32_graph,
 )
 from multisa.export.parity import Compared, measure_parity
-from multisa.export.precision import convert_to_fp16, largest_values
+from multisa.export.precision import Reference, convert_to_fp16, largest_values
 from multisa.runtime.backends.base import SEGMENTER, GraphContract, TensorContract
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import default_bundle_path
-from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.demo import IMAGES
 from multisa.runtime.imaging.decode import read_image
 
 Arrays = dict[str, np.ndarray]
@@ -175,7 +175,7 @@ def test_values_beyond_fp16_are_found_and_their_nodes_kept(image: np.ndarray) ->
     assert peaks["logits"] > FP16_MAX and peaks["real"] == image.max()
     everything = run(model_bytes(emulated_fp16_graph(plain, fp16_candidates(plain))), image, CAM_OF_ATTENTION)
     assert not np.isfinite(everything["cam"]).all()  # the danger is real
-    converted = convert_to_fp16(data, CAM_OF_ATTENTION, [image], threads=1)
+    converted = convert_to_fp16(Reference(data, CAM_OF_ATTENTION, [image], 1))
     assert {"logits", "softmax"} <= set(converted.too_large)
     assert converted.too_large["logits"] == pytest.approx(peaks["logits"])
     report = measure_parity(
@@ -189,7 +189,7 @@ def test_values_beyond_fp16_are_found_and_their_nodes_kept(image: np.ndarray) ->
 def test_sensitive_nodes_are_found_without_overflow(image: np.ndarray) -> None:
     data = as_cam(attention(gain=0.07))
     assert largest_values(read_fp32_graph(data), [image], threads=1)["logits"] < FP16_MAX / 8
-    converted = convert_to_fp16(data, CAM_OF_ATTENTION, [image], threads=1)
+    converted = convert_to_fp16(Reference(data, CAM_OF_ATTENTION, [image], 1))
     assert not converted.too_large and len(converted.search.trials) > 1
     # Logits in the thousands move by more than one when what they are made of is rounded, and Softmax is
     # exponential; what comes after it may be rounded.
@@ -223,7 +223,7 @@ def test_subgraphs_read_what_is_around_them_in_fp32(image: np.ndarray) -> None:
 
 
 def test_the_packaged_segmenter_answers_alike_in_fp16() -> None:
-    image = read_image(PHOTOGRAPHS / "chelsea.jpg").rgb[::2, ::2]
+    image = read_image(IMAGES / "chelsea.jpg").rgb[::2, ::2]
     data = Path(default_bundle_path(), "segmenter.onnx").read_bytes()
     plain = read_fp32_graph(data)
     candidates = fp16_candidates(plain)

@@ -1,6 +1,7 @@
 """The gate: figures are right, each limit is kept, and what is not a number never passes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def test_figures_are_those_of_the_definition() -> None:
     assert report.images == 2
     assert report.full_json()["figures"]["labels"]["images_with_truth"] == 2
     # An error of 2 is a quarter of what int8 may have.
-    assert report.differences["confidence"].shares(LIMITS["int8"]["confidence"])["mean_error"] == 0.25
+    int8 = replace(report.differences["confidence"], limit=LIMITS["int8"]["confidence"])
+    assert int8.shares()["mean_error"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_an_output_without_values_does_not_pass(name: str) -> None:
     assert report.problems()[0].startswith(f"{name}: no value was compared") and report.share() > 1
     json.dumps(report.full_json(), allow_nan=False)
     # An output that nothing is asked of asks for no values either.
-    assert report.differences[name].breaches(name, Limit()) == []
+    assert replace(report.differences[name], limit=Limit()).breaches() == []
 
 
 def test_what_cannot_be_compared_is_no_parity() -> None:

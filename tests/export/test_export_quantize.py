@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from multisa.export import quantize as quantize_module
-from multisa.export.calibration_images import read_image_sets
+from multisa.export.compare import read_image_sets
 from multisa.export.parity import LIMITS
-from multisa.export.precision import ConvertedGraph
+from multisa.export.precision import ConvertedGraph, Reference
 from multisa.export.quantize import QuantizeOptions
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -103,11 +103,10 @@ def test_a_graph_beyond_its_limits_is_not_written_but_reported(
 ) -> None:
     real_convert = quantize_module.convert_to_fp16
 
-    def convert_wrongly(
-        data: bytes, contract: GraphContract, images: list[np.ndarray], *, threads: int
-    ) -> ConvertedGraph:
-        wrong = data if contract is not SEGMENTER else segmenter_graph(confused=True)
-        return real_convert(wrong, contract, images, threads=threads)
+    def convert_wrongly(reference: Reference) -> ConvertedGraph:
+        if reference.contract is SEGMENTER:
+            reference = replace(reference, data=segmenter_graph(confused=True))
+        return real_convert(reference)
 
     monkeypatch.setattr(quantize_module, "convert_to_fp16", convert_wrongly)
     report = tmp_path / "parity.json"

@@ -25,12 +25,17 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from multisa.export.fp16 import fp16_candidates, fp16_graph, model_bytes, read_fp32_graph
-from multisa.export.int8 import calibrate_graph, quantize_graph
+from multisa.export.precision import calibrate_graph, quantize_graph
 from multisa.export.tensorrt import build as building
 from multisa.export.tensorrt import builder
-from multisa.export.tensorrt.build import BuildOptions, build_engines, parse_targets
+from multisa.export.tensorrt.build import (
+    BuildOptions,
+    build_engines,
+    default_profiles,
+    parse_profiles,
+    parse_targets,
+)
 from multisa.export.tensorrt.builder import build_engine
-from multisa.export.tensorrt.profiles import default_profiles, parse_profiles
 from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.engine_cache import Profile
 from multisa.runtime.backends.gpus import Gpu, GpuProbe

@@ -24,7 +24,7 @@ from multisa.export.to_torch import (
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
-from multisa.runtime.demo import PHOTOGRAPHS
+from multisa.runtime.demo import IMAGES
 from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.training.backbones import Backbone
 from multisa.training.config import CamConfig, TrainConfig
@@ -70,7 +70,7 @@ def assert_same_answers(bundle: Bundle, contract: GraphContract, images: list[np
 @pytest.mark.parametrize("contract", [CAM, AFFINITY, SEGMENTER], ids=graph_file)
 def test_packaged_networks_answer_as_their_graphs(packaged: Bundle, contract: GraphContract) -> None:
     images = []
-    for path in sorted(PHOTOGRAPHS.glob("*.jpg")):
+    for path in sorted(IMAGES.glob("*.jpg")):
         rgb = read_image(path).rgb
         images.append(resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], LONG_SIDE)))
     assert len(images) == 3

@@ -11,11 +11,10 @@ from PIL import Image
 from multisa.runtime.errors import CheckpointError, DatasetError, UsageError
 from multisa.training import pipeline
 from multisa.training.backbones import in_order
-from multisa.training.checks import check_networks, check_run
 from multisa.training.config import load_config, preset_names
 from multisa.training.data import read_dataset
 from multisa.training.loop import load_checkpoint, save_checkpoint
-from multisa.training.pipeline import train
+from multisa.training.pipeline import check_networks, check_run, train
 
 TINY = Path(__file__).with_name("tiny.toml")
 

@@ -10,17 +10,29 @@ from click.testing import CliRunner
 
 from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, UsageError
-from multisa.training import stages
+from multisa.training import pipeline
 from multisa.training.commands import PAPER_ITEMS
 from multisa.training.config import load_config
 from multisa.training.data import VOC_CLASSES, read_dataset
-from multisa.training.pipeline import Row, load_run
+from multisa.training.pipeline import (
+    CLASS_GAINS,
+    DENSE_CRF,
+    MULTI_SA_CAM,
+    PLAIN_CAM,
+    RANDOM_WALK,
+    Row,
+    load_run,
+)
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES
-from multisa.training.reproduce.report import protocol
-from multisa.training.reproduce.tables import TABLES, attention_counts, per_class_rows, reproduce_table
-from multisa.training.stages import CLASS_GAINS, DENSE_CRF, MULTI_SA_CAM, PLAIN_CAM, RANDOM_WALK
+from multisa.training.reproduce.tables import (
+    TABLES,
+    attention_counts,
+    per_class_rows,
+    protocol,
+    reproduce_table,
+)
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -90,7 +102,7 @@ def test_table1_trains_what_is_missing_and_resumes(
 ) -> None:
     config, dataset = load_config(str(TINY)), read_dataset(voc_folder)
     before = stage_folders(run_folder)
-    train, trained_taps = stages.train_cam, []
+    train, trained_taps = pipeline.train_cam, []
 
     def train_or_stop(cam, *rest):  # type: ignore[no-untyped-def]
         if len(trained_taps) == 1:
@@ -98,7 +110,7 @@ def test_table1_trains_what_is_missing_and_resumes(
         trained_taps.append(cam.taps)
         return train(cam, *rest)
 
-    monkeypatch.setattr(stages, "train_cam", train_or_stop)
+    monkeypatch.setattr(pipeline, "train_cam", train_or_stop)
     with pytest.raises(KeyboardInterrupt):
         reproduce_table("table1", config, dataset, run_folder)
     assert trained_taps == [(4,)]  # the run has trained the CAM without attention

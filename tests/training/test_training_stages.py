@@ -15,14 +15,13 @@ from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, MultisaError, UsageError
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
 from multisa.runtime.imaging.decode import read_mask, resize_mask
-from multisa.training.affinity import affinity_labels
 from multisa.training.augment import AugmentedImages, random_crop
 from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, load_config, preset_names
 from multisa.training.data import read_dataset
-from multisa.training.evaluation import ThresholdSweep
 from multisa.training.loop import LoopOptions, train_network
 from multisa.training.pipeline import load_run, train
-from multisa.training.thresholds import ScoredMaps, choose_class_gains
+from multisa.training.stage_functions import affinity_labels
+from multisa.training.thresholds import ScoredMaps, ThresholdSweep, choose_class_gains
 
 TINY = Path(__file__).with_name("tiny.toml")
 

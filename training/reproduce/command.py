@@ -9,8 +9,7 @@ from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
 from multisa.training.pipeline import RUN_RECORD, load_run
 from multisa.training.reproduce.figures import FIGURES, NUM_IMAGES, reproduce_figure
-from multisa.training.reproduce.report import FOLDER, format_text
-from multisa.training.reproduce.tables import TABLES, reproduce_table
+from multisa.training.reproduce.tables import FOLDER, TABLES, format_text, reproduce_table
 
 
 def reproduce_paper(

@@ -5,29 +5,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text, write_bytes_atomically, write_json_atomically
 from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.predict.postprocess import pseudo_mask
-from multisa.training.checks import check_run
+from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask
 from multisa.training.config import TrainConfig
-from multisa.training.data import Dataset, Item
-from multisa.training.inference import as_batch, load_maps, read_working_image, torch_device
+from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.inference import as_batch, load_maps, torch_device
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
-from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM, SingleLevel, shares_at_peak
+from multisa.training.multi_sa import MultiScaleCAM, SingleLevel, shares_at_peak
+from multisa.training.pipeline import BASELINE, CAM, RunStages, check_run, make_pseudo_labels
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.pictures import Legend, Strip, coloured, draw_sheet, fitted, heat_map
-from multisa.training.reproduce.report import FOLDER, full_run, provenance
+from multisa.training.reproduce.tables import FOLDER, full_run, provenance
 from multisa.training.segmenter import SegmentImages
 from multisa.training.stage_cache import StageCache
-from multisa.training.stages import BASELINE, CAM, RunStages, make_pseudo_labels
-
-UInt8 = npt.NDArray[np.uint8]
 
 NUM_IMAGES = 4  # shown in a figure by default
 MAX_IMAGES = 32  # the whole sheet is held in memory
@@ -71,7 +67,9 @@ def reproduce_figure(
         )
     check_run(config, dataset)
     figure = FIGURES[name](config, dataset, root, items)
-    legend = [_legend(i, dataset) for i in sorted(figure.shown)]
+    names = {**dict(enumerate(dataset.class_names)), IGNORE_INDEX: "ignored"}
+    colours = [tuple(colour) for colour in dataset.mask_palette.tolist()]
+    legend = [Legend(names[i], colours[i]) for i in sorted(figure.shown)]
     path = root / FOLDER / f"{name}.png"
     write_bytes_atomically(path, draw_sheet(figure.captions, figure.strips, legend))
     record = {
@@ -80,10 +78,9 @@ def reproduce_figure(
         "columns": figure.captions,
         "rows": [strip.name for strip in figure.strips],
         "notes": figure.notes,
+        **provenance(config, dataset, figure.digests),
     }
-    write_json_atomically(
-        path.with_suffix(".json"), {**record, **provenance(config, dataset, figure.digests)}
-    )
+    write_json_atomically(path.with_suffix(".json"), record)
     return path, "\n".join([figure.title, f"Columns: {', '.join(figure.captions)}.", *figure.notes])
 
 
@@ -124,7 +121,7 @@ def _figure4(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
     strips: list[Strip] = []
     shares = [torch.empty(0, len(parts))]
     for item in items:
-        rgb = read_working_image(item, config.long_side)
+        rgb = read_working_image(item.image, config.long_side)
         with torch.inference_mode():
             batch = as_batch(rgb).to(device)
             maps = [inference(batch)[0][0].cpu().numpy() for inference in passes]
@@ -132,10 +129,12 @@ def _figure4(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
         for class_id in item.classes:
             panels = (rgb, *(heat_map(rgb, cam[class_id - 1]) for cam in maps))
             strips.append(_strip(f"{item.id}: {dataset.class_names[class_id]}", panels))
+    strides = [network.backbone.strides[tap] for tap in network.taps]
+    levels = [f"SA{index} (stride {stride})" for index, stride in enumerate(strides, 1)]
     medians = ", ".join(f"{share:.0%}" for share in torch.cat(shares).quantile(0.5, dim=0).tolist())
     return Figure(
         "Figure 4: class activation maps at the levels of Multi-SA",
-        ("image", *_level_captions(network), "Multi-SA CAM", "CAM without SA"),
+        ("image", *levels, "Multi-SA CAM", "CAM without SA"),
         tuple(strips),
         (
             "Each map is divided by its own maximum, so it shows where a level is active, not how much. "
@@ -152,34 +151,28 @@ def _figure5(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
     """Fig. 5: the image, its CAM before and after the walk, masks without and with CRF, ground truth."""
     stages = RunStages(StageCache(root), config, dataset)
     labels = make_pseudo_labels(stages)
-    label, palette = labels.label, dataset.mask_palette
-    strips: list[Strip] = []
-    shown: set[int] = set()
-    has_masks = all(item.mask is not None for item in items)
-    for item in items:
-        rgb = read_working_image(item, config.long_side)
+    label = labels.label
+
+    def panels(item: Item, rgb: UInt8) -> tuple[list[UInt8], list[UInt8]]:
         cams, walked = (load_maps(s.folder / f"{item.id}.npy") for s in (labels.cams, labels.walked))
         masks = [
             pseudo_mask(rgb, walked, item.classes, replace(label, use_crf=use_crf)).mask
             for use_crf in (False, True)
         ]
-        masks += [_ground_truth(item, rgb)] if has_masks else []
-        shown |= _ids(masks)
-        heat = [heat_map(rgb, _strongest(maps)) for maps in (cams, walked)]
-        panels = (rgb, *heat, *(coloured(mask, palette) for mask in masks))
-        strips.append(_strip(_named(item, dataset), panels))
-    ground_truth = ("ground truth",) if has_masks else ()
+        return [heat_map(rgb, _strongest(maps)) for maps in (cams, walked)], masks
+
+    strips, shown, ground_truth = _with_ground_truth(panels, items, config, dataset)
     gains = ", with gains of classes" if label.class_gain else ""
     return Figure(
         "Figure 5: from the class activation maps to pseudo-masks",
         ("image", "Multi-SA CAM", "after random walk", "mask without dCRF", "mask with dCRF", *ground_truth),
-        tuple(strips),
+        strips,
         (
             "Heat maps show the strongest class of the image-level labels at each pixel. Masks: background "
             f"score {label.background:.2f}{gains}.",
         ),
         {"train_images": stages.images_digest, **{s.name: s.digest for s in stages.cache.stages}},
-        frozenset(shown),
+        shown,
     )
 
 
@@ -190,69 +183,61 @@ def _figure6(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
     device = torch_device(config)
     network = create_model(config.segmenter, len(dataset.class_names), checkpoint=checkpoint)
     inference = SegmentImages(network).to(device)
-    strips: list[Strip] = []
-    shown: set[int] = set()
-    has_masks = all(item.mask is not None for item in items)
-    for item in items:
-        rgb = read_working_image(item, config.long_side)
+
+    def panels(item: Item, rgb: UInt8) -> tuple[list[UInt8], list[UInt8]]:
         with torch.inference_mode():
             labels, _ = inference(as_batch(rgb).to(device))
-        masks = [labels[0].cpu().numpy(), *([_ground_truth(item, rgb)] if has_masks else [])]
-        shown |= _ids(masks)
-        panels = (rgb, *(coloured(mask, dataset.mask_palette) for mask in masks))
-        strips.append(_strip(_named(item, dataset), panels))
+        return [], [labels[0].cpu().numpy()]
+
+    strips, shown, ground_truth = _with_ground_truth(panels, items, config, dataset)
     which = "val" if dataset.val else "the images trained on"
     return Figure(
         f"Figure 6: segmentations of {which}",
-        ("image", "DeepLabV3+", *(("ground truth",) if has_masks else ())),
-        tuple(strips),
+        ("image", "DeepLabV3+", *ground_truth),
+        strips,
         (),
         {stage.name: stage.digest for stage in run.stages},
-        frozenset(shown),
+        shown,
     )
 
 
-FIGURES: Mapping[str, Callable[[TrainConfig, Dataset, Path, Sequence[Item]], Figure]] = {
-    "figure4": _figure4,
-    "figure5": _figure5,
-    "figure6": _figure6,
-}
+FIGURES = {"figure4": _figure4, "figure5": _figure5, "figure6": _figure6}
+
+
+def _with_ground_truth(
+    panels: Callable[[Item, UInt8], tuple[list[UInt8], list[UInt8]]],
+    items: Sequence[Item],
+    config: TrainConfig,
+    dataset: Dataset,
+) -> tuple[tuple[Strip, ...], frozenset[int], tuple[str, ...]]:
+    """A strip per image: the image, `panels` (RGB, then masks) and, if all images have it, ground truth.
+
+    Returns the strips, the ids in their masks except background (classes, and 255 for pixels that the ground
+    truth ignores), and the caption of the ground truth.
+    """
+    strips = []
+    shown: set[int] = set()
+    has_masks = all(item.mask is not None for item in items)
+    for item in items:
+        rgb = read_working_image(item.image, config.long_side)
+        pictures, masks = panels(item, rgb)
+        if item.mask is not None and has_masks:
+            masks.append(resize_mask(read_mask(item.mask), (rgb.shape[0], rgb.shape[1])))
+        shown.update(int(i) for mask in masks for i in np.unique(mask))
+        classes = ", ".join(dataset.class_names[i] for i in item.classes)
+        name = f"{item.id}: {classes}" if classes else item.id
+        strips.append(_strip(name, (rgb, *pictures, *(coloured(m, dataset.mask_palette) for m in masks))))
+    return tuple(strips), frozenset(shown - {0}), ("ground truth",) if has_masks else ()
 
 
 def _strip(name: str, panels: Sequence[UInt8]) -> Strip:
     return Strip(name, tuple(fitted(panel) for panel in panels))
 
 
-def _level_captions(network: MultiSACAM) -> list[str]:
-    strides = [network.backbone.strides[tap] for tap in network.taps]
-    return [f"SA{index} (stride {stride})" for index, stride in enumerate(strides, 1)]
-
-
 def _betas(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def _strongest(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _strongest(maps: Float32) -> Float32:
     """float32 [C, h, w] -> [h, w]; zero where there is no class."""
     return maps.max(axis=0) if len(maps) else np.zeros(maps.shape[1:], np.float32)
-
-
-def _ground_truth(item: Item, rgb: UInt8) -> UInt8:
-    assert item.mask is not None
-    return resize_mask(read_mask(item.mask), (rgb.shape[0], rgb.shape[1]))
-
-
-def _ids(masks: Sequence[UInt8]) -> set[int]:
-    """Ids in the masks except background: classes, and 255 for pixels that the ground truth ignores."""
-    return {int(i) for mask in masks for i in np.unique(mask)} - {0}
-
-
-def _legend(class_id: int, dataset: Dataset) -> Legend:
-    red, green, blue = dataset.mask_palette[class_id].tolist()
-    name = "ignored" if class_id == IGNORE_INDEX else dataset.class_names[class_id]
-    return Legend(name, (red, green, blue))
-
-
-def _named(item: Item, dataset: Dataset) -> str:
-    classes = ", ".join(dataset.class_names[i] for i in item.classes)
-    return f"{item.id}: {classes}" if classes else item.id

@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from multisa.runtime.imaging.decode import resize_image
-from multisa.runtime.predict.postprocess import resize_maps
+from multisa.runtime.predict.postprocess import Float32, UInt8, resize_maps
 
-UInt8 = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pixels of a sheet.
@@ -82,13 +79,14 @@ def draw_sheet(captions: Sequence[str], strips: Sequence[Strip], legend: Sequenc
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     font = _font(CAPTION_SIZE)
+    name_font = _font(NAME_SIZE)
     for column, caption in enumerate(captions):
         middle = (_left(column) + PANEL[0] / 2, CAPTION_HEIGHT / 2)
         draw.text(middle, _shortened(caption, font, PANEL[0]), fill="black", font=font, anchor="mm")
     top = CAPTION_HEIGHT
     for strip in strips:
-        name = _shortened(strip.name, _font(NAME_SIZE), size[0] - 2 * GAP)
-        draw.text((GAP, top + NAME_HEIGHT / 2), name, fill="black", font=_font(NAME_SIZE), anchor="lm")
+        name = _shortened(strip.name, name_font, size[0] - 2 * GAP)
+        draw.text((GAP, top + NAME_HEIGHT / 2), name, fill="black", font=name_font, anchor="lm")
         top += NAME_HEIGHT
         for column, panel in enumerate(strip.panels):
             picture = Image.fromarray(panel)
@@ -99,13 +97,8 @@ def draw_sheet(captions: Sequence[str], strips: Sequence[Strip], legend: Sequenc
         for left, entry in line:
             box = (left, top + SWATCH_GAP, left + SWATCH, top + SWATCH_GAP + SWATCH)
             draw.rectangle(box, fill=entry.colour, outline="black")
-            draw.text(
-                (left + SWATCH + SWATCH_GAP, top + SWATCH_GAP + SWATCH / 2),
-                entry.name,
-                fill="black",
-                font=_font(NAME_SIZE),
-                anchor="lm",
-            )
+            start = (left + SWATCH + SWATCH_GAP, top + SWATCH_GAP + SWATCH / 2)
+            draw.text(start, entry.name, fill="black", font=name_font, anchor="lm")
         top += LEGEND_HEIGHT
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)

@@ -1,19 +1,39 @@
-"""Tables 1 to 3: number of self-attentions, stages, IoU of each class; ours beside the paper's."""
+"""Tables 1 to 3: number of self-attentions, stages, IoU of each class; ours beside the paper's.
 
-from collections.abc import Callable, Mapping, Sequence
+Also what tables and figures share: the full run, and the record of what they were made from.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from multisa.runtime.errors import DatasetError, UsageError
-from multisa.training.checks import check_run
+from multisa.runtime.files import write_bytes_atomically, write_json_atomically
+from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
-from multisa.training.pipeline import Row
+from multisa.training.pipeline import (
+    AS_CONFIGURED,
+    BASELINE,
+    CAM,
+    CLASS_GAINS,
+    RUN_RECORD,
+    Row,
+    RunRecord,
+    RunStages,
+    check_run,
+    count_images,
+    load_run,
+    make_pseudo_labels,
+    run_stages,
+)
 from multisa.training.reproduce import paper
-from multisa.training.reproduce.report import Table, TableRow, full_run, protocol, write_table
 from multisa.training.stage_cache import StageCache
-from multisa.training.stages import AS_CONFIGURED, BASELINE, CAM, CLASS_GAINS, RunStages, make_pseudo_labels
 
+FOLDER = "reproduce"  # below the run's folder
 # Rows that the paper does not have, each with its note.
 OWN_ROWS = {
     CLASS_GAINS: "Gains of classes are our own step; the paper does not have them.",
@@ -22,11 +42,36 @@ OWN_ROWS = {
 
 
 @dataclass(frozen=True)
-class TableResult:
-    """A table, and the digests of what it was made from."""
+class TableRow:
+    """One line, in percent; None where there is no such figure."""
 
-    table: Table
-    digests: Mapping[str, str]
+    name: str
+    ours: float | None
+    paper: float | None
+    other_methods: tuple[float | None, ...] = ()  # in the paper's table, as `Table.other_methods`
+    background: float | None = None  # score of the background class that ours is measured with
+    iou: tuple[float | None, ...] = ()  # of each class of the data set
+    comparable: bool = True  # False when ours and the paper's measure different things
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        if self.ours is None or self.paper is None or not self.comparable:
+            return None
+        return round(self.ours - self.paper, 2)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Our version of a table of the paper."""
+
+    name: str  # "table1"
+    title: str
+    heading: str  # of the first column
+    rows: tuple[TableRow, ...]
+    notes: tuple[str, ...]
+    digests: Mapping[str, str]  # of the data trained on and measured on, and of the stages, by name
+    other_methods: tuple[str, ...] = ()  # names of the methods that the paper compares with
 
 
 def reproduce_table(name: str, config: TrainConfig, dataset: Dataset, root: Path) -> Table:
@@ -35,13 +80,19 @@ def reproduce_table(name: str, config: TrainConfig, dataset: Dataset, root: Path
     Raises, before any training, DatasetError when the data set lacks the masks to measure on, UsageError for
     a configuration without self-attention, and whatever `check_run` raises.
     """
-    _check_masks(name, dataset)
+    measured = "val" if name == "table3" else "train"
+    if not (dataset.val if measured == "val" else dataset.train):
+        raise DatasetError(
+            f"{dataset.root}: no image of the {measured} list has a mask, but {name} needs masks; expected "
+            f"a VOC layout with ImageSets/Segmentation/{measured}.txt and SegmentationClass/ID.png "
+            "(figure4 to figure6 need no masks)"
+        )
     if not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     check_run(config, dataset)
-    result = TABLES[name](config, dataset, root)
-    write_table(result.table, config, dataset, result.digests, root)
-    return result.table
+    table = TABLES[name](config, dataset, root)
+    write_table(table, config, dataset, root)
+    return table
 
 
 def attention_counts(taps: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -72,7 +123,7 @@ def per_class_rows(names: tuple[str, ...], val: Row) -> list[TableRow]:
     return [*rows, own]
 
 
-def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
+def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     stages = RunStages(StageCache(root), config, dataset)
     rows = []
     for k, taps in enumerate(attention_counts(config.cam.taps)):
@@ -80,15 +131,8 @@ def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
         name = CAM if taps == config.cam.taps else BASELINE
         _, maps = stages.cam_maps(replace(config.cam, taps=taps), name)
         best = stages.measured_maps(maps).results["best"]
-        rows.append(
-            TableRow(
-                _attentions(taps),
-                best["miou"],
-                paper.TABLE1[k] if k < len(paper.TABLE1) else None,
-                background=best["background"],
-                iou=tuple(best["iou"]),
-            )
-        )
+        printed = paper.TABLE1[k] if k < len(paper.TABLE1) else None
+        rows.append(_measured_row(_attentions(taps), best, printed, best["background"]))
     notes = (
         *protocol(config, dataset, "train", paper.TABLE1_BACKBONE),
         "mIoU of the class activation maps on train, each row at the background score with the highest mIoU.",
@@ -96,34 +140,27 @@ def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
         "which was not measured, mean nothing.",
     )
     title = "Table 1: number of self-attentions (k)"
-    table = Table("table1", title, "self-attentions", tuple(rows), notes)
-    return TableResult(table, _digests(stages))
+    return Table("table1", title, "self-attentions", tuple(rows), notes, _digests(stages))
 
 
-def _table2(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
+def _table2(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     stages = RunStages(StageCache(root), replace(config, cam_baseline=True), dataset)
     labels = make_pseudo_labels(stages, paper_protocol=True)
-    rows = tuple(
-        TableRow(
-            f"{measured.name}{' (ours)' if measured.name in OWN_ROWS else ''}",
-            measured.scores["miou"],
-            paper.TABLE2.get(measured.name),
-            background=measured.background,
-            iou=tuple(measured.scores["iou"]),
-        )
-        for measured in labels.measured
-    )
+    rows = []
+    for measured in labels.measured:
+        name = f"{measured.name} (ours)" if measured.name in OWN_ROWS else measured.name
+        printed = paper.TABLE2.get(measured.name)
+        rows.append(_measured_row(name, measured.scores, printed, measured.background))
     notes = (
         *protocol(config, dataset, "train", paper.TABLE2_BACKBONE),
         "mIoU on train. Maps are measured at the background score with the highest mIoU. From the dense CRF "
         "on, the score is the one whose masks have the highest, on a sample of train if train is large.",
         *(note for name, note in OWN_ROWS.items() if name in {measured.name for measured in labels.measured}),
     )
-    table = Table("table2", "Table 2: the stages", "stage", rows, notes)
-    return TableResult(table, _digests(stages))
+    return Table("table2", "Table 2: the stages", "stage", tuple(rows), notes, _digests(stages))
 
 
-def _table3(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
+def _table3(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     run = full_run(config, dataset, root)
     val = next(row for row in run.rows if row.measured_on == "val")
     notes = [
@@ -136,28 +173,16 @@ def _table3(config: TrainConfig, dataset: Dataset, root: Path) -> TableResult:
         notes.append("The pseudo-masks use gains of classes, our own step; the paper does not have them.")
     others = tuple(method for method in paper.TABLE3 if method != paper.MULTI_SA)
     rows = tuple(per_class_rows(run.classes, val))
-    table = Table("table3", "Table 3: IoU of each class", "class", rows, tuple(notes), others)
-    digests = {stage.name: stage.digest for stage in run.stages}
-    return TableResult(
-        table, {"train_images": run.data_digest, "val": dataset.masks_digest(dataset.val), **digests}
-    )
+    digests = {"train_images": run.data_digest, "val": dataset.masks_digest(dataset.val)}
+    digests |= {stage.name: stage.digest for stage in run.stages}
+    return Table("table3", "Table 3: IoU of each class", "class", rows, tuple(notes), digests, others)
 
 
-TABLES: Mapping[str, Callable[[TrainConfig, Dataset, Path], TableResult]] = {
-    "table1": _table1,
-    "table2": _table2,
-    "table3": _table3,
-}
+def _measured_row(name: str, scores: Mapping[str, Any], printed: float | None, background: float) -> TableRow:
+    return TableRow(name, scores["miou"], printed, background=background, iou=tuple(scores["iou"]))
 
 
-def _check_masks(name: str, dataset: Dataset) -> None:
-    measured = "val" if name == "table3" else "train"
-    if not (dataset.val if measured == "val" else dataset.train):
-        raise DatasetError(
-            f"{dataset.root}: no image of the {measured} list has a mask, but {name} needs masks; expected "
-            f"a VOC layout with ImageSets/Segmentation/{measured}.txt and SegmentationClass/ID.png "
-            "(figure4 to figure6 need no masks)"
-        )
+TABLES = {"table1": _table1, "table2": _table2, "table3": _table3}
 
 
 def _attentions(taps: tuple[int, ...]) -> str:
@@ -181,3 +206,129 @@ def _digests(stages: RunStages) -> dict[str, str]:
     """Digests of the data, and of the stages by folder: several stages may share a name."""
     data = {"train_images": stages.images_digest, "train": stages.masks_digest}
     return data | {stage.folder.name: stage.digest for stage in stages.cache.stages}
+
+
+def full_run(config: TrainConfig, dataset: Dataset, root: Path) -> RunRecord:
+    """Run every stage that is not finished yet, as `multisa train` does, and write the record of the run.
+
+    The record goes to `root/run.json`, or to `root/reproduce/run.json` when the one in `root` is of other
+    settings or other data: that one stays, because the exporter reads it. Raises UsageError, before any
+    training, when the record in `root` cannot be read.
+    """
+    existing = load_run(root) if (root / RUN_RECORD).is_file() else None
+    run = run_stages(config, dataset, root)
+    own = existing is None or (existing.config, existing.data_digest) == (run.config, run.data_digest)
+    write_json_atomically((root if own else root / FOLDER) / RUN_RECORD, record_to_dict(run))
+    return run
+
+
+def protocol(config: TrainConfig, dataset: Dataset, measured: str, paper_backbone: str) -> tuple[str, ...]:
+    """Notes on how our figures and the paper's were measured, and whether the two can be compared.
+
+    measured: the list, "train" or "val"; paper_backbone: the paper's name for its backbone.
+    """
+    backbone = config.segmenter.backbone if measured == "val" else config.cam.backbone
+    items, paper_items = (dataset.val, paper.VAL) if measured == "val" else (dataset.train, paper.TRAIN)
+    names = [paper.paper_class(name) for name in dataset.class_names]
+    differing = [
+        aspect
+        for aspect, alike in (
+            ("backbone", backbone.partition(".")[0] == paper.BACKBONES[paper_backbone]),
+            ("classes", len(names) == paper.CLASSES and set(names) == set(paper.TABLE3_CLASSES)),
+            ("images", (len(dataset.train_images), len(items)) == (paper.TRAINED_ON, paper_items)),
+        )
+        if not alike
+    ]
+    epochs = f"{config.cam.schedule.epochs} epochs for a CAM network"
+    if measured == "val":
+        epochs += f", {config.segmenter.schedule.epochs} for DeepLabV3+"
+    notes = [
+        f"Ours: {backbone}, {len(names) - 1} classes and background, trained on "
+        f"{len(dataset.train_images):,} images with image-level labels, measured on "
+        f"{len(items):,} {measured} images, {epochs}.",
+        f"Paper: {paper_backbone}, {paper.CLASSES - 1} classes of VOC 2012 and background, trained on "
+        f"{paper.TRAINED_ON:,} images, measured on {paper_items:,} {measured} images.",
+    ]
+    if differing:
+        listed = " and ".join(filter(None, (", ".join(differing[:-1]), differing[-1])))
+        notes.append(
+            f"The paper's figures are context, not a comparison: its {listed} "
+            f"{'is' if differing == ['backbone'] else 'are'} different."
+        )
+    return tuple(notes)
+
+
+def format_text(table: Table) -> str:
+    """The table in columns for a terminal, with its notes below."""
+    cells = _cells(table)
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
+    return "\n".join([table.title, "", *lines, "", *table.notes])
+
+
+def format_markdown(table: Table) -> str:
+    """The table as a Markdown document."""
+    header, *rows = [f"| {' | '.join(row)} |" for row in _cells(table)]
+    rule = "|---|" + "---:|" * (len(_cells(table)[0]) - 1)
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    return "\n".join([f"# {table.title}", "", header, rule, *rows, "", notes, ""])
+
+
+def write_table(table: Table, config: TrainConfig, dataset: Dataset, root: Path) -> None:
+    """Write NAME.json and NAME.md below `root`/reproduce."""
+    rows = []
+    for row in table.rows:
+        values: dict[str, Any] = {
+            "name": row.name,
+            "ours": row.ours,
+            "paper": row.paper,
+            "difference": row.difference,
+        }
+        if row.other_methods:
+            values["other_methods"] = dict(zip(table.other_methods, row.other_methods, strict=True))
+        if row.background is not None:
+            values["background"] = row.background
+        if row.iou:
+            values["iou"] = dict(zip(dataset.class_names, row.iou, strict=True))
+        rows.append(values)
+    record = {"what": table.name, "title": table.title, "rows": rows, "notes": table.notes}
+    path = root / FOLDER / f"{table.name}.json"
+    write_json_atomically(path, {**record, **provenance(config, dataset, table.digests)})
+    write_bytes_atomically(path.with_suffix(".md"), format_markdown(table).encode())
+
+
+def provenance(config: TrainConfig, dataset: Dataset, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What a table or a figure was made from, as JSON values."""
+    return {
+        "classes": dataset.class_names,
+        "images": record_to_dict(count_images(dataset)),
+        "digests": dict(digests),
+        "config": record_to_dict(config),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cells(table: Table) -> list[list[str]]:
+    """Cells as text, the heading first; columns without any value are left out."""
+    columns: list[tuple[str, Sequence[float | None], str]] = [
+        ("background", [row.background for row in table.rows], ".2f"),
+        ("ours", [row.ours for row in table.rows], ".2f"),
+        (
+            f"paper ({paper.MULTI_SA})" if table.other_methods else "paper",
+            [row.paper for row in table.rows],
+            ".2f",
+        ),
+        ("difference", [row.difference for row in table.rows], "+.2f"),
+    ]
+    for i, name in enumerate(table.other_methods):
+        columns.append((name, [row.other_methods[i] for row in table.rows], ".1f"))
+    filled = [column for column in columns if any(value is not None for value in column[1])]
+    body = [
+        [row.name, *("-" if v[i] is None else format(v[i], style) for _, v, style in filled)]
+        for i, row in enumerate(table.rows)
+    ]
+    return [[table.heading, *(name for name, _, _ in filled)], *body]

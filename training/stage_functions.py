@@ -1,0 +1,250 @@
+"""What the stages compute: CAM network and maps, affinities and walk, pseudo-masks, segmenter.
+
+Each function works in the folder of its stage (pipeline.py) and returns the results of the stage. Files are
+named by image: ID.npy for maps, ID.png for masks.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multisa.kernels import DenseCRF
+from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.errors import DatasetError
+from multisa.runtime.imaging.decode import read_mask, write_mask
+from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask, resize_maps, walk_scores
+from multisa.training.affinity_net import affinity_loss, pair_targets
+from multisa.training.augment import AugmentedImages
+from multisa.training.config import AffinityLabelConfig, CamConfig, TrainConfig
+from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
+from multisa.training.loop import CHECKPOINT, LoopOptions, train_network
+from multisa.training.models import create_model
+from multisa.training.multi_sa import MultiScaleCAM, multilabel_soft_margin
+from multisa.training.segmenter import SegmentImages, segmentation_loss
+from multisa.training.stage_cache import Results, Stage
+from multisa.training.thresholds import ThresholdSweep, score_masks, score_thresholds
+
+LEVEL_GAIN_IMAGES = 16  # images that the levels' magnitudes are measured on
+
+
+def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Path) -> Results:
+    """Train Multi-SA (or, without taps, the plain CAM) on the train images."""
+    torch.manual_seed(config.seed)
+    n_classes = len(dataset.class_names)
+    device = torch_device(config)
+    network = create_model(cam, n_classes).to(device)
+    samples = AugmentedImages(dataset.train_images, cam.schedule, config, n_classes=n_classes)
+    first = torch.stack([samples[i][0] for i in range(min(LEVEL_GAIN_IMAGES, len(samples)))])
+    network.eval().fit_level_gain(network.backbone.normalise(first.to(device)))
+
+    def loss(image: Tensor, labels: Tensor) -> Tensor:
+        return multilabel_soft_margin(network(network.backbone.normalise(image)), labels)
+
+    groups = [
+        (cam.schedule.new_layers_factor, network.new_parameters()),
+        (cam.beta_factor, network.beta_parameters()),
+    ]
+    options = _loop_options(config, folder, f"CAM network, k = {len(cam.taps)}")
+    losses = train_network(network, groups, samples, _step(loss, device), cam.schedule, options)
+    return {"losses": losses, "betas": network.betas()}
+
+
+def compute_cams(
+    cam: CamConfig,
+    config: TrainConfig,
+    dataset: Dataset,
+    items: tuple[Item, ...],
+    trained: Stage,
+    folder: Path,
+) -> Results:
+    """Write ID.npy (maps of the image's classes) and ID.scores.npy; choose the score thresholds."""
+    device = torch_device(config)
+    network = create_model(cam, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT)
+    multi_scale = MultiScaleCAM(network, scales=cam.scales).to(device)
+
+    def work(item: Item, maps_path: Path, scores_path: Path) -> None:
+        with torch.inference_mode():
+            maps, scores = multi_scale(as_batch(read_working_image(item.image, config.long_side)).to(device))
+        present = maps[0].cpu().numpy()[[class_id - 1 for class_id in item.classes]]
+        save_maps(maps_path, present)
+        save_maps(scores_path, scores[0].cpu().numpy())
+
+    title = f"CAMs, k = {len(cam.taps)}"
+    for_each_item(work, items, folder, (".npy", ".scores.npy"), workers=config.workers, title=title)
+    return {"score_thresholds": score_thresholds(folder, items, dataset)}
+
+
+def measure_maps(config: TrainConfig, dataset: Dataset, maps: Stage, folder: Path) -> Results:
+    """Score maps against the train masks, for every background score; writes no file."""
+    sweep = ThresholdSweep(len(dataset.class_names))
+    for item in dataset.train:
+        assert item.mask is not None
+        sweep.add(load_maps(maps.folder / f"{item.id}.npy"), item.classes, read_mask(item.mask))
+    return sweep.results(config.label.background)
+
+
+def measure_masks(dataset: Dataset, masks: Stage, folder: Path) -> Results:
+    """Score pseudo-masks against the train masks; writes no file."""
+    return score_masks(masks.folder, dataset.train, len(dataset.class_names))
+
+
+def make_affinity_labels(config: TrainConfig, dataset: Dataset, cams: Stage, folder: Path) -> Results:
+    """Write ID.png for each train image: class ids where they are certain, 255 elsewhere."""
+    palette = dataset.mask_palette
+
+    def work(item: Item, path: Path) -> None:
+        image = read_working_image(item.image, config.long_side)
+        maps = load_maps(cams.folder / f"{item.id}.npy")
+        write_mask(path, affinity_labels(image, maps, item.classes, config.affinity_labels), palette)
+
+    items = dataset.train_images
+    for_each_item(work, items, folder, (".png",), workers=config.workers, title="affinity labels")
+    return {}
+
+
+def affinity_labels(
+    image: UInt8, cam: Float32, class_ids: tuple[int, ...], config: AffinityLabelConfig
+) -> UInt8:
+    """Certain foreground, certain background, and 255 in between (irn).
+
+    image: uint8 [H, W, 3]; cam: float32 [C, h, w] in [0, 1] for `class_ids`. Returns uint8 [H, W]. The
+    strongest class competes twice with a constant background score, and the hard labels pass the dense CRF:
+    what is foreground against the high score is certain foreground, what is background against the low score
+    is certain background.
+    """
+    size = (image.shape[0], image.shape[1])
+    if not class_ids:
+        return np.zeros(size, np.uint8)
+    scores = resize_maps(cam, size)
+    crf = DenseCRF(image, config.crf)
+
+    def refined(background: float) -> UInt8:
+        stacked = np.concatenate([np.full((1, *size), background, np.float32), scores])
+        hard = stacked.argmax(0).astype(np.uint8)
+        q = crf.infer_labels(hard, len(stacked), confidence=config.confidence)
+        return np.asarray(np.array((0, *class_ids), np.uint8)[q.argmax(0)])
+
+    certain_foreground = refined(config.foreground)
+    possible_foreground = refined(config.background)
+    labels = np.where(certain_foreground == 0, np.uint8(IGNORE_INDEX), certain_foreground)
+    labels[(certain_foreground == 0) & (possible_foreground == 0)] = 0
+    return labels
+
+
+def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path) -> Results:
+    """Train AffinityNet on the affinity labels of the train images."""
+    torch.manual_seed(config.seed)
+    schedule = config.affinity.schedule
+    radius = config.affinity.training_radius
+    device = torch_device(config)
+    network = create_model(config.affinity).to(device)
+    samples = AugmentedImages(
+        dataset.train_images,
+        schedule,
+        config,
+        n_classes=len(dataset.class_names),
+        masks=labels.folder,
+        mask_stride=network.stride,
+    )
+
+    def loss(image: Tensor, mask: Tensor) -> Tensor:
+        affinity = network(network.backbone.normalise(image), radius)
+        return affinity_loss(affinity, *pair_targets(mask, radius))
+
+    groups = [(schedule.new_layers_factor, network.head.parameters())]
+    options = _loop_options(config, folder, f"AffinityNet ({config.affinity.head})")
+    return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
+
+
+def walk_cams(config: TrainConfig, dataset: Dataset, cams: Stage, trained: Stage, folder: Path) -> Results:
+    """Write ID.npy, the maps after the random walk, for each train image."""
+    device = torch_device(config)
+    network = create_model(config.affinity, checkpoint=trained.folder / CHECKPOINT).to(device)
+
+    def work(item: Item, path: Path) -> None:
+        with torch.inference_mode():
+            batch = as_batch(read_working_image(item.image, config.long_side)).to(device)
+            affinity = network(network.backbone.normalise(batch), config.label.walk_radius)
+        maps = load_maps(cams.folder / f"{item.id}.npy")
+        save_maps(path, walk_scores(maps, affinity[0].cpu().numpy(), config.label))
+
+    items = dataset.train_images
+    for_each_item(work, items, folder, (".npy",), workers=config.workers, title="random walk")
+    return {}
+
+
+def make_pseudo_masks(
+    config: TrainConfig,
+    parameters: LabelParameters,
+    dataset: Dataset,
+    items: tuple[Item, ...],
+    walked: Stage,
+    folder: Path,
+) -> Results:
+    """Write ID.png for each image of `items`, from the walked maps."""
+    palette = dataset.mask_palette
+
+    def work(item: Item, path: Path) -> None:
+        image = read_working_image(item.image, config.long_side)
+        result = pseudo_mask(image, load_maps(walked.folder / f"{item.id}.npy"), item.classes, parameters)
+        write_mask(path, result.mask, palette)
+
+    for_each_item(work, items, folder, (".png",), workers=config.workers, title="pseudo-masks")
+    return {}
+
+
+def train_segmenter(config: TrainConfig, dataset: Dataset, masks: Stage, cam: Stage, folder: Path) -> Results:
+    """Train DeepLabV3+ on the pseudo-masks of the train images."""
+    if masks.folder.resolve() == (dataset.root / "SegmentationClass").resolve():
+        raise DatasetError(
+            f"{masks.folder}: the pseudo-masks would be the ground truth; choose another run folder"
+        )
+    torch.manual_seed(config.seed)
+    n_classes = len(dataset.class_names)
+    schedule = config.segmenter.schedule
+    device = torch_device(config)
+    network = create_model(config.segmenter, n_classes).to(device)
+    if config.segmenter.start_from_cam:
+        trained = create_model(config.cam, n_classes, checkpoint=cam.folder / CHECKPOINT)
+        network.backbone.load_state_dict(trained.backbone.state_dict())
+    samples = AugmentedImages(dataset.train_images, schedule, config, n_classes=n_classes, masks=masks.folder)
+
+    def loss(image: Tensor, mask: Tensor) -> Tensor:
+        return segmentation_loss(network(network.backbone.normalise(image)), mask)
+
+    groups = [(schedule.new_layers_factor, network.new_parameters())]
+    options = _loop_options(config, folder, "DeepLabV3+")
+    return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
+
+
+def evaluate_segmenter(config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path) -> Results:
+    """Segment the val list with the PyTorch network, write ID.png and score them."""
+    n_classes = len(dataset.class_names)
+    palette = dataset.mask_palette
+    device = torch_device(config)
+    network = create_model(config.segmenter, n_classes, checkpoint=trained.folder / CHECKPOINT)
+    segment = SegmentImages(network).to(device)
+
+    def work(item: Item, path: Path) -> None:
+        with torch.inference_mode():
+            labels, _ = segment(as_batch(read_working_image(item.image, config.long_side)).to(device))
+        write_mask(path, labels[0].cpu().numpy(), palette)
+
+    for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title="val")
+    return score_masks(folder, dataset.val, n_classes)
+
+
+def _loop_options(config: TrainConfig, folder: Path, title: str) -> LoopOptions:
+    return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title)
+
+
+def _step(
+    loss: Callable[[Tensor, Tensor], Tensor], device: torch.device
+) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    """The step of `train_network` that computes `loss` from a batch of images and targets."""
+    return lambda batch: loss(batch[0].to(device), batch[1].to(device))
