@@ -1,6 +1,5 @@
 """The bundle: a folder with three ONNX graphs and bundle.json, which holds every parameter of the runtime."""
 
-from multisa.runtime.bundle.describe import bundle_to_json, describe
 from multisa.runtime.bundle.manifest import (
     MANIFEST_NAME,
     BundleParameters,
@@ -11,8 +10,10 @@ from multisa.runtime.bundle.manifest import (
 from multisa.runtime.bundle.storage import (
     ENGINES_FOLDER,
     Bundle,
+    bundle_to_json,
     check_replaceable,
     default_bundle_path,
+    describe,
     load_bundle,
     write_bundle,
 )

@@ -13,8 +13,17 @@ from pathlib import Path, PurePosixPath
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import EXTENSIONS
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
-from multisa.runtime.sources.names import LONGEST_PATH, is_image, printable
-from multisa.runtime.sources.storage import Entry, LocalStore, NameFilter, Store, join, reason_of
+from multisa.runtime.sources.storage import (
+    LONGEST_PATH,
+    Entry,
+    LocalStore,
+    NameFilter,
+    Store,
+    is_image,
+    join,
+    printable,
+    reason_of,
+)
 
 
 class Pattern:

@@ -15,9 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 from multisa.runtime.errors import BackendUnavailable, UsageError
 from multisa.runtime.image_labels import Labels, split_classes
 from multisa.runtime.sources.base import Listed, Source, SourceItem
-from multisa.runtime.sources.names import SeenHashes, printable, safe_id, unique_id
 from multisa.runtime.sources.remote import protocol_of
-from multisa.runtime.sources.storage import Store, join, reason_of
+from multisa.runtime.sources.storage import SeenHashes, Store, join, printable, reason_of, safe_id, unique_id
 
 MOST_LABELS = 10_000  # of one image
 LONGEST_LINE = 2**20  # bytes

@@ -16,9 +16,8 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.sources.base import Source
 from multisa.runtime.sources.folders import FolderSource, OneFileSource, Pattern
 from multisa.runtime.sources.lists import KINDS, LabelReader, ListSource
-from multisa.runtime.sources.names import bad_name, is_image, is_tar, printable
 from multisa.runtime.sources.remote import RemoteStore, protocol_of
-from multisa.runtime.sources.storage import Entry, LocalStore, Store
+from multisa.runtime.sources.storage import Entry, LocalStore, Store, bad_name, is_image, is_tar, printable
 from multisa.runtime.sources.tar import TarSource, expand_range, has_range, matching_shards
 from multisa.runtime.sources.zip import ZipSource
 

@@ -17,17 +17,22 @@ from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
 from multisa.runtime.sources.folders import Pattern, inside, walk
 from multisa.runtime.sources.lists import LabelReader
-from multisa.runtime.sources.names import (
+from multisa.runtime.sources.storage import (
     LONGEST_PATH,
+    Blob,
+    BlobFile,
+    Entry,
     SeenHashes,
+    Store,
     is_image,
     is_tar,
+    join,
     member_problem,
     printable,
+    reason_of,
     relative_member_name,
     safe_id,
 )
-from multisa.runtime.sources.storage import Blob, BlobFile, Entry, Store, join, reason_of
 
 MOST_SHARDS = 1_000_000
 _LONGEST_HEADER = 2**20  # bytes of a long name or of pax records: a path has some hundreds

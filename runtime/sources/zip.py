@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
-from multisa.runtime.sources.names import (
+from multisa.runtime.sources.storage import (
+    CHANGED,
+    Blob,
+    BlobFile,
     SeenHashes,
+    Store,
     is_image,
     member_problem,
     printable,
+    reason_of,
     relative_member_name,
 )
-from multisa.runtime.sources.storage import CHANGED, Blob, BlobFile, Store, reason_of
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LOCAL_MAGIC = b"PK\x03\x04"

@@ -4,8 +4,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from multisa.runtime.imaging.decode import resize_mask
-from multisa.runtime.writers.base import LabelledImage, ShardFiles, Writer, json_bytes, shard_path, tar_key
-from multisa.runtime.writers.encoding import encode_grey, tar_bytes
+from multisa.runtime.writers.base import (
+    LabelledImage,
+    ShardFiles,
+    Writer,
+    encode_grey,
+    json_bytes,
+    shard_path,
+    tar_bytes,
+    tar_key,
+)
 
 
 class PngWriter(Writer):

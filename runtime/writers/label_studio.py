@@ -16,14 +16,15 @@ from multisa.runtime.errors import ImageError
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.writers.base import (
     LabelledImage,
+    RowRuns,
     RunFolder,
     ShardFiles,
     Writer,
     WriterContext,
     json_bytes,
+    row_runs,
     shard_path,
 )
-from multisa.runtime.writers.encoding import RowRuns, row_runs
 
 Int64 = npt.NDArray[np.int64]
 

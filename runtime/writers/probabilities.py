@@ -27,8 +27,7 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.prediction import ClassProbabilities
-from multisa.runtime.writers.base import LabelledImage, json_bytes, tar_key, unescape_name
-from multisa.runtime.writers.encoding import zip_bytes
+from multisa.runtime.writers.base import LabelledImage, json_bytes, tar_key, unescape_name, zip_bytes
 from multisa.runtime.writers.files import TarMembers, TarShardWriter
 
 UInt8 = npt.NDArray[np.uint8]

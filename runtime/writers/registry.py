@@ -41,8 +41,7 @@ def open_writers(
     if unknown:
         raise UsageError(f"got the writer {unknown[0]!r}, expected one of {', '.join(WRITERS)}")
     from multisa.runtime.writers.coco import CocoWriter
-    from multisa.runtime.writers.cvat import CvatWriter
-    from multisa.runtime.writers.datumaro import DatumaroWriter
+    from multisa.runtime.writers.cvat_datumaro import CvatWriter, DatumaroWriter
     from multisa.runtime.writers.files import ConfidenceWriter, MasksWriter, TarWriter
     from multisa.runtime.writers.label_studio import LabelStudioWriter
     from multisa.runtime.writers.parquet import ParquetWriter

@@ -16,8 +16,7 @@ from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.predict.postprocess import background_and_foreground, pseudo_mask
 from multisa.runtime.predict.prediction import ClassProbabilities
 from multisa.runtime.writers import probabilities as probabilities_module
-from multisa.runtime.writers.base import LabelledImage, WriterContext
-from multisa.runtime.writers.encoding import tar_bytes, zip_bytes
+from multisa.runtime.writers.base import LabelledImage, WriterContext, tar_bytes, zip_bytes
 from multisa.runtime.writers.probabilities import (
     ProbabilitiesWriter,
     mask_from_probabilities,

@@ -19,8 +19,8 @@ from pyarrow import parquet
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
-from multisa.runtime.sources.names import SeenHashes, safe_id, unique_id, unsafe_path
 from multisa.runtime.sources.registry import open_source
+from multisa.runtime.sources.storage import SeenHashes, safe_id, unique_id, unsafe_path
 
 PHOTOS = {name: f"bytes of {name}".encode() for name in ("a.jpg", "a/b.jpg", "a/c/d.PNG", "b.webp", "z.jpeg")}
 CLASSES = ("cat", "dog", "dining table")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.sources.base import Skipped, SourceItem
-from multisa.runtime.sources.names import unsafe_path
 from multisa.runtime.sources.registry import open_source
+from multisa.runtime.sources.storage import unsafe_path
 
 GOOD = b"good bytes " * 60
 

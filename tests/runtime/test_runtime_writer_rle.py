@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_reference
 
 from multisa.kernels import encode_rle
-from multisa.runtime.writers.base import encode_rows, ordered_rows
-from multisa.runtime.writers.encoding import RowRuns, row_runs
+from multisa.runtime.writers.base import RowRuns, encode_rows, ordered_rows, row_runs
 from multisa.runtime.writers.label_studio import encode_label_studio_rle
 
 

@@ -19,9 +19,15 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import read_mask
 from multisa.runtime.predict.prediction import ClassProbabilities
-from multisa.runtime.writers.base import LabelledImage, WriterContext, encode_rows
+from multisa.runtime.writers.base import (
+    LabelledImage,
+    WriterContext,
+    distinct_colours,
+    encode_rows,
+    grey_png,
+    ignore_name,
+)
 from multisa.runtime.writers.coco import CocoWriter
-from multisa.runtime.writers.encoding import distinct_colours, grey_png, ignore_name
 from multisa.runtime.writers.label_studio import LabelStudioWriter
 from multisa.runtime.writers.registry import WRITERS, open_writers
 
