@@ -317,9 +317,7 @@ def common(old: Figure, new: Figure) -> tuple[Figure, Figure] | None:
         shared = old.points.keys() & new.points.keys()
         if not shared:
             return None
-        means = [
-            math.exp(sum(math.log(p[x]) for x in shared) / len(shared)) for p in (old.points, new.points)
-        ]
+        means = [math.exp(sum(math.log(p[x]) for x in shared) / len(shared)) for p in (old.points, new.points)]
         old, new = replace(old, value=means[0]), replace(new, value=means[1])
     if old.rounds and len(old.rounds) == len(new.rounds):
         ratios = [now / then for then, now in zip(old.rounds, new.rounds, strict=True)]

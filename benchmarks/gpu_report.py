@@ -114,9 +114,7 @@ def summary(output: Path, ended: int | None = None) -> int:
     parity = [(title, r.get("passed"), "; ".join(r.get("problems", ()))) for title, r in found]
     lines += _table(("parity with fp32 on the CPU", "passed", "problems"), parity)
     names: Sequence[str] = ("kernel", "shape", "max_error", "label_agreement", "ways")
-    lines += _table(
-        names, [[row.get(n) for n in names] for row in results.get("kernels", {}).get("rows", ())]
-    )
+    lines += _table(names, [[row.get(n) for n in names] for row in results.get("kernels", {}).get("rows", ())])
     names = ("backend", "precision", "device", "images_per_second", "miou", "label_agreement", "problem")
     rows = results.get("bench", {}).get("segment", ())
     lines += _table(names, [[row.get(name) for name in names] for row in rows])

@@ -78,10 +78,7 @@ def interleave(
 def with_ratios(times: Mapping[str, Times], ours: str) -> dict[str, dict[str, float | int]]:
     """`Times.to_json` of each case, plus "times_ours": its median over that of the case `ours`."""
     base = times[ours].median
-    return {
-        name: {**taken.to_json(), "times_ours": round(taken.median / base, 2)}
-        for name, taken in times.items()
-    }
+    return {name: {**taken.to_json(), "times_ours": round(taken.median / base, 2)} for name, taken in times.items()}
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -93,9 +90,7 @@ def make_parser(
     description: str | None, *, quick: str = "", data: str = "", bundle: bool = False
 ) -> argparse.ArgumentParser:
     """A parser with `--results`, and `--quick`, `--data` (for which the help is given) and `--bundle`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="folder for the JSON: benchmarks/results"
     )
@@ -212,8 +207,6 @@ def _output(program: str, *arguments: str) -> str | None:
     """What a program prints; None where it is missing or fails."""
     words = [shutil.which(program) or program, *arguments]
     try:
-        return subprocess.check_output(
-            words, stderr=subprocess.DEVNULL, text=True, timeout=_PROGRAM_SECONDS
-        ).strip()
+        return subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True, timeout=_PROGRAM_SECONDS).strip()
     except (OSError, subprocess.SubprocessError):
         return None

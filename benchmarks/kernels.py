@@ -77,9 +77,7 @@ def measure(*, quick: bool) -> list[Row]:
     with Progress(len(kernels), "kernels", "kernel") as bar:
         for name, (measured, cases) in kernels.items():
             try:
-                rows += [
-                    {"kernel": name, "problem": None, **r} for case in cases for r in measured(machine, *case)
-                ]
+                rows += [{"kernel": name, "problem": None, **r} for case in cases for r in measured(machine, *case)]
             except ImportError as error:  # SciPy or pydensecrf
                 missing = f"{error.name} is not installed" if error.name else str(error)
                 rows.append({"kernel": name, "way": "", "problem": f"{missing}: {INSTALL}"})
@@ -197,9 +195,7 @@ def walk_roofline(side: int, seconds: float, machine: dict[str, float]) -> Row:
     if arithmetic > moved / rate:
         text = "multiply-adds over the measured float32 peak of one thread"
         return roofline_share(arithmetic, seconds, text)
-    return roofline_share(
-        moved / rate, seconds, "bytes over the measured rate of a copy that fits the same cache"
-    )
+    return roofline_share(moved / rate, seconds, "bytes over the measured rate of a copy that fits the same cache")
 
 
 def crf_rows(machine: dict[str, float], name: str, labels: int, present: int, repeats: int) -> Iterator[Row]:

@@ -117,9 +117,7 @@ class _Steps:
         for name, seconds in stages.items():
             each.stages[name] = each.stages.get(name, 0.0) + seconds
 
-    def _rate(
-        self, each: _Measured, images: Sequence[LabelledImage], out: Path
-    ) -> tuple[float, dict[str, float]]:
+    def _rate(self, each: _Measured, images: Sequence[LabelledImage], out: Path) -> tuple[float, dict[str, float]]:
         """Images per second from file to file, and the seconds of work in each stage."""
         if each.worker is not None:
             stages: dict[str, float] = each.worker.call("label", images, out / "masks")
@@ -173,8 +171,7 @@ class _Steps:
         recipes.sort(key=lambda each: not ours or each.candidate.device != ours.candidate.device)
         baseline = next(iter(recipes), ours)
         shapes = [
-            (read_working(image.path, self._context.long_side).shape[1:3], len(image.classes))
-            for image in self._images
+            (read_working(image.path, self._context.long_side).shape[1:3], len(image.classes)) for image in self._images
         ]
         roofline = mean_roofline(self._context, "labelling", shapes)
         for each in ran:

@@ -65,9 +65,7 @@ def stages_alone(
 
     data = timed("read", Path.read_bytes, files)
     images = timed("decode", predictor.decode, data)
-    raw = timed(
-        "infer", lambda i, names: predictor.predict_batch(i.rgb[np.newaxis], [names])[0], images, labels
-    )
+    raw = timed("infer", lambda i, names: predictor.predict_batch(i.rgb[np.newaxis], [names])[0], images, labels)
     predictions = timed("refine", predictor.postprocess, raw, images)
     timed("encode", lambda prediction: prediction.png, predictions)
     return rates

@@ -136,9 +136,7 @@ def stage_tables(bench: Bench, stage: str) -> list[Table]:
     """The main table of a stage, and one for each curve; none for a stage that did not run."""
     rows = rows_of(bench, stage)
     specs = [spec.split("|") for spec in _COLUMNS[stage].split(";")]
-    tables = [
-        _table(stage, STAGES[stage], rows, [{title: _at(row, path) for title, path in specs} for row in rows])
-    ]
+    tables = [_table(stage, STAGES[stage], rows, [{title: _at(row, path) for title, path in specs} for row in rows])]
     for key, x, y, title, _ in _CURVES if stage == "segment" else ():
         curves = [curve(row, key, x, y) for row in rows]
         places = sorted({place for points in curves for place in points})

@@ -122,9 +122,7 @@ def _facts(environment: Row) -> str:
 def named(rows: Mapping[str, Any]) -> list[Row]:
     """Rows from a mapping, with the key as "name"; a list of rows under one key becomes several."""
     return [
-        {"name": name, **row}
-        for name, value in rows.items()
-        for row in (value if isinstance(value, list) else [value])
+        {"name": name, **row} for name, value in rows.items() for row in (value if isinstance(value, list) else [value])
     ]
 
 
@@ -262,9 +260,7 @@ def summary(files: Files) -> str:
     eager = next(row for row in segment if row["backend"] == "pytorch-eager")
     starts = files["start_up"]["ways"]
     start = starts[start_up.EAGER_START]
-    rows = [
-        ("`segment`, file to file", default, "PyTorch eager", eager, at(default, "end_to_end/times_baseline"))
-    ]
+    rows = [("`segment`, file to file", default, "PyTorch eager", eager, at(default, "end_to_end/times_baseline"))]
     # Slow recipes are measured on fewer images: only the ratio compares with ours.
     slow = [row for row in label if row["recipe"].startswith("PyTorch")]
     rows += [("`label`, file to file", ours, r["recipe"], {}, r.get("default_times_as_fast")) for r in slow]
@@ -319,9 +315,7 @@ def with_summary(readme: str, table_text: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(
-            f"README.md: got no single pair of {BEGIN} and {END}, expected them around the table"
-        )
+        raise ValueError(f"README.md: got no single pair of {BEGIN} and {END}, expected them around the table")
     return f"{before}{BEGIN}\n{table_text}\n{END}{after}"
 
 

@@ -121,9 +121,7 @@ class WorkerProcess:
         return WorkerFailedError(f"its process ended with exit code {code}")
 
 
-def _serve(
-    pipe: Connection, make: Callable[..., object], arguments: tuple[object, ...], cpus: int | None
-) -> None:
+def _serve(pipe: Connection, make: Callable[..., object], arguments: tuple[object, ...], cpus: int | None) -> None:
     """In the new process: make the object, then answer calls until the pipe is closed."""
     if cpus is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])

@@ -37,9 +37,7 @@ def on_config(config: MkDocsConfig) -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     for package in PACKAGES:
         target = SOURCE / "multisa" / package
-        shutil.copytree(
-            ROOT / package, target, ignore=lambda folder, names: [n for n in names if _skip(folder, n)]
-        )
+        shutil.copytree(ROOT / package, target, ignore=lambda folder, names: [n for n in names if _skip(folder, n)])
     for path in ROOT.glob("__init__.py"):
         shutil.copy(path, SOURCE / "multisa")
 
@@ -87,9 +85,7 @@ def command_line() -> str:
     for name in COMMANDS:
         command = root.get_command(parent, name)
         assert command is not None
-        parts.append(
-            _describe(f"multisa {name}", command, click.Context(command, info_name=name, parent=parent))
-        )
+        parts.append(_describe(f"multisa {name}", command, click.Context(command, info_name=name, parent=parent)))
     return "\n\n".join(parts)
 
 
@@ -103,8 +99,7 @@ def _describe(title: str, command: click.Command, context: click.Context, *, hel
             group.append(f"| <code>{_cell(name)}</code> | {_cell(text)} |")
     others = groups.pop(OTHER_OPTIONS, [])
     tables = [
-        "\n".join([f"| {group} | |", "|---|---|", *rows])
-        for group, rows in [*groups.items(), (OTHER_OPTIONS, others)]
+        "\n".join([f"| {group} | |", "|---|---|", *rows]) for group, rows in [*groups.items(), (OTHER_OPTIONS, others)]
     ]
     paragraphs = _help_as_markdown(inspect.cleandoc(command.help or "")) if help_text else ""
     return "\n\n".join([f"## {title}", f"```text\n{usage}\n```", paragraphs, *tables])

@@ -90,9 +90,7 @@ _PLACEHOLDER = values.Op(values.Opset(_DOMAIN, 1), _NAME, _SCHEMA)
 def _placeholder(query: Any, key: Any, value: Any, *, scale: float | None = None, **unused: Any) -> Any:
     # The arguments of scaled_dot_product_attention; our networks use these alone.
     if scale != 1.0 or unused:
-        raise ParityError(
-            f"attention: got scale {scale} and {sorted(unused)}, expected scale 1.0 and no mask"
-        )
+        raise ParityError(f"attention: got scale {scale} and {sorted(unused)}, expected scale 1.0 and no mask")
     return _PLACEHOLDER(query, key, value)
 
 

@@ -176,9 +176,7 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     segmenter = create_model(config.segmenter, n_classes, checkpoint=checkpoint)
     affinities = AffinityFromImages(affinity, run.label.walk_radius).eval()
     segment = SegmentImages(segmenter).eval()
-    maps, folded = (
-        MultiScaleCAM(network, scales=config.cam.scales).eval() for network in (cam, FoldedMultiSACAM(cam))
-    )
+    maps, folded = (MultiScaleCAM(network, scales=config.cam.scales).eval() for network in (cam, FoldedMultiSACAM(cam)))
     return (
         Graph(CAM, maps, folded),
         Graph(AFFINITY, affinities, affinities),

@@ -57,9 +57,7 @@ _image_options = _together(
 @_count("--num-images", default=32, help="Images to compare on.")
 @option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
 @_result_options
-def export(
-    run: Path, data: Path, labels: Path | None, output: Path, *, as_json: bool, **options: Any
-) -> None:
+def export(run: Path, data: Path, labels: Path | None, output: Path, *, as_json: bool, **options: Any) -> None:
     """Export the networks of the training run RUN to ONNX and write a bundle.
 
     Every graph is compared with its PyTorch network. If a figure is beyond its limit, no bundle is
@@ -156,9 +154,7 @@ def parity(bundle: Path, backend: str, images: Path, *, as_json: bool, **options
     help="Compute capabilities of the GPUs: sm89, or sm80,sm86,sm89.",
 )
 @option("--precision", default="fp32", show_default=True, metavar="fp32|fp16|int8", help="Of the graphs.")
-@_several(
-    "--graph", "graphs", metavar="NAME", help="cam, affinity or segmenter. Can be repeated; all by default."
-)
+@_several("--graph", "graphs", metavar="NAME", help="cam, affinity or segmenter. Can be repeated; all by default.")
 @_several(
     "--profile",
     "profiles",

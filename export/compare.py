@@ -145,9 +145,7 @@ def check_parity(
     available = [c for c in CONTRACTS if options.precision in backend_precisions(opened, c, backend)]
     alone = [c for c in available if c in _TOGETHER]
     if len(alone) == 1:
-        log.info(
-            f"{alone[0].name}: left out, cam and affinity are compared through the masks they make together"
-        )
+        log.info(f"{alone[0].name}: left out, cam and affinity are compared through the masks they make together")
         available.remove(alone[0])
     with ExitStack() as stack:
         choices = []
@@ -217,9 +215,7 @@ def truth_of(mask: Path | None, image: UInt8) -> dict[str, UInt8]:
     return {"labels": truth, "pseudo_mask": truth}
 
 
-def add_pseudo_mask(
-    image: UInt8, classes: tuple[int, ...], outputs: Outputs, parameters: LabelParameters
-) -> None:
+def add_pseudo_mask(image: UInt8, classes: tuple[int, ...], outputs: Outputs, parameters: LabelParameters) -> None:
     """Add the pseudo-mask of cam and affinity and its confidence, 0..255; reduce cam to `classes`.
 
     The maps of absent classes are left out: each is divided by a maximum close to 0, so rounding alone
@@ -275,8 +271,7 @@ def read_image_sets(
         dataset = read_dataset(root)
         if dataset.class_names != classes:
             raise UsageError(
-                f"{root}: its classes are {', '.join(dataset.class_names)}, expected the bundle's, "
-                f"{', '.join(classes)}"
+                f"{root}: its classes are {', '.join(dataset.class_names)}, expected the bundle's, {', '.join(classes)}"
             )
         labelled = spread(dataset.train or dataset.train_images, num_images)
         segmenter = spread(dataset.val or dataset.train_images, SEGMENTER_FACTOR * num_images)

@@ -114,8 +114,7 @@ class StoredGraph:
         return [
             name
             for name, tensor in self.tensors.items()
-            if tensor.data_type in _STORED_TYPES
-            and (name.startswith(PREFIX) or max(tensor.dims, default=1) > 1)
+            if tensor.data_type in _STORED_TYPES and (name.startswith(PREFIX) or max(tensor.dims, default=1) > 1)
         ]
 
 

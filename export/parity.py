@@ -147,9 +147,7 @@ class Difference:
         """Count both against the ground truth, [H, W] each; labels of no class count as one extra class."""
         beyond = int(truth[truth != IGNORE_INDEX].max(initial=0))
         if beyond >= n_classes:
-            raise UsageError(
-                f"ground truth holds class {beyond}, expected 0..{n_classes - 1} or {IGNORE_INDEX}"
-            )
+            raise UsageError(f"ground truth holds class {beyond}, expected 0..{n_classes - 1} or {IGNORE_INDEX}")
         counts = [
             confusion_matrix(np.minimum(labels, n_classes).astype(np.uint8), truth, n_classes + 1)
             for labels in (reference, answer)
@@ -253,9 +251,7 @@ class ParityReport:
         for name, difference in self.differences.items():
             figures = {key: _number(value) for key, value in difference.figures().items()}
             truths = {"images_with_truth": difference.truths} if difference.truths else {}
-            found[name] = (
-                figures | truths | {"not_finite": difference.not_finite, "images": difference.images}
-            )
+            found[name] = figures | truths | {"not_finite": difference.not_finite, "images": difference.images}
         return found
 
     def full_json(self) -> dict[str, object]:
@@ -276,9 +272,7 @@ class ParityReport:
             raise ParityError(f"{what}: " + "; ".join(problems))
 
 
-def measure_parity(
-    pairs: Iterable[Compared], precision: str = "fp32", *, n_classes: int = 255
-) -> ParityReport:
+def measure_parity(pairs: Iterable[Compared], precision: str = "fp32", *, n_classes: int = 255) -> ParityReport:
     """Compare the outputs of reference and graphs for each image.
 
     The report tells whether they are within their limits. Raises ParityError as `ParityReport.add` does.

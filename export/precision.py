@@ -97,9 +97,7 @@ def convert_to_fp16(reference: Reference) -> ConvertedGraph:
     return ConvertedGraph(model_bytes(fp16_graph(fp32, converted)), emulate(converted), search, too_large)
 
 
-def convert_to_int8(
-    reference: Reference, calibration: Iterable[Sequence[UInt8]], *, symmetric: bool
-) -> ConvertedGraph:
+def convert_to_int8(reference: Reference, calibration: Iterable[Sequence[UInt8]], *, symmetric: bool) -> ConvertedGraph:
     """Convert an fp32 graph to int8 (Q/DQ), except for the nodes that its images show to need fp32.
 
     calibration: images to take ranges from, in chunks of a few. symmetric: the form for TensorRT.
@@ -167,9 +165,7 @@ def largest_values(fp32: Fp32Graph, images: Sequence[UInt8], *, threads: int) ->
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     peaks = np.zeros(len(names))
     for image in images:
         found = session.run([f"{name}.peak" for name in names], {IMAGE: image[None]})
@@ -187,9 +183,7 @@ class CalibratedGraph:
     symmetric: bool
 
 
-def calibrate_graph(
-    data: bytes, calibration: Iterable[Sequence[UInt8]], *, symmetric: bool
-) -> CalibratedGraph:
+def calibrate_graph(data: bytes, calibration: Iterable[Sequence[UInt8]], *, symmetric: bool) -> CalibratedGraph:
     """Fold constants, then run the graph to find the range of each value.
 
     calibration: images, uint8 [H, W, 3], in chunks of a few. symmetric: the form for TensorRT.

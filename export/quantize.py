@@ -81,9 +81,7 @@ class QuantizeOptions:
         if self.int8_for not in INT8_TARGETS:
             raise UsageError(f"int8_for: got {self.int8_for!r}, expected one of {', '.join(INT8_TARGETS)}")
         if "int8" not in self.precisions:
-            raise UsageError(
-                f"--int8-for {self.int8_for}: no int8 graph is made, expected --precision int8 with it"
-            )
+            raise UsageError(f"--int8-for {self.int8_for}: no int8 graph is made, expected --precision int8 with it")
 
 
 @dataclass(frozen=True)
@@ -181,9 +179,7 @@ def quantize_bundle(
     return QuantizeResult(written, tuple(graphs), reports, speed, tuple(problems), seconds)
 
 
-def compare_speed(
-    reference: bytes, answer: bytes, contract: GraphContract, images: Sequence[UInt8]
-) -> dict[str, Any]:
+def compare_speed(reference: bytes, answer: bytes, contract: GraphContract, images: Sequence[UInt8]) -> dict[str, Any]:
     """Time two graphs in turn on the same images; medians in milliseconds per image, by number of threads."""
     rows = []
     for threads in TIMED_THREADS:
@@ -233,9 +229,7 @@ def _convert(
     return made, files
 
 
-def _variants(
-    converted: Mapping[str, Mapping[str, ConvertedGraph]], options: QuantizeOptions
-) -> list[Variant]:
+def _variants(converted: Mapping[str, Mapping[str, ConvertedGraph]], options: QuantizeOptions) -> list[Variant]:
     found = []
     for precision, graphs in converted.items():
         contracts = GRAPHS[precision]

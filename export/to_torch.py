@@ -70,9 +70,7 @@ def segmenter_from_bundle(bundle: Bundle) -> DeepLabV3Plus:
     n_classes = len(bundle.manifest.classes)
     stored = read_graph(bundle, SEGMENTER)
     if len(config.atrous_rates) > len(stored.layers):  # do not build a network that the file cannot hold
-        raise stored.error(
-            f"{len(stored.layers)} layers, expected those for {len(config.atrous_rates)} rates"
-        )
+        raise stored.error(f"{len(stored.layers)} layers, expected those for {len(config.atrous_rates)} rates")
 
     state = _matched(stored, lambda: SegmentImages(create_model(config, n_classes)))
     return _loaded(create_model(config, n_classes), state, stored)
@@ -160,8 +158,7 @@ def head_from_folded(folded: Mapping[str, Tensor], n_levels: int) -> dict[str, T
     projections = []
     for level in range(n_levels):
         query, direct, value = (
-            folded[f"levels.{level}.{name}.weight"].double()[:, :, 0, 0]
-            for name in ("query", "direct", "value")
+            folded[f"levels.{level}.{name}.weight"].double()[:, :, 0, 0] for name in ("query", "direct", "value")
         )
         state |= {
             f"attention.{level}.query.weight": _weight(query),

@@ -48,13 +48,9 @@ class DenseCRF:
         if len(present) == 0:
             present = np.arange(len(probabilities))
         if len(present) > MAX_LABELS:
-            raise ValueError(
-                f"probabilities: got {len(present)} labels, expected at most {MAX_LABELS} present"
-            )
+            raise ValueError(f"probabilities: got {len(present)} labels, expected at most {MAX_LABELS} present")
         refined = np.zeros(probabilities.shape, dtype=np.float32)
-        self._crf.infer(
-            np.ascontiguousarray(probabilities), present.tolist(), refined, self.parameters.iterations
-        )
+        self._crf.infer(np.ascontiguousarray(probabilities), present.tolist(), refined, self.parameters.iterations)
         return refined
 
     def infer_labels(self, labels: UInt8, n_labels: int, confidence: float = 0.7) -> Float32:
@@ -104,17 +100,13 @@ def dense_crf(
     if backend != "pydensecrf" and choose_backend("dense_crf", backend, image, probabilities) == "cuda":
         from multisa.kernels.cuda import calls
 
-        on_device: Float32 = calls.dense_crf_on_device(
-            image, probabilities, parameters, calls.default_device()
-        )
+        on_device: Float32 = calls.dense_crf_on_device(image, probabilities, parameters, calls.default_device())
         return on_device
     refine = _infer_with_pydensecrf if backend == "pydensecrf" else _infer_on_cpu
     if getattr(image, "ndim", 3) != 4:
         return refine(image, probabilities, parameters)
     if len(image) != len(probabilities):
-        raise ValueError(
-            f"probabilities: got a batch of {len(probabilities)}, expected {len(image)} as the images"
-        )
+        raise ValueError(f"probabilities: got a batch of {len(probabilities)}, expected {len(image)} as the images")
     return np.stack([refine(*pair, parameters) for pair in zip(image, probabilities, strict=True)])
 
 
@@ -128,8 +120,7 @@ def _infer_with_pydensecrf(image: UInt8, probabilities: Float32, parameters: Crf
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:
         raise ImportError(
-            "backend 'pydensecrf' needs the package pydensecrf2; run pip install pydensecrf2 or use "
-            "backend='cpu'"
+            "backend 'pydensecrf' needs the package pydensecrf2; run pip install pydensecrf2 or use backend='cpu'"
         ) from error
     _check_image(image)
     height, width = image.shape[:2]

@@ -47,9 +47,7 @@ def encode_rle(mask: UInt8) -> tuple[ClassRuns, ...]:
     """
     mask = _checked_mask(mask)
     if mask.size > MAX_RLE_PIXELS:
-        raise ValueError(
-            f"mask: got {mask.size} pixels, expected at most {MAX_RLE_PIXELS}; cut it into tiles"
-        )
+        raise ValueError(f"mask: got {mask.size} pixels, expected at most {MAX_RLE_PIXELS}; cut it into tiles")
     return tuple(ClassRuns(*runs) for runs in native.encode_rle(mask))
 
 

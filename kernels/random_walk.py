@@ -53,9 +53,7 @@ def random_walk(
     if choose_backend("random_walk", backend, scores, affinity) == "cuda":
         from multisa.kernels.cuda import calls
 
-        on_device: Float32 = calls.random_walk_on_device(
-            scores, affinity, settings, out, calls.default_device()
-        )
+        on_device: Float32 = calls.random_walk_on_device(scores, affinity, settings, out, calls.default_device())
         return on_device
     _check_arguments(scores, affinity, radius)
     check_out(out, scores.shape)
@@ -106,9 +104,7 @@ def _check_arguments(scores: Float32, affinity: Float32, radius: int) -> None:
     check_dtype("scores", scores, np.float32, expected_type)
     check_dtype("affinity", affinity, np.float32, expected_type)
     if scores.ndim not in (3, 4) or 0 in scores.shape[-2:]:
-        raise ValueError(
-            f"scores: got shape {list(scores.shape)}, expected [C, h, w] or [N, C, h, w], h, w >= 1"
-        )
+        raise ValueError(f"scores: got shape {list(scores.shape)}, expected [C, h, w] or [N, C, h, w], h, w >= 1")
     expected = (*scores.shape[:-3], len(stencil_offsets(radius)), *scores.shape[-2:])
     if affinity.shape != expected:
         raise ValueError(

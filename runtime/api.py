@@ -130,9 +130,7 @@ def _run(
         storage_options=json.dumps(dict(storage)) if isinstance(storage, Mapping) else storage,
         image_prefix=arguments.get("image_prefix", ""),
     )
-    executor = partial(
-        make_executor, num_processes=arguments.get("num_processes", 1), ray_address=arguments.get("ray")
-    )
+    executor = partial(make_executor, num_processes=arguments.get("num_processes", 1), ray_address=arguments.get("ray"))
     host = arguments.get("metrics_host", LOCALHOST)
     telemetry = Telemetry(arguments.get("log_json"), arguments.get("metrics_port"), host)
     with console() if arguments.get("progress") else nullcontext():

@@ -32,9 +32,7 @@ PACKAGES = (
     "onnx",
 )
 # The processor features that kernels and backends have code paths for.
-FEATURES = re.compile(
-    r"avx2|fma|avx512f|avx512_?vnni|avx_vnni|avx512_?bf16|amx_(?:int8|bf16)|asimd|asimddp|sve"
-)
+FEATURES = re.compile(r"avx2|fma|avx512f|avx512_?vnni|avx_vnni|avx512_?bf16|amx_(?:int8|bf16)|asimd|asimddp|sve")
 _BUNDLE = "bundle"
 _COMPILE_CUDA = "run python -m multisa.kernels.cuda.build (needs nvcc)"
 _BROKEN = (ImportError, OSError, AttributeError, RuntimeError, ValueError)  # raised by broken packages
@@ -129,9 +127,7 @@ def _onnxruntime() -> Finding:
     packages = installed_versions(["onnxruntime"])
     if len(packages) > 1:
         both = " and ".join(f"{name} {number}" for name, number in packages.items())
-        return Finding(
-            "onnxruntime", False, f"{both} overwrite each other: uninstall both, then install one of them"
-        )
+        return Finding("onnxruntime", False, f"{both} overwrite each other: uninstall both, then install one of them")
     try:
         import onnxruntime
 
@@ -165,9 +161,7 @@ def _cuda_kernels() -> Finding:
         return Finding("CUDA kernels", False, f"{_line(error)}: {_COMPILE_CUDA}")
     codes = ", ".join(f"sm{arch}" for arch in record.architectures)
     later = ", ".join(f"sm{arch}" for arch in record.ptx)
-    return Finding(
-        "CUDA kernels", True, f"for {codes}, and later GPUs from PTX of {later}; nvcc {record.nvcc}"
-    )
+    return Finding("CUDA kernels", True, f"for {codes}, and later GPUs from PTX of {later}; nvcc {record.nvcc}")
 
 
 def _gpu() -> Finding:

@@ -30,9 +30,7 @@ def confusion_matrix(
     abstain.
     """
     if prediction.shape != truth.shape:
-        raise ValueError(
-            f"got a prediction of {prediction.shape}, expected {truth.shape} as the ground truth"
-        )
+        raise ValueError(f"got a prediction of {prediction.shape}, expected {truth.shape} as the ground truth")
     kept = truth != IGNORE_INDEX
     rows = truth[kept].astype(np.int64)
     columns = prediction[kept].astype(np.int64)

@@ -57,9 +57,7 @@ def _value(hint: Any, value: object, where: str, complete: bool) -> Any:
         return record_from_dict(hint, value, where, complete=complete)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(
-                f"{where}: got {_kind(value)}, expected one of {', '.join(map(repr, arguments))}"
-            )
+            raise ValueError(f"{where}: got {_kind(value)}, expected one of {', '.join(map(repr, arguments))}")
         return value
     if origin is types.UnionType:  # only `X | None` is used
         return None if value is None else _value(arguments[0], value, where, complete)

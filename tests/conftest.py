@@ -42,9 +42,7 @@ def draw(class_ids: tuple[int, ...], seed: int, size: tuple[int, int]) -> tuple[
             inside = (abs(rows - y) < radius) & (abs(columns - x) < radius)
         else:
             inside = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
-        image[inside] = np.clip(
-            np.array(COLOURS[class_id]) + random.integers(-20, 20, (int(inside.sum()), 3)), 0, 255
-        )
+        image[inside] = np.clip(np.array(COLOURS[class_id]) + random.integers(-20, 20, (int(inside.sum()), 3)), 0, 255)
         mask[inside] = class_id
     return image, mask
 

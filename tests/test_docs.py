@@ -39,9 +39,7 @@ CLI_PAGE = "docs/cli.md"
 DEMO_IMAGES = ROOT / "runtime" / "demo_images"
 MOST_LINES = 150  # of README.md
 MOST_VERBS = 7  # of the Makefile
-BLOCK = re.compile(
-    r"(?:<!-- test: skip (.+?) -->\n)?^```(python|bash|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL
-)
+BLOCK = re.compile(r"(?:<!-- test: skip (.+?) -->\n)?^```(python|bash|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,7 @@ def test_code_runs(page: str, workspace: Path) -> None:
             assert result.returncode == 0, f"{page}:{block.line}: {shlex.join(arguments)}\n{result.stderr}"
 
 
-@pytest.mark.parametrize(
-    ("block", "arguments"), [pytest.param(*c, id=" ".join(c[1])) for c in all_commands()]
-)
+@pytest.mark.parametrize(("block", "arguments"), [pytest.param(*c, id=" ".join(c[1])) for c in all_commands()])
 def test_commands_are_accepted(block: Block, arguments: list[str]) -> None:
     """Every command is parsed, nothing is run."""
     name, *rest = arguments
@@ -152,9 +148,7 @@ def test_links_lead_somewhere(page: str) -> None:
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings}, (
-                anchor
-            )
+            assert anchor in {re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings}, anchor
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -236,6 +230,4 @@ def test_site_builds_without_warnings_and_without_other_hosts(tmp_path: Path) ->
     assert result.returncode == 0, result.stdout + result.stderr
     for page in (tmp_path / "site").rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        assert not re.findall(r'<(?:link|script|img|iframe)\b[^>]*(?:href|src)="(?:https?:)?//[^"]*', text), (
-            page
-        )
+        assert not re.findall(r'<(?:link|script|img|iframe)\b[^>]*(?:href|src)="(?:https?:)?//[^"]*', text), page

@@ -94,8 +94,6 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
         f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False
-    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False)
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout

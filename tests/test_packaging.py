@@ -46,11 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_wheel_carries_the_bundle(wheel: zipfile.ZipFile) -> None:
     prefix = "multisa/runtime/bundles/voc-animals/"
-    files = {
-        info.filename.removeprefix(prefix): info.file_size
-        for info in wheel.infolist()
-        if prefix in info.filename
-    }
+    files = {info.filename.removeprefix(prefix): info.file_size for info in wheel.infolist() if prefix in info.filename}
     assert set(files) == {"bundle.json", *load_bundle(default_bundle_path()).manifest.files}
     assert sum(files.values()) <= LARGEST_BUNDLE
 
@@ -74,9 +70,7 @@ def test_wheel_carries_the_license(wheel: zipfile.ZipFile) -> None:
 
 def test_wheel_carries_the_compiled_kernels(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
-    (compiled,) = (
-        name for name in names if name.startswith("multisa/kernels/_native") and ".pyi" not in name
-    )
+    (compiled,) = (name for name in names if name.startswith("multisa/kernels/_native") and ".pyi" not in name)
     assert compiled.endswith((".so", ".pyd"))
     assert "multisa/kernels/cuda/walk.py" in names
 
@@ -89,9 +83,7 @@ def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path) -> No
         (tmp_path / package).mkdir()
     environment = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler", "MULTISA_CUDA": "0"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
-    )
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode != 0
     assert "found no C++17 compiler" in result.stderr and "apt-get install g++" in result.stderr
 

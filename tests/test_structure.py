@@ -168,9 +168,7 @@ def test_the_code_stays_small() -> None:
     assert len(list((ROOT / "runtime").rglob("*.py"))) <= MOST_RUNTIME_FILES
 
 
-WORDS = re.compile(
-    r"\b(crew|sitting|guest|contender|lane|suspects|under_way|heal|photograph)s?\b", re.IGNORECASE
-)
+WORDS = re.compile(r"\b(crew|sitting|guest|contender|lane|suspects|under_way|heal|photograph)s?\b", re.IGNORECASE)
 
 
 def test_words_of_our_own_are_gone() -> None:

@@ -50,8 +50,7 @@ class FeatureHead(nn.Module):
         last = [levels[level] for level in self.levels]
         size = last[0].shape[-2:]
         reduced = [
-            resize_bilinear(functional.elu(layer(level)), size)
-            for layer, level in zip(self.reduce, last, strict=True)
+            resize_bilinear(functional.elu(layer(level)), size) for layer, level in zip(self.reduce, last, strict=True)
         ]
         return affinity_from_features(functional.elu(self.mix(torch.cat(reduced, 1))), radius)
 
@@ -67,9 +66,7 @@ class BoundaryHead(nn.Module):
         self.grid_level = backbone.level_at(self.stride)
         channels = backbone.channels
         self.reduce = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(width, BOUNDARY_CHANNELS, 1, bias=False), nn.GroupNorm(GROUPS, BOUNDARY_CHANNELS)
-            )
+            nn.Sequential(nn.Conv2d(width, BOUNDARY_CHANNELS, 1, bias=False), nn.GroupNorm(GROUPS, BOUNDARY_CHANNELS))
             for width in channels
         )
         self.mix = nn.Conv2d(BOUNDARY_CHANNELS * len(channels), 1, 1)

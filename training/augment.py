@@ -86,9 +86,7 @@ def random_resize(
     return resized, np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
-def random_crop(
-    image: UInt8, mask: UInt8 | None, crop: int, random: np.random.Generator
-) -> tuple[UInt8, UInt8 | None]:
+def random_crop(image: UInt8, mask: UInt8 | None, crop: int, random: np.random.Generator) -> tuple[UInt8, UInt8 | None]:
     """Cut out a square of `crop` pixels, or place a smaller image in it; both at a random position."""
     height, width = image.shape[:2]
     top, left = (int(random.integers(0, abs(side - crop) + 1)) for side in (height, width))

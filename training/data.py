@@ -106,9 +106,7 @@ def _read_voc(root: Path, labels: Path | None) -> Dataset:
     train = _read_list(root, "train")
     trained_on = _read_list(root, "train_aug") or train
     if not trained_on:
-        raise DatasetError(
-            f"{root}/ImageSets/Segmentation: neither train_aug.txt nor train.txt; one is needed"
-        )
+        raise DatasetError(f"{root}/ImageSets/Segmentation: neither train_aug.txt nor train.txt; one is needed")
     val = _read_list(root, "val")
     _check_lists(root, trained_on, train, val)
     relatives = [f"JPEGImages/{name}.jpg" for name in trained_on]
@@ -144,9 +142,7 @@ def _check_lists(root: Path, trained_on: list[str], train: list[str], val: list[
 def _with_masks(name: str, items: list[Item]) -> tuple[Item, ...]:
     found = tuple(item for item in items if item.mask)
     if len(found) < len(items):
-        log.info(
-            f"{name}: {len(items) - len(found)} of {len(items)} images have no mask and are not measured on"
-        )
+        log.info(f"{name}: {len(items) - len(found)} of {len(items)} images have no mask and are not measured on")
     return found
 
 
@@ -161,9 +157,7 @@ def _voc_item(root: Path, name: str, class_ids: tuple[int, ...]) -> Item:
 def _read_folder(root: Path, labels: Path | None) -> Dataset:
     table = _label_file(root, labels)
     if table is None:
-        raise DatasetError(
-            f"{root}: no labels.csv or labels.json; write one (header image,labels) or give --labels"
-        )
+        raise DatasetError(f"{root}: no labels.csv or labels.json; write one (header image,labels) or give --labels")
     names = _class_names(root)
     if not names:
         raise DatasetError(f"{root}: no classes.txt; write one class per line, 'background' first")
@@ -218,9 +212,7 @@ def _read_list(root: Path, name: str) -> list[str]:
 def _classes_from_xml(root: Path, name: str, names: tuple[str, ...]) -> tuple[int, ...]:
     path = root / "Annotations" / f"{name}.xml"
     if not path.is_file():
-        raise DatasetError(
-            f"{root}: no labels.json, no labels.csv and no {path.relative_to(root)}; one is needed"
-        )
+        raise DatasetError(f"{root}: no labels.json, no labels.csv and no {path.relative_to(root)}; one is needed")
     if path.stat().st_size > MAX_ANNOTATION_BYTES:
         raise DatasetError(f"{path}: over {MAX_ANNOTATION_BYTES // 1_000_000} MB, not a VOC annotation")
     try:

@@ -91,17 +91,13 @@ def train_network(
                 bar.advance(note=f"loss {value:.3f}")
         losses.append(total / steps)
         seconds = time.perf_counter() - started
-        log.info(
-            f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s"
-        )
+        log.info(f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s")
         save_checkpoint(options.checkpoint, model, optimiser, {"losses": losses})
     model.eval()
     return losses
 
 
-def save_checkpoint(
-    path: Path, model: nn.Module, optimiser: torch.optim.SGD | None, meta: Mapping[str, Any]
-) -> None:
+def save_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | None, meta: Mapping[str, Any]) -> None:
     """Write the model's state, the optimiser's momenta (by parameter name) and `meta` to one file."""
     tensors = {_MODEL_PREFIX + key: value.contiguous() for key, value in model.state_dict().items()}
     if optimiser is not None:

@@ -28,14 +28,10 @@ def create_model(
 
 
 @overload
-def create_model(
-    config: SegmenterConfig, n_classes: int, *, checkpoint: Path | None = None
-) -> DeepLabV3Plus: ...
+def create_model(config: SegmenterConfig, n_classes: int, *, checkpoint: Path | None = None) -> DeepLabV3Plus: ...
 
 
-def create_model(
-    config: ModelConfig, n_classes: int | None = None, *, checkpoint: Path | None = None
-) -> nn.Module:
+def create_model(config: ModelConfig, n_classes: int | None = None, *, checkpoint: Path | None = None) -> nn.Module:
     """Build the network that `config` describes, on torch's default device, in channels-last layout.
 
     The type of the configuration chooses the network. All take float32 [N, 3, H, W], normalised by

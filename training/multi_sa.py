@@ -113,8 +113,7 @@ class MultiSACAM(nn.Module):
         if self.fuse is None:
             return torch.as_tensor(self.classifier(levels[-1] * self.level_gain[-1]))
         enhanced = [
-            layer(levels[tap] * self.level_gain[tap])
-            for layer, tap in zip(self.attention, self.taps, strict=True)
+            layer(levels[tap] * self.level_gain[tap]) for layer, tap in zip(self.attention, self.taps, strict=True)
         ]
         stacked = torch.cat([resize_bilinear(v, enhanced[0].shape[-2:]) for v in enhanced], 1)
         return torch.as_tensor(self.classifier(self.fuse(stacked)))
@@ -221,7 +220,5 @@ def shares_at_peak(parts: Sequence[SingleLevel], image: Tensor, class_ids: Seque
 def _rescale(image: Tensor, scale: Fraction) -> Tensor:
     if scale == 1:
         return image
-    size = tuple(
-        (side * scale.numerator + scale.denominator - 1) // scale.denominator for side in image.shape[-2:]
-    )
+    size = tuple((side * scale.numerator + scale.denominator - 1) // scale.denominator for side in image.shape[-2:])
     return resize_bilinear(image, size)

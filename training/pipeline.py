@@ -237,8 +237,7 @@ def _check_label(config: TrainConfig, dataset: Dataset) -> None:
     foreground = len(dataset.class_names) - 1
     if len(gains) not in (0, foreground):
         raise UsageError(
-            f"label.class_gain: got {len(gains)} numbers, expected {foreground}, one for each foreground "
-            "class, or none"
+            f"label.class_gain: got {len(gains)} numbers, expected {foreground}, one for each foreground class, or none"
         )
     if gains and config.background_from == "train-masks-per-class":
         raise UsageError(
@@ -317,9 +316,7 @@ class RunStages:
         chosen = self.cache.stage(name, inputs, [walked, measured_walk], work).results
         return replace(config.label, background=chosen["background"], class_gain=tuple(chosen["class_gain"]))
 
-    def pseudo_masks(
-        self, label: LabelParameters, items: tuple[Item, ...], walked: Stage, name: str
-    ) -> Stage:
+    def pseudo_masks(self, label: LabelParameters, items: tuple[Item, ...], walked: Stage, name: str) -> Stage:
         """Make the masks of `items` from the walked maps."""
         # The walked maps depend on the train images already; any other list is an input of its own.
         others = {} if items == self.dataset.train_images else {"items": [item.id for item in items]}

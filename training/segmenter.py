@@ -90,9 +90,7 @@ def _pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def _separable(in_channels: int, out_channels: int, rate: int) -> nn.Sequential:
-    depthwise = nn.Conv2d(
-        in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False
-    )
+    depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False)
     return nn.Sequential(
         depthwise,
         nn.BatchNorm2d(in_channels),

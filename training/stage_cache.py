@@ -89,9 +89,7 @@ def _finished(name: str, folder: Path, digest: str) -> Stage | None:
     ]
     if stored["digest"] == digest and not wrong:
         return Stage(name, folder, digest, stored["results"], stored["seconds"])
-    log.info(
-        f"{name}: repeated, {f'{wrong[0]} is missing or changed' if wrong else 'its inputs are different'}"
-    )
+    log.info(f"{name}: repeated, {f'{wrong[0]} is missing or changed' if wrong else 'its inputs are different'}")
     marker.unlink()
     for file in wrong:
         (folder / file).unlink(missing_ok=True)

@@ -107,9 +107,7 @@ def make_affinity_labels(config: TrainConfig, dataset: Dataset, cams: Stage, fol
     return {}
 
 
-def affinity_labels(
-    image: UInt8, cam: Float32, class_ids: tuple[int, ...], config: AffinityLabelConfig
-) -> UInt8:
+def affinity_labels(image: UInt8, cam: Float32, class_ids: tuple[int, ...], config: AffinityLabelConfig) -> UInt8:
     """Certain foreground, certain background, and 255 in between (irn).
 
     image: uint8 [H, W, 3]; cam: float32 [C, h, w] in [0, 1] for `class_ids`. Returns uint8 [H, W]. The
@@ -201,9 +199,7 @@ def make_pseudo_masks(
 def train_segmenter(config: TrainConfig, dataset: Dataset, masks: Stage, cam: Stage, folder: Path) -> Results:
     """Train DeepLabV3+ on the pseudo-masks of the train images."""
     if masks.folder.resolve() == (dataset.root / "SegmentationClass").resolve():
-        raise DatasetError(
-            f"{masks.folder}: the pseudo-masks would be the ground truth; choose another run folder"
-        )
+        raise DatasetError(f"{masks.folder}: the pseudo-masks would be the ground truth; choose another run folder")
     torch.manual_seed(config.seed)
     n_classes = len(dataset.class_names)
     schedule = config.segmenter.schedule
@@ -243,8 +239,6 @@ def _loop_options(config: TrainConfig, folder: Path, title: str) -> LoopOptions:
     return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title)
 
 
-def _step(
-    loss: Callable[[Tensor, Tensor], Tensor], device: torch.device
-) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+def _step(loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
     """The step of `train_network` that computes `loss` from a batch of images and targets."""
     return lambda batch: loss(batch[0].to(device), batch[1].to(device))

@@ -120,14 +120,11 @@ def score_thresholds(folder: Path, items: tuple[Item, ...], dataset: Dataset) ->
     f1 = 2 * hits / np.maximum(predicted.sum(1) + present.sum(0), 1)
     # The median of the best candidates: scores of train images leave a wide gap, whose edges mean nothing.
     return [
-        float(np.median(candidates[f1[:, column] == f1[:, column].max()]).round(2))
-        for column in range(f1.shape[1])
+        float(np.median(candidates[f1[:, column] == f1[:, column].max()]).round(2)) for column in range(f1.shape[1])
     ]
 
 
-def choose_thresholds(
-    config: TrainConfig, dataset: Dataset, walked: Stage, background: float, folder: Path
-) -> Results:
+def choose_thresholds(config: TrainConfig, dataset: Dataset, walked: Stage, background: float, folder: Path) -> Results:
     """Choose the background score and, if the run asks for them, the gains of the classes on the train masks.
 
     background: the best score for the walked maps themselves, before the dense CRF.
@@ -216,9 +213,7 @@ def _confusions_after_crf(
         scores = load_maps(walked.folder / f"{item.id}.npy")
         results = pseudo_masks(image, scores, item.classes, label, candidates)
         size = (ground_truth.shape[0], ground_truth.shape[1])
-        counts = [
-            confusion_matrix(resize_mask(result.mask, size), ground_truth, n_classes) for result in results
-        ]
+        counts = [confusion_matrix(resize_mask(result.mask, size), ground_truth, n_classes) for result in results]
         buffer = io.BytesIO()
         np.save(buffer, np.stack(counts), allow_pickle=False)
         write_bytes_atomically(path, buffer.getvalue())

@@ -92,9 +92,7 @@ def run_alternately(
 REFERENCE = Candidate("onnxruntime-cpu", "fp32", "cpu")  # the labels of the others are compared with its
 
 
-def list_candidates(
-    bundle: Bundle, contract: GraphContract, backends: Sequence[str], *, gpu: bool
-) -> list[Candidate]:
+def list_candidates(bundle: Bundle, contract: GraphContract, backends: Sequence[str], *, gpu: bool) -> list[Candidate]:
     """Every candidate of `backends` (all where it is empty), the reference first.
 
     Backends that need a GPU are listed without one too, so that the report says why they are missing. PyTorch
@@ -145,9 +143,7 @@ class _Auto:
 
     def __init__(self, bundle: Path, graph: str, engine_cache: Path | None) -> None:
         contract = next(contract for contract in CONTRACTS if contract.name == graph)
-        self._choice = select_backend(
-            load_bundle(bundle), contract, BackendRequest(engine_cache=engine_cache)
-        )
+        self._choice = select_backend(load_bundle(bundle), contract, BackendRequest(engine_cache=engine_cache))
 
     def chosen(self) -> tuple[str, str, str]:
         name = self._choice.backend.name

@@ -193,8 +193,7 @@ def parse_profiles(texts: Sequence[str], long_side: int) -> tuple[Profile, ...]:
         where = f"input image: profile {profile}"
         if low < MINIMUM_SIDE:
             raise UsageError(
-                f"{where}: got a side of {low}, expected at least {MINIMUM_SIDE}: the graphs take no smaller "
-                "image"
+                f"{where}: got a side of {low}, expected at least {MINIMUM_SIDE}: the graphs take no smaller image"
             )
         if high > long_side:
             raise UsageError(
@@ -257,9 +256,7 @@ def _gpu_of(targets: tuple[str, ...], library: Library) -> Gpu:
     return gpu
 
 
-def _build(
-    cache: EngineCache, key: EngineKey, data: bytes, contract: GraphContract, library: Library
-) -> EngineRow:
+def _build(cache: EngineCache, key: EngineKey, data: bytes, contract: GraphContract, library: Library) -> EngineRow:
     built = False
 
     def build() -> bytes:

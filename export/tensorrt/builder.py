@@ -96,9 +96,7 @@ def _check_contract(network: "trt.INetworkDefinition", contract: GraphContract, 
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     got = {tensor.name: f"{_dtype(tensor)} {list(tensor.shape)}" for tensor in inputs}
     if got != {IMAGE: "uint8 [-1, -1, -1, 3]"}:
-        raise BackendError(
-            f"{label}: got the inputs {got}, expected {IMAGE}: uint8 [N, H, W, 3], all but 3 free"
-        )
+        raise BackendError(f"{label}: got the inputs {got}, expected {IMAGE}: uint8 [N, H, W, 3], all but 3 free")
     got = {tensor.name: f"{_dtype(tensor)} of rank {len(tensor.shape)}" for tensor in outputs}
     expected = {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in contract.outputs.items()}
     if got != expected:
@@ -126,9 +124,7 @@ def _add_profile(
     except ValueError as error:
         problem = str(error)
     if problem or not optimization or config.add_optimization_profile(optimization) < 0:
-        raise BackendError(
-            f"{label}: input {IMAGE}: profile {profile} is refused: {problem}{_lines(_errors(log))}"
-        )
+        raise BackendError(f"{label}: input {IMAGE}: profile {profile} is refused: {problem}{_lines(_errors(log))}")
 
 
 def _parser_errors(parser: "trt.OnnxParser", module: Any, log: LibraryLog) -> str:

@@ -53,9 +53,7 @@ def check_integer(name: str, value: int, *, minimum: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"{name}: got {type(value).__name__}, expected an integer; pass int({name})"
-        ) from None
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer; pass int({name})") from None
     if number < minimum:
         raise ValueError(f"{name}: got {number}, expected at least {minimum}")
     return number
@@ -68,8 +66,6 @@ def check_out(out: Float32 | None, shape: tuple[int, ...]) -> None:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: got {type(out).__name__}, expected a float32 array {list(shape)} or None")
     if out.dtype != np.float32 or out.shape != shape:
-        raise ValueError(
-            f"out: got {out.dtype} {list(out.shape)}, expected float32 {list(shape)} as the scores"
-        )
+        raise ValueError(f"out: got {out.dtype} {list(out.shape)}, expected float32 {list(shape)} as the scores")
     if not out.flags.writeable:
         raise ValueError("out: got a read-only array, expected a writeable one")

@@ -49,9 +49,7 @@ def path_offsets(dy: int, dx: int) -> tuple[tuple[int, int], ...]:
     return tuple((y, x) for y in rows for x in columns if (dy * x - dx * y) ** 2 < length_squared)
 
 
-def pair_slices(
-    offset: tuple[int, int], shape: tuple[int, int]
-) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+def pair_slices(offset: tuple[int, int], shape: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Return indices (source, target) that select the two pixels of every in-grid pair of one offset.
 
     Both select arrays of equal shape from an [h, w] grid. They are empty if the offset does not fit the grid.

@@ -74,6 +74,4 @@ def check_walk_values(scores: Float32, affinity: Float32, mask: npt.NDArray[np.b
         raise ValueError("scores: got NaN or infinity, expected finite values; check the network's output")
     pairs = affinity[..., mask]
     if pairs.size and not (pairs.min() >= 0 and pairs.max() <= 1):
-        raise ValueError(
-            f"affinity: got values from {pairs.min()} to {pairs.max()}, expected [0, 1] without NaN"
-        )
+        raise ValueError(f"affinity: got values from {pairs.min()} to {pairs.max()}, expected [0, 1] without NaN")

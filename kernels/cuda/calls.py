@@ -34,9 +34,7 @@ _QUEUE_LOCK = threading.RLock()
 class DeviceArray:
     """Contiguous device memory with a shape, for anything that reads `__cuda_array_interface__`."""
 
-    def __init__(
-        self, device: DeviceMemory, shape: tuple[int, ...], dtype: type[np.generic] = np.float32
-    ) -> None:
+    def __init__(self, device: DeviceMemory, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> None:
         """Allocate; the contents are undefined."""
         self.shape = shape
         self.dtype = np.dtype(dtype)
@@ -134,9 +132,7 @@ def _serialized(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_serialized
-def random_walk_on_device(
-    scores: Any, affinity: Any, settings: WalkSettings, out: Any, device: Device
-) -> Any:
+def random_walk_on_device(scores: Any, affinity: Any, settings: WalkSettings, out: Any, device: Device) -> Any:
     """Run `multisa.kernels.random_walk`. Scores and affinity may each be a NumPy or a device array.
 
     The result, and `out`, are where the scores are.
@@ -203,9 +199,7 @@ def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameter
 def _split_batch(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, tuple[int, ...]]:
     """Split a shape of `rank` dimensions, or one more in front, into the batch and the rest."""
     if len(shape) not in (rank, rank + 1) or 0 in shape:
-        raise ValueError(
-            f"{name}: got shape {list(shape)}, expected {rank} or {rank + 1} sizes, none of them 0"
-        )
+        raise ValueError(f"{name}: got shape {list(shape)}, expected {rank} or {rank + 1} sizes, none of them 0")
     return (shape[0] if len(shape) > rank else 1), shape[-rank:]
 
 

@@ -57,9 +57,7 @@ class CrfShape:
         check_positive(self)
         copies = self.images * self.problems
         if copies > LARGEST_GRID_YZ:
-            raise ValueError(
-                f"images x problems: got {copies}, expected at most {LARGEST_GRID_YZ}; split the batch"
-            )
+            raise ValueError(f"images x problems: got {copies}, expected at most {LARGEST_GRID_YZ}; split the batch")
 
 
 def padded_labels(labels: int) -> int:
@@ -98,9 +96,7 @@ class DeviceCRF:
         size = (shape.height, shape.width)
         spatial = lattice_geometry(1, *size, (self.parameters.spatial_sxy,) * 2, padded=self._padded)
         deviations = (self.parameters.bilateral_sxy,) * 2 + (self.parameters.bilateral_srgb,) * 3
-        bilateral = lattice_geometry(
-            shape.images, *size, deviations, padded=self._padded, max_vertices=max_vertices
-        )
+        bilateral = lattice_geometry(shape.images, *size, deviations, padded=self._padded, max_vertices=max_vertices)
         planes = 4 * self._copies * self._pixels
         self._memory = Workspace(device, {"beliefs": planes * self._padded, "unaries": planes * shape.labels})
         self._errors = ErrorWord(device, CRF_ERRORS)
@@ -155,9 +151,7 @@ class DeviceCRF:
         self._launch("crf_unary", (probabilities, channels, *sizes, *targets), stream)
         self._refine(out, channels, classes, stream)
 
-    def infer_labels(
-        self, labels: int, n_labels: int, out: int, *, confidence: float = 0.7, stream: int = 0
-    ) -> None:
+    def infer_labels(self, labels: int, n_labels: int, out: int, *, confidence: float = 0.7, stream: int = 0) -> None:
         """Queue refining hard labels, uint8 [problems, images, height, width] of 0..n_labels-1.
 
         Each is trusted with probability `confidence`; the others share the rest. `out` receives float32

@@ -86,9 +86,7 @@ class DeviceLabelMaps:
         if check_integer("count", count, minimum=1) > LARGEST_GRID_YZ:
             raise ValueError(f"count: got {count} maps, expected at most {LARGEST_GRID_YZ}")
         arguments = [maps, channels, *self._taps, *self._sizes, out]
-        self._device.launch(
-            "maps_resize", (self._blocks, count, 1), (THREADS, 1, 1), arguments, stream=stream
-        )
+        self._device.launch("maps_resize", (self._blocks, count, 1), (THREADS, 1, 1), arguments, stream=stream)
 
     # more than six parameters: device addresses and numbers of one launch
     def probabilities(
@@ -112,14 +110,10 @@ class DeviceLabelMaps:
         peak = self._memory["peak"] if to_peak else 0
         if to_peak:
             values = np.int32(count * self._source[0] * self._source[1])
-            self._device.launch(
-                "maps_peak", (1, 1, 1), (PEAK_THREADS, 1, 1), (maps, values, peak), stream=stream
-            )
+            self._device.launch("maps_peak", (1, 1, 1), (PEAK_THREADS, 1, 1), (maps, values, peak), stream=stream)
         arguments = [maps, np.int32(count), *self._taps, *self._sizes, peak, gains]
         arguments += [np.float32(background), out]
-        self._device.launch(
-            "maps_to_probabilities", (self._blocks, 1, 1), (THREADS, 1, 1), arguments, stream=stream
-        )
+        self._device.launch("maps_to_probabilities", (self._blocks, 1, 1), (THREADS, 1, 1), arguments, stream=stream)
 
     @property
     def _blocks(self) -> int:

@@ -278,9 +278,7 @@ class LatticeBuilder:
         self._launch("lattice_number", geometry.touches, number, stream)
         sizes = (np.int32(geometry.points), np.int32(geometry.dimension + 1), capacity)
         targets = (memory["vertex_of"], memory["weights"], self._sorter.keys, self._sorter.values)
-        self._launch(
-            "lattice_assign", geometry.touches, (scratch["slots"], scratch["ids"], *sizes, *targets), stream
-        )
+        self._launch("lattice_assign", geometry.touches, (scratch["slots"], scratch["ids"], *sizes, *targets), stream)
 
     def _link(self, lattice: "Lattice", stream: int) -> None:
         geometry = lattice.geometry

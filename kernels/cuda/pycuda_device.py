@@ -28,9 +28,7 @@ class PycudaDevice(PrimaryContext):
     def __init__(self, ordinal: int = 0, fatbin: Path = FATBIN) -> None:
         """Retain the primary context of GPU `ordinal` and load the kernels; raises DeviceUnavailableError."""
         if not fatbin.is_file():
-            raise DeviceUnavailableError(
-                f"{fatbin}: not found; run python -m multisa.kernels.cuda.build (needs nvcc)"
-            )
+            raise DeviceUnavailableError(f"{fatbin}: not found; run python -m multisa.kernels.cuda.build (needs nvcc)")
         _check_current(fatbin)
         super().__init__(ordinal)
         with self.active():
@@ -40,9 +38,7 @@ class PycudaDevice(PrimaryContext):
                 raise DeviceUnavailableError(f"{fatbin}: {self.name} cannot load it: {error}") from error
             self._capture_stream = self.driver.create_stream()
         self._functions: dict[str, int] = {}
-        weakref.finalize(
-            self, _unload, self._cuda, self._context, self.driver, self._module, self._capture_stream
-        )
+        weakref.finalize(self, _unload, self._cuda, self._context, self.driver, self._module, self._capture_stream)
 
     def fill(self, target: int, value: int, count: int, stream: int = 0) -> None:
         """Queue writing 32-bit words."""
@@ -104,6 +100,5 @@ def _check_current(fatbin: Path) -> None:
         return
     if json.loads(record.read_text(encoding="utf-8")).get("sources") != source_digest():
         raise DeviceUnavailableError(
-            f"{fatbin}: built from other sources than those in {SOURCES}; run "
-            "python -m multisa.kernels.cuda.build"
+            f"{fatbin}: built from other sources than those in {SOURCES}; run python -m multisa.kernels.cuda.build"
         )

@@ -100,9 +100,7 @@ class DeviceWalk:
             arguments += [pairs, np.int32(self._margin), np.float32(self._settings.beta)]
             self._launch("walk_weights", (elements, shape.images * self._pairs, 1), arguments, stream)
         arguments = [memory["weights"], memory["offsets"], memory["inverse"], memory["centre"]]
-        self._launch(
-            "walk_row_sums", (elements, shape.images, 1), [*arguments, *self._plane(), pairs], stream
-        )
+        self._launch("walk_row_sums", (elements, shape.images, 1), [*arguments, *self._plane(), pairs], stream)
         counts = [np.int32(shape.channels), np.int32(self._stored)]
         arguments = [scores, memory["first"], memory["second"], memory["total"], memory["range"]]
         arguments += [self._errors.pointer, *self._plane(), *counts, np.float32(self._start_coefficient)]

@@ -40,9 +40,7 @@ class GraphContract:
     outputs: dict[str, TensorContract]
 
 
-CAM = GraphContract(
-    "cam", {"cam": TensorContract("float32", "NChw"), "scores": TensorContract("float32", "NC")}
-)
+CAM = GraphContract("cam", {"cam": TensorContract("float32", "NChw"), "scores": TensorContract("float32", "NC")})
 AFFINITY = GraphContract("affinity", {"affinity": TensorContract("float32", "NPhw")})
 SEGMENTER = GraphContract(
     "segmenter", {"labels": TensorContract("uint8", "NHW"), "confidence": TensorContract("uint8", "NHW")}
@@ -59,10 +57,7 @@ def how_to_convert(bundle: Path, contract: GraphContract, precision: str) -> str
     """What to do when a bundle lacks a graph in `precision`, for error messages."""
     if precision in ("int8", "bf16") and contract != SEGMENTER:
         return f"only the segmenter exists in {precision}, expected fp32 or fp16"
-    return (
-        f"create a bundle that has it: multisa convert {bundle} --precision {precision} --images DIR "
-        "-o NEW_BUNDLE"
-    )
+    return f"create a bundle that has it: multisa convert {bundle} --precision {precision} --images DIR -o NEW_BUNDLE"
 
 
 class Backend(Protocol):
@@ -97,9 +92,7 @@ class DeviceBackend(Protocol):
 class AsyncBackend(DeviceBackend, Protocol):
     """A backend that runs on the caller's CUDA stream, from device memory to device memory."""
 
-    def queue(
-        self, image: int, shape: tuple[int, ...], stream: int, outputs: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def queue(self, image: int, shape: tuple[int, ...], stream: int, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """Queue a run on the uint8 image of `shape` [N, H, W, 3] at device address `image`; do not wait.
 
         Returns device arrays (`calls.DeviceArray`) by name; arrays of `outputs` are reused where shape and
@@ -158,7 +151,6 @@ def match_contract(
         if outputs == {name: f"{t.dtype} of rank {len(t.axes)}" for name, t in candidate.outputs.items()}:
             return candidate
     wanted = " or ".join(
-        f"{c.name} ({', '.join(f'{n}: {t.dtype} [{t.axes}]' for n, t in c.outputs.items())})"
-        for c in candidates
+        f"{c.name} ({', '.join(f'{n}: {t.dtype} [{t.axes}]' for n, t in c.outputs.items())})" for c in candidates
     )
     raise BackendError(f"{graph}: got the outputs {outputs}, expected {wanted}")

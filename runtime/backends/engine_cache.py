@@ -66,9 +66,7 @@ class Profile:
         rows = zip(names, self.minimum, self.optimum, self.maximum, strict=True)
         for name, low, best, high in rows:
             if not 1 <= low <= best <= high:
-                raise ValueError(
-                    f"profile {self}: {name} {low}, {best}, {high}: expected 1 <= min <= opt <= max"
-                )
+                raise ValueError(f"profile {self}: {name} {low}, {best}, {high}: expected 1 <= min <= opt <= max")
 
     def __str__(self) -> str:
         """In the command line's notation: min:opt:max, each NxHxW."""
@@ -173,9 +171,7 @@ class EngineCache:
             stored = self._load_or_repair(key)
             return stored if stored is not None else self._store(key, build)
 
-    def find(
-        self, *, onnx_sha256: str, library: str, library_version: str, target: str
-    ) -> list[StoredEngine]:
+    def find(self, *, onnx_sha256: str, library: str, library_version: str, target: str) -> list[StoredEngine]:
         """Engines of one graph for one library and target, ordered by digest.
 
         Only engines of this platform and FLAGS: others belong to another machine, or another accuracy.
@@ -290,13 +286,9 @@ def _read_record(folder: Path) -> StoredEngine | None:
     except (ValueError, RecursionError) as error:
         raise _DamagedError(f"{RECORD_NAME}: {error}") from error
     if record.schema_version != SCHEMA_VERSION:
-        raise _DamagedError(
-            f"{RECORD_NAME}: schema_version {record.schema_version}, expected {SCHEMA_VERSION}"
-        )
+        raise _DamagedError(f"{RECORD_NAME}: schema_version {record.schema_version}, expected {SCHEMA_VERSION}")
     if record.key.digest[:_DIGITS] != folder.name:
-        raise _DamagedError(
-            f"{RECORD_NAME}: its key belongs in another folder, {record.key.digest[:_DIGITS]}"
-        )
+        raise _DamagedError(f"{RECORD_NAME}: its key belongs in another folder, {record.key.digest[:_DIGITS]}")
     path = folder / ENGINE_NAME
     if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
         raise _DamagedError(f"{ENGINE_NAME}: expected a file of {record.bytes} bytes")

@@ -62,13 +62,9 @@ def check_onnx(data: bytes, label: str) -> None:
     try:
         _visit(memoryview(data), "ModelProto", label, opsets, depth=0)
     except ValueError as error:
-        raise BackendError(
-            f"{label}: cannot be loaded: not an ONNX file: {error}; export it again"
-        ) from error
+        raise BackendError(f"{label}: cannot be loaded: not an ONNX file: {error}; export it again") from error
     if not opsets:
-        raise BackendError(
-            f"{label}: cannot be loaded: not an ONNX file: it declares no operator set; export it again"
-        )
+        raise BackendError(f"{label}: cannot be loaded: not an ONNX file: it declares no operator set; export it again")
     for version in opsets:
         if version not in OPSETS:
             raise BackendError(

@@ -79,9 +79,7 @@ class OnnxRuntimeBackend(Closeable):
             data = model.read_bytes() if isinstance(model, Path) else model
             check_onnx(data, label)
             # With the fallback, a failure on the GPU would silently move the graph to the CPU.
-            session = runtime.InferenceSession(
-                data, options, providers=[_PROVIDERS[provider]], enable_fallback=0
-            )
+            session = runtime.InferenceSession(data, options, providers=[_PROVIDERS[provider]], enable_fallback=0)
         except self._errors as error:
             if provider == "cuda" and type(error).__name__ not in (*_GRAPH_ERRORS, "OSError"):
                 raise _no_cuda(f"{label}: {_first_line(error)}") from error

@@ -73,18 +73,14 @@ class OpenVinoBackend(Closeable):
         graph cannot be loaded or breaks the contract.
         """
         if precision not in FILE_PRECISIONS:
-            raise BackendError(
-                f"got the precision {precision!r}, expected one of {', '.join(FILE_PRECISIONS)}"
-            )
+            raise BackendError(f"got the precision {precision!r}, expected one of {', '.join(FILE_PRECISIONS)}")
         core = _open_core(precision)
         label = model.name if isinstance(model, Path) else (contract.name if contract else "graph")
         try:
             data = model.read_bytes() if isinstance(model, Path) else model
             check_onnx(data, label)
             graph = core.read_model(data)
-            self.contract = match_contract(
-                _signatures(graph.inputs), _signatures(graph.outputs), contract, label
-            )
+            self.contract = match_contract(_signatures(graph.inputs), _signatures(graph.outputs), contract, label)
             if self.contract not in ONLY.get(precision, CONTRACTS):
                 names = " or ".join(contract.name for contract in ONLY[precision])
                 raise BackendError(f"{label}: got the precision {precision}, expected it for {names} alone")

@@ -130,9 +130,7 @@ BACKENDS: dict[str, BackendKind] = {
     "onnxruntime-cuda": BackendKind(partial(_open_onnxruntime, "cuda"), needs_gpu=True),
     "onnxruntime-cpu": BackendKind(partial(_open_onnxruntime, "cpu"), needs_gpu=False),
     # Last: "auto" runs fp32 on a CPU, where ONNX Runtime is faster.
-    "openvino": BackendKind(
-        _open_openvino, needs_gpu=False, precisions=openvino.FILE_PRECISIONS, only=openvino.ONLY
-    ),
+    "openvino": BackendKind(_open_openvino, needs_gpu=False, precisions=openvino.FILE_PRECISIONS, only=openvino.ONLY),
 }
 ALL_PRECISIONS = tuple(dict.fromkeys(p for kind in BACKENDS.values() for p in kind.precisions))
 _WITHOUT_GPU = " or ".join(name for name, kind in BACKENDS.items() if not kind.needs_gpu)
@@ -181,9 +179,7 @@ def select_backend(
     causes = "; ".join(dict.fromkeys(map(str, skipped)))
     if request.backend == AUTO:
         raise BackendUnavailable(f"no backend can run {contract.name} here: {causes}")
-    remedy = (
-        f": choose {_WITHOUT_GPU}, or a machine with an NVIDIA GPU and its driver" if probe.problem else ""
-    )
+    remedy = f": choose {_WITHOUT_GPU}, or a machine with an NVIDIA GPU and its driver" if probe.problem else ""
     raise BackendUnavailable(f"{request.backend} cannot run {contract.name} here: {causes}{remedy}")
 
 
@@ -226,8 +222,7 @@ def describe_selection(selected: Sequence[SelectedBackend]) -> list[str]:
         same = (choice.backend.name, choice.precision, choice.notice or choice.reason)
         graphs.setdefault(same, []).append(choice.graph)
     return [
-        f"{', '.join(names)}: {backend}, {precision} ({why})"
-        for (backend, precision, why), names in graphs.items()
+        f"{', '.join(names)}: {backend}, {precision} ({why})" for (backend, precision, why), names in graphs.items()
     ]
 
 
@@ -289,9 +284,7 @@ def backend_precisions(bundle: Bundle, contract: GraphContract, backend: str) ->
 def _check_request(bundle: Bundle, contract: GraphContract, request: BackendRequest) -> None:
     """Raise UsageError for a request that no machine could satisfy."""
     if request.backend != AUTO and request.backend not in BACKENDS:
-        raise UsageError(
-            f"got the backend {request.backend!r}, expected {AUTO} or one of {', '.join(BACKENDS)}"
-        )
+        raise UsageError(f"got the backend {request.backend!r}, expected {AUTO} or one of {', '.join(BACKENDS)}")
     if request.precision not in (AUTO, *ALL_PRECISIONS):
         raise UsageError(
             f"got the precision {request.precision!r}, expected {AUTO} or one of {', '.join(ALL_PRECISIONS)}"
@@ -311,9 +304,7 @@ def _check_request(bundle: Bundle, contract: GraphContract, request: BackendRequ
         )
 
 
-def _precisions(
-    bundle: Bundle, contract: GraphContract, request: BackendRequest, name: str
-) -> tuple[str, ...]:
+def _precisions(bundle: Bundle, contract: GraphContract, request: BackendRequest, name: str) -> tuple[str, ...]:
     """Precisions to try in backend `name`, best first."""
     if request.precision != AUTO:
         return tuple(p for p in backend_precisions(bundle, contract, name) if p == request.precision)

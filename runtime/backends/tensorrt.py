@@ -165,9 +165,7 @@ class TensorRTBackend(Closeable):
 
     def _failure(self, error: Exception) -> BackendError:
         messages = self._loaded.runtime.log.take()
-        return BackendError(
-            f"{self.contract.name}: cannot be run on {self._loaded.gpu.name}: {error} ({messages})"
-        )
+        return BackendError(f"{self.contract.name}: cannot be run on {self._loaded.gpu.name}: {error} ({messages})")
 
 
 def _close(loaded: LoadedEngine, contexts: dict[int, ExecutionContext]) -> None:
@@ -232,15 +230,11 @@ class TensorRTOptions:
     precision: str = "fp32"  # one of PRECISIONS that the bundle has
     library: str | None = None  # one of LIBRARIES; None: the first that is installed and has an engine
     engine_cache: Path | None = None  # searched before the bundle's own cache
-    long_side: int | None = (
-        None  # skip engines that do not take every image up to this size; None: any engine
-    )
+    long_side: int | None = None  # skip engines that do not take every image up to this size; None: any engine
     may_repair: bool = True  # whether damaged engines are moved to quarantine
 
 
-def open_tensorrt(
-    bundle: Bundle, contract: GraphContract, options: TensorRTOptions | None = None
-) -> TensorRTBackend:
+def open_tensorrt(bundle: Bundle, contract: GraphContract, options: TensorRTOptions | None = None) -> TensorRTBackend:
     """Load the best engine of a bundle's graph for the first GPU.
 
     Raises UsageError for an unknown library or a precision that the bundle lacks; BackendUnavailable without
@@ -268,9 +262,7 @@ def open_tensorrt(
             ]
             if not found:
                 raise BackendUnavailable(f"{library}: no engine for {target} ({gpu.name})", remedy=command)
-            return _EngineLoader(contract, options, start_runtime(library, gpu), gpu, command).load_best(
-                found
-            )
+            return _EngineLoader(contract, options, start_runtime(library, gpu), gpu, command).load_best(found)
         except OSError as error:
             causes.append(f"{error.filename}: cannot be read: {error.strerror}")
         except BackendUnavailable as error:
@@ -329,13 +321,9 @@ class _EngineLoader:
         except BackendUnavailable as error:
             cause = error.cause.lower()
             if "out of memory" in cause:
-                raise BackendError(
-                    f"{self.contract.name}: {error}; free memory of {self.gpu.name}"
-                ) from error
+                raise BackendError(f"{self.contract.name}: {error}; free memory of {self.gpu.name}") from error
             if "driver version is insufficient" in cause:
-                raise BackendUnavailable(
-                    f"{self.contract.name}: {error}", remedy="update the NVIDIA driver"
-                ) from error
+                raise BackendUnavailable(f"{self.contract.name}: {error}", remedy="update the NVIDIA driver") from error
             raise _RefusedError(str(error)) from error
 
     def _quarantine(self, cache: EngineCache, stored: StoredEngine, reason: str) -> str:
@@ -380,9 +368,7 @@ def _digest_of_graph(bundle: Bundle, contract: GraphContract, precision: str) ->
     return files[name].sha256
 
 
-def _build_command(
-    bundle: Bundle, contract: GraphContract, options: TensorRTOptions, target: str, library: str
-) -> str:
+def _build_command(bundle: Bundle, contract: GraphContract, options: TensorRTOptions, target: str, library: str) -> str:
     command = f"multisa build {bundle.path} --target {target} --graph {contract.name} --library {library}"
     if options.precision != "fp32":
         command += f" --precision {options.precision}"

@@ -223,9 +223,7 @@ class ExecutionContext:
         outputs = {name: tuple(context.get_tensor_shape(name)) for name in loaded.outputs}
         for name, shape in outputs.items():
             if min(shape) < 1:
-                raise BackendError(
-                    f"{loaded.graph}: {name}: got the shape {list(shape)}, expected sizes above 0"
-                )
+                raise BackendError(f"{loaded.graph}: {name}: got the shape {list(shape)}, expected sizes above 0")
         return _Call(image, outputs)
 
     def _prepare(self, context: Any, image: Shape) -> _Call:

@@ -144,9 +144,7 @@ def import_library(name: str) -> Library:
     version = str(getattr(module, "__version__", "unknown"))
     major = version.split(".")[0]
     if not major.isdigit() or int(major) < _OLDEST[name]:
-        raise BackendUnavailable(
-            f"{name}: got version {version}, expected {_OLDEST[name]} or newer", remedy=remedy
-        )
+        raise BackendUnavailable(f"{name}: got version {version}, expected {_OLDEST[name]} or newer", remedy=remedy)
     return Library(name, module, version)
 
 

@@ -63,9 +63,7 @@ def load_bundle(path: str | Path | None = None) -> Bundle:
     path = default_bundle_path() if path is None else Path(path)
     manifest_path = path / MANIFEST_NAME
     if not manifest_path.is_file():
-        raise BundleError(
-            f"{path}: has no {MANIFEST_NAME}, expected a bundle folder written by `multisa export`"
-        )
+        raise BundleError(f"{path}: has no {MANIFEST_NAME}, expected a bundle folder written by `multisa export`")
     size = manifest_path.stat().st_size
     if size > _MANIFEST_LIMIT:
         raise BundleError(f"{manifest_path}: {size} bytes, expected at most {_MANIFEST_LIMIT}")
@@ -127,8 +125,7 @@ def _contained(folder: Path, name: str, entry: FileEntry) -> Path:
 def _compare(path: Path, digest: str, entry: FileEntry) -> None:
     if digest != entry.sha256:
         raise BundleError(
-            f"{path}: got sha256 {digest}, expected {entry.sha256}: the file was altered, "
-            "get the bundle again"
+            f"{path}: got sha256 {digest}, expected {entry.sha256}: the file was altered, get the bundle again"
         )
 
 

@@ -158,14 +158,10 @@ _RUN_OPTIONS = (
     _flag("--verify", "Hash the committed files again and redo any that changed."),
     _count("--max-pixels", _FAILURES, "Larger images are failures; 50 million by default."),
     _count("--workers", _SPEED, "Threads; one for each usable CPU by default."),
-    _count(
-        "--readers", _SPEED, "Threads that read; as many as --workers by default, 16 for images behind a URL."
-    ),
+    _count("--readers", _SPEED, "Threads that read; as many as --workers by default, 16 for images behind a URL."),
     _count("--batch", _SPEED, "Images of one size per call of a backend; 1 by default."),
     _count("--shard-size", _SPEED, "Images that are committed together; 256 by default."),
-    _count(
-        "--num-processes", _MACHINES, "Processes side by side; with several GPUs each takes the next one."
-    ),
+    _count("--num-processes", _MACHINES, "Processes side by side; with several GPUs each takes the next one."),
     _text(
         "--ray",
         "ADDRESS",

@@ -191,9 +191,7 @@ class GpuPipeline(Closeable):
         staging.scores.download(0, size, self._compute, source=scores.pointer)
         self._driver.record_event(staging.scored, self._compute)
 
-    def _queue_postprocessing(
-        self, request: GpuRequest, index: int, outputs: Mapping[str, DeviceArray]
-    ) -> None:
+    def _queue_postprocessing(self, request: GpuRequest, index: int, outputs: Mapping[str, DeviceArray]) -> None:
         """Queue walk, CRF and argmax of one image; an unsupported size becomes the image's error."""
         cam, affinity, lists = outputs["cam"], outputs["affinity"], request.lists(index)
         count, layout = len(request.classes[index]), request.layout
@@ -213,9 +211,7 @@ class GpuPipeline(Closeable):
             probabilities=start + layout.probabilities if request.with_probabilities else 0,
         )
         (_, _, *cam_size), (_, _, *grid) = cam.shape, affinity.shape
-        shape = PostprocessShape(
-            (cam_size[0], cam_size[1]), (grid[0], grid[1]), request.size, padded_labels(1 + count)
-        )
+        shape = PostprocessShape((cam_size[0], cam_size[1]), (grid[0], grid[1]), request.size, padded_labels(1 + count))
         try:
             self._postprocessor_for(shape).queue(inputs, targets, count, self._compute)
         except ValueError as error:  # a size or a value that the kernels do not support

@@ -248,9 +248,7 @@ class GpuRequest:
         confidence = output.host(start + layout.confidence, self.size, np.uint8).copy()
         probabilities = None
         if self.with_probabilities:
-            probabilities = output.host(
-                start + layout.probabilities, (1 + len(classes), *self.size), np.float16
-            ).copy()
+            probabilities = output.host(start + layout.probabilities, (1 + len(classes), *self.size), np.float16).copy()
         return GpuLabels(mask, confidence, classes, scores, probabilities)
 
     def _list_words(self) -> tuple[int, int]:
@@ -324,9 +322,7 @@ class GpuPostprocessor:
         if parameters.use_crf:
             # Row n lists the labels of an image with n classes for the CRF: 0..n, then -1.
             labels = np.arange(shape.labels, dtype=np.int32)
-            device.upload(
-                self._memory["present"], np.where(labels <= labels[:, None], labels, -1).astype(np.int32)
-            )
+            device.upload(self._memory["present"], np.where(labels <= labels[:, None], labels, -1).astype(np.int32))
 
     def queue(self, inputs: PostprocessInputs, outputs: PostprocessOutputs, count: int, stream: int) -> None:
         """Queue one image with `count` classes, 1 up to the shape's labels - 1; does not wait.
@@ -351,9 +347,7 @@ class GpuPostprocessor:
             found = memory["refined"]
             present = memory["present"] + 4 * self._shape.labels * count
             self._crf.set_images(inputs.image, stream=stream)
-            self._crf.infer(
-                memory["probabilities"], found, channels=present, classes=1 + count, stream=stream
-            )
+            self._crf.infer(memory["probabilities"], found, channels=present, classes=1 + count, stream=stream)
         queue_argmax(
             device,
             found,
@@ -365,9 +359,7 @@ class GpuPostprocessor:
             probabilities_out=outputs.probabilities,
             stream=stream,
         )
-        queue_take_errors(
-            device, walk.error, self._crf.error if self._crf else 0, outputs.errors, stream=stream
-        )
+        queue_take_errors(device, walk.error, self._crf.error if self._crf else 0, outputs.errors, stream=stream)
 
     def _walk_for(self, count: int) -> DeviceWalk:
         if count not in self._walks:

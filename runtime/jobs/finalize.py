@@ -69,10 +69,7 @@ def record_finalized(output: Path, **values: int) -> None:
 
 def is_report_written(output: Path, report_images: int) -> bool:
     """Whether there is a report of the current files, with so many images."""
-    return (
-        read_json_object(output / FINALIZED).get("report_images") == report_images
-        and (output / PAGE).is_file()
-    )
+    return read_json_object(output / FINALIZED).get("report_images") == report_images and (output / PAGE).is_file()
 
 
 def is_finalized(output: Path, shards: int) -> bool:

@@ -37,9 +37,7 @@ def failure_limit(allowed: str, images: int) -> float:
     number = allowed.removesuffix("%")
     percent = allowed.endswith("%")
     if not number.isascii() or not number.replace(".", "", 1 if percent else 0).isdigit():
-        raise UsageError(
-            f"got {allowed!r} as the number of allowed failures, expected N or P%, as in 3 or 2%"
-        )
+        raise UsageError(f"got {allowed!r} as the number of allowed failures, expected N or P%, as in 3 or 2%")
     return float(number) / 100 * images if percent else float(number)
 
 

@@ -82,13 +82,10 @@ def output_errors(output: Path) -> Iterator[None]:
         if error.errno not in _REMEDIES or not path.absolute().is_relative_to(output.absolute()):
             raise
         remedy = _REMEDIES[error.errno]
-        raise MultisaError(
-            f"{path}: {error.strerror}: {remedy}, then run the same command again to resume"
-        ) from error
+        raise MultisaError(f"{path}: {error.strerror}: {remedy}, then run the same command again to resume") from error
     except sqlite3.OperationalError as error:  # "database or disk is full", and the like
         raise MultisaError(
-            f"{output / SNAPSHOT}: {error}: check free space and permissions, then run the same command "
-            "again to resume"
+            f"{output / SNAPSHOT}: {error}: check free space and permissions, then run the same command again to resume"
         ) from error
 
 
@@ -207,8 +204,7 @@ def check_empty(output: Path, folders: Iterable[str], files: Iterable[str]) -> N
     if found := found + [output / name for name in files if (output / name).exists()]:
         what = "holds files" if found[0].is_dir() else "is a file"
         raise UsageError(
-            f"{found[0]}: {what} of no run that can be resumed: choose another folder, or --overwrite to "
-            "write into it"
+            f"{found[0]}: {what} of no run that can be resumed: choose another folder, or --overwrite to write into it"
         )
 
 

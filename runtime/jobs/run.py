@@ -100,8 +100,7 @@ def prepare_output(
         write_fingerprint(job.output, fingerprint)
     elif different := differences(fingerprint, existing):
         raise UsageError(
-            f"{job.output}: holds a run of other settings ({'; '.join(different)}): use those, "
-            f"{_ALTERNATIVES}"
+            f"{job.output}: holds a run of other settings ({'; '.join(different)}): use those, {_ALTERNATIVES}"
         )
     elif not options.skip_source_check and not options.retry_failed:
         _check_source(job, foreground)
@@ -140,9 +139,7 @@ class _LabelLookup:
         return tuple(name for name in self._foreground if name in labels)
 
 
-def _take_snapshot(
-    job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]
-) -> None:
+def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
     lookup = _LabelLookup(job, labels, foreground)
     check_image = image_checker(job.source, job.output, map(writer_folder, job.writers))
 
@@ -172,8 +169,7 @@ def _take_snapshot(
         )
     if lookup.unlabelled:
         log.info(
-            f"without a row in {labels.path} and labelled from scores: {lookup.n_unlabelled} of {images}: "
-            f"{examples}"
+            f"without a row in {labels.path} and labelled from scores: {lookup.n_unlabelled} of {images}: {examples}"
         )
     if unused := lookup.matcher.unused():
         rows = pluralize(len(unused), "row")
@@ -323,9 +319,7 @@ class RunSession:
         committed = {number for numbers in self._committed() for number in numbers}
         # Of a shard that was processed twice, the last line counts.
         digests = {number: digest for number, digest in self.journal.digests() if number in committed}
-        self._altered = {
-            number for number, digest in digests.items() if not is_intact(output, number, digest)
-        }
+        self._altered = {number for number, digest in digests.items() if not is_intact(output, number, digest)}
         if self._altered:
             log.info(f"altered or missing files: {pluralize(len(self._altered), 'shard')} to redo")
         reopen(output)  # files that cover the whole run are cheap to write again
@@ -402,8 +396,6 @@ def run(
             write_record(job, record)
             session.record_finalized()
         if options.report_images and not is_report_written(job.output, options.report_images):
-            write_run_report(
-                job, bundle.manifest, snapshot, options.shard_size, record, options.report_images
-            )
+            write_run_report(job, bundle.manifest, snapshot, options.shard_size, record, options.report_images)
             record_finalized(job.output, report_images=options.report_images)
         return summary

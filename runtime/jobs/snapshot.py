@@ -70,8 +70,7 @@ class Snapshot(AbstractContextManager["Snapshot"]):
             self._digest = facts["digest"]
         except (sqlite3.Error, KeyError, ValueError) as error:
             raise MultisaError(
-                f"{path}: cannot be read ({error}), expected the list of a run's images: start over with "
-                "--overwrite"
+                f"{path}: cannot be read ({error}), expected the list of a run's images: start over with --overwrite"
             ) from error
 
     def __exit__(self, *error: object) -> None:
@@ -153,9 +152,7 @@ class Snapshot(AbstractContextManager["Snapshot"]):
             scratch.execute("CREATE TABLE accepted (id TEXT PRIMARY KEY)")
             scratch.executemany("INSERT INTO accepted VALUES (?)", accepted)
             found = [
-                _describe(
-                    scratch, word, f"SELECT id FROM ({query}) WHERE id NOT IN (SELECT id FROM accepted)"
-                )
+                _describe(scratch, word, f"SELECT id FROM ({query}) WHERE id NOT IN (SELECT id FROM accepted)")
                 for word, query in _DIFFERENCES.items()
             ]
             if any(found):
@@ -326,9 +323,7 @@ _DIFFERENCES = {
     "WHERE a.size != b.size OR a.version != b.version",
 }
 _OTHER_ORDER = "another order, or other labels"
-_NOW = (
-    "CREATE TABLE now (i INTEGER PRIMARY KEY, id TEXT, place TEXT, size INTEGER, version TEXT, listed TEXT)"
-)
+_NOW = "CREATE TABLE now (i INTEGER PRIMARY KEY, id TEXT, place TEXT, size INTEGER, version TEXT, listed TEXT)"
 
 
 @contextmanager

@@ -61,9 +61,7 @@ class RunOptions:
     def pipeline_config(self, *, remote: bool) -> PipelineConfig:
         """Number of threads of each stage; remote: whether images come over a network."""
         readers = self.readers or (REMOTE_READERS if remote else self.workers)
-        return PipelineConfig(
-            readers=readers, workers=self.workers, batch=self.batch, separate_decoders=remote
-        )
+        return PipelineConfig(readers=readers, workers=self.workers, batch=self.batch, separate_decoders=remote)
 
 
 @dataclass(frozen=True)

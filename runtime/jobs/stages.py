@@ -144,9 +144,7 @@ class WeightedSemaphore:
     def acquire(self, weight: int = 1) -> None:
         """Wait until `weight` fits, or until the pipeline stops."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._used or self._used + weight <= self._limit or self._stop.is_set()
-            )
+            self._changed.wait_for(lambda: not self._used or self._used + weight <= self._limit or self._stop.is_set())
             self._used += weight
 
     def release(self, weight: int = 1) -> None:

@@ -83,11 +83,7 @@ class JsonLog(logging.Handler):
     def event(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
         """Write one event; fields: anything JSON can hold."""
         levelname = logging.getLevelName(level)
-        self.handle(
-            logging.makeLogRecord(
-                {"levelno": level, "levelname": levelname, "event": event, "fields": fields}
-            )
-        )
+        self.handle(logging.makeLogRecord({"levelno": level, "levelname": levelname, "event": event, "fields": fields}))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; `handle` holds the lock."""
@@ -232,9 +228,7 @@ class Telemetry:
     def _serve_metrics(self, stack: ExitStack, port: int) -> int:
         """Serve the metrics until `stack` is closed; returns the port."""
         if not 0 <= port <= _MAX_PORT:
-            raise UsageError(
-                f"got {port} as the port for metrics, expected 1..{_MAX_PORT}, or 0 for a free one"
-            )
+            raise UsageError(f"got {port} as the port for metrics, expected 1..{_MAX_PORT}, or 0 for a free one")
         try:
             from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
         except ImportError as error:

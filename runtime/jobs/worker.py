@@ -57,9 +57,7 @@ class Worker:
         self._writers = writers
         self._pipeline = pipeline
 
-    def start(
-        self, shard: Shard, on_commit: Callable[[ShardResult], None], *, guard: str = ""
-    ) -> Future[None]:
+    def start(self, shard: Shard, on_commit: Callable[[ShardResult], None], *, guard: str = "") -> Future[None]:
         """Start a shard; returns once all its images are in flight.
 
         `on_commit` is called, in the commit thread, when all files of the shard are in place. The future
@@ -99,9 +97,7 @@ class Worker:
 
     def _write(self, done: CompletedShard, guard: str) -> ShardResult:
         number = done.shard.number
-        failures = (
-            {"index": f.index, "image": f.image, "kind": f.kind, "reason": f.reason} for f in done.failures
-        )
+        failures = ({"index": f.index, "image": f.image, "kind": f.kind, "reason": f.reason} for f in done.failures)
         with ShardFolder(self.job.output, number, guard) as files:
             for position, writer in enumerate(self._writers):
                 writer.write_shard(files, number, [image.payloads[position] for image in done.images])

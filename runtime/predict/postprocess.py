@@ -50,9 +50,7 @@ def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) ->
     return walked / np.float32(peak) if peak > 0 else walked
 
 
-def pseudo_mask(
-    image: UInt8, scores: Float32, class_ids: tuple[int, ...], parameters: LabelParameters
-) -> PseudoMask:
+def pseudo_mask(image: UInt8, scores: Float32, class_ids: tuple[int, ...], parameters: LabelParameters) -> PseudoMask:
     """Turn class scores into a mask of the image's size.
 
     image: uint8 [H, W, 3]. scores: float32 [C, h, w] in [0, 1], one row for each of `class_ids` (1..).

@@ -55,9 +55,7 @@ class Prediction:
     classes: Labels  # foreground classes: the image-level labels, if any, else those of the mask
     manifest: Manifest  # of the bundle: names and colours of the classes
     missing: Labels = ()  # image-level labels that are absent from the mask
-    disagreement: float = (
-        0.0  # 0..1, between the steps of the prediction (`multisa.runtime.predict.uncertainty`)
-    )
+    disagreement: float = 0.0  # 0..1, between the steps of the prediction (`multisa.runtime.predict.uncertainty`)
     details: Mapping[str, Any] = field(default_factory=dict)  # further keys of `record()`, such as scores
     probabilities: ClassProbabilities | None = None  # if the predictor keeps them
     orientation: int = 1  # EXIF orientation of the file, 1..8; masks are upright

@@ -163,9 +163,7 @@ class _CpuSteps:
         scores: Float32 = outputs["scores"]
         foreground = self._manifest.foreground
         if maps.shape[1] != len(foreground) or scores.shape[1] != len(foreground):
-            raise BackendError(
-                f"cam: got {maps.shape[1]} maps, expected one for each of {len(foreground)} classes"
-            )
+            raise BackendError(f"cam: got {maps.shape[1]} maps, expected one for each of {len(foreground)} classes")
         results = []
         for image, class_maps, class_scores, names in zip(images, maps, scores, labels, strict=True):
             named = dict(zip(foreground, class_scores.tolist(), strict=True))

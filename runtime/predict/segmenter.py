@@ -85,9 +85,7 @@ class Segmenter(Predictor):
             )
         return list(zip(masks, confidence, strict=True))
 
-    def postprocess(
-        self, raw: tuple[UInt8, UInt8], image: DecodedImage, timer: StageTimer | None = None
-    ) -> Prediction:
+    def postprocess(self, raw: tuple[UInt8, UInt8], image: DecodedImage, timer: StageTimer | None = None) -> Prediction:
         """Count the classes of one mask. Raises BackendError for a class that the bundle does not have."""
         mask, confidence = raw
         classes = self._manifest.classes

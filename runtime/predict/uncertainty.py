@@ -17,9 +17,7 @@ Int64 = npt.NDArray[np.int64]
 CONFIDENT = 0.6  # a pixel whose class has a lower probability is unsure
 
 
-def uncertainty(
-    confidence: float, disagreement: float, labels: Collection[str], present: Collection[str]
-) -> float:
+def uncertainty(confidence: float, disagreement: float, labels: Collection[str], present: Collection[str]) -> float:
     """Return 1 - confidence * (1 - disagreement) * share of the labels that are present; within 0..1.
 
     confidence: mean over the pixels, 0..1. disagreement: from one of the functions below, 0..1. labels: the

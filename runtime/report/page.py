@@ -200,9 +200,7 @@ def render_balance(found: RunStatistics, colours: Colours) -> str:
         f'<td class="number">{found.missing_of_class[name] or ""}</td></tr>'
         for name, count in sorted(found.images_of_class.items(), key=lambda item: (-item[1], item[0]))
     )
-    head = "".join(
-        f'<th scope="col">{name}</th>' for name in ("class", "images", "share of pixels", "not found")
-    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("class", "images", "share of pixels", "not found"))
     return _section("Class balance", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
 
 

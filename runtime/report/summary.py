@@ -244,15 +244,11 @@ class ReportImageSelector:
         taken = {record["index"] for record in uncertain}
         others = [record for record in self._sample if record["index"] not in taken]
         spread = [others[(2 * i + 1) * len(others) // (2 * samples)] for i in range(samples)]
-        both = sorted(
-            [*uncertain, *spread], key=lambda record: (-float(record["uncertainty"]), record["index"])
-        )
+        both = sorted([*uncertain, *spread], key=lambda record: (-float(record["uncertainty"]), record["index"]))
         return both, frozenset(int(record["index"]) for record in spread)
 
 
-def collect_statistics(
-    records: Iterable[Record], classes: tuple[str, ...], report_images: int
-) -> RunStatistics:
+def collect_statistics(records: Iterable[Record], classes: tuple[str, ...], report_images: int) -> RunStatistics:
     """Collect statistics in one pass over the records of a run, and select the images to picture.
 
     classes: the bundle's, background first; other classes are not counted. report_images: how many images to

@@ -142,9 +142,7 @@ def _parquet_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterat
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise BackendUnavailable(
-            f"{list_name}: pyarrow is not installed", remedy="pip install pyarrow"
-        ) from error
+        raise BackendUnavailable(f"{list_name}: pyarrow is not installed", remedy="pip install pyarrow") from error
     number = 0
     try:
         table = parquet.ParquetFile(
@@ -254,17 +252,13 @@ class ListSource(Source):
             raise UsageError(f"{where}: {printable(image)!r} is not a path, expected UTF-8 without NUL")
         if "://" in image:
             if protocol_of(image) in ("", "file", "local") or "::" in image:
-                raise UsageError(
-                    f"{where}: {image}: expected a path or the URL of one file (s3://, https://)"
-                )
+                raise UsageError(f"{where}: {image}: expected a path or the URL of one file (s3://, https://)")
             rest = image.partition("://")[2]
             return _Location(image, safe_id(rest.partition("?")[0]), image)
         path = os.path.normpath(image)
         if self._protocol:
             if image.startswith("/") or ".." in image.split("/"):
-                raise UsageError(
-                    f"{where}: {image} leaves the list's folder, expected a path below it, or a URL"
-                )
+                raise UsageError(f"{where}: {image} leaves the list's folder, expected a path below it, or a URL")
             return _Location(path, safe_id(path), join(self._home, path))
         whole = os.path.normpath(os.path.join(self._home, image))  # noqa: PTH118 (a Path for each is slow)
         if whole.startswith(self._home + "/"):

@@ -117,9 +117,7 @@ def _file(spec: str, name: str, stores: _Stores, labels: LabelReader) -> Source 
 
 def _image(spec: str, name: str, stores: _Stores) -> Source:
     if reason := bad_name(name):
-        raise UsageError(
-            f"{printable(spec)}: {reason}, expected a folder of images or one image: rename or copy it"
-        )
+        raise UsageError(f"{printable(spec)}: {reason}, expected a folder of images or one image: rename or copy it")
     return OneFileSource(spec, stores.of(stores.protocol))
 
 

@@ -223,8 +223,7 @@ def expand_range(spec: str) -> Iterator[str]:
     low, high = int(first[1]), int(first[2])
     if not low <= high < low + MOST_SHARDS:
         raise UsageError(
-            f"{spec}: got a range of {high - low + 1} files, expected 1 to {MOST_SHARDS}, the smaller "
-            "number first"
+            f"{spec}: got a range of {high - low + 1} files, expected 1 to {MOST_SHARDS}, the smaller number first"
         )
     width = len(first[1])
     return (f"{spec[: first.start()]}{i:0{width}}{spec[first.end() :]}" for i in range(low, high + 1))
@@ -336,9 +335,7 @@ class TarSource(Source):
         if others := len(members) - len(images) - len(sidecars):
             yield OtherFiles(others)
 
-    def _labels(
-        self, sidecars: dict[str, Member], blob: Blob
-    ) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
+    def _labels(self, sidecars: dict[str, Member], blob: Blob) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
         """Return the labels in the files beside an image, and the unreadable files with their reasons."""
         problems: list[tuple[str, str]] = []
         for kind in ("json", "cls", "txt"):

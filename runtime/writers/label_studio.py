@@ -53,17 +53,13 @@ class LabelStudioWriter(Writer):
         """Return the task as JSON."""
         try:
             results = [
-                self._result(image, runs)
-                for runs in row_runs(image.mask)
-                if runs.class_id not in (0, IGNORE_INDEX)
+                self._result(image, runs) for runs in row_runs(image.mask) if runs.class_id not in (0, IGNORE_INDEX)
             ]
         except ValueError as error:
             raise ImageError(f"label-studio cannot hold the mask: {error}") from error
         prediction = {"model_version": self._version, "score": image.record["confidence"], "result": results}
         reference = self._prefix + (quote(image.id) if self._prefix.startswith(_WEB) else image.id)
-        return json_bytes(
-            {"data": {"image": reference}, "meta": {"id": image.id}, "predictions": [prediction]}
-        )
+        return json_bytes({"data": {"image": reference}, "meta": {"id": image.id}, "predictions": [prediction]})
 
     def write_shard(self, files: ShardFiles, shard: int, payloads: Sequence[bytes]) -> None:
         if payloads:  # else all images of the shard failed

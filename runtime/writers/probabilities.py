@@ -122,9 +122,7 @@ def mask_from_probabilities(
     Raises UsageError for values out of range.
     """
     if not 0 < background_weight < math.inf:
-        raise UsageError(
-            f"got {background_weight} as the background's weight, expected a finite number above 0"
-        )
+        raise UsageError(f"got {background_weight} as the background's weight, expected a finite number above 0")
     if not 0 <= minimum_confidence < 1:
         raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
     ids = np.array(image.probabilities.class_ids, np.uint8)
@@ -165,9 +163,7 @@ def _check_end(archive: tarfile.TarFile) -> None:
         raise ValueError(f"damaged or truncated at byte {archive.offset}")
 
 
-def _image(
-    key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str, Any]
-) -> StoredProbabilities:
+def _image(key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str, Any]) -> StoredProbabilities:
     probabilities, ids, confidence = (arrays[n] for n in ("probabilities", "class_ids", "confidence"))
     count, *grid = probabilities.shape
     size = arrays["size"].tolist()
@@ -202,9 +198,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     shape = tuple(map(int, header["shape"].replace(b",", b" ").split()))
     values = memoryview(data)[header.end() :]
     if len(shape) != dimensions or math.prod(shape) * np.dtype(kind).itemsize != len(values):
-        raise ValueError(
-            f"{name}: got {len(values)} bytes of shape {shape}, expected {dimensions} dimensions"
-        )
+        raise ValueError(f"{name}: got {len(values)} bytes of shape {shape}, expected {dimensions} dimensions")
     array: npt.NDArray[Any] = np.frombuffer(values, kind).reshape(shape)
     return array
 

@@ -29,9 +29,7 @@ def writer_folder(name: str) -> str:
     return "shards" if name == "tar" else name
 
 
-def open_writers(
-    names: Sequence[str], context: WriterContext, *, image_prefix: str = ""
-) -> tuple[Writer, ...]:
+def open_writers(names: Sequence[str], context: WriterContext, *, image_prefix: str = "") -> tuple[Writer, ...]:
     """Create the writers with these names, in their order and without duplicates.
 
     image_prefix: precedes an image's id in the path or URL that Label Studio loads. Raises UsageError for an

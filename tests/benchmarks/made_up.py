@@ -10,9 +10,7 @@ Bench = dict[str, Any]
 OURS, INT8, OPENVINO, EAGER = 0, 1, 2, 3  # rows of segment
 
 
-def _segment(
-    backend: str, precision: str, p50: float, speed: float, miou: float, **more: Any
-) -> dict[str, Any]:
+def _segment(backend: str, precision: str, p50: float, speed: float, miou: float, **more: Any) -> dict[str, Any]:
     """One row; 100 ms and 12 images a second are those of the baseline."""
     loop = speed if backend.startswith("pytorch") else 0.6 * speed
     return {

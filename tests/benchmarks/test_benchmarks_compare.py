@@ -66,9 +66,7 @@ def test_a_report_is_no_worse_than_itself(made_up: Bench) -> None:
         (setter("label", 1, "default_times_as_fast", to=3.0), None),
     ],
 )
-def test_what_is_worse(
-    made_up: Bench, change: Callable[[Bench], None], worse: tuple[str, str, str] | None
-) -> None:
+def test_what_is_worse(made_up: Bench, change: Callable[[Bench], None], worse: tuple[str, str, str] | None) -> None:
     assert found(compared(made_up, change)) == ([] if worse is None else [worse])
     new = deepcopy(made_up)
     change(new)
@@ -146,12 +144,8 @@ def test_kernels_and_devices_have_baselines_of_their_own(made_up: Bench) -> None
     assert compared(made_up, lambda bench: slow(bench, 1.5, OURS, 8)).only(WORSE)
 
 
-@pytest.mark.parametrize(
-    ("version", "is_baseline"), [("2.9.0+cu130", True), ("2.10.0", False), (None, False)]
-)
-def test_baselines_of_other_versions_say_nothing(
-    made_up: Bench, version: str | None, is_baseline: bool
-) -> None:
+@pytest.mark.parametrize(("version", "is_baseline"), [("2.9.0+cu130", True), ("2.10.0", False), (None, False)])
+def test_baselines_of_other_versions_say_nothing(made_up: Bench, version: str | None, is_baseline: bool) -> None:
     """Everything takes 1.5 times as long: because of the machine, if the baselines are unchanged."""
 
     def change(bench: Bench) -> None:

@@ -15,9 +15,7 @@ from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import default_bundle_path
 
 ROOT = Path(__file__).resolve().parents[2]
-DRIVER = (
-    '{"gpu": "Test GPU", "target": "sm90", "problems": {"onnxruntime-cuda": "", "tensorrt-rtx": "too old"}}'
-)
+DRIVER = '{"gpu": "Test GPU", "target": "sm90", "problems": {"onnxruntime-cuda": "", "tensorrt-rtx": "too old"}}'
 # What needs a GPU answers with the exit code in the environment; the rest is the real Python.
 PYTHON = f"""#!/bin/sh
 echo "python $*" >> "$CALLS"
@@ -82,9 +80,9 @@ def run(environment: Path, *options: str, **variables: str) -> tuple[int, dict[s
 def test_all_steps_then_nothing_is_repeated(environment: Path) -> None:
     code, steps, _ = run(environment)
     assert code == 0, steps
-    assert [
-        steps[name][0] for name in ("kernels", "driver", "tests", "bundle", "parity-onnxruntime-cuda-fp16")
-    ] == ["0"] * 5
+    assert [steps[name][0] for name in ("kernels", "driver", "tests", "bundle", "parity-onnxruntime-cuda-fp16")] == [
+        "0"
+    ] * 5
     assert steps["parity-tensorrt-rtx-fp32"][::2] == ["skipped", "too old"]
     assert "not asked for" in steps["parity-tensorrt-fp32"][2] and steps["bench"][2] == "no --data"
     text = (environment.parent / "out" / "summary.md").read_text()
@@ -117,9 +115,7 @@ def test_without_a_usable_gpu_it_is_exit_code_5(environment: Path, variables: di
     assert ("tests" in steps) == ("PARITY" in variables)
 
 
-@pytest.mark.parametrize(
-    "options", [("--bundle", "/nowhere"), ("--data", "/nowhere"), ("--speed",), ("--data",)]
-)
+@pytest.mark.parametrize("options", [("--bundle", "/nowhere"), ("--data", "/nowhere"), ("--speed",), ("--data",)])
 def test_wrong_options_are_refused(environment: Path, options: tuple[str, ...]) -> None:
     assert run(environment, *options) == (1, {}, [])
 
@@ -166,9 +162,7 @@ def test_driver_writes_what_later_steps_need(
 def test_tests_are_counted(tmp_path: Path, text: str, code: int) -> None:
     (tmp_path / "test_it.py").write_text(text)
     words = ["-m", "multisa.benchmarks.gpu_report", "tests", "--output", "counts.json", "test_it.py"]
-    result = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    result = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == code, result.stdout
     assert (tmp_path / "counts.json").exists() == (code != 1)
 

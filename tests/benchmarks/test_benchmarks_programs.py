@@ -69,9 +69,7 @@ def test_the_roofline_is_only_for_fp32_on_the_cpu() -> None:
     assert limit is not None and (limit["roofline_ms"], limit["share"]) == (10.0, 0.25)
     assert roofline.limit(Candidate("onnxruntime-cpu", "int8", "cpu"), 0.040) is None  # another peak
     assert roofline.limit(Candidate("tensorrt", "fp32", "cuda"), 0.040) is None
-    unknown = Roofline(None, "torch is not installed").limit(
-        Candidate("onnxruntime-cpu", "fp32", "cpu"), 0.040
-    )
+    unknown = Roofline(None, "torch is not installed").limit(Candidate("onnxruntime-cpu", "fp32", "cpu"), 0.040)
     assert unknown is not None and unknown["share"] is None and "torch is not installed" in unknown["text"]
 
 
@@ -99,9 +97,7 @@ def test_every_way_of_a_kernel_is_a_row() -> None:
     assert all(row["max_error"] < 1e-3 for row in walk[:-1]) and walk[-1]["max_error"] is None
     assert crf[0]["label_agreement"] > 0.999 and crf[-1]["way"] == "pydensecrf"
     for rows in (walk, crf):
-        assert (
-            rows[0]["times_ours"] == 1.0 and rows[0]["limit"]["roofline_ms"] > 0 and rows[1]["limit"] is None
-        )
+        assert rows[0]["times_ours"] == 1.0 and rows[0]["limit"]["roofline_ms"] > 0 and rows[1]["limit"] is None
 
 
 def test_the_environment_describes_machine_and_commit() -> None:

@@ -143,9 +143,7 @@ def test_rows_of_names_alone(made_up: Bench, tmp_path: Path) -> None:
         (("kernels", 0, "way"), None, "kernels[0].way: got None, expected a text"),
     ],
 )
-def test_what_is_no_report_is_refused(
-    made_up: Bench, path: tuple[str | int, ...], value: object, message: str
-) -> None:
+def test_what_is_no_report_is_refused(made_up: Bench, path: tuple[str | int, ...], value: object, message: str) -> None:
     inside: Any = made_up
     for key in path[:-1]:
         inside = inside[key]

@@ -55,9 +55,7 @@ def test_segmenting(make_tiny: MakeContext) -> None:
     rows = segmenting.measure(make_tiny("onnxruntime-cpu", "pytorch-eager", "tensorrt"))
     default = row_of(rows, backend="onnxruntime-cpu", precision="fp32")
     assert default["default"] and default["problem"] is None
-    assert (
-        default["miou"] == 100.0 and default["label_agreement"] == 1.0
-    )  # its own masks are the ground truth
+    assert default["miou"] == 100.0 and default["label_agreement"] == 1.0  # its own masks are the ground truth
     eager, small = row_of(rows, backend="pytorch-eager"), row_of(rows, precision="int8")
     assert eager["baseline"] and eager["times_baseline"] == 1.0
     assert 0.99 < eager["label_agreement"] <= 1.0 and 0.9 < small["label_agreement"] <= 1.0
@@ -119,9 +117,7 @@ def test_the_command_writes_the_report_and_compares(demo_data: Path, tmp_path: P
     faster = json.loads((out / "bench.json").read_text())
     for row in faster["segment"]:
         row["images_per_second"] *= 10
-        row["end_to_end"]["images_per_second"] = [
-            10 * rate for rate in row["end_to_end"]["images_per_second"]
-        ]
+        row["end_to_end"]["images_per_second"] = [10 * rate for rate in row["end_to_end"]["images_per_second"]]
     (tmp_path / "old.json").write_text(json.dumps(faster))
     worse = CliRunner().invoke(root, [*words, "--compare", str(tmp_path / "old.json")])
     assert worse.exit_code == 3, worse.stderr
@@ -147,9 +143,7 @@ def test_a_failing_curve_keeps_the_other_figures(make_tiny: MakeContext) -> None
     assert note.startswith("batches: segmenter: got uint8 [0, ")
 
 
-def test_without_torch_the_backends_are_measured(
-    make_tiny: MakeContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_torch_the_backends_are_measured(make_tiny: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BenchContext, "pytorch_problem", "torch is not installed")
     rows = labelling.measure(make_tiny("onnxruntime-cpu", "pytorch-eager"))
     ours = row_of(rows, recipe="multisa label")

@@ -40,11 +40,7 @@ def test_check_fails_until_it_is_written_and_when_a_figure_changes(root: Path) -
     assert not (root / "docs" / "benchmarks.md").exists() and (root / "README.md").read_text() == README
     assert run(root) == 0 and run(root, "--check") == 0
     readme = (root / "README.md").read_text(encoding="utf-8")
-    assert (
-        readme.startswith("# multisa\n")
-        and readme.endswith(f"{tables.END}\n\nmore\n")
-        and "old" not in readme
-    )
+    assert readme.startswith("# multisa\n") and readme.endswith(f"{tables.END}\n\nmore\n") and "old" not in readme
     rows = [line for line in readme.splitlines() if line.startswith("|")]
     assert 4 <= len(rows) - 2 <= 8  # without head and ruler
     path = root / "results" / "start_up.json"
@@ -56,9 +52,7 @@ def test_check_fails_until_it_is_written_and_when_a_figure_changes(root: Path) -
 
 
 @pytest.mark.parametrize("readme", ["# no markers\n", f"{tables.BEGIN}\n", README + README])
-def test_a_readme_without_its_markers_is_reported(
-    root: Path, readme: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_readme_without_its_markers_is_reported(root: Path, readme: str, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "README.md").write_text(readme, encoding="utf-8")
     assert run(root) == 1  # the page is written all the same
     assert run(root, "--check") == 1

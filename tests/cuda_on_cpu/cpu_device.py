@@ -48,9 +48,7 @@ def build(sources: Path = SOURCES, flags: Sequence[str] = ("-O2",), main: str = 
 
     `main` may be one of the headers: then only its kernels, and those it includes, are in the library.
     """
-    reached = "".join(_reached(sources, main, set())) + "".join(
-        p.read_text() for p in sorted(HERE.glob("*.hpp"))
-    )
+    reached = "".join(_reached(sources, main, set())) + "".join(p.read_text() for p in sorted(HERE.glob("*.hpp")))
     register = "".join(
         f'static cuda_on_cpu::Registration<&{name}> register_{name}("{name}");\n'
         for name in sorted(set(KERNEL.findall(reached)))
@@ -156,8 +154,7 @@ class CpuDevice:
     ) -> None:
         # Kept in this frame and copied, as a launch (and a CUDA graph) copies its arguments.
         values = [
-            np.array(argument if isinstance(argument, np.generic) else np.uint64(argument))
-            for argument in arguments
+            np.array(argument if isinstance(argument, np.generic) else np.uint64(argument)) for argument in arguments
         ]
         kinds = "".join(_kind(argument) for argument in arguments).encode()
 

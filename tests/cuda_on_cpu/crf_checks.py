@@ -22,9 +22,7 @@ UInt8 = npt.NDArray[np.uint8]
 PSA = CrfParameters()
 IRN = replace(PSA, bilateral_sxy=50.0, bilateral_srgb=5.0)
 
-TOLERANCE = (
-    1e-4  # of a belief, against the CPU: sums run in another order, and the mean field can amplify that
-)
+TOLERANCE = 1e-4  # of a belief, against the CPU: sums run in another order, and the mean field can amplify that
 TIE = 1e-3  # nearer than this, two labels may change places
 
 
@@ -63,9 +61,7 @@ def infer(
     return result
 
 
-def infer_labels(
-    device: Device, crf: DeviceCRF, given: UInt8, n_labels: int, confidence: float = 0.7
-) -> Float32:
+def infer_labels(device: Device, crf: DeviceCRF, given: UInt8, n_labels: int, confidence: float = 0.7) -> Float32:
     """Refine hard labels [problems, images, h, w] on a DeviceCRF that has its images."""
     labels = put(device, given)
     result = np.empty((*given.shape[:2], crf.shape.labels, *given.shape[2:]), dtype=np.float32)
@@ -105,9 +101,7 @@ def assert_close(belief: Float32, expected: Float32) -> None:
         np.testing.assert_array_equal(belief.argmax(axis=0)[clear], expected.argmax(axis=0)[clear])
 
 
-def check_against_cpu(
-    device: Device, labels: int, height: int, width: int, parameters: CrfParameters
-) -> None:
+def check_against_cpu(device: Device, labels: int, height: int, width: int, parameters: CrfParameters) -> None:
     """Compare with the CPU; the inference must change its input, so that agreeing means something."""
     image, probabilities = scene(labels, height, width)
     expected = DenseCRF(image, parameters).infer(probabilities)

@@ -251,9 +251,7 @@ class IExecutionContext:
         engine._in_use.add(activations)
         image = np.ctypeslib.as_array((ctypes.c_uint8 * int(np.prod(shape))).from_address(addresses["image"]))
         names = [name for name in engine._tensors if name != "image"]
-        for name, output in zip(
-            names, engine._session.run(names, {"image": image.reshape(shape)}), strict=True
-        ):
+        for name, output in zip(names, engine._session.run(names, {"image": image.reshape(shape)}), strict=True):
             data = np.ascontiguousarray(output)
             ctypes.memmove(addresses[name], data.ctypes.data, data.nbytes)
         engine._in_use.discard(activations)

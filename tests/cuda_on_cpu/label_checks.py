@@ -101,9 +101,7 @@ def check_no_peak(device: Device) -> None:
     """Maps that are all zero: background everywhere, no division by zero."""
     maps = put(device, np.zeros((2, 5, 4), np.float32))
     out = device.allocate(4 * 3 * 9 * 8)
-    DeviceLabelMaps(device, (5, 4), (9, 8)).probabilities(
-        maps.pointer, 2, out.pointer, background=0.3, to_peak=True
-    )
+    DeviceLabelMaps(device, (5, 4), (9, 8)).probabilities(maps.pointer, 2, out.pointer, background=0.3, to_peak=True)
     got = fetch(device, out.pointer, (3, 9, 8))
     np.testing.assert_array_equal(got[0], 1)
     np.testing.assert_array_equal(got[1:], 0)

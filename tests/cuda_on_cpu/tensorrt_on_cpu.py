@@ -74,9 +74,7 @@ Store = Callable[..., Path]
 def store(bundle: Bundle, tmp_path: Path) -> Store:
     """Puts engines into a cache as the builder does."""
 
-    def put(
-        contract: GraphContract, library: str = "tensorrt", *, data: bytes | None = None, **key: Any
-    ) -> Path:
+    def put(contract: GraphContract, library: str = "tensorrt", *, data: bytes | None = None, **key: Any) -> Path:
         name = graph_file(contract)
         facts = {
             "graph": contract.name,
@@ -182,9 +180,7 @@ def test_a_folder_of_many_sizes_captures_a_few(
 
 def test_rtx_captures_by_itself(bundle: Bundle, store: Store, launches: list[int]) -> None:
     cache = store(SEGMENTER, "tensorrt-rtx")
-    with open_tensorrt(
-        bundle, SEGMENTER, TensorRTOptions(library="tensorrt-rtx", engine_cache=cache)
-    ) as backend:
+    with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt-rtx", engine_cache=cache)) as backend:
         results = [backend.run(crop(64, 64)) for _ in range(4)]
     assert_equal(results[3], results[0])
     assert launches == []
@@ -197,9 +193,7 @@ def test_what_cannot_be_captured_runs(
     reference = OnnxRuntimeBackend(bundle.read_file("segmenter.onnx"))
     with (
         reference,
-        open_tensorrt(
-            bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER, data=data))
-        ) as backend,
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER, data=data))) as backend,
     ):
         for shift in range(4):
             image = np.roll(crop(64, 64), shift, axis=1)
@@ -394,9 +388,7 @@ def test_no_engine(bundle: Bundle, store: Store, tmp_path: Path) -> None:
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=tmp_path / "none"))
 
 
-def test_the_library_with_an_engine_is_taken(
-    bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_with_an_engine_is_taken(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = store(SEGMENTER, "tensorrt-rtx", gpu="")
     with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)) as backend:
         assert backend.name == "tensorrt-rtx"
@@ -409,9 +401,7 @@ def test_the_library_with_an_engine_is_taken(
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache))
 
 
-def test_an_engine_of_this_gpu_comes_first(
-    bundle: Bundle, store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_engine_of_this_gpu_comes_first(bundle: Bundle, store: Store, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "multisa.runtime.tensorrt")
     cache = store(SEGMENTER, gpu="Another GPU")
     with open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache)):
@@ -455,9 +445,7 @@ def test_the_next_engine_is_tried(bundle: Bundle, store: Store) -> None:
     ],
     ids=["memory", "driver"],
 )
-def test_a_good_engine_stays(
-    bundle: Bundle, store: Store, refusal: str, error: type[Exception], remedy: str
-) -> None:
+def test_a_good_engine_stays(bundle: Bundle, store: Store, refusal: str, error: type[Exception], remedy: str) -> None:
     """If the machine is at fault, the engine is not quarantined."""
     cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=refusal))
     with pytest.raises(error, match=f"{refusal.replace('[', '.').replace(']', '.')}[;:] {remedy}"):
@@ -522,9 +510,7 @@ def test_engines_are_looked_for_in_both_folders(bundle: Bundle, store: Store, tm
 
 
 @pytest.mark.parametrize("other", [{"platform": "windows-amd64"}, {"flags": ("TF32=1",)}], ids=str)
-def test_an_engine_for_another_machine_is_left_alone(
-    bundle: Bundle, store: Store, other: dict[str, Any]
-) -> None:
+def test_an_engine_for_another_machine_is_left_alone(bundle: Bundle, store: Store, other: dict[str, Any]) -> None:
     cache = store(SEGMENTER, data=b"not an engine\n", **other)
     with pytest.raises(BackendUnavailable, match="no engine for sm89"):
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache))
@@ -546,9 +532,7 @@ def test_only_an_engine_that_is_at_fault_is_quarantined(
 ) -> None:
     cache = store(SEGMENTER, data=make_engine(b"", PROFILES, refused=refusal))
     with pytest.raises(BackendUnavailable) as caught:
-        open_tensorrt(
-            bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache, may_repair=False)
-        )
+        open_tensorrt(bundle, SEGMENTER, TensorRTOptions(library="tensorrt", engine_cache=cache, may_repair=False))
     assert refusal in str(caught.value)
     assert list(cache.glob("[0-9a-f]*/model.plan")) and not (cache / "quarantine").exists()
     with pytest.raises(BackendUnavailable):
@@ -556,9 +540,7 @@ def test_only_an_engine_that_is_at_fault_is_quarantined(
     assert bool(list(cache.glob("[0-9a-f]*/model.plan"))) is not is_moved
 
 
-def test_an_engine_that_cannot_be_read_stays(
-    bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_cannot_be_read_stays(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = store(SEGMENTER)
     read = Path.read_bytes
 
@@ -608,9 +590,7 @@ def test_auto_skips_an_engine_that_breaks_its_contract(bundle: Bundle, store: St
         select_backend(bundle, SEGMENTER, BackendRequest("tensorrt", engine_cache=cache))
 
 
-def test_closing_while_a_profile_is_opened(
-    bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_while_a_profile_is_opened(bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The context that another thread is creating is closed, too."""
     opening, go_on = threading.Event(), threading.Event()
     made: list[tensorrt_context.ExecutionContext] = []

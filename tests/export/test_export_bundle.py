@@ -49,9 +49,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.fixture(scope="module")
-def exported(
-    trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def exported(trained: tuple[RunRecord, Path], dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     output = tmp_path_factory.mktemp("out") / "bundle"
     result = export_bundle(trained[1], dataset, output, ExportOptions(num_images=3))
     assert [graph.file for graph in result.graphs] == ["cam.onnx", "affinity.onnx", "segmenter.onnx"]
@@ -160,9 +158,7 @@ def test_where_no_bundle_can_be_written_nothing_is_done_first(
         export_bundle(trained[1], dataset, tmp_path)
 
 
-def test_the_command_prints_one_json_object(
-    trained: tuple[RunRecord, Path], voc_folder: Path, tmp_path: Path
-) -> None:
+def test_the_command_prints_one_json_object(trained: tuple[RunRecord, Path], voc_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     arguments = ["export", str(trained[1]), "--data", str(voc_folder), "-o", str(output)]
     result = CliRunner().invoke(root_command, [*arguments, "--num-images", "1", "--json"])
@@ -187,9 +183,7 @@ def test_another_data_set_than_the_runs_is_refused(
     # With radius 10, pairs of the feature head reach beyond the grid of the image below.
     [((), "boundary", 4, 5), ((4,), "features", 8, 10), ((1, 3), "boundary", 4, 5)],
 )
-def test_other_taps_and_heads_export_alike(
-    taps: tuple[int, ...], head: str, stride: int, radius: int
-) -> None:
+def test_other_taps_and_heads_export_alike(taps: tuple[int, ...], head: str, stride: int, radius: int) -> None:
     torch.manual_seed(0)
     backbone = Backbone("test_efficientnet", weights="none").eval()
     cam = MultiSACAM(backbone, taps=taps, n_classes=2).eval()

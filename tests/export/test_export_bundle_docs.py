@@ -60,9 +60,7 @@ def test_the_check_finds_an_altered_file(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path).returncode == 0
     with (tmp_path / "bundle" / "cam.onnx").open("r+b") as file:
         file.write(b"x")
-    check = subprocess.run(
-        [sys.executable, "-c", program], check=False, cwd=tmp_path, capture_output=True, text=True
-    )
+    check = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path, capture_output=True, text=True)
     assert check.returncode == 1 and check.stderr == "cam.onnx: the file was altered\n"
 
 
@@ -72,7 +70,5 @@ def test_every_key_of_the_manifest_is_documented() -> None:
     parameters = manifest["parameters"]
     assert all(f"| `{key}` |" in page for key in manifest if key != "parameters")
     assert all(f"| `parameters.{key}` |" in page for key in parameters)
-    assert all(
-        f"`{key}`" in page for key in (*parameters["label"], *parameters["label"]["crf"]) if key != "crf"
-    )
+    assert all(f"`{key}`" in page for key in (*parameters["label"], *parameters["label"]["crf"]) if key != "crf")
     assert str(load_bundle(BUNDLE).manifest.ignore_index) in page

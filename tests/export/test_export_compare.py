@@ -97,9 +97,7 @@ def test_ground_truth_counts_where_it_is_given(small: Bundle, tmp_path: Path) ->
 
     for path in PHOTOGRAPHS.glob("*.jpg"):
         with Image.open(path) as image:
-            Image.fromarray(np.zeros((image.height, image.width), np.uint8)).save(
-                tmp_path / f"{path.stem}.png"
-            )
+            Image.fromarray(np.zeros((image.height, image.width), np.uint8)).save(tmp_path / f"{path.stem}.png")
     result = parity(small, "--backend", "onnxruntime-cpu", "--masks", str(tmp_path), "--num-images", "2")
     assert result.exit_code == 0, result.output
     assert re.search(r"labels +\d+ +mIoU loss +0 +<= 0.05  ok", result.stdout)
@@ -141,7 +139,5 @@ def test_neither_pytorch_nor_onnx_is_needed(small: Bundle) -> None:
         f"main(['parity', {str(small.path)!r}, '--backend', 'onnxruntime-cpu',\n"
         f"      '--images', {str(PHOTOGRAPHS)!r}])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/"
-    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/")
     assert result.returncode == 0 and "pseudo_mask" in result.stdout, result.stderr

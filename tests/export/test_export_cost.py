@@ -34,9 +34,7 @@ def test_head_as_trained_and_folded() -> None:
     folded = sum(t * c * c + t * c * 2 * 3 + t * t * (c + 3) for t, c in zip(tokens, channels, strict=True))
     assert parts["folded head"].multiply_adds == folded
     assert parts["folded head"].activation_bytes < parts["head"].activation_bytes / 2
-    assert cost_of(network, (96, 64)).multiply_adds == sum(
-        parts[p].multiply_adds for p in ("backbone", "head")
-    )
+    assert cost_of(network, (96, 64)).multiply_adds == sum(parts[p].multiply_adds for p in ("backbone", "head"))
 
 
 def test_folding_saves_what_it_is_for() -> None:

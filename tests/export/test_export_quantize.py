@@ -112,9 +112,7 @@ def test_a_graph_beyond_its_limits_is_not_written_but_reported(
     report = tmp_path / "parity.json"
     result = convert(bundle, voc_folder, tmp_path / "new", "--precision", "fp16", "--report", str(report))
     assert result.exit_code == 3
-    assert re.search(
-        r"^error: .*fp16: labels: .* of the labels agree.*fp16: labels: mIoU", result.stderr, re.M
-    )
+    assert re.search(r"^error: .*fp16: labels: .* of the labels agree.*fp16: labels: mIoU", result.stderr, re.M)
     assert not (tmp_path / "new").exists()
     assert json.loads(report.read_text())["fp16"]["passed"] is False
     kept = convert(bundle, voc_folder, tmp_path / "new", "--precision", "fp16", "--keep")
@@ -226,9 +224,7 @@ def test_speed_is_measured_in_turn(bundle: Bundle, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_is_halved_into_calibration_and_comparison(voc_folder: Path) -> None:
-    found = read_image_sets(
-        voc_folder / "JPEGImages", CLASSES, num_images=2, masks=voc_folder / "SegmentationClass"
-    )
+    found = read_image_sets(voc_folder / "JPEGImages", CLASSES, num_images=2, masks=voc_folder / "SegmentationClass")
     assert not {p.path for p in found.calibration} & {p.path for p in (*found.labelled, *found.segmenter)}
     assert len(found.calibration) == len(found.segmenter) == 6 and len(found.labelled) == 2
     assert all(p.mask and p.mask.stem == p.path.stem and p.classes is None for p in found.segmenter)
@@ -240,9 +236,7 @@ def test_a_data_set_is_calibrated_on_what_is_not_compared(voc_folder: Path, tmp_
     assert [p.path.stem for p in found.calibration] == ["photo_06", "photo_07"]
     assert (len(found.labelled), len(found.segmenter)) == (6, 4)
     few = read_image_sets(voc_folder, CLASSES, num_images=2, masks=None)
-    assert len(few.calibration) == 6 and not {p.path for p in few.calibration} & {
-        p.path for p in few.labelled
-    }
+    assert len(few.calibration) == 6 and not {p.path for p in few.calibration} & {p.path for p in few.labelled}
     shutil.copytree(voc_folder, tmp_path / "voc")
     lists = tmp_path / "voc" / "ImageSets" / "Segmentation"
     shutil.copy(lists / "train.txt", lists / "train_aug.txt")  # no other image is left
@@ -267,9 +261,7 @@ def test_images_that_do_not_fit_are_refused(
 
 
 def test_no_part_of_converting_needs_pytorch() -> None:
-    program = (
-        "import multisa.export.quantize, onnxruntime.quantization, sys; assert 'torch' not in sys.modules"
-    )
+    program = "import multisa.export.quantize, onnxruntime.quantization, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
 
 

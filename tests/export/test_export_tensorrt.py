@@ -67,9 +67,7 @@ def packaged() -> Bundle:
 def tiny(nodes: tuple[onnx.NodeProto, ...] = (), weight: float = 2.0, opset: int = 18) -> bytes:
     """A graph that keeps SEGMENTER: the brightness of each pixel, scaled, twice; `nodes` go before it."""
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])
-    outputs = [
-        helper.make_tensor_value_info(n, TensorProto.UINT8, ["N", "H", "W"]) for n in SEGMENTER.outputs
-    ]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.UINT8, ["N", "H", "W"]) for n in SEGMENTER.outputs]
     body = [
         helper.make_node("Cast", ["image"], ["float"], "cast", to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["float", "axis"], ["mean"], "mean", keepdims=0),
@@ -97,9 +95,7 @@ def tiny_bundle(folder: Path, packaged: Bundle, **graphs: bytes) -> Bundle:
 # --- every graph of the package, for every target
 
 
-@pytest.mark.parametrize(
-    ("contract", "targets"), [(CAM, TARGETS[1:]), (AFFINITY, TARGETS), (SEGMENTER, TARGETS)]
-)
+@pytest.mark.parametrize(("contract", "targets"), [(CAM, TARGETS[1:]), (AFFINITY, TARGETS), (SEGMENTER, TARGETS)])
 def test_the_packaged_graphs_build_for_every_target(
     rtx: Library, packaged: Bundle, contract: GraphContract, targets: tuple[str, ...]
 ) -> None:
@@ -141,9 +137,7 @@ def quantized(packaged: Bundle, *, symmetric: bool) -> bytes:
     return quantize_graph(calibrated, calibrated.candidates)
 
 
-def test_int8_graphs_build_in_the_form_that_is_for_tensorrt(
-    rtx: Library, packaged: Bundle, tmp_path: Path
-) -> None:
+def test_int8_graphs_build_in_the_form_that_is_for_tensorrt(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
     options = BuildOptions(("sm89",), "int8", profiles=("1x64x64:1x96x128:2x128x128",))
     for int8_for in ("tensorrt", "cpu"):
         files = {n: packaged.read_file(n) for n in ("cam.onnx", "affinity.onnx", "segmenter.onnx")}
@@ -213,9 +207,7 @@ def test_plans_of_each_target_and_the_cache(rtx: Library, packaged: Bundle, tmp_
     assert [{**row, "cached": True} for row in built] == cached
 
 
-def test_equal_graphs_of_other_weights_never_share_a_plan(
-    rtx: Library, packaged: Bundle, tmp_path: Path
-) -> None:
+def test_equal_graphs_of_other_weights_never_share_a_plan(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
     options = BuildOptions(("sm89",), graphs=("segmenter",), engine_cache=tmp_path / "plans")
     rows = [
         build_engines(tiny_bundle(tmp_path / name, packaged, segmenter=tiny(weight=weight)), options).rows[0]
@@ -225,9 +217,7 @@ def test_equal_graphs_of_other_weights_never_share_a_plan(
     assert rows[0].path == rows[2].path != rows[1].path
 
 
-def test_one_plan_that_fails_does_not_keep_the_others_from_it(
-    rtx: Library, packaged: Bundle, tmp_path: Path
-) -> None:
+def test_one_plan_that_fails_does_not_keep_the_others_from_it(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
     bad = tiny((helper.make_node("Bogus", ["image"], ["b"], "my_bogus"),))
     tiny_bundle(tmp_path / "bundle", packaged, cam=bad, affinity=bad, segmenter=tiny())
     result = CliRunner().invoke(root, ["build", str(tmp_path / "bundle"), "--target", "sm89"])
@@ -261,9 +251,7 @@ MIXED = (
         ),
     ],
 )
-def test_parser_errors_name_the_node_and_what_to_do(
-    rtx: Library, nodes: tuple[onnx.NodeProto, ...], said: str
-) -> None:
+def test_parser_errors_name_the_node_and_what_to_do(rtx: Library, nodes: tuple[onnx.NodeProto, ...], said: str) -> None:
     with pytest.raises(BackendError, match=said) as caught:
         build_engine(rtx, tiny(nodes), SEGMENTER, ONE, ("sm89",))
     assert str(caught.value).startswith("segmenter (sm89): tensorrt-rtx 1.")
@@ -309,9 +297,7 @@ def test_a_damaged_bundle_is_refused(packaged: Bundle, tmp_path: Path) -> None:
     ("contract", "said"),
     [(CAM, r"got the outputs .*labels.*expected .*scores"), (SEGMENTER, r"got the inputs .*photo")],
 )
-def test_a_graph_that_breaks_its_contract_is_refused(
-    rtx: Library, contract: GraphContract, said: str
-) -> None:
+def test_a_graph_that_breaks_its_contract_is_refused(rtx: Library, contract: GraphContract, said: str) -> None:
     data = tiny()
     if contract is SEGMENTER:
         model = onnx.load_from_string(data)
@@ -361,9 +347,7 @@ def test_graphs_without_the_precision_are_left_out_unless_asked_for(
         build_engines(bundle, BuildOptions(("sm89",), precision="int8", graphs=("cam", "segmenter")))
 
 
-def test_an_interrupted_build_ends_with_the_plan_under_way(
-    rtx: Library, packaged: Bundle, tmp_path: Path
-) -> None:
+def test_an_interrupted_build_ends_with_the_plan_under_way(rtx: Library, packaged: Bundle, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -442,9 +426,7 @@ def test_a_profile_that_the_library_refuses_is_named(rtx: Library) -> None:
     shapes = {"minimum": (1, 64, 64), "optimum": (1, 96, 96), "maximum": (1, 80, 96)}
     for name, shape in shapes.items():
         object.__setattr__(backwards, name, shape)
-    with pytest.raises(
-        BackendError, match="input image: profile 1x64x64:1x96x96:1x80x96 is refused"
-    ) as caught:
+    with pytest.raises(BackendError, match="input image: profile 1x64x64:1x96x96:1x80x96 is refused") as caught:
         build_engine(rtx, tiny(), SEGMENTER, (backwards,), ("sm89",))
     assert "MIN<=OPT<=MAX" in str(caught.value)
 
@@ -543,9 +525,7 @@ FOR_TENSORRT = BuildOptions(("sm80",), graphs=("segmenter",), library="tensorrt"
 def test_the_gpu_is_what_the_driver_says(packaged: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "import_library", lambda name: Library(name, None, "11.4.0.106"))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
-    said = (
-        r"^tensorrt 11\.4\.0\.106 builds for the GPU of this machine, NVIDIA L4 \(sm89\); got the target sm80"
-    )
+    said = r"^tensorrt 11\.4\.0\.106 builds for the GPU of this machine, NVIDIA L4 \(sm89\); got the target sm80"
     with pytest.raises(BackendUnavailable, match=said):
         build_engines(packaged, FOR_TENSORRT)
 
@@ -601,9 +581,7 @@ def enterprise(
     return library, flags
 
 
-@pytest.mark.parametrize(
-    ("enterprise", "flags"), [("10.13.0.35", 1), ("11.4.0.106", 0)], indirect=["enterprise"]
-)
+@pytest.mark.parametrize(("enterprise", "flags"), [("10.13.0.35", 1), ("11.4.0.106", 0)], indirect=["enterprise"])
 def test_tensorrt_builds_for_its_gpu_with_the_types_of_the_graph(
     enterprise: tuple[Library, list[int]], flags: int, packaged: Bundle, tmp_path: Path
 ) -> None:

@@ -126,9 +126,7 @@ def test_folding_an_unfolded_head_gives_it_back(
     for beta, value in zip(network.beta_parameters(), betas, strict=False):
         beta.data.fill_(value)
     torch.nn.init.normal_(network.classifier.weight)
-    folded = {
-        key: value for key, value in FoldedMultiSACAM(network).state_dict().items() if "backbone" not in key
-    }
+    folded = {key: value for key, value in FoldedMultiSACAM(network).state_dict().items() if "backbone" not in key}
 
     again = MultiSACAM(backbone, taps=taps, n_classes=n_classes)
     missing, unexpected = again.load_state_dict(head_from_folded(folded, len(taps)), strict=False)

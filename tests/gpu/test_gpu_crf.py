@@ -25,15 +25,11 @@ def device() -> PycudaDevice:
     ("labels", "height", "width"),
     [(1, 1, 1), (7, 1, 40), (2, 37, 1), (3, 97, 61), (21, 60, 83), (40, 50, 41), (3, 375, 500)],
 )
-def test_equals_the_cpu(
-    device: Device, labels: int, height: int, width: int, parameters: CrfParameters
-) -> None:
+def test_equals_the_cpu(device: Device, labels: int, height: int, width: int, parameters: CrfParameters) -> None:
     crf_checks.check_against_cpu(device, labels, height, width, parameters)
 
 
-@pytest.mark.parametrize(
-    "check", [crf_checks.check_batch, crf_checks.check_channels, crf_checks.check_labels]
-)
+@pytest.mark.parametrize("check", [crf_checks.check_batch, crf_checks.check_channels, crf_checks.check_labels])
 def test_batches_channels_and_labels(device: Device, check: Callable[[Device, int, int], None]) -> None:
     check(device, 94, 125)
 

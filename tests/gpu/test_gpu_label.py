@@ -72,9 +72,7 @@ def test_masks_of_images(engine_cache: Path, device: PycudaDevice) -> None:
         OnnxRuntimeBackend(bundle.read_file(graph_file(CAM)), contract=CAM) as cam_here,
         OnnxRuntimeBackend(bundle.read_file(graph_file(AFFINITY)), contract=AFFINITY) as affinity_here,
         open_tensorrt(bundle, CAM, TensorRTOptions(library=LIBRARY, engine_cache=engine_cache)) as cam,
-        open_tensorrt(
-            bundle, AFFINITY, TensorRTOptions(library=LIBRARY, engine_cache=engine_cache)
-        ) as affinity,
+        open_tensorrt(bundle, AFFINITY, TensorRTOptions(library=LIBRARY, engine_cache=engine_cache)) as affinity,
         GpuPipeline(cam, affinity, bundle.manifest, device) as pipeline,
     ):
         for name, classes in list(IMAGES.items()) * 2:

@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 
 name = "label_studio_sdk/converter/brush.py"
-spec = importlib.util.spec_from_file_location(
-    "brush", metadata.distribution("label-studio-sdk").locate_file(name)
-)
+spec = importlib.util.spec_from_file_location("brush", metadata.distribution("label-studio-sdk").locate_file(name))
 brush = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(brush)
 
@@ -31,9 +29,7 @@ for task in tasks:
         # As the converter passes it on: the fields of the value beside those of the result.
         (layer,) = brush.decode_from_annotation("tag", [{**result, **value}]).values()
         (label,) = value["brushlabels"]
-        masks[label] = hashlib.sha256(
-            repr(layer.shape).encode() + np.packbits(layer != 0).tobytes()
-        ).hexdigest()
+        masks[label] = hashlib.sha256(repr(layer.shape).encode() + np.packbits(layer != 0).tobytes()).hexdigest()
         assert set(np.unique(layer)) <= {0, 255}
         assert brush.mask2rle(layer) == value["rle"], "another code than Label Studio's own"
 print(json.dumps(found))

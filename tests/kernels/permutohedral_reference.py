@@ -39,9 +39,7 @@ class GaussianFilter:
         self._neighbours = lattice.neighbours
         starts = np.arange(0, points * corners + 1, corners, dtype=np.int32)
         shape = (points, lattice.neighbours.shape[-1])
-        self._slice = csr_array(
-            (lattice.weights.reshape(-1), lattice.vertices.reshape(-1), starts), shape=shape
-        )
+        self._slice = csr_array((lattice.weights.reshape(-1), lattice.vertices.reshape(-1), starts), shape=shape)
         # Blurring with (1/2, 1, 1/2) along d+1 axes amplifies; this is pydensecrf's factor.
         self._scale = np.float32(1 / (1 + 2.0**-dimension))
         norm = self(np.ones((points, 1), dtype=np.float32))

@@ -27,9 +27,7 @@ MAIN = "affinity.cuh"
         ((1, 6, 33), 3, 16),
     ],
 )
-def test_equals_the_reference(
-    device: CpuDevice, shape: tuple[int, int, int], depth: int, radius: int
-) -> None:
+def test_equals_the_reference(device: CpuDevice, shape: tuple[int, int, int], depth: int, radius: int) -> None:
     check_affinities(device, GridShape(*shape), depth, radius)
 
 

@@ -43,9 +43,7 @@ def test_no_spills_and_few_registers(nvcc: Path) -> None:
     for name, architecture, stack, stores, loads, registers in ENTRY.findall("".join(logs)):
         seen.add((name, int(architecture)))
         if (stack, stores, loads) != ("0", "0", "0"):
-            problems.append(
-                f"{name} sm_{architecture}: {stack} bytes of stack, {stores} + {loads} bytes spilled"
-            )
+            problems.append(f"{name} sm_{architecture}: {stack} bytes of stack, {stores} + {loads} bytes spilled")
         if int(registers) > BUDGET.get(name, SMALL):
             problems.append(f"{name} sm_{architecture}: {registers} registers")
     assert seen == {(name, architecture) for name in kernels for architecture in ARCHITECTURES}
@@ -79,9 +77,7 @@ def test_a_failed_build_leaves_the_old_one(nvcc: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"kernels.cu", "kernels.fatbin"}
 
 
-def test_without_nvcc(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))

@@ -39,9 +39,7 @@ FEW = replace(PSA, iterations=3)
         (3, 9, 11, replace(PSA, iterations=1)),
     ],
 )
-def test_equals_the_cpu(
-    device: CpuDevice, labels: int, height: int, width: int, parameters: CrfParameters
-) -> None:
+def test_equals_the_cpu(device: CpuDevice, labels: int, height: int, width: int, parameters: CrfParameters) -> None:
     crf_checks.check_against_cpu(device, labels, height, width, parameters)
 
 
@@ -53,9 +51,7 @@ def test_equals_pydensecrf(device: CpuDevice, parameters: CrfParameters) -> None
     crf_checks.assert_close(refine(device, image, probabilities, parameters), expected)
 
 
-@pytest.mark.parametrize(
-    "check", [crf_checks.check_batch, crf_checks.check_channels, crf_checks.check_labels]
-)
+@pytest.mark.parametrize("check", [crf_checks.check_batch, crf_checks.check_channels, crf_checks.check_labels])
 def test_batches_channels_and_labels(device: CpuDevice, check: Callable[[CpuDevice, int, int], None]) -> None:
     check(device, 9, 12)
 

@@ -34,18 +34,13 @@ def run(task: str, driver: Path, folder: Path, **environment: str) -> str:
 
 def test_no_device(headers: Path, tmp_path: Path) -> None:
     said = run("missing", make_fake_driver(headers, tmp_path), tmp_path)
-    assert (
-        said == "cuInit failed: no CUDA-capable device is detected; check the driver by running nvidia-smi\n"
-    )
+    assert said == "cuInit failed: no CUDA-capable device is detected; check the driver by running nvidia-smi\n"
 
 
 def test_memory_launches_and_recordings(headers: Path, tmp_path: Path) -> None:
     driver = make_fake_driver(headers, tmp_path, device=True)
     said = run("run", driver, tmp_path, CUDA_ON_CPU_KERNELS=str(build())).splitlines()
-    assert (
-        said[:2]
-        == ["affinity: got values outside [0, 1] or NaN, expected [0, 1]; check the network's output"] * 2
-    )
+    assert said[:2] == ["affinity: got values outside [0, 1] or NaN, expected [0, 1]; check the network's output"] * 2
     assert said[2].startswith("cuModuleGetFunction: ")
     assert said[3:] == ["GPU 3: got 1 GPUs, expected more than 3", "checked"]
 

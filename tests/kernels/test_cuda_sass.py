@@ -108,10 +108,7 @@ def disassemble(disassembler: Path, cubin: Path) -> dict[str, Code]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
     _, *parts = KERNEL.split(result.stdout)
-    return {
-        name: Code(Counter(OPERATION.findall(text)))
-        for name, text in zip(parts[::2], parts[1::2], strict=True)
-    }
+    return {name: Code(Counter(OPERATION.findall(text))) for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +116,7 @@ def codes(nvcc: Path) -> Codes:
     """The kernels of all architectures."""
     disassembler = find_disassembler(nvcc)
     if disassembler is None:
-        pytest.skip(
-            "nvdisasm: not found in CUDA_HOME, beside nvcc, on PATH or as the package nvidia-cuda-nvdisasm"
-        )
+        pytest.skip("nvdisasm: not found in CUDA_HOME, beside nvcc, on PATH or as the package nvidia-cuda-nvdisasm")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda sm: disassemble(disassembler, compiled(nvcc, sm).cubin), ARCHITECTURES)
         return dict(zip(ARCHITECTURES, found, strict=True))

@@ -34,9 +34,7 @@ MAIN = "walk_ends.cuh"
         *(((1, 1, 12, 11), {"steps": steps}) for steps in (0, 1, 2, 5, 20, 33)),
     ],
 )
-def test_equals_the_reference(
-    device: CpuDevice, shape: tuple[int, int, int, int], options: dict[str, Any]
-) -> None:
+def test_equals_the_reference(device: CpuDevice, shape: tuple[int, int, int, int], options: dict[str, Any]) -> None:
     check_walk(device, WalkShape(*shape), WalkSettings(**options))
 
 
@@ -143,9 +141,7 @@ def test_address_sanitiser_finds_a_read_past_the_end(tmp_path: Path) -> None:
         ({"height": 60_000, "width": 60_000}, ValueError, "smaller grid"),
     ],
 )
-def test_bad_arguments(
-    device: CpuDevice, change: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_arguments(device: CpuDevice, change: dict[str, Any], error: type[Exception], message: str) -> None:
     sizes: dict[str, Any] = {"images": 1, "channels": 1, "height": 2, "width": 2}
     options = {name: value for name, value in change.items() if name not in sizes}
     with pytest.raises(error, match=message):

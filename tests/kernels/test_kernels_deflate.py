@@ -22,9 +22,7 @@ def filtered(mask: UInt8) -> bytes:
     return np.insert(rows, 0, 2, axis=1).tobytes()
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 1), (1, 70_001), (300, 1), (5, 258), (5, 259), (5, 260), (33, 517), (400, 300)]
-)
+@pytest.mark.parametrize("size", [(1, 1), (1, 70_001), (300, 1), (5, 258), (5, 259), (5, 260), (33, 517), (400, 300)])
 @pytest.mark.parametrize("ids", [1, 2, 5, 256])
 @pytest.mark.parametrize("width", [1, 9])
 def test_zlib_reads_it(size: tuple[int, int], ids: int, width: int) -> None:

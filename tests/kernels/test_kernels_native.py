@@ -100,9 +100,7 @@ def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler on PATH")
-    program = compile_self_check(
-        compiler, tmp_path, "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"
-    )
+    program = compile_self_check(compiler, tmp_path, "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "portable" in result.stdout

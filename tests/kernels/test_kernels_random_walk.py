@@ -41,9 +41,7 @@ def dense_walk(scores: Float32, affinity: Float32, radius: int, beta: float, ste
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (6, 1), (2, 3), (7, 6)])
 @pytest.mark.parametrize(("radius", "beta", "steps"), [(5, 8.0, 256), (2, 1.0, 7), (3, 10.0, 64)])
-def test_reference_is_the_dense_matrix_power(
-    size: tuple[int, int], radius: int, beta: float, steps: int
-) -> None:
+def test_reference_is_the_dense_matrix_power(size: tuple[int, int], radius: int, beta: float, steps: int) -> None:
     scores, _ = scene(2, *size)
     shape = (len(stencil_offsets(radius)), *size)
     affinity = np.random.default_rng(4).random(shape, dtype=np.float32)  # entries outside the grid are not 0
@@ -160,9 +158,7 @@ def test_boundaries_differ_only_where_they_should(boundary: Boundary) -> None:
     st.floats(0.25, 12),
     st.integers(0, 2**16),
 )
-def test_an_average_stays_in_range(
-    channels: int, height: int, width: int, steps: int, beta: float, seed: int
-) -> None:
+def test_an_average_stays_in_range(channels: int, height: int, width: int, steps: int, beta: float, seed: int) -> None:
     scores, affinity = scene(channels, height, width, seed)
     walked = random_walk(scores, affinity, steps=steps, beta=beta)
     assert (walked.max(axis=(1, 2)) <= scores.max(axis=(1, 2))).all()

@@ -49,9 +49,7 @@ def test_one_class(value: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.sampled_from((0, 1, 255)))
-)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.sampled_from((0, 1, 255))))
 def test_any_mask(mask: UInt8) -> None:
     check(mask)
 

@@ -292,9 +292,7 @@ def test_soft_maps(bundle: Bundle, tmp_path: Path) -> None:
     clear = best[-1] > best[-2]
     np.testing.assert_array_equal(both.probabilities.argmax(axis=0)[clear], both.mask[clear])
     assert (
-        none.probabilities is not None
-        and none.probabilities.shape == (1, 33, 47)
-        and (none.probabilities == 1).all()
+        none.probabilities is not None and none.probabilities.shape == (1, 33, 47) and (none.probabilities == 1).all()
     )
 
 
@@ -351,9 +349,7 @@ def test_one_image_that_cannot_be_done(bundle: Bundle, tmp_path: Path) -> None:
         cpu.expect(got, rgb)
 
 
-def test_a_size_that_kernels_do_not_take(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_size_that_kernels_do_not_take(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise ValueError("features: got values up to 1e9 standard deviations, expected below 65536")
 
@@ -367,9 +363,7 @@ def test_a_size_that_kernels_do_not_take(
 
 
 @pytest.mark.parametrize("call", ["upload", "launch", "launch_graph", "download"])
-def test_a_driver_that_refuses(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_driver_that_refuses(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Whichever call fails, it is a BackendError and the next call is right."""
     rgb = tinted("chelsea", 32, 48)
     with pipeline_of(bundle, tmp_path) as pipeline:
@@ -433,9 +427,7 @@ def test_a_network_on_the_callers_stream(bundle: Bundle, tmp_path: Path, library
         gpu.driver.destroy_stream(stream)
 
 
-def test_streams_and_events_are_given_back(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_and_events_are_given_back(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     for what in ("stream", "event"):
         create, destroy = getattr(Driver, f"create_{what}"), getattr(Driver, f"destroy_{what}")

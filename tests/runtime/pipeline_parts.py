@@ -68,9 +68,7 @@ class Predictor:
     def decode(self, data: bytes, *, max_pixels: int) -> DecodedImage:
         return load_image(data, max_pixels=max_pixels, long_side=LONG_SIDE)
 
-    def predict_batch(
-        self, images: np.ndarray, labels: Sequence[Labels | None], timer: StageTimer
-    ) -> Sequence[Any]:
+    def predict_batch(self, images: np.ndarray, labels: Sequence[Labels | None], timer: StageTimer) -> Sequence[Any]:
         greys = images[:, 0, 0, 0].tolist()
         self.batches.append(greys)
         if self.refused.intersection(greys):

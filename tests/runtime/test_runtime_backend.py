@@ -50,9 +50,7 @@ class TestEveryBackend:
                 bundle: Bundle, contract: GraphContract, *, threads: int = 1, precision: str = "fp32"
             ) -> Backend:
                 try:
-                    backend = open_backend(
-                        bundle, contract, threads=threads, backend=name, precision=precision
-                    )
+                    backend = open_backend(bundle, contract, threads=threads, backend=name, precision=precision)
                 except BackendUnavailable as error:
                     if name == "onnxruntime-cpu" or emulated:  # available everywhere
                         raise
@@ -73,9 +71,7 @@ class TestEveryBackend:
                 np.testing.assert_allclose(outputs[name], answer[name], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
-    def test_the_packaged_bundle_on_an_image(
-        self, opened: Open, image: np.ndarray, contract: GraphContract
-    ) -> None:
+    def test_the_packaged_bundle_on_an_image(self, opened: Open, image: np.ndarray, contract: GraphContract) -> None:
         """Against onnxruntime-cpu on two threads, which sums in another order."""
         bundle = load_bundle(default_bundle_path())
         outputs = opened(bundle, contract).run(image)
@@ -141,10 +137,7 @@ class TestEveryBackend:
             opened(write_bundle(tmp_path / "swapped", manifest, swapped), SEGMENTER)
 
     def test_the_precision_asked_for(self, opened: Open, bundle_of_precisions: Bundle) -> None:
-        labels = [
-            opened(bundle_of_precisions, SEGMENTER, precision=p).run(IMAGE)["labels"]
-            for p in ("fp32", "int8")
-        ]
+        labels = [opened(bundle_of_precisions, SEGMENTER, precision=p).run(IMAGE)["labels"] for p in ("fp32", "int8")]
         assert (labels[0] == 0).any() and not (labels[1] == 0).any()
 
     def test_its_package_is_not_there(
@@ -231,17 +224,13 @@ def test_cuda_that_fails_is_told_from_a_graph_that_does(
 
 def model(nodes: list[onnx.NodeProto], outputs: list[tuple[str, int, list[object]]]) -> bytes:
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])
-    graph = helper.make_graph(
-        nodes, "odd", [image], [helper.make_tensor_value_info(*output) for output in outputs]
-    )
+    graph = helper.make_graph(nodes, "odd", [image], [helper.make_tensor_value_info(*output) for output in outputs])
     opset = [helper.make_opsetid("", 18)]
     return helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString()
 
 
 def test_graph_of_other_outputs() -> None:
-    odd = model(
-        [helper.make_node("Identity", ["image"], ["out"])], [("out", TensorProto.UINT8, [1, 1, 1, 3])]
-    )
+    odd = model([helper.make_node("Identity", ["image"], ["out"])], [("out", TensorProto.UINT8, [1, 1, 1, 3])])
     with pytest.raises(BackendError, match=r"got the outputs .*expected cam .* or affinity .* or segmenter"):
         OnnxRuntimeBackend(odd)
 

@@ -54,9 +54,7 @@ class FakeTensorRT:
         self.options: list[TensorRTOptions] = []
         self.opened: list[FakeTensorRTBackend] = []
 
-    def open_tensorrt(
-        self, bundle: Bundle, contract: GraphContract, options: TensorRTOptions
-    ) -> FakeTensorRTBackend:
+    def open_tensorrt(self, bundle: Bundle, contract: GraphContract, options: TensorRTOptions) -> FakeTensorRTBackend:
         assert options.library is not None
         self.options.append(options)
         self.asked.append((options.library, contract.name, options.precision))
@@ -87,9 +85,7 @@ def test_auto_without_a_gpu(bundle_of_precisions: Bundle, no_gpu: None) -> None:
         assert answer == ("onnxruntime-cpu", "fp32", "auto: no NVIDIA driver here")
 
 
-def test_the_line_about_a_cpu_machine_is_calm(
-    bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_line_about_a_cpu_machine_is_calm(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is no problem to report; a GPU that cannot be used is."""
 
     def line() -> list[str]:
@@ -114,15 +110,11 @@ def test_available_backends(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mo
     assert "onnxruntime-cpu" not in available_backends(bundle)
 
 
-def test_auto_prefers_an_engine_of_low_precision(
-    bundle_of_precisions: Bundle, tensorrt: FakeTensorRT
-) -> None:
+def test_auto_prefers_an_engine_of_low_precision(bundle_of_precisions: Bundle, tensorrt: FakeTensorRT) -> None:
     tensorrt.engines |= {("tensorrt-rtx", "cam", "fp16"), ("tensorrt-rtx", "cam", "fp32")}
     name, precision, reason = chosen(select_backend(bundle_of_precisions, CAM))
     assert (name, precision) == ("tensorrt-rtx-sm89", "fp16")
-    assert reason == (
-        "auto: tensorrt: no engine of cam in fp16 for sm89; tensorrt: no engine of cam in fp32 for sm89"
-    )
+    assert reason == ("auto: tensorrt: no engine of cam in fp16 for sm89; tensorrt: no engine of cam in fp32 for sm89")
     tensorrt.engines |= {("tensorrt", "cam", "fp32"), ("tensorrt", "segmenter", "fp32")}
     assert chosen(select_backend(bundle_of_precisions, CAM))[:2] == ("tensorrt-sm89", "fp32")
     tensorrt.asked.clear()
@@ -156,15 +148,11 @@ def test_reasons_are_first_clauses() -> None:
     assert reason == "auto: no GPU here: cuInit: no device; cam: got an engine of {}"
 
 
-def test_options_of_the_request_reach_tensorrt(
-    bundle: Bundle, tensorrt: FakeTensorRT, tmp_path: Path
-) -> None:
+def test_options_of_the_request_reach_tensorrt(bundle: Bundle, tensorrt: FakeTensorRT, tmp_path: Path) -> None:
     tensorrt.engines |= {("tensorrt", "cam", "fp32")}
     side = bundle.manifest.parameters.long_side
     for name, long_side in (("auto", side), ("tensorrt", None)):
-        select_backend(
-            bundle, CAM, BackendRequest(name, engine_cache=tmp_path, may_repair=False)
-        ).backend.close()
+        select_backend(bundle, CAM, BackendRequest(name, engine_cache=tmp_path, may_repair=False)).backend.close()
         assert tensorrt.options[-1] == TensorRTOptions(
             library="tensorrt", engine_cache=tmp_path, long_side=long_side, may_repair=False
         )
@@ -182,9 +170,7 @@ def test_requested_without_a_gpu(bundle: Bundle, no_gpu: None, name: str) -> Non
 
 
 def test_requested_without_an_engine(bundle_of_precisions: Bundle, tensorrt: FakeTensorRT) -> None:
-    with pytest.raises(
-        BackendUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no engine of cam"
-    ):
+    with pytest.raises(BackendUnavailable, match=r"^tensorrt cannot run cam here: tensorrt: no engine of cam"):
         open_backend(bundle_of_precisions, CAM, backend="tensorrt")
     assert [precision for *_, precision in tensorrt.asked] == ["fp16", "fp32"]
     with pytest.raises(BackendUnavailable, match=r"in fp32 for sm89: multisa build$"):
@@ -202,9 +188,7 @@ def test_the_requested_backend_is_selected(bundle_of_precisions: Bundle, cuda_on
 def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        BackendUnavailable, match=r"^no backend can run cam here: no NVIDIA .*pip install onnx"
-    ):
+    with pytest.raises(BackendUnavailable, match=r"^no backend can run cam here: no NVIDIA .*pip install onnx"):
         open_backend(bundle, CAM)
 
 
@@ -230,9 +214,7 @@ def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mon
         ),
     ],
 )
-def test_requests_that_cannot_be(
-    bundle_of_precisions: Bundle, request_: BackendRequest, problem: str
-) -> None:
+def test_requests_that_cannot_be(bundle_of_precisions: Bundle, request_: BackendRequest, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         select_backend(bundle_of_precisions, SEGMENTER, request_)
 
@@ -283,9 +265,7 @@ def test_a_run_logs_and_records_its_backends(
     assert record["versions"].keys() >= {"python", "multisa", "numpy", "onnxruntime", "pillow"}
 
 
-def test_masks_do_not_depend_on_how_the_backend_was_selected(
-    bundle: Bundle, tmp_path: Path, no_gpu: None
-) -> None:
+def test_masks_do_not_depend_on_how_the_backend_was_selected(bundle: Bundle, tmp_path: Path, no_gpu: None) -> None:
     """All files but .multisa are byte-identical, whether selected or requested."""
     results = []
     for name in ("auto", "onnxruntime-cpu"):

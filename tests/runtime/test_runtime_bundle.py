@@ -40,9 +40,7 @@ def test_write_is_deterministic_and_leaves_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == [bundle.path.name]
 
 
-def test_write_refuses_a_folder_that_is_no_bundle(
-    tmp_path: Path, graphs: dict[str, bytes], manifest: Manifest
-) -> None:
+def test_write_refuses_a_folder_that_is_no_bundle(tmp_path: Path, graphs: dict[str, bytes], manifest: Manifest) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(BundleError, match="is not only a bundle"):
         write_bundle(tmp_path, manifest, graphs)
@@ -119,9 +117,7 @@ def test_an_interrupted_write_leaves_the_old_bundle(
     assert list(tmp_path.iterdir()) == [bundle.path]
 
 
-def test_write_through_a_link(
-    bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest, tmp_path: Path
-) -> None:
+def test_write_through_a_link(bundle: Bundle, graphs: dict[str, bytes], manifest: Manifest, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(bundle.path.name, target_is_directory=True)
     assert write_bundle(link, replace(manifest, name="newer"), graphs).manifest.name == "newer"
@@ -305,9 +301,7 @@ def test_walk_beta_beyond_float(bundle: Bundle) -> None:
     ],
 )
 def test_label_parameters_at_their_limits(values: dict[str, Any]) -> None:
-    assert (
-        asdict(LabelParameters(**values)).items() >= {k: v for k, v in values.items() if k != "crf"}.items()
-    )
+    assert asdict(LabelParameters(**values)).items() >= {k: v for k, v in values.items() if k != "crf"}.items()
 
 
 def test_describe_and_palette(bundle: Bundle) -> None:

@@ -81,9 +81,7 @@ def test_usage_errors(arguments: list[str]) -> None:
 
 def test_the_examples_in_the_help_have_only_options_that_there_are() -> None:
     texts = [root.help, *(root.get_command(click.Context(root), name).help for name in COMMANDS)]
-    examples = [
-        line.split()[1:] for text in texts for line in re.findall(r"^ *multisa .+$", text or "", re.M)
-    ]
+    examples = [line.split()[1:] for text in texts for line in re.findall(r"^ *multisa .+$", text or "", re.M)]
     assert len(examples) > len(COMMANDS)
     for name, *arguments in examples:
         options = {o for param in root.get_command(click.Context(root), name).params for o in param.opts}
@@ -221,9 +219,7 @@ def test_what_ends_a_run(
     assert text in result.stderr
 
 
-def test_a_missing_module_of_our_own_is_not_explained_away(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_module_of_our_own_is_not_explained_away(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("no such", name="multisa.lost")
 
@@ -293,9 +289,7 @@ def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_pa
 
 
 @pytest.mark.parametrize("command", ["label", "segment"])
-def test_an_engine_that_is_not_there(
-    command: str, photos: Path, bundle: Bundle, tmp_path: Path, no_gpu: None
-) -> None:
+def test_an_engine_that_is_not_there(command: str, photos: Path, bundle: Bundle, tmp_path: Path, no_gpu: None) -> None:
     run = ("-o", tmp_path / "out", "--bundle", bundle.path, "--backend", "tensorrt")
     result = run_cli(command, photos, *run)
     assert result.exit_code == 5 and result.stderr.startswith("error: tensorrt cannot run ")

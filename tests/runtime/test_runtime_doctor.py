@@ -34,9 +34,7 @@ def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPa
     assert "CPUExecutionProvider" in found(diagnosis, "onnxruntime").text
     kernels = native_module.native
     assert f"run with {kernels.instruction_set()}" in found(diagnosis, "CPU kernels").text
-    assert found(diagnosis, "GPU") == Finding(
-        "GPU", False, "no NVIDIA driver here: libcuda.so.absent cannot be loaded"
-    )
+    assert found(diagnosis, "GPU") == Finding("GPU", False, "no NVIDIA driver here: libcuda.so.absent cannot be loaded")
     has = found(diagnosis, "bundle").text
     assert has.startswith("tiny, all files verified; cam (fp32), affinity (fp32), segmenter (fp32); ")
     assert "TensorRT engines: none" in has
@@ -52,9 +50,7 @@ def test_this_machine(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPa
 def test_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = EngineCache(bundle.path / ENGINES_FOLDER)
     bucket = Profile((1, 64, 64), (1, 64, 64), (1, 64, 64))
-    key = EngineKey(
-        "cam", "fp16", "0" * 64, "tensorrt-rtx", "1.7", "sm89", "", (bucket,), (), this_platform()
-    )
+    key = EngineKey("cam", "fp16", "0" * 64, "tensorrt-rtx", "1.7", "sm89", "", (bucket,), (), this_platform())
     for change in ({}, {"graph": "affinity"}, {"target": "\x1b[2J"}, {"library": "tensorrt"}):
         cache.get_or_build(replace(key, **change), lambda: b"plan")
     for i, text in enumerate(("{}", "[]", json.dumps({"key": asdict(key)}))):

@@ -144,9 +144,7 @@ DAMAGE: dict[str, Callable[[StoredEngine], object]] = {
     "record of another key": lambda stored: edit(stored, lambda r: r["key"].update(target="sm120")),
     "record with more": lambda stored: edit(stored, lambda r: r.update(path="../../elsewhere")),
     "record of another version": lambda stored: edit(stored, lambda r: r.update(schema_version=2)),
-    "profile out of order": lambda stored: edit(
-        stored, lambda r: r["key"]["profiles"][0].update(minimum=[9, 9, 9])
-    ),
+    "profile out of order": lambda stored: edit(stored, lambda r: r["key"]["profiles"][0].update(minimum=[9, 9, 9])),
 }
 
 
@@ -190,9 +188,7 @@ def test_quarantine_moves_what_was_refused_and_nothing_newer(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["model.plan", "plan.json"])
-def test_what_cannot_be_read_is_not_damaged(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many open files, or no permission: the engine stays, and nothing is built in its place."""
     cache = EngineCache(tmp_path)
     stored = cache.get_or_build(KEY, Builder())

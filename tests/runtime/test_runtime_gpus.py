@@ -44,21 +44,15 @@ def test_two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_driver_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_driver(tmp_path, monkeypatch, DRIVER, INIT=0, COUNT=0)
-    assert probe_gpus() == GpuProbe(
-        "13.2", problem="no NVIDIA GPU here: the driver knows of none", is_absent=True
-    )
+    assert probe_gpus() == GpuProbe("13.2", problem="no NVIDIA GPU here: the driver knows of none", is_absent=True)
 
 
 @pytest.mark.parametrize(("error", "is_absent"), [(100, True), (999, False)], ids=["no device", "unknown"])
-def test_a_driver_that_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, is_absent: bool
-) -> None:
+def test_a_driver_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, is_absent: bool) -> None:
     install_driver(tmp_path, monkeypatch, DRIVER, INIT=error, COUNT=0)
     probe = probe_gpus()
     problem = probe.problem
-    assert (
-        probe.is_absent is is_absent and "cuInit: no CUDA-capable device is detected (CUDA error " in problem
-    )
+    assert probe.is_absent is is_absent and "cuInit: no CUDA-capable device is detected (CUDA error " in problem
     assert "nvidia-smi" in problem
 
 

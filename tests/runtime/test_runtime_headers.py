@@ -37,12 +37,7 @@ def with_scans(scan: bytes, count: int) -> bytes:
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
-    )
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
 
 
 def with_chunks(chunks: bytes) -> bytes:
@@ -95,9 +90,7 @@ ROWS: list[tuple[str, Callable[[], bytes], str]] = [
 
 
 @pytest.mark.parametrize(("name", "make", "reason"), ROWS, ids=[row[0] for row in ROWS])
-def test_metadata_bombs(
-    name: str, make: Callable[[], bytes], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metadata_bombs(name: str, make: Callable[[], bytes], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make()
     if name != "text bomb":  # Pillow has a limit for these
         monkeypatch.setattr(decoding, "open_image", lambda *_: 1 / 0)

@@ -172,9 +172,7 @@ def test_read_image_limit_is_ours_not_pillows(tmp_path: Path, monkeypatch: pytes
     assert Image.MAX_IMAGE_PIXELS == 4
 
 
-def test_files_are_refused_by_their_size_before_they_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_refused_by_their_size_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(RGB).save(tmp_path / "a.png")
     size = (tmp_path / "a.png").stat().st_size
     monkeypatch.setattr("multisa.runtime.imaging.decode.MAX_FILE_BYTES", size)

@@ -56,9 +56,7 @@ def test_segment_records(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
         assert row["pixel_shares"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_segment_gives_the_graphs_mask_where_nothing_is_resized(
-    photos: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_segment_gives_the_graphs_mask_where_nothing_is_resized(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     rgb = np.random.default_rng(3).integers(0, 256, (70, 80, 3), dtype=np.uint8)
     Image.fromarray(rgb).save(tmp_path / "noise.png")
     run_segment(tmp_path / "noise.png", tmp_path / "out", bundle)

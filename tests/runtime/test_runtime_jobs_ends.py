@@ -44,9 +44,7 @@ def test_the_executor_ends_before_the_lock_and_the_journal_are_let_go(
         time.sleep(0.1)
         append(journal, result)
 
-    def interrupt(
-        executor: LocalExecutor, shards: Iterator[Shard], committed: Callable[[ShardResult], None]
-    ) -> None:
+    def interrupt(executor: LocalExecutor, shards: Iterator[Shard], committed: Callable[[ShardResult], None]) -> None:
         executor.worker.start(next(shards), committed)
         assert begun.wait(20)
         raise KeyboardInterrupt

@@ -42,9 +42,7 @@ def test_an_engine_that_is_broken_ends_the_run(tmp_path: Path, manifest: Manifes
     config = PipelineConfig(readers=2, workers=2, batch=batch)
     source = Images(shapes=SHAPES[:1])
     with (
-        pytest.raises(
-            BackendUnavailable, match=r"the device is lost .* before it\): check the device"
-        ) as seen,
+        pytest.raises(BackendUnavailable, match=r"the device is lost .* before it\): check the device") as seen,
         pipeline_of(tmp_path, manifest, source, Breaks(), observer, config) as pipeline,
     ):
         run_shards(pipeline, [shard_of(n, range(n * 50, n * 50 + 50)) for n in range(8)])
@@ -146,9 +144,7 @@ def test_the_bytes_that_wait_to_be_decoded_are_bounded(tmp_path: Path, manifest:
                 held -= size
             return super().decode(data, max_pixels=max_pixels)
 
-    samples = [
-        replace(sample, item=replace(sample.item, size=size)) for sample in shard_of(0, range(60)).samples
-    ]
+    samples = [replace(sample, item=replace(sample.item, size=size)) for sample in shard_of(0, range(60)).samples]
     observer, config = RunObserver(), PipelineConfig(readers=6, workers=2, max_raw_bytes=3 * size)
     with pipeline_of(tmp_path, manifest, Large(broken=frozenset({7})), Slow(), observer, config) as pipeline:
         run_shards(pipeline, [Shard(0, tuple(samples))])

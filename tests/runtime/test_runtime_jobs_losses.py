@@ -88,9 +88,7 @@ def committed_by(executor: RemoteExecutor[WorkerHandle], count: int = 8) -> list
     return sorted(found)
 
 
-def test_a_member_whose_engine_is_broken_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_member_whose_engine_is_broken_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     executor = Scripted(tmp_path, lambda worker, task: BROKEN if worker.name == "a" else done(task))
     assert committed_by(executor) == list(range(8))
     assert list(executor.workers) == ["b"]
@@ -180,9 +178,7 @@ def test_an_image_that_crashes_processes_fails_and_the_run_ends(
     differ = {name for name in ours if ours[name] != theirs.get(name)}
     assert not [name for name in differ if name.startswith("masks/")]
     shutil.rmtree(tmp_path / "hook")
-    segment(
-        corpus, tmp_path / "two", bundle, partial(ProcessExecutor, processes=2)
-    )  # nothing is left to be done
+    segment(corpus, tmp_path / "two", bundle, partial(ProcessExecutor, processes=2))  # nothing is left to be done
 
 
 def test_nothing_takes_its_name_once_the_run_is_over(tmp_path: Path) -> None:

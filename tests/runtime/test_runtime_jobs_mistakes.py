@@ -32,9 +32,7 @@ def test_labels_about_none_of_the_images(photos: Path, bundle: Bundle, tmp_path:
         run_label(photos, tmp_path / "out", bundle, labels=labels)
 
 
-def test_a_restart_does_not_creep_past_the_failures_allowed(
-    photos: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_a_restart_does_not_creep_past_the_failures_allowed(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     run = {"shard_size": 1, "max_failures": "0", "workers": 1}
     for name in ("c.jpg", "d.jpg", "e.jpg", "f.jpg", "g.jpg", "h.jpg", "i.jpg", "j.jpg"):
         (photos / name).write_bytes(b"no image either")

@@ -34,9 +34,7 @@ def test_the_same_for_any_widths(tmp_path: Path, manifest: Manifest) -> None:
     for readers, workers in ((1, 1), (4, 1), (1, 4), (3, 3)):
         source, observer = Images(frozenset({3}), frozenset({13, 14})), RunObserver()
         config = PipelineConfig(readers, workers, batch=3, look_ahead=5)
-        with pipeline_of(
-            tmp_path, manifest, source, Predictor(frozenset({20})), observer, config
-        ) as pipeline:
+        with pipeline_of(tmp_path, manifest, source, Predictor(frozenset({20})), observer, config) as pipeline:
             found.append(contents(run_shards(pipeline, shards)))
         assert sorted(observer.done) == [i for i in range(45) if i not in (3, 13, 14, 20)]
     assert found[0] == found[1] == found[2] == found[3]
@@ -82,9 +80,7 @@ def test_tiny_permits_never_lock(tmp_path: Path, manifest: Manifest, batch: int,
     source = Images(unreadable=frozenset(range(4, 40, 3)), broken=frozenset(range(5, 40, 3)))
     with pipeline_of(tmp_path, manifest, source, Predictor(), config=config) as pipeline:
         done = run_shards(pipeline, shards)
-    assert [len(one.images) + len(one.failures) for one in sorted(done, key=by_number)] == list(
-        sizes_of_shards
-    )
+    assert [len(one.images) + len(one.failures) for one in sorted(done, key=by_number)] == list(sizes_of_shards)
 
 
 def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: Manifest) -> None:
@@ -117,9 +113,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest
         source = Images(shapes=((height, width),))
         with pipeline_of(tmp_path, manifest, source, Predictor(), config=config) as pipeline:
             tracemalloc.start()
-            waiting = [
-                pipeline.submit(shard_of(n, range(n * 12, n * 12 + 12)), lambda _: None) for n in range(2)
-            ]
+            waiting = [pipeline.submit(shard_of(n, range(n * 12, n * 12 + 12)), lambda _: None) for n in range(2)]
             for n in range(2, shards):
                 waiting.append(pipeline.submit(shard_of(n, range(n * 12, n * 12 + 12)), lambda _: None))
                 waiting.pop(0).result(SOON)

@@ -164,9 +164,7 @@ def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bu
     assert not multiprocessing.active_children()
 
 
-def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(
-    corpus: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     for name, executor in (("one", LocalExecutor), ("two", TWO)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "masks").write_text("a file where a folder is to be")
@@ -346,9 +344,7 @@ def test_what_a_worker_logs_at_a_shard_is_logged_by_the_coordinator(
     assert capsys.readouterr().err == "a.png: trying a second time\n"
 
 
-def test_nothing_is_opened_before_an_executor_is_entered(
-    corpus: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_nothing_is_opened_before_an_executor_is_entered(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     def resources() -> tuple[int, int]:
         return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
 

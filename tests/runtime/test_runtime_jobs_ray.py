@@ -108,9 +108,7 @@ def test_a_cluster_writes_what_one_process_writes(
     seen: list[int] = []
     executor = disturbed(cluster.executor, 1, lambda: seen.extend(actors()))
     capfd.readouterr()
-    summary = segment(
-        corpus, Path("on-ray"), bundle, executor
-    )  # a path that the nodes would take for another
+    summary = segment(corpus, Path("on-ray"), bundle, executor)  # a path that the nodes would take for another
     assert results(tmp_path / "on-ray") == alone
     assert len(seen) == 2
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))

@@ -82,9 +82,7 @@ def test_a_torn_journal(
     lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
     (out / JOURNAL).write_bytes(b"".join(lines[:5]) + tail)
     summary = run_segment(many, out, bundle, shard_size=4)
-    assert (
-        "the last line of the journal is incomplete: its shard is processed again" in capsys.readouterr().err
-    )
+    assert "the last line of the journal is incomplete: its shard is processed again" in capsys.readouterr().err
     assert 5 <= summary.done_now < 20 and public_bytes(out) == before
 
 
@@ -146,18 +144,14 @@ def test_a_full_disk(many: Path, bundle: Bundle, tmp_path: Path, small_disk: Pat
     filler = small_disk / "filler"
     with filler.open("wb") as file:
         file.write(bytes(2048 * 1024 - room * 1024 - 8192))
-    with pytest.raises(
-        MultisaError, match=r"(No space left on device: free some space|full: check free space)"
-    ):
+    with pytest.raises(MultisaError, match=r"(No space left on device: free some space|full: check free space)"):
         run_segment(many, small_disk / "out", bundle, **options)
     filler.unlink()
     run_segment(many, small_disk / "out", bundle, **options)
     assert public_bytes(small_disk / "out") == public_bytes(tmp_path / "whole")
 
 
-def test_a_write_that_fails(
-    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails(many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a disk that is full in the middle of a line of the journal."""
     out, write = tmp_path / "out", os.write
     run_segment(many, tmp_path / "whole", bundle, shard_size=4)
@@ -194,9 +188,7 @@ def test_errors_of_the_source_are_not_taken_for_those_of_the_results(
         run_segment(many, tmp_path / "out", bundle)
 
 
-def test_too_many_failures_stop_a_run_which_can_be_gone_on_with(
-    many: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_too_many_failures_stop_a_run_which_can_be_gone_on_with(many: Path, bundle: Bundle, tmp_path: Path) -> None:
     for i in range(8, 16):
         (many / f"{i:02d}.png").write_bytes(b"no image")
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -29,9 +29,7 @@ def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Pat
     # Nothing but the images that failed may have changed, unless the images of then are asked for.
     shutil.copy(many / "05.png", many / "04.png")
     shutil.copy(many / "05.png", many / "06.png")
-    with pytest.raises(
-        UsageError, match=r"not only the failed images: 1 changed \(06\.png\): .*--skip-source-check"
-    ):
+    with pytest.raises(UsageError, match=r"not only the failed images: 1 changed \(06\.png\): .*--skip-source-check"):
         run_segment(many, out, bundle, retry_failed=True, **options)
     shutil.copy(many / "05.png", many / "extra.png")
     summary = run_segment(many, out, bundle, retry_failed=True, skip_source_check=True, **options)
@@ -40,9 +38,7 @@ def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Pat
         run_segment(many, out, bundle, **options)
 
 
-def test_a_retry_that_is_cut(
-    many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retry_that_is_cut(many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outs = tmp_path / "whole", tmp_path / "out"
     for out in outs:
         run_segment(many, out, bundle, shard_size=1)

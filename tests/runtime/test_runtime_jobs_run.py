@@ -136,9 +136,7 @@ def test_a_run_that_has_ended_is_left_alone(photos: Path, bundle: Bundle, tmp_pa
 
 
 @pytest.mark.parametrize("theirs", ["masks/old.png", "labels.jsonl", "failed.jsonl", "shards/mine.tar"])
-def test_files_of_others_are_not_written_over(
-    photos: Path, bundle: Bundle, tmp_path: Path, theirs: str
-) -> None:
+def test_files_of_others_are_not_written_over(photos: Path, bundle: Bundle, tmp_path: Path, theirs: str) -> None:
     path = tmp_path / "out" / theirs
     path.parent.mkdir(parents=True)
     path.write_text("mine")
@@ -317,9 +315,7 @@ def test_names_that_are_too_long_or_those_of_folders(photos: Path, bundle: Bundl
     assert public_bytes(tmp_path / "one") == public_bytes(tmp_path / "four")
 
 
-def test_a_result_that_no_disk_can_name_is_a_failure_of_the_image(
-    photos: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_a_result_that_no_disk_can_name_is_a_failure_of_the_image(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     photo = (photos / "a.jpg").read_bytes()
     for ending in (".jpg", ".bmp"):  # so both keep their full names, which are too long with .png
         (photos / ("x" * 250 + ending)).write_bytes(photo)

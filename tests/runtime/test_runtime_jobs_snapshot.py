@@ -197,9 +197,7 @@ def test_a_changed_source_is_told(tmp_path: Path, now: list[Listed], said: str) 
         ([OTHER_B, THEN[0], *THEN[2:]], "another order, or other labels"),
     ],
 )
-def test_only_the_images_that_are_tried_again_may_have_changed(
-    tmp_path: Path, now: list[Listed], said: str
-) -> None:
+def test_only_the_images_that_are_tried_again_may_have_changed(tmp_path: Path, now: list[Listed], said: str) -> None:
     with make_snapshot(tmp_path / "i", THEN) as snapshot:
         assert snapshot.accept_changes(lambda: now, [1]) == said
         b = snapshot.shard(0, 4).samples[1].item

@@ -56,9 +56,7 @@ def test_the_graphs_of_the_package_are_taken_at_once() -> None:
 @pytest.mark.parametrize("location", ["../x", "/etc/passwd", "weights.bin", ""])
 def test_weights_in_another_file_are_refused(location: str) -> None:
     data = model(tensor=external(location)).SerializeToString()
-    with pytest.raises(
-        BackendError, match=r"cam\.onnx: the weights of 'weight' lie in another file"
-    ) as caught:
+    with pytest.raises(BackendError, match=r"cam\.onnx: the weights of 'weight' lie in another file") as caught:
         check_onnx(data, "cam.onnx")
     assert repr(location) in str(caught.value)
 
@@ -248,9 +246,7 @@ def test_what_is_taken_onnx_runtime_reads_alike(is_external: bool, opset: int, d
     nodes = (helper.make_node("Identity", [tensor.name], ["used"]),)
     common = data.draw(st.sampled_from(SPELLINGS[:4]))
     spellings = st.sampled_from([common] * 40 + SPELLINGS)
-    made = respelt(
-        model(opset, tensor, nodes).SerializeToString(), "ModelProto", lambda _: data.draw(spellings)
-    )
+    made = respelt(model(opset, tensor, nodes).SerializeToString(), "ModelProto", lambda _: data.draw(spellings))
     try:
         check_onnx(made, "x")
     except BackendError:

@@ -68,9 +68,7 @@ def supports_bf16() -> None:
         pytest.skip("this processor does not support bf16")
 
 
-def pairs(
-    packaged: Bundle, contract: GraphContract, precision: str, images: list[np.ndarray]
-) -> Iterator[Compared]:
+def pairs(packaged: Bundle, contract: GraphContract, precision: str, images: list[np.ndarray]) -> Iterator[Compared]:
     with (
         open_backend(packaged, contract, backend="onnxruntime-cpu") as reference,
         open_backend(packaged, contract, backend="openvino", precision=precision) as backend,
@@ -93,9 +91,7 @@ def test_fp32_is_fp32(packaged: Bundle, images: list[np.ndarray], contract: Grap
         assert not any(is_far(got[name], expected[name]) for name in contract.outputs)
 
 
-def test_bf16_is_within_its_limits_and_is_bf16(
-    packaged: Bundle, images: list[np.ndarray], supports_bf16: None
-) -> None:
+def test_bf16_is_within_its_limits_and_is_bf16(packaged: Bundle, images: list[np.ndarray], supports_bf16: None) -> None:
     compared = list(pairs(packaged, SEGMENTER, "bf16", images))
     report = measure_parity(compared, "bf16")
     assert report.problems() == [] and report.differences.keys() == SEGMENTER.outputs.keys()
@@ -151,9 +147,7 @@ def test_the_package_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError('Exception from src/core.cpp:1:\nDevice with "CPU" name is not registered\n')
 
     monkeypatch.setattr(openvino, "Core", fail)
-    with pytest.raises(
-        BackendUnavailable, match='has no CPU here: Device with "CPU" name is not registered:'
-    ):
+    with pytest.raises(BackendUnavailable, match='has no CPU here: Device with "CPU" name is not registered:'):
         open_backend(bundle, CAM, backend="openvino")
 
 
@@ -200,9 +194,7 @@ def test_a_path_and_errors_of_graphs(graphs: dict[str, bytes], tmp_path: Path) -
 def segmenter_of(nodes: list[onnx.NodeProto], shape: list[int]) -> bytes:
     """A graph of the segmenter's tensors that makes something else of them."""
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])
-    outputs = [
-        helper.make_tensor_value_info(n, TensorProto.UINT8, ["a", "b", "c"]) for n in ("labels", "confidence")
-    ]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.UINT8, ["a", "b", "c"]) for n in ("labels", "confidence")]
     nodes = [*nodes, helper.make_node("Identity", ["labels"], ["confidence"])]
     constant = onnx.numpy_helper.from_array(np.array(shape), "shape")
     graph = helper.make_graph(nodes, "odd", [image], outputs, [constant])
@@ -227,9 +219,7 @@ def test_failures_of_a_graph_are_backend_errors() -> None:
             backend.run(seven)
 
 
-def test_runs_have_the_same_bytes_for_any_workers(
-    packaged: Bundle, tmp_path: Path, supports_bf16: None
-) -> None:
+def test_runs_have_the_same_bytes_for_any_workers(packaged: Bundle, tmp_path: Path, supports_bf16: None) -> None:
     request = BackendRequest("openvino", "bf16")
     results = []
     for workers in (1, 4):

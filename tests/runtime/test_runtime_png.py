@@ -48,9 +48,7 @@ def test_the_file_is_four_chunks_and_one_stream() -> None:
 def test_the_same_mask_gives_the_same_bytes() -> None:
     assert encode_palette_png(MASK, voc_palette()) == encode_palette_png(MASK.copy(), voc_palette())
     # These are the bytes of this encoder; others need another name, or runs mix two kinds of files.
-    checksum = zlib.crc32(
-        encode_palette_png((np.indices((40, 60)).sum(0) // 7).astype(np.uint8), voc_palette())
-    )
+    checksum = zlib.crc32(encode_palette_png((np.indices((40, 60)).sum(0) // 7).astype(np.uint8), voc_palette()))
     assert (png_encoder(), checksum) == ("multisa 1", 1939173506)
 
 

@@ -63,9 +63,7 @@ def test_probabilities_are_read_as_they_were_written(tar: Path, images: list[Lab
     read = [*read_probabilities(tar), *read_probabilities(tar.with_name("000001.tar"))]
     assert [image.name for image in read] == [image.name for image in images]
     for found, image in zip(read, images, strict=True):
-        assert (
-            found.probabilities.class_ids == (0, 1, 2) and found.size == SIZE and found.record == image.record
-        )
+        assert found.probabilities.class_ids == (0, 1, 2) and found.size == SIZE and found.record == image.record
         assert found.probabilities.probabilities.dtype == np.float16
         assert (found.probabilities.probabilities == image.probabilities.probabilities).all()
         assert (found.confidence == image.confidence).all()

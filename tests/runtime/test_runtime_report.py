@@ -114,9 +114,7 @@ def test_links_lead_to_files_beside_the_page(tmp_path: Path, manifest: Manifest)
 
 
 @pytest.mark.parametrize("mask", ["/etc/hostname", "masks/../../secret.png", "masks/none.png", None])
-def test_masks_that_are_no_files_of_the_run_have_no_link(
-    tmp_path: Path, manifest: Manifest, mask: str | None
-) -> None:
+def test_masks_that_are_no_files_of_the_run_have_no_link(tmp_path: Path, manifest: Manifest, mask: str | None) -> None:
     (tmp_path / "secret.png").touch()
     (tmp_path / "out" / "masks").mkdir(parents=True)
     found = collect_statistics([record(0, 0.5, mask=mask)], CLASSES, 1)

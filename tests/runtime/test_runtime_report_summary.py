@@ -67,8 +67,7 @@ def test_text_of_a_run() -> None:
     assert text.splitlines() == [
         "980 images in 4 min 10 s (3.92/s), 20 failed, 100 done earlier, 3 skipped",
         "busy: segmenter 96%, decode 10%",
-        "the bottleneck is segmenter: its worker was busy 96% of the time; more workers or a faster backend "
-        "would help",
+        "the bottleneck is segmenter: its worker was busy 96% of the time; more workers or a faster backend would help",
         "failed, 19 images: cannot be decoded",
         "failed, 1 image: the file is empty",
         "look at out/report.html",

@@ -163,9 +163,7 @@ def test_one_image(folder: Path) -> None:
 def test_a_list_of_files(folder: Path, tmp_path: Path) -> None:
     fill(tmp_path, {"elsewhere/a.jpg": b"else", "photos/elsewhere/a.jpg": b"inside"})
     away = tmp_path / "elsewhere/a.jpg"
-    (folder / "list.txt").write_text(
-        f"z.jpeg\n\na/b.jpg\r\n../elsewhere/a.jpg\nelsewhere/a.jpg\n{folder}/a.jpg\n"
-    )
+    (folder / "list.txt").write_text(f"z.jpeg\n\na/b.jpg\r\n../elsewhere/a.jpg\nelsewhere/a.jpg\n{folder}/a.jpg\n")
     found = items(folder / "list.txt")
     names = [item.id for item in found]
     assert names[:3] == ["z.jpeg", "a/b.jpg", "elsewhere/a.jpg"]
@@ -265,9 +263,7 @@ def test_tar_shards_with_labels_beside_the_images(tmp_path: Path) -> None:
             ("readme", b""),
         ],
     )
-    make_tar(
-        tmp_path / "001.tar", [("./x/1.jpg", b"uno"), ("x/long" * 40 + ".jpg", b"L")], tarfile.GNU_FORMAT
-    )
+    make_tar(tmp_path / "001.tar", [("./x/1.jpg", b"uno"), ("x/long" * 40 + ".jpg", b"L")], tarfile.GNU_FORMAT)
     spec = tmp_path / "{000..001}.tar"
     found = items(spec, classes=CLASSES)
     assert [(item.id, item.labels) for item in found[:7]] == [

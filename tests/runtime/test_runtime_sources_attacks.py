@@ -159,8 +159,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
         "malformed pax header",
     ),
     "pax of a huge length": (
-        with_field(with_field(HEADER, 156, b"x"), 124, b"%011o" % 30)
-        + b"99999999999 path=a.jpg\n".ljust(512),
+        with_field(with_field(HEADER, 156, b"x"), 124, b"%011o" % 30) + b"99999999999 path=a.jpg\n".ljust(512),
         "malformed pax header",
     ),
     "pax of a negative size": (

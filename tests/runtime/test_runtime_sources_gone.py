@@ -96,9 +96,7 @@ def test_disks_that_mount_themselves(folder: str, monkeypatch: pytest.MonkeyPatc
     assert LocalStore().is_reachable(os.path.join(folder, "a.jpg"))  # noqa: PTH118
 
 
-def test_looking_whether_a_folder_is_there_looks_at_one_name(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_looking_whether_a_folder_is_there_looks_at_one_name(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Names:
         asked = 0
 
@@ -130,9 +128,7 @@ def memory() -> Iterator[Any]:
         files.rm("/multisa-gone", recursive=True)
 
 
-def test_a_server_is_asked_for_one_name_and_not_again_for_a_while(
-    memory: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_is_asked_for_one_name_and_not_again_for_a_while(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("memory://multisa-gone")
     item = listed(source)["a.jpg"]
     asked = []

@@ -99,9 +99,7 @@ def test_a_folder_of_a_bucket(photos: Bucket) -> None:
     assert [item.id for item in found] == ORDER
     assert [item.size for item in found] == [len(FILES[name]) for name in ORDER]
     etags = {item.id: item.version for item in found}
-    assert etags["a.jpg"] == photos.client.head_object(Bucket=photos.name, Key="photos/a.jpg")["ETag"].strip(
-        '"'
-    )
+    assert etags["a.jpg"] == photos.client.head_object(Bucket=photos.name, Key="photos/a.jpg")["ETag"].strip('"')
     assert photos.contents("photos/") == IMAGES
     assert photos.contents("photos/a/*.jpg") == {"b.jpg": FILES["a/b.jpg"], "c.jpg": FILES["a/c.jpg"]}
     assert photos.contents("photos/**/*.jpg").keys() == {"a/b.jpg", "a/c.jpg", "a.jpg"}

@@ -103,9 +103,7 @@ def test_a_full_disk_ends_the_log_and_not_the_run(
     assert capsys.readouterr().err.count("the log ends here: No space left on device") == 1
 
 
-def test_stderr_holds_json_and_nothing_else(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stderr_holds_json_and_nothing_else(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multisa.runtime.progress.LINE_INTERVAL", 0.0)
     with Telemetry(log_json="-") as telemetry, Progress(2, "segment") as progress:
         telemetry.run_started("segment", images=2)
@@ -159,9 +157,7 @@ def test_metrics_are_what_was_told() -> None:
     assert found[("multisa_images_per_second", "")] > 0
     assert found[("process_resident_memory_bytes", "")] > 1e6 or not Path("/proc/self/statm").exists()
     families = {family.name: family for family in text_string_to_metric_families(text)}
-    assert (
-        families["multisa_images_done"].type == "counter" and families["multisa_queue_depth"].type == "gauge"
-    )
+    assert families["multisa_images_done"].type == "counter" and families["multisa_queue_depth"].type == "gauge"
     assert all(family.documentation for family in families.values())
 
 
@@ -205,9 +201,7 @@ def test_nothing_is_opened_before_telemetry_is_entered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["bundle", "labels", "output"])
-def test_a_run_that_cannot_start_closes_log_and_port(
-    photos: Path, bundle: Bundle, tmp_path: Path, wrong: str
-) -> None:
+def test_a_run_that_cannot_start_closes_log_and_port(photos: Path, bundle: Bundle, tmp_path: Path, wrong: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     output = photos if wrong == "output" else tmp_path / "out"

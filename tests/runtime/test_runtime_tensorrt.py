@@ -49,9 +49,7 @@ def run(driver: Path, *command: str, **variables: str) -> "subprocess.CompletedP
     """Run Python with a libcuda."""
     path = os.pathsep.join([str(ON_CPU), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"LD_LIBRARY_PATH": str(driver.parent), "PYTHONPATH": path} | variables
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_on_the_cpu(tmp_path: Path) -> None:

@@ -104,9 +104,7 @@ def test_pseudo_mask_says_how_far_the_crf_went() -> None:
 @pytest.mark.parametrize(
     ("scores", "expected"), [((0.1, 0.1), 0.5), ((0.0, 0.0), 0.0), ((-0.1, 0.0), 0.0), ((0.9, 0.0), 1.0)]
 )
-def test_where_no_class_is_present_the_closest_score_counts(
-    scores: tuple[float, float], expected: float
-) -> None:
+def test_where_no_class_is_present_the_closest_score_counts(scores: tuple[float, float], expected: float) -> None:
     named = dict(zip(("cat", "dog"), scores, strict=True))
     assert no_class_disagreement(named, {"cat": 0.4, "dog": 0.2}) == pytest.approx(expected)
     assert no_class_disagreement({}, {}) == 0

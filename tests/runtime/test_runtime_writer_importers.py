@@ -56,9 +56,7 @@ def digests(mask: np.ndarray, *, background: bool) -> dict[str, str]:
     return {name: digest(mask == i) for i, name in ids.items() if (mask == i).any()}
 
 
-def test_datumaro_reads_its_folder(
-    images: list[LabelledImage], write_all: Write, importer: Callable[..., Any]
-) -> None:
+def test_datumaro_reads_its_folder(images: list[LabelledImage], write_all: Write, importer: Callable[..., Any]) -> None:
     out = write_all(["datumaro"], images)
     read = importer("read_datumaro", "common_semantic_segmentation", out / "datumaro")
     assert read["labels"] == LABELS

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from multisa.runtime.writers.base import file_name, label_name, line_name, tar_key, unescape_name
 
 ESCAPES = (tar_key, line_name, label_name, file_name)
-NAMES = st.text(
-    st.characters(exclude_categories=["Cs"]) | st.sampled_from("%~./#:_ 2F"), min_size=1, max_size=40
-)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("%~./#:_ 2F"), min_size=1, max_size=40)
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,7 @@ def test_a_missing_package_is_an_error_when_the_writer_is_opened(
         open_writers(["parquet"], writer_context)
 
 
-def test_the_same_images_give_the_same_bytes(
-    images: list[LabelledImage], write_all: Write, tmp_path: Path
-) -> None:
+def test_the_same_images_give_the_same_bytes(images: list[LabelledImage], write_all: Write, tmp_path: Path) -> None:
     first, second = (files_of(write_all(list(WRITERS), images, tmp_path / run)) for run in "ab")
     assert first == second
     assert len({name.split("/")[0] for name in first}) == len(WRITERS)
@@ -225,9 +223,9 @@ def test_label_studio_tasks(images: list[LabelledImage], write_all: Write) -> No
     assert (prediction["model_version"], prediction["score"]) == ("tiny-abababababab", 0.75)
     assert [r["value"]["brushlabels"] for r in prediction["result"]] == [["red thing"], ["green"]]
     assert (prediction["result"][0]["original_width"], prediction["result"][0]["original_height"]) == (41, 20)
-    assert '<Label value="red thing" background="#c82828"/>' in (
-        out / "label-studio/labeling_config.xml"
-    ).read_text(encoding="utf-8")
+    assert '<Label value="red thing" background="#c82828"/>' in (out / "label-studio/labeling_config.xml").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,7 @@ def test_configurations_that_cannot_go_to_the_end(
         ("photo_09.png", "RGB", r"photo_09\.png: got a mask of mode RGB"),
     ],
 )
-def test_ground_truth_of_other_classes(
-    voc_folder: Path, tmp_path: Path, name: str, mode: str, message: str
-) -> None:
+def test_ground_truth_of_other_classes(voc_folder: Path, tmp_path: Path, name: str, mode: str, message: str) -> None:
     root = tmp_path / "voc"
     shutil.copytree(voc_folder, root)
     mask = np.full((96, 96), 255, np.uint8)

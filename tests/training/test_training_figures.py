@@ -161,9 +161,7 @@ def test_figure6_shows_what_the_run_measured(voc_folder: Path, run_folder: Path)
         assert np.array_equal(strip.panels[1], fitted(dataset.mask_palette[made]))
 
 
-def test_figures_are_written_with_what_they_are_of(
-    voc_folder: Path, run_folder: Path, tmp_path: Path
-) -> None:
+def test_figures_are_written_with_what_they_are_of(voc_folder: Path, run_folder: Path, tmp_path: Path) -> None:
     config, dataset = load_config(str(TINY)), read_dataset(voc_folder)
     before = {path.parent.name for path in run_folder.glob("*/stage.json")}
     chosen = tmp_path / "ids.txt"

@@ -73,9 +73,7 @@ def test_packaged_weights_are_the_packages() -> None:
     random = Backbone("tf_efficientnet_lite0", weights="none").state_dict()
     assert loaded.keys() == random.keys()
     # Trained running variances are not the ones they start with.
-    assert not torch.equal(
-        loaded["network.bn1.running_var"], torch.ones_like(loaded["network.bn1.running_var"])
-    )
+    assert not torch.equal(loaded["network.bn1.running_var"], torch.ones_like(loaded["network.bn1.running_var"]))
 
 
 def test_attention_is_equations_1_to_5() -> None:
@@ -105,9 +103,7 @@ def test_multi_sa_with_any_taps(taps: tuple[int, ...]) -> None:
     activations.mean().backward()
     assert len(network.betas()) == len(taps)
     assert all(
-        p.grad is not None
-        for p in network.parameters()
-        if p.requires_grad and p in set(network.head_parameters())
+        p.grad is not None for p in network.parameters() if p.requires_grad and p in set(network.head_parameters())
     )
 
 

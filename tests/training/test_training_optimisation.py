@@ -84,9 +84,7 @@ def test_worker_processes_give_the_same_batches_and_are_not_forked(voc_folder: P
     samples = AugmentedImages(read_dataset(voc_folder).train_images, schedule, TrainConfig(), n_classes=3)
     assert pickle.loads(pickle.dumps(samples)).items == samples.items
     batches = {
-        workers: list(
-            loop._batches(samples, schedule, LoopOptions(tmp_path / "c", 3, workers, "batches"), epoch=1)
-        )
+        workers: list(loop._batches(samples, schedule, LoopOptions(tmp_path / "c", 3, workers, "batches"), epoch=1))
         for workers in (0, 2)
     }
     assert len(batches[0]) == len(batches[2]) == 2

@@ -91,9 +91,7 @@ def test_differences_from_the_paper_are_noted(voc_folder: Path) -> None:
     assert "its classes and images are different" in protocol(config, dataset, "val", "ResNeSt-101")[-1]
     assert "its images are different" in protocol(config, others, "val", "ResNeSt-101")[-1]
     assert "its backbone and images are" in protocol(config, others, "train", "ResNet-50")[-1]
-    alike = replace(
-        others, train_images=dataset.train_images[:1] * paper.TRAINED_ON, val=dataset.val[:1] * paper.VAL
-    )
+    alike = replace(others, train_images=dataset.train_images[:1] * paper.TRAINED_ON, val=dataset.val[:1] * paper.VAL)
     assert not any("comparison" in note for note in protocol(config, alike, "val", "ResNeSt-101"))
 
 
@@ -147,9 +145,7 @@ def test_tables_of_a_finished_run_make_no_stage(voc_folder: Path, run_folder: Pa
     assert [row.ours for row in third.rows[:3]] == list(run.rows[-1].iou)
     assert [row.paper for row in third.rows[:3]] == [89.6, None, None]
     markdown = (run_folder / "reproduce" / "table2.md").read_text().splitlines()
-    assert f"| + dense CRF | {run.label.background:.2f} | {run.rows[3].miou:.2f} | 68.07 |" in "".join(
-        markdown
-    )
+    assert f"| + dense CRF | {run.label.background:.2f} | {run.rows[3].miou:.2f} | 68.07 |" in "".join(markdown)
 
 
 def test_other_settings_leave_the_record_of_the_run(voc_folder: Path, run_folder: Path) -> None:
@@ -182,9 +178,7 @@ def test_table2_keeps_the_papers_protocol_beside_other_masks(
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_without_masks_are_refused_before_any_training(
-    voc_folder: Path, tmp_path: Path, name: str
-) -> None:
+def test_tables_without_masks_are_refused_before_any_training(voc_folder: Path, tmp_path: Path, name: str) -> None:
     dataset = replace(read_dataset(voc_folder), train=(), val=())
     with pytest.raises(DatasetError, match=f"has a mask, but {name} needs masks; expected a VOC layout"):
         reproduce_table(name, load_config(str(TINY)), dataset, tmp_path / "run")

@@ -63,9 +63,7 @@ def test_bad_overrides_name_the_valid_ones(override: str, message: str) -> None:
 
 
 def test_overrides_change_one_value() -> None:
-    config = load_config(
-        "lite0", ["cam.schedule.epochs=3", "affinity.head=features", "label.crf.iterations=4"]
-    )
+    config = load_config("lite0", ["cam.schedule.epochs=3", "affinity.head=features", "label.crf.iterations=4"])
     assert config.cam.schedule.epochs == 3
     assert config.affinity.head == "features"
     assert config.label.crf.iterations == 4
@@ -145,9 +143,7 @@ def test_data_set_errors(voc_folder: Path, tmp_path: Path) -> None:
 
 def test_samples_depend_only_on_seed_epoch_and_index(voc_folder: Path) -> None:
     dataset = read_dataset(voc_folder)
-    samples = AugmentedImages(
-        dataset.train_images, Schedule(crop=64, resize=(48, 128)), TrainConfig(), n_classes=3
-    )
+    samples = AugmentedImages(dataset.train_images, Schedule(crop=64, resize=(48, 128)), TrainConfig(), n_classes=3)
     image, target = samples[2]
     assert image.shape == (64, 64, 3) and image.dtype == torch.uint8
     assert target.tolist() == [1.0, 1.0]
@@ -160,9 +156,7 @@ def test_masks_are_resized_to_the_grid_by_the_dataset(voc_folder: Path) -> None:
     dataset, folder = read_dataset(voc_folder), voc_folder / "SegmentationClass"
     schedule = Schedule(crop=66, resize=(48, 128))
     full, small = (
-        AugmentedImages(
-            dataset.train_images, schedule, TrainConfig(), n_classes=3, masks=folder, mask_stride=stride
-        )
+        AugmentedImages(dataset.train_images, schedule, TrainConfig(), n_classes=3, masks=folder, mask_stride=stride)
         for stride in (1, 4)
     )
     for index in range(len(full)):
@@ -252,9 +246,7 @@ def test_sweep_equals_thresholding_one_by_one() -> None:
         expected = np.zeros((4, 4), np.int64)
         for scores, truth in masks:
             winner = np.array([1, 3], np.uint8)[scores.argmax(0)]
-            expected += confusion_matrix(
-                np.where(scores.max(0) >= background, winner, 0).astype(np.uint8), truth, 4
-            )
+            expected += confusion_matrix(np.where(scores.max(0) >= background, winner, 0).astype(np.uint8), truth, 4)
         assert np.array_equal(sweep.confusion(background), expected)
     results = sweep.results(0.3)
     assert results["best"]["miou"] >= results["configured"]["miou"]
@@ -331,9 +323,7 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
     first = load_run(run_folder)
     again = train(load_config(str(TINY)), read_dataset(voc_folder), run_folder)
     assert again == first
-    changed = train(
-        load_config(str(TINY), ["segmenter.decoder_channels=8"]), read_dataset(voc_folder), run_folder
-    )
+    changed = train(load_config(str(TINY), ["segmenter.decoder_channels=8"]), read_dataset(voc_folder), run_folder)
     after = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
     assert {path: after[path] for path in before} == before
     assert sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys()) == [
@@ -357,13 +347,9 @@ def test_a_missing_or_changed_output_is_made_again(run_folder: Path, voc_folder:
 
 def test_columns_of_the_table_stand_below_each_other(run_folder: Path) -> None:
     run = load_run(run_folder)
-    long = replace(
-        run, rows=(replace(run.rows[0], stage="a stage with a name of over forty characters"), *run.rows)
-    )
+    long = replace(run, rows=(replace(run.rows[0], stage="a stage with a name of over forty characters"), *run.rows))
     header, *rows = long.format_table().splitlines()
-    assert {row.index(mark) for row in rows for mark in (" train ", " val ") if mark in row} == {
-        header.index(" list ")
-    }
+    assert {row.index(mark) for row in rows for mark in (" train ", " val ") if mark in row} == {header.index(" list ")}
 
 
 def test_other_images_or_labels_train_again_other_masks_do_not(voc_folder: Path, tmp_path: Path) -> None:
@@ -373,9 +359,7 @@ def test_other_images_or_labels_train_again_other_masks_do_not(voc_folder: Path,
     mask = root / "SegmentationClass" / "photo_00.png"
     shutil.copy(root / "SegmentationClass" / "photo_01.png", mask)
     assert read_dataset(root).train_images_digest() == dataset.train_images_digest()
-    assert read_dataset(root).masks_digest(dataset.train) != dataset.masks_digest(
-        read_dataset(voc_folder).train
-    )
+    assert read_dataset(root).masks_digest(dataset.train) != dataset.masks_digest(read_dataset(voc_folder).train)
     labels = json.loads((root / "labels.json").read_text())
     (root / "labels.json").write_text(json.dumps({**labels, "photo_00": ["disc"]}))
     assert read_dataset(root).train_images_digest() != dataset.train_images_digest()

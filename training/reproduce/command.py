@@ -31,9 +31,7 @@ def reproduce_paper(
     if what not in TABLES and what not in FIGURES:
         raise UsageError(f"got {what!r}, expected one of {', '.join((*TABLES, *FIGURES))}")
     if what in TABLES and (num_images is not None or image_list is not None):
-        raise UsageError(
-            f"--num-images and --list: got one with {what}, expected a figure: tables show no images"
-        )
+        raise UsageError(f"--num-images and --list: got one with {what}, expected a figure: tables show no images")
     if num_images is not None and image_list is not None:
         raise UsageError("--num-images and --list: got both, expected one of them")
     _log_differences(config, output)

@@ -62,9 +62,7 @@ def reproduce_figure(
     if name == "figure4" and not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     if name == "figure4" and not any(item.classes for item in items):
-        raise UsageError(
-            "figure4: got no image with a class, expected at least one; choose other images with --list"
-        )
+        raise UsageError("figure4: got no image with a class, expected at least one; choose other images with --list")
     check_run(config, dataset)
     figure = FIGURES[name](config, dataset, root, items)
     names = {**dict(enumerate(dataset.class_names)), IGNORE_INDEX: "ignored"}
@@ -156,8 +154,7 @@ def _figure5(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
     def panels(item: Item, rgb: UInt8) -> tuple[list[UInt8], list[UInt8]]:
         cams, walked = (load_maps(s.folder / f"{item.id}.npy") for s in (labels.cams, labels.walked))
         masks = [
-            pseudo_mask(rgb, walked, item.classes, replace(label, use_crf=use_crf)).mask
-            for use_crf in (False, True)
+            pseudo_mask(rgb, walked, item.classes, replace(label, use_crf=use_crf)).mask for use_crf in (False, True)
         ]
         return [heat_map(rgb, _strongest(maps)) for maps in (cams, walked)], masks
 

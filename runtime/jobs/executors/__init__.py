@@ -8,9 +8,7 @@ from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import Executor
 
 
-def make_executor(
-    job: Job, monitor: RunMonitor, *, num_processes: int = 1, ray_address: str | None = None
-) -> Executor:
+def make_executor(job: Job, monitor: RunMonitor, *, num_processes: int = 1, ray_address: str | None = None) -> Executor:
     """Make the executor for `num_processes`, or for the Ray cluster at `ray_address`."""
     if ray_address is not None:
         return RayExecutor(job, monitor, ray_address)

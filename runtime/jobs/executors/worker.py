@@ -90,9 +90,7 @@ class RemoteError:
 
 def _portable(error: MultisaError) -> MultisaError:
     """A copy of the nearest class that every process can import, with attributes that can be pickled."""
-    kind: type[MultisaError] = next(
-        base for base in type(error).__mro__ if base.__module__.startswith("multisa.")
-    )
+    kind: type[MultisaError] = next(base for base in type(error).__mro__ if base.__module__.startswith("multisa."))
     portable = kind.__new__(kind, str(error))
     vars(portable).update({key: value for key, value in vars(error).items() if isinstance(value, str | int)})
     if portable.exit_code != error.exit_code:
@@ -152,9 +150,7 @@ class ShardWorker:
         """Close what is open."""
         self._stack.close()
 
-    def _run_isolated(
-        self, worker: Worker, task: ShardTask, on_commit: Callable[[ShardResult], None]
-    ) -> None:
+    def _run_isolated(self, worker: Worker, task: ShardTask, on_commit: Callable[[ShardResult], None]) -> None:
         progress_file = self._job.output / task.progress_file
         progress_file.parent.mkdir(parents=True, exist_ok=True)
         for failure in task.failures:
