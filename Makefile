@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DATA ?= ../shared/data/voc-animals
+DATA ?= $(error give DATA=folder of a data set in VOC layout)
 RUN ?= runs/voc-animals
 QUICK ?= --quick
 # In a process of its own: after torch, Ray and TensorRT's builder in one process, OpenVINO once ended with a

@@ -16,7 +16,7 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 SOURCES = Path("kernels/csrc/cpu")
 CUDA_BUILD = Path("kernels/cuda/build.py")
 NO_COMPILER = """
-multisa compiles its kernels when it is installed and found no C++17 compiler that works (said above).
+multisa compiles its kernels when it is installed and found no working C++17 compiler (see above).
 Install one and run the same command again:
   Debian, Ubuntu   sudo apt-get install g++
   Fedora           sudo dnf install gcc-c++

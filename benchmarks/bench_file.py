@@ -13,7 +13,7 @@ from typing import Any
 
 from multisa.runtime.errors import UsageError
 
-SCHEMA_VERSION = 2  # 1 called a backend "engine", images "photographs" and the roofline "floor"
+SCHEMA_VERSION = 2
 STAGES = {"segment": "Segmenting", "label": "Labelling", "kernels": "Kernels"}  # and their titles
 # The keys that identify a row; the first ones (how many: REQUIRED) must be there.
 ROW_KEYS = {

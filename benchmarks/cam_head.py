@@ -154,8 +154,7 @@ def compare_graphs(network: MultiSACAM, size: int, threads: int, repeats: int) -
     eager = MultiScaleCAM(network, scales=paper_scales()).eval()
     with torch.inference_mode(), OnnxRuntimeBackend(graph, threads=threads, contract=CAM) as backend:
         times = interleave(
-            {"eager": lambda: eager(image), "onnxruntime-folded": lambda: backend.run(image.numpy())},
-            repeats=repeats,
+            {"eager": lambda: eager(image), "onnxruntime-folded": lambda: backend.run(image.numpy())}, repeats=repeats
         )
         got = backend.run(image.numpy())
         expected = dict(zip(CAM.outputs, eager(image), strict=True))

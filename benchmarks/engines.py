@@ -18,11 +18,7 @@ from typing import Any
 from multisa.benchmarks.harness import environment, make_parser, save_results
 from multisa.export.tensorrt.build import BuildOptions, build_engines
 from multisa.export.tensorrt.builder import TURING_PRODUCT
-from multisa.runtime.backends.base import (
-    CAM,
-    CONTRACTS,
-    PRECISIONS,
-)
+from multisa.runtime.backends.base import CAM, CONTRACTS, PRECISIONS
 from multisa.runtime.backends.registry import bundle_precisions
 from multisa.runtime.backends.tensorrt_runtime import TENSORRT, TENSORRT_RTX
 from multisa.runtime.bundle import Bundle, load_bundle

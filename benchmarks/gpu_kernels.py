@@ -19,19 +19,8 @@ import numpy.typing as npt
 
 from multisa.benchmarks.harness import Times, environment, interleave, with_ratios
 from multisa.benchmarks.kernels import transition
-from multisa.benchmarks.synthetic_images import (
-    class_probabilities,
-    image_bytes,
-    image_features,
-    smooth_scores,
-)
-from multisa.kernels import (
-    CrfParameters,
-    affinity_from_features,
-    dense_crf,
-    random_walk,
-    random_walk_reference,
-)
+from multisa.benchmarks.synthetic_images import class_probabilities, image_bytes, image_features, smooth_scores
+from multisa.kernels import CrfParameters, affinity_from_features, dense_crf, random_walk, random_walk_reference
 from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray

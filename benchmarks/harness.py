@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import numpy as np
 from multisa.kernels.cpu import native
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.system import installed_versions, usable_cpus
+from multisa.runtime.system import installed_versions, processor_name, usable_cpus
 
 RESULTS = Path(__file__).parent / "results"
 CLI = ("-m", "multisa.runtime.cli.main")  # arguments of Python that start the `multisa` command
@@ -116,7 +115,7 @@ def environment(*packages: str, quick: bool = False) -> dict[str, Any]:
     quick: whether the run has fewer repeats or parts than a full one.
     """
     return {
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": usable_cpus(),
         "memory_gib": _memory_gib(),
         "instruction_set": native.instruction_set(),
@@ -157,14 +156,6 @@ def copied_bytes_per_second(working_set: int) -> float:
             np.copyto(target, source)
         seconds.append(time.perf_counter() - start)
     return copies * 2 * source.nbytes / min(seconds)
-
-
-def processor() -> str:
-    """Name of the processor where the system has it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def peak_memory_mib(pid: int | str | None = "self") -> float | None:

@@ -14,20 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multisa.benchmarks.harness import (
-    Times,
-    copied_bytes_per_second,
-    interleave,
-    peaks,
-    roofline_share,
-    with_ratios,
-)
-from multisa.benchmarks.synthetic_images import (
-    class_probabilities,
-    image_bytes,
-    image_features,
-    smooth_scores,
-)
+from multisa.benchmarks.harness import Times, copied_bytes_per_second, interleave, peaks, roofline_share, with_ratios
+from multisa.benchmarks.synthetic_images import class_probabilities, image_bytes, image_features, smooth_scores
 from multisa.benchmarks.worker_process import INSTALL, WorkerProcess
 from multisa.kernels import (
     CrfParameters,
@@ -68,10 +56,7 @@ def measure(*, quick: bool) -> list[Row]:
     machine = peaks()
     rows: list[Row] = []
     kernels: dict[str, tuple[Callable[..., Iterator[Row]], list[tuple[Any, ...]]]] = {
-        "random walk": (
-            walk_rows,
-            [(side, side == SIDES[0] and not quick, 5 if quick else 15) for side in SIDES],
-        ),
+        "random walk": (walk_rows, [(side, side == SIDES[0] and not quick, 5 if quick else 15) for side in SIDES]),
         "dense CRF": (crf_rows, [(*case, 3 if quick else 9) for case in CRFS]),
     }
     with Progress(len(kernels), "kernels", "kernel") as bar:

@@ -20,21 +20,9 @@ import numpy as np
 from PIL import Image
 
 from multisa.benchmarks.harness import median_ratio
-from multisa.benchmarks.suite.candidates import (
-    EAGER,
-    Measured,
-    auto_candidate,
-    list_candidates,
-    run_alternately,
-)
+from multisa.benchmarks.suite.candidates import EAGER, Measured, auto_candidate, list_candidates, run_alternately
 from multisa.benchmarks.suite.context import BenchContext, mean_roofline
-from multisa.benchmarks.suite.images import (
-    LabelledImage,
-    count_confusion,
-    read_plainly,
-    read_working,
-    spread,
-)
+from multisa.benchmarks.suite.images import LabelledImage, count_confusion, read_plainly, read_working, spread
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou

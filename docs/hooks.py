@@ -25,11 +25,7 @@ SOURCE = ROOT / "build" / "docs-source"
 PACKAGES = ("kernels", "runtime", "training", "export")
 OTHER_OPTIONS = "Options"  # of no group
 # Files of the root folder that become pages of the site, and folders whose JSON files it gets.
-OUTSIDE = {
-    "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
-    "benchmarks/results/": "results/",
-}
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/results/": "results/"}
 
 
 def on_config(config: MkDocsConfig) -> None:

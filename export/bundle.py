@@ -177,11 +177,7 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     affinities = AffinityFromImages(affinity, run.label.walk_radius).eval()
     segment = SegmentImages(segmenter).eval()
     maps, folded = (MultiScaleCAM(network, scales=config.cam.scales).eval() for network in (cam, FoldedMultiSACAM(cam)))
-    return (
-        Graph(CAM, maps, folded),
-        Graph(AFFINITY, affinities, affinities),
-        Graph(SEGMENTER, segment, segment),
-    )
+    return (Graph(CAM, maps, folded), Graph(AFFINITY, affinities, affinities), Graph(SEGMENTER, segment, segment))
 
 
 def _convert(

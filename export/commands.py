@@ -34,17 +34,12 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 _json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 _result_options = _together(
-    _path("--report", metavar="FILE", help="Also write the parity report to FILE, even if it fails."),
-    _json_option,
+    _path("--report", metavar="FILE", help="Also write the parity report to FILE, even if it fails."), _json_option
 )
 _image_options = _together(
     _path("--images", required=True, help="Data set in VOC layout, or folder of images, to measure on."),
     _path("--masks", help="Ground truth for a folder of images: PNG masks of the same names."),
-    _count(
-        "--num-images",
-        default=128,
-        help="Most images to compare cam and affinity on; the segmenter gets 8 N.",
-    ),
+    _count("--num-images", default=128, help="Most images to compare cam and affinity on; the segmenter gets 8 N."),
     _count("--threads", default=2, help="CPU threads."),
 )
 

@@ -16,21 +16,12 @@ from multisa.export.parity import Compared, Outputs, ParityReport
 from multisa.export.report import check_report, describe_parity, open_bundle, report_to_bytes
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, Backend, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.backends.registry import (
-    BackendRequest,
-    backend_precisions,
-    describe_selection,
-    select_backend,
-)
+from multisa.runtime.backends.registry import BackendRequest, backend_precisions, describe_selection, select_backend
 from multisa.runtime.bundle import Bundle, LabelParameters
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import (
-    UInt8,
-    read_mask,
-    resize_mask,
-)
+from multisa.runtime.imaging.decode import UInt8, read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, log
@@ -108,7 +99,7 @@ class ParityResult:
 
     def require(self) -> None:
         """Raise ParityError that names every figure beyond its limit."""
-        self.report.require(f"{self.title} answers differently from fp32 on onnxruntime-cpu")
+        self.report.require(f"{self.title} differs from fp32 on onnxruntime-cpu")
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,7 @@ GROUP_NORM = "GroupNorm"
 
 PREFIX = "network."  # of the names of weights: the network inside the module that is exported
 
-_STORED_TYPES: Mapping[int, type[np.floating]] = {
-    TensorProto.FLOAT: np.float32,
-    TensorProto.FLOAT16: np.float16,
-}
+_STORED_TYPES: Mapping[int, type[np.floating]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 # What to_onnx.py appends to the name of a weight.
 _APPENDED = re.compile(r"(\.folded_\d+)?(\.half)?$")

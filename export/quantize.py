@@ -7,15 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from multisa.export.compare import (
-    ImageSets,
-    LabelledImage,
-    Variant,
-    compare_variants,
-    on_cpu,
-    read_image_sets,
-    spread,
-)
+from multisa.export.compare import ImageSets, LabelledImage, Variant, compare_variants, on_cpu, read_image_sets, spread
 from multisa.export.parity import ParityReport
 from multisa.export.precision import ConvertedGraph, Reference, convert_to_fp16, convert_to_int8
 from multisa.export.report import (
@@ -123,10 +115,7 @@ class QuantizeResult:
 
 
 def quantize_bundle(
-    bundle: Bundle | str | Path,
-    images: str | Path,
-    output: str | Path,
-    options: QuantizeOptions | None = None,
+    bundle: Bundle | str | Path, images: str | Path, output: str | Path, options: QuantizeOptions | None = None
 ) -> QuantizeResult:
     """Write a bundle to `output` with all files of `bundle` and new graphs in `options.precisions`.
 

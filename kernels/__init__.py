@@ -24,14 +24,7 @@ from multisa.kernels.affinity import affinity_from_boundary, affinity_from_featu
 from multisa.kernels.common.crf import CrfParameters
 from multisa.kernels.common.stencil import path_offsets, stencil_offsets
 from multisa.kernels.dense_crf import DenseCRF, dense_crf
-from multisa.kernels.masks import (
-    ClassRuns,
-    confidence_levels,
-    deflate_mask,
-    encode_rle,
-    histogram,
-    joint_histogram,
-)
+from multisa.kernels.masks import ClassRuns, confidence_levels, deflate_mask, encode_rle, histogram, joint_histogram
 from multisa.kernels.random_walk import random_walk, random_walk_reference
 
 __all__ = [

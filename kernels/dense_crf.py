@@ -78,11 +78,7 @@ class DenseCRF:
 
 
 def dense_crf(
-    image: UInt8,
-    probabilities: Float32,
-    parameters: CrfParameters | None = None,
-    *,
-    backend: CrfBackend = "auto",
+    image: UInt8, probabilities: Float32, parameters: CrfParameters | None = None, *, backend: CrfBackend = "auto"
 ) -> Float32:
     """Refine class probabilities along the edges of an image (Kraehenbuehl & Koltun 2011).
 

@@ -1,1 +1,1 @@
-"""The light side of multisa: bundles, engines, labelling and segmenting in bulk; never imports torch."""
+"""The light side of multisa: bundles, backends, prediction and jobs; never imports torch."""

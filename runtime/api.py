@@ -96,6 +96,9 @@ def label_images(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="multisa-labels-"))
             path = Path(folder, "labels.json")
             # Sorted, so that a run with the same labels resumes.
+            for image, names in labels.items():
+                if isinstance(names, str):
+                    raise UsageError(f"labels: got the text {names!r} for {image}, expected a list of class names")
             text = json.dumps({image: list(names) for image, names in labels.items()}, sort_keys=True)
             path.write_text(text, encoding="utf-8")
         elif labels is not None:
@@ -114,8 +117,10 @@ def _run(
     valid = RunSettings.__annotations__
     if unknown := sorted(set(arguments) - set(valid)):
         raise UsageError(f"got the argument {unknown[0]!r}, expected some of {', '.join(valid)}")
+    if arguments.get("num_processes", 1) < 1:
+        raise UsageError(f"num_processes: got {arguments['num_processes']}, expected at least 1")
     if "ray" in arguments and "num_processes" in arguments:
-        raise UsageError("got both --ray and --num-processes, expected one of them")
+        raise UsageError("got both ray and num_processes, expected one of them")
     options = _options(arguments)
     bundle = arguments.get("bundle")
     cache = Path(arguments["engine_cache"]) if arguments.get("engine_cache") else None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # --help must not load tqdm
     from tqdm import tqdm
 
 log = logging.getLogger("multisa")
+log.setLevel(logging.INFO)  # handlers decide what is shown: a JSON log has all of it, a quiet console only warnings
 
 EXAMPLES_SHOWN = 3  # names that a message lists before "and N more"
 LINE_INTERVAL = 10.0  # seconds between lines when stderr is not a terminal
@@ -32,6 +33,8 @@ class ConsoleHandler(logging.Handler):
 
         if sys.stderr is None:  # tqdm would write to stdout
             return
+        if self is not _active_console():
+            return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             tqdm.write(self.format(record), file=sys.stderr)
 
@@ -39,20 +42,25 @@ class ConsoleHandler(logging.Handler):
 @contextmanager
 def console(*, quiet: bool = False) -> Iterator[None]:
     """Show messages and progress on stderr; with `quiet`, only warnings and errors."""
-    handlers = log.handlers[:]
-    level = log.level
-    log.handlers = [*(h for h in handlers if not isinstance(h, ConsoleHandler)), ConsoleHandler()]
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    handler = ConsoleHandler(logging.WARNING if quiet else logging.INFO)
+    log.addHandler(handler)
     try:
         yield
     finally:
-        log.handlers = handlers
-        log.setLevel(level)
+        log.removeHandler(handler)
 
 
 def shows_progress() -> bool:
     """Return whether `console` is active and not quiet."""
-    return log.isEnabledFor(logging.INFO) and any(isinstance(h, ConsoleHandler) for h in log.handlers)
+    handler = _active_console()
+    return handler is not None and handler.level <= logging.INFO
+
+
+def _active_console() -> ConsoleHandler | None:
+    """The console opened last, unless a handler speaks for it, such as JSON lines on stderr."""
+    if any(getattr(handler, "replaces_console", False) for handler in log.handlers):
+        return None
+    return next((h for h in reversed(log.handlers) if isinstance(h, ConsoleHandler)), None)
 
 
 def pluralize(number: int, noun: str) -> str:

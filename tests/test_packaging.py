@@ -23,19 +23,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     source = folder / "source"
     for package in ("kernels", "runtime", "training", "export", "benchmarks"):
         shutil.copytree(
-            ROOT / package,
-            source / package,
-            ignore=shutil.ignore_patterns("__pycache__", "*.so", "kernels.fatbin"),
+            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "*.so", "kernels.fatbin")
         )
-    for file in (
-        "__init__.py",
-        "py.typed",
-        "pyproject.toml",
-        "setup.py",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-    ):
+    for file in ("__init__.py", "py.typed", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source]
     # The CUDA kernels have a test of their own, and take minutes.

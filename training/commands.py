@@ -68,12 +68,7 @@ def train(data: Path, preset: str, labels: Path | None, output: Path, overrides:
 @click.command()
 @click.argument("what", type=click.Choice(PAPER_ITEMS))
 @training_options
-@option(
-    "--num-images",
-    type=int,
-    metavar="N",
-    help="Number of images in a figure, evenly spaced in its list.  [4]",
-)
+@option("--num-images", type=int, metavar="N", help="Number of images in a figure, evenly spaced in its list.  [4]")
 @_path("--list", "image_list", help="Show the images of this file in a figure instead: one id per line.")
 def reproduce(
     what: str, data: Path, labels: Path | None, preset: str, overrides: tuple[str, ...], **options: Any

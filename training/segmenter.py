@@ -14,13 +14,7 @@ class DeepLabV3Plus(nn.Module):
     """Backbone at output stride 16, atrous spatial pyramid pooling, decoder at stride 4."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        n_classes: int,
-        channels: int,
-        atrous_rates: tuple[int, ...],
-        dropout: float,
+        self, backbone: Backbone, *, n_classes: int, channels: int, atrous_rates: tuple[int, ...], dropout: float
     ) -> None:
         """n_classes counts the background; `channels` is the width of pyramid and decoder (paper: 256)."""
         super().__init__()
@@ -83,17 +77,12 @@ class SegmentImages(nn.Module):
 
 def _pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
+        nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
     )
 
 
 def _separable(in_channels: int, out_channels: int, rate: int) -> nn.Sequential:
     depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False)
     return nn.Sequential(
-        depthwise,
-        nn.BatchNorm2d(in_channels),
-        nn.ReLU(inplace=True),
-        *_pointwise(in_channels, out_channels),
+        depthwise, nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), *_pointwise(in_channels, out_channels)
     )

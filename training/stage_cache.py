@@ -41,13 +41,7 @@ class StageCache:
         self.root = root
         self.stages: list[Stage] = []  # in the order they were asked for
 
-    def stage(
-        self,
-        name: str,
-        inputs: Mapping[str, Any],
-        after: list[Stage],
-        work: Callable[[Path], Results],
-    ) -> Stage:
+    def stage(self, name: str, inputs: Mapping[str, Any], after: list[Stage], work: Callable[[Path], Results]) -> Stage:
         """Run `work` in the folder of the stage, unless it is finished already from the same inputs.
 
         inputs: JSON values that determine the output of the stage; after: the stages it reads. What `work`

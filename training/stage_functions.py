@@ -45,22 +45,14 @@ def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Pat
     def loss(image: Tensor, labels: Tensor) -> Tensor:
         return multilabel_soft_margin(network(network.backbone.normalise(image)), labels)
 
-    groups = [
-        (cam.schedule.new_layers_factor, network.new_parameters()),
-        (cam.beta_factor, network.beta_parameters()),
-    ]
+    groups = [(cam.schedule.new_layers_factor, network.new_parameters()), (cam.beta_factor, network.beta_parameters())]
     options = _loop_options(config, folder, f"CAM network, k = {len(cam.taps)}")
     losses = train_network(network, groups, samples, _step(loss, device), cam.schedule, options)
     return {"losses": losses, "betas": network.betas()}
 
 
 def compute_cams(
-    cam: CamConfig,
-    config: TrainConfig,
-    dataset: Dataset,
-    items: tuple[Item, ...],
-    trained: Stage,
-    folder: Path,
+    cam: CamConfig, config: TrainConfig, dataset: Dataset, items: tuple[Item, ...], trained: Stage, folder: Path
 ) -> Results:
     """Write ID.npy (maps of the image's classes) and ID.scores.npy; choose the score thresholds."""
     device = torch_device(config)

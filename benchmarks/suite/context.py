@@ -126,10 +126,7 @@ class BenchContext:
         return {
             **environment(*PACKAGES, quick=self.effort.is_quick),
             "gpus": [gpu.name for gpu in probe_gpus().gpus],
-            "bundle": {
-                "name": self.bundle.manifest.name,
-                "sha256": sha256_of_file(self.bundle.path / MANIFEST_NAME),
-            },
+            "bundle": {"name": self.bundle.manifest.name, "sha256": sha256_of_file(self.bundle.path / MANIFEST_NAME)},
             "data": {
                 "name": self.dataset.root.name,
                 "images": {"train": len(self.dataset.train), "val": len(self.dataset.val)},

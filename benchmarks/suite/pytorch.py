@@ -16,12 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from multisa.benchmarks.suite.candidates import CHANNELS_LAST, COMPILED, Candidate
-from multisa.export.to_torch import (
-    affinity_from_bundle,
-    cam_from_bundle,
-    config_from_bundle,
-    segmenter_from_bundle,
-)
+from multisa.export.to_torch import affinity_from_bundle, cam_from_bundle, config_from_bundle, segmenter_from_bundle
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import BackendUnavailable
 from multisa.training.affinity_net import AffinityNet

@@ -36,11 +36,7 @@ def check_targets(library: Library, targets: Sequence[str]) -> None:
 
 
 def build_engine(
-    library: Library,
-    graph: bytes,
-    contract: GraphContract,
-    profiles: Sequence[Profile],
-    targets: Sequence[str],
+    library: Library, graph: bytes, contract: GraphContract, profiles: Sequence[Profile], targets: Sequence[str]
 ) -> bytes:
     """Build the ONNX file `graph` and return the serialized engine as the library gives it.
 

@@ -119,9 +119,7 @@ class DeviceAffinity:
         self._errors.check(stream)
 
 
-def _path_table(
-    offsets: tuple[tuple[int, int], ...],
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def _path_table(offsets: tuple[tuple[int, int], ...]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """List (dy, dx, first, last + 1) of every pair, and the points (dy, dx) of all paths in one list."""
     paths: list[tuple[int, int, int, int]] = []
     points: list[tuple[int, int]] = []

@@ -91,13 +91,7 @@ class Driver:
         return _handle(function)
 
     def launch(
-        self,
-        function: int,
-        grid: Dim3,
-        block: Dim3,
-        arguments: Sequence[Argument],
-        shared_bytes: int,
-        stream: int,
+        self, function: int, grid: Dim3, block: Dim3, arguments: Sequence[Argument], shared_bytes: int, stream: int
     ) -> None:
         """Queue a launch; the driver copies the arguments before this returns."""
         values = [np.array(a if isinstance(a, np.generic) else np.uint64(a)) for a in arguments]

@@ -15,12 +15,7 @@ _MAX_DEPTH = 100  # of nested messages: protobuf's own limit
 
 # The messages that lead to a tensor or an operator set: field number -> message type.
 _MESSAGES: dict[str, dict[int, str]] = {
-    "ModelProto": {
-        7: "GraphProto",
-        8: "OperatorSetIdProto",
-        20: "TrainingInfoProto",
-        25: "FunctionProto",
-    },
+    "ModelProto": {7: "GraphProto", 8: "OperatorSetIdProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
     "NodeProto": {5: "AttributeProto"},
     "AttributeProto": {

@@ -95,12 +95,13 @@ class OnnxRuntimeBackend(Closeable):
 
     def run(self, image: UInt8) -> dict[str, npt.NDArray[Any]]:
         """Run on uint8 [N, H, W, 3] RGB; return the contract's outputs by name. Raises BackendError."""
-        if self._session is None:
+        session = self._session  # `close` may be called by another thread
+        if session is None:
             raise closed_error(self.contract.name)
         check_image(image, self.contract.name)
         names = list(self.contract.outputs)
         try:
-            outputs = self._session.run(names, {IMAGE: np.ascontiguousarray(image)})
+            outputs = session.run(names, {IMAGE: np.ascontiguousarray(image)})
         except self._errors as error:
             raise BackendError(f"{self.contract.name}: cannot be run: {_first_line(error)}") from error
         return dict(zip(names, outputs, strict=True))

@@ -57,12 +57,7 @@ class OpenVinoBackend(Closeable):
     _binding_is_ready = False  # shared by all instances: a state of the process
 
     def __init__(
-        self,
-        model: Path | bytes,
-        *,
-        threads: int = 1,
-        contract: GraphContract | None = None,
-        precision: str = "fp32",
+        self, model: Path | bytes, *, threads: int = 1, contract: GraphContract | None = None, precision: str = "fp32"
     ) -> None:
         """Load the graph.
 

@@ -191,16 +191,13 @@ class OpenBackends(Closeable):
 
     def close(self) -> None:
         """Free the memory of all graphs."""
-        for selected in self.backends:
-            selected.backend.close()
+        with ExitStack() as stack:  # all of them, even if one fails
+            for selected in self.backends:
+                stack.callback(selected.backend.close)
 
 
 def open_backends(
-    bundle: Bundle,
-    contracts: Sequence[GraphContract],
-    request: BackendRequest | None = None,
-    *,
-    threads: int = 1,
+    bundle: Bundle, contracts: Sequence[GraphContract], request: BackendRequest | None = None, *, threads: int = 1
 ) -> OpenBackends:
     """Open a backend for each contract and log which one was selected and why. Raises as `select_backend`."""
     with ExitStack() as stack:

@@ -23,10 +23,7 @@ TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 LIBRARIES = (TENSORRT, TENSORRT_RTX)  # in the order they are tried
 
 # The bindings (second name) are all that is needed. The full package (first name) re-exports them.
-_MODULES = {
-    TENSORRT: ("tensorrt", "tensorrt_bindings"),
-    TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
-}
+_MODULES = {TENSORRT: ("tensorrt", "tensorrt_bindings"), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {
     TENSORRT: "pip install tensorrt-cu13",
     TENSORRT_RTX: "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
@@ -138,8 +135,7 @@ def import_library(name: str) -> Library:
         module = importlib.import_module(found[0])
     except (ImportError, OSError) as error:
         raise BackendUnavailable(
-            f"{name} is installed but cannot be loaded ({error})",
-            remedy=f"install it with its libraries: {remedy}",
+            f"{name} is installed but cannot be loaded ({error})", remedy=f"install it with its libraries: {remedy}"
         ) from error
     version = str(getattr(module, "__version__", "unknown"))
     major = version.split(".")[0]

@@ -1,12 +1,6 @@
 """The bundle: a folder with three ONNX graphs and bundle.json, which holds every parameter of the runtime."""
 
-from multisa.runtime.bundle.manifest import (
-    MANIFEST_NAME,
-    BundleParameters,
-    FileEntry,
-    LabelParameters,
-    Manifest,
-)
+from multisa.runtime.bundle.manifest import MANIFEST_NAME, BundleParameters, FileEntry, LabelParameters, Manifest
 from multisa.runtime.bundle.storage import (
     ENGINES_FOLDER,
     Bundle,

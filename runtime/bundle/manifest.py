@@ -147,12 +147,7 @@ def check_manifest(manifest: Manifest) -> None:
         ("parameters.walk_stride", parameters.walk_stride >= 1, parameters.walk_stride, ">= 1"),
         ("parameters.score_thresholds", sorted(thresholds) == names, sorted(thresholds), str(names)),
         ("parameters.score_thresholds", are_shares, thresholds, "values within 0..1"),
-        (
-            "parameters.label.class_gain",
-            gains in (0, len(names)),
-            f"{gains} numbers",
-            f"{len(names)} or none",
-        ),
+        ("parameters.label.class_gain", gains in (0, len(names)), f"{gains} numbers", f"{len(names)} or none"),
         ("files", not bad_names, bad_names, "plain file names inside the folder"),
         ("files", set(GRAPH_NAMES) <= set(files), files, f"{', '.join(GRAPH_NAMES)} among them"),
     )

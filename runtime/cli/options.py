@@ -57,9 +57,7 @@ def option(*names: str, group: str = OTHER_OPTIONS, **attributes: Any) -> Callab
     return click.option(*names, cls=GroupedOption, group=group, **attributes)
 
 
-def _complete(
-    names: tuple[str, ...],
-) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+def _complete(names: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
     def matches(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
         done, comma, last = incomplete.rpartition(",")
         return [CompletionItem(f"{done}{comma}{name}") for name in names if name.startswith(last)]
@@ -115,12 +113,7 @@ _BACKEND_OPTIONS = (
         BACKENDS,
         f"What runs the graphs: {', '.join(BACKENDS)}; auto takes the first that is usable.",
     ),
-    _choice(
-        "--precision",
-        "P",
-        PRECISIONS,
-        "fp32, fp16 or int8, if the bundle has it; bf16 for segment on openvino.",
-    ),
+    _choice("--precision", "P", PRECISIONS, "fp32, fp16 or int8, if the bundle has it; bf16 for segment on openvino."),
     engine_cache_option,
 )
 

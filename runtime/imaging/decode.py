@@ -8,6 +8,7 @@ Ordinary JPEGs are decoded by libjpeg-turbo, with the same pixels as Pillow; Pil
 import errno
 import io
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -78,12 +79,14 @@ def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: in
     elif isinstance(image, (str, os.PathLike)):
         path = Path(image)
         try:
-            size = path.stat().st_size
-            if size > MAX_FILE_BYTES:
-                raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a device or a pipe may have no end
+                raise ImageError("is not a regular file, expected an image file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise ImageError(f"{status.st_size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
             loaded = decode_image(path.read_bytes(), max_pixels=max_pixels, long_side=long_side)
-        except OSError as error:
-            raise ImageError(f"{path}: {reason_of(error)}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise ImageError(f"{str(image)!r}: {reason_of(error)}") from error
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
     else:
@@ -196,6 +199,8 @@ def _from_array(rgb: UInt8, max_pixels: int) -> DecodedImage:
 
 def _from_pillow(image: Image.Image, max_pixels: int) -> DecodedImage:
     """Convert a PIL image to upright RGB as `decode_image` does."""
+    if not image.width or not image.height:
+        raise ImageError(f"got an image of {image.width}x{image.height} pixels, expected at least one")
     if image.width * image.height > max_pixels:
         raise _too_large(image.width, image.height, max_pixels)
     notes: list[str] = []

@@ -35,11 +35,7 @@ _LONG_SIDE = 640  # pixels of the images that are read for the report
 
 
 def finalize_files(
-    output: Path,
-    writers: Sequence[Writer],
-    shards: Sequence[int],
-    retries: Sequence[int],
-    classes: Sequence[str],
+    output: Path, writers: Sequence[Writer], shards: Sequence[int], retries: Sequence[int], classes: Sequence[str]
 ) -> None:
     """Write labels.jsonl, failed.jsonl (if an image failed) and what the writers have for the whole run.
 

@@ -83,10 +83,7 @@ def _versions(packages: Iterable[str]) -> dict[str, Any]:
 
 
 # Settings that are digests, which nobody can compare by eye.
-_FILES = {
-    "labels": "another label file, or one that has changed",
-    "bundle": "another bundle, or one that has changed",
-}
+_FILES = {"labels": "another label file, or one that has changed", "bundle": "another bundle, or one that has changed"}
 
 
 def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:

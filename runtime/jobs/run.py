@@ -43,13 +43,7 @@ from multisa.runtime.jobs.fingerprint import (
     write_fingerprint,
 )
 from multisa.runtime.jobs.journal import Journal, ShardResult
-from multisa.runtime.jobs.monitor import (
-    RunMonitor,
-    StopRequest,
-    check_failures,
-    failure_limit,
-    stop_on_signals,
-)
+from multisa.runtime.jobs.monitor import RunMonitor, StopRequest, check_failures, failure_limit, stop_on_signals
 from multisa.runtime.jobs.output import (
     JOURNAL,
     RUN,
@@ -77,11 +71,7 @@ _ALTERNATIVES = "start over (--overwrite), or choose another folder"
 
 
 def prepare_output(
-    job: Job,
-    options: RunOptions,
-    fingerprint: Fingerprint,
-    labels: ImageLabels | None,
-    foreground: Sequence[str],
+    job: Job, options: RunOptions, fingerprint: Fingerprint, labels: ImageLabels | None, foreground: Sequence[str]
 ) -> None:
     """Make OUT hold the snapshot and the settings of this run, or check that it does.
 
@@ -189,7 +179,7 @@ def _check_source(job: Job, foreground: Sequence[str]) -> None:
 
 @dataclass
 class RunSession:
-    """Takes a run from its journal as it is to a journal that has every shard."""
+    """Processes the uncommitted shards of a run."""
 
     job: Job
     options: RunOptions
@@ -353,7 +343,7 @@ def run(
     labels: Path | None = None,
     telemetry: Telemetry | None = None,
 ) -> RunSummary:
-    """Do a job, or what is left of it.
+    """Run a job, or resume it.
 
     labels: a file of image-level labels. telemetry: opened and closed by the run.
 

@@ -55,6 +55,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: got {value}, expected at least 1")
+        if self.report_images < 0:
+            raise UsageError(f"report_images: got {self.report_images}, expected at least 0")
         if self.shard_size > MAX_SHARD_SIZE:
             raise UsageError(f"shard_size: got {self.shard_size}, expected at most {MAX_SHARD_SIZE}")
 

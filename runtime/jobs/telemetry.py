@@ -58,7 +58,7 @@ class JsonLog(logging.Handler):
         self._target = target
         self._on_stderr = target == STDERR
         self._descriptor: int | None = None
-        self._other_handlers: list[logging.Handler] = []
+        self.replaces_console = self._on_stderr  # every line there is JSON
 
     def __enter__(self) -> Self:
         try:
@@ -69,12 +69,11 @@ class JsonLog(logging.Handler):
                 f"{self._target}: cannot open the log ({reason}), expected a file in an existing folder, "
                 "or - for stderr"
             ) from error
-        self._other_handlers = log.handlers[:]
-        log.handlers[:] = [self] if self._on_stderr else [*self._other_handlers, self]
+        log.addHandler(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        log.handlers[:] = self._other_handlers
+        log.removeHandler(self)
         with self.lock or threading.Lock():
             descriptor, self._descriptor = self._descriptor, None
             if descriptor is not None and not self._on_stderr:
@@ -215,7 +214,7 @@ class Telemetry:
             busy = dict(self._busy)
             queues = {stage: float(depth) for stage, depth in self._queues.items()}
             images, done, shards, in_flight = self._images, self._done, self._shards, self._in_flight
-        yield GaugeMetricFamily("multisa_images", "Images this run has to do.", images)
+        yield GaugeMetricFamily("multisa_images", "Images to process in this run.", images)
         yield CounterMetricFamily("multisa_images_done", "Images done by this run.", done)
         yield family(CounterMetricFamily, "multisa_images_failed", "Images that failed.", failed, "kind")
         yield GaugeMetricFamily("multisa_images_per_second", "Images done, in the last minute.", rate)

@@ -62,11 +62,7 @@ def pseudo_mask(image: UInt8, scores: Float32, class_ids: tuple[int, ...], param
 
 
 def pseudo_masks(
-    image: UInt8,
-    scores: Float32,
-    class_ids: tuple[int, ...],
-    parameters: LabelParameters,
-    backgrounds: Sequence[float],
+    image: UInt8, scores: Float32, class_ids: tuple[int, ...], parameters: LabelParameters, backgrounds: Sequence[float]
 ) -> list[PseudoMask]:
     """Run `pseudo_mask` for several background scores instead of `parameters.background`."""
     size = (image.shape[0], image.shape[1])

@@ -1,6 +1,5 @@
 """The prediction for one image, and the common base of the predictors."""
 
-import io
 import threading
 import time
 from abc import abstractmethod
@@ -126,10 +125,8 @@ class Prediction:
         return {**record, "notes": self.notes} if self.notes else record
 
     def _repr_png_(self) -> bytes:
-        """Render the mask for notebooks."""
-        buffer = io.BytesIO()
-        Image.open(io.BytesIO(self.png)).convert("RGB").save(buffer, "PNG")
-        return buffer.getvalue()
+        """Show the mask in notebooks."""
+        return self.png
 
 
 class StageTimer:
@@ -186,6 +183,8 @@ class Predictor(Closeable):
         threads: int | None,
     ) -> None:
         """Open a backend for each contract. None stands for the packaged bundle and for all usable CPUs."""
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads: got {threads}, expected at least 1")
         self._bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         self._manifest = self._bundle.manifest
         self._long_side = self._manifest.parameters.long_side

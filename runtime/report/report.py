@@ -29,13 +29,7 @@ from multisa.runtime.report.page import (
     render_uncertainty,
     write_page,
 )
-from multisa.runtime.report.summary import (
-    Record,
-    RunStatistics,
-    collect_statistics,
-    figures_from_run,
-    group_failures,
-)
+from multisa.runtime.report.summary import Record, RunStatistics, collect_statistics, figures_from_run, group_failures
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -146,9 +146,7 @@ def _parquet_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterat
     number = 0
     try:
         table = parquet.ParquetFile(
-            file,
-            thrift_string_size_limit=_LARGEST_PARQUET_HEADER,
-            thrift_container_size_limit=_LARGEST_PARQUET_HEADER,
+            file, thrift_string_size_limit=_LARGEST_PARQUET_HEADER, thrift_container_size_limit=_LARGEST_PARQUET_HEADER
         )
         names = list(table.schema_arrow.names)
         _check_columns(names, list_name)

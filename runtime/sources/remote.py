@@ -18,15 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
-from multisa.runtime.sources.storage import (
-    Blob,
-    Entry,
-    NameFilter,
-    Store,
-    check_size,
-    check_version,
-    unsafe_path,
-)
+from multisa.runtime.sources.storage import Blob, Entry, NameFilter, Store, check_size, check_version, unsafe_path
 
 Result = TypeVar("Result")
 

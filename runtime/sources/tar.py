@@ -247,12 +247,7 @@ class TarSource(Source):
     """Tar files below `root`; ids are "shard/member", URIs "shard.tar#offset"."""
 
     def __init__(
-        self,
-        root: str,
-        store: Store,
-        shards: Callable[[], Iterable[Entry]],
-        description: str,
-        labels: LabelReader,
+        self, root: str, store: Store, shards: Callable[[], Iterable[Entry]], description: str, labels: LabelReader
     ) -> None:
         self._root = root
         self._store = store

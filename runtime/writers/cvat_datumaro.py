@@ -52,10 +52,7 @@ class CvatWriter(Writer):
         if not payloads:  # all images of the shard failed
             return
         names = "".join(f"{name}\n" for name, _, _ in payloads)
-        members = [
-            ("labelmap.txt", self._label_map().encode()),
-            ("ImageSets/Segmentation/default.txt", names.encode()),
-        ]
+        members = [("labelmap.txt", self._label_map().encode()), ("ImageSets/Segmentation/default.txt", names.encode())]
         members += [(f"SegmentationClass/{name}.png", classes) for name, classes, _ in payloads]
         members += [(f"SegmentationObject/{name}.png", objects) for name, _, objects in payloads]
         files.write(shard_path("cvat", shard, "zip"), zip_bytes(members))

@@ -10,14 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from multisa.runtime.errors import BackendUnavailable
-from multisa.runtime.writers.base import (
-    LabelledImage,
-    ShardFiles,
-    Writer,
-    WriterContext,
-    json_bytes,
-    shard_path,
-)
+from multisa.runtime.writers.base import LabelledImage, ShardFiles, Writer, WriterContext, json_bytes, shard_path
 
 # Arrow types of the columns that the records of every command have.
 _COLUMNS = {
@@ -74,8 +67,5 @@ class ParquetWriter(Writer):
         fields = [pyarrow.field(name, kind) for name, kind in _COLUMNS.items()]
         fields += [pyarrow.field(name, pyarrow.list_(pyarrow.string())) for name in _LISTS]
         shares = [pyarrow.field(name, pyarrow.float64()) for name in self.context.manifest.classes]
-        fields += [
-            pyarrow.field("pixel_shares", pyarrow.struct(shares)),
-            pyarrow.field("details", pyarrow.string()),
-        ]
+        fields += [pyarrow.field("pixel_shares", pyarrow.struct(shares)), pyarrow.field("details", pyarrow.string())]
         return pyarrow.schema(fields)

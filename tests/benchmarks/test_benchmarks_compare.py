@@ -6,15 +6,7 @@ from copy import deepcopy
 import pytest
 from made_up import EAGER, INT8, OPENVINO, OURS, Bench, compared, found, rounds, setter, slow
 
-from multisa.benchmarks.compare import (
-    BETTER,
-    WORSE,
-    RegressionError,
-    check_against,
-    compare_benches,
-    judge,
-    spread_of,
-)
+from multisa.benchmarks.compare import BETTER, WORSE, RegressionError, check_against, compare_benches, judge, spread_of
 from multisa.runtime.errors import UsageError
 
 
@@ -41,15 +33,9 @@ def test_a_report_is_no_worse_than_itself(made_up: Bench) -> None:
         (setter("segment", EAGER, "miou", to=61.0), ("segment", "mIoU", "lower")),
         (setter("segment", OURS, "label_agreement", to=0.9987), ("segment", "labels alike", "lower")),
         (setter("segment", OURS, "label_agreement", to=0.9988), None),
-        (
-            setter("segment", OURS, "batches", 2, "images_per_second", to=15.0),
-            ("segment", "over batches", "slower"),
-        ),
+        (setter("segment", OURS, "batches", 2, "images_per_second", to=15.0), ("segment", "over batches", "slower")),
         (setter("segment", OURS, "batches", 2, "images_per_second", to=25.0), None),  # one point of four
-        (
-            setter("segment", OURS, "loop", "images_per_second", to=[15.0]),
-            ("segment", "plain loop", "slower"),
-        ),
+        (setter("segment", OURS, "loop", "images_per_second", to=[15.0]), ("segment", "plain loop", "slower")),
         (setter("segment", OURS, "latency_ms", "p90", to=58.0), ("segment", "latency p90", "slower")),
         (setter("segment", OURS, "latency_ms", "p90", to=57.0), None),  # 1.19 times
         (setter("segment", OURS, "model_bytes", to=17_900_000), ("segment", "model size", "more")),
@@ -174,12 +160,7 @@ def test_another_machine_is_compared_by_ratios(made_up: Bench, key: str, value: 
     assert not comparison.only(WORSE)
     assert comparison.notes[0].startswith(f"another machine or effort: {key} (")
     kinds = {change.figure for change in comparison.changes} - {"mIoU", "labels alike", "model size"}
-    assert kinds == {
-        "times baseline",
-        "end to end, times baseline",
-        "plain loop, times baseline",
-        "ours times as fast",
-    }
+    assert kinds == {"times baseline", "end to end, times baseline", "plain loop, times baseline", "ours times as fast"}
 
     def ratios(bench: Bench) -> None:
         change(bench)

@@ -59,14 +59,7 @@ def run(environment: Path, *options: str, **variables: str) -> tuple[int, dict[s
     calls = environment.parent / "calls"
     calls.write_text("")
     output = environment.parent / "out"
-    words = [
-        "bash",
-        str(ROOT / "benchmarks" / "gpu.sh"),
-        "--environment",
-        str(environment),
-        "--output",
-        str(output),
-    ]
+    words = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--environment", str(environment), "--output", str(output)]
     result = subprocess.run(
         [*words, *options], env=os.environ | {"CALLS": str(calls)} | variables, capture_output=True, text=True
     )
@@ -135,11 +128,7 @@ def test_driver_writes_what_later_steps_need(
     path = tmp_path / "driver.json"
     assert gpu_report.main(["driver", "--output", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert found["target"] == "sm90" and set(found["problems"]) == {
-        "onnxruntime-cuda",
-        "tensorrt-rtx",
-        "tensorrt",
-    }
+    assert found["target"] == "sm90" and set(found["problems"]) == {"onnxruntime-cuda", "tensorrt-rtx", "tensorrt"}
     capsys.readouterr()
     assert gpu_report.main(["why-not", str(path), "tensorrt"]) == 0
     assert capsys.readouterr().out.strip() == found["problems"]["tensorrt"] != ""

@@ -32,7 +32,7 @@ def test_every_program_has_help(
 
 def test_the_programs_are_all_there() -> None:
     wanted = {"cam_head", "start_up"}
-    wanted |= {"pipeline", "crash_recovery", "engines", "gpu_kernels", "tables"}
+    wanted |= {"crash_recovery", "engines", "gpu_kernels", "tables"}
     assert wanted <= {path.stem for path in PROGRAMS}
 
 
@@ -43,12 +43,7 @@ def test_cases_are_interleaved_and_the_warm_up_does_not_count() -> None:
     assert order == ["a", "b", "a", "b", "a", "b", "a", "b"]
     assert [len(times[name].seconds) for name in cases] == [3, 3, 1]
     assert times["slow"].median >= 0.01
-    assert Times((1.0, 3.0, 2.0)).to_json() == {
-        "median_ms": 2000.0,
-        "min_ms": 1000.0,
-        "max_ms": 3000.0,
-        "repeats": 3,
-    }
+    assert Times((1.0, 3.0, 2.0)).to_json() == {"median_ms": 2000.0, "min_ms": 1000.0, "max_ms": 3000.0, "repeats": 3}
 
 
 def test_results_go_where_they_are_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,10 +109,7 @@ def test_names_are_never_markup(made_up: Bench, tmp_path: Path) -> None:
 def test_one_stage_alone(made_up: Bench, tmp_path: Path, stage: str) -> None:
     bench = {key: made_up[key] for key in ("schema_version", "environment", stage)}
     titles = re.findall(r"<h2>(\w+)</h2>", written(bench, tmp_path))
-    assert titles == [
-        {"segment": "Segmenting", "label": "Labelling", "kernels": "Kernels"}[stage],
-        "Environment",
-    ]
+    assert titles == [{"segment": "Segmenting", "label": "Labelling", "kernels": "Kernels"}[stage], "Environment"]
     assert summary_lines(bench)
 
 

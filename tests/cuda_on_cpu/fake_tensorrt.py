@@ -283,11 +283,7 @@ SHARED = {
         IExecutionContext,
     )
 }
-RTX = SHARED | {
-    "CudaGraphStrategy": CudaGraphStrategy,
-    "IRuntimeConfig": IRuntimeConfig,
-    "ICudaEngine": _RtxEngine,
-}
+RTX = SHARED | {"CudaGraphStrategy": CudaGraphStrategy, "IRuntimeConfig": IRuntimeConfig, "ICudaEngine": _RtxEngine}
 
 
 def interface(name: str) -> dict[str, type]:

@@ -82,12 +82,7 @@ def check_probabilities(
     there, factors = put(device, maps), put(device, np.array(gains or (1.0,) * count, np.float32))
     out = device.allocate(4 * (1 + count) * target[0] * target[1])
     DeviceLabelMaps(device, source, target).probabilities(
-        there.pointer,
-        count,
-        out.pointer,
-        background=0.25,
-        gains=factors.pointer if gains else 0,
-        to_peak=to_peak,
+        there.pointer, count, out.pointer, background=0.25, gains=factors.pointer if gains else 0, to_peak=to_peak
     )
     expected = probabilities_reference(maps, target, 0.25, gains, to_peak)
     got = fetch(device, out.pointer, expected.shape)
@@ -118,10 +113,7 @@ def check_argmax(device: Device, labels: int, height: int, width: int) -> None:
     mask, confidence, copy = (device.allocate(size) for size in (pixels, pixels, 2 * labels * pixels))
     addresses = there.pointer, listed.pointer, labels, pixels, mask.pointer, confidence.pointer
     queue_argmax(device, *addresses, probabilities_out=copy.pointer)
-    expected = (
-        ids.astype(np.uint8)[probabilities.argmax(axis=0)],
-        confidence_levels(probabilities.max(axis=0)),
-    )
+    expected = (ids.astype(np.uint8)[probabilities.argmax(axis=0)], confidence_levels(probabilities.max(axis=0)))
     for buffer, array in zip((mask, confidence), expected, strict=True):
         np.testing.assert_array_equal(fetch(device, buffer.pointer, array.shape, np.uint8), array)
     got = fetch(device, copy.pointer, probabilities.shape, np.float16)

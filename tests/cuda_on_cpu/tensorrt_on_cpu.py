@@ -127,16 +127,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_equals_onnx_runtime(bundle: Bundle, store: Store, library: str, contract: GraphContract) -> None:
     cache = store(contract, library)
     reference = OnnxRuntimeBackend(bundle.read_file(graph_file(contract)), contract=contract)
-    images = [
-        crop(64, 80),
-        crop(33, 47, batch=2),
-        crop(64, 80)[:, ::-1],
-        crop(64, 80),
-    ]
-    with (
-        reference,
-        open_tensorrt(bundle, contract, TensorRTOptions(library=library, engine_cache=cache)) as backend,
-    ):
+    images = [crop(64, 80), crop(33, 47, batch=2), crop(64, 80)[:, ::-1], crop(64, 80)]
+    with reference, open_tensorrt(bundle, contract, TensorRTOptions(library=library, engine_cache=cache)) as backend:
         assert backend.name == library and backend.contract is contract
         for image in images:
             assert_equal(backend.run(image), reference.run(image))
@@ -352,15 +344,10 @@ def test_failing_driver(bundle: Bundle, store: Store, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "library_call",
-    ["set_input_shape", "set_tensor_address", "execute_async_v3", "set_optimization_profile_async"],
+    "library_call", ["set_input_shape", "set_tensor_address", "execute_async_v3", "set_optimization_profile_async"]
 )
 def test_every_refusal_is_reported(
-    bundle: Bundle,
-    store: Store,
-    libraries: dict[str, ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-    library_call: str,
+    bundle: Bundle, store: Store, libraries: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, library_call: str
 ) -> None:
     """A call that returns False ends in an error with its name, not in a wrong answer."""
     context = libraries["tensorrt"].IExecutionContext
@@ -395,8 +382,7 @@ def test_the_library_with_an_engine_is_taken(bundle: Bundle, store: Store, monke
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(
-        BackendUnavailable,
-        match=r"tensorrt-rtx is not installed: .*pip install tensorrt-rtx-cu13-bindings ",
+        BackendUnavailable, match=r"tensorrt-rtx is not installed: .*pip install tensorrt-rtx-cu13-bindings "
     ):
         open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=cache))
 

@@ -85,7 +85,7 @@ def test_a_graph_of_other_weights_is_exit_code_3_and_reported(small: Bundle, tmp
     altered = with_fp16_segmenter(small, tmp_path / "altered", shift=1.0)
     result = parity(altered, *options, "--report", str(tmp_path / "report.json"))
     assert result.exit_code == 3
-    said = "error: fp16 on onnxruntime-cpu answers differently from fp32 on onnxruntime-cpu: labels: "
+    said = "error: fp16 on onnxruntime-cpu differs from fp32 on onnxruntime-cpu: labels: "
     assert said in result.stderr and "agreement" in result.stdout
     assert "FAILED" in result.stdout
     entry = json.loads((tmp_path / "report.json").read_text())["fp16 on onnxruntime-cpu"]

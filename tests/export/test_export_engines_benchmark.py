@@ -58,11 +58,7 @@ def test_turing_fails_for_cam_as_is_known(monkeypatch: pytest.MonkeyPatch, tmp_p
     ],
 )
 def test_other_failures_end_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    target: str,
-    failure: str,
-    code: int,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, failure: str, code: int
 ) -> None:
     seen: list[BuildOptions] = []
 

@@ -9,14 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from multisa.export.fp16 import (
-    FP16_MAX,
-    emulated_fp16_graph,
-    fp16_candidates,
-    fp16_graph,
-    model_bytes,
-    read_fp32_graph,
-)
+from multisa.export.fp16 import FP16_MAX, emulated_fp16_graph, fp16_candidates, fp16_graph, model_bytes, read_fp32_graph
 from multisa.export.parity import Compared, measure_parity
 from multisa.export.precision import Reference, convert_to_fp16, largest_values
 from multisa.runtime.backends.base import SEGMENTER, GraphContract, TensorContract
@@ -179,8 +172,7 @@ def test_values_beyond_fp16_are_found_and_their_nodes_kept(image: np.ndarray) ->
     assert {"logits", "softmax"} <= set(converted.too_large)
     assert converted.too_large["logits"] == pytest.approx(peaks["logits"])
     report = measure_parity(
-        [Compared(run(data, image, CAM_OF_ATTENTION), run(converted.emulated, image, CAM_OF_ATTENTION))],
-        "fp16",
+        [Compared(run(data, image, CAM_OF_ATTENTION), run(converted.emulated, image, CAM_OF_ATTENTION))], "fp16"
     )
     assert report.problems() == []
     assert converted.search.share <= 0.5

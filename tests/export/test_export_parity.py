@@ -66,8 +66,7 @@ def test_every_figure_beyond_its_limit_is_named(
 def test_all_problems_are_in_one_message() -> None:
     broken = np.full((1, 2), np.nan, np.float32)
     pair = Compared(
-        {"labels": labels_of(0), "scores": np.zeros((1, 2), np.float32)},
-        {"labels": labels_of(100), "scores": broken},
+        {"labels": labels_of(0), "scores": np.zeros((1, 2), np.float32)}, {"labels": labels_of(100), "scores": broken}
     )
     with pytest.raises(ParityError, match=r"scores: 2 values are not finite; labels: 99\.0000%"):
         measure_parity([pair]).require("graphs")

@@ -28,13 +28,7 @@ from multisa.export.fp16 import fp16_candidates, fp16_graph, model_bytes, read_f
 from multisa.export.precision import calibrate_graph, quantize_graph
 from multisa.export.tensorrt import build as building
 from multisa.export.tensorrt import builder
-from multisa.export.tensorrt.build import (
-    BuildOptions,
-    build_engines,
-    default_profiles,
-    parse_profiles,
-    parse_targets,
-)
+from multisa.export.tensorrt.build import BuildOptions, build_engines, default_profiles, parse_profiles, parse_targets
 from multisa.export.tensorrt.builder import build_engine
 from multisa.runtime.backends.base import AFFINITY, CAM, CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.engine_cache import Profile
@@ -241,14 +235,8 @@ MIXED = (
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        (
-            (helper.make_node("Bogus", ["image"], ["b"], "my_bogus"),),
-            r"node 'my_bogus' \(Bogus\): .*Plugin not",
-        ),
-        (
-            MIXED,
-            r"node 'mixed' \(Add\): .*must have same input types.*\[INVALID_NODE\]; export the graph again",
-        ),
+        ((helper.make_node("Bogus", ["image"], ["b"], "my_bogus"),), r"node 'my_bogus' \(Bogus\): .*Plugin not"),
+        (MIXED, r"node 'mixed' \(Add\): .*must have same input types.*\[INVALID_NODE\]; export the graph again"),
     ],
 )
 def test_parser_errors_name_the_node_and_what_to_do(rtx: Library, nodes: tuple[onnx.NodeProto, ...], said: str) -> None:
@@ -313,10 +301,7 @@ def test_a_graph_that_breaks_its_contract_is_refused(rtx: Library, contract: Gra
         (["--target", "ada"], "target: got 'ada', expected a compute capability like sm89"),
         (["--target", "sm90"], "target: got 'sm90', expected one of sm75, sm80, sm86, sm89"),
         (["--target", "sm89", "--graph", "walk"], "graph: got 'walk', expected one of cam, affinity, seg"),
-        (
-            ["--target", "sm89", "--precision", "fp8"],
-            "precision: got 'fp8', expected one of fp32, fp16, int8",
-        ),
+        (["--target", "sm89", "--precision", "fp8"], "precision: got 'fp8', expected one of fp32, fp16, int8"),
         (["--target", "sm89", "--precision", "fp16"], "no cam.fp16.onnx, affinity.fp16.onnx, segmenter.fp16"),
         (["--target", "sm89", "--precision", "fp16"], "multisa convert .* --precision fp16 --images"),
         (["--target", "sm89", "--library", "trt"], "library: got 'trt', expected tensorrt or tensorrt-rtx"),
@@ -443,10 +428,7 @@ def write_module(folder: Path, name: str, text: str) -> None:
     ("text", "said"),
     [
         (None, "tensorrt is not installed: pip install tensorrt"),
-        (
-            "raise ImportError('libnvinfer.so.11: cannot open')",
-            r"cannot be loaded \(libnvinfer.so.11: cannot",
-        ),
+        ("raise ImportError('libnvinfer.so.11: cannot open')", r"cannot be loaded \(libnvinfer.so.11: cannot"),
         ("__version__ = '8.6.1'", r"tensorrt: got version 8.6.1, expected 10 or newer"),
     ],
 )
@@ -643,10 +625,7 @@ def test_tensorrt_10_has_everything_that_is_called() -> None:
     for kind, member in calls_of_the_builder() - RTX_ONLY:
         assert kind in bodies, kind
         if member:
-            assert re.search(rf"^    (?:def {member}\(|{member}:)", bodies[kind], re.MULTILINE), (
-                kind,
-                member,
-            )
+            assert re.search(rf"^    (?:def {member}\(|{member}:)", bodies[kind], re.MULTILINE), (kind, member)
 
 
 def test_tensorrt_11_has_what_its_runtime_bindings_show() -> None:

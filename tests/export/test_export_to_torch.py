@@ -91,11 +91,7 @@ def test_packaged_networks_have_the_layers_and_cost_of_trained_ones(packaged: Bu
         create_model(replace(config.affinity, weights="none")),
         create_model(replace(config.segmenter, weights="none"), n_classes),
     )
-    rebuilt = (
-        cam_from_bundle(packaged),
-        affinity_from_bundle(packaged),
-        segmenter_from_bundle(packaged),
-    )
+    rebuilt = (cam_from_bundle(packaged), affinity_from_bundle(packaged), segmenter_from_bundle(packaged))
     for ours, original in zip(rebuilt, trained, strict=True):
         assert not any(module.training for module in ours.modules())
         assert layers_of(ours) == layers_of(original)

@@ -11,12 +11,7 @@ import pytest
 from made_bundles import bundle_of
 from onnx import numpy_helper
 
-from multisa.export.to_torch import (
-    affinity_from_bundle,
-    cam_from_bundle,
-    config_from_bundle,
-    segmenter_from_bundle,
-)
+from multisa.export.to_torch import affinity_from_bundle, cam_from_bundle, config_from_bundle, segmenter_from_bundle
 from multisa.runtime.backends.base import SEGMENTER, graph_file
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.errors import BundleError, UsageError

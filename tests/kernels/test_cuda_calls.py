@@ -10,13 +10,7 @@ import pytest
 from cpu_device import CpuDevice
 from crf_checks import scene as crf_scene
 
-from multisa.kernels import (
-    CrfParameters,
-    affinity_from_boundary,
-    affinity_from_features,
-    dense_crf,
-    random_walk,
-)
+from multisa.kernels import CrfParameters, affinity_from_boundary, affinity_from_features, dense_crf, random_walk
 from multisa.kernels.common.stencil import stencil_offsets
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray

@@ -26,11 +26,7 @@ PUBLIC = {
     "stencil_offsets",
 }
 # A module may import from these folders of kernels, imports inside functions included.
-ALLOWED = {
-    "": {"", "common", "cuda"},
-    "common": {"common"},
-    "cuda": {"common", "cuda"},
-}
+ALLOWED = {"": {"", "common", "cuda"}, "common": {"common"}, "cuda": {"common", "cuda"}}
 
 
 def test_public_names_are_documented() -> None:

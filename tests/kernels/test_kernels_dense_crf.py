@@ -18,12 +18,7 @@ UInt8 = npt.NDArray[np.uint8]
 PSA = CrfParameters()
 IRN = replace(PSA, bilateral_sxy=50.0, bilateral_srgb=5.0)
 SOFT = CrfParameters(
-    iterations=5,
-    spatial_sxy=1.5,
-    spatial_compat=2.0,
-    bilateral_sxy=20.0,
-    bilateral_srgb=8.0,
-    bilateral_compat=4.0,
+    iterations=5, spatial_sxy=1.5, spatial_compat=2.0, bilateral_sxy=20.0, bilateral_srgb=8.0, bilateral_compat=4.0
 )
 NAMES = ("psa", "irn", "soft")
 PARAMETERS = (PSA, IRN, SOFT)
@@ -49,8 +44,7 @@ def require_pydensecrf() -> None:
 
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=NAMES)
 @pytest.mark.parametrize(
-    ("labels", "height", "width"),
-    [(2, 94, 125), (3, 97, 61), (7, 120, 160), (1, 20, 31), (4, 1, 40), (2, 37, 1)],
+    ("labels", "height", "width"), [(2, 94, 125), (3, 97, 61), (7, 120, 160), (1, 20, 31), (4, 1, 40), (2, 37, 1)]
 )
 def test_parity_with_pydensecrf(parameters: CrfParameters, labels: int, height: int, width: int) -> None:
     require_pydensecrf()

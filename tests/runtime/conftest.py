@@ -37,11 +37,7 @@ OFFSETS = 34
 
 @pytest.fixture(scope="session")
 def graphs() -> dict[str, bytes]:
-    return {
-        "cam.onnx": _cam_graph(),
-        "affinity.onnx": _affinity_graph(),
-        "segmenter.onnx": _segmenter_graph(),
-    }
+    return {"cam.onnx": _cam_graph(), "affinity.onnx": _affinity_graph(), "segmenter.onnx": _segmenter_graph()}
 
 
 @pytest.fixture(scope="session")
@@ -179,10 +175,7 @@ def _cam_graph() -> bytes:
         "one": np.array([1]),
         "space": np.array([2, 3]),
     }
-    outputs = [
-        ("cam", TensorProto.FLOAT, ["N", 2, "h", "w"]),
-        ("scores", TensorProto.FLOAT, ["N", 2]),
-    ]
+    outputs = [("cam", TensorProto.FLOAT, ["N", 2, "h", "w"]), ("scores", TensorProto.FLOAT, ["N", 2])]
     return _model(nodes, outputs, constants)
 
 
@@ -209,10 +202,7 @@ def _segmenter_graph(low: float = 85) -> bytes:
         helper.make_node("Cast", ["brightness"], ["confidence"], to=TensorProto.UINT8),
     ]
     constants = {"channels": np.array([3]), "low": np.float32(low), "high": np.float32(170)}
-    outputs = [
-        ("labels", TensorProto.UINT8, ["N", "H", "W"]),
-        ("confidence", TensorProto.UINT8, ["N", "H", "W"]),
-    ]
+    outputs = [("labels", TensorProto.UINT8, ["N", "H", "W"]), ("confidence", TensorProto.UINT8, ["N", "H", "W"])]
     return _model(nodes, outputs, constants)
 
 

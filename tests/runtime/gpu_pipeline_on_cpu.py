@@ -33,12 +33,7 @@ from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.gpu import pipeline as gpu_pipeline
 from multisa.runtime.gpu.pipeline import GpuPipeline, open_gpu_pipeline
 from multisa.runtime.gpu.stages import GpuLabels
-from multisa.runtime.predict.postprocess import (
-    background_and_foreground,
-    pseudo_mask,
-    resize_maps,
-    walk_scores,
-)
+from multisa.runtime.predict.postprocess import background_and_foreground, pseudo_mask, resize_maps, walk_scores
 
 assert libraries  # the fixture that installs both libraries, used by every test here
 IMAGES = default_bundle_path().parents[1] / "demo_images"
@@ -432,9 +427,7 @@ def test_streams_and_events_are_given_back(bundle: Bundle, tmp_path: Path, monke
     for what in ("stream", "event"):
         create, destroy = getattr(Driver, f"create_{what}"), getattr(Driver, f"destroy_{what}")
         monkeypatch.setattr(
-            Driver,
-            f"create_{what}",
-            lambda self, create=create: (made := create(self), alive.append(made))[0],
+            Driver, f"create_{what}", lambda self, create=create: (made := create(self), alive.append(made))[0]
         )
         monkeypatch.setattr(
             Driver,

@@ -191,10 +191,7 @@ def test_cuda_is_not_in_this_onnxruntime(graphs: dict[str, bytes], monkeypatch: 
 
 
 def test_cuda_asked_for_and_the_cpu_runs(
-    graphs: dict[str, bytes],
-    cuda_on_cpu: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    graphs: dict[str, bytes], cuda_on_cpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """How the CUDA package behaves without its libraries: it prints so, and creates a CPU session."""
     session = onnxruntime.InferenceSession

@@ -195,19 +195,13 @@ def test_nothing_runs_here(bundle: Bundle, no_gpu: None, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("request_", "problem"),
     [
-        (
-            BackendRequest("opencv"),
-            "got the backend 'opencv', expected auto or one of tensorrt, tensorrt-rtx",
-        ),
+        (BackendRequest("opencv"), "got the backend 'opencv', expected auto or one of tensorrt, tensorrt-rtx"),
         (BackendRequest(precision="fp8"), "got the precision 'fp8', expected auto or one of fp32, fp16"),
         (
             BackendRequest("onnxruntime-cpu", "bf16"),
             "^onnxruntime-cpu computes in fp32, fp16, int8, got --precision bf16: .* or --backend openvino$",
         ),
-        (
-            BackendRequest("openvino", "fp16"),
-            "^openvino computes in fp32, bf16, int8, got --precision fp16: ",
-        ),
+        (BackendRequest("openvino", "fp16"), "^openvino computes in fp32, bf16, int8, got --precision fp16: "),
         (
             BackendRequest(precision="fp16"),
             "has segmenter in fp32 and int8, got --precision fp16: create a bundle that has it: multisa",
@@ -243,10 +237,7 @@ def test_graphs_of_one_backend_share_a_line() -> None:
         SelectedBackend("affinity", backend, "fp16", "auto"),
         SelectedBackend("segmenter", backend, "fp32", "auto"),
     ]
-    assert describe_selection(choices) == [
-        "cam, affinity: fast, fp16 (auto)",
-        "segmenter: fast, fp32 (auto)",
-    ]
+    assert describe_selection(choices) == ["cam, affinity: fast, fp16 (auto)", "segmenter: fast, fp32 (auto)"]
 
 
 def test_a_run_logs_and_records_its_backends(
@@ -256,11 +247,7 @@ def test_a_run_logs_and_records_its_backends(
     run_label(photos / "a.jpg", out, bundle)
     assert capsys.readouterr().err == "cam, affinity: onnxruntime-cpu, fp32 (no NVIDIA GPU)\n"
     record = json.loads((out / ".multisa/run.json").read_text())
-    reason = {
-        "backend": "onnxruntime-cpu",
-        "precision": "fp32",
-        "reason": "auto: no NVIDIA driver here",
-    }
+    reason = {"backend": "onnxruntime-cpu", "precision": "fp32", "reason": "auto: no NVIDIA driver here"}
     assert record["backends"] == {"cam": reason, "affinity": reason}
     assert record["versions"].keys() >= {"python", "multisa", "numpy", "onnxruntime", "pillow"}
 

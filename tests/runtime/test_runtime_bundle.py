@@ -139,8 +139,7 @@ def test_write_checks_the_manifest(tmp_path: Path, graphs: dict[str, bytes], man
 
 
 @pytest.mark.parametrize(
-    ("data", "match"),
-    [(b"short", r"cam\.onnx: got 5 bytes, expected"), (None, r"cam\.onnx: got sha256 .*expected")],
+    ("data", "match"), [(b"short", r"cam\.onnx: got 5 bytes, expected"), (None, r"cam\.onnx: got sha256 .*expected")]
 )
 def test_tampered_file(bundle: Bundle, data: bytes | None, match: str) -> None:
     path = bundle.path / "cam.onnx"
@@ -210,25 +209,13 @@ def label(manifest: dict[str, Any]) -> dict[str, Any]:
         (edit(lambda m: m["parameters"].update(long_side="80")), r"long_side: got str '80', expected int"),
         (edit(lambda m: m["parameters"].update(long_side=True)), "long_side: got bool True"),
         (edit(lambda m: m["parameters"].update(long_side=8)), "long_side: got 8, expected >="),
-        (
-            edit(lambda m: m["parameters"].update(cam_scales=1.0)),
-            "cam_scales: got float 1.0, expected an array",
-        ),
+        (edit(lambda m: m["parameters"].update(cam_scales=1.0)), "cam_scales: got float 1.0, expected an array"),
         (edit(lambda m: m["parameters"].update(walk_stride=0)), "walk_stride: got 0"),
         (edit(lambda m: m["parameters"]["label"].update(class_gain=[1.0] * 9)), "class_gain: got 9 numbers"),
         (edit(lambda m: m["parameters"]["label"].update(class_gain=[0.0])), "class_gain: got"),
-        (
-            edit(lambda m: label(m).update(walk_radius=0)),
-            r"parameters\.label\.walk_radius: got 0, expected 2",
-        ),
-        (
-            edit(lambda m: label(m).update(walk_radius=10**9)),
-            r"walk_radius: got 1000000000, expected 2\.\.32",
-        ),
-        (
-            edit(lambda m: label(m).update(walk_beta=-1)),
-            "walk_beta: got -1.0, expected a finite number above",
-        ),
+        (edit(lambda m: label(m).update(walk_radius=0)), r"parameters\.label\.walk_radius: got 0, expected 2"),
+        (edit(lambda m: label(m).update(walk_radius=10**9)), r"walk_radius: got 1000000000, expected 2\.\.32"),
+        (edit(lambda m: label(m).update(walk_beta=-1)), "walk_beta: got -1.0, expected a finite number above"),
         (edit(lambda m: label(m).update(walk_beta=10**400)), "label.walk_beta: got int 1000"),
         (edit(lambda m: label(m).update(walk_steps=-5)), r"walk_steps: got -5, expected 0\.\.65536"),
         (edit(lambda m: label(m).update(walk_steps=10**9)), "walk_steps: got 1000000000"),

@@ -125,10 +125,7 @@ def test_directories_in_a_circle_and_without_end() -> None:
 
 def test_frames_of_gif_are_counted_to_a_limit() -> None:
     frame = b",\0\0\0\0\4\0\4\0\0\2\2\x84\x51\0"
-    for count, note in (
-        (3, "first of 3 frames"),
-        (MOST_FRAMES + 5, f"first of at least {MOST_FRAMES} frames"),
-    ):
+    for count, note in ((3, "first of 3 frames"), (MOST_FRAMES + 5, f"first of at least {MOST_FRAMES} frames")):
         moving = io.BytesIO()
         IMAGE.convert("P").save(moving, "GIF")
         data = moving.getvalue()[:-1] + frame * (count - 1) + b";"

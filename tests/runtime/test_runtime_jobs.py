@@ -221,8 +221,7 @@ def test_what_a_kernel_refuses_is_a_failure_of_the_image(
 
 
 @pytest.mark.parametrize(
-    ("allowed", "images", "limit"),
-    [("0", 9, 0), ("3", 9, 3), ("2%", 200, 4), ("0.5%", 200, 1), ("100%", 7, 7)],
+    ("allowed", "images", "limit"), [("0", 9, 0), ("3", 9, 3), ("2%", 200, 4), ("0.5%", 200, 1), ("100%", 7, 7)]
 )
 def test_failure_limit(allowed: str, images: int, limit: float) -> None:
     assert failure_limit(allowed, images) == limit

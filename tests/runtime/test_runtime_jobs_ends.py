@@ -72,9 +72,7 @@ def test_shards_that_are_left_undone_are_not_taken_for_done(
     assert not (tmp_path / "out/labels.jsonl").exists()
 
 
-def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_signal_says_nothing_where_it_interrupts_who_holds_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     lock, said = threading.Lock(), list[tuple[str, bool]]()
 
     class Listener(logging.Handler):

@@ -51,8 +51,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage",
-    [b"\0" * len(lines(3)), b"garbage\n", b"\n", b'{"shard": 3}\n', lines(3)[:-2] + b"\n", b"\xff" * 100],
+    "garbage", [b"\0" * len(lines(3)), b"garbage\n", b"\n", b'{"shard": 3}\n', lines(3)[:-2] + b"\n", b"\xff" * 100]
 )
 def test_garbage_at_the_end_is_cut_off(tmp_path: Path, garbage: bytes) -> None:
     path = tmp_path / "j"

@@ -16,12 +16,7 @@ from multisa.runtime.errors import BackendError, BackendUnavailable
 from multisa.runtime.imaging.decode import DecodedImage
 from multisa.runtime.jobs import pipeline as pipeline_module
 from multisa.runtime.jobs.snapshot import Shard
-from multisa.runtime.jobs.stages import (
-    MAX_CONSECUTIVE_FAILURES,
-    PipelineConfig,
-    StopSignal,
-    WeightedSemaphore,
-)
+from multisa.runtime.jobs.stages import MAX_CONSECUTIVE_FAILURES, PipelineConfig, StopSignal, WeightedSemaphore
 from multisa.runtime.predict.prediction import Prediction
 
 

@@ -35,8 +35,7 @@ class Scripted(RemoteExecutor[WorkerHandle]):
 
     def __init__(self, out: Path, doing: Doing, names: Iterable[str] = ("a", "b")) -> None:
         super().__init__(
-            make_job("segment", "photos", out, Path("bundle"), BackendRequest(), RunOptions()),
-            RunMonitor("segment"),
+            make_job("segment", "photos", out, Path("bundle"), BackendRequest(), RunOptions()), RunMonitor("segment")
         )
         self._doing_it = doing
         self.workers = {name: WorkerHandle(name) for name in names}

@@ -151,10 +151,7 @@ def test_what_is_raised_unexpectedly_ends_the_run(
     tmp_path: Path, manifest: Manifest, source: Any, predictor: Any, observer: Any, error: type[Exception]
 ) -> None:
     start = time.monotonic()
-    with (
-        pytest.raises(error),
-        pipeline_of(tmp_path, manifest, source, predictor, observer) as pipeline,
-    ):
+    with pytest.raises(error), pipeline_of(tmp_path, manifest, source, predictor, observer) as pipeline:
         run_shards(pipeline, [shard_of(n, range(n * 20, n * 20 + 20)) for n in range(20)])
     assert time.monotonic() - start < SOON
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("multisa-")]
@@ -201,10 +198,7 @@ def test_leaving_drops_what_is_queued(tmp_path: Path, manifest: Manifest) -> Non
 
     observer = RunObserver()
     start = time.monotonic()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        pipeline_of(tmp_path, manifest, Images(), Slow(), observer) as pipeline,
-    ):
+    with pytest.raises(KeyboardInterrupt), pipeline_of(tmp_path, manifest, Images(), Slow(), observer) as pipeline:
         pipeline.submit(shard_of(0, range(12)), lambda _: None)
         assert begun.wait(SOON)
         raise KeyboardInterrupt

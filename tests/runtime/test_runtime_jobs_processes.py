@@ -180,27 +180,8 @@ def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) 
     corpus = write_corpus(tmp_path / "photos", 600)
     segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
     out, journal = tmp_path / "out", tmp_path / "out/.multisa/journal.jsonl"
-    options = [
-        "--shard-size",
-        str(SHARD),
-        "--writer",
-        "masks,coco",
-        "--report-images",
-        "0",
-        "--num-processes",
-        "2",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "multisa.runtime.cli.main",
-        "segment",
-        corpus,
-        "-o",
-        out,
-        "--bundle",
-        bundle.path,
-    ]
+    options = ["--shard-size", str(SHARD), "--writer", "masks,coco", "--report-images", "0", "--num-processes", "2"]
+    command = [sys.executable, "-m", "multisa.runtime.cli.main", "segment", corpus, "-o", out, "--bundle", bundle.path]
     leader = subprocess.Popen([*map(str, command), *options], stderr=subprocess.DEVNULL, cwd=tmp_path)
     try:
         while not journal.exists() or not journal.stat().st_size:
@@ -244,8 +225,7 @@ def test_ctrl_c_lets_the_shards_in_hand_be_finished(
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"),
-    [(None, ["0", "1"]), ("", []), ("3,1", ["3", "1"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])],
+    ("visible", "expected"), [(None, ["0", "1"]), ("", []), ("3,1", ["3", "1"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
 )
 def test_each_process_gets_one_of_the_gpus_that_are_seen(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
@@ -329,9 +309,7 @@ def test_what_a_worker_logs_while_it_opens_is_reported_and_not_shown(
     assert capfd.readouterr().err == "" and (log.handlers, log.level) == before
 
 
-def test_what_a_worker_logs_at_a_shard_is_logged_by_the_coordinator(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_a_worker_logs_at_a_shard_is_logged_by_the_coordinator(capsys: pytest.CaptureFixture[str]) -> None:
     executor = Two({"process 1": {}})
     executor._handle_messages()
     (worker,) = executor._workers()

@@ -11,17 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from executor_runs import (
-    IMAGES,
-    SHARDS,
-    descendants,
-    disturbed,
-    journalled,
-    results,
-    segment,
-    title,
-    write_corpus,
-)
+from executor_runs import IMAGES, SHARDS, descendants, disturbed, journalled, results, segment, title, write_corpus
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle

@@ -41,12 +41,7 @@ def test_the_record_holds_no_secret(
 
     monkeypatch.setattr(Job, "open_source", lambda job, _=(): open_source(str(photos)))
     job = make_job(
-        "segment",
-        "https://u:p@h/a?s=1",
-        tmp_path / "url",
-        bundle.path,
-        BackendRequest(),
-        RunOptions(report_images=0),
+        "segment", "https://u:p@h/a?s=1", tmp_path / "url", bundle.path, BackendRequest(), RunOptions(report_images=0)
     )
     run(job, RunOptions(report_images=0), LocalExecutor)
     assert json.loads((tmp_path / "url" / RUN).read_bytes())["source"] == "https://h/a"

@@ -225,16 +225,7 @@ def test_signals(
     (many / "14.png").unlink()
     out, size = tmp_path / "out", 3 if len(signals) == 1 else 75  # the shards in hand are to take a while
     command = [sys.executable, "-m", "multisa.runtime.cli.main", "segment", str(many), "-o", str(out)]
-    command += [
-        "--bundle",
-        str(bundle.path),
-        "--shard-size",
-        str(size),
-        "--report-images",
-        "0",
-        "--workers",
-        "1",
-    ]
+    command += ["--bundle", str(bundle.path), "--shard-size", str(size), "--report-images", "0", "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         end = time.monotonic() + SOON
         while not (out / JOURNAL).exists() or not (out / JOURNAL).stat().st_size:

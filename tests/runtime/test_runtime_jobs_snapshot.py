@@ -50,10 +50,7 @@ def make_snapshot(path: Path, listing: Sequence[Listed]) -> Snapshot:
         (["a.jpg", "a.png", "b.png"], ["a.jpg", "a.png", "b"]),
         (["A.png", "a.jpg"], ["A.png", "a.jpg"]),
         (["A.jpg", "a.jpg", "b.jpg"], ["A.jpg", "a.jpg~1", "b"]),  # one file on some file systems
-        (
-            ["\u00fc.jpg", "u\u0308.JPG", "b.jpg"],
-            ["\u00fc.jpg", "u\u0308.JPG~1", "b"],
-        ),  # two ways to write it
+        (["\u00fc.jpg", "u\u0308.JPG", "b.jpg"], ["\u00fc.jpg", "u\u0308.JPG~1", "b"]),  # two ways to write it
         (["\u00fc.png/b.jpg", "U\u0308.jpg"], ["\u00fc.png/b", "U\u0308.jpg"]),
         (["Stra\u00dfe.jpg", "strasse.png"], ["Stra\u00dfe.jpg", "strasse.png"]),
         (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),

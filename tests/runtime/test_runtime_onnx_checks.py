@@ -132,8 +132,7 @@ def test_operators_of_other_domains_are_left_to_the_libraries() -> None:
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"\x00", b"not a graph", b"\xff" * 40, model().SerializeToString()[:-3], b"\x3a\xff\xff\xff\x7f"],
+    "data", [b"", b"\x00", b"not a graph", b"\xff" * 40, model().SerializeToString()[:-3], b"\x3a\xff\xff\xff\x7f"]
 )
 def test_what_is_not_an_onnx_file_is_refused(data: bytes) -> None:
     with pytest.raises(BackendError, match=r"cam\.onnx: cannot be loaded: not an ONNX file"):

@@ -68,10 +68,7 @@ def test_output_in_the_folder_of_the_one_image_is_refused(
 
 def test_images_reached_through_links_are_kept(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     before = contents(photos)
-    for name, place, target in (
-        ("all", "masks", photos),
-        ("page", "report", photos),
-    ):
+    for name, place, target in (("all", "masks", photos), ("page", "report", photos)):
         link = tmp_path / name / place
         link.parent.mkdir(parents=True)
         link.symlink_to(target, target_is_directory=True)

@@ -17,11 +17,7 @@ from multisa.runtime.predict.postprocess import background_and_foreground, pseud
 from multisa.runtime.predict.prediction import ClassProbabilities
 from multisa.runtime.writers import probabilities as probabilities_module
 from multisa.runtime.writers.base import LabelledImage, WriterContext, tar_bytes, zip_bytes
-from multisa.runtime.writers.probabilities import (
-    ProbabilitiesWriter,
-    mask_from_probabilities,
-    read_probabilities,
-)
+from multisa.runtime.writers.probabilities import ProbabilitiesWriter, mask_from_probabilities, read_probabilities
 
 BACKGROUND = 0.3
 SIZE = (57, 83)  # of the image; the networks saw it smaller
@@ -125,12 +121,7 @@ def test_masks_of_a_whole_run(tar: Path, images: list[LabelledImage], tmp_path: 
 
 
 def altered(
-    tar: Path,
-    replaced: dict[str, bytes | None],
-    *,
-    key: str = "a",
-    renamed: str | None = None,
-    extra: tuple = (),
+    tar: Path, replaced: dict[str, bytes | None], *, key: str = "a", renamed: str | None = None, extra: tuple = ()
 ) -> bytes:
     """The first image of a tar, some arrays replaced or left out."""
     with tarfile.open(tar) as archive:
@@ -173,10 +164,7 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "cut short": (lambda tar: tar.read_bytes()[:1500], "expected a tar of class probabilities"),
     "no record": (npz_only, "'a' without its record"),
     "another's record": (lambda tar: altered(tar, {}, key="b", renamed="a"), "got the member 'a.json'"),
-    "a damaged header": (
-        lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"),
-        "damaged or truncated",
-    ),
+    "a damaged header": (lambda tar: tar.read_bytes().replace(b"b%2Ec.npz", b"b%2Ec.np_"), "damaged or truncated"),
     "cut between images": (lambda tar: tar.read_bytes()[: second_image(tar)], "damaged or truncated"),
     "a link": (lambda tar: linked(), "got the member 'a.npz'"),
     "another member": (lambda tar: altered(tar, {}, extra=(("a.txt", b""),)), "got the member 'a.txt'"),
@@ -188,10 +176,7 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "objects": (lambda tar: altered(tar, {"class_ids.npy": npy(np.array([None] * 3))}), "another header"),
     "another type": (lambda tar: altered(tar, {"class_ids.npy": npy(np.zeros(3))}), "another header"),
     "a made-up shape": (lambda tar: altered(tar, {"probabilities.npy": HUGE}), r"shape \(3, 99999, 99999\)"),
-    "other classes": (
-        lambda tar: altered(tar, {"class_ids.npy": npy(np.zeros(4, np.uint8))}),
-        "do not fit together",
-    ),
+    "other classes": (lambda tar: altered(tar, {"class_ids.npy": npy(np.zeros(4, np.uint8))}), "do not fit together"),
     "a huge size": (
         lambda tar: altered(tar, {"size.npy": npy(np.array([99999, 99999], np.int32))}),
         "expected 1 to 50000000 pixels",

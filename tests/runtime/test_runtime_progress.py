@@ -26,8 +26,7 @@ def test_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("initial", "expected"),
-    [(0, "8/10 images, 0.80/s, 2 s left"), (6, "8/10 images, 0.20/s, 10 s left")],
+    ("initial", "expected"), [(0, "8/10 images, 0.80/s, 2 s left"), (6, "8/10 images, 0.20/s, 10 s left")]
 )
 def test_what_was_there_before_has_no_rate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], initial: int, expected: str

@@ -62,13 +62,7 @@ def record(index: int, uncertainty: float, **more: object) -> dict:
 
 
 def report(
-    out: Path,
-    manifest: Manifest,
-    records: list[dict],
-    *,
-    gone: int = -1,
-    report_images: int = 200,
-    **more: object,
+    out: Path, manifest: Manifest, records: list[dict], *, gone: int = -1, report_images: int = 200, **more: object
 ) -> str:
     mask = np.zeros((60, 80), np.uint8)
     mask[20:40, 20:60] = 2

@@ -37,10 +37,7 @@ def test_busy_share_is_of_the_time_of_all_workers() -> None:
             figures(("cam", 60, 1), ("crf", 59, 1), ("decode", 55, 1), cores=2),
             "the bottleneck is the CPU, mostly in cam",
         ),
-        (
-            figures(("cam", 40, 1), ("decode", 41, 1), cores=4),
-            "no stage is the bottleneck: decode is the busiest",
-        ),
+        (figures(("cam", 40, 1), ("decode", 41, 1), cores=4), "no stage is the bottleneck: decode is the busiest"),
         (figures(), ""),
     ],
 )

@@ -93,10 +93,7 @@ def _sparse() -> bytes:
 
 TARS: dict[str, tuple[bytes, str]] = {
     "symbolic link": (tar_of(member("bad.jpg", b"", tarfile.SYMTYPE, "/etc/passwd"))[:512], "symbolic link"),
-    "hard link": (
-        tar_of(member("bad.jpg", b"", tarfile.LNKTYPE, "good.jpg"))[:512],
-        "a link to another member",
-    ),
+    "hard link": (tar_of(member("bad.jpg", b"", tarfile.LNKTYPE, "good.jpg"))[:512], "a link to another member"),
     "device": (tar_of(member("bad.jpg", b"", tarfile.CHRTYPE))[:512], "not a regular file"),
     "pipe": (tar_of(member("bad.jpg", b"", tarfile.FIFOTYPE))[:512], "not a regular file"),
     "device with a size": (
@@ -104,10 +101,7 @@ TARS: dict[str, tuple[bytes, str]] = {
         "not a regular file",
     ),
     "sparse": (_sparse(), "stored with holes (sparse), expected a plain file"),
-    "not UTF-8": (
-        with_field(tar_of(member("\udcffbad.jpg", b""))[:512], 0, b"\xffbad.jpg"),
-        "its name is not UTF-8",
-    ),
+    "not UTF-8": (with_field(tar_of(member("\udcffbad.jpg", b""))[:512], 0, b"\xffbad.jpg"), "its name is not UTF-8"),
 }
 
 
@@ -146,18 +140,9 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "half a header": (HEADER[:300], "the file ends in a header"),
     "no size": (with_field(HEADER, 124, b"9" * 11), "a header without a size"),
     "negative size": (with_field(HEADER, 124, b"\xff" * 11 + b"\xf0"), "a header without a size"),
-    "huge long name": (
-        with_field(with_field(HEADER, 156, b"L"), 124, b"%011o" % 2**30),
-        "a header of 1073741824",
-    ),
-    "long name cut off": (
-        with_field(with_field(HEADER, 156, b"L"), 124, b"%011o" % 5000),
-        "ends in a header",
-    ),
-    "pax of nonsense": (
-        with_field(HEADER, 156, b"x") + b"nonsense" * 83 + bytes(384),
-        "malformed pax header",
-    ),
+    "huge long name": (with_field(with_field(HEADER, 156, b"L"), 124, b"%011o" % 2**30), "a header of 1073741824"),
+    "long name cut off": (with_field(with_field(HEADER, 156, b"L"), 124, b"%011o" % 5000), "ends in a header"),
+    "pax of nonsense": (with_field(HEADER, 156, b"x") + b"nonsense" * 83 + bytes(384), "malformed pax header"),
     "pax of a huge length": (
         with_field(with_field(HEADER, 156, b"x"), 124, b"%011o" % 30) + b"99999999999 path=a.jpg\n".ljust(512),
         "malformed pax header",

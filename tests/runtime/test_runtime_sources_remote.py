@@ -78,11 +78,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def bucket(server: str) -> Bucket:
     client = boto3.client(
-        "s3",
-        endpoint_url=server,
-        region_name="us-east-1",
-        aws_access_key_id="testing",
-        aws_secret_access_key="testing",
+        "s3", endpoint_url=server, region_name="us-east-1", aws_access_key_id="testing", aws_secret_access_key="testing"
     )
     return Bucket(client, {"endpoint_url": server, "key": "testing", "secret": "testing"})
 
@@ -243,10 +239,7 @@ def test_lists_of_a_bucket(photos: Bucket, tmp_path: Any) -> None:
     assert [item.labels for item in photos.items("photos/list.csv")] == [("cat", "dog")]
     url = f"s3://{photos.name}/photos/a.jpg"
     photos.put("photos/list.txt", f"a/c.jpg\n{url}\n".encode())
-    assert photos.contents("photos/list.txt") == {
-        "a/c.jpg": b"c",
-        f"{photos.name}/photos/a.jpg": FILES["a.jpg"],
-    }
+    assert photos.contents("photos/list.txt") == {"a/c.jpg": b"c", f"{photos.name}/photos/a.jpg": FILES["a.jpg"]}
     for text in ("/etc/passwd.jpg", "../other/a.jpg"):
         photos.put("photos/bad.txt", text.encode())
         with pytest.raises(UsageError, match=r"line 1: .* leaves the list's folder"):

@@ -20,13 +20,7 @@ from fake_driver import cuda_headers, make_fake_driver
 from multisa.runtime.backends import tensorrt_runtime
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.tensorrt import open_tensorrt
-from multisa.runtime.backends.tensorrt_runtime import (
-    TENSORRT,
-    TENSORRT_RTX,
-    Library,
-    LibraryLog,
-    import_library,
-)
+from multisa.runtime.backends.tensorrt_runtime import TENSORRT, TENSORRT_RTX, Library, LibraryLog, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.errors import BackendUnavailable
 

@@ -81,10 +81,7 @@ def test_bounded(seed: int) -> None:
     size = (int(random.integers(1, 40)), int(random.integers(1, 40)))
     mask, sure = random.integers(0, 7, size, dtype=np.uint8), random.integers(0, 256, size, dtype=np.uint8)
     before = random.dirichlet(np.ones(4), size).transpose(2, 0, 1).astype(np.float32)
-    for value in (
-        segmenter_disagreement(mask, sure),
-        label_disagreement(before, random.integers(0, 4, size)),
-    ):
+    for value in (segmenter_disagreement(mask, sure), label_disagreement(before, random.integers(0, 4, size))):
         assert 0 <= value <= 1
         assert 0 <= uncertainty(float(random.random()), value, "abc", "ab") <= 1
 

@@ -64,14 +64,8 @@ def _two_long_runs() -> np.ndarray:
     [
         (np.ones((1, 1), np.uint8), "00 00 00 04 39 1b fc 7f e0"),
         (np.array([[0, 1, 1, 0], [0, 0, 0, 1]], np.uint8), "00 00 00 20 39 1b fc 60 13 ff df 00 8f fc"),
-        (
-            np.ones((10, 1639), np.uint8),
-            "00 01 00 18 39 1b ff ff ff ff e0 02 ff e0",
-        ),  # a short rest of a long run
-        (
-            _two_long_runs(),
-            "00 02 71 00 39 1b ff 09 73 00 e0 25 7f ff ff fc 03 96 ef 80 7f ff ff fe 70 ff fe",
-        ),
+        (np.ones((10, 1639), np.uint8), "00 01 00 18 39 1b ff ff ff ff e0 02 ff e0"),  # a short rest of a long run
+        (_two_long_runs(), "00 02 71 00 39 1b ff 09 73 00 e0 25 7f ff ff fc 03 96 ef 80 7f ff ff fe 70 ff fe"),
     ],
 )
 def test_brushes(mask: np.ndarray, code: str) -> None:

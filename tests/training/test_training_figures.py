@@ -21,16 +21,7 @@ from multisa.training.multi_sa import MultiSACAM, SingleLevel, shares_at_peak
 from multisa.training.pipeline import load_run
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES, choose_images
-from multisa.training.reproduce.pictures import (
-    PANEL,
-    Legend,
-    Strip,
-    coloured,
-    draw_sheet,
-    fitted,
-    heat_map,
-    sheet_size,
-)
+from multisa.training.reproduce.pictures import PANEL, Legend, Strip, coloured, draw_sheet, fitted, heat_map, sheet_size
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -121,11 +112,7 @@ def test_figure4_has_a_map_for_each_level_and_class(voc_folder: Path, run_folder
     config, dataset = load_config(str(TINY)), read_dataset(voc_folder)
     items = dataset.train_images[1:3]  # one class and two
     figure = FIGURES["figure4"](config, dataset, run_folder, items)
-    assert [strip.name for strip in figure.strips] == [
-        "photo_01: disc",
-        "photo_02: square",
-        "photo_02: disc",
-    ]
+    assert [strip.name for strip in figure.strips] == ["photo_01: disc", "photo_02: square", "photo_02: disc"]
     assert figure.captions[1:4] == ("SA1 (stride 8)", "SA2 (stride 16)", "SA3 (stride 16)")
     for strip in figure.strips:
         assert len(strip.panels) == len(figure.captions) == 6
@@ -186,11 +173,7 @@ def test_without_masks_there_is_no_ground_truth(voc_folder: Path, run_folder: Pa
 
 def test_images_are_spread_over_the_list(voc_folder: Path, tmp_path: Path) -> None:
     dataset = read_dataset(voc_folder)
-    assert [i.id for i in choose_images("figure5", dataset, 3, None)] == [
-        "photo_00",
-        "photo_02",
-        "photo_04",
-    ]
+    assert [i.id for i in choose_images("figure5", dataset, 3, None)] == ["photo_00", "photo_02", "photo_04"]
     assert len(choose_images("figure6", dataset, 32, None)) == 4
     classless = replace(dataset, train=tuple(replace(item, classes=()) for item in dataset.train))
     with pytest.raises(UsageError, match="expected at least one"):

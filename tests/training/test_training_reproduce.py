@@ -14,25 +14,11 @@ from multisa.training import pipeline
 from multisa.training.commands import PAPER_ITEMS
 from multisa.training.config import load_config
 from multisa.training.data import VOC_CLASSES, read_dataset
-from multisa.training.pipeline import (
-    CLASS_GAINS,
-    DENSE_CRF,
-    MULTI_SA_CAM,
-    PLAIN_CAM,
-    RANDOM_WALK,
-    Row,
-    load_run,
-)
+from multisa.training.pipeline import CLASS_GAINS, DENSE_CRF, MULTI_SA_CAM, PLAIN_CAM, RANDOM_WALK, Row, load_run
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES
-from multisa.training.reproduce.tables import (
-    TABLES,
-    attention_counts,
-    per_class_rows,
-    protocol,
-    reproduce_table,
-)
+from multisa.training.reproduce.tables import TABLES, attention_counts, per_class_rows, protocol, reproduce_table
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -193,16 +179,7 @@ def test_without_attention_there_is_no_number_of_it(voc_folder: Path, tmp_path: 
 
 
 def test_the_command_prints_ours_beside_the_papers(voc_folder: Path, run_folder: Path) -> None:
-    arguments = [
-        "reproduce",
-        "table2",
-        "--data",
-        str(voc_folder),
-        "--preset",
-        str(TINY),
-        "-o",
-        str(run_folder),
-    ]
+    arguments = ["reproduce", "table2", "--data", str(voc_folder), "--preset", str(TINY), "-o", str(run_folder)]
     result = CliRunner().invoke(root_command, arguments)
     assert result.exit_code == 0, result.output
     header, *rows = result.stdout.splitlines()[2:7]

@@ -326,10 +326,7 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
     changed = train(load_config(str(TINY), ["segmenter.decoder_channels=8"]), read_dataset(voc_folder), run_folder)
     after = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
     assert {path: after[path] for path in before} == before
-    assert sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys()) == [
-        "segmenter",
-        "val",
-    ]
+    assert sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys()) == ["segmenter", "val"]
     assert changed.folder(run_folder, "walk") == first.folder(run_folder, "walk")
 
 

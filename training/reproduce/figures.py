@@ -42,13 +42,7 @@ class Figure:
 
 
 def reproduce_figure(
-    name: str,
-    config: TrainConfig,
-    dataset: Dataset,
-    root: Path,
-    *,
-    count: int = NUM_IMAGES,
-    chosen: Path | None = None,
+    name: str, config: TrainConfig, dataset: Dataset, root: Path, *, count: int = NUM_IMAGES, chosen: Path | None = None
 ) -> tuple[Path, str]:
     """Run the stages that `name` ("figure4" to "figure6") needs, and draw the figure for some images.
 

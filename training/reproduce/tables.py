@@ -281,12 +281,7 @@ def write_table(table: Table, config: TrainConfig, dataset: Dataset, root: Path)
     """Write NAME.json and NAME.md below `root`/reproduce."""
     rows = []
     for row in table.rows:
-        values: dict[str, Any] = {
-            "name": row.name,
-            "ours": row.ours,
-            "paper": row.paper,
-            "difference": row.difference,
-        }
+        values: dict[str, Any] = {"name": row.name, "ours": row.ours, "paper": row.paper, "difference": row.difference}
         if row.other_methods:
             values["other_methods"] = dict(zip(table.other_methods, row.other_methods, strict=True))
         if row.background is not None:
@@ -317,11 +312,7 @@ def _cells(table: Table) -> list[list[str]]:
     columns: list[tuple[str, Sequence[float | None], str]] = [
         ("background", [row.background for row in table.rows], ".2f"),
         ("ours", [row.ours for row in table.rows], ".2f"),
-        (
-            f"paper ({paper.MULTI_SA})" if table.other_methods else "paper",
-            [row.paper for row in table.rows],
-            ".2f",
-        ),
+        (f"paper ({paper.MULTI_SA})" if table.other_methods else "paper", [row.paper for row in table.rows], ".2f"),
         ("difference", [row.difference for row in table.rows], "+.2f"),
     ]
     for i, name in enumerate(table.other_methods):

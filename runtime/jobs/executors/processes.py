@@ -36,7 +36,7 @@ class _ProcessHandle(WorkerHandle):
 
 
 class ProcessExecutor(RemoteExecutor[_ProcessHandle]):
-    """An Executor of so many processes; one that dies is started again."""
+    """An executor with several worker processes; one that dies is started again."""
 
     _advice = "if memory is short, use fewer --num-processes, then run the same command again to resume"
 
@@ -96,10 +96,7 @@ class ProcessExecutor(RemoteExecutor[_ProcessHandle]):
         ours, theirs = context.Pipe()
         gpu = self._gpus[index % len(self._gpus)] if self._gpus else None
         process = context.Process(
-            target=_work,
-            args=(self._worker_job, theirs, gpu),
-            name=f"multisa-{index + 1}",
-            daemon=True,
+            target=_work, args=(self._worker_job, theirs, gpu), name=f"multisa-{index + 1}", daemon=True
         )
         with _signals_blocked():
             process.start()

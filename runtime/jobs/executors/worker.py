@@ -5,7 +5,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -184,22 +184,21 @@ class ShardWorker:
 class _MessageCollector(logging.Handler):
     """Collects the log messages of the process for the coordinator, which knows where to show them.
 
-    A context manager. It replaces other handlers: all workers log the same, such as which backend they use.
+    A context manager. It replaces the console: all workers log the same, such as which backend they use.
     """
+
+    replaces_console = True
 
     def __init__(self) -> None:
         super().__init__()
         self._messages: list[LogMessage] = []
 
     def __enter__(self) -> Self:
-        self._before = log.handlers[:], log.level
-        log.handlers[:] = [self]
-        log.setLevel(logging.INFO)
+        log.addHandler(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        log.handlers[:], level = self._before
-        log.setLevel(level)
+        log.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a message."""
@@ -207,7 +206,8 @@ class _MessageCollector(logging.Handler):
 
     def take(self) -> list[LogMessage]:
         """The messages since the last call."""
-        messages, self._messages = self._messages, []
+        with self.lock or nullcontext():
+            messages, self._messages = self._messages, []
         return messages
 
 
