@@ -65,7 +65,10 @@ def segment_images(images: str | Path, output: str | Path, **settings: Unpack[Ru
     zip, on this machine or behind a URL.
     output: folder for the results: `masks/NAME.png`, `labels.jsonl`, `report.html`, and `failed.jsonl` if
     images failed.
-    settings: see `RunSettings`.
+    settings: bundle, backend, precision, engine_cache, writers, image_prefix, shard_size, workers, readers, batch,
+    max_pixels, max_failures, retry_failed, overwrite, skip_source_check, verify, report_images, num_processes, ray,
+    storage_options, log_json, metrics_port, metrics_host, progress. `multisa.runtime.api.RunSettings` has their
+    types; `multisa segment --help` describes the options of the same names (--writer for `writers`).
 
     To resume an interrupted run, call the function again with the same arguments. A failed image does not
     stop the run.
@@ -117,6 +120,11 @@ def _run(
     valid = RunSettings.__annotations__
     if unknown := sorted(set(arguments) - set(valid)):
         raise UsageError(f"got the argument {unknown[0]!r}, expected some of {', '.join(valid)}")
+    if not isinstance(images, (str, Path)):
+        raise UsageError(f"images: got {type(images).__name__}, expected a path or a pattern; a list is a .txt file")
+    for name, value in arguments.items():
+        if valid[name] is int and not isinstance(value, int):
+            raise UsageError(f"{name}: got {value!r}, expected an integer")
     if arguments.get("num_processes", 1) < 1:
         raise UsageError(f"num_processes: got {arguments['num_processes']}, expected at least 1")
     if "ray" in arguments and "num_processes" in arguments:

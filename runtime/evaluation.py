@@ -70,25 +70,33 @@ class Evaluation:
     images: int
     missing: tuple[str, ...]  # masks without a prediction, skipped
 
+    @property
+    def iou(self) -> dict[str, float | None]:
+        """IoU by class, 0..1; None for a class that does not occur."""
+        ious = iou_per_class(self.confusion).tolist()
+        # NaN is unequal to itself, and JSON cannot represent it.
+        return {name: iou if iou == iou else None for name, iou in zip(self.classes, ious, strict=True)}
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur, 0..1."""
+        return mean_iou(self.confusion)
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of correct pixels, 0..1; NaN without pixels."""
+        return pixel_accuracy(self.confusion)
+
     def to_json(self) -> Mapping[str, Any]:
         """Return the metrics as JSON values; the IoU of a class that does not occur is null."""
-        ious = iou_per_class(self.confusion).tolist()
-        return {
-            "images": self.images,
-            "missing": list(self.missing),
-            "miou": mean_iou(self.confusion),
-            "pixel_accuracy": pixel_accuracy(self.confusion),
-            # NaN is unequal to itself, and JSON cannot represent it.
-            "iou": {name: iou if iou == iou else None for name, iou in zip(self.classes, ious, strict=True)},
-        }
+        metrics = {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "iou": self.iou}
+        return {"images": self.images, "missing": list(self.missing), **metrics}
 
     def table(self) -> str:
         """Return the metrics as a table, in percent."""
         width = max(len(name) for name in (*self.classes, "pixel accuracy"))
-        ious = iou_per_class(self.confusion).tolist()
-        totals = [("mIoU", mean_iou(self.confusion)), ("pixel accuracy", pixel_accuracy(self.confusion))]
-        values = [*zip(self.classes, ious, strict=True), *totals]
-        rows = [(name, f"{value:7.2%}" if value == value else "      -") for name, value in values]
+        values = [*self.iou.items(), ("mIoU", self.miou), ("pixel accuracy", self.pixel_accuracy)]
+        rows = [(name, "      -" if value is None or value != value else f"{value:7.2%}") for name, value in values]
         lines = [f"{name:<{width}}  {value}" for name, value in [("class", "    IoU"), *rows]]
         skipped = f", {len(self.missing)} without a prediction skipped" if self.missing else ""
         return "\n".join([*lines, f"{pluralize(self.images, 'image')}{skipped}"])

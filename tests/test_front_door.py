@@ -1,6 +1,7 @@
 """`import multisa`: its names, what they take and give, and that the command line gives the same bytes."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -170,9 +171,23 @@ def test_folders(tmp_path: Path) -> None:
     again = [multisa.label_images(folder, tmp_path / "pseudo", labels, report_images=0) for _ in range(2)]
     assert [run.done_now for run in again] == [len(IMAGES), 0]  # the second call resumes
     evaluation = multisa.evaluate_masks(tmp_path / "out/masks", tmp_path / "pseudo/masks")
-    assert evaluation.images == len(IMAGES) and 0 < evaluation.to_json()["iou"]["cat"] < 1
+    assert evaluation.images == len(IMAGES) and 0 < (evaluation.iou["cat"] or 0) < 1
+    assert evaluation.to_json()["miou"] == evaluation.miou and 0 < evaluation.pixel_accuracy < 1
     with pytest.raises(multisa.MultisaError, match="got the argument 'writer', expected some of bundle,"):
         multisa.segment_images(folder, tmp_path / "out", writer="masks")  # type: ignore[call-arg]
+    with pytest.raises(multisa.MultisaError, match="images: got list, expected a path or a pattern"):
+        multisa.segment_images([folder], tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(multisa.MultisaError, match="workers: got 'two', expected an integer"):
+        multisa.segment_images(folder, tmp_path / "out", workers="two")  # type: ignore[arg-type]
+    with pytest.raises(multisa.MultisaError, match="threads: got 'two', expected an integer of at least 1"):
+        multisa.Segmenter(threads="two")  # type: ignore[arg-type]
+
+
+def test_what_a_shell_shows(segmenter: multisa.Segmenter) -> None:
+    """One short line each: the values contain arrays and whole bundles."""
+    assert repr(multisa.load_bundle()).startswith("Bundle('voc-animals', 7 classes, path='")
+    assert repr(segmenter).startswith("Segmenter(Bundle('voc-animals', ") and "onnxruntime-cpu fp32)" in repr(segmenter)
+    assert re.fullmatch(r"Prediction\(300x451, classes=\('cat',\), uncertainty=0\.\d\d\)", repr(segmenter(IMAGES[1])))
 
 
 def test_one_image_can_be_followed(segmenter: multisa.Segmenter) -> None:

@@ -36,6 +36,9 @@ class Bundle:
     path: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        return f"Bundle({self.manifest.name!r}, {len(self.manifest.classes)} classes, path={str(self.path)!r})"
+
     def read_file(self, name: str) -> bytes:
         """Read one file and verify its bytes against the manifest. Raises BundleError on a mismatch."""
         entry = self.manifest.files.get(name)

@@ -186,7 +186,8 @@ def _finish(summary: "RunSummary", arguments: Mapping[str, Any]) -> None:
     from multisa.runtime.report.report import REPORT_IMAGES
 
     limit = arguments.get("report_images")
-    click.echo(describe_summary(summary, report_images=REPORT_IMAGES if limit is None else limit))
+    quiet = bool(click.get_current_context().find_root().params.get("quiet"))
+    click.echo(describe_summary(summary, report_images=REPORT_IMAGES if limit is None else limit, quiet=quiet))
     check_failures(summary.failures, summary.images, arguments["max_failures"], summary.job.output)
 
 

@@ -86,7 +86,8 @@ def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: in
                 raise ImageError(f"{status.st_size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
             loaded = decode_image(path.read_bytes(), max_pixels=max_pixels, long_side=long_side)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise ImageError(f"{str(image)!r}: {reason_of(error)}") from error
+            name = str(image)
+            raise ImageError(f"{name if name.isprintable() else repr(name)}: {reason_of(error)}") from error
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
     else:

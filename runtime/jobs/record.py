@@ -48,10 +48,13 @@ class RunSummary:
         return self.done_now / self.seconds if self.seconds else 0.0
 
 
-def describe_summary(summary: RunSummary, *, report_images: int) -> str:
-    """The run in lines of text: speed, failures, classes found, and last the one path to open."""
+def describe_summary(summary: RunSummary, *, report_images: int, quiet: bool = False) -> str:
+    """The run in lines of text: speed, failures, classes found, and last the one path to open.
+
+    quiet: without where the time went and without the path to open.
+    """
     job = summary.job
-    stages = summary.stage_seconds.items()
+    stages = () if quiet else summary.stage_seconds.items()
     figures = RunFigures(
         command=job.command,
         done=summary.done_now,
@@ -68,7 +71,8 @@ def describe_summary(summary: RunSummary, *, report_images: int) -> str:
         lines.append(f"failures: {job.output / FAILED_FILE} (--retry-failed tries them again)")
     lines.append(_describe_classes(summary.images_per_class))
     folder = "masks" if "masks" in job.writers else writer_folder(job.writers[0])
-    lines.append(f"open {job.output / (PAGE if report_images else folder)}")
+    if not quiet:
+        lines.append(f"open {job.output / (PAGE if report_images else folder)}")
     return "\n".join(lines)
 
 

@@ -60,6 +60,10 @@ class Prediction:
     orientation: int = 1  # EXIF orientation of the file, 1..8; masks are upright
     notes: tuple[str, ...] = ()  # descriptions of lossy conversions while decoding
 
+    def __repr__(self) -> str:
+        height, width = self.size
+        return f"Prediction({height}x{width}, classes={self.classes}, uncertainty={self.uncertainty:.2f})"
+
     @cached_property
     def mask(self) -> UInt8:
         """Class ids, uint8 [H, W], resized by nearest neighbour."""
@@ -183,13 +187,17 @@ class Predictor(Closeable):
         threads: int | None,
     ) -> None:
         """Open a backend for each contract. None stands for the packaged bundle and for all usable CPUs."""
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads: got {threads}, expected at least 1")
+        if threads is not None and not (isinstance(threads, int) and threads > 0):
+            raise UsageError(f"threads: got {threads!r}, expected an integer of at least 1")
         self._bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         self._manifest = self._bundle.manifest
         self._long_side = self._manifest.parameters.long_side
         self._opened = open_backends(self._bundle, contracts, request, threads=threads or usable_cpus())
         self.backends: Sequence[SelectedBackend] = self._opened.backends
+
+    def __repr__(self) -> str:
+        backends = ", ".join(f"{selected.backend.name} {selected.precision}" for selected in self.backends)
+        return f"{type(self).__name__}({self._bundle!r}, {backends})"
 
     @property
     def classes(self) -> Labels:

@@ -98,7 +98,6 @@ class RunFigures:
     skipped: int = 0  # entries of the source that are not images or cannot be read
     cores: int = 0  # of the machine; 0 if unknown
     reasons: Mapping[str, int] = field(default_factory=dict)  # images by `general_reason`
-    look_at: tuple[str, ...] = ()  # "out/report.html: the most uncertain first"
 
     @property
     def images_per_second(self) -> float:
@@ -153,7 +152,7 @@ def describe_limit(figures: RunFigures) -> str:
 
 
 def describe_run(figures: RunFigures) -> str:
-    """The run as text: what was done, where the time went, what failed, where the results are."""
+    """The run as text: what was done, where the time went, what failed."""
     lines = [_done(figures)]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in busy_shares(figures).items())
     if shares:
@@ -163,7 +162,6 @@ def describe_run(figures: RunFigures) -> str:
     if len(reasons) > _REASONS:
         rest = sum(count for _, count in reasons[_REASONS:])
         lines.append(f"failed, {pluralize(rest, 'image')}: {len(reasons) - _REASONS} other reasons")
-    lines += [f"look at {path}" for path in figures.look_at]
     return "\n".join(lines)
 
 

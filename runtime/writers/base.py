@@ -1,12 +1,6 @@
 """Writers: the formats in which a run stores its results.
 
-To add a format:
-
-1. Write a subclass of `Writer` in its own module. `encode` turns one image into a small payload,
-   `write_shard` turns the payloads of a shard into files, and `finalize` writes the files of the whole run.
-   Override `results` if files are named after images, and set `needs_probabilities` if it needs those.
-2. Add its name and a line of help to `WRITERS` and its class to `open_writers` in `registry.py`.
-3. Read its files back in `tests/runtime/test_runtime_writers.py`, with the library that users read them with.
+CONTRIBUTING.md lists the steps to add a format.
 
 The images alone determine every byte: no timestamps, no random names, no order that depends on threads. An
 interrupted and resumed run therefore writes the same files as an uninterrupted one.

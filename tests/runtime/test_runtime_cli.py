@@ -317,3 +317,6 @@ def test_quiet_prints_results_and_nothing_else(photos: Path, bundle: Bundle, tmp
     run = ("segment", photos / "a.jpg", "-o", tmp_path / "out", "--bundle", bundle.path)
     result = run_cli("--quiet", *run)
     assert result.exit_code == 0 and result.stderr == "" and "1 image in" in result.stdout
+    assert not any(
+        line.startswith(("busy", "no stage", "the bottleneck", "open")) for line in result.stdout.splitlines()
+    )

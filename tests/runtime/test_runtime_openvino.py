@@ -247,7 +247,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert len(records(out)) == 3 and len(list((out / "masks").rglob("*.png"))) == 3
     again = CliRunner().invoke(root, [*command, "--backend", "onnxruntime-cpu"])
-    assert again.exit_code == 2 and "engine of segmenter: got onnxruntime-cpu, fp32" in again.output
+    assert again.exit_code == 2 and "backend of segmenter: got onnxruntime-cpu, fp32" in again.output
 
 
 def test_nothing_is_printed_or_left_behind(graphs: dict[str, bytes], tmp_path: Path) -> None:
