@@ -224,6 +224,7 @@ def test_settings_can_be_used() -> None:
         check_networks(load_config("lite0", settings), 7)
 
 
+@pytest.mark.slow
 def test_site_builds_without_warnings_and_without_other_hosts(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)

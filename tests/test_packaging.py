@@ -12,6 +12,8 @@ import pytest
 
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_BUNDLE = 30_000_000  # bytes
 

@@ -133,6 +133,7 @@ sys.exit(bool(failed))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="modules are imported in forked processes")
 def test_importing_any_module_does_nothing_else() -> None:
     """No I/O, no output, no environment variable read; every module can be the first that is imported."""

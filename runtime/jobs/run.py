@@ -55,7 +55,7 @@ from multisa.runtime.jobs.output import (
     remove_results,
     run_lock,
 )
-from multisa.runtime.jobs.record import RunSummary, run_record, write_record
+from multisa.runtime.jobs.record import RunSummary, run_record, without_secrets, write_record
 from multisa.runtime.jobs.shards import clear_temporary, is_intact
 from multisa.runtime.jobs.snapshot import Shard, Snapshot, take_snapshot
 from multisa.runtime.jobs.spec import Job, RunOptions
@@ -154,8 +154,8 @@ def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, fo
     examples = format_examples(lookup.unlabelled, lookup.n_unlabelled)
     if all_unlabelled:
         raise UsageError(
-            f"{labels.path}: has no row for any of {images}, expected paths below {job.source}, or file "
-            f"names, such as {examples}; without --labels, images are labelled from scores"
+            f"{labels.path}: has no row for any of {images}, expected paths below {without_secrets(job.source)}, or "
+            f"file names, such as {examples}; without --labels, images are labelled from scores"
         )
     if lookup.unlabelled:
         log.info(
@@ -171,8 +171,8 @@ def _check_source(job: Job, foreground: Sequence[str]) -> None:
         changed = snapshot.difference(source.listing)
     if changed:
         raise UsageError(
-            f"{job.source}: has changed since the run in {job.output} began: {changed}: continue with the "
-            "original list of images (--skip-source-check), retry failed images that were repaired "
+            f"{without_secrets(job.source)}: has changed since the run in {job.output} began: {changed}: continue with "
+            "the original list of images (--skip-source-check), retry failed images that were repaired "
             f"(--retry-failed), {_ALTERNATIVES}"
         )
 
@@ -292,7 +292,7 @@ class RunSession:
                 changed = self.snapshot.accept_changes(source.listing, failed)
         if changed:
             raise UsageError(
-                f"{self.job.source}: has changed since the run began, and not only the failed images: "
+                f"{without_secrets(self.job.source)}: has changed since the run began, and not only the failed images: "
                 f"{changed}: restore the others, or use the original list of images (--skip-source-check)"
             )
         log.info(f"retrying {pluralize(len(failed), 'failed image')}")

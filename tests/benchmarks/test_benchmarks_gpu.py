@@ -14,6 +14,8 @@ from multisa.kernels.cuda import pycuda_device
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import default_bundle_path
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = '{"gpu": "Test GPU", "target": "sm90", "problems": {"onnxruntime-cuda": "", "tensorrt-rtx": "too old"}}'
 # What needs a GPU answers with the exit code in the environment; the rest is the real Python.

@@ -15,6 +15,8 @@ from multisa.benchmarks.suite.context import Roofline, peak_of_all_cores
 from multisa.kernels.cpu import native
 from multisa.runtime.bundle import default_bundle_path
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = sorted(path for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 

@@ -25,6 +25,8 @@ from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli.main import root
 from multisa.runtime.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 MakeContext = Callable[..., BenchContext]
 
 

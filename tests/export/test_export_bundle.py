@@ -33,6 +33,8 @@ from multisa.training.data import Dataset, read_dataset
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.pipeline import RunRecord, train
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[1] / "training" / "tiny.toml"
 
 

@@ -39,6 +39,8 @@ from multisa.runtime.cli.main import root
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.imaging.decode import read_image, resize_image
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
 PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_images"
 ONE = (Profile((1, 64, 64), (1, 96, 128), (2, 128, 128)),)

@@ -33,6 +33,8 @@ from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.segmenter import SegmentImages
 
+pytestmark = pytest.mark.slow
+
 LONG_SIDE = 160  # of the photographs here; the networks take every size
 # Largest differences of float32 in another order of additions; labels: share of pixels that may differ.
 TOLERANCE = {"labels": 1e-4, "confidence": 1, "affinity": 2e-5, "cam": 1e-4, "scores": 1e-5}

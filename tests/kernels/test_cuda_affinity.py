@@ -11,6 +11,8 @@ from walk_checks import check_affinities, put
 
 from multisa.kernels.cuda.affinity import DeviceAffinity, GridShape
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(walk_checks.__file__)
 MAIN = "affinity.cuh"
 

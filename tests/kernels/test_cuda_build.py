@@ -12,6 +12,8 @@ from cuda_code import compiled, kernel_names
 from multisa.kernels.cuda import build
 from multisa.kernels.cuda.build import ARCHITECTURES, BuildError, build_fatbin, find_nvcc
 
+pytestmark = pytest.mark.slow
+
 # Registers a thread, over all architectures. 65,536 of them serve a multiprocessor: 128 registers leave
 # 512 threads at work, 64 leave 1,024, 40 all 1,536.
 BUDGET = {

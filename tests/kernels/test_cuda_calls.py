@@ -16,6 +16,8 @@ from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def device(library: Path, monkeypatch: pytest.MonkeyPatch) -> CpuDevice:

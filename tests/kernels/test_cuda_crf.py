@@ -20,6 +20,8 @@ from multisa.kernels import CrfParameters, dense_crf
 from multisa.kernels.cuda.crf import CrfShape, DeviceCRF
 from multisa.kernels.cuda.lattice import Sorter, lattice_geometry
 
+pytestmark = pytest.mark.slow
+
 FEW = replace(PSA, iterations=3)
 
 

@@ -12,6 +12,8 @@ from sanitisers import run_sanitised
 
 from multisa.kernels.cuda.label_maps import DeviceLabelMaps, bilinear_taps
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(label_checks.__file__)
 MAIN = "label_maps.cuh"
 Size = tuple[int, int]

@@ -12,6 +12,8 @@ from fake_driver import cuda_headers, make_fake_driver
 
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(pycuda_checks.__file__)
 MAGIC = 0xBA55ED50.to_bytes(4, "little")  # how a fat binary begins: all that the driver on the CPU looks at
 

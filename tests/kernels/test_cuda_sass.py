@@ -21,6 +21,8 @@ from cuda_code import compiled, kernel_names
 from multisa.kernels.common.stencil import stencil_offsets
 from multisa.kernels.cuda.build import ARCHITECTURES
 
+pytestmark = pytest.mark.slow
+
 KERNEL = re.compile(r"^\.text\.(\w+):$", re.MULTILINE)
 OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}

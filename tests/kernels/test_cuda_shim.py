@@ -8,6 +8,8 @@ from cpu_device import CpuDevice, build
 
 from multisa.kernels.cuda.device import ALIGNMENT, Workspace, divide_up
 
+pytestmark = pytest.mark.slow
+
 KERNELS = """
 #include "device.cuh"
 

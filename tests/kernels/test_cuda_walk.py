@@ -13,6 +13,8 @@ from walk_checks import check_walk, put, scene, walk
 from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(walk_checks.__file__)
 MAIN = "walk_ends.cuh"
 

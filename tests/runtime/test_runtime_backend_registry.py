@@ -99,6 +99,7 @@ def test_the_line_about_a_cpu_machine_is_calm(bundle: Bundle, no_gpu: None, monk
     assert line() == ["cam: onnxruntime-cpu, fp32 (auto: no usable NVIDIA GPU here: cuInit: unknown error)"]
 
 
+@pytest.mark.slow
 def test_available_backends(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "onnxruntime-cpu" in available_backends()  # the packaged bundle
     assert set(available_backends(bundle)) <= {"onnxruntime-cpu", "openvino"}

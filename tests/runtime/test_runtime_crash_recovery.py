@@ -7,6 +7,8 @@ import pytest
 from multisa.benchmarks import crash_recovery
 from multisa.runtime.bundle import Bundle
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("command", ["segment", "label"])
 def test_killed_runs(bundle: Bundle, tmp_path: Path, command: str) -> None:

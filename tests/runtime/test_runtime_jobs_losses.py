@@ -147,6 +147,7 @@ def test_a_shard_of_which_any_image_ends_processes_ends_the_run(tmp_path: Path) 
         committed_by(Scripted(tmp_path, do), 1)
 
 
+@pytest.mark.slow
 def test_an_image_that_crashes_processes_fails_and_the_run_ends(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(corpus: Path, bu
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "photos", 600)
     segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
@@ -204,6 +205,7 @@ def test_no_process_outlives_the_one_that_leads(bundle: Bundle, tmp_path: Path) 
     assert results(out) == results(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_shards_in_hand_be_finished(
     corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,8 @@ from multisa.runtime.jobs.executors.worker import RemoteError
 from multisa.runtime.jobs.monitor import RunMonitor
 from multisa.runtime.jobs.spec import RunOptions, make_job
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray", reason="needs the extra ray")
 
 STORE = 80 << 20  # bytes of a node for Ray's objects, the least that it takes

@@ -209,6 +209,7 @@ def test_too_many_failures_at_the_end_leave_a_whole_run(many: Path, bundle: Bund
     assert summary.failures == 3 and len(records(tmp_path / "out")) == 27
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "code", "said"),
     [

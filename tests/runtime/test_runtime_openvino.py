@@ -29,6 +29,8 @@ from multisa.runtime.demo import IMAGES
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 from multisa.runtime.imaging.decode import read_image, resize_image
 
+pytestmark = pytest.mark.slow
+
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("OpenVINO is not installed", allow_module_level=True)
 openvino = backend_module.import_openvino()

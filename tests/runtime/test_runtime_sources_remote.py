@@ -347,6 +347,7 @@ def web() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again(web: str) -> None:
     source = open_source(f"{web}/t.tar?X-Signature=secret")
     (item,) = source.listing()

@@ -200,6 +200,7 @@ def test_nothing_is_opened_before_telemetry_is_entered(tmp_path: Path) -> None:
     assert open_descriptors() == before and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["bundle", "labels", "output"])
 def test_a_run_that_cannot_start_closes_log_and_port(photos: Path, bundle: Bundle, tmp_path: Path, wrong: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:

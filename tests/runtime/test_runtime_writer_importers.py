@@ -14,6 +14,8 @@ import pytest
 
 from multisa.runtime.writers.base import LabelledImage, file_name
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("plain", "deep/a.b", "deep/a", "deep%2Fa", "a.jpg", "# ü 日本", "y" * 180 + "/" + "z" * 180)
 LABELS = ["background", "red thing", "green", "ignore"]
 

@@ -73,6 +73,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     run_python(program)
 
 
+@pytest.mark.slow
 def test_train_resumes_the_finished_run(tiny_run: Path, voc_folder: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     config, dataset = load_config(str(TINY)), read_dataset(voc_folder)
@@ -111,6 +112,7 @@ def test_create_model_loads_a_checkpoint_in_evaluation_mode(tiny_run: Path) -> N
     assert not network.training and tuple(network.betas()) == pytest.approx(run.betas)
 
 
+@pytest.mark.slow
 def test_timm_imports_beside_a_torchvision_of_another_torch(tmp_path: Path) -> None:
     """The library of such a torchvision does not load, and its import then describes operators of it."""
     package = tmp_path / "torchvision"

@@ -20,6 +20,8 @@ from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES
 from multisa.training.reproduce.tables import TABLES, attention_counts, per_class_rows, protocol, reproduce_table
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).with_name("tiny.toml")
 
 
