@@ -72,7 +72,7 @@ class OnnxRuntimeBackend(Closeable):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
-        # It would keep a memory plan for each input size, which grows with the corpus.
+        # It would keep a memory plan for each input size, which grows with the source.
         options.enable_mem_pattern = False
         load_problem = _prepare_cuda(runtime) if provider == "cuda" else ""
         try:

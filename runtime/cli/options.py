@@ -1,6 +1,7 @@
 """The options of the commands, each defined once, and their groups in the help."""
 
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,17 +175,16 @@ _RUN_OPTIONS = (
 )
 
 
-def _decorated(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
-    for decorate in reversed(options):
-        command = decorate(command)
-    return command
+def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help."""
+    return lambda command: reduce(lambda done, decorate: decorate(done), reversed(options), command)
 
 
 def backend_options(command: Command) -> Command:
     """Add --backend, --precision and --engine-cache."""
-    return _decorated(command, _BACKEND_OPTIONS)
+    return together(*_BACKEND_OPTIONS)(command)
 
 
 def run_options(command: Command) -> Command:
     """Add the arguments that `label` and `segment` share; `multisa.runtime.api.RunSettings` takes them."""
-    return _decorated(command, _RUN_OPTIONS)
+    return together(*_RUN_OPTIONS)(command)

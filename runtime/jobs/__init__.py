@@ -1,1 +1,1 @@
-"""Jobs: running a predictor over a corpus so that no image is lost and none is done twice."""
+"""Jobs: running a predictor over a source so that no image is lost and none is done twice."""
