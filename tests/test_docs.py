@@ -208,6 +208,7 @@ def test_sample_is_the_one_that_thresholds_are_chosen_on() -> None:
     assert f"on a sample of {sample} train images" in PAGES["docs/training.md"]
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_results() -> None:
     script = ROOT / "benchmarks" / "tables.py"
     result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)

@@ -46,6 +46,7 @@ def written(bench: Bench, folder: Path) -> str:
     return write_report(bench, folder).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_has_tables_and_figures(made_up: Bench, tmp_path: Path) -> None:
     page = Page(written(made_up, tmp_path / "one"))
     images = [str(attrs["src"]) for tag, attrs in page.tags if tag == "img"]

@@ -72,6 +72,7 @@ def test_its_nodes_have_names_that_last(exported: Path) -> None:
     assert not model.functions
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_square_of_the_tokens(exported: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(exported)]

@@ -30,6 +30,7 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "masks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee"])
 def test_the_example_writes_the_mask_of_multisa_segment(name: str, masks: Path, tmp_path: Path) -> None:
     (program,) = (program for program in PROGRAMS if "onnxruntime" in program)

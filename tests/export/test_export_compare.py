@@ -47,6 +47,7 @@ def parity(bundle: Bundle, *options: str) -> Result:
     return CliRunner().invoke(root_command, command)
 
 
+@pytest.mark.slow
 def test_a_backend_against_itself(small: Bundle, tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     result = parity(small, "--backend", "onnxruntime-cpu", "--report", str(report_file))
@@ -92,6 +93,7 @@ def test_a_graph_of_other_weights_is_exit_code_3_and_reported(small: Bundle, tmp
     assert entry["passed"] is False and entry["problems"] and entry["precision"] == "fp16"
 
 
+@pytest.mark.slow
 def test_ground_truth_counts_where_it_is_given(small: Bundle, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -123,6 +125,7 @@ def test_what_cannot_be_compared(
     assert result.exit_code == code and said in result.stderr, result.output
 
 
+@pytest.mark.slow
 def test_cam_is_compared_with_affinity_or_left_out(small: Bundle, tmp_path: Path) -> None:
     bundle = with_fp16_segmenter(small, tmp_path / "bundle")
     files = {name: bundle.read_file(name) for name in bundle.manifest.files}
@@ -132,6 +135,7 @@ def test_cam_is_compared_with_affinity_or_left_out(small: Bundle, tmp_path: Path
     assert result.exit_code == 0 and "cam: left out" in result.stderr
 
 
+@pytest.mark.slow
 def test_neither_pytorch_nor_onnx_is_needed(small: Bundle) -> None:
     program = (
         "import sys; sys.modules.update(torch=None, onnx=None)\n"

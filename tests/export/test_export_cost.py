@@ -1,5 +1,6 @@
 """Costs by hand: convolutions, attention, the head as trained and folded."""
 
+import pytest
 from torch import nn
 
 from multisa.export.cost import Cost, cost_of, costs_of_parts
@@ -23,6 +24,7 @@ def test_attention_is_counted_without_its_matrix() -> None:
     assert cost.activation_bytes < 10 * tokens * c * 4
 
 
+@pytest.mark.slow
 def test_head_as_trained_and_folded() -> None:
     network = MultiSACAM(Backbone("test_efficientnet", weights="none"), taps=(2, 3, 4), n_classes=3).eval()
     parts = costs_of_parts(network, FoldedMultiSACAM(network), (96, 64))
@@ -37,6 +39,7 @@ def test_head_as_trained_and_folded() -> None:
     assert cost_of(network, (96, 64)).multiply_adds == sum(parts[p].multiply_adds for p in ("backbone", "head"))
 
 
+@pytest.mark.slow
 def test_folding_saves_what_it_is_for() -> None:
     network = create_model(load_config("paper-resnet50", ["cam.weights=none"]).cam, 21).eval()
     parts = costs_of_parts(network, FoldedMultiSACAM(network), (512, 512))

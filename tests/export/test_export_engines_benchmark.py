@@ -14,6 +14,8 @@ from multisa.runtime.backends.tensorrt_runtime import Library, import_library
 from multisa.runtime.bundle import default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.errors import BackendUnavailable
 
+pytestmark = pytest.mark.slow
+
 
 def run(monkeypatch: pytest.MonkeyPatch, work: Path, *options: str) -> int:
     monkeypatch.setattr(sys, "argv", ["engines.py", "--work", str(work), "--results", str(work), *options])

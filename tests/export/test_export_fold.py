@@ -22,6 +22,7 @@ def network_with(taps: tuple[int, ...], betas: tuple[float, ...], seed: int) -> 
     return network
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     taps=st.sampled_from([(), (4,), (3, 4), (2, 3, 4), (1, 2, 3, 4)]),

@@ -95,6 +95,7 @@ def compile_self_check(compiler: str, folder: Path, *flags: str) -> Path:
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -106,6 +107,7 @@ def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
     assert "portable" in result.stdout
 
 
+@pytest.mark.slow
 def test_aarch64(tmp_path: Path) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None:

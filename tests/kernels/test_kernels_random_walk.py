@@ -65,7 +65,7 @@ def test_kernel_is_the_reference(size: tuple[int, int], boundary: Boundary, exac
 
 @pytest.mark.parametrize("radius", [1, 2, 3, 7, 11, 16])
 @pytest.mark.parametrize("size", [(50, 1), (64, 1), (100, 2), (1, 130), (3, 3), (19, 40)])
-@pytest.mark.parametrize("steps", [4, 256])
+@pytest.mark.parametrize("steps", [4, pytest.param(256, marks=pytest.mark.slow)])
 def test_every_radius_on_every_shape(size: tuple[int, int], radius: int, steps: int) -> None:
     rng = np.random.default_rng(7)
     scores = rng.random((5, *size), dtype=np.float32)

@@ -13,6 +13,7 @@ from multisa.runtime.bundle import Bundle
 SECONDS = 120  # far above what a run takes; beyond it something hangs
 
 
+@pytest.mark.slow
 def test_every_damaged_file_is_labelled_or_listed(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     folder.mkdir()

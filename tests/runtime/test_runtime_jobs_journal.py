@@ -119,6 +119,7 @@ def test_a_write_that_fails_raises_its_own_reason_and_leaves_no_part(
     assert (tmp_path / "j").read_bytes() == lines(1, 3)
 
 
+@pytest.mark.slow
 def test_two_hundred_thousand_lines_are_read_in_a_moment(tmp_path: Path) -> None:
     """51 million images at the default shard size."""
     path = tmp_path / "j"

@@ -106,6 +106,7 @@ def test_no_more_is_under_way_than_there_are_permits(tmp_path: Path, manifest: M
     assert 2 < observer.most <= config.max_in_flight
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, manifest: Manifest) -> None:
     height, width, config = 300, 400, PipelineConfig(readers=2, workers=2)
     peaks = []

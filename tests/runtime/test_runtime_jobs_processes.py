@@ -77,6 +77,7 @@ def test_two_processes_write_what_one_writes(
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_loses_nothing(
     corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_process_that_is_killed_loses_nothing(
     assert not list((tmp_path / "two/.multisa/tmp").glob("*"))
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_before_the_first_shard_lose_nothing(
     corpus: Path, bundle: Bundle, tmp_path: Path, alone: dict[str, bytes]
 ) -> None:
@@ -164,6 +166,7 @@ def test_processes_that_die_again_and_again_end_the_run(corpus: Path, bundle: Bu
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_an_error_where_a_shard_is_done_is_the_error_of_the_run(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:
     for name, executor in (("one", LocalExecutor), ("two", TWO)):
         (tmp_path / name).mkdir()

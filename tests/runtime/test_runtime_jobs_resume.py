@@ -41,6 +41,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "batch", "before", "writers"),
     [
@@ -114,6 +115,7 @@ def test_an_image_that_has_vanished(
     assert (last["image"], last["kind"]) == ("29.png", "read") and str(tmp_path) not in last["reason"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_has_vanished_fails_no_image(
     many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def test_failed_images_are_tried_again(many: Path, bundle: Bundle, tmp_path: Pat
         run_segment(many, out, bundle, **options)
 
 
+@pytest.mark.slow
 def test_a_retry_that_is_cut(many: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outs = tmp_path / "whole", tmp_path / "out"
     for out in outs:

@@ -13,7 +13,7 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.report.report import ReportData, write_report
 
 BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")]
 
 # Runs after the page's own script and leaves what it saw in the page.
 DRIVER = """

@@ -154,6 +154,7 @@ def test_a_folder_of_several_pages(photos: Bucket) -> None:
     assert found == [*ORDER[:2], *(f"a-{i}/x.jpg" for i in range(7)), *ORDER[2:]]
 
 
+@pytest.mark.slow
 def test_a_flat_folder_of_many_takes_the_memory_of_its_names() -> None:
     class Files:
         """Answers as s3fs does, in pages of 1,000 keys."""

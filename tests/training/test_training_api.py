@@ -105,6 +105,7 @@ def test_create_model_builds_the_network_of_each_configuration(tmp_path: Path) -
         create_model(config.cam, 3, checkpoint=tmp_path / "none.safetensors")
 
 
+@pytest.mark.slow
 def test_create_model_loads_a_checkpoint_in_evaluation_mode(tiny_run: Path) -> None:
     run = load_run(tiny_run)
     checkpoint = run.folder(tiny_run, "cam") / "checkpoint.safetensors"

@@ -23,6 +23,8 @@ from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES, choose_images
 from multisa.training.reproduce.pictures import PANEL, Legend, Strip, coloured, draw_sheet, fitted, heat_map, sheet_size
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).with_name("tiny.toml")
 
 

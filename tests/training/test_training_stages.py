@@ -209,6 +209,7 @@ def fit(folder: Path, epochs: int, stop_after: int | None = None) -> dict[str, t
     return dict(model.state_dict())
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -270,6 +271,7 @@ def run_folder(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("stages") / "run"))
 
 
+@pytest.mark.slow
 def test_pipeline_measures_every_stage(run_folder: Path, voc_folder: Path) -> None:
     run = load_run(run_folder)
     assert [row.measured_on for row in run.rows] == ["train"] * 4 + ["val"]
@@ -282,6 +284,7 @@ def test_pipeline_measures_every_stage(run_folder: Path, voc_folder: Path) -> No
     assert set(np.unique(mask)) <= {0, *item.classes}
 
 
+@pytest.mark.slow
 def test_background_score_is_chosen_by_the_masks_it_makes(run_folder: Path, voc_folder: Path) -> None:
     dataset, run = read_dataset(voc_folder), load_run(run_folder)
     stage = json.loads((run.folder(run_folder, "calibration") / "stage.json").read_text())
@@ -294,6 +297,7 @@ def test_background_score_is_chosen_by_the_masks_it_makes(run_folder: Path, voc_
     assert run.rows[-2].miou == curve[run.label.background]
 
 
+@pytest.mark.slow
 def test_a_gain_for_each_class_is_measured_beside_one_background(
     run_folder: Path, voc_folder: Path, tmp_path: Path
 ) -> None:
@@ -318,6 +322,7 @@ def test_a_class_that_spreads_gets_a_gain_below_one() -> None:
     assert choose_class_gains(images, 0.3, 4)[2] == 1  # a class that no image has
 
 
+@pytest.mark.slow
 def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, voc_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
     first = load_run(run_folder)
@@ -330,6 +335,7 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
     assert changed.folder(run_folder, "walk") == first.folder(run_folder, "walk")
 
 
+@pytest.mark.slow
 def test_a_missing_or_changed_output_is_made_again(run_folder: Path, voc_folder: Path) -> None:
     run = load_run(run_folder)
     altered = run.folder(run_folder, "pseudo-masks") / "photo_01.png"
@@ -342,6 +348,7 @@ def test_a_missing_or_changed_output_is_made_again(run_folder: Path, voc_folder:
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_columns_of_the_table_stand_below_each_other(run_folder: Path) -> None:
     run = load_run(run_folder)
     long = replace(run, rows=(replace(run.rows[0], stage="a stage with a name of over forty characters"), *run.rows))
@@ -349,6 +356,7 @@ def test_columns_of_the_table_stand_below_each_other(run_folder: Path) -> None:
     assert {row.index(mark) for row in rows for mark in (" train ", " val ") if mark in row} == {header.index(" list ")}
 
 
+@pytest.mark.slow
 def test_other_images_or_labels_train_again_other_masks_do_not(voc_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "voc"
     shutil.copytree(voc_folder, root)
@@ -362,6 +370,7 @@ def test_other_images_or_labels_train_again_other_masks_do_not(voc_folder: Path,
     assert read_dataset(root).train_images_digest() != dataset.train_images_digest()
 
 
+@pytest.mark.slow
 def test_a_plain_folder_goes_all_the_way(voc_folder: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
