@@ -8,6 +8,8 @@ QUICK ?= --quick
 # In a process of its own: after torch, Ray and TensorRT's builder in one process, OpenVINO once ended with a
 # segmentation fault. Four repetitions of that order did not.
 OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py
+# About half the time of all others.
+HALF := tests/kernels tests/export tests/training
 
 .PHONY: demo test check docs bench train clean
 
@@ -16,7 +18,11 @@ demo: $(VENV)/base  ## label and segment the images that come with the package
 
 test: $(VENV)/dev $(VENV)-importers/ready  ## static checks, then the test suite
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest --ignore $(OPENVINO_TESTS)
+	mkdir -p build
+	# Two processes side by side; what the second says comes after what the first does.
+	$(BIN)/python -m pytest $(HALF) > build/tests.log 2>&1 & second=$$!; \
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(HALF) $(OPENVINO_TESTS)); first=$$?; \
+	wait $$second; second=$$?; cat build/tests.log; test $$first -eq 0 -a $$second -eq 0
 	$(BIN)/python -m pytest $(OPENVINO_TESTS)
 
 check: $(VENV)/dev  ## format, lint and types
