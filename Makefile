@@ -19,11 +19,15 @@ demo: $(VENV)/base  ## label and segment the images that come with the package
 test: $(VENV)/dev $(VENV)-importers/ready  ## static checks, then the test suite
 	$(MAKE) --no-print-directory check
 	mkdir -p build
-	# Two processes side by side; what the second says comes after what the first does.
-	$(BIN)/python -m pytest $(HALF) > build/tests.log 2>&1 & second=$$!; \
-	$(BIN)/python -m pytest $(addprefix --ignore ,$(HALF) $(OPENVINO_TESTS)); first=$$?; \
-	wait $$second; second=$$?; cat build/tests.log; test $$first -eq 0 -a $$second -eq 0
+	$(MAKE) --no-print-directory --keep-going --jobs 2 .test-rest .test-half; status=$$?; cat build/tests.log; exit $$status
 	$(BIN)/python -m pytest $(OPENVINO_TESTS)
+
+# Side by side, by make: sh would start the one in the background with SIGINT ignored, which tests send.
+.test-rest:
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(HALF) $(OPENVINO_TESTS))
+
+.test-half:
+	@$(BIN)/python -m pytest $(HALF) > build/tests.log 2>&1
 
 check: $(VENV)/dev  ## format, lint and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from job_runs import public_bytes, records
 from test_runtime_fuzz import FILES, damaged, sources
 
