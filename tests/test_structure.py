@@ -161,9 +161,9 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 
 
 def test_the_code_stays_small() -> None:
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
-    everything = sum(lines.values()) + len((ROOT / "setup.py").read_text(encoding="utf-8").splitlines())
-    assert everything <= MOST_LINES
+    files = [*sources(), ROOT / "setup.py", ROOT / "docs/hooks.py"]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert sum(lines.values()) <= MOST_LINES
     benchmarks = sum(count for path, count in lines.items() if path.is_relative_to(ROOT / "benchmarks"))
     assert benchmarks <= MOST_BENCHMARK_LINES
     assert len(list((ROOT / "runtime").rglob("*.py"))) <= MOST_RUNTIME_FILES
