@@ -197,7 +197,7 @@ def test_accuracy_is_that_of_the_training() -> None:
     for fact in (f"{segmenter['miou']:.1f} mIoU", f"{masks['miou']:.1f} mIoU"):
         assert fact in README
     assert f"({counts['val']} val images)" in README
-    assert f"({counts['train']} train images)" in README
+    assert f"on the {counts['train']} train images with" in README
 
 
 def test_sample_is_the_one_that_thresholds_are_chosen_on() -> None:

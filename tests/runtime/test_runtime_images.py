@@ -148,7 +148,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
         ("text.jpg", "not an image"),
         ("float.tif", "floating-point"),
         ("deep.tif", "32-bit"),
-        ("folder.jpg", "directory"),
+        ("folder.jpg", "is not a regular file, expected an image file"),
         ("absent.jpg", "No such file"),
     ],
 )

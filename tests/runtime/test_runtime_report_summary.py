@@ -58,7 +58,6 @@ def test_text_of_a_run() -> None:
             skipped=3,
             cores=4,
             reasons={"the file is empty": 1, "cannot be decoded": 19},
-            look_at=("out/report.html",),
         )
     )
     assert text.splitlines() == [
@@ -67,7 +66,6 @@ def test_text_of_a_run() -> None:
         "the bottleneck is segmenter: its worker was busy 96% of the time; more workers or a faster backend would help",
         "failed, 19 images: cannot be decoded",
         "failed, 1 image: the file is empty",
-        "look at out/report.html",
     ]
 
 
