@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from multisa.runtime.cli.options import PATH, bundle_option
+from multisa.runtime.cli.options import PATH, bundle_option, engine_cache_option
 
 _STAGES = "What to measure, separated by commas."
 # The names of benchmarks/suite/candidates.py, which help does not load.
@@ -19,12 +19,7 @@ _BACKENDS = (
 @click.option("--data", type=PATH, required=True, metavar="DATA", help="Data set in VOC layout, with masks.")
 @click.option("-o", "--output", type=PATH, required=True, metavar="DIR", help="Folder for the report.")
 @bundle_option
-@click.option(
-    "--engine-cache",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="DIR",
-    help="Also look for TensorRT engines here, besides BUNDLE/engines.",
-)
+@engine_cache_option
 @click.option("--stages", default="segment,label,kernels", show_default=True, metavar="NAMES", help=_STAGES)
 @click.option("--backends", default="", metavar="NAMES", help=_BACKENDS)
 @click.option("--quick", is_flag=True, help="Fewer images and repeats: minutes, and more noise.")

@@ -21,6 +21,7 @@ from multisa.benchmarks.harness import Times, environment, interleave, with_rati
 from multisa.benchmarks.kernels import transition
 from multisa.benchmarks.synthetic_images import class_probabilities, image_bytes, image_features, smooth_scores
 from multisa.kernels import CrfParameters, affinity_from_features, dense_crf, random_walk, random_walk_reference
+from multisa.kernels.common.checks import Float32
 from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
@@ -29,7 +30,6 @@ from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError
 from multisa.runtime.errors import BackendUnavailable, ParityError
 from multisa.runtime.files import write_json_atomically
 
-Float32 = npt.NDArray[np.float32]
 SETTINGS = WalkSettings()
 CRF = CrfParameters()
 # The device keeps the walk's weights in fp16, unlike the reference; the CRF sums in another order.
@@ -86,7 +86,7 @@ def dense_squaring(affinity: Float32, scores: Float32) -> Callable[[], object]:
     """The literature's walk of each image in PyTorch on the GPU, until it is finished."""
     import torch
 
-    matrix = torch.from_numpy(transition(affinity, SETTINGS.beta, SETTINGS.radius).toarray()).cuda()
+    matrix = torch.from_numpy(transition(affinity, SETTINGS).toarray()).cuda()
     flat = torch.from_numpy(scores.reshape(len(scores), scores.shape[1], -1)).cuda()
 
     def run() -> None:

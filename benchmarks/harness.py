@@ -85,18 +85,14 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
-def make_parser(
-    description: str | None, *, quick: str = "", data: str = "", bundle: bool = False
-) -> argparse.ArgumentParser:
-    """A parser with `--results`, and `--quick`, `--data` (for which the help is given) and `--bundle`."""
+def make_parser(description: str | None, *, quick: str = "", bundle: bool = False) -> argparse.ArgumentParser:
+    """A parser with `--results`, and `--quick` (for which the help is given) and `--bundle`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="folder for the JSON: benchmarks/results"
     )
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
-    if data:
-        parser.add_argument("--data", type=Path, required=True, help=data)
     if bundle:
         parser.add_argument("--bundle", type=Path, default=default_bundle_path())
     return parser

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from multisa.benchmarks.harness import Times, copied_bytes_per_second, interleave, peaks, roofline_share, with_ratios
 from multisa.benchmarks.synthetic_images import class_probabilities, image_bytes, image_features, smooth_scores
@@ -26,17 +25,15 @@ from multisa.kernels import (
     random_walk_reference,
     stencil_offsets,
 )
+from multisa.kernels.common.checks import Float32
 from multisa.kernels.common.stencil import pair_slices
-from multisa.kernels.common.walk import chebyshev_degree
+from multisa.kernels.common.walk import WalkSettings, chebyshev_degree
 from multisa.kernels.cpu import forget_lattices
 from multisa.runtime.progress import Progress, log
 
-Float32 = npt.NDArray[np.float32]
 Row = dict[str, Any]
 OURS = "multisa"
-STEPS = 256
-BETA = 8.0
-RADIUS = 5
+WALK = WalkSettings()
 CHANNELS = 4
 SIDES = (64, 128)  # pixels; the dense matrix is squared for the first
 SLOW_REPEATS = 3  # of ways that take seconds
@@ -71,16 +68,16 @@ def measure(*, quick: bool) -> list[Row]:
     return rows
 
 
-def transition(affinity: Float32, beta: float = BETA, radius: int = RADIUS) -> Any:
+def transition(affinity: Float32, settings: WalkSettings = WALK) -> Any:
     """The row-stochastic D^-1 A^beta of one image as a sparse matrix (SciPy's csr_array) [h w, h w]."""
     from scipy.sparse import csr_array
 
     height, width = affinity.shape[-2:]
     index = np.arange(height * width).reshape(height, width)
     rows, columns, values = [index.ravel()], [index.ravel()], [np.ones(index.size)]
-    for plane, offset in zip(affinity, stencil_offsets(radius), strict=True):
+    for plane, offset in zip(affinity, stencil_offsets(settings.radius), strict=True):
         source, target = pair_slices(offset, (height, width))
-        edges = plane[source].astype(np.float64).ravel() ** beta
+        edges = plane[source].astype(np.float64).ravel() ** settings.beta
         rows += [index[source].ravel(), index[target].ravel()]
         columns += [index[target].ravel(), index[source].ravel()]
         values += [edges, edges]
@@ -89,33 +86,24 @@ def transition(affinity: Float32, beta: float = BETA, radius: int = RADIUS) -> A
     return (matrix / matrix.sum(axis=1)[:, None]).tocsr().astype(np.float32)
 
 
-def sparse_steps(
-    affinity: Float32, scores: Float32, beta: float = BETA, steps: int = STEPS, radius: int = RADIUS
-) -> Float32:
+def sparse_steps(affinity: Float32, scores: Float32, settings: WalkSettings = WALK) -> Float32:
     """Every step on SciPy's sparse products."""
-    matrix = transition(affinity, beta, radius)
+    matrix = transition(affinity, settings)
     state = scores.reshape(len(scores), -1).T
-    for _ in range(steps):
+    for _ in range(settings.steps):
         state = matrix @ state
     return np.asarray(np.ascontiguousarray(state.T).reshape(scores.shape), np.float32)
 
 
-def dense_squaring(
-    affinity: Float32,
-    scores: Float32,
-    beta: float = BETA,
-    steps: int = STEPS,
-    radius: int = RADIUS,
-    device: str = "cpu",
-) -> Float32:
+def dense_squaring(affinity: Float32, scores: Float32, settings: WalkSettings = WALK, device: str = "cpu") -> Float32:
     """The literature's way in PyTorch on all cores: square the dense matrix, then one product.
 
-    `steps` is a power of two.
+    `settings.steps` is a power of two.
     """
     import torch
 
-    matrix = torch.from_numpy(transition(affinity, beta, radius).toarray()).to(device)
-    for _ in range(steps.bit_length() - 1):
+    matrix = torch.from_numpy(transition(affinity, settings).toarray()).to(device)
+    for _ in range(settings.steps.bit_length() - 1):
         matrix = matrix @ matrix
     flat = torch.from_numpy(scores.reshape(len(scores), -1)).to(device)
     return np.asarray((flat @ matrix.T).cpu().numpy().reshape(scores.shape), np.float32)
@@ -141,7 +129,7 @@ class _FlushedDense:
 
 def walk_rows(machine: dict[str, float], side: int, dense: bool, repeats: int) -> Iterator[Row]:
     """All ways on one image of side x side: times, ratios to ours, errors against float64."""
-    affinity = affinity_from_features(image_features(side, side), radius=RADIUS)
+    affinity = affinity_from_features(image_features(side, side), radius=WALK.radius)
     scores = smooth_scores(CHANNELS, side, side)
     ways: dict[str, Callable[[], Float32]] = {
         OURS: lambda: random_walk(scores, affinity),
@@ -171,8 +159,8 @@ def walk_roofline(side: int, seconds: float, machine: dict[str, float]) -> Row:
     and read and write the previous state, which becomes the next, and the sum of the series.
     """
     pixels = side**2
-    planes = len(stencil_offsets(RADIUS))
-    products = chebyshev_degree(STEPS)
+    planes = len(stencil_offsets(WALK.radius))
+    products = chebyshev_degree(WALK.steps)
     operations = products * pixels * CHANNELS * (2 * planes + 1)
     moved = products * 4 * pixels * (planes + 5 * CHANNELS)
     rate = copied_bytes_per_second(4 * pixels * (planes + 3 * CHANNELS))

@@ -14,22 +14,21 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from multisa.benchmarks.harness import median_ratio
-from multisa.benchmarks.suite.candidates import EAGER, Measured, auto_candidate, list_candidates, run_alternately
+from multisa.benchmarks.suite.candidates import EAGER, Measured, Row, auto_candidate, list_candidates, run_alternately
 from multisa.benchmarks.suite.context import BenchContext, mean_roofline
-from multisa.benchmarks.suite.images import LabelledImage, count_confusion, read_plainly, read_working, spread
+from multisa.benchmarks.suite.images import LabelledImage, count_confusion, read_plainly, read_working
 from multisa.runtime.backends.base import CAM
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.evaluation import mean_iou
 from multisa.runtime.imaging.decode import read_image, read_mask
 from multisa.runtime.progress import Progress
+from multisa.training.data import spread
 
-Row = dict[str, Any]
 OURS = "multisa label"
 COPIES = 24  # of the image that the dense recipe gets: a run of ours on one image would be all start-up
 DENSE_REPEATS = 3
@@ -43,10 +42,6 @@ class _Measured(Measured):
 
     walk: str = ""  # of the recipe; empty for ours
     stages: dict[str, float] = field(default_factory=dict)  # seconds
-
-    @property
-    def folder(self) -> str:
-        return "-".join((*astuple(self.candidate), self.walk))
 
 
 def measure(context: BenchContext) -> list[Row]:
@@ -112,14 +107,17 @@ class _Steps:
             each.row["peak_mib"] = {"host": each.worker.peak_mib, "device": None}
             return len(images) / sum(stages.values()), stages
         labels = self._context.scratch / "labels.csv"
-        _write_labels(labels, images)
+        with labels.open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("image", "labels"))
+            rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)
         record = self._context.run_on_images("label", each.candidate, images, out, "--labels", str(labels))
         known = each.row.get("peak_mib", {}).get("host") or 0
         each.row["peak_mib"] = {"host": max(known, record["peak_mib"] or 0) or None, "device": None}
         return record["images_per_second"], record["stage_seconds"]
 
     def _masks_of(self, each: _Measured) -> Path:
-        return self._context.scratch / "labelled" / each.folder
+        return self._context.scratch / "labelled" / "-".join((*astuple(each.candidate), each.walk))
 
     def _against_dense(self, each: _Measured) -> None:
         """The dense recipe on one image, reduced to a bearable size, and ours on copies of the same image."""
@@ -201,10 +199,3 @@ def _reduced(image: LabelledImage, context: BenchContext, long_side: int) -> Lab
     path = context.scratch / f"reduced-{long_side}-{image.id}.png"
     Image.fromarray(read_plainly(image.path, long_side)[0]).save(path)
     return replace(image, path=path)
-
-
-def _write_labels(path: Path, images: Sequence[LabelledImage]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("image", "labels"))
-        rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)

@@ -12,14 +12,11 @@ from typing import Any
 
 from multisa.benchmarks import kernels, labelling, segmenting
 from multisa.benchmarks.bench_file import SCHEMA_VERSION
-from multisa.benchmarks.suite.candidates import list_candidates
+from multisa.benchmarks.suite.candidates import Row, list_candidates
 from multisa.benchmarks.suite.context import BenchContext, BenchRequest, make_context
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.errors import Interrupted, UsageError
 from multisa.runtime.files import write_json_atomically
-
-Row = dict[str, Any]
-BENCH_FILE = "bench.json"
 
 
 def run_suite(
@@ -46,7 +43,7 @@ def run_suite(
         for name in (name for name in MEASURES if name in stages):
             bench[name] = MEASURES[name](context)
             described["seconds"] = round(time.monotonic() - start, 1)
-            write_json_atomically(output / BENCH_FILE, bench)
+            write_json_atomically(output / "bench.json", bench)
             report(bench)
     return bench
 

@@ -20,21 +20,21 @@ from multisa.benchmarks.suite.candidates import (
     REFERENCE,
     Candidate,
     Measured,
+    Row,
     auto_candidate,
     baseline_of,
     list_candidates,
     run_alternately,
 )
 from multisa.benchmarks.suite.context import BenchContext, mean_roofline
-from multisa.benchmarks.suite.images import read_working, spread
+from multisa.benchmarks.suite.images import read_working
 from multisa.benchmarks.suite.segment_candidate import SegmentCandidate
 from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.runtime.backends.base import SEGMENTER
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.progress import Progress
 from multisa.runtime.system import usable_cpus
-
-Row = dict[str, Any]
+from multisa.training.data import spread
 
 
 @dataclass(eq=False)

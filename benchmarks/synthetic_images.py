@@ -3,11 +3,9 @@
 from importlib.resources import files
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
+from multisa.kernels.common.checks import Float32, UInt8
 
 
 def image_bytes(height: int, width: int) -> UInt8:

@@ -15,14 +15,13 @@ from statistics import median
 from typing import Any
 
 from multisa.benchmarks import start_up
-from multisa.benchmarks.bench_file import number
+from multisa.benchmarks.bench_file import Row, number
 from multisa.benchmarks.harness import make_parser
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.training.reproduce.paper import MULTI_SA, TABLE2, TABLE3_MIOU
 from multisa.training.thresholds import BACKGROUND_SAMPLE
 
-Row = Mapping[str, Any]
 Files = Mapping[str, Any]  # contents of the results files by name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,12 +157,6 @@ def _rate(row: Row, key: str) -> str | None:
     return f"{median(rates):.1f} ({text(at(row, f'{key}/times_baseline'), '.2f')})" if rates else None
 
 
-def _segmenting(files: Files) -> list[Row]:
-    """Every way to segment that ran, fastest from file to file first."""
-    rows = _with_titles(files["segmenting"]["segment"])
-    return sorted(rows, key=lambda row: -float(row["images_per_second"] or 0))
-
-
 def _runs(files: Files) -> Iterator[Row]:
     for command in ("segment", "label"):
         run = files["pipeline"][command]
@@ -210,7 +203,9 @@ def _folding(files: Files) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
-    "segmenting": _segmenting,
+    "segmenting": lambda files: sorted(
+        _with_titles(files["segmenting"]["segment"]), key=lambda row: -float(row["images_per_second"] or 0)
+    ),
     "labelling": lambda files: _with_titles(files["labelling"]["label"]),
     "starts": lambda files: named(files["start_up"]["ways"]),
     "runs": _runs,

@@ -19,6 +19,7 @@ from onnx import inliner
 from onnx.defs import OpSchema
 from onnxscript import values
 
+from multisa.export.fp16 import replace_values
 from multisa.runtime.errors import ParityError
 
 # 18: the newest opset whose Resize every execution provider of ONNX Runtime has.
@@ -73,16 +74,13 @@ _FUNCTION = f"""
     attended = Unsqueeze (cut, head)
 }}
 """
-
-
-_TYPES = [("T", ["tensor(float)"], "what PyTorch computes attention in")]
 _SCHEMA = OpSchema(
     _NAME,
     _DOMAIN,
     1,
     inputs=[OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
     outputs=[OpSchema.FormalParameter("attended", "T")],
-    type_constraints=_TYPES,
+    type_constraints=[("T", ["tensor(float)"], "what PyTorch computes attention in")],
 )
 _PLACEHOLDER = values.Op(values.Opset(_DOMAIN, 1), _NAME, _SCHEMA)
 
@@ -105,9 +103,7 @@ def expand_attention(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     model.functions.append(onnx.parser.parse_function(_FUNCTION))
     expanded = inliner.inline_local_functions(model)
-    kept = [entry for entry in expanded.opset_import if entry.domain != _DOMAIN]
-    del expanded.opset_import[:]
-    expanded.opset_import.extend(kept)
+    replace_values(expanded.opset_import, [entry for entry in expanded.opset_import if entry.domain != _DOMAIN])
     for node in expanded.graph.node:
         if node.op_type == "Loop":
             body = next(attribute.g for attribute in node.attribute if attribute.name == "body")

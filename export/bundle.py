@@ -92,16 +92,6 @@ class Graph:
     reference: nn.Module
     exported: nn.Module
 
-    @property
-    def file(self) -> str:
-        """Name of the file in the bundle."""
-        return graph_file(self.contract)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs, in order."""
-        return tuple(self.contract.outputs)
-
 
 def export_bundle(
     run: str | Path, dataset: Dataset, output: str | Path, options: ExportOptions | None = None
@@ -145,7 +135,7 @@ def compare_with_networks(
 ) -> ParityReport:
     """Compare the graphs, ONNX `files` by name, with the networks, including the pseudo-masks of both."""
     threads = torch.get_num_threads()
-    backends = [OnnxRuntimeBackend(files[g.file], threads=threads, contract=g.contract) for g in graphs]
+    backends = [OnnxRuntimeBackend(files[graph_file(g.contract)], threads=threads, contract=g.contract) for g in graphs]
 
     def pairs() -> Iterator[Compared]:
         with Progress(len(items), "parity") as bar:
@@ -156,7 +146,7 @@ def compare_with_networks(
                     with torch.inference_mode():
                         made = graph.reference(as_batch(image))
                     tensors = made if isinstance(made, tuple) else (made,)
-                    expected.update(zip(graph.outputs, (t.numpy() for t in tensors), strict=True))
+                    expected.update(zip(graph.contract.outputs, (t.numpy() for t in tensors), strict=True))
                 got = run_all(backends, image)
                 for outputs in (expected, got):
                     add_pseudo_mask(image, item.classes, outputs, run.label)
@@ -189,12 +179,14 @@ def _convert(
     with Progress(len(graphs), "export", "graph") as bar:
         for graph in graphs:
             start = time.perf_counter()
-            metadata = {"name": run.config.name, "classes": list(run.classes), "graph": graph.file}
-            data = onnx_from_module(graph.exported, graph.outputs, metadata, half_weights=half_weights)
-            files[graph.file] = data
+            file = graph_file(graph.contract)
+            metadata = {"name": run.config.name, "classes": list(run.classes), "graph": file}
+            outputs = tuple(graph.contract.outputs)
+            data = onnx_from_module(graph.exported, outputs, metadata, half_weights=half_weights)
+            files[file] = data
             seconds = time.perf_counter() - start
-            written.append(GraphFile(graph.contract.name, "fp32", graph.file, len(data), seconds))
-            bar.advance(note=graph.file)
+            written.append(GraphFile(graph.contract.name, "fp32", file, len(data), seconds))
+            bar.advance(note=file)
     return files, tuple(written)
 
 

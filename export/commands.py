@@ -1,42 +1,23 @@
 """`multisa export`, `convert`, `parity` and `build`: parse options, call the library, print the result."""
 
 import json
-from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import click
 
-from multisa.runtime.cli.options import FOLDER, PATH, option
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from multisa.runtime.cli.options import FOLDER, PATH, option, together
 
 _path = partial(option, type=PATH, metavar="DIR")
 _several = partial(option, multiple=True)
 _count = partial(option, type=click.IntRange(1), metavar="N", show_default=True)
 
-
-class _Result(Protocol):
-    def describe(self) -> str: ...
-
-    def as_json(self) -> dict[str, Any]: ...
-
-
-def _together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Several options as one decorator, in the order of the help."""
-
-    def decorate(command: Command) -> Command:
-        return reduce(lambda done, option: option(done), reversed(options), command)
-
-    return decorate
-
-
 _json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-_result_options = _together(
+_result_options = together(
     _path("--report", metavar="FILE", help="Also write the parity report to FILE, even if it fails."), _json_option
 )
-_image_options = _together(
+_image_options = together(
     _path("--images", required=True, help="Data set in VOC layout, or folder of images, to measure on."),
     _path("--masks", help="Ground truth for a folder of images: PNG masks of the same names."),
     _count("--num-images", default=128, help="Most images to compare cam and affinity on; the segmenter gets 8 N."),
@@ -185,5 +166,5 @@ def build(bundle: Path, report: Path | None, *, as_json: bool, **options: Any) -
     result.raise_failures()
 
 
-def _print(result: _Result, as_json: bool) -> None:
+def _print(result: Any, as_json: bool) -> None:
     click.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False) if as_json else result.describe())

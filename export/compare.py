@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,7 @@ from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, log
 from multisa.runtime.sources.folders import list_images
-from multisa.training.data import read_dataset, read_working_image
-
-Element = TypeVar("Element")
+from multisa.training.data import read_dataset, read_working_image, spread
 
 CALIBRATION_IMAGES = 64  # to take the ranges of values from; more hardly widen a range
 # The segmenter is one small graph, compared on this many times as many images as cam and affinity.
@@ -285,9 +283,3 @@ def read_image_sets(
         spread(compared_half, num_images),
         spread(compared_half, SEGMENTER_FACTOR * num_images),
     )
-
-
-def spread(elements: Sequence[Element], count: int) -> tuple[Element, ...]:
-    """At most `count` of the elements, evenly spaced."""
-    count = min(count, len(elements))
-    return tuple(elements[place * len(elements) // count] for place in range(count))

@@ -28,7 +28,6 @@ class Cost:
     activation_bytes: int  # written by all operators, without attention matrices, which are never whole
 
     def __sub__(self, other: "Cost") -> "Cost":
-        """Return the cost without that of a part."""
         return Cost(self.multiply_adds - other.multiply_adds, self.activation_bytes - other.activation_bytes)
 
 

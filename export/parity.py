@@ -95,17 +95,6 @@ class Compared(NamedTuple):
     truth: dict[str, UInt8] = {}  # noqa: RUF012  by output name, [H, W] class ids, 255 = not counted
 
 
-class FigureRow(NamedTuple):
-    """One figure of one output beside its limit."""
-
-    output: str
-    images: int
-    figure: str  # name of a field of Limit, or "not_finite"
-    measured: float  # NaN if nothing was measured
-    limit: float
-    passed: bool
-
-
 @dataclass
 class Difference:
     """Running comparison of one output over many images."""
@@ -191,16 +180,18 @@ class Difference:
         exceeded = [key for key, share in self.shares().items() if not share <= 1]
         return [f"{self.name}: {BREACHES[key].format(**found, limit=self.limit)}" for key in exceeded]
 
-    def rows(self) -> Iterator[FigureRow]:
-        """Every figure that has a limit, and the number of values that are not finite if there are any."""
+    def rows(self) -> Iterator[tuple[str, float, float, bool]]:
+        """Name, value (NaN if nothing was measured), limit and whether it holds, of every figure with a limit.
+
+        Also the number of values that are not finite, "not_finite", if there are any.
+        """
         figures = self.figures()
         shares = self.shares()
         if self.not_finite:
-            yield FigureRow(self.name, self.images, "not_finite", self.not_finite, 0, False)
+            yield "not_finite", self.not_finite, 0, False
         for figure, allowed in self.limit.given().items():
             if figure in figures:
-                passed = shares.get(figure, math.inf) <= 1
-                yield FigureRow(self.name, self.images, figure, figures[figure], allowed, passed)
+                yield figure, figures[figure], allowed, shares.get(figure, math.inf) <= 1
 
 
 @dataclass
@@ -239,11 +230,6 @@ class ParityReport:
         """The largest share of its limit that any figure uses; above 1 the graphs fail."""
         each = [share for difference in self.differences.values() for share in difference.shares().values()]
         return max(each, default=math.inf)
-
-    def rows(self) -> Iterator[FigureRow]:
-        """Every figure that has a limit, and the number of values that are not finite where there are any."""
-        for difference in self.differences.values():
-            yield from difference.rows()
 
     def as_json(self) -> dict[str, object]:
         """Figures for the bundle's manifest."""

@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from multisa.export.compare import ImageSets, LabelledImage, Variant, compare_variants, on_cpu, read_image_sets, spread
+from multisa.export.compare import ImageSets, LabelledImage, Variant, compare_variants, on_cpu, read_image_sets
 from multisa.export.parity import ParityReport
 from multisa.export.precision import ConvertedGraph, Reference, convert_to_fp16, convert_to_int8
 from multisa.export.report import (
@@ -32,7 +32,7 @@ from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import UInt8
 from multisa.runtime.progress import Progress, log, pluralize
 from multisa.runtime.system import installed_versions
-from multisa.training.data import read_working_image
+from multisa.training.data import read_working_image, spread
 
 SEARCH_IMAGES = 4  # that each measurement of the sensitivity search runs on
 TIMED_IMAGES = 4
@@ -191,7 +191,6 @@ def compare_speed(reference: bytes, answer: bytes, contract: GraphContract, imag
 def _convert(
     bundle: Bundle, precision: str, sets: ImageSets, options: QuantizeOptions
 ) -> tuple[dict[str, ConvertedGraph], list[GraphFile]]:
-    """Convert all graphs of one precision, by file."""
     images = _images(bundle, spread(sets.calibration, SEARCH_IMAGES))
     made: dict[str, ConvertedGraph] = {}
     files = []
@@ -203,7 +202,8 @@ def _convert(
             if precision == "fp16":
                 graph = convert_to_fp16(reference)
             else:
-                chunks = _chunks(bundle, sets.calibration)
+                starts = range(0, len(sets.calibration), _CHUNK)
+                chunks = (_images(bundle, sets.calibration[first : first + _CHUNK]) for first in starts)
                 graph = convert_to_int8(reference, chunks, symmetric=options.symmetric)
             file = graph_file(contract, precision)
             made[file] = graph
@@ -264,11 +264,6 @@ def _report_entries(
 
 def _images(bundle: Bundle, images: Sequence[LabelledImage]) -> list[UInt8]:
     return [read_working_image(image.path, bundle.manifest.parameters.long_side) for image in images]
-
-
-def _chunks(bundle: Bundle, images: Sequence[LabelledImage]) -> Iterator[list[UInt8]]:
-    for start in range(0, len(images), _CHUNK):
-        yield _images(bundle, images[start : start + _CHUNK])
 
 
 def _manifest(

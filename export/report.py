@@ -93,12 +93,12 @@ def describe_parity(title: str, report: ParityReport) -> str:
     """A table of all figures that have a limit."""
     header = ("output", "images", "figure", "measured", "limit", "")
     rows = []
-    for row in report.rows():
-        name = row.figure.replace("_", " ").replace("miou", "mIoU")
-        measured, limit = (_figure(row.figure, value) for value in (row.measured, row.limit))
-        bound = f"{'>=' if row.figure.endswith('agreement') else '<='} {limit}"
-        verdict = "ok" if row.passed else "FAILED"
-        rows.append((row.output, str(row.images), name, measured, bound, verdict))
+    for output in report.differences.values():
+        for figure, measured, limit, passed in output.rows():
+            name = figure.replace("_", " ").replace("miou", "mIoU")
+            bound = f"{'>=' if figure.endswith('agreement') else '<='} {_figure(figure, limit)}"
+            verdict = "ok" if passed else "FAILED"
+            rows.append((output.name, str(output.images), name, _figure(figure, measured), bound, verdict))
     table = format_table(header, rows, right=("images", "measured", "limit"))
     return f"parity: {title}\n{table}"
 

@@ -50,16 +50,12 @@ class SearchResult:
 
 
 def find_sensitive_nodes(
-    nodes: Sequence[str],
-    share_of: Callable[[Sequence[str]], float],
-    *,
-    allowed: float = ALLOWED_SHARE,
-    max_runs: int = MAX_RUNS,
+    nodes: Sequence[str], share_of: Callable[[Sequence[str]], float], *, max_runs: int = MAX_RUNS
 ) -> SearchResult:
     """Choose which of `nodes`, in the order they run, stay in fp32.
 
     share_of: measures the share of the parity limits used when only the given nodes are converted. The
-    search ends when converting all remaining nodes uses at most `allowed`. After `max_runs` measurements
+    search ends when converting all remaining nodes uses at most ALLOWED_SHARE. After `max_runs` measurements
     whole groups are kept, the worse half at a time, so at most 2 log2(len(nodes)) more measurements follow.
     """
     trials: list[Trial] = []
@@ -75,11 +71,11 @@ def find_sensitive_nodes(
         return share
 
     share = measure(nodes)
-    if share <= allowed:
+    if share <= ALLOWED_SHARE:
         return SearchResult({}, share, tuple(trials))
     size = max(math.ceil(len(nodes) / GROUPS), 1)
     groups = [(measure(part), part) for part in _split(nodes, size)]
-    while share > allowed and groups:
+    while share > ALLOWED_SHARE and groups:
         groups.sort(key=lambda group: group[0], reverse=True)
         spent = len(trials) >= max_runs
         worst = [part for _, part in groups[: (len(groups) + 1) // 2 if spent else 1]]

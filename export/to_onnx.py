@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from multisa.export.attention import OPSET, attention_translation, expand_attention
+from multisa.export.fp16 import model_bytes, replace_values
 from multisa.runtime.backends.base import IMAGE
 from multisa.runtime.errors import ParityError
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
@@ -72,8 +73,7 @@ def onnx_from_module(
         _store_weights_as_float16(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     _drop_source_locations(model)
-    onnx.checker.check_model(model, full_check=True)
-    return bytes(model.SerializeToString(deterministic=True))
+    return model_bytes(model)
 
 
 def _store_weights_as_float16(graph: onnx.GraphProto) -> None:
@@ -160,10 +160,6 @@ def _float64(tensor: onnx.TensorProto) -> Float64:
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
     read = {name for node in graph.node for name in node.input}
-    kept = [initializer for initializer in graph.initializer if initializer.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    replace_values(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
     known = {name for node in graph.node for name in node.output}
-    shapes = [value for value in graph.value_info if value.name in known]
-    del graph.value_info[:]
-    graph.value_info.extend(shapes)
+    replace_values(graph.value_info, [value for value in graph.value_info if value.name in known])

@@ -105,11 +105,6 @@ class AffinityNet(nn.Module):
             for parameter in backbone.parameters():
                 parameter.requires_grad_(False)
 
-    @property
-    def stride(self) -> int:
-        """Image pixels per cell of the affinity grid, along each axis."""
-        return self.head.stride
-
     def forward(self, image: Tensor, radius: int) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> affinity float32 [N, P, ceil(H / stride), ceil(W / stride)]."""
         return torch.as_tensor(self.head(self.backbone(image), radius))

@@ -1,20 +1,18 @@
 """`multisa train` and `multisa reproduce`: the command line of the training pipeline."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from multisa.runtime.cli.options import PATH, option
+from multisa.runtime.cli.options import PATH, option, together
 
 PAPER_ITEMS = ("table1", "table2", "table3", "figure4", "figure5", "figure6")
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 _path = partial(option, type=PATH, metavar="FILE")
-_TRAINING_OPTIONS = (
+# The options that identify a run: data set, configuration, output folder.
+training_options = together(
     _path(
         "--data",
         required=True,
@@ -39,13 +37,6 @@ _TRAINING_OPTIONS = (
         help="Override one value of the preset, e.g. cam.schedule.epochs=4. Repeatable.",
     ),
 )
-
-
-def training_options(command: Command) -> Command:
-    """Options that identify a run: data set, configuration, output folder."""
-    for decorate in reversed(_TRAINING_OPTIONS):
-        command = decorate(command)
-    return command
 
 
 @click.command()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from xml.etree import ElementTree
 
 from multisa.runtime.errors import DatasetError, UsageError
@@ -13,6 +14,8 @@ from multisa.runtime.imaging.decode import UInt8, read_image, resize_image, work
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import log
 from multisa.runtime.sources.folders import list_images
+
+Element = TypeVar("Element")
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -222,6 +225,12 @@ def _classes_from_xml(root: Path, name: str, names: tuple[str, ...]) -> tuple[in
         raise DatasetError(f"{path}: not valid XML: {error}") from error
     # classes.txt may name some of VOC's classes only; the others are left out.
     return _class_ids(sorted(found & set(names[1:])), names)
+
+
+def spread(elements: Sequence[Element], count: int) -> tuple[Element, ...]:
+    """At most `count` of the elements, evenly spaced: lists are often sorted by year or place."""
+    count = min(count, len(elements))
+    return tuple(elements[place * len(elements) // count] for place in range(count))
 
 
 def _read_text(path: Path) -> str:

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from multisa.runtime.errors import BackendUnavailable
@@ -67,8 +69,13 @@ def as_batch(image: UInt8) -> torch.Tensor:
 
 def save_maps(path: Path, maps: Float32) -> None:
     """Write float32 [C, h, w] as a half-precision .npy file, atomically."""
+    save_array(path, maps.astype(np.float16))
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write a .npy file atomically."""
     buffer = io.BytesIO()
-    np.save(buffer, maps.astype(np.float16), allow_pickle=False)
+    np.save(buffer, array, allow_pickle=False)
     write_bytes_atomically(path, buffer.getvalue())
 
 

@@ -89,16 +89,12 @@ class MultiSACAM(nn.Module):
         """Parameters that did not come with the backbone, except the betas."""
         betas = {id(beta) for beta in self.beta_parameters()}
         attention = [parameter for parameter in self.attention.parameters() if id(parameter) not in betas]
-        return [*attention, *self.head_parameters()]
+        fuse = [] if self.fuse is None else list(self.fuse.parameters())
+        return [*attention, *fuse, *self.classifier.parameters()]
 
     def beta_parameters(self) -> list[nn.Parameter]:
         """The weight of each level's attention, as parameters."""
         return [layer.beta for layer in self.attention if isinstance(layer, SelfAttention)]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the fusion and the classifier."""
-        fuse = [] if self.fuse is None else list(self.fuse.parameters())
-        return [*fuse, *self.classifier.parameters()]
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> class activations [N, C, h, w] at the finest tap (Eq. 6-8).

@@ -139,7 +139,7 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
         config,
         n_classes=len(dataset.class_names),
         masks=labels.folder,
-        mask_stride=network.stride,
+        mask_stride=network.head.stride,
     )
 
     def loss(image: Tensor, mask: Tensor) -> Tensor:

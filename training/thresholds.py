@@ -5,7 +5,6 @@ gain: activation maps of one class are compact (a horse's head), those of anothe
 surroundings (a dog's sofa), and a single background score cannot suit both.
 """
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +15,12 @@ import numpy.typing as npt
 
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.evaluation import confusion_matrix, iou_per_class, mean_iou
-from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_masks, resize_maps
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
-from multisa.training.inference import for_each_item, load_maps
+from multisa.training.inference import for_each_item, load_maps, save_array
 from multisa.training.stage_cache import Results, Stage
 
 Counts = npt.NDArray[np.int64]
@@ -38,8 +36,6 @@ BACKGROUND_SAMPLE = 128
 GAIN_FACTORS = (0.7, 0.8, 0.9, 1.1, 1.25, 1.4)
 # Passes over all classes at most; a pass without a change is the last.
 GAIN_ROUNDS = 3
-# Thresholds compared for the score of a class, 0.01 to 0.99.
-SCORE_CANDIDATES = tuple(step / 100 for step in range(1, 100))
 
 
 class ThresholdSweep:
@@ -114,7 +110,7 @@ def score_thresholds(folder: Path, items: tuple[Item, ...], dataset: Dataset) ->
     present = np.zeros(scores.shape, bool)
     for row, item in enumerate(items):
         present[row, [class_id - 1 for class_id in item.classes]] = True
-    candidates = np.array(SCORE_CANDIDATES)
+    candidates = np.arange(1, 100) / 100
     predicted = scores[None] >= candidates[:, None, None]
     hits = (predicted & present).sum(1)
     f1 = 2 * hits / np.maximum(predicted.sum(1) + present.sum(0), 1)
@@ -214,9 +210,7 @@ def _confusions_after_crf(
         results = pseudo_masks(image, scores, item.classes, label, candidates)
         size = (ground_truth.shape[0], ground_truth.shape[1])
         counts = [confusion_matrix(resize_mask(result.mask, size), ground_truth, n_classes) for result in results]
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack(counts), allow_pickle=False)
-        write_bytes_atomically(path, buffer.getvalue())
+        save_array(path, np.stack(counts))
 
     for_each_item(work, items, folder, (".npy",), workers=config.workers, title="background score")
     counts = [np.load(folder / f"{item.id}.npy", allow_pickle=False) for item in items]

@@ -11,20 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from multisa.benchmarks.kernels import dense_squaring, sparse_steps
 from multisa.benchmarks.suite.images import LabelledImage, read_plainly, write_plainly
 from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, plain_batch
 from multisa.kernels import dense_crf
+from multisa.kernels.common.walk import WalkSettings
 from multisa.runtime.bundle import load_bundle
-from multisa.runtime.predict.postprocess import background_and_foreground, resize_maps
+from multisa.runtime.predict.postprocess import Float32, UInt8, background_and_foreground, resize_maps
 from multisa.runtime.system import usable_cpus
 from multisa.training.multi_sa import MultiScaleCAM
-
-UInt8 = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
 
 
 class BaselineLabelling:
@@ -32,7 +29,7 @@ class BaselineLabelling:
 
     def __init__(self, bundle: Path, walk: str, device: str, weights: Path) -> None:
         """walk: "sparse" or "dense"; device: of the networks and the dense walk, "cpu" or "cuda"; weights:
-        where `WeightFiles` wrote."""
+        where `write_weights` wrote."""
         # Squares of small weights are denormal numbers, which CPUs multiply slowly. The literature's code
         # does not flush them, but the comparison would not be fair. Threads inherit it when they start.
         torch.set_flush_denormal(True)
@@ -76,16 +73,15 @@ class BaselineLabelling:
             scores = scores * gains.astype(np.float32).reshape(-1, 1, 1)
             probabilities = background_and_foreground(scores, parameters.background)
             refined = dense_crf(image, probabilities, parameters.crf, backend="pydensecrf")
-            ids_of_rows: UInt8 = np.array((0, *ids), np.uint8)
-            return np.asarray(ids_of_rows[refined.argmax(axis=0)], np.uint8)
+            return np.asarray(np.array((0, *ids), np.uint8)[refined.argmax(axis=0)])
 
     def _walked(self, affinity: Float32, maps: Float32) -> Float32:
         label = self._manifest.parameters.label
-        settings = (label.walk_beta, label.walk_steps, label.walk_radius)
+        settings = WalkSettings(label.walk_radius, label.walk_beta, label.walk_steps)
         if self._walk == "dense":
-            walked = dense_squaring(affinity, maps, *settings, device=self._device.type)
+            walked = dense_squaring(affinity, maps, settings, device=self._device.type)
         else:
-            walked = sparse_steps(affinity, maps, *settings)
+            walked = sparse_steps(affinity, maps, settings)
         return walked / max(float(walked.max()), 1e-5) if label.walk_to_peak else walked
 
     @contextmanager

@@ -48,7 +48,6 @@ class Effort:
     dense_side: int = 512  # pixels: of the image whose matrix is squared; cost grows with its 6th power
 
 
-FULL = Effort()
 QUICK = Effort(8, 3, 32, 24, 3, (1, 4), (256, 512), 3, 9, is_quick=True, dense_side=192)
 
 
@@ -136,11 +135,11 @@ class BenchContext:
         }
 
 
-def write_weights(bundle: Path, folder: Path) -> object:
+def write_weights(bundle: Path, folder: Path) -> None:
     """What a worker process runs to write the PyTorch networks' weights; needs torch."""
-    from multisa.benchmarks.suite.pytorch import WeightFiles
+    from multisa.benchmarks.suite.pytorch import save_weights
 
-    return WeightFiles(bundle, folder)
+    save_weights(bundle, folder)
 
 
 def make_context(request: BenchRequest, scratch: Path) -> BenchContext:
@@ -152,7 +151,7 @@ def make_context(request: BenchRequest, scratch: Path) -> BenchContext:
             f"{request.data}: got the classes {', '.join(dataset.class_names)}; expected those of the bundle "
             f"{bundle.path}, {', '.join(bundle.manifest.classes)}: choose another --bundle or --data"
         )
-    effort = QUICK if request.quick else FULL
+    effort = QUICK if request.quick else Effort()
     context = BenchContext(bundle, dataset, tuple(request.backends), request.engine_cache, effort, scratch)
     if not context.val or not context.train:
         raise UsageError(

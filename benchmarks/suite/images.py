@@ -1,4 +1,4 @@
-"""Which images of a data set are measured (always the same, spread over its lists), and how they are read."""
+"""The images of a data set that are measured, and how they are read."""
 
 import shutil
 from collections.abc import Sequence
@@ -11,9 +11,7 @@ from PIL import Image
 
 from multisa.runtime.evaluation import confusion_matrix
 from multisa.runtime.imaging.decode import read_image, read_mask, resize_image, resize_mask, working_size
-from multisa.runtime.imaging.png import voc_palette
-
-UInt8 = npt.NDArray[np.uint8]
+from multisa.runtime.imaging.png import UInt8, voc_palette
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,6 @@ class LabelledImage:
     path: Path
     mask: Path
     classes: tuple[str, ...] = ()
-
-
-def spread(images: Sequence[LabelledImage], count: int) -> list[LabelledImage]:
-    """`count` of them (or all) at equal distances: lists are often sorted by year or place."""
-    count = min(count, len(images))
-    return [images[index * len(images) // count] for index in range(count)]
 
 
 def read_working(path: Path, long_side: int) -> UInt8:

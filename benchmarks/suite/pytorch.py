@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,12 +18,12 @@ from multisa.benchmarks.suite.candidates import CHANNELS_LAST, COMPILED, Candida
 from multisa.export.to_torch import affinity_from_bundle, cam_from_bundle, config_from_bundle, segmenter_from_bundle
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import BackendUnavailable
+from multisa.runtime.imaging.png import UInt8
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM
 from multisa.training.segmenter import DeepLabV3Plus, SegmentImages
 
-UInt8 = npt.NDArray[np.uint8]
 Network = TypeVar("Network", bound=nn.Module)
 
 _REBUILT: dict[str, Callable[[Bundle], nn.Module]] = {
@@ -34,15 +33,13 @@ _REBUILT: dict[str, Callable[[Bundle], nn.Module]] = {
 }
 
 
-class WeightFiles:
-    """Writes NAME.safetensors of each network of a bundle; constructed in a worker process."""
-
-    def __init__(self, bundle: Path, folder: Path) -> None:
-        opened = load_bundle(bundle)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, rebuilt in _REBUILT.items():
-            state = {key: value.contiguous() for key, value in rebuilt(opened).state_dict().items()}
-            save_file(state, folder / f"{name}.safetensors")
+def save_weights(bundle: Path, folder: Path) -> None:
+    """Write NAME.safetensors of each network of a bundle."""
+    opened = load_bundle(bundle)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rebuilt in _REBUILT.items():
+        state = {key: value.contiguous() for key, value in rebuilt(opened).state_dict().items()}
+        save_file(state, folder / f"{name}.safetensors")
 
 
 def load_segmenter(bundle: Bundle, weights: Path) -> DeepLabV3Plus:

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from multisa.benchmarks.harness import gpu_memory_mib
 from multisa.benchmarks.suite.candidates import Candidate
@@ -21,10 +20,9 @@ from multisa.benchmarks.suite.images import (
 from multisa.runtime.backends.base import SEGMENTER, graph_file
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.evaluation import mean_iou
+from multisa.runtime.imaging.png import UInt8
 from multisa.runtime.predict.segmenter import Segmenter
 from multisa.runtime.system import usable_cpus
-
-UInt8 = npt.NDArray[np.uint8]
 
 
 class SegmentCandidate:
@@ -41,7 +39,7 @@ class SegmentCandidate:
     ) -> None:
         """Open the candidate and segment the image `first`: this is what start-up includes.
 
-        weights: where `WeightFiles` wrote the PyTorch networks. threads: of one call; all cores by default.
+        weights: where `write_weights` wrote the PyTorch networks. threads: of one call; all cores by default.
         """
         self._bundle = load_bundle(bundle)
         self._on_gpu = candidate.device == "cuda"
@@ -57,7 +55,9 @@ class SegmentCandidate:
                 threads=threads,
                 engine_cache=engine_cache,
             )
-            self._labels = lambda images: _labels(segmenter, images)
+            self._labels = lambda images: np.stack(
+                [labels for labels, _ in segmenter.predict_batch(images, [None] * len(images))]
+            )
             files = self._bundle.manifest.files
             name = graph_file(SEGMENTER, candidate.precision)
             self._model_bytes = files[name if name in files else graph_file(SEGMENTER)].bytes
@@ -135,11 +135,6 @@ class SegmentCandidate:
             work(self._loaded)
             seconds = [_seconds(work, self._loaded) for _ in range(repeats)]
         return len(self._loaded) / float(np.median(seconds))
-
-
-def _labels(segmenter: Segmenter, images: UInt8) -> UInt8:
-    """Labels uint8 [N, h, w] of uint8 [N, h, w, 3]."""
-    return np.stack([labels for labels, _ in segmenter.predict_batch(images, [None] * len(images))])
 
 
 def _seconds(work: Callable[..., object], *arguments: object) -> float:

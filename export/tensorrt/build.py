@@ -20,7 +20,6 @@ from multisa.runtime.files import sha256_of_bytes
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.runtime.progress import Progress, log, pluralize
 
-_FORM = "NxHxW:NxHxW:NxHxW, as in 1x64x64:1x384x512:8x512x512"
 _GRID = 32  # sides of the default profiles are multiples of the largest stride of the backbones
 
 
@@ -206,7 +205,7 @@ def parse_profiles(texts: Sequence[str], long_side: int) -> tuple[Profile, ...]:
 def _parse(text: str) -> Profile:
     parts = text.lower().split(":")
     if len(parts) != 3 or not all(re.fullmatch(r"\d{1,6}x\d{1,6}x\d{1,6}", part) for part in parts):
-        raise UsageError(f"profile: got {text!r}, expected {_FORM}")
+        raise UsageError(f"profile: got {text!r}, expected NxHxW:NxHxW:NxHxW, as in 1x64x64:1x384x512:8x512x512")
     shapes = [tuple(map(int, part.split("x"))) for part in parts]
     try:
         return Profile(*[(batch, height, width) for batch, height, width in shapes])

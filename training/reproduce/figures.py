@@ -13,7 +13,7 @@ from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask
 from multisa.training.config import TrainConfig
-from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.data import Dataset, Item, read_working_image, spread
 from multisa.training.inference import as_batch, load_maps, torch_device
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
@@ -82,8 +82,7 @@ def choose_images(name: str, dataset: Dataset, count: int, chosen: Path | None) 
     if chosen is None:
         if not 1 <= count <= MAX_IMAGES:
             raise UsageError(f"got {count} images, expected 1..{MAX_IMAGES}")
-        number = min(count, len(items))
-        return tuple(items[i * len(items) // number] for i in range(number))
+        return spread(items, count)
     by_id = {item.id: item for item in items}
     ids = list(dict.fromkeys(read_user_text(chosen).split()))
     unknown = next((i for i in ids if i not in by_id), None)
