@@ -26,7 +26,8 @@ from multisa.kernels import random_walk
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.driver import Driver, DriverError
 from multisa.kernels.cuda.pycuda_device import DeviceUnavailableError, PycudaDevice
-from multisa.runtime.backends import tensorrt_context, tensorrt_engine, tensorrt_runtime
+from multisa.runtime.backends import tensorrt as tensorrt_backend
+from multisa.runtime.backends import tensorrt_context, tensorrt_runtime
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.engine_cache import FLAGS, EngineCache, EngineKey, Profile, this_platform
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -588,7 +589,7 @@ def test_closing_while_a_profile_is_opened(bundle: Bundle, store: Store, monkeyp
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(tensorrt_engine, "ExecutionContext", SlowContext)
+    monkeypatch.setattr(tensorrt_backend, "ExecutionContext", SlowContext)
     backend = open_tensorrt(bundle, SEGMENTER, TensorRTOptions(engine_cache=store(SEGMENTER)))
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(backend.run, crop(64, 64))
@@ -647,6 +648,6 @@ def test_without_kernels_the_walk_is_on_the_cpu(
 
     monkeypatch.setattr(calls, "default_device", refuse)
     with open_tensorrt(bundle, AFFINITY, TensorRTOptions(engine_cache=store(AFFINITY))) as backend:
-        affinity = label._affinity_for_the_walk(backend, radius=5)
-        assert isinstance(affinity.run(crop(64, 64))["affinity"], np.ndarray)
+        run_affinity, device_errors = label._affinity_for_the_walk(backend, radius=5)
+        assert isinstance(run_affinity(crop(64, 64))["affinity"], np.ndarray) and device_errors == ()
     assert "the random walk runs on the CPU: kernels.fatbin: not found" in capsys.readouterr().err
