@@ -154,8 +154,10 @@ def open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterat
     """
     # `Image.open` first compares the size with a module-wide limit that belongs to the host program. The
     # plug-ins behind it have no limit, and they decode no pixel.
-    Image.init()
+    Image.preinit()
     for name in formats:
+        if name not in Image.OPEN:  # loading every plug-in takes milliseconds
+            Image.init()
         opener, accepts = Image.OPEN[name]
         accepted = True if accepts is None else accepts(data[:_PREFIX_BYTES])
         if accepted is not True and (isinstance(accepted, str) or not accepted):
