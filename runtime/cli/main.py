@@ -3,7 +3,6 @@
 `multisa --help` imports click, this module and the error classes, and nothing else of the package.
 """
 
-import difflib
 import errno
 import importlib
 import os
@@ -63,6 +62,8 @@ class LazyGroup(click.Group):
         """Find the command; suggest the closest names for an unknown one."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
+            import difflib
+
             close = difflib.get_close_matches(name, COMMANDS)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             ctx.fail(f"No such command {name!r}.{hint}")
