@@ -17,7 +17,7 @@ from multisa.export.parity import LIMITS
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.cli.main import root as root_command
 
-PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_images"
+DEMO_IMAGES = default_bundle_path().parents[1] / "demo_images"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def with_fp16_segmenter(bundle: Bundle, folder: Path, *, shift: float = 0.0) -> 
 
 
 def parity(bundle: Bundle, *options: str) -> Result:
-    command = ["parity", str(bundle.path), "--images", str(PHOTOGRAPHS), *options]
+    command = ["parity", str(bundle.path), "--images", str(DEMO_IMAGES), *options]
     return CliRunner().invoke(root_command, command)
 
 
@@ -97,7 +97,7 @@ def test_a_graph_of_other_weights_is_exit_code_3_and_reported(small: Bundle, tmp
 def test_ground_truth_counts_where_it_is_given(small: Bundle, tmp_path: Path) -> None:
     from PIL import Image
 
-    for path in PHOTOGRAPHS.glob("*.jpg"):
+    for path in DEMO_IMAGES.glob("*.jpg"):
         with Image.open(path) as image:
             Image.fromarray(np.zeros((image.height, image.width), np.uint8)).save(tmp_path / f"{path.stem}.png")
     result = parity(small, "--backend", "onnxruntime-cpu", "--masks", str(tmp_path), "--num-images", "2")
@@ -141,7 +141,7 @@ def test_neither_pytorch_nor_onnx_is_needed(small: Bundle) -> None:
         "import sys; sys.modules.update(torch=None, onnx=None)\n"
         "from multisa.runtime.cli.main import main\n"
         f"main(['parity', {str(small.path)!r}, '--backend', 'onnxruntime-cpu',\n"
-        f"      '--images', {str(PHOTOGRAPHS)!r}])"
+        f"      '--images', {str(DEMO_IMAGES)!r}])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/")
     assert result.returncode == 0 and "pseudo_mask" in result.stdout, result.stderr

@@ -42,7 +42,7 @@ def test_no_class_is_background_everywhere() -> None:
     values = outputs(absent=0.5)
     add_pseudo_mask(IMAGE, (), values, LABEL)
     assert not values["pseudo_mask"].any() and values["cam"].size == 0
-    # Of cam nothing was left to compare, which says nothing of a graph; another photograph does.
+    # Of cam nothing was left to compare, which says nothing of a graph; another image does.
     report = measure_parity([Compared(values, values)])
     (problem,) = report.problems()
     assert problem.startswith("cam: no value was compared on 1 image;") and report.share() > 1

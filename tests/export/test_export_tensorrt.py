@@ -42,7 +42,7 @@ from multisa.runtime.imaging.decode import read_image, resize_image
 pytestmark = pytest.mark.slow
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
-PHOTOGRAPHS = default_bundle_path().parents[1] / "demo_images"
+DEMO_IMAGES = default_bundle_path().parents[1] / "demo_images"
 ONE = (Profile((1, 64, 64), (1, 96, 128), (2, 128, 128)),)
 UNREACHABLE = Library("tensorrt-rtx", None, "0")  # whoever calls it fails otherwise than expected
 
@@ -127,7 +127,7 @@ def test_fp16_graphs_build(rtx: Library, packaged: Bundle) -> None:
 
 
 def quantized(packaged: Bundle, *, symmetric: bool) -> bytes:
-    images = [resize_image(read_image(path).rgb, (96, 128)) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]
+    images = [resize_image(read_image(path).rgb, (96, 128)) for path in sorted(DEMO_IMAGES.glob("*.jpg"))]
     data = packaged.read_file(graph_file(SEGMENTER))
     calibrated = calibrate_graph(data, [images], symmetric=symmetric)
     return quantize_graph(calibrated, calibrated.candidates)
@@ -374,7 +374,7 @@ def test_default_profiles_cover_every_photograph(long_side: int) -> None:
     for height in sides:
         for width in sides:
             assert any(profile.covers((1, height, width)) for profile in profiles)
-    # A larger batch costs its multiple of memory, and the runtime runs one photograph at a time.
+    # A larger batch costs its multiple of memory, and the runtime runs one image at a time.
     assert {profile.maximum[0] for profile in profiles} == {1}
 
 

@@ -35,7 +35,7 @@ from multisa.training.segmenter import SegmentImages
 
 pytestmark = pytest.mark.slow
 
-LONG_SIDE = 160  # of the photographs here; the networks take every size
+LONG_SIDE = 160  # of the images here; the networks take every size
 # Largest differences of float32 in another order of additions; labels: share of pixels that may differ.
 TOLERANCE = {"labels": 1e-4, "confidence": 1, "affinity": 2e-5, "cam": 1e-4, "scores": 1e-5}
 
@@ -167,7 +167,7 @@ def exported(contract: GraphContract, module: nn.Module) -> dict[str, bytes]:
     return {graph_file(contract): data}
 
 
-def photographs() -> list[np.ndarray]:
+def demo_images() -> list[np.ndarray]:
     random = np.random.default_rng(0)
     return [random.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((96, 64), (65, 97))]
 
@@ -179,5 +179,5 @@ def test_split_attention_goes_round(packaged: Bundle, tmp_path: Path) -> None:
     network = shuffled(create_model(config, 4))
     module = MultiScaleCAM(FoldedMultiSACAM(network), scales=config.scales)
     bundle = bundle_of(packaged, tmp_path, TrainConfig(cam=config), exported(CAM, module), 4)
-    assert_same_answers(bundle, CAM, photographs())
+    assert_same_answers(bundle, CAM, demo_images())
     assert cost_of(cam_from_bundle(bundle), (64, 64)) == cost_of(network, (64, 64))

@@ -21,14 +21,16 @@ from multisa.kernels import CrfParameters
 from multisa.runtime.backends import registry
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
 from multisa.runtime.bundle import Bundle, BundleParameters, LabelParameters, Manifest, write_bundle
+from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.predict.prediction import ClassProbabilities
 from multisa.runtime.writers.base import LabelledImage, WriterContext
 from multisa.runtime.writers.registry import open_writers
 
 TESTS = Path(__file__).resolve().parents[1]
-# For the engines that run on a device which is the CPU; for runs on several processes; for job_runs.py.
+# For tests on a GPU that is simulated on the CPU; for runs on several processes; for job_runs.py.
 sys.path[:0] = [str(TESTS / "cuda_on_cpu"), str(TESTS / "executors"), str(TESTS / "runtime")]
 
+from executor_runs import results, segment, write_corpus  # noqa: E402
 from job_runs import write_noise  # noqa: E402
 
 CLASSES = ("background", "red thing", "green")
@@ -127,6 +129,19 @@ def photos(tmp_path: Path) -> Path:
 def many(tmp_path: Path) -> Path:
     """Thirty images of noise in three sizes, three of them broken."""
     return write_noise(tmp_path / "many", 30)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images that runs on several processes or machines are compared on."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "photos")
+
+
+@pytest.fixture
+def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
+    """What one process writes."""
+    segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
+    return results(tmp_path / "alone")
 
 
 def scene(height: int, width: int) -> np.ndarray:

@@ -46,18 +46,6 @@ from multisa.runtime.progress import log
 TWO = partial(ProcessExecutor, processes=2)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "photos")
-
-
-@pytest.fixture
-def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
-    """What one process writes."""
-    segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
-    return results(tmp_path / "alone")
-
-
 def kill_one() -> None:
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 

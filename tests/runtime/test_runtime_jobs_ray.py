@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from executor_runs import IMAGES, SHARDS, descendants, disturbed, journalled, results, segment, title, write_corpus
+from executor_runs import IMAGES, SHARDS, descendants, disturbed, journalled, results, segment, title
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BackendUnavailable, MultisaError, UsageError
 from multisa.runtime.jobs.executors import ray as on_ray
-from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.executors.ray import RayExecutor
 from multisa.runtime.jobs.executors.worker import RemoteError
 from multisa.runtime.jobs.monitor import RunMonitor
@@ -68,18 +67,6 @@ def started() -> Iterator[ThisCluster]:
 def cluster(started: ThisCluster) -> ThisCluster:
     started.have(2)
     return started
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "photos")
-
-
-@pytest.fixture
-def alone(corpus: Path, bundle: Bundle, tmp_path: Path) -> dict[str, bytes]:
-    """What one process writes."""
-    segment(corpus, tmp_path / "alone", bundle, LocalExecutor)
-    return results(tmp_path / "alone")
 
 
 def actors() -> list[int]:

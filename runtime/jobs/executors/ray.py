@@ -225,7 +225,7 @@ class RayExecutor(RemoteExecutor[_ActorHandle]):
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables that are not set, for the processes that are started meanwhile; unset them at the end."""
+    """Set variables that are not set, for the processes that are started inside; unset them at the end."""
     new = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(new)
     try:
