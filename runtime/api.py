@@ -1,9 +1,8 @@
 """The functions of `import multisa` that process whole folders. The command line calls them too."""
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import UsageError
+from multisa.runtime.image_labels import LabelMapping
 from multisa.runtime.jobs.executors import make_executor
 from multisa.runtime.jobs.monitor import failure_limit
 from multisa.runtime.jobs.record import RunSummary
@@ -19,8 +19,7 @@ from multisa.runtime.jobs.run import run
 from multisa.runtime.jobs.spec import RunOptions, make_job
 from multisa.runtime.jobs.telemetry import LOCALHOST, Telemetry
 from multisa.runtime.progress import console
-
-ImageLabelMapping = Mapping[str, Sequence[str]]
+from multisa.runtime.sources.registry import SEVERAL
 
 
 class RunSettings(TypedDict, total=False):
@@ -58,11 +57,13 @@ class RunSettings(TypedDict, total=False):
 _RUN_OPTIONS = {field.name for field in fields(RunOptions)}
 
 
-def segment_images(images: str | Path, output: str | Path, **settings: Unpack[RunSettings]) -> RunSummary:
+def segment_images(
+    images: str | Path | Sequence[str | Path], output: str | Path, **settings: Unpack[RunSettings]
+) -> RunSummary:
     """Segment images in bulk with the trained segmenter, like `multisa segment`.
 
     images: a folder, one image, a glob, a list (.txt), a manifest (.csv, .jsonl, .parquet), tar shards or a
-    zip, on this machine or behind a URL.
+    zip, on this machine or behind a URL; or a list of image files.
     output: folder for the results: `masks/NAME.png`, `labels.jsonl`, `report.html`, and `failed.jsonl` if
     images failed.
     settings: bundle, backend, precision, engine_cache, writers, image_prefix, shard_size, workers, readers, batch,
@@ -82,9 +83,9 @@ def segment_images(images: str | Path, output: str | Path, **settings: Unpack[Ru
 
 
 def label_images(
-    images: str | Path,
+    images: str | Path | Sequence[str | Path],
     output: str | Path,
-    labels: str | Path | ImageLabelMapping | None = None,
+    labels: str | Path | LabelMapping | None = None,
     **settings: Unpack[RunSettings],
 ) -> RunSummary:
     """Make pseudo-masks in bulk from image-level labels, like `multisa label`.
@@ -93,35 +94,23 @@ def label_images(
     labels: a CSV (`image,labels`) or JSON file, or a mapping from the path or file name of an image to its
     class names. Images without an entry get the classes whose classifier score reaches its threshold.
     """
-    with ExitStack() as stack:
-        path = None
-        if isinstance(labels, Mapping):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="multisa-labels-"))
-            path = Path(folder, "labels.json")
-            # Sorted, so that a run with the same labels resumes.
-            for image, names in labels.items():
-                if isinstance(names, str):
-                    raise UsageError(f"labels: got the text {names!r} for {image}, expected a list of class names")
-            text = json.dumps({image: list(names) for image, names in labels.items()}, sort_keys=True)
-            path.write_text(text, encoding="utf-8")
-        elif labels is not None:
-            path = Path(labels)
-        return _run("label", images, output, path, settings)
+    return _run("label", images, output, Path(labels) if isinstance(labels, str) else labels, settings)
 
 
 def _run(
     command: Literal["segment", "label"],
-    images: str | Path,
+    images: str | Path | Sequence[str | Path],
     output: str | Path,
-    labels: Path | None,
+    labels: Path | LabelMapping | None,
     settings: RunSettings,
 ) -> RunSummary:
     arguments: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     valid = RunSettings.__annotations__
     if unknown := sorted(set(arguments) - set(valid)):
         raise UsageError(f"got the argument {unknown[0]!r}, expected some of {', '.join(valid)}")
-    if not isinstance(images, (str, Path)):
-        raise UsageError(f"images: got {type(images).__name__}, expected a path or a pattern; a list is a .txt file")
+    paths = [images] if isinstance(images, (str, Path)) else images
+    if not isinstance(paths, (list, tuple)) or not paths or not all(isinstance(path, (str, Path)) for path in paths):
+        raise UsageError(f"images: got {type(images).__name__}, expected a path, a pattern, or a list of image files")
     for name, value in arguments.items():
         if valid[name] is int and not isinstance(value, int):
             raise UsageError(f"{name}: got {value!r}, expected an integer")
@@ -135,7 +124,7 @@ def _run(
     storage = arguments.get("storage_options")
     job = make_job(
         command,
-        str(images),
+        SEVERAL.join(map(str, paths)),
         Path(output),
         (bundle if isinstance(bundle, Bundle) else load_bundle(bundle)).path,
         BackendRequest(arguments.get("backend", AUTO), arguments.get("precision", AUTO), cache),

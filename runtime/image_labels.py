@@ -1,25 +1,34 @@
-"""Image-level labels from a file: CSV (`image,labels`) or JSON ({image: [classes]}).
+"""Image-level labels from a file or a mapping: CSV (`image,labels`) or {image: [classes]}.
 
-In CSV, spaces separate classes, or semicolons if names contain spaces:
+In CSV, spaces separate classes; semicolons or commas do if names contain spaces. An image may have several
+rows, one for each label, and there may be other columns:
 
     image,labels
     farm/001.jpg,cow horse
     kitchen.jpg,dining table;chair
+    garden.jpg,"dog, person"
 """
 
 import csv
+import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.files import read_user_text
+from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
+from multisa.runtime.progress import log
 
-HEADER = ["image", "labels"]
+IMAGE_COLUMN = "image"
+LABEL_COLUMNS = ("labels", "label", "classes", "class")  # names of the column of labels; a file has one of them
 
 Labels = tuple[str, ...]
+LabelMapping = Mapping[str, Sequence[str]]  # {image: [classes]}
+_Row = tuple[str, str, Sequence[str]]  # where it is, image, names of classes
 
 
 def labels_from_scores(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> Labels:
@@ -27,45 +36,115 @@ def labels_from_scores(scores: Mapping[str, float], thresholds: Mapping[str, flo
     return tuple(name for name, score in scores.items() if score >= thresholds[name])
 
 
+class ClassNames:
+    """The classes of a bundle or data set, found by the names that people write."""
+
+    def __init__(self, classes: Collection[str]) -> None:
+        self.classes = tuple(classes)
+        self._exact = {_normal(name): name for name in self.classes}
+        folds = Counter(_normal(name).casefold() for name in self.classes)
+        self._folded = {_normal(name).casefold(): name for name in self.classes}
+        self._folded = {fold: name for fold, name in self._folded.items() if folds[fold] == 1}
+
+    def find(self, name: str) -> str | None:
+        """Return the class of this name, or None.
+
+        Blanks around and between words, and the way an accent is encoded (Unicode NFC, NFD), make no difference;
+        nor does upper or lower case, unless several classes differ in nothing else.
+        """
+        normal = _normal(name)
+        return self._exact.get(normal) or self._folded.get(normal.casefold())
+
+    def resolve(self, names: Iterable[str], where: str) -> Labels:
+        """Return the classes of these names, each once, in the order of the ids.
+
+        Raises UsageError with `where` for a name that is no class.
+        """
+        found = set()
+        for name in names:
+            class_name = self.find(name)
+            if class_name is None:
+                raise UsageError(f"{where}: unknown class {name!r}, expected {', '.join(self.classes)}")
+            found.add(class_name)
+        return tuple(name for name in self.classes if name in found)
+
+    def split(self, cell: str) -> list[str]:
+        """Split a cell into names: the whole cell if it is a class, else at semicolons, at commas, or at spaces."""
+        if self.find(cell) is not None:  # one name, which may contain spaces
+            return [cell.strip()]
+        separator = next((mark for mark in ";," if mark in cell), None)
+        return [name.strip() for name in cell.split(separator) if name.strip()]
+
+
+def _normal(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def label_column(header: Sequence[str], where: str) -> str | None:
+    """Return the column of `header` that holds the labels, or None. Raises UsageError if there are several."""
+    columns = [name for name in header if name in LABEL_COLUMNS]
+    if len(columns) > 1:
+        raise UsageError(f"{where}: got the columns {' and '.join(columns)}, expected one column of labels")
+    return columns[0] if columns else None
+
+
+def log_label_column(column: str | None, where: str) -> None:
+    """Log which column the labels are read from, where its name is not the usual one."""
+    if column not in (None, LABEL_COLUMNS[0]):
+        log.info(f"{where}: labels are read from the column '{column}'")
+
+
+def image_key(path: str) -> str:
+    """Return what two spellings of the path of one image have in common: posix separators, Unicode NFC."""
+    text = path.strip().strip("\ufeff").strip()  # a file that was joined from others has several byte order marks
+    return PurePosixPath(unicodedata.normalize("NFC", text.replace("\\", "/"))).as_posix()
+
+
 @dataclass(frozen=True)
 class ImageLabels:
     """The rows of a label file, by the key that names the image: a path or a file name."""
 
-    path: Path
+    name: str  # for messages: the path of the file
     rows: Mapping[str, Labels]  # classes in the order of the bundle
+    sha256: str  # of the file or mapping
 
-    def matcher(self, relatives: Iterable[str] = ()) -> "LabelMatcher":
+    def matcher(self, relatives: Iterable[str] = (), root: str = "") -> "LabelMatcher":
         """Return a matcher that finds the rows of images one by one.
 
         relatives: all images, if they are known; read once. A row that names one of them by its path then
         never matches another one by its file name. Otherwise that is an error if the other one comes first.
+        root: name of the images' folder, with which the paths in the rows may begin.
         """
-        return LabelMatcher(self, relatives)
+        return LabelMatcher(self, relatives, root)
 
 
 class LabelMatcher:
     """Finds the rows of images one by one; memory grows with the rows, not with the images."""
 
-    def __init__(self, labels: ImageLabels, relatives: Iterable[str] = ()) -> None:
+    def __init__(self, labels: ImageLabels, relatives: Iterable[str] = (), root: str = "") -> None:
         self._labels = labels
-        self._taken = {key for relative in relatives for key in self._exact_keys(relative)}
+        self._root = image_key(root) if root else ""
+        self._taken = {key for relative in relatives for key in self._exact_keys(image_key(relative))}
         self._users: dict[str, str] = {}  # key -> the image that it matched
+        self._misplaced: dict[str, str] = {}  # key -> an image of its file name in another folder
+        self.moved: dict[str, str] = {}  # key -> the image that it matched though the images' folder has another name
 
     def find(self, relative: str) -> Labels | None:
         """Return the classes of an image, by its posix path below the images' folder, or None without a row.
 
         Rows match by relative path, with or without extension; else by file name, if they do not name another
-        image by its path. Raises UsageError when several rows with different labels match, or when a row has
-        matched another image before.
+        image by its path and no other folder than the image's. Raises UsageError when several rows with
+        different labels match, or when a row has matched another image before.
         """
-        exact = self._exact_keys(relative)
-        keys = exact or [key for key in self._named_keys(relative) if key not in self._taken]
+        image = image_key(relative)
+        exact = self._exact_keys(image)
+        keys = exact or self._named_keys(image, relative)
         if not keys:
             return None
         rows = self._labels.rows
         if len({rows[key] for key in keys}) > 1:
             raise UsageError(
-                f"{self._labels.path}: {relative} matches several rows with different labels "
+                f"{self._labels.name}: {relative} matches several rows with different labels "
                 f"({', '.join(keys)}), expected one: write its path relative to the images' folder"
             )
         self._taken.update(exact)
@@ -73,24 +152,42 @@ class LabelMatcher:
             other = self._users.setdefault(key, relative)
             if other != relative:
                 raise UsageError(
-                    f"{self._labels.path}: row {key!r} matches several images ({other}, {relative}), "
+                    f"{self._labels.name}: row {key!r} matches several images ({other}, {relative}), "
                     "expected one: write their paths relative to the images' folder"
                 )
         return rows[keys[0]]
 
     def unused(self) -> tuple[str, ...]:
-        """Return the keys of the rows that have matched no image, sorted."""
-        return tuple(sorted(set(self._labels.rows) - self._users.keys()))
+        """Describe the rows that have matched no image, sorted: their keys, with the image that they nearly match."""
+        keys = sorted(set(self._labels.rows) - self._users.keys())
+        near = self._misplaced
+        return tuple(f"{key} (another folder than {near[key]})" if key in near else key for key in keys)
 
-    def _exact_keys(self, relative: str) -> list[str]:
+    def _exact_keys(self, image: str) -> list[str]:
         """Return the keys that name an image by its path, with or without extension."""
-        spellings = dict.fromkeys((relative, PurePosixPath(relative).with_suffix("").as_posix()))
+        spellings = dict.fromkeys((image, PurePosixPath(image).with_suffix("").as_posix()))
         return [key for key in spellings if key in self._labels.rows]
 
-    def _named_keys(self, relative: str) -> list[str]:
-        path = PurePosixPath(relative)
+    def _named_keys(self, image: str, relative: str) -> list[str]:
+        """Return the keys that name an image by its file name, and no other folder than its own.
+
+        Keys that go on with the name of the images' folder come before those that go on with another one.
+        """
+        path = PurePosixPath(image)
         names = dict.fromkeys((path.name, path.stem))
-        return [key for name in names for key in self._by_file_name.get(name, [])]
+        keys = [key for name in names for key in self._by_file_name.get(name, []) if key not in self._taken]
+        certain, moved = [], []
+        for key in keys:
+            theirs, ours = key.split("/")[-2::-1], image.split("/")[-2::-1]  # folders, from the image upwards
+            if any(a != b for a, b in zip(theirs, ours, strict=False)):
+                self._misplaced.setdefault(key, relative)
+            elif len(theirs) > len(ours) and theirs[len(ours)] != self._root:
+                moved.append(key)
+            else:
+                certain.append(key)
+        if not certain:
+            self.moved.update(dict.fromkeys(moved, relative))
+        return certain or moved
 
     @cached_property
     def _by_file_name(self) -> dict[str, list[str]]:
@@ -100,77 +197,84 @@ class LabelMatcher:
         return index
 
 
-def read_image_labels(path: Path, classes: Collection[str]) -> ImageLabels:
-    """Read a label file (.csv or .json); `classes` are the allowed names, in the order of their ids.
+def read_image_labels(labels: Path | LabelMapping, classes: Collection[str]) -> ImageLabels:
+    """Read a label file (.csv or .json) or a mapping; `classes` are the allowed names, in the order of their ids.
 
-    An empty list means that the image shows none of the classes. Raises UsageError with the line (CSV) or the
-    key (JSON) for a missing header, a malformed row, an unknown class, or an image with two different rows.
+    An empty list means that the image shows none of the classes. Several rows of a CSV about one image are
+    merged. Raises UsageError with the line (CSV) or the key (JSON) for a missing header, a malformed row, an
+    unknown class, or an image that has labels in one row and none in another.
     """
-    readers = {".csv": _csv_rows, ".json": _json_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(f"{path}: got a file ending in {path.suffix!r}, expected .csv or .json")
-    text = read_user_text(path)
+    names = ClassNames(classes)
+    is_table = False
+    if isinstance(labels, Path):
+        name, suffix = str(labels), labels.suffix.lower()
+        if suffix not in (".csv", ".json"):
+            raise UsageError(f"{labels}: got a file ending in {labels.suffix!r}, expected .csv or .json")
+        text, is_table = read_user_text(labels), suffix == ".csv"
+        found = _csv_rows(name, text, names) if is_table else _json_rows(name, text)
+        digest = sha256_of_file(labels)
+    else:
+        name = "labels"
+        pairs = list(_checked_pairs(name, labels.items()))
+        found = iter(pairs)
+        digest = sha256_of_bytes(json.dumps({image: value for _, image, value in pairs}, sort_keys=True).encode())
     rows: dict[str, Labels] = {}
     positions: dict[str, str] = {}
-    for position, image, names in reader(path, text, classes):
-        key = PurePosixPath(image.strip().replace("\\", "/")).as_posix()
+    for position, image, values in found:
         if not image.strip():
-            raise UsageError(f"{path}, {position}: got no image, expected its path or file name")
-        unknown = [name for name in names if name not in classes]
-        if unknown:
-            valid = ", ".join(classes)
-            raise UsageError(f"{path}, {position}: unknown class {unknown[0]!r}, expected {valid}")
-        labels = tuple(name for name in classes if name in names)
-        if rows.setdefault(key, labels) != labels:
+            raise UsageError(f"{name}, {position}: got no image, expected its path or file name")
+        key = image_key(image)
+        classes_of = names.resolve(values, f"{name}, {position}")
+        before = rows.get(key, classes_of)
+        if before != classes_of and not (is_table and before and classes_of):
             raise UsageError(
-                f"{path}, {position}: {key} has the labels {list(labels)}, but {list(rows[key])} at "
+                f"{name}, {position}: {key} has the labels {list(classes_of)}, but {list(before)} at "
                 f"{positions[key]}: keep one of them"
             )
+        rows[key] = names.resolve((*before, *classes_of), name)
         positions.setdefault(key, position)
     if not rows:
-        raise UsageError(f"{path}: has no row, expected at least one image")
-    return ImageLabels(path, rows)
+        raise UsageError(f"{name}: has no row, expected at least one image")
+    return ImageLabels(name, rows, digest)
 
 
-def _csv_rows(path: Path, text: str, classes: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
-    lines = csv.reader(text.splitlines(), strict=True)
+def _csv_rows(name: str, text: str, classes: ClassNames) -> Iterator[_Row]:
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = next(lines, [])
-        if [cell.strip() for cell in header] != HEADER:
+        header = [cell.strip().lower() for cell in next(lines, [])]
+        column = label_column(header, f"{name}, line 1")
+        if header.count(IMAGE_COLUMN) != 1 or column is None:
             got = ",".join(header)
-            raise UsageError(f"{path}, line 1: got {got!r}, expected the header 'image,labels'")
+            raise UsageError(f"{name}, line 1: got {got!r}, expected the header 'image,labels'")
+        log_label_column(column, name)
         for cells in lines:
             position = f"line {lines.line_num}"
             if not cells:
                 continue
-            if len(cells) != len(HEADER):
+            if len(cells) != len(header):
                 raise UsageError(
-                    f"{path}, {position}: got {len(cells)} columns, expected 2 (image,labels): separate "
-                    "classes by spaces or semicolons"
+                    f"{name}, {position}: got {len(cells)} columns, expected {len(header)} ({','.join(header)}): "
+                    "separate classes by spaces or semicolons"
                 )
-            yield position, cells[0], split_classes(cells[1], classes)
+            yield position, cells[header.index(IMAGE_COLUMN)], classes.split(cells[header.index(column)])
     except csv.Error as error:
-        raise UsageError(f"{path}, line {lines.line_num}: not CSV: {error}") from error
+        raise UsageError(f"{name}, line {lines.line_num}: not CSV: {error}") from error
 
 
-def split_classes(cell: str, classes: Collection[str]) -> list[str]:
-    """Split a cell into names: the whole cell if it is a class, else at semicolons, else at spaces."""
-    if cell.strip() in classes:  # one name, which may contain spaces
-        return [cell.strip()]
-    names = cell.split(";") if ";" in cell else cell.split()
-    return [name.strip() for name in names if name.strip()]
-
-
-def _json_rows(path: Path, text: str, _: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
+def _json_rows(name: str, text: str) -> Iterator[_Row]:
     try:
         # Pairs, because a dictionary would silently drop all but the last of equal keys.
         pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not JSON, or nested too deeply: {error}") from error
+        raise UsageError(f"{name}: not JSON, or nested too deeply: {error}") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise UsageError(f"{path}: got no JSON object, expected {{image: [classes]}}")
+        raise UsageError(f"{name}: got no JSON object, expected {{image: [classes]}}")
+    yield from _checked_pairs(name, pairs)
+
+
+def _checked_pairs(name: str, pairs: Iterable[tuple[object, object]]) -> Iterator[_Row]:
     for image, names in pairs:
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UsageError(f"{path}, key {image!r}: got {names!r}, expected a list of class names")
-        yield f"key {image!r}", image, names
+        listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else None
+        if listed is None or not all(isinstance(entry, str) for entry in listed):
+            raise UsageError(f"{name}, key {str(image)!r}: got {names!r}, expected a list of class names")
+        yield f"key {str(image)!r}", str(image), listed

@@ -175,8 +175,10 @@ def test_folders(tmp_path: Path) -> None:
     assert evaluation.to_json()["miou"] == evaluation.miou and 0 < evaluation.pixel_accuracy < 1
     with pytest.raises(multisa.MultisaError, match="got the argument 'writer', expected some of bundle,"):
         multisa.segment_images(folder, tmp_path / "out", writer="masks")  # type: ignore[call-arg]
-    with pytest.raises(multisa.MultisaError, match="images: got list, expected a path or a pattern"):
-        multisa.segment_images([folder], tmp_path / "out")  # type: ignore[arg-type]
+    assert multisa.segment_images(IMAGES[:2], tmp_path / "two", report_images=0).images == 2
+    for wrong in ([], {"a.jpg": 1}):
+        with pytest.raises(multisa.MultisaError, match=r"images: got (list|dict), expected a path, a"):
+            multisa.segment_images(wrong, tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(multisa.MultisaError, match="workers: got 'two', expected an integer"):
         multisa.segment_images(folder, tmp_path / "out", workers="two")  # type: ignore[arg-type]
     with pytest.raises(multisa.MultisaError, match="threads: got 'two', expected an integer of at least 1"):

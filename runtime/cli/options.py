@@ -119,7 +119,7 @@ _BACKEND_OPTIONS = (
 )
 
 _RUN_OPTIONS = (
-    click.argument("images"),
+    click.argument("images", nargs=-1, required=True),
     output_option(group=_RESULTS),
     option(
         "--writer",

@@ -18,6 +18,7 @@ from multisa.runtime.imaging.decode import EXTENSIONS
 from multisa.runtime.jobs.shards import FILES, PARTS, PRIVATE, listed_files, remove_file
 from multisa.runtime.report.report import FOLDER
 from multisa.runtime.sources.folders import Pattern
+from multisa.runtime.sources.registry import SEVERAL
 from multisa.runtime.sources.remote import protocol_of
 
 SNAPSHOT = f"{PRIVATE}/snapshot.sqlite"
@@ -100,6 +101,12 @@ def check_output(source: str, output: Path, folders: Iterable[str]) -> None:
         raise UsageError(f"{output}: is a file, expected a folder for the results")
     if output.parts and output.parts[0].endswith(":") and len(output.parts[0]) > 2:  # pathlib turns // into /
         raise UsageError(f"{output}: is a URL, expected a local or mounted folder for the results")
+    if SEVERAL in source:
+        one_per_folder = {os.path.dirname(path): path for path in source.split(SEVERAL)}  # noqa: PTH120
+        names = list(folders)
+        for path in one_per_folder.values():
+            check_output(path, output, names)
+        return
     spec = _local_path(source)
     if spec is None:
         return

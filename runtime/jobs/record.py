@@ -16,9 +16,10 @@ from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.stages import Concurrency
 from multisa.runtime.jobs.worker import Executor
 from multisa.runtime.predict.prediction import DECIMALS
-from multisa.runtime.progress import pluralize
+from multisa.runtime.progress import format_examples, pluralize
 from multisa.runtime.report.report import PAGE
 from multisa.runtime.report.summary import RunFigures, StageTime, describe_run
+from multisa.runtime.sources.registry import SEVERAL
 from multisa.runtime.writers.registry import writer_folder
 
 _CLASSES_SHOWN = 10  # in the summary; the report has all of them
@@ -127,6 +128,8 @@ def without_secrets(source: str) -> str:
     A key may contain slashes: if the first colon does not begin a port, everything up to the first @ is
     removed.
     """
+    if SEVERAL in source:
+        return format_examples(source.split(SEVERAL))
     if "://" not in source:
         return source
     return _USER.sub("://", _QUERY.sub("", source))

@@ -20,7 +20,7 @@ from multisa.runtime.bundle import load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import Interrupted, MultisaError, UsageError
 from multisa.runtime.files import read_json_object, sha256_of_file
-from multisa.runtime.image_labels import ImageLabels, Labels, read_image_labels
+from multisa.runtime.image_labels import ClassNames, ImageLabels, LabelMapping, Labels, read_image_labels
 from multisa.runtime.jobs.finalize import (
     failed_indices,
     failure_reasons,
@@ -63,7 +63,7 @@ from multisa.runtime.jobs.telemetry import Telemetry
 from multisa.runtime.jobs.worker import Executor, ExecutorFactory
 from multisa.runtime.progress import EXAMPLES_SHOWN, format_examples, log, pluralize
 from multisa.runtime.sources.base import SourceItem
-from multisa.runtime.sources.lists import ListSource
+from multisa.runtime.sources.lists import FilesSource, ListSource
 from multisa.runtime.writers.base import Writer
 from multisa.runtime.writers.registry import writer_folder
 
@@ -101,32 +101,63 @@ class _LabelLookup:
     """The labels of each image of a source: from the label file, else those that the source contains."""
 
     def __init__(self, job: Job, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
-        self._foreground = foreground
+        self._names = ClassNames(foreground)
+        self._is_label = job.command == "label"
+        self._labels = labels
         self.matcher = None
         if labels:
             with job.open_source(foreground) as source:
-                images = (entry for entry in source.listing() if isinstance(entry, SourceItem))
-                self.matcher = labels.matcher(item.id for item in images)
-        self.unlabelled: list[str] = []  # ids of the first images without a row in the label file
-        self.n_unlabelled = 0
+                images = (entry.id for entry in source.listing() if isinstance(entry, SourceItem))
+                self.matcher = labels.matcher(images, source.folder_name)
+        self._unlabelled: list[str] = []  # ids of the first images whose classes come from the scores
+        self._n_unlabelled = 0
+        self._n_ignored = 0  # images whose labels `segment` does not use
 
     def find(self, item: SourceItem) -> Labels | None:
         """The labels of an image; None: its classes come from the scores. Raises UsageError."""
+        if not self._is_label:
+            self._n_ignored += item.labels is not None
+            return None
         found = self.matcher.find(item.id) if self.matcher else None
         if found is None and item.labels is not None:
-            found = self._checked(item.id, item.labels)
-        if self.matcher and found is None:
-            self.n_unlabelled += 1
-            if len(self.unlabelled) < EXAMPLES_SHOWN:
-                self.unlabelled.append(item.id)
+            found = self._names.resolve(item.labels, item.id)
+        if found is None:
+            self._n_unlabelled += 1
+            if len(self._unlabelled) < EXAMPLES_SHOWN:
+                self._unlabelled.append(item.id)
         return found
 
-    def _checked(self, image: str, labels: Sequence[str]) -> Labels:
-        unknown = [name for name in labels if name not in self._foreground]
-        if unknown:
-            expected = ", ".join(self._foreground)
-            raise UsageError(f"{image}: unknown class {unknown[0]!r}, expected {expected}")
-        return tuple(name for name in self._foreground if name in labels)
+    def log(self, source: str, n_images: int) -> None:
+        """Log which images and which rows of the label file are without each other.
+
+        Raises UsageError if no image has a row, and none has labels in the source.
+        """
+        images = pluralize(n_images, "image")
+        examples = format_examples(self._unlabelled, self._n_unlabelled)
+        if self._n_ignored:
+            log.info(f"segment does not use image-level labels: those of {self._n_ignored} of {images} are ignored")
+        if self._labels and self._n_unlabelled == n_images:
+            near = [row for row in self._labels_unused() if row.endswith(")")]
+            rows = f"; rows of these file names: {format_examples(near)}" if near else ""
+            raise UsageError(
+                f"{self._labels.name}: has no row for any of {images}, expected paths below {without_secrets(source)}, "
+                f"or file names, such as {examples}{rows}; without --labels, images are labelled from scores"
+            )
+        if self._n_unlabelled:
+            without = f"without a row in {self._labels.name} and " if self._labels else ""
+            named = f": {examples}" if self._n_unlabelled < n_images else ""
+            log.info(f"{without}labelled from scores: {self._n_unlabelled} of {images}{named}")
+        if self._labels is None or self.matcher is None:
+            return
+        if unused := self._labels_unused():
+            rows = pluralize(len(unused), "row")
+            log.info(f"without an image: {rows} of {self._labels.name}: {format_examples(unused)}")
+        if moved := [f"{row} for {image}" for row, image in sorted(self.matcher.moved.items())]:
+            rows = pluralize(len(moved), "row")
+            log.info(f"used, though they name another folder: {rows} of {self._labels.name}: {format_examples(moved)}")
+
+    def _labels_unused(self) -> tuple[str, ...]:
+        return self.matcher.unused() if self.matcher else ()
 
 
 def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
@@ -139,31 +170,15 @@ def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, fo
         return lookup.find(item)
 
     with job.open_source(foreground) as source:
-        is_list = isinstance(source, ListSource)
+        is_list = isinstance(source, ListSource) and not isinstance(source, FilesSource)  # those are checked already
         take_snapshot(job.output / SNAPSHOT, source.listing(), labels_of, source.description)
     with Snapshot(job.output / SNAPSHOT) as snapshot:
         if snapshot.skipped:
             some = [f"{entry.id}: {entry.reason}" for entry in snapshot.skipped_entries(EXAMPLES_SHOWN)]
             log.info(f"skipped {snapshot.skipped}: {format_examples(some, snapshot.skipped)}")
         if snapshot.other_files and options.log_other_files:
-            log.info(f"ignored {pluralize(snapshot.other_files, 'file')} without an image extension")
-        images = pluralize(snapshot.images, "image")
-        all_unlabelled = lookup.n_unlabelled == snapshot.images
-    if labels is None or lookup.matcher is None:
-        return
-    examples = format_examples(lookup.unlabelled, lookup.n_unlabelled)
-    if all_unlabelled:
-        raise UsageError(
-            f"{labels.path}: has no row for any of {images}, expected paths below {without_secrets(job.source)}, or "
-            f"file names, such as {examples}; without --labels, images are labelled from scores"
-        )
-    if lookup.unlabelled:
-        log.info(
-            f"without a row in {labels.path} and labelled from scores: {lookup.n_unlabelled} of {images}: {examples}"
-        )
-    if unused := lookup.matcher.unused():
-        rows = pluralize(len(unused), "row")
-        log.info(f"without an image: {rows} of {labels.path}: {format_examples(unused)}")
+            log.info(f"ignored {pluralize(snapshot.other_files, 'file')} not named like an image")
+        lookup.log(job.source, snapshot.images)
 
 
 def _check_source(job: Job, foreground: Sequence[str]) -> None:
@@ -340,12 +355,12 @@ def run(
     options: RunOptions,
     make_executor: ExecutorFactory,
     *,
-    labels: Path | None = None,
+    labels: Path | LabelMapping | None = None,
     telemetry: Telemetry | None = None,
 ) -> RunSummary:
     """Run a job, or resume it.
 
-    labels: a file of image-level labels. telemetry: opened and closed by the run.
+    labels: image-level labels, as a file or a mapping. telemetry: opened and closed by the run.
 
     Raises UsageError for input that cannot be used or does not match the run in OUT, Interrupted after a
     signal, TooManyFailures as soon as more images fail than the options allow, and MultisaError if OUT cannot
@@ -355,7 +370,7 @@ def run(
         monitor = stack.enter_context(RunMonitor(job.command, telemetry))
         bundle = load_bundle(job.bundle)
         classes = bundle.manifest.foreground
-        rows = read_image_labels(labels, classes) if labels else None
+        rows = None if labels is None else read_image_labels(labels, classes)
         check_output(job.source, job.output, map(writer_folder, job.writers))
         executor_stack = stack.enter_context(ExitStack())
         executor = executor_stack.enter_context(make_executor(job, monitor))
@@ -363,7 +378,7 @@ def run(
             job,
             executor.fingerprint(),
             bundle_sha256=sha256_of_file(bundle.path / MANIFEST_NAME),
-            labels_sha256=sha256_of_file(labels) if labels else None,
+            labels_sha256=rows.sha256 if rows else None,
             shard_size=options.shard_size,
         )
         stack.enter_context(output_errors(job.output))

@@ -19,7 +19,7 @@ from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_file, flush_folder
 from multisa.runtime.image_labels import Labels
 from multisa.runtime.progress import EXAMPLES_SHOWN
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem, no_image_error
 
 MASK_SUFFIX = ".png"  # of the files that are named after an image
 
@@ -187,10 +187,8 @@ def take_snapshot(
         rows.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_SCHEMA}")
         images, others, digest = _fill(rows, listing, labels_of)
         if not images:
-            raise UsageError(
-                f"{description}: no image found, expected at least one: images are recognised by their "
-                "extension (.jpg, .png, ...)"
-            )
+            skipped = rows.execute("SELECT reason, COUNT(*), MIN(id) FROM skipped GROUP BY reason ORDER BY 2 DESC, 1")
+            raise no_image_error(description, [f"{n} {reason} ({id_})" for reason, n, id_ in skipped], others)
         _assign_names(rows)
         facts = {"images": images, "other_files": others, "digest": digest}
         rows.executemany("INSERT INTO facts VALUES (?, ?)", [(key, str(v)) for key, v in facts.items()])

@@ -14,7 +14,7 @@ from multisa.runtime.backends.base import AFFINITY, CAM, AsyncBackend, Backend, 
 from multisa.runtime.backends.registry import AUTO, BackendRequest, SelectedBackend
 from multisa.runtime.bundle import Bundle, Manifest
 from multisa.runtime.errors import BackendError, ImageError, UsageError
-from multisa.runtime.image_labels import labels_from_scores
+from multisa.runtime.image_labels import ClassNames, labels_from_scores
 from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
 from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.predict.prediction import (
@@ -110,11 +110,7 @@ class PseudoLabeler(Predictor):
     def _in_order(self, labels: Sequence[str]) -> Labels:
         if isinstance(labels, str):
             raise UsageError(f"labels: got the text {labels!r}, expected a sequence of class names")
-        foreground = self._manifest.foreground
-        unknown = [name for name in labels if name not in foreground]
-        if unknown:
-            raise UsageError(f"labels: unknown class {unknown[0]!r}, expected {', '.join(foreground)}")
-        return tuple(name for name in foreground if name in labels)
+        return ClassNames(self._manifest.foreground).resolve(map(str, labels), "labels")
 
 
 def _make_steps(

@@ -1,11 +1,12 @@
 """The base class of every source of images: a listing in a fixed order, and the bytes of one image."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from multisa.runtime.errors import ImageError
+from multisa.runtime.errors import ImageError, UsageError
+from multisa.runtime.progress import format_examples, pluralize
 from multisa.runtime.sources.storage import reason_of
 
 
@@ -38,10 +39,21 @@ class OtherFiles:
 Listed = SourceItem | Skipped | OtherFiles
 
 
+def no_image_error(description: str, skipped: Sequence[str], others: int) -> UsageError:
+    """The error for a source without an image; skipped: its entries that were skipped, by reason."""
+    found = [*skipped, *([f"{pluralize(others, 'file')} not named like an image"] if others else [])]
+    what = f"found only {format_examples(found)}" if found else "it is empty"
+    return UsageError(
+        f"{description}: no image found ({what}), expected at least one: images are recognised by their "
+        "extension (.jpg, .png, ...)"
+    )
+
+
 class Source(ABC):
     """A collection of images; a context manager. Several threads may call `read` at once."""
 
     description: str  # for messages: "folder photos", "tar files s3://bucket/shards/*.tar"
+    folder_name: str = ""  # of the folder that ids are below; paths in label files may begin with it
 
     @abstractmethod
     def listing(self) -> Iterator[Listed]:

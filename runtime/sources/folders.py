@@ -21,6 +21,7 @@ from multisa.runtime.sources.storage import (
     Store,
     is_image,
     join,
+    last_name,
     printable,
     reason_of,
 )
@@ -113,6 +114,7 @@ class FolderSource(Source):
         self._pattern = pattern
         name = printable(root)
         self.description = f"files {join(name, pattern.text)}" if pattern else f"folder {name}"
+        self.folder_name = last_name(root)
 
     def listing(self) -> Iterator[Listed]:
         try:
@@ -142,6 +144,7 @@ class OneFileSource(Source):
         self._path = path
         self._store = store
         self.description = f"image {printable(path.partition('?')[0])}"
+        self.folder_name = last_name(path.rpartition("/")[0])
 
     def listing(self) -> Iterator[Listed]:
         path = self._path.partition("?")[0] if "://" in self._path else self._path

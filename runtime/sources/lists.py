@@ -1,26 +1,25 @@
 """Images named by a list (.txt) or a manifest (.csv, .jsonl, .parquet), in its order.
 
 Entries are paths relative to the list, absolute paths, or URLs. A manifest has a column `image` and may have
-a column `labels`.
+a column of labels (any of LABEL_COLUMNS). Rows about one image that follow each other are merged.
 """
 
 import csv
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from multisa.runtime.errors import BackendUnavailable, UsageError
-from multisa.runtime.image_labels import Labels, split_classes
+from multisa.runtime.image_labels import IMAGE_COLUMN, LABEL_COLUMNS, ClassNames, Labels, label_column, log_label_column
 from multisa.runtime.sources.base import Listed, Source, SourceItem
 from multisa.runtime.sources.remote import protocol_of
-from multisa.runtime.sources.storage import SeenHashes, Store, join, printable, reason_of, safe_id, unique_id
+from multisa.runtime.sources.storage import SeenHashes, Store, join, last_name, printable, reason_of, safe_id, unique_id
 
 MOST_LABELS = 10_000  # of one image
 LONGEST_LINE = 2**20  # bytes
-IMAGE, LABELS = "image", "labels"  # columns and keys of a manifest
 _BATCH = 1024  # rows of Parquet
 _LARGEST_PARQUET_HEADER = 2**28  # bytes, and entries, of the file's metadata
 
@@ -29,14 +28,14 @@ _LARGEST_PARQUET_HEADER = 2**28  # bytes, and entries, of the file's metadata
 class LabelReader:
     """Reads labels. `classes` tell a name with spaces from several names, and labels from a caption."""
 
-    classes: Collection[str] = ()
+    classes: ClassNames = field(default_factory=lambda: ClassNames(()))
 
     def from_value(self, value: Any) -> Labels | None:
         """Return the labels in a list or a text of names, or None. Raises ValueError for anything else."""
         if value is None:
             return None
         if isinstance(value, str):
-            value = split_classes(value, self.classes)
+            value = self.classes.split(value)
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise ValueError(f"got {str(value)[:80]!r}, expected a list of class names or one text")
         if len(value) > MOST_LABELS:
@@ -52,16 +51,35 @@ class LabelReader:
         if kind != "json":
             labels = self.from_value(text.strip())
             # Most shards keep a caption in .txt.
-            is_caption = kind == "txt" and self.classes and not set(labels or ()) <= set(self.classes)
+            is_caption = kind == "txt" and self.classes.classes and None in map(self.classes.find, labels or ())
             return None if is_caption else labels
         value = parse_json(text)
-        return self.from_value(value.get(LABELS)) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            value = value.get(_label_key(value))
+        return self.from_value(value)
+
+
+def _label_key(values: dict[str, Any]) -> str:
+    """Return the key of the labels, whether there is one or not. Raises ValueError if there are several."""
+    try:
+        return label_column(list(values), "labels") or LABEL_COLUMNS[0]
+    except UsageError as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_json(text: str) -> Any:
-    """Parse untrusted JSON. Raises ValueError, also for deep nesting."""
+    """Parse untrusted JSON. Raises ValueError, also for deep nesting and for a key that an object has twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise KeyError  # a ValueError would be taken for broken JSON
+        return values
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
+    except KeyError:
+        raise ValueError("is JSON with a key that occurs twice, expected each key once") from None
     except (ValueError, RecursionError):
         raise ValueError("is not JSON, or nested too deeply") from None
 
@@ -111,7 +129,7 @@ def _text_rows(file: BinaryIO, list_name: str, _: LabelReader) -> Iterator[Row]:
 def _csv_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[Row]:
     rows = csv.reader((line for _, line in _lines(file, list_name)), strict=True)
     try:
-        header = [cell.strip() for cell in next(rows, [])]
+        header = [cell.strip().lower() for cell in next(rows, [])]
         _check_columns(header, f"{list_name}, line 1")
         for cells in rows:
             position = f"line {rows.line_num}"
@@ -133,7 +151,7 @@ def _jsonl_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator
         except ValueError as error:
             raise UsageError(f"{list_name}, {position}: {error}") from None
         if not isinstance(value, dict):
-            raise UsageError(f'{list_name}, {position}: got no JSON object, expected {{"{IMAGE}": "a.jpg"}}')
+            raise UsageError(f'{list_name}, {position}: got no JSON object, expected {{"{IMAGE_COLUMN}": "a.jpg"}}')
         yield _row(list_name, position, value, reader)
 
 
@@ -150,7 +168,7 @@ def _parquet_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterat
         )
         names = list(table.schema_arrow.names)
         _check_columns(names, list_name)
-        columns = [name for name in (IMAGE, LABELS) if name in names]
+        columns = [name for name in (IMAGE_COLUMN, *LABEL_COLUMNS) if name in names]
         for batch in table.iter_batches(_BATCH, columns=columns):
             for values in batch.to_pylist():
                 number += 1
@@ -170,24 +188,24 @@ KINDS: dict[str, Callable[[BinaryIO, str, LabelReader], Iterator[Row]]] = {
 
 def _check_columns(header: list[str], where: str) -> None:
     """Raise UsageError unless the header has one column of images and at most one of labels."""
-    for name in (IMAGE, LABELS):
-        if header.count(name) > 1:
-            raise UsageError(f"{where}: got two columns {name!r}, expected one")
-    if IMAGE not in header:
+    log_label_column(label_column(header, where), where)
+    if header.count(IMAGE_COLUMN) > 1:
+        raise UsageError(f"{where}: got two columns {IMAGE_COLUMN!r}, expected one")
+    if IMAGE_COLUMN not in header:
         got = ",".join(header)[:200]
-        raise UsageError(f"{where}: got the columns {got!r}, expected {IMAGE!r} and {LABELS!r}")
+        raise UsageError(f"{where}: got the columns {got!r}, expected 'image' and 'labels'")
 
 
 def _row(list_name: str, position: str, values: dict[str, Any], reader: LabelReader) -> Row:
-    image = values.get(IMAGE)
+    image = values.get(IMAGE_COLUMN)
     if not isinstance(image, str) or not image.strip():
         raise UsageError(
-            f"{list_name}, {position}: got {str(image)[:80]!r} as {IMAGE!r}, expected the path of an image"
+            f"{list_name}, {position}: got {str(image)[:80]!r} as {IMAGE_COLUMN!r}, expected the path of an image"
         )
     try:
-        return Row(position, image, reader.from_value(values.get(LABELS)))
+        return Row(position, image, reader.from_value(values.get(_label_key(values))))
     except ValueError as error:
-        raise UsageError(f"{list_name}, {position}, {LABELS!r}: {error}") from None
+        raise UsageError(f"{list_name}, {position}, 'labels': {error}") from None
 
 
 class _Location(NamedTuple):
@@ -213,19 +231,38 @@ class ListSource(Source):
         whole = path if self._protocol else os.path.abspath(path)  # noqa: PTH100 (text, as all paths here)
         self._home = whole.partition("?")[0].rpartition("/")[0]
         self.description = f"list {printable(path.partition('?')[0])}"
+        self.folder_name = last_name(self._home)
 
     def listing(self) -> Iterator[Listed]:
         identities, ids = SeenHashes(), SeenHashes()
-        for row in read_rows(self._store_of(self._protocol), self._path, self._labels):
-            where = f"{self.description}, {row.position}"
-            location = self._locate(row.image, where)
+        for row, location in self._merged_rows():
             if not identities.add(location.identity):
-                raise UsageError(f"{where}: {printable(row.image)} is a duplicate, expected each image once")
+                advice = "expected each image once" + (", or its rows one after the other" if row.labels else "")
+                where = f"{self.description}, {row.position}"
+                raise UsageError(f"{where}: {printable(row.image)} is a duplicate, {advice}")
             name, attempts = location.id, itertools.count()
             while not ids.add(name):
                 name = unique_id(location.id, location.uri, next(attempts))
             size, version = self._status(location.uri)
             yield SourceItem(name, location.uri, size, version, row.labels)
+
+    def _rows(self) -> Iterator[Row]:
+        return read_rows(self._store_of(self._protocol), self._path, self._labels)
+
+    def _merged_rows(self) -> Iterator[tuple[Row, _Location]]:
+        """Yield one row per image: rows with labels that follow each other and name one image are merged."""
+        last: tuple[Row, _Location] | None = None
+        for row in self._rows():
+            location = self._locate(row.image, f"{self.description}, {row.position}")
+            if last and row.labels and last[0].labels and location.identity == last[1].identity:
+                labels = tuple(dict.fromkeys((*last[0].labels, *row.labels)))
+                last = (last[0]._replace(labels=labels), last[1])
+                continue
+            if last:
+                yield last
+            last = row, location
+        if last:
+            yield last
 
     def _read(self, item: SourceItem) -> bytes:
         protocol = protocol_of(item.uri)
@@ -275,3 +312,17 @@ class ListSource(Source):
         except OSError:
             return -1, ""
         return status.st_size, str(status.st_mtime_ns)
+
+
+class FilesSource(ListSource):
+    """Images named one by one, as a shell expands a pattern without quotes; ids are paths below their common folder."""
+
+    def __init__(self, paths: Sequence[str], store_of: Callable[[str], Store]) -> None:
+        home = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])  # noqa: PTH100, PTH120
+        super().__init__(join(home, "-"), store_of, LabelReader())
+        self._paths = [os.path.abspath(path) for path in paths]  # noqa: PTH100
+        self.description = f"{len(paths)} images in {printable(home)}"
+
+    def _rows(self) -> Iterator[Row]:
+        for number, path in enumerate(self._paths, 1):
+            yield Row(f"image {number}", path, None)

@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 from multisa.runtime.errors import UsageError
+from multisa.runtime.image_labels import ClassNames
 from multisa.runtime.sources.base import Source
 from multisa.runtime.sources.folders import FolderSource, OneFileSource, Pattern
-from multisa.runtime.sources.lists import KINDS, LabelReader, ListSource
+from multisa.runtime.sources.lists import KINDS, FilesSource, LabelReader, ListSource
 from multisa.runtime.sources.remote import RemoteStore, protocol_of
 from multisa.runtime.sources.storage import Entry, LocalStore, Store, bad_name, is_image, is_tar, printable
 from multisa.runtime.sources.tar import TarSource, expand_range, has_range, matching_shards
@@ -26,6 +27,8 @@ EXPECTED = (
     ".jsonl, .parquet), tar files (shards/{000..123}.tar) or a .zip, on this machine or behind a URL"
 )
 
+SEVERAL = "\n"  # between several images in one text that names a source
+
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _WILD = re.compile(r"[*?[]")
 
@@ -35,17 +38,18 @@ def open_source(
 ) -> Source:
     """Open the source that `spec` names, without listing it or contacting a server.
 
-    classes: names that tell a label with spaces from several labels. storage_options: a JSON object or a
-    mapping for fsspec; by default, fsspec's configuration and the environment apply.
+    spec: a path, pattern or URL, or the paths of several images joined by SEVERAL. classes: names that tell a
+    label with spaces from several labels. storage_options: a JSON object or a mapping for fsspec; by default,
+    fsspec's configuration and the environment apply.
 
     Raises UsageError if `spec` names no source, BackendUnavailable if fsspec or its package for a protocol is
     missing.
     """
-    stores = _Stores(protocol_of(spec), _options(storage_options))
-    labels = LabelReader(tuple(classes))
+    stores = _Stores("" if SEVERAL in spec else protocol_of(spec), _options(storage_options))
+    labels = LabelReader(ClassNames(classes))
     if stores.protocol in ("file", "local"):
         spec, stores.protocol = spec.partition("://")[2], ""
-    if "::" in spec and "://" in spec:
+    if "::" in spec and "://" in spec and SEVERAL not in spec:
         raise UsageError(f"{spec}: got a chain of URLs, expected one: {EXPECTED}")
     if not stores.protocol:
         return _local(spec, stores, labels)
@@ -84,6 +88,8 @@ class _Stores:
 
 
 def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
+    if SEVERAL in spec and not os.path.lexists(spec):
+        return _several(spec.split(SEVERAL), stores)
     if os.path.isdir(spec):  # noqa: PTH112 (text, as all paths of sources)
         root = spec.rstrip("/") or "/"
         return FolderSource(root, LocalStore(root))
@@ -94,6 +100,16 @@ def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
     name = spec.rpartition("/")[2]
     # A file with another extension may be an image; decoding decides.
     return _file(spec, name, stores, labels) or _image(spec, name, stores)
+
+
+def _several(paths: list[str], stores: _Stores) -> Source:
+    for path in paths:
+        if os.path.isdir(path) or not is_image(path):  # noqa: PTH112
+            raise UsageError(
+                f"{printable(path)}: is one of {len(paths)} arguments and no image file, expected images only: name "
+                "their folder, or put a pattern in quotes"
+            )
+    return FilesSource(paths, stores.of)
 
 
 def _file(spec: str, name: str, stores: _Stores, labels: LabelReader) -> Source | None:

@@ -132,6 +132,9 @@ def s3_folder(files: Any, url: str) -> dict[str, Entry]:
 
 def add_entry(entries: dict[str, Entry], name: str, info: Mapping[str, Any], size: int | None) -> None:
     """Add one name of a listing; a folder wins over a file of the same name."""
+    if name == "/":  # what lies below has keys like a//b.jpg, which are no paths
+        entries[name] = Entry(name, True, problem="empty name in its path (//)")
+        return
     name = name.removesuffix("/")
     # Some stores keep an empty object for the folder itself.
     if not name or (name in entries and entries[name].is_folder):

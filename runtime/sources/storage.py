@@ -23,6 +23,8 @@ from multisa.runtime.imaging.decode import EXTENSIONS, MAX_FILE_BYTES
 LONGEST_NAME = 255  # bytes of one file or folder name, on every usual file system
 LONGEST_PATH = 2000  # bytes; half of what Linux allows, because the output folder needs some
 
+# Where names in an archive or folder say what stands beside an image (WebDataset).
+_MASK_ENDINGS = (".mask", ".masks", ".seg", ".segmentation", ".label", ".labels", ".gt")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NOT_PORTABLE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 # Fast path: nearly all paths match.
@@ -31,9 +33,10 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_image(name: str) -> bool:
-    """Return whether a name has the extension of an image."""
+    """Return whether a name has the extension of an image, and not that of a mask like cat.mask.png."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
-    return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS
+    is_mask = stem.lower().endswith(_MASK_ENDINGS)
+    return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS and not is_mask
 
 
 def is_tar(name: str) -> bool:
@@ -283,6 +286,12 @@ class Store(ABC):
 def join(root: str, relative: str) -> str:
     """Return the path of `relative` below the folder `root`."""
     return f"{root.rstrip('/')}/{relative}" if root else relative
+
+
+def last_name(folder: str) -> str:
+    """Return the name of a folder; of the current one if `folder` is "" or "."."""
+    path = folder if "://" in folder else os.path.abspath(folder)  # noqa: PTH100 (text, as all paths)
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def reason_of(error: OSError) -> str:

@@ -2,15 +2,17 @@
 
     0001.jpg  0001.json {"labels": ["cat"]}  or  0001.cls  or  0001.txt
 
-Listing a shard reads its headers; each read then requests the bytes of one image.
+Labels need not stand beside their image in tar files of up to HELD_MEMBERS members. Listing a shard reads its
+headers; each read then requests the bytes of one image.
 """
 
 import io
+import itertools
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from dataclasses import dataclass, field
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
@@ -38,6 +40,8 @@ MOST_SHARDS = 1_000_000
 _LONGEST_HEADER = 2**20  # bytes of a long name or of pax records: a path has some hundreds
 _LARGEST_SIDECAR = 2**20  # bytes of a file of labels
 _LARGEST_SAMPLE = 256  # members of one key that form a sample
+HELD_MEMBERS = 200_000  # of a tar file that memory holds, to find labels apart from their image: some 50 MB
+_LABEL_ENDINGS = (".json", ".cls", ".txt")
 _BLOCK = tarfile.BLOCKSIZE
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
@@ -73,6 +77,9 @@ class Member(NamedTuple):
     offset: int  # of its bytes
     size: int
     problem: str = ""  # why it cannot be read
+
+
+LabelFiles: TypeAlias = dict[str, Member]  # the files with labels of one sample, by kind: json, cls, txt
 
 
 @dataclass
@@ -243,6 +250,43 @@ def matching_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry
         raise UsageError(f"{printable(join(root, pattern.text))}: no file of this name, expected tar files")
 
 
+@dataclass
+class _OpenShard:
+    """A tar file that is being listed, and the files with labels in it that stand apart from their image."""
+
+    name: str
+    blob: Blob
+    seen: SeenHashes  # ids of the images so far, in all tar files
+    loose: dict[str, LabelFiles]  # by the key of their sample
+    used: set[str] = field(default_factory=set)  # keys of `loose` that belong to an image
+
+    def labels_apart(self, key: str) -> LabelFiles:
+        """Return the files with labels of one sample that stand apart from its image."""
+        if key in self.loose:
+            self.used.add(key)
+        return self.loose.get(key, {})
+
+    def without_image(self, members: list[Member], *, is_held: bool) -> Iterator[Listed]:
+        """Yield the members of a sample without an image; is_held: whether `loose` has its labels."""
+        label_files = _label_files(members)
+        if others := len(members) - len(label_files):
+            yield OtherFiles(others)
+        if not is_held:
+            advice = f"sort its members by name, as it has more than {HELD_MEMBERS}"
+            yield from self._skip(label_files, f"does not stand beside an image in the tar file: {advice}")
+
+    def unused_labels(self) -> Iterator[Listed]:
+        """Yield the files with labels of no image."""
+        for key, files in self.loose.items():
+            if key not in self.used:
+                yield from self._skip(files, "belongs to no image")
+
+    def _skip(self, files: LabelFiles, reason: str) -> Iterator[Listed]:
+        for kind, member in files.items():
+            is_caption = kind == "txt"  # or a readme
+            yield OtherFiles(1) if is_caption else Skipped(printable(f"{self.name[:-4]}/{member.name}"), reason)
+
+
 class TarSource(Source):
     """Tar files below `root`; ids are "shard/member", URIs "shard.tar#offset"."""
 
@@ -295,9 +339,17 @@ class TarSource(Source):
             with self._store.open(join(self._root, name)) as blob:
                 if not blob.size:
                     yield Skipped(printable(name), "is empty")
-                for sample in _samples(tar_members(blob)):
+                held, others = _hold(tar_members(blob))
+                shard = _OpenShard(name, blob, seen, _loose_labels(held))
+                n_members = 0
+                for sample in _samples(itertools.chain(held, others)):
                     has_members = True
-                    yield from self._sample(name, sample, blob, seen)
+                    n_members += len(sample)
+                    if any(is_image(member.name) for member in sample):
+                        yield from self._sample(shard, sample)
+                    else:
+                        yield from shard.without_image(sample, is_held=n_members <= len(held))
+                yield from shard.unused_labels()
         except TarDamaged as error:
             if not has_members:
                 raise UsageError(f"{path}: cannot be read as a tar file: {error}") from error
@@ -306,14 +358,12 @@ class TarSource(Source):
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({reason_of(error)}), expected a tar file") from error
 
-    def _sample(self, shard: str, members: list[Member], blob: Blob, seen: SeenHashes) -> Iterator[Listed]:
-        prefix = safe_id(shard[:-4])
+    def _sample(self, shard: "_OpenShard", members: list[Member]) -> Iterator[Listed]:
+        """Yield the images of one sample, and what cannot be read of it."""
+        prefix = safe_id(shard.name[:-4])
         images = [member for member in members if is_image(member.name)]
-        sidecars = {}
-        if images:
-            endings = [(m, m.name.removeprefix(_key(m.name)).lower()) for m in members]
-            sidecars = {ending[1:]: m for m, ending in endings if ending in (".json", ".cls", ".txt")}
-        labels, problems = self._labels(sidecars, blob)
+        beside = _label_files(members)
+        labels, problems = self._labels(shard.labels_apart(_key(members[0].name)) | beside, shard.blob)
         for name, problem in problems:
             yield Skipped(printable(f"{prefix}/{name}"), problem)
         for member in images:
@@ -321,16 +371,16 @@ class TarSource(Source):
             problem = member_problem(member.name, member.size, member.problem)
             if not problem and len(id_.encode()) > LONGEST_PATH:
                 problem = "its name is too long"
-            if not problem and not seen.add(id_):
+            if not problem and not shard.seen.add(id_):
                 problem = "another member has the same name: the first is used"
             if problem:
                 yield Skipped(printable(id_), problem)
             else:
-                yield SourceItem(id_, f"{shard}#{member.offset}", member.size, blob.version, labels)
-        if others := len(members) - len(images) - len(sidecars):
+                yield SourceItem(id_, f"{shard.name}#{member.offset}", member.size, shard.blob.version, labels)
+        if others := len(members) - len(images) - len(beside):
             yield OtherFiles(others)
 
-    def _labels(self, sidecars: dict[str, Member], blob: Blob) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
+    def _labels(self, sidecars: LabelFiles, blob: Blob) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
         """Return the labels in the files beside an image, and the unreadable files with their reasons."""
         problems: list[tuple[str, str]] = []
         for kind in ("json", "cls", "txt"):
@@ -350,6 +400,36 @@ class TarSource(Source):
             if problem:
                 problems.append((member.name, problem))
         return None, problems
+
+
+def _hold(members: Iterator[Member]) -> tuple[list[Member], Iterator[Member]]:
+    """Return the first HELD_MEMBERS members, and an iterator over the others that raises what this one met."""
+    held: list[Member] = []
+    try:
+        for member in itertools.islice(members, HELD_MEMBERS):
+            held.append(member)  # one by one: what comes before damage is kept
+    except TarDamaged as error:
+        return held, _raise(error)
+    return held, members
+
+
+def _raise(error: TarDamaged) -> Iterator[Member]:
+    raise error
+    yield  # makes it a generator, which raises when it is read
+
+
+def _loose_labels(members: Iterable[Member]) -> dict[str, LabelFiles]:
+    """Return the files with labels that do not stand beside an image, by the key of their sample."""
+    loose: dict[str, LabelFiles] = {}
+    for sample in _samples(members):
+        if not any(is_image(member.name) for member in sample):
+            loose.setdefault(_key(sample[0].name), {}).update(_label_files(sample))
+    return loose
+
+
+def _label_files(members: Iterable[Member]) -> LabelFiles:
+    endings = ((member, member.name.removeprefix(_key(member.name)).lower()) for member in members)
+    return {ending[1:]: member for member, ending in endings if ending in _LABEL_ENDINGS}
 
 
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:

@@ -1,5 +1,6 @@
 """Images in a zip file. `zipfile` lists the members; a read requests the bytes of one member alone."""
 
+import contextlib
 import struct
 import zipfile
 import zlib
@@ -25,7 +26,9 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LOCAL_MAGIC = b"PK\x03\x04"
 _END_RECORD = struct.Struct("<4s2H14x")
 _END_MAGIC = b"PK\x05\x06"
-_ENCRYPTED = 0x0001  # bit of a member's flags
+_ENCRYPTED = 0x0001  # bits of a member's flags
+_UTF8 = 0x0800
+_UNICODE_NAME = 0x7075  # the field of `extra` with the name in UTF-8
 _UNIX = 3  # the system whose file types are in the upper half of `external_attr`
 _FILE_TYPE, _LINK, _REGULAR, _FOLDER = 0o170000, 0o120000, 0o100000, 0o040000
 _IN_ZIP64_FIELD = 0xFFFFFFFF  # a size that the zip64 field should have replaced
@@ -161,8 +164,31 @@ def _end(member: zipfile.ZipInfo) -> int:
 
 
 def _name(member: zipfile.ZipInfo) -> str:
-    # `filename` is cut at a NUL.
-    return relative_member_name(member.orig_filename)
+    """Return the name of a member, in Unicode where the file has it.
+
+    Without the flag for UTF-8, `zipfile` takes names for code page 437. Info-ZIP writes a field with the name in
+    UTF-8 beside them (APPNOTE 4.6.9); zip(1) on Linux and macOS's Finder write UTF-8 and no flag.
+    """
+    name = member.orig_filename  # `filename` is cut at a NUL
+    if not member.flag_bits & _UTF8 and not name.isascii():
+        raw = name.encode("cp437")
+        for text in (_unicode_field(member.extra, raw), raw):
+            with contextlib.suppress(UnicodeDecodeError):
+                name = text.decode() or name
+                break
+    return relative_member_name(name)
+
+
+def _unicode_field(extra: bytes, raw: bytes) -> bytes:
+    """Return the name in the Unicode field of `extra`, or `raw` without one that belongs to this name."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        field = extra[at + 4 : at + 4 + size]
+        if kind == _UNICODE_NAME and len(field) > 5 and struct.unpack_from("<BL", field) == (1, zlib.crc32(raw)):
+            return field[5:]
+        at += 4 + size
+    return raw
 
 
 def _item(member: zipfile.ZipInfo) -> SourceItem:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.image_labels import ImageLabels, labels_from_scores, read_image_labels
+from multisa.runtime.image_labels import ClassNames, ImageLabels, labels_from_scores, read_image_labels
 
 CLASSES = ("cat", "dog", "dining table")
 
@@ -49,10 +49,60 @@ def read(tmp_path: Path, text: str, name: str = "labels.csv") -> ImageLabels:
         ("b.jpg,cat", "a.jpg", None),
         ("deep/a.jpg,cat\na.jpg,dog", "deep/a.jpg", ("cat",)),  # the path wins over the name
         ("a.jpg,cat\na.jpg,cat", "a.jpg", ("cat",)),
+        ("a.jpg,dog\nb.jpg,cat\na.jpg,cat", "a.jpg", ("cat", "dog")),  # one row for each label
+        ('a.jpg,"cat, dog"', "a.jpg", ("cat", "dog")),
+        ('a.jpg,"dining table, dog"', "a.jpg", ("dog", "dining table")),
+        ("a.jpg,Cat DOG", "a.jpg", ("cat", "dog")),
+        ("a.jpg, dining  table ", "a.jpg", ("dining table",)),
+        (" a.jpg ,cat", "a.jpg", ("cat",)),
+        ("a.jpg,cat", "a.jpg ", ("cat",)),
+        ("\ufeffa.jpg,cat", "a.jpg", ("cat",)),  # files with byte order marks, joined
+        ("deep//a.jpg,cat", "deep/a.jpg", ("cat",)),
+        ("K\u00e4tzchen.jpg,cat", "Ka\u0308tzchen.jpg", ("cat",)),  # NFC against NFD
+        ("Ka\u0308tzchen.jpg,cat", "K\u00e4tzchen.jpg", ("cat",)),
+        ("C:\\data\\a.jpg,cat", "a.jpg", ("cat",)),
+        ("s3://bucket/deep/a.jpg,cat", "deep/a.jpg", ("cat",)),
+        ("deep/a.jpg,cat", "deeper/a.jpg", None),  # another folder
+        ("b/deep/a.jpg,cat", "c/deep/a.jpg", None),
     ],
 )
 def test_csv_rows(tmp_path: Path, row: str, relative: str, expected: tuple[str, ...] | None) -> None:
     assert match(read(tmp_path, f"image,labels\n{row}\n\n"), [relative]).get(relative) == expected
+
+
+@pytest.mark.parametrize("column", ["labels", "label", "classes", "class", " Labels "])
+def test_columns_of_csv(tmp_path: Path, column: str) -> None:
+    text = f"split,{column},image\ntrain,dog cat,a.jpg\nval,,b.jpg\n"
+    assert match(read(tmp_path, text), ["a.jpg", "b.jpg"]) == {"a.jpg": ("cat", "dog"), "b.jpg": ()}
+
+
+def test_names_that_differ_in_case_alone_are_not_confused() -> None:
+    names = ClassNames(("Turkey", "turkey", "r\u00e9d fox"))
+    assert names.find("turkey") == "turkey" and names.find("Turkey") == "Turkey"
+    assert names.find("TURKEY") is None
+    assert names.find(" Re\u0301d\tFox") == "r\u00e9d fox"
+
+
+def test_a_mapping(tmp_path: Path) -> None:
+    labels = read_image_labels({"a.jpg": ("dog", "Cat"), Path("b.jpg"): []}, CLASSES)  # type: ignore[dict-item]
+    assert match(labels, ["a.jpg", "b.jpg"]) == {"a.jpg": ("cat", "dog"), "b.jpg": ()}
+    for wrong in ("dog", 3):
+        with pytest.raises(UsageError, match=rf"labels, key 'a': got {wrong!r}, expected a list of class names"):
+            read_image_labels({"a": wrong}, CLASSES)  # type: ignore[dict-item]
+
+
+def test_the_name_of_the_folder_decides_between_rows(tmp_path: Path) -> None:
+    labels = read(tmp_path, "image,labels\ntrain/a.jpg,cat\nval/a.jpg,dog\nval/b.jpg,dog\n")
+    matcher = labels.matcher(root="train")
+    assert matcher.find("a.jpg") == ("cat",)
+    assert not matcher.moved
+    assert matcher.find("b.jpg") == ("dog",)
+    assert matcher.moved == {"val/b.jpg": "b.jpg"}
+    assert matcher.unused() == ("val/a.jpg",)
+    nested = labels.matcher()
+    assert nested.find("train/a.jpg") == ("cat",)
+    assert nested.find("train/b.jpg") is None
+    assert nested.unused() == ("val/a.jpg", "val/b.jpg (another folder than train/b.jpg)")
 
 
 def test_csv_with_a_byte_order_mark_and_crlf(tmp_path: Path) -> None:
@@ -77,7 +127,9 @@ def test_json(tmp_path: Path) -> None:
         ("image,labels\na.jpg,cat\nb.jpg,cow\n", "l.csv", "line 3: unknown class 'cow', expected cat, dog"),
         ("image,labels\na.jpg,cat,dog\n", "l.csv", "line 2: got 3 columns"),
         ("image,labels\n,cat\n", "l.csv", "line 2: got no image"),
-        ("image,labels\na.jpg,cat\n\na.jpg,dog\n", "l.csv", r"line 4: a\.jpg has .* at line 2"),
+        ("image,labels\na.jpg,\n\na.jpg,dog\n", "l.csv", r"line 4: a\.jpg has .* \[\] at line 2"),
+        ("image,labels,classes\na.jpg,cat,dog\n", "l.csv", "line 1: got the columns labels and classes, expected one"),
+        ("image,split\na.jpg,train\n", "l.csv", "line 1: got 'image,split', expected the header"),
         ('image,labels\n"a.jpg,cat\n', "l.csv", "line 2: not CSV"),
         ("{", "l.json", "not JSON"),
         ("[" * 500_000, "l.json", "nested too deeply"),
@@ -115,7 +167,7 @@ def test_ambiguous_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", ["a.jpg", "a"])
 def test_a_row_about_an_image_by_its_path_is_about_no_other(tmp_path: Path, row: str) -> None:
-    labels = read(tmp_path, f"image,labels\n{row},cat\nx/a.jpg,dog\n")
+    labels = read(tmp_path, f"image,labels\n{row},cat\nx/deep/a.jpg,dog\n")
     assert match(labels, ["a.jpg", "deep/a.jpg"]) == {"a.jpg": ("cat",), "deep/a.jpg": ("dog",)}
     alone = read(tmp_path, f"image,labels\n{row},cat\n")
     for order in (["a.jpg", "deep/a.jpg"], ["deep/a.jpg", "a.jpg"]):

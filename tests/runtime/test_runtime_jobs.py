@@ -148,7 +148,7 @@ def test_other_files_are_counted(
             (photos / name).touch()
         run_segment(photos, tmp_path / "out", bundle, overwrite=True)
         files = "1 file" if number == 1 else "2 files"
-        assert f"ignored {files} without an image extension\n" in capsys.readouterr().err
+        assert f"ignored {files} not named like an image\n" in capsys.readouterr().err
     run_segment(photos, tmp_path / "out", bundle, log_other_files=False, overwrite=True)
     assert "extension" not in capsys.readouterr().err
 

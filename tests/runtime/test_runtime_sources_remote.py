@@ -112,6 +112,7 @@ def test_names_that_only_a_bucket_can_hold(photos: Bucket) -> None:
     reasons = {entry.id: entry.reason for entry in entries if isinstance(entry, Skipped)}
     assert reasons[".h"] == "hidden"
     assert reasons["a/..\\x.jpg"] == "backslash in its name"
+    assert reasons["a//"] == "empty name in its path (//)"
 
 
 def test_what_has_changed_in_a_bucket(photos: Bucket) -> None:
