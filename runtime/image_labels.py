@@ -12,6 +12,7 @@ rows, one for each label, and there may be other columns:
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from multisa.runtime.progress import log
 
 IMAGE_COLUMN = "image"
 LABEL_COLUMNS = ("labels", "label", "classes", "class")  # names of the column of labels; a file has one of them
+
+_UNUSUAL = re.compile(r"\\|//|(?:^|/)\./|/\.?$")  # parts of paths that pathlib would change
 
 Labels = tuple[str, ...]
 LabelMapping = Mapping[str, Sequence[str]]  # {image: [classes]}
@@ -97,7 +100,16 @@ def log_label_column(column: str | None, where: str) -> None:
 def image_key(path: str) -> str:
     """Return what two spellings of the path of one image have in common: posix separators, Unicode NFC."""
     text = path.strip().strip("\ufeff").strip()  # a file that was joined from others has several byte order marks
+    if text.isascii() and not _UNUSUAL.search(text):
+        return text
     return PurePosixPath(unicodedata.normalize("NFC", text.replace("\\", "/"))).as_posix()
+
+
+def without_suffix(path: str) -> str:
+    """Return a posix path without its suffix, as pathlib does, in a tenth of the time."""
+    folder, slash, file = path.rpartition("/")
+    dot = file.rfind(".")
+    return f"{folder}{slash}{file[:dot] if 0 < dot < len(file) - 1 else file}"
 
 
 @dataclass(frozen=True)
@@ -165,16 +177,15 @@ class LabelMatcher:
 
     def _exact_keys(self, image: str) -> list[str]:
         """Return the keys that name an image by its path, with or without extension."""
-        spellings = dict.fromkeys((image, PurePosixPath(image).with_suffix("").as_posix()))
-        return [key for key in spellings if key in self._labels.rows]
+        return [key for key in dict.fromkeys((image, without_suffix(image))) if key in self._labels.rows]
 
     def _named_keys(self, image: str, relative: str) -> list[str]:
         """Return the keys that name an image by its file name, and no other folder than its own.
 
         Keys that go on with the name of the images' folder come before those that go on with another one.
         """
-        path = PurePosixPath(image)
-        names = dict.fromkeys((path.name, path.stem))
+        file = image.rpartition("/")[2]
+        names = dict.fromkeys((file, without_suffix(file)))
         keys = [key for name in names for key in self._by_file_name.get(name, []) if key not in self._taken]
         certain, moved = [], []
         for key in keys:
@@ -193,7 +204,7 @@ class LabelMatcher:
     def _by_file_name(self) -> dict[str, list[str]]:
         index: dict[str, list[str]] = {}
         for key in self._labels.rows:
-            index.setdefault(PurePosixPath(key).name, []).append(key)
+            index.setdefault(key.rpartition("/")[2], []).append(key)
         return index
 
 

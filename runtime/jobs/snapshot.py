@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import flush_file, flush_folder
-from multisa.runtime.image_labels import Labels
+from multisa.runtime.image_labels import Labels, without_suffix
 from multisa.runtime.progress import EXAMPLES_SHOWN
 from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, SourceItem, no_image_error
 
@@ -220,7 +220,7 @@ def _fill(
                 listed = _encode_labels(entry.labels)
                 digest.update(_digest_bytes(entry.id, entry.size, entry.version, listed))
                 labels = _encode_labels(labels_of(entry))
-                folder, name = _folder_and_name(entry.id)
+                folder, name = entry.id.rpartition("/")[0], without_suffix(entry.id)
                 items.append((images, entry.id, entry.uri, entry.size, entry.version, labels, name, listed))
                 images += 1
                 if folder != last_folder:
@@ -231,13 +231,6 @@ def _fill(
         rows.executemany("INSERT INTO folds VALUES (?, ?, 0)", folds)
         rows.executemany("INSERT OR IGNORE INTO folders VALUES (?)", [(folder,) for folder in folders])
     return images, others, digest.hexdigest()
-
-
-def _folder_and_name(id_: str) -> tuple[str, str]:
-    """The folder of an id, and the id without its suffix: as pathlib has them, in a tenth of the time."""
-    folder, slash, file = id_.rpartition("/")
-    dot = file.rfind(".")
-    return folder, f"{folder}{slash}{file[:dot] if 0 < dot < len(file) - 1 else file}"
 
 
 def _with_parents(folder: str) -> Iterator[str]:
