@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 @click.command(cls=GroupedCommand)
 @run_options
 @option("--labels", type=PATH, metavar="FILE", help="CSV (image,labels) or JSON ({image: [classes]}).")
-def label(images: str, output: Path, labels: Path | None, **arguments: Any) -> None:
+def label(images: tuple[str, ...], output: Path, labels: Path | None, **arguments: Any) -> None:
     """Turn image-level labels into pixel masks.
 
-    IMAGES is a folder with its subfolders, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
+    IMAGES is a folder with its subfolders, image files, a glob, a list (.txt), a manifest (.csv, .jsonl,
     .parquet), tar shards or a zip, on this machine or behind a URL. Classes come from --labels or the
     manifest; for images without a row, the classifier's scores decide. Run the same command again to resume.
 
@@ -51,10 +51,10 @@ def label(images: str, output: Path, labels: Path | None, **arguments: Any) -> N
 
 @click.command(cls=GroupedCommand)
 @run_options
-def segment(images: str, output: Path, **arguments: Any) -> None:
+def segment(images: tuple[str, ...], output: Path, **arguments: Any) -> None:
     """Segment images with the trained segmenter.
 
-    IMAGES is a folder with its subfolders, one image, a glob, a list (.txt), a manifest (.csv, .jsonl,
+    IMAGES is a folder with its subfolders, image files, a glob, a list (.txt), a manifest (.csv, .jsonl,
     .parquet), tar shards or a zip, on this machine or behind a URL. Run the same command again to resume.
 
     \b
@@ -75,6 +75,11 @@ def segment(images: str, output: Path, **arguments: Any) -> None:
 @bundle_option
 @option("--list", "names", type=PATH, metavar="FILE", help="Masks to compare, one name per line.")
 @option("--allow-missing", is_flag=True, help="Skip masks without a prediction.")
+@option(
+    "--ignore-abstained", is_flag=True, help="Leave out pixels that are 255 in PRED; they count as wrong by default."
+)
+@option("--confusion", is_flag=True, help="Also print the confusion matrix; of many classes, the largest confusions.")
+@option("--worst", type=click.IntRange(1), metavar="N", help="Also print the N images with the lowest mIoU.")
 @max_pixels_option("mask")
 @json_option
 def evaluate(
@@ -84,12 +89,16 @@ def evaluate(
     bundle: Path | None,
     names: Path | None,
     allow_missing: bool,
+    ignore_abstained: bool,
+    confusion: bool,
+    worst: int | None,
     max_pixels: int | None,
     as_json: bool,
 ) -> None:
     """Compare the masks in PRED with the ground truth in GT: IoU per class, mIoU, pixel accuracy.
 
-    Both folders must use the same class ids: those of --classes, or else those of the bundle.
+    Both folders must use the same class ids: those of --classes, or else those of the bundle. Masks painted in
+    RGB are read by the colours of the bundle, or those of VOC with --classes.
 
     \b
     Example:
@@ -102,15 +111,20 @@ def evaluate(
 
     if classes and bundle:
         raise UsageError("got both --classes and --bundle, expected one of them")
+    manifest = None if classes else _load_bundle(bundle).manifest
     result = evaluate_masks(
         pred,
         gt,
-        classes or _load_bundle(bundle).manifest.classes,
+        manifest.classes if manifest else classes,
         names=names,
+        palette=manifest.mask_palette() if manifest else None,
         allow_missing=allow_missing,
+        ignore_abstained=ignore_abstained,
+        worst=worst or 0,
         max_pixels=max_pixels or MAX_PIXELS,
     )
-    click.echo(json.dumps(result.to_json(), indent=2) if as_json else result.table())
+    text = json.dumps(result.to_json(confusion=confusion), indent=2) if as_json else result.table(confusion=confusion)
+    click.echo(text)
 
 
 @click.command(cls=GroupedCommand)
