@@ -23,8 +23,24 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from multisa.runtime.errors import ImageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.guards import MOST_FRAMES, check_metadata, check_tiff, count_frames
-from multisa.runtime.imaging.png import encode_palette_png
+from multisa.runtime.imaging.colour import (
+    SCALE_FIRST,
+    deep_colour,
+    from_deep_grey,
+    is_misread,
+    srgb_transform,
+    without_huge_profile,
+)
+from multisa.runtime.imaging.guards import (
+    MOST_FRAMES,
+    check_metadata,
+    check_tiff,
+    count_frames,
+    describe_other,
+    has_every_scan,
+    is_camera_raw,
+)
+from multisa.runtime.imaging.png import PNG_SIGNATURE, encode_palette_png
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -48,6 +64,7 @@ DECODER_ERRORS = (
     AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error,
     Image.DecompressionBombError, Warning,  # where the host program turns warnings into errors
 )  # fmt: skip
+_XMP = frozenset(("xmp", "XML:com.adobe.xmp"))  # Pillow's names for it
 _PREFIX_BYTES = 16  # of a file, by which Pillow's plug-ins recognise their format
 
 ImageInput: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
@@ -103,9 +120,10 @@ def load_image(image: ImageInput, *, max_pixels: int = MAX_PIXELS, long_side: in
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> DecodedImage:
     """Decode one image file as upright RGB. Accepts every Pillow mode that has a defined 8-bit meaning.
 
-    Repeats grey in all channels, scales 16-bit grey to 8 bits, composites transparency on white, and takes
-    the first frame of an animation. If `long_side` announces a later resize (see `working_size`), a much
-    larger JPEG is decoded at some eighths of its size, but not below SCALED_SIDES times the working size.
+    Repeats grey in all channels, scales 16 bits to 8, converts colours with a profile to sRGB, composites
+    transparency on white, turns by the orientation of EXIF alone, and takes the first frame of an animation.
+    If `long_side` announces a later resize (see `working_size`), a much larger JPEG is decoded at some eighths
+    of its size, but not below SCALED_SIDES times the working size.
 
     Raises ImageError (the reason) for data that is empty, truncated, not an image, larger than `max_pixels`,
     of a mode without a defined range (float, 32-bit integer), or bloated with metadata. Sizes are checked
@@ -115,23 +133,28 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
         raise ImageError("the file is empty")
     try:
         check_metadata(data)
+        notes: list[str] = []
+        if data.startswith(PNG_SIGNATURE):
+            data = without_huge_profile(data, notes)
         with open_image(data, FORMATS, max_pixels) as image:
-            notes = [] if image.format == "JPEG" else _frame_notes(data, image)
-            orientation = _orientation(image)
-            rgb = _decode_jpeg(data, image, long_side)
-            size = image.size
+            if image.format != "JPEG":
+                notes += _frame_notes(data, image)
+            turns_itself = image.format == "TIFF"  # while loading, when it also drops the tag
+            if turns_itself:
+                image.info.pop("xmp", None)  # it would turn by this as well
+                orientation = _orientation(image)
+            rgb, size = _decode_jpeg(data, image, long_side, notes), (image.height, image.width)
             if rgb is None:
-                image.load()
-                rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
-                size = image.size  # a TIFF turns itself upright while loading
-            # Where it did, it has dropped the tag.
-            remaining = orientation if orientation == 1 else _orientation(image)
+                rgb = np.array(_to_rgb(deep_colour(data, image, notes), notes), dtype=np.uint8, order="C")
+                size = rgb.shape[:2]
+            if not turns_itself:  # a PNG may have it after its pixels
+                orientation = _orientation(image)
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error)) from error
-    width, height = size if remaining < 5 else size[::-1]
-    if remaining != 1:
-        rgb = _upright(rgb, remaining)
-    return DecodedImage(rgb, orientation, tuple(notes), (height, width))
+    if orientation != 1 and not turns_itself:
+        rgb = _upright(rgb, orientation)
+        size = size if orientation < 5 else size[::-1]
+    return DecodedImage(rgb, orientation, tuple(notes), size)
 
 
 def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -155,7 +178,8 @@ def open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterat
     # `Image.open` first compares the size with a module-wide limit that belongs to the host program. The
     # plug-ins behind it have no limit, and they decode no pixel.
     Image.preinit()
-    for name in formats:
+    raw = data[:2] in (b"II", b"MM") and is_camera_raw(data)
+    for name in () if raw else formats:  # Pillow would open the thumbnail of a raw file
         if name not in Image.OPEN:  # loading every plug-in takes milliseconds
             Image.init()
         opener, accepts = Image.OPEN[name]
@@ -171,7 +195,7 @@ def open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterat
                 raise _too_large(image.width, image.height, max_pixels)
             yield image
         return
-    raise UnidentifiedImageError("no plug-in of Pillow accepts it")
+    raise UnidentifiedImageError(*describe_other(data))
 
 
 def _too_large(width: int, height: int, max_pixels: int) -> ImageError:
@@ -184,7 +208,8 @@ def _too_large(width: int, height: int, max_pixels: int) -> ImageError:
 def reason_of(error: BaseException, formats: tuple[str, ...] = FORMATS) -> str:
     """Describe why an image could not be opened or decoded."""
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image of a supported format, expected {', '.join(formats)}"
+        found, remedy = error.args
+        return f"not an image of a supported format, got {found}, expected {', '.join(formats)}: {remedy}"
     if isinstance(error, OSError) and error.errno is not None:
         reason = os.strerror(error.errno)
         return f"{reason}: check the path" if error.errno == errno.ENOENT else reason
@@ -201,20 +226,33 @@ def _from_array(rgb: UInt8, max_pixels: int) -> DecodedImage:
 
 
 def _from_pillow(image: Image.Image, max_pixels: int) -> DecodedImage:
-    """Convert a PIL image to upright RGB as `decode_image` does."""
+    """Convert a PIL image to upright RGB as `decode_image` does, from its file where Pillow would misread that."""
     if not image.width or not image.height:
         raise ImageError(f"got an image of {image.width}x{image.height} pixels, expected at least one")
     if image.width * image.height > max_pixels:
         raise _too_large(image.width, image.height, max_pixels)
     notes: list[str] = []
     try:
+        if isinstance(image, ImageFile.ImageFile) and image.tile and image.tell() == 0 and is_misread(image):
+            return decode_image(_bytes_of(image), max_pixels=max_pixels)
         orientation = _orientation(image)
-        image.load()
         rgb = np.array(_to_rgb(image, notes), dtype=np.uint8, order="C")
         rgb = _upright(rgb, _orientation(image))
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error)) from error
     return DecodedImage(rgb, orientation, tuple(notes), (rgb.shape[0], rgb.shape[1]))
+
+
+def _bytes_of(image: ImageFile.ImageFile) -> bytes:
+    """Return the bytes of the file that an image was opened from and not loaded yet."""
+    file = image.fp
+    if file is None:
+        raise ValueError("its file is closed: load it before")
+    position = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(position)
+    return bytes(data)
 
 
 def _frame_notes(data: bytes, image: ImageFile.ImageFile) -> list[str]:
@@ -230,14 +268,20 @@ def _orientation(image: Image.Image) -> int:
     exif = image.info.get("exif")
     if isinstance(exif, bytes):
         check_tiff(exif.removeprefix(b"Exif\0\0"))
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    tags = image.getexif()
+    if not _XMP.isdisjoint(image.info):  # Pillow takes its orientation, which browsers and label tools ignore
+        bare = Image.Image()
+        bare.info = {name: value for name, value in image.info.items() if name not in _XMP}
+        tags = bare.getexif()
+    value = tags.get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _decode_jpeg(data: bytes, image: ImageFile.ImageFile, long_side: int | None) -> UInt8 | None:
+def _decode_jpeg(data: bytes, image: ImageFile.ImageFile, long_side: int | None, notes: list[str]) -> UInt8 | None:
     """Decode a grey or colour JPEG without defects to uint8 [h, w, 3]; return None to leave it to Pillow.
 
-    At full size the pixels equal Pillow's: both use libjpeg-turbo's accurate DCT and smooth upsampling.
+    At full size the pixels equal Pillow's: both use libjpeg-turbo's accurate DCT and smooth upsampling. A file
+    that lacks nothing but its end marker is decoded here too.
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
@@ -247,36 +291,50 @@ def _decode_jpeg(data: bytes, image: ImageFile.ImageFile, long_side: int | None)
     if long_side is not None:
         height, width = working_size(image.height, image.width, long_side)
         least = (SCALED_SIDES * height, SCALED_SIDES * width)
-    try:
-        rgb: UInt8 = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
-    except ValueError:
-        return None  # Pillow tolerates small defects, and describes the others
+    for ending in (b"", b"\xff\xd9"):
+        try:
+            # libjpeg-turbo has no complaint only if the image data are complete.
+            rgb: UInt8 = simplejpeg.decode_jpeg(data + ending, "RGB", min_height=least[0], min_width=least[1])
+            break
+        except ValueError:
+            if ending or not has_every_scan(data):
+                return None  # Pillow tolerates small defects, and describes the others
     # Pillow must agree on the size: a file whose header has two readings is not ordinary.
     scaled = long_side is not None and rgb.shape[0] >= least[0] and rgb.shape[1] >= least[1]
-    return rgb if scaled or rgb.shape[:2] == (image.height, image.width) else None
+    if not scaled and rgb.shape[:2] != (image.height, image.width):
+        return None
+    if ending:
+        notes.append("JPEG without its end marker")
+    profile = image.info.get("icc_profile")
+    transform = srgb_transform(profile, image.mode, notes) if profile else None
+    if transform is not None:
+        pixels = Image.fromarray(rgb if transform.input_mode == "RGB" else rgb[..., 0].copy())
+        rgb = np.array(transform.apply(pixels))
+    return rgb
 
 
 def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    image.load()
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range, expected 8 or 16 bits: convert first")
+        raise ValueError(f"floating-point pixels have no defined range, expected 8 or 16 bits: {SCALE_FIRST}")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        notes.append("16-bit grey scaled to 8 bits")
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        image = from_deep_grey(image, notes)
+    mode = {"CMYK": "CMYK", "1": "L", "L": "L", "LA": "L", "La": "L"}.get(image.mode, "RGB")
+    transform = srgb_transform(image.info.get("icc_profile"), mode, notes)
+    alpha = None
     if image.has_transparency_data:
         notes.append("transparency laid on white")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    if image.mode == "CMYK":
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if transform is not None:
+        image = transform.apply(image.convert(transform.input_mode))
+        if alpha is not None:
+            image.putalpha(alpha)
+    elif mode == "CMYK":
         notes.append("CMYK converted without its colour profile")
+    if alpha is not None:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")
-
-
-def _eight_bits(grey: npt.NDArray[np.integer]) -> UInt8:
-    if grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("32-bit integer pixels have no defined range, expected 8 or 16 bits: convert first")
-    # 65535 = 255 * 257, so this is the exact rounded quotient.
-    return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _upright(rgb: UInt8, orientation: int) -> UInt8:
@@ -307,7 +365,7 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
         with open_image(data, MASK_FORMATS, max_pixels) as image:
             mode = image.mode
             # Pillow stretches grey of 1, 2 or 4 bits to 0..255, which would change the ids.
-            raw_mode = str(image.tile[0].args)
+            raw_mode = str(image.tile[0][3])
             ids = np.array(image) if mode == "P" or (mode == "L" and raw_mode == "L") else None
     except DECODER_ERRORS as error:
         raise ImageError(reason_of(error, MASK_FORMATS)) from error

@@ -1,12 +1,13 @@
-"""Bounds on the metadata of image files, against files that stall a decoder with millions of tiny records.
+"""What the bytes of a file tell before any pixel is decoded: too much metadata, frames, and what is no image.
 
-Decoders read metadata record by record, some in quadratic time, though no image needs that much. Broken
-structures are left to the decoder, which reports them.
+Decoders read metadata record by record, some in quadratic time, though no image needs that much: bounds on it
+keep files out that stall a decoder. Broken structures are left to the decoder, which reports them.
 """
 
 import re
 import struct
 from collections.abc import Iterator
+from typing import Literal
 
 MOST_RECORDS = 10_000  # segments, chunks, boxes, tags
 MOST_BYTES = 16 * 2**20  # of metadata in a JPEG; a colour profile has at most 16 MiB
@@ -24,6 +25,42 @@ _TIFF_SIZES = {
     **dict.fromkeys((5, 10, 12, 16, 17, 18), 8),
 }
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES, _FORMAT, _DNG_VERSION = 254, 258, 262, 277, 339, 50706
+_NUMBER_FORMATS = {1: "unsigned integer", 2: "signed integer", 3: "floating-point"}
+_COEFFICIENTS = 64  # of a block of a JPEG
+
+_AGAIN = "download or copy it again"
+_CAMERA_RAW = ("a camera's raw file", "develop it, for example `darktable-cli IN OUT.jpg`")
+_VIDEO = ("a video", "extract frames, for example `ffmpeg -i IN -vf fps=1 OUT%05d.png`")
+# What people take for images: (offset, pattern, what it is, what helps). The first that matches counts.
+_OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, rb"\0+\Z", "nothing but zero bytes", _AGAIN),
+    (0, rb"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull`"),
+    (4, rb"ftyp.{0,24}avi[fs]", "AVIF", "convert it, for example `avifdec IN OUT.png`"),
+    (4, rb"ftyp(hei|hev|mif1|msf1)", "HEIC", "convert it, for example `heif-convert IN OUT.jpg`"),
+    (4, rb"ftypcrx ", *_CAMERA_RAW),
+    (0, rb"(II|MM).{6}CR|II[RU]|MMOR|FUJIFILM|FOVb|\0MRM", *_CAMERA_RAW),
+    (4, rb"ftyp|moov|mdat|wide|free", *_VIDEO),
+    (0, rb"\x1aE\xdf\xa3|RIFF.{4}AVI |\0\0\x01\xba|FLV\x01", *_VIDEO),
+    (0, rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", "convert it, for example `djxl IN OUT.png`"),
+    (0, rb"II\xbc", "JPEG XR", "convert it, for example `JxrDecApp -i IN -o OUT.bmp`"),
+    (0, rb"%PDF", "PDF", "extract its images (`pdfimages -all IN OUT`) or draw its pages (`pdftoppm -png IN OUT`)"),
+    (0, rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript", "draw it, for example `magick IN OUT.png`"),
+    (0, rb"8BPS", "a Photoshop document", "export it, for example `magick 'IN[0]' OUT.png`"),
+    (0, rb"\x76\x2f\x31\x01", "OpenEXR", "convert it, for example `magick IN -auto-level OUT.png`"),
+    (0, rb"#\?R", "Radiance HDR", "convert it, for example `magick IN -auto-level OUT.png`"),
+    (128, rb"DICM", "DICOM", "convert it, for example `dcmj2pnm +on +Wm IN OUT.png`"),
+    (0, rb"\x93NUMPY", "a NumPy array", "save it as PNG, for example with `PIL.Image.fromarray`"),
+    (0, rb"\x1f\x8b", "a gzip file", "unpack it (`gunzip`)"),
+    (0, rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "a compressed file", "unpack it"),
+    (0, rb"PK\x03\x04", "a ZIP file", "unpack it (`unzip`)"),
+    (0, rb"(\xef\xbb\xbf)?\s*<(svg|[?!].{0,1000}<svg)", "SVG", "draw it, for example `rsvg-convert IN -o OUT.png`"),
+    (0, rb"(\xef\xbb\xbf)?\s*<(!doctype )?html", "an HTML page", f"{_AGAIN}: a server may have sent an error page"),
+    (0, rb"(\xef\xbb\xbf)?\s*<[?!\w]", "XML", f"{_AGAIN}: a server may have sent an error"),
+    (0, rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"\[{\]}\d]", "JSON", f"{_AGAIN}: a server may have sent an error"),
+    (0, rb"[\t\r\n\x20-\x7e]{1,256}", "text", _AGAIN),
+)  # fmt: skip
+_MOST_SNIFFED = 4096  # bytes
 
 
 def check_metadata(data: bytes) -> None:
@@ -60,12 +97,80 @@ def check_tiff(data: bytes) -> None:
     for entries in _directories(data):
         if len(entries) > MOST_RECORDS:
             raise _excess("tags", MOST_RECORDS)
-        inline = 8 if data[2:3] == b"+" or data[3:4] == b"+" else 4
-        sizes = (_TIFF_SIZES.get(kind, 0) * count for kind, count in entries)
+        inline = _inline_bytes(data)
+        sizes = (_TIFF_SIZES.get(kind, 0) * count for _, kind, count, _ in entries)
         total = sum(size for size in sizes if size > inline)
         if total > len(data):
             raise ValueError(f"its tags claim {total} bytes, the file has {len(data)}: save it again")
         return
+
+
+def _inline_bytes(data: bytes) -> int:
+    """Return how many bytes a tag of a TIFF holds; more are elsewhere."""
+    return 8 if b"+" in data[2:4] else 4
+
+
+def _tiff_numbers(data: bytes) -> dict[int, int]:
+    """Return the first number of each tag in the first directory of a TIFF."""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    numbers = {}
+    for tag, kind, count, at in next(_directories(data), []):
+        size = _TIFF_SIZES.get(kind, 1)
+        if size * count > _inline_bytes(data):
+            at = int.from_bytes(data[at : at + _inline_bytes(data)], order)
+        numbers[tag] = int.from_bytes(data[at : at + size], order)
+    return numbers
+
+
+def is_camera_raw(data: bytes) -> bool:
+    """Tell whether this is a raw file in the layout of TIFF, whose first image is a thumbnail."""
+    if not data.startswith(_TIFF_MAGIC):
+        return False
+    numbers = _tiff_numbers(data)
+    return data[8:10] == b"CR" or _DNG_VERSION in numbers or bool(numbers.get(_SUBFILE, 0) & 1)
+
+
+def describe_other(data: bytes) -> tuple[str, str]:
+    """Return what the file is that no decoder accepts, and what to do."""
+    if data.startswith(_TIFF_MAGIC):
+        if is_camera_raw(data):
+            return _CAMERA_RAW
+        numbers = _tiff_numbers(data)
+        if _BITS not in numbers:
+            return "a damaged TIFF", _AGAIN
+        kind = _NUMBER_FORMATS.get(numbers.get(_FORMAT, 1), "other")
+        return (
+            f"a TIFF with {numbers.get(_SAMPLES, 1)} {numbers[_BITS]}-bit {kind} samples of photometric "
+            f"interpretation {numbers.get(_PHOTOMETRIC, 0)}",
+            "convert it to 8 bits, for example `gdal_translate -ot Byte -scale IN OUT.png`",
+        )
+    for offset, pattern, name, remedy in _OTHERS:
+        if re.match(pattern, data[offset : offset + _MOST_SNIFFED], re.DOTALL | re.IGNORECASE):
+            return name, remedy
+    return "an unknown or damaged file", "convert it or leave it out"
+
+
+def has_every_scan(data: bytes) -> bool:
+    """Tell whether the scans of a Huffman-coded JPEG, complete or not, are for all coefficients of all components."""
+    missing: dict[int, set[int]] = {}
+    at = 2
+    for _ in range(MOST_RECORDS):
+        segment = _NEXT_SEGMENT.search(data, at)
+        if segment is None or segment[1] == b"\xd9":
+            break
+        marker, start = segment[1][0], segment.end()
+        at = start + max(int.from_bytes(data[start : start + 2], "big"), 2)
+        content = data[start + 2 : at]
+        if marker in (0xC0, 0xC1, 0xC2):
+            missing = {component: set(range(_COEFFICIENTS)) for component in content[6::3]}
+        elif 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # arithmetic coding has no redundancy
+            return False
+        elif marker == 0xDA and len(content) == 4 + 2 * content[0]:
+            first, last, bits = content[-3:]
+            if bits & 15 == 0:  # not left to a later scan
+                for component in content[1:-3:2]:
+                    missing.get(component, set()).difference_update(range(first, last + 1))
+    return bool(missing) and not any(missing.values())
 
 
 def _excess(what: str, most: int) -> ValueError:
@@ -158,11 +263,12 @@ def _check_gif(data: bytes) -> None:
             raise _excess("blocks before the first frame", MOST_BLOCKS)
 
 
-def _directories(data: bytes) -> Iterator[list[tuple[int, int]]]:
-    """Yield (type, count) of each entry in a TIFF's first directory, then an empty list per other one."""
+def _directories(data: bytes) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Yield (tag, type, count, position of the value) of each entry in a TIFF's first directory, then an empty
+    list per other one."""
     order = "<" if data[:2] == b"II" else ">"
     big = b"+" in data[2:4]
-    head, entry, pointer = ("Q", "2xHQ8x", "Q") if big else ("H", "2xHL4x", "L")
+    head, entry, pointer = ("Q", "HHQ8x", "Q") if big else ("H", "HHL4x", "L")
     head_size, entry_size = struct.calcsize(order + head), struct.calcsize(order + entry)
     seen: set[int] = set()
     try:
@@ -171,9 +277,9 @@ def _directories(data: bytes) -> Iterator[list[tuple[int, int]]]:
             (count,) = struct.unpack_from(order + head, data, at)
             read = 0 if seen else min(count, MOST_RECORDS + 1)
             starts = (at + head_size + i * entry_size for i in range(read))
-            fields = [struct.unpack_from(order + entry, data, start) for start in starts]
+            fields = [(*struct.unpack_from(order + entry, data, start), start) for start in starts]
             seen.add(at)
-            yield [(kind, number) for kind, number in fields]
+            yield [(tag, kind, number, start + (12 if big else 8)) for tag, kind, number, start in fields]
             (at,) = struct.unpack_from(order + pointer, data, at + head_size + count * entry_size)
     except struct.error:
         return

@@ -1,5 +1,6 @@
 """Every kind of image a corpus may hold, made here with Pillow."""
 
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from multisa.runtime.errors import ImageError
 from multisa.runtime.imaging.decode import (
     MINIMUM_SIDE,
+    decode_mask,
     read_image,
     read_mask,
     resize_image,
@@ -159,6 +161,73 @@ def test_read_image_errors(tmp_path: Path, name: str, reason: str) -> None:
         read_image(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert reason.lower() in str(caught.value).lower()
+
+
+def box(brand: bytes) -> bytes:
+    return struct.pack(">I4s4sI4s4s", 24, b"ftyp", brand, 0, brand, b"miaf") + bytes(range(64))
+
+
+def tiff(*tags: tuple[int, int]) -> bytes:
+    """A TIFF of one byte that is a pixel, with more tags of one number each."""
+    common = [(256, 1), (257, 1), (258, 8), (262, 1), (273, 0), (279, 1)]
+    numbers = sorted(dict([*common, *tags]).items())
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in numbers)
+    return b"II*\0" + struct.pack("<LH", 8, len(numbers)) + entries + bytes(4)
+
+
+OTHERS = [
+    (box(b"heic"), "HEIC", "`heif-convert "),
+    (box(b"mif1"), "HEIC", "`heif-convert "),
+    (box(b"mif1").replace(b"miaf", b"avif"), "AVIF", "`avifdec "),
+    (box(b"avif"), "AVIF", "`avifdec "),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", "`djxl "),
+    (b"\xff\x0a\xfa\x7f", "JPEG XL", "`djxl "),
+    (b"II\xbc\x01\x20\0\0\0", "JPEG XR", "`JxrDecApp "),
+    (tiff((50706, 4)), "a camera's raw file", "`darktable-cli "),
+    (tiff((254, 1)), "a camera's raw file", "`darktable-cli "),
+    (b"II*\0\x10\0\0\0CR\2\0", "a camera's raw file", "`darktable-cli "),
+    (box(b"crx "), "a camera's raw file", "`darktable-cli "),
+    (b"FUJIFILMCCD-RAW 0201", "a camera's raw file", "`darktable-cli "),
+    (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- a -->\n<svg width="1">', "SVG", "`rsvg-convert "),
+    (b"<svg/>", "SVG", "`rsvg-convert "),
+    (b"%PDF-1.7", "PDF", "`pdftoppm "),
+    (b"8BPS\0\1", "a Photoshop document", "`magick "),
+    (b"\x76\x2f\x31\x01\2", "OpenEXR", "`magick "),
+    (bytes(128) + b"DICM\2", "DICOM", "`dcmj2pnm "),
+    (b"\n<!DOCTYPE html><title>404", "an HTML page", "download or copy it again"),
+    (b"<html lang=en>", "an HTML page", "download or copy it again"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied", "XML", "download or copy it again"),
+    (b'{"error": 404}', "JSON", "download or copy it again"),
+    (b"\x1f\x8b\x08\0", "a gzip file", "`gunzip`"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a Git LFS pointer", "`git lfs pull`"),
+    (box(b"isom"), "a video", "`ffmpeg "),
+    (box(b"qt  "), "a video", "`ffmpeg "),
+    (b"hello", "text", "download or copy it again"),
+    (bytes(5000), "nothing but zero bytes", "download or copy it again"),
+    (b"\x8b\x01\xfe", "an unknown or damaged file", "leave it out"),
+    (tiff((258, 64), (339, 3)), "a TIFF with 1 64-bit floating-point samples", "`gdal_translate "),
+    (tiff((258, 32), (339, 1), (277, 3), (262, 2)), "a TIFF with 3 32-bit unsigned integer", "`gdal_translate "),
+    (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "a damaged TIFF", "download or copy it again"),
+]
+
+
+@pytest.mark.parametrize(("data", "what", "remedy"), OTHERS, ids=[f"{i}-{row[1]}" for i, row in enumerate(OTHERS)])
+def test_what_is_no_image_is_named_with_what_helps(tmp_path: Path, data: bytes, what: str, remedy: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(ImageError) as caught:
+        read_image(tmp_path / "a.jpg")
+    found, _, advice = str(caught.value).removeprefix(f"{tmp_path / 'a.jpg'}: ").partition(", expected JPEG, ")
+    assert found.startswith(f"not an image of a supported format, got {what}")
+    assert remedy in advice.partition(": ")[2] and "\n" not in advice
+    with pytest.raises(ImageError, match=r"^not an image of a supported format, got .*, expected PNG: "):
+        decode_mask(data)
+
+
+def test_pixels_without_a_range_are_refused_with_what_helps(tmp_path: Path) -> None:
+    for values in (GREY.astype(np.float32), GREY.astype(np.int32) * 100000, GREY.astype(np.int32) - 1):
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        with pytest.raises(ImageError, match=r"have no defined range, expected 8 or 16 bits: .*`gdal_translate "):
+            read_image(tmp_path / "a.tif")
 
 
 def test_read_image_limit_is_ours_not_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
