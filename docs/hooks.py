@@ -81,7 +81,10 @@ def command_line() -> str:
     for name in COMMANDS:
         command = root.get_command(parent, name)
         assert command is not None
-        parts.append(_describe(f"multisa {name}", command, click.Context(command, info_name=name, parent=parent)))
+        context = click.Context(command, info_name=name, parent=parent)
+        parts.append(_describe(f"multisa {name}", command, context))
+        for below, sub in getattr(command, "commands", {}).items():
+            parts.append(_describe(f"multisa {name} {below}", sub, click.Context(sub, info_name=below, parent=context)))
     return "\n\n".join(parts)
 
 

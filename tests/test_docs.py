@@ -129,7 +129,8 @@ def test_options_exist(page: str) -> None:
     with click.Context(root) as context:
         for command in (root, *(root.get_command(context, name) for name in COMMANDS)):
             assert command is not None
-            known |= {option for param in command.params for option in param.opts}
+            for one in (command, *getattr(command, "commands", {}).values()):
+                known |= {option for param in one.params for option in param.opts}
     named = set(re.findall(r"`(--[a-z0-9-]+)", PAGES[page]))
     assert named <= known
 

@@ -1,16 +1,29 @@
-"""`multisa train` and `multisa reproduce`: the command line of the training pipeline."""
+"""`multisa data`, `multisa train` and `multisa reproduce`: the command line of the training pipeline."""
 
+import importlib.util
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from multisa.runtime.cli.options import PATH, option, together
+from multisa.runtime.cli.options import PATH, json_option, option, together
 
+TRAINING_PACKAGES = ("torch", "timm", "safetensors")
 PAPER_ITEMS = ("table1", "table2", "table3", "figure4", "figure5", "figure6")
 
 _path = partial(option, type=PATH, metavar="FILE")
+_preset = option("--preset", default="lite0", show_default=True, help="Name of a preset, or path of a TOML file.")
+_labels = _path("--labels", help="Image-level labels (CSV or JSON) to use instead of the data set's own.")
+_overrides = option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one value of the preset, e.g. cam.schedule.epochs=4. Repeatable.",
+)
 # The options that identify a run: data set, configuration, output folder.
 training_options = together(
     _path(
@@ -19,8 +32,8 @@ training_options = together(
         metavar="DIR",
         help="Data set: a folder in VOC layout, or a folder of images with labels.csv and classes.txt.",
     ),
-    option("--preset", default="lite0", show_default=True, help="Name of a preset, or path of a TOML file."),
-    _path("--labels", help="Image-level labels (CSV or JSON) to use instead of the data set's own."),
+    _preset,
+    _labels,
     _path(
         "-o",
         "--output",
@@ -29,14 +42,44 @@ training_options = together(
         metavar="OUT",
         help="Run folder. Finished stages in it are reused.",
     ),
-    option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override one value of the preset, e.g. cam.schedule.epochs=4. Repeatable.",
-    ),
+    _overrides,
 )
+
+
+@click.group()
+def data() -> None:
+    """Check a data set before training.
+
+    Example: multisa data check VOC2012
+    """
+
+
+@data.command()
+@click.argument("data_set", type=PATH, metavar="DATA")
+@_labels
+@_preset
+@_overrides
+@json_option
+def check(data_set: Path, labels: Path | None, preset: str, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    """Read and decode all of a data set, count what is there, and estimate the training.
+
+    Lists files that cannot be used (exit code 1), everything that no training uses and why, images of each
+    class, and images that occur twice. Time and disk are estimated with the networks of the preset, each run
+    on a few images, if torch and timm are installed.
+
+    Example: multisa data check VOC2012 --preset lite0
+    """
+    from multisa.training import check_dataset, load_config, read_dataset
+
+    config = load_config(preset, overrides)
+    dataset = read_dataset(data_set, labels, quiet=True)
+    report = check_dataset(dataset)
+    if not report.unusable and all(map(importlib.util.find_spec, TRAINING_PACKAGES)):
+        from multisa.training.estimate import estimate_training
+
+        report = replace(report, estimate=estimate_training(config, dataset, report.sizes))
+    click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False) if as_json else report.table())
+    report.require_usable()
 
 
 @click.command()

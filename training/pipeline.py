@@ -6,7 +6,7 @@ the first stage (`check_run`).
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from multisa.runtime.bundle import LabelParameters
-from multisa.runtime.errors import DatasetError, ImageError, UsageError
+from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_json_atomically
-from multisa.runtime.imaging.decode import read_mask
-from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import log
 from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.backbones import check_weights
 from multisa.training.config import CamConfig, TrainConfig
-from multisa.training.data import Dataset, Item
+from multisa.training.data import Dataset, Item, log_findings
+from multisa.training.data_check import check_dataset
 from multisa.training.models import create_model
 from multisa.training.stage_cache import Stage, StageCache
 from multisa.training.stage_functions import (
@@ -138,9 +137,10 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     `config.workers` processes load the samples. They import the calling script, which must therefore keep
     this call below `if __name__ == "__main__":`.
 
-    Raises UsageError for a configuration that does not fit the data set or the networks, and DatasetError for
-    ground truth that cannot be used, both before any training; CheckpointError for a damaged checkpoint;
-    BackendUnavailable for `device="cuda"` without a GPU; MultisaError when a loss is not finite.
+    Raises, before any training, UsageError for a configuration that does not fit the data set or the networks
+    and for an output folder inside the data set, and DatasetError for images or ground truth that cannot be
+    used; later CheckpointError for a damaged checkpoint, BackendUnavailable for `device="cuda"` without a GPU,
+    and MultisaError when a loss is not finite.
     """
     record = run_stages(config, dataset, output)
     write_json_atomically(output / RUN_RECORD, record_to_dict(record))
@@ -149,7 +149,7 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
 
 def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
-    check_run(config, dataset)
+    check_run(config, dataset, output)
     cache = StageCache(output)
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)
@@ -192,14 +192,22 @@ def load_run(output: Path) -> RunRecord:
         raise UsageError(f"{error}; run `multisa train` again with this version") from error
 
 
-def check_run(config: TrainConfig, dataset: Dataset) -> None:
-    """Check a configuration against the networks it names and against the data set.
+def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None) -> None:
+    """Check a configuration against the networks it names and against the data set, and every file of that.
 
-    Raises UsageError for the configuration, DatasetError for the ground truth.
+    With `output`, the run folder, files that were checked for it before are not decoded again. Raises UsageError
+    for the configuration and for an output folder inside the data set, DatasetError for files that cannot be used.
     """
+    if output and output.resolve().is_relative_to(dataset.root.resolve()):
+        raise UsageError(
+            f"{output}: is inside the data set {dataset.root}, expected a folder outside it, because the masks of the "
+            "run would be images of the data set; choose another folder with -o"
+        )
     _check_label(config, dataset)
     check_networks(config, len(dataset.class_names))
-    check_ground_truth((*dataset.train, *dataset.val), len(dataset.class_names))
+    report = check_dataset(dataset, output)
+    report.require_usable()
+    log_findings(report.findings[len(dataset.findings) :])
 
 
 def check_networks(config: TrainConfig, n_classes: int) -> None:
@@ -213,23 +221,6 @@ def check_networks(config: TrainConfig, n_classes: int) -> None:
         create_model(replace(config.cam, weights="none"), n_classes)
         create_model(replace(config.affinity, weights="none"))
         create_model(replace(config.segmenter, weights="none"), n_classes)
-
-
-def check_ground_truth(items: Iterable[Item], n_classes: int) -> None:
-    """Raise DatasetError, naming the file, for a mask that cannot be read or holds an id without a class."""
-    for item in items:
-        if item.mask is None:
-            continue
-        try:
-            mask = read_mask(item.mask)
-        except ImageError as error:
-            raise DatasetError(str(error)) from error
-        highest = int(mask[mask != IGNORE_INDEX].max(initial=0))
-        if highest >= n_classes:
-            raise DatasetError(
-                f"{item.mask}: got class id {highest}, expected 0..{n_classes - 1} or {IGNORE_INDEX}; name "
-                f"every class in classes.txt, or write {IGNORE_INDEX} (ignored) for the others"
-            )
 
 
 def _check_label(config: TrainConfig, dataset: Dataset) -> None:

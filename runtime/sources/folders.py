@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.imaging.decode import EXTENSIONS
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem, no_image_error
 from multisa.runtime.sources.storage import (
     LONGEST_PATH,
     Entry,
@@ -173,29 +172,36 @@ class ListedImage:
 
 @dataclass(frozen=True)
 class ListedImages:
-    """The images of a folder, sorted by relative path, and the skipped entries."""
+    """The images of a folder, sorted by relative path, and everything else below it."""
 
     images: tuple[ListedImage, ...]
     skipped: tuple[Skipped, ...]
+    others: tuple[str, ...]  # posix paths of the files without the extension of an image, printable
 
 
 def list_images(folder: Path) -> ListedImages:
     """List all images below a folder at once, for data sets that fit in memory.
 
-    Raises UsageError when `folder` is not a folder or holds no image.
+    Raises UsageError when `folder` is not a folder, cannot be listed, or holds no image.
     """
+    name = printable(str(folder))
     if not folder.is_dir():
-        raise UsageError(f"{printable(str(folder))}: is not a folder, expected a folder of images")
-    with FolderSource(str(folder), LocalStore(str(folder))) as source:
-        listing = list(source.listing())
-    relatives = sorted(entry.id for entry in listing if isinstance(entry, SourceItem))
+        raise UsageError(f"{name}: is not a folder, expected a folder of images")
+    try:
+        found = walk(LocalStore(str(folder)), str(folder), lambda _: True, None)
+        entries = sorted((entry for entry in found if isinstance(entry, Entry)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be listed ({reason_of(error)}), expected a folder of images") from error
+    files = [entry.name for entry in entries if not entry.problem]
+    relatives = [relative for relative in files if is_image(relative)]
+    skipped = tuple(Skipped(printable(entry.name), entry.problem) for entry in entries if entry.problem)
+    others = tuple(printable(relative) for relative in files if not is_image(relative))
     if not relatives:
-        extensions = ", ".join(sorted(EXTENSIONS))
-        raise UsageError(f"{printable(str(folder))}: no image found, expected files ending in {extensions}")
+        raise no_image_error(f"folder {name}", [f"{entry.reason} ({entry.id})" for entry in skipped], len(others))
     names = _result_names(relatives)
-    images = tuple(ListedImage(folder / r, r, name) for r, name in zip(relatives, names, strict=True))
-    skipped = (entry for entry in listing if isinstance(entry, Skipped))
-    return ListedImages(images, tuple(sorted(skipped, key=lambda entry: entry.id)))
+    return ListedImages(
+        tuple(ListedImage(folder / r, r, name) for r, name in zip(relatives, names, strict=True)), skipped, others
+    )
 
 
 def _result_names(relatives: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The command line: output, exit codes, one-line errors, and what it does not import."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,28 @@ def test_errors_are_one_line(tmp_path: Path, photos: Path) -> None:
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     result = run_cli("--traceback", "segment", photos, "-o", tmp_path / "out", "--bundle", tmp_path)
     assert result.exit_code == 1 and "Traceback" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full", "", ">&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("image", "code"), [("a.jpg", 0), ("broken.jpg", 4), ("absent.jpg", 2)])
+def test_standard_streams_that_are_closed_or_take_nothing(
+    photos: Path, bundle: Bundle, tmp_path: Path, streams: str, image: str, code: int
+) -> None:
+    """Without a redirection, standard error is a pipe whose reader has ended."""
+    reader, gone = os.pipe()
+    os.close(reader)
+    arguments = ["-m", "multisa", "segment", photos / image, "-o", tmp_path / "out", "--bundle", bundle.path]
+    command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, *arguments]
+    try:
+        stderr = subprocess.PIPE if streams else gone
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, check=False)
+    finally:
+        os.close(gone)
+    assert result.returncode == code
+    masks = [path.name for path in (tmp_path / "out").rglob("masks/*.png")]
+    assert masks == (["a.png"] if code == 0 else [])
+    assert bool(result.stderr) == (streams in (">&-", "<&-"))  # else it says which backend runs, or what is wrong
 
 
 @pytest.mark.parametrize(

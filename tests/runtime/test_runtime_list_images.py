@@ -35,12 +35,12 @@ def test_names(tmp_path: Path, files: list[str], names: list[str]) -> None:
     assert [image.relative for image in found.images] == sorted(f for f in files if not f.endswith("txt"))
     assert [image.name for image in found.images] == names
     assert all(image.path.is_file() for image in found.images)
-    assert found.skipped == ()
+    assert found.skipped == () and list(found.others) == [f for f in files if f.endswith("txt")]
 
 
 def test_entries_that_are_not_read(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
-    touch(corpus, "a.jpg", ".hidden.jpg", ".git/b.jpg", "real/c.jpg")
+    touch(corpus, "a.jpg", ".hidden.jpg", ".git/b.jpg", "real/c.jpg", "real/.DS_Store", "real/notes.txt", "b.tar")
     touch(tmp_path, "outside/d.jpg")
     (corpus / "inside.jpg").symlink_to(corpus / "a.jpg")
     (corpus / "leaves.jpg").symlink_to(tmp_path / "outside/d.jpg")
@@ -50,7 +50,9 @@ def test_entries_that_are_not_read(tmp_path: Path) -> None:
         Skipped(".git", "hidden"),
         Skipped(".hidden.jpg", "hidden"),
         Skipped("leaves.jpg", "symbolic link that leaves the folder"),
+        Skipped("real/.DS_Store", "hidden"),
     )
+    assert found.others == ("b.tar", "real/notes.txt")
 
 
 def test_no_images(tmp_path: Path) -> None:

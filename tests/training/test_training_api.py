@@ -46,8 +46,10 @@ def run_python(program: str, path: str = "") -> str:
 def test_the_public_names() -> None:
     assert multisa.training.__all__ == [
         "Dataset",
+        "DatasetReport",
         "RunRecord",
         "TrainConfig",
+        "check_dataset",
         "create_model",
         "load_config",
         "load_run",
@@ -67,7 +69,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "import sys, multisa.training\n"
         "heavy = {'torch', 'timm', 'numpy', 'PIL', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "multisa.training.load_config('lite0'), multisa.training.read_dataset, multisa.training.Dataset\n"
+        "multisa.training.load_config('lite0'), multisa.training.read_dataset, multisa.training.check_dataset\n"
         "assert 'torch' not in sys.modules\n"
     )
     run_python(program)

@@ -57,7 +57,7 @@ def reproduce_figure(
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     if name == "figure4" and not any(item.classes for item in items):
         raise UsageError("figure4: got no image with a class, expected at least one; choose other images with --list")
-    check_run(config, dataset)
+    check_run(config, dataset, root)
     figure = FIGURES[name](config, dataset, root, items)
     names = {**dict(enumerate(dataset.class_names)), IGNORE_INDEX: "ignored"}
     colours = [tuple(colour) for colour in dataset.mask_palette.tolist()]

@@ -89,7 +89,7 @@ def reproduce_table(name: str, config: TrainConfig, dataset: Dataset, root: Path
         )
     if not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
-    check_run(config, dataset)
+    check_run(config, dataset, root)
     table = TABLES[name](config, dataset, root)
     write_table(table, config, dataset, root)
     return table

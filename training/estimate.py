@@ -1,0 +1,260 @@
+"""Estimate what a training takes, from a few steps and images on this machine.
+
+Every network does a few training steps on random pixels, and every other stage runs on a few images of the data
+set with these untrained networks. Both are scaled to the number of images and epochs. The sizes of maps and
+checkpoints are exact; those of masks are scaled by their pixels.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from multisa.runtime.imaging.decode import read_mask, working_size
+from multisa.runtime.progress import console, log, pluralize
+from multisa.runtime.system import usable_cpus
+from multisa.training.affinity_net import affinity_loss, head_stride, pair_targets
+from multisa.training.augment import AugmentedImages
+from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig, TrainConfig
+from multisa.training.data import Dataset, Item, spread
+from multisa.training.data_check import Estimate, Size
+from multisa.training.inference import torch_device
+from multisa.training.loop import CHECKPOINT, save_checkpoint
+from multisa.training.models import create_model
+from multisa.training.multi_sa import multilabel_soft_margin
+from multisa.training.segmenter import segmentation_loss
+from multisa.training.stage_cache import Stage
+from multisa.training.stage_functions import (
+    compute_cams,
+    evaluate_segmenter,
+    make_affinity_labels,
+    make_pseudo_masks,
+    measure_maps,
+    walk_cams,
+)
+from multisa.training.thresholds import BACKGROUND_OFFSETS, BACKGROUND_SAMPLE, choose_thresholds
+
+CPU_BATCH = 2  # images of a step where a step of the whole batch would take longer than STEP_SECONDS
+STEP_SECONDS = 5.0
+STEPS = 3  # the fastest counts
+LOADED = 8  # samples that are loaded to measure loading
+CAM_STRIDE = 4  # image pixels per cell of the stored activation maps
+NPY_HEADER = 128  # bytes
+RECORD = 90  # bytes that stage.json needs for a file
+
+Network = CamConfig | AffinityConfig | SegmenterConfig
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many networks and images a run works on."""
+
+    baseline: bool  # also trains the plain CAM
+    plain_masks: bool  # also makes the masks of the paper's protocol
+    calibrated: int  # images for which background scores are tried
+
+    @classmethod
+    def of(cls, config: TrainConfig, dataset: Dataset) -> "_Counts":
+        train = len(dataset.train)
+        plain = bool(train) and config.background_from == "train-masks-per-class"
+        tried = len(dataset.train[:: max(-(-train // BACKGROUND_SAMPLE), 1)])
+        choices = 0 if config.background_from == "config" or not config.label.use_crf else 1
+        return cls(bool(train) and config.cam_baseline, plain, tried * (choices + plain))
+
+
+def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str, Size]) -> Estimate | None:
+    """Estimate time and disk of `multisa.training.train`, in about half a minute for `lite0` on two CPU cores.
+
+    sizes: (H, W) of each image by id (`DatasetReport.sizes`). Returns None, with a warning, if the memory of the
+    GPU does not suffice. Raises BackendUnavailable as `train` does.
+    """
+    log.info("estimating the training: every network and stage runs on a few images")
+    device = torch_device(config)
+    counts = _Counts.of(config, dataset)
+    n, train, val = len(dataset.train_images), len(dataset.train), len(dataset.val)
+    images = {
+        "maps": n + train * counts.baseline,
+        "labels": n,
+        "walk": n,
+        "masks": n + train * counts.plain_masks,
+        "measured": train * (3 + counts.baseline + counts.plain_masks),  # maps, walked maps, and masks
+        "calibration": counts.calibrated,
+        "val": val,
+    }
+    try:
+        with console(quiet=True), TemporaryDirectory() as folder:
+            seconds, checkpoints = _training(config, dataset, counts, Path(folder), device)
+            per_image, per_pixel = _other_stages(config, dataset, Path(folder))
+    except torch.cuda.OutOfMemoryError:
+        log.warning("the memory of the GPU does not suffice to train with these settings: lower batch_size or crop")
+        return None
+    seconds += sum(per_image.get(stage, 0.0) * count for stage, count in images.items())
+    disk = checkpoints + _file_bytes(config, dataset, counts, sizes, per_pixel)
+    cores = pluralize(usable_cpus(), "CPU core")
+    return Estimate(seconds, disk, torch.cuda.get_device_name(device) if device.type == "cuda" else cores)
+
+
+def _training(
+    config: TrainConfig, dataset: Dataset, counts: _Counts, root: Path, device: torch.device
+) -> tuple[float, int]:
+    """Seconds of all trainings and bytes of their checkpoints; leaves a checkpoint of each in `root`."""
+    n, n_classes, cores = len(dataset.train_images), len(dataset.class_names), usable_cpus()
+    parts: dict[str, Network] = {"cam": config.cam, "affinity": config.affinity, "segmenter": config.segmenter}
+    if counts.baseline:
+        parts["baseline"] = replace(config.cam, taps=())
+    seconds, size = 0.0, 0
+    for name, part in parts.items():
+        schedule = part.schedule
+        step, checkpoint = _measured_step(part, n_classes, root / name / CHECKPOINT, device)
+        samples = AugmentedImages(spread(dataset.train_images, LOADED), schedule, config, n_classes=n_classes)
+        started = time.perf_counter()
+        for index in range(len(samples)):
+            samples[index]
+        loading = (time.perf_counter() - started) / len(samples)
+        # The loading processes share the CPU cores with the steps, except where a GPU does those.
+        on_gpu = device.type == "cuda"
+        image = max(step, loading / min(config.workers, cores)) if on_gpu else step + loading / cores
+        batch = min(schedule.batch_size, n)
+        seconds += image * (n // batch) * batch * schedule.epochs
+        size += checkpoint
+    return seconds, size
+
+
+def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torch.device) -> tuple[float, int]:
+    """Seconds of a training step per image of its batch, and bytes of the checkpoint, which is written."""
+    schedule = part.schedule
+    network = _untrained(part, n_classes).to(device)
+    optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
+    side = -(-schedule.crop // head_stride(part.head)) if isinstance(part, AffinityConfig) else schedule.crop
+
+    def step(batch: int) -> float:
+        image = torch.randint(0, 256, (batch, schedule.crop, schedule.crop, 3), dtype=torch.uint8, device=device)
+        mask = torch.randint(0, n_classes, (batch, side, side), dtype=torch.uint8, device=device)
+        labels = torch.ones((batch, n_classes - 1), device=device)
+        started = time.perf_counter()
+        optimiser.zero_grad(set_to_none=True)
+        _loss(part, network, image, (labels, mask)).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), schedule.clip_norm)
+        optimiser.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    seconds = 0.0
+    for batch in (schedule.batch_size,) if device.type == "cuda" else (CPU_BATCH, schedule.batch_size):
+        if seconds * batch < STEP_SECONDS:
+            # The first step allocates, and others may be slowed down by other programs.
+            seconds = min(step(batch) for _ in range(STEPS)) / batch
+    save_checkpoint(checkpoint, network, optimiser, {"losses": [0.12345678901234567] * schedule.epochs})
+    return seconds, checkpoint.stat().st_size
+
+
+def _untrained(part: Network, n_classes: int) -> nn.Module:
+    if isinstance(part, AffinityConfig):
+        return create_model(replace(part, weights="none"))
+    return create_model(replace(part, weights="none"), n_classes)
+
+
+def _loss(part: Network, network: nn.Module, image: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss that a network is trained with; targets: multi-hot labels, mask."""
+    normalised = network.backbone.normalise(image)  # type: ignore[operator,union-attr]
+    if isinstance(part, CamConfig):
+        return multilabel_soft_margin(network(normalised), targets[0])
+    if isinstance(part, SegmenterConfig):
+        return segmentation_loss(network(normalised), targets[1])
+    radius = part.training_radius
+    return affinity_loss(network(normalised, radius), *pair_targets(targets[1], radius))
+
+
+def _other_stages(config: TrainConfig, dataset: Dataset, root: Path) -> tuple[dict[str, float], float]:
+    """Seconds per image of each stage that trains nothing, and bytes per pixel of a mask.
+
+    Every stage runs on a larger and a smaller sample, and their difference counts: what a stage does once, such
+    as reading its network, would otherwise be multiplied by the number of images.
+    """
+    samples = [(_sample(dataset, count * config.workers), root / str(count)) for count in (3, 1)]
+
+    def stage(name: str, folder: Path = root) -> Stage:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        return Stage(name, folder / name, "")
+
+    def per_image(work: Callable[[Dataset, Path], object]) -> float:
+        taken = []
+        for sample, folder in samples:
+            started = time.perf_counter()
+            work(sample, folder)
+            taken.append(time.perf_counter() - started)
+        return max(taken[0] - taken[1], 0.0) / (2 * config.workers)
+
+    def maps(d: Dataset, f: Path) -> object:
+        return compute_cams(config.cam, config, d, d.train_images, stage("cam"), stage("maps", f).folder)
+
+    def masks(d: Dataset, f: Path) -> object:
+        return make_pseudo_masks(config, config.label, d, d.train_images, stage("walk", f), stage("masks", f).folder)
+
+    chosen = replace(config, background_from="train-masks")
+    seconds = {
+        "maps": per_image(maps),
+        "labels": per_image(lambda d, f: make_affinity_labels(config, d, stage("maps", f), stage("labels", f).folder)),
+        "walk": per_image(
+            lambda d, f: walk_cams(config, d, stage("maps", f), stage("affinity"), stage("walk", f).folder)
+        ),
+        "masks": per_image(masks),
+    }
+    if dataset.train:
+        seconds["measured"] = per_image(lambda d, f: measure_maps(config, d, stage("maps", f), f))
+    if _Counts.of(config, dataset).calibrated:
+        background = config.label.background
+        seconds["calibration"] = per_image(
+            lambda d, f: choose_thresholds(chosen, d, stage("walk", f), background, stage("calibration", f).folder)
+        )
+    if dataset.val:
+        seconds["val"] = per_image(
+            lambda d, f: evaluate_segmenter(config, d, stage("segmenter"), stage("val", f).folder)
+        )
+    written = [*root.glob("*/masks/*.png"), *root.glob("*/labels/*.png")]
+    return seconds, sum(path.stat().st_size for path in written) / sum(read_mask(path).size for path in written)
+
+
+def _file_bytes(
+    config: TrainConfig, dataset: Dataset, counts: _Counts, sizes: Mapping[str, Size], per_pixel: float
+) -> int:
+    """Bytes of all maps and masks, and of their entries in stage.json; per_pixel: bytes of a mask."""
+    n_classes = len(dataset.class_names)
+    walk_stride = head_stride(config.affinity.head)
+    files: list[float] = [NPY_HEADER + 8 * len(BACKGROUND_OFFSETS) * n_classes**2] * counts.calibrated
+
+    def working(item: Item) -> Size:
+        return working_size(*sizes[item.id], config.long_side)
+
+    def maps(item: Item, stride: int) -> int:  # half precision
+        height, width = working(item)
+        return NPY_HEADER + 2 * len(item.classes) * -(-height // stride) * -(-width // stride)
+
+    def mask(item: Item) -> float:
+        height, width = working(item)
+        return per_pixel * height * width
+
+    scores = NPY_HEADER + 2 * (n_classes - 1)
+    for item in dataset.train_images:
+        files += [maps(item, CAM_STRIDE), scores, mask(item), maps(item, walk_stride), mask(item)]
+    for item in dataset.train:
+        files += [maps(item, CAM_STRIDE), scores] if counts.baseline else []
+        files += [mask(item)] if counts.plain_masks else []
+    files += map(mask, dataset.val)
+    return round(sum(files)) + RECORD * len(files)
+
+
+def _sample(dataset: Dataset, count: int) -> Dataset:
+    """`count` images of each list that is not empty, with ids of their own: short lists repeat."""
+
+    def chosen(items: tuple[Item, ...]) -> tuple[Item, ...]:
+        some = spread(items, count)
+        return tuple(replace(some[i % len(some)], id=f"sample{i}") for i in range(count)) if some else ()
+
+    trained_on = chosen(dataset.train or dataset.train_images)
+    return replace(dataset, train_images=trained_on, train=trained_on if dataset.train else (), val=chosen(dataset.val))
