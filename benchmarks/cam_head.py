@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from multisa.export.to_onnx import onnx_from_module
 from multisa.export.to_torch import cam_from_bundle
 from multisa.kernels.cpu import native
 from multisa.runtime.backends.base import CAM, graph_file
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend, import_onnxruntime
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.training.config import load_config
 from multisa.training.models import create_model
@@ -96,6 +95,7 @@ def head_graph(folded: FoldedMultiSACAM, pyramid: list[Tensor], threads: int) ->
             custom_translation_table=attention_translation(),
         )
         model = expand_attention(onnx.load(path))
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)

@@ -36,7 +36,7 @@ from multisa.export.fp16 import (
 from multisa.export.parity import Compared, Outputs, measure_parity
 from multisa.export.sensitivity import SearchResult, find_sensitive_nodes
 from multisa.runtime.backends.base import IMAGE, GraphContract
-from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend, import_onnxruntime
 from multisa.runtime.imaging.decode import UInt8
 
 # A node stays in fp32 if it touches values above FP16_MAX / HEADROOM: other images may give larger values
@@ -147,8 +147,7 @@ def _nodes_with_large_values(
 
 def largest_values(fp32: Fp32Graph, images: Sequence[UInt8], *, threads: int) -> dict[str, float]:
     """Largest absolute value, over `images`, of each float32 value that a node of the main graph produces."""
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     model = onnx.ModelProto()
     model.CopyFrom(fp32.model)
     graph = model.graph
@@ -188,6 +187,7 @@ def calibrate_graph(data: bytes, calibration: Iterable[Sequence[UInt8]], *, symm
 
     calibration: images, uint8 [H, W, 3], in chunks of a few. symmetric: the form for TensorRT.
     """
+    import_onnxruntime()
     from onnxruntime.quantization import CalibrationDataReader, create_calibrator, quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -219,6 +219,7 @@ def calibrate_graph(data: bytes, calibration: Iterable[Sequence[UInt8]], *, symm
 
 def quantize_graph(calibrated: CalibratedGraph, converted: Collection[str]) -> bytes:
     """Quantize the nodes named in `converted`; the bytes of the ONNX file."""
+    import_onnxruntime()
     from onnxruntime.quantization import QDQQuantizer, QuantType
 
     model = onnx.ModelProto()

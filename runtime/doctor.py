@@ -34,7 +34,10 @@ PACKAGES = (
 # The processor features that kernels and backends have code paths for.
 FEATURES = re.compile(r"avx2|fma|avx512f|avx512_?vnni|avx_vnni|avx512_?bf16|amx_(?:int8|bf16)|asimd|asimddp|sve")
 _BUNDLE = "bundle"
-_COMPILE_CUDA = "run python -m multisa.kernels.cuda.build (needs nvcc)"
+_COMPILE_CUDA = (
+    "run python -m multisa.kernels.cuda.build in a clone installed with pip install -e, "
+    "or MULTISA_CUDA=1 pip install . in another (both need nvcc)"
+)
 _BROKEN = (ImportError, OSError, AttributeError, RuntimeError, ValueError)  # raised by broken packages
 
 
@@ -129,11 +132,13 @@ def _onnxruntime() -> Finding:
         both = " and ".join(f"{name} {number}" for name, number in packages.items())
         return Finding("onnxruntime", False, f"{both} overwrite each other: uninstall both, then install one of them")
     try:
-        import onnxruntime
+        from multisa.runtime.backends.onnxruntime import import_onnxruntime
 
+        onnxruntime = import_onnxruntime()
         providers = onnxruntime.get_available_providers()
-    except _BROKEN as error:
-        return Finding("onnxruntime", False, f"{_line(error)}: pip install onnxruntime")
+    except (BackendUnavailable, *_BROKEN) as error:
+        remedy = "" if isinstance(error, BackendUnavailable) else ": pip install onnxruntime"
+        return Finding("onnxruntime", False, f"{_line(error)}{remedy}")
     return Finding("onnxruntime", True, f"{onnxruntime.__version__}, providers {', '.join(providers)}")
 
 

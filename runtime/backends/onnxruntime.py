@@ -1,8 +1,9 @@
 """Run graphs on ONNX Runtime: on the CPU, or on an NVIDIA GPU through its CUDA execution provider."""
 
 import contextlib
-import importlib.util
 import io
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +28,8 @@ Provider = Literal["cpu", "cuda"]
 # onnxruntime and onnxruntime-gpu install the same module, so only one of them may be installed.
 INSTALL_CUDA = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
 
+# ONNX Runtime reads it once, while it is imported.
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 _PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -65,7 +68,7 @@ class OnnxRuntimeBackend(Closeable):
         if provider not in _PROVIDERS:
             raise BackendError(f"got the provider {provider!r}, expected {' or '.join(get_args(Provider))}")
         self.name = f"onnxruntime-{provider}"
-        runtime = _import_onnxruntime()
+        runtime = import_onnxruntime()
         self._errors: tuple[type[Exception], ...] = _runtime_errors(runtime)
         label = model.name if isinstance(model, Path) else (contract.name if contract else "graph")
         options = runtime.SessionOptions()
@@ -111,14 +114,27 @@ class OnnxRuntimeBackend(Closeable):
         self._session = None
 
 
-def _import_onnxruntime() -> Any:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendUnavailable("onnxruntime is not installed", remedy="pip install onnxruntime")
+def import_onnxruntime() -> Any:
+    """Import onnxruntime without its telemetry, unless ORT_DISABLE_TELEMETRY is set. Raises BackendUnavailable.
+
+    From 1.29 on, ONNX Runtime on Linux writes a device id and a database of events to the cache folder of the
+    home, and sends the events. `disable_telemetry_events` does not prevent that.
+    """
+    # Unset again right after the import: the environment belongs to the program that uses this library.
+    is_ours = _NO_TELEMETRY not in os.environ and "onnxruntime" not in sys.modules
+    if is_ours:
+        os.environ[_NO_TELEMETRY] = "1"
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailable(f"onnxruntime cannot be imported: {_first_line(error)}") from error
-    onnxruntime.disable_telemetry_events()
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
+        cause = "is not installed" if is_absent else f"cannot be imported: {_first_line(error)}"
+        raise BackendUnavailable(f"onnxruntime {cause}", remedy="pip install onnxruntime") from error
+    finally:
+        if is_ours:
+            os.environ.pop(_NO_TELEMETRY, None)
+    with contextlib.suppress(AttributeError):  # a damaged package lacks more, which its caller reports
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 
