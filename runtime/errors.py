@@ -71,13 +71,14 @@ class TooManyFailures(MultisaError):
 
 
 class BackendUnavailable(MultisaError):
-    """A backend, driver or optional package is missing: `cause`, and the remedy in the message."""
+    """A backend, driver or optional package is missing; the message is `cause` and `remedy`, "" if there is none."""
 
     exit_code = 5
 
     def __init__(self, cause: str, *, remedy: str = "") -> None:
         super().__init__(f"{cause}: {remedy}" if remedy else cause)
         self.cause = cause
+        self.remedy = remedy
 
 
 class Interrupted(MultisaError):

@@ -25,6 +25,13 @@ LOCALHOST = "127.0.0.1"  # other machines can read the metrics only if the user 
 PROGRESS_INTERVAL = 10.0  # seconds between "progress" events
 RATE_WINDOW = 60.0  # seconds that images/s looks back
 _MAX_PORT = 65535
+# Their counters exist from the start, at 0: Prometheus sees no increase in a counter that appears with its first
+# failure. Other stages, such as those of a GPU, are added as they occur.
+FAILURE_KINDS = ("read", "decode", "predict", "postprocess", "encode", "process")
+STAGES = {
+    "label": ("read", "decode", "cam", "affinity", "walk", "crf", "encode", "commit"),
+    "segment": ("read", "decode", "segmenter", "encode", "commit"),
+}
 
 
 class JsonFormatter(logging.Formatter):
@@ -129,7 +136,7 @@ class Telemetry:
         self._done = 0
         self._shards = 0
         self._in_flight = 0
-        self._failed: dict[str, int] = {}  # by kind
+        self._failed = dict.fromkeys(FAILURE_KINDS, 0)
         self._busy: dict[str, float] = {}  # seconds by stage
         self._queues: dict[str, int] = {}  # images by stage
         self._start = self._last_progress = time.monotonic()
@@ -152,6 +159,7 @@ class Telemetry:
         """A run of `images` starts; earlier runs committed `kept` of them, which are not counted."""
         with self._lock:
             self._images = images - kept
+            self._busy = dict.fromkeys(STAGES.get(command, ()), 0.0) | self._busy
             self._start = time.monotonic()
             self._ticks = deque([(self._start, 0)])
         self._event("run started", command=command, images=images, kept=kept, **fields)

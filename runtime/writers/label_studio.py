@@ -1,7 +1,7 @@
 """`label-studio`: OUT/label-studio/000012.json, tasks with predictions: one brush mask per class and image.
 
-OUT/label-studio/labeling_config.xml is their labelling interface. Tasks refer to an image by a prefix and its
-id; Label Studio must find the image at that path or URL.
+OUT/label-studio/labeling_config.xml is their labelling interface. Tasks refer to an image by a prefix, a slash
+and its id; Label Studio must find the image at that path or URL.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,8 @@ _MAX_PIECE = 2**16  # the longest run
 _WORD = 32  # bits; no code is longer
 _MAX_PIXELS = (2**32 - 1) // _CHANNELS  # the header counts values in 32 bits
 _WEB = ("http://", "https://", "/")  # prefixes of URLs, in which ids must be escaped
+# Ends of prefixes that an id follows at once: a folder, or the value of a query such as /data/local-files/?d=
+_COMPLETE = ("/", "%2F", "%2f", "=", "?", "&")
 
 
 class LabelStudioWriter(Writer):
@@ -46,7 +48,7 @@ class LabelStudioWriter(Writer):
 
     def __init__(self, context: WriterContext, image_prefix: str = "") -> None:
         super().__init__(context)
-        self._prefix = image_prefix
+        self._prefix = image_prefix if not image_prefix or image_prefix.endswith(_COMPLETE) else f"{image_prefix}/"
         self._version = f"{context.manifest.name}-{context.bundle_sha256[:12]}"
 
     def encode(self, image: LabelledImage) -> bytes:

@@ -161,6 +161,44 @@ def test_metrics_are_what_was_told() -> None:
     assert all(family.documentation for family in families.values())
 
 
+@pytest.mark.parametrize(
+    ("command", "stages"),
+    [
+        ("label", {"read", "decode", "cam", "affinity", "walk", "crf", "encode", "commit"}),
+        ("segment", {"read", "decode", "segmenter", "encode", "commit"}),
+    ],
+)
+def test_counters_are_there_before_they_count(
+    command: str, stages: set[str], photos: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    """Each at 0, and a run adds no others."""
+    kinds = {"read", "decode", "predict", "postprocess", "encode", "process"}
+    with Telemetry(metrics_port=0) as telemetry:
+        telemetry.run_started(command, images=10)
+        before = samples(scrape(telemetry.metrics_port))
+        telemetry.stage_busy("decode", 0.5)  # what was counted is kept
+        telemetry.run_started(command, images=10)
+        assert samples(scrape(telemetry.metrics_port))[("multisa_stage_busy_seconds_total", "decode")] == 0.5
+    counters = {key: value for key, value in before.items() if key[1]}
+    assert counters == {
+        **{("multisa_images_failed_total", kind): 0 for kind in kinds},
+        **{("multisa_stage_busy_seconds_total", stage): 0 for stage in stages},
+    }
+    telemetry = Telemetry()
+    run(
+        make_job(command, str(photos), tmp_path / "out", bundle.path, BackendRequest(), RunOptions()),
+        RunOptions(),
+        LocalExecutor,
+        telemetry=telemetry,
+    )
+    registry = CollectorRegistry()
+    registry.register(telemetry)
+    after = samples(generate_latest(registry).decode())
+    assert {key for key in after if key[1] and key[0] != "multisa_queue_depth"} == set(counters)
+    assert after[("multisa_images_failed_total", "decode")] == 1
+    assert all(after[("multisa_stage_busy_seconds_total", stage)] > 0 for stage in stages)
+
+
 def test_labels_are_escaped() -> None:
     odd = 'a"b\\n\\c\nd}'
     with Telemetry(metrics_port=0) as telemetry:

@@ -233,8 +233,18 @@ def test_label_studio_tasks(images: list[LabelledImage], write_all: Write) -> No
     [
         ("", "#ü a.jpg"),
         ("s3://bucket/", "s3://bucket/#ü a.jpg"),
+        ("s3://bucket", "s3://bucket/#ü a.jpg"),
+        ("s3://", "s3://#ü a.jpg"),
+        ("images", "images/#ü a.jpg"),
+        ("/", "/%23%C3%BC%20a.jpg"),
         ("https://host/", "https://host/%23%C3%BC%20a.jpg"),
+        ("https://host", "https://host/%23%C3%BC%20a.jpg"),
+        ("https://host/get?", "https://host/get?%23%C3%BC%20a.jpg"),
+        ("https://host/get?size=1&file=", "https://host/get?size=1&file=%23%C3%BC%20a.jpg"),
         ("/data/local-files/?d=", "/data/local-files/?d=%23%C3%BC%20a.jpg"),
+        ("/data/local-files/?d=images", "/data/local-files/?d=images/%23%C3%BC%20a.jpg"),
+        ("/data/local-files/?d=images/", "/data/local-files/?d=images/%23%C3%BC%20a.jpg"),
+        ("/data/local-files/?d=images%2F", "/data/local-files/?d=images%2F%23%C3%BC%20a.jpg"),
     ],
 )
 def test_label_studio_finds_the_images(

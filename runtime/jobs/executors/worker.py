@@ -76,7 +76,10 @@ class RemoteError:
         """Convert what a worker raised."""
         if isinstance(error, MultisaError):
             return cls(_portable(error))
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is None:  # of a library: its text alone, such as a URL
+            kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
+            return cls(kind(str(error)))
+        if isinstance(error, OSError):
             filename = None if error.filename is None else str(error.filename)
             # OSError itself makes the subclass of the number; other subclasses may not exist elsewhere.
             return cls(OSError(error.errno, error.strerror or "", filename))
