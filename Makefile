@@ -58,20 +58,20 @@ train: $(VENV)/dev  ## train, measure and export the bundle of the package: make
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) $(VENV)-importers $(VENV)-gpu build demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache kernels/*.so kernels/cuda/kernels.fatbin kernels/cuda/kernels.json
 
-# The CPU kernels are compiled on the way (g++ or clang). The CUDA kernels, minutes of nvcc, are not: nothing
-# here runs on a GPU, and the tests compile them for themselves.
+# The CPU kernels are compiled on the way (g++ or clang). The CUDA kernels, minutes of nvcc, are not unless
+# MULTISA_CUDA=1 is set: nothing here runs on a GPU, and the tests compile them for themselves.
 KERNELS := setup.py $(wildcard kernels/csrc/cpu/*)
 
 $(VENV)/base: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
-	MULTISA_CUDA=0 $(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 # torch first and pinned: the other packages then take the build that is there.
 $(VENV)/dev: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	MULTISA_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# Calls to TensorRT are held to these stubs. They ask for TensorRT itself, which is on NVIDIA's index only.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps tensorrt-stubs
 	touch $@ $(VENV)/base

@@ -1,11 +1,10 @@
-"""The compiled parts of the package: the kernels on the CPU, and those on CUDA where nvcc is.
-
-MULTISA_CUDA=0 leaves CUDA out, MULTISA_CUDA=1 asks for it; unset, it is built where nvcc is found.
-"""
+"""The compiled parts of the package: the kernels on the CPU, and those on CUDA if MULTISA_CUDA=1 asks for them."""
 
 import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -15,25 +14,42 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 SOURCES = Path("kernels/csrc/cpu")
 CUDA_BUILD = Path("kernels/cuda/build.py")
-NO_COMPILER = """
-multisa compiles its kernels when it is installed and found no working C++17 compiler (see above).
-Install one and run the same command again:
-  Debian, Ubuntu   sudo apt-get install g++
-  Fedora           sudo dnf install gcc-c++
+REMEDY = """
+multisa compiles its kernels when it is installed: {problem}.
+Install what is missing and run the same command again:
+  Debian, Ubuntu   sudo apt-get install {debian}
+  Fedora           sudo dnf install {fedora}
   macOS            xcode-select --install
 """
 
 
 class BuildKernels(build_ext):
-    """Builds the extension module and the CUDA kernels; without a C++ compiler it says what to install."""
+    """Builds the extension module, and the CUDA kernels on request; says what to install if it cannot."""
 
     def run(self) -> None:
+        cuda = os.environ.get("MULTISA_CUDA") or "0"
+        if cuda not in ("0", "1"):
+            raise SystemExit(f"MULTISA_CUDA: got {cuda!r}, expected 0, or 1 to compile the CUDA kernels: set one")
         try:
             super().run()
         except (CCompilerError, ExecError, PlatformError) as error:
-            raise SystemExit(f"{error}\n{NO_COMPILER}") from error
-        if os.environ.get("MULTISA_CUDA") != "0":
+            raise SystemExit(f"{error}\n{self._remedy()}") from error
+        if cuda == "1":
             self._build_cuda()
+
+    def _remedy(self) -> str:
+        compiler = (getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so)[0]
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        missing = []  # what is missing, and its packages
+        if shutil.which(compiler) is None:
+            missing.append((f"got no compiler {compiler}, expected one of C++17", "g++", "gcc-c++"))
+        if not header.is_file():
+            missing.append((f"got no {header}, expected the headers of Python", "python3-dev", "python3-devel"))
+        if not missing:
+            problem = f"got an error of {compiler} (see above), expected a compiler of C++17"
+            missing.append((problem, "g++ python3-dev", "gcc-c++ python3-devel"))
+        problems, debian, fedora = zip(*missing, strict=True)
+        return REMEDY.format(problem="; ".join(problems), debian=" ".join(debian), fedora=" ".join(fedora))
 
     def _build_cuda(self) -> None:
         # By path: the package cannot be imported before it is built.
@@ -45,9 +61,7 @@ class BuildKernels(build_ext):
         try:
             build.build_fatbin(build.find_nvcc(), extension.parent / "cuda" / build.FATBIN.name)
         except build.BuildError as error:
-            if os.environ.get("MULTISA_CUDA") == "1":
-                raise SystemExit(f"MULTISA_CUDA=1: {error}") from error
-            print(f"without the CUDA kernels: {error}", file=sys.stderr)
+            raise SystemExit(f"MULTISA_CUDA=1: {error}") from error
 
 
 class BuildModules(build_py):

@@ -1,6 +1,9 @@
 """The kernels on the CPU: calls of the compiled module `_native` with arguments that are already checked."""
 
 import functools
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,14 +13,34 @@ from multisa.kernels.common.crf import CrfParameters
 from multisa.kernels.common.stencil import edge_mask, stencil_offsets
 from multisa.kernels.common.walk import WalkSettings, check_walk_values
 
+
+def _why_missing(error: ImportError) -> str:
+    """Say why the compiled module cannot be imported, and what to do."""
+    folder = Path(__file__).resolve().parent
+    package = folder.parent
+    is_clone = (package / "pyproject.toml").is_file()
+    install = f"pip install -e {package}" if is_clone else "pip install --force-reinstall . in a clone of the project"
+    needs = "which needs a C++17 compiler and Python.h (apt-get install g++ python3-dev)"
+    found = sorted(path.name for path in folder.glob("_native.*") if path.suffix != ".pyi")
+    expected = [f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    if set(found) & set(expected):
+        return f"multisa.kernels: got the error {str(error)!r}, expected a module that loads: {install}, {needs}"
+    for entry in sys.path:
+        other = Path(entry or ".").resolve() / "multisa"
+        if is_clone and other != package and any(other.glob("kernels/_native.*[!i]")):
+            return (
+                f"multisa.kernels: got the sources in {package}, which hide the multisa installed in {other}, "
+                f"expected the installed one: keep {package.parent} off sys.path (run Python in another folder or as "
+                f"python -P), or {install}"
+            )
+    names = ", ".join(found) or "nothing compiled"
+    return f"multisa.kernels: got {names} in {folder}, expected {expected[0]}: {install}, {needs}"
+
+
 try:
     from multisa.kernels import _native as native
 except ImportError as error:
-    raise ImportError(
-        "multisa.kernels: the compiled module _native is missing or does not fit this Python. Install the "
-        "package again (pip install multisa, or pip install -e . in a clone); that needs a C++17 compiler, "
-        "for example from apt-get install g++"
-    ) from error
+    raise ImportError(_why_missing(error), name="multisa.kernels._native") from error
 
 if TYPE_CHECKING:
     from multisa.kernels._native import DenseCrf, Lattice

@@ -27,11 +27,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         shutil.copytree(
             ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "*.so", "kernels.fatbin")
         )
-    for file in ("__init__.py", "py.typed", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for file in (
+        "__init__.py",
+        "__main__.py",
+        "py.typed",
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / file, source / file)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source]
-    # The CUDA kernels have a test of their own, and take minutes.
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"MULTISA_CUDA": "0"})
+    # nvcc is here or not, and nobody asked for the CUDA kernels, which take minutes.
+    subprocess.run(command, check=True, capture_output=True, env=without_cuda())
     (path,) = folder.glob("multisa-*.whl")
     return zipfile.ZipFile(path)
 
@@ -67,17 +76,76 @@ def test_wheel_carries_the_compiled_kernels(wheel: zipfile.ZipFile) -> None:
     assert "multisa/kernels/cuda/walk.py" in names
 
 
-def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so"))
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """What setup.py needs to compile the kernels."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so", "kernels.fatbin"))
     for file in ("__init__.py", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path / file)
     for package in ("runtime", "training", "export", "benchmarks"):
         (tmp_path / package).mkdir()
-    environment = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler", "MULTISA_CUDA": "0"}
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    return tmp_path
+
+
+def without_cuda() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "MULTISA_CUDA"}
+
+
+def build(sources: Path, program: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py build_ext after `program`, in the environment without CUDA."""
+    run = f"{program}\nimport runpy, sys\nsys.argv = ['setup.py', 'build_ext', '--build-lib', 'out']\n"
+    command = [sys.executable, "-c", f"{run}runpy.run_path('setup.py', run_name='__main__')"]
+    environment = without_cuda() | environment
+    return subprocess.run(command, cwd=sources, capture_output=True, text=True, check=False, env=environment)
+
+
+NO_HEADERS = "import sysconfig; sysconfig.get_path = lambda name: '/no-such-folder'"  # build_ext does not use it
+
+
+@pytest.mark.parametrize(
+    ("compiler", "program", "problem", "debian", "fedora"),
+    [
+        ("no-such-compiler", "", "got no compiler no-such-compiler, expected one of C++17", "g++", "gcc-c++"),
+        ("false", NO_HEADERS, "got no /no-such-folder/Python.h, expected", "python3-dev", "python3-devel"),
+        (
+            "no-such-compiler",
+            NO_HEADERS,
+            "got no compiler no-such-compiler, expected one of C++17; got no /no-such-folder/Python.h",
+            "g++ python3-dev",
+            "gcc-c++ python3-devel",
+        ),
+        ("false", "", "got an error of false (see above)", "g++ python3-dev", "gcc-c++ python3-devel"),
+    ],
+)
+def test_without_what_compiles_the_build_says_what_to_install(
+    sources: Path, compiler: str, program: str, problem: str, debian: str, fedora: str
+) -> None:
+    result = build(sources, program, CC=compiler, CXX=compiler)
     assert result.returncode != 0
-    assert "found no working C++17 compiler" in result.stderr and "apt-get install g++" in result.stderr
+    assert f"multisa compiles its kernels when it is installed: {problem}" in result.stderr
+    assert f"  Debian, Ubuntu   sudo apt-get install {debian}\n" in result.stderr
+    assert f"  Fedora           sudo dnf install {fedora}\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, ""),
+        ("", ""),
+        ("0", ""),
+        ("1", "MULTISA_CUDA=1: nvcc of the test was run"),
+        ("yes", "MULTISA_CUDA: got 'yes', expected 0, or 1 to compile the CUDA kernels: set one"),
+    ],
+)
+def test_cuda_is_compiled_when_it_is_asked_for(sources: Path, value: str | None, expected: str) -> None:
+    """With an nvcc that fails, and without compiling the kernels on the CPU."""
+    (sources / "kernels/cuda/build.py").write_text(
+        "from pathlib import Path\nFATBIN = Path('kernels.fatbin')\nclass BuildError(Exception): pass\n"
+        "def find_nvcc(): pass\ndef build_fatbin(nvcc, target): raise BuildError('nvcc of the test was run')\n"
+    )
+    skip = "from setuptools.command.build_ext import build_ext; build_ext.run = lambda self: None"
+    result = build(sources, skip, **({} if value is None else {"MULTISA_CUDA": value}))
+    assert (result.returncode != 0, result.stderr.strip()) == (bool(expected), expected)
 
 
 def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -85,7 +153,7 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"multisa"}
     assert not any("/tests/" in name for name in wheel.namelist())
     right_in_it = {name for name in wheel.namelist() if name.startswith("multisa/") and name.count("/") == 1}
-    assert right_in_it == {"multisa/__init__.py", "multisa/py.typed"}
+    assert right_in_it == {"multisa/__init__.py", "multisa/__main__.py", "multisa/py.typed"}
 
 
 def test_base_install_brings_nothing_heavy() -> None:

@@ -28,7 +28,10 @@ class PycudaDevice(PrimaryContext):
     def __init__(self, ordinal: int = 0, fatbin: Path = FATBIN) -> None:
         """Retain the primary context of GPU `ordinal` and load the kernels; raises DeviceUnavailableError."""
         if not fatbin.is_file():
-            raise DeviceUnavailableError(f"{fatbin}: not found; run python -m multisa.kernels.cuda.build (needs nvcc)")
+            raise DeviceUnavailableError(
+                f"{fatbin}: not found; install with MULTISA_CUDA=1, or run python -m multisa.kernels.cuda.build in a clone "
+                "(both need nvcc)"
+            )
         _check_current(fatbin)
         super().__init__(ordinal)
         with self.active():
