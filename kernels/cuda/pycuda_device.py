@@ -29,8 +29,8 @@ class PycudaDevice(PrimaryContext):
         """Retain the primary context of GPU `ordinal` and load the kernels; raises DeviceUnavailableError."""
         if not fatbin.is_file():
             raise DeviceUnavailableError(
-                f"{fatbin}: not found; install with MULTISA_CUDA=1, or run python -m multisa.kernels.cuda.build in a clone "
-                "(both need nvcc)"
+                f"{fatbin}: not found; install with MULTISA_CUDA=1, or in a clone run "
+                "python -m multisa.kernels.cuda.build (both need nvcc)"
             )
         _check_current(fatbin)
         super().__init__(ordinal)
