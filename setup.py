@@ -42,11 +42,11 @@ class BuildKernels(build_ext):
         header = Path(sysconfig.get_path("include"), "Python.h")
         missing = []  # what is missing, and its packages
         if shutil.which(compiler) is None:
-            missing.append((f"got no compiler {compiler}, expected one of C++17", "g++", "gcc-c++"))
+            missing.append((f"{compiler} was not found, a compiler of C++17", "g++", "gcc-c++"))
         if not header.is_file():
-            missing.append((f"got no {header}, expected the headers of Python", "python3-dev", "python3-devel"))
+            missing.append((f"{header} was not found, a header of Python", "python3-dev", "python3-devel"))
         if not missing:
-            problem = f"got an error of {compiler} (see above), expected a compiler of C++17"
+            problem = f"{compiler} failed (see above); it must compile C++17"
             missing.append((problem, "g++ python3-dev", "gcc-c++ python3-devel"))
         problems, debian, fedora = zip(*missing, strict=True)
         return REMEDY.format(problem="; ".join(problems), debian=" ".join(debian), fedora=" ".join(fedora))

@@ -33,8 +33,8 @@ def _why_missing(error: ImportError) -> str:
                 f"expected the installed one: keep {package.parent} off sys.path (run Python in another folder or as "
                 f"python -P), or {install}"
             )
-    names = ", ".join(found) or "nothing compiled"
-    return f"multisa.kernels: got {names} in {folder}, expected {expected[0]}: {install}, {needs}"
+    names = f"got {', '.join(found)}" if found else "no compiled module"
+    return f"multisa.kernels: {names} in {folder}, expected {expected[0]}: {install}, {needs}"
 
 
 try:

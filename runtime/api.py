@@ -108,6 +108,8 @@ def _run(
     valid = RunSettings.__annotations__
     if unknown := sorted(set(arguments) - set(valid)):
         raise UsageError(f"got the argument {unknown[0]!r}, expected some of {', '.join(valid)}")
+    if labels is not None and not isinstance(labels, (Path, Mapping)):
+        raise UsageError(f"labels: got {type(labels).__name__}, expected a file or a mapping {{image: [classes]}}")
     paths = [images] if isinstance(images, (str, Path)) else images
     if not isinstance(paths, (list, tuple)) or not paths or not all(isinstance(path, (str, Path)) for path in paths):
         raise UsageError(f"images: got {type(images).__name__}, expected a path, a pattern, or a list of image files")

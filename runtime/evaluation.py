@@ -97,7 +97,7 @@ class SkippedFiles:
     example: str  # relative path of the first one
 
     def __str__(self) -> str:
-        return f"{self.count} {self.reason}, such as {self.example}"
+        return f"{self.reason}: {self.count} ({self.example})"
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Evaluation:
         for score in self.worst:
             lines += [f"mIoU {score.miou:7.2%}  {score.name}, worst class {score.worst_class}: {score.worst_iou:.2%}"]
         lines += [f"skipped in {files.folder}: {files}" for files in self.skipped]
-        skipped = f", {len(self.missing)} without a prediction skipped" if self.missing else ""
+        skipped = f", {len(self.missing)} without a prediction skipped ({self.missing[0]})" if self.missing else ""
         return "\n".join([*lines, f"{pluralize(self.images, 'image')}{skipped}"])
 
     def confusion_table(self) -> str:

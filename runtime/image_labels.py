@@ -24,7 +24,7 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
 from multisa.runtime.progress import log
 
-IMAGE_COLUMN = "image"
+IMAGE_COLUMNS = ("image",)
 LABEL_COLUMNS = ("labels", "label", "classes", "class")  # names of the column of labels; a file has one of them
 
 _UNUSUAL = re.compile(r"\\|//|(?:^|/)\./|/\.?$")  # parts of paths that pathlib would change
@@ -83,18 +83,21 @@ def _normal(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
-def label_column(header: Sequence[str], where: str) -> str | None:
-    """Return the column of `header` that holds the labels, or None. Raises UsageError if there are several."""
-    columns = [name for name in header if name in LABEL_COLUMNS]
+def find_column(names: Iterable[str], wanted: Sequence[str], where: str) -> str | None:
+    """Return the one of `names` (columns, keys) that is in `wanted`, in any case, or None.
+
+    Raises UsageError if there are several.
+    """
+    columns = [name for name in names if name.strip().lower() in wanted]
     if len(columns) > 1:
-        raise UsageError(f"{where}: got the columns {' and '.join(columns)}, expected one column of labels")
+        raise UsageError(f"{where}: got the columns {' and '.join(columns)}, expected one column of {wanted[0]}")
     return columns[0] if columns else None
 
 
-def log_label_column(column: str | None, where: str) -> None:
+def log_label_column(column: str, where: str) -> None:
     """Log which column the labels are read from, where its name is not the usual one."""
-    if column not in (None, LABEL_COLUMNS[0]):
-        log.info(f"{where}: labels are read from the column '{column}'")
+    if column.strip().lower() != LABEL_COLUMNS[0]:
+        log.info(f"{where}: labels are read from the column '{column.strip()}'")
 
 
 def image_key(path: str) -> str:
@@ -138,7 +141,7 @@ class LabelMatcher:
         self._root = image_key(root) if root else ""
         self._taken = {key for relative in relatives for key in self._exact_keys(image_key(relative))}
         self._users: dict[str, str] = {}  # key -> the image that it matched
-        self._misplaced: dict[str, str] = {}  # key -> an image of its file name in another folder
+        self.misplaced: dict[str, str] = {}  # key -> an image of its file name in another folder, which it is not
         self.moved: dict[str, str] = {}  # key -> the image that it matched though the images' folder has another name
 
     def find(self, relative: str) -> Labels | None:
@@ -170,10 +173,13 @@ class LabelMatcher:
         return rows[keys[0]]
 
     def unused(self) -> tuple[str, ...]:
-        """Describe the rows that have matched no image, sorted: their keys, with the image that they nearly match."""
-        keys = sorted(set(self._labels.rows) - self._users.keys())
-        near = self._misplaced
-        return tuple(f"{key} (another folder than {near[key]})" if key in near else key for key in keys)
+        """Return the keys of the rows that have matched no image, sorted."""
+        return tuple(sorted(set(self._labels.rows) - self._users.keys()))
+
+    def why_unused(self, key: str) -> str:
+        """Return why a row has matched no image."""
+        near = self.misplaced.get(key)
+        return f"names another folder than {near}" if near else "no image has this name"
 
     def _exact_keys(self, image: str) -> list[str]:
         """Return the keys that name an image by its path, with or without extension."""
@@ -191,7 +197,7 @@ class LabelMatcher:
         for key in keys:
             theirs, ours = key.split("/")[-2::-1], image.split("/")[-2::-1]  # folders, from the image upwards
             if any(a != b for a, b in zip(theirs, ours, strict=False)):
-                self._misplaced.setdefault(key, relative)
+                self.misplaced.setdefault(key, relative)
             elif len(theirs) > len(ours) and theirs[len(ours)] != self._root:
                 moved.append(key)
             else:
@@ -252,12 +258,14 @@ def read_image_labels(labels: Path | LabelMapping, classes: Collection[str]) -> 
 def _csv_rows(name: str, text: str, classes: ClassNames) -> Iterator[_Row]:
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = [cell.strip().lower() for cell in next(lines, [])]
-        column = label_column(header, f"{name}, line 1")
-        if header.count(IMAGE_COLUMN) != 1 or column is None:
+        header = next(lines, [])
+        image_column = find_column(header, IMAGE_COLUMNS, f"{name}, line 1")
+        column = find_column(header, LABEL_COLUMNS, f"{name}, line 1")
+        if image_column is None or column is None:
             got = ",".join(header)
             raise UsageError(f"{name}, line 1: got {got!r}, expected the header 'image,labels'")
         log_label_column(column, name)
+        places = header.index(image_column), header.index(column)
         for cells in lines:
             position = f"line {lines.line_num}"
             if not cells:
@@ -267,7 +275,7 @@ def _csv_rows(name: str, text: str, classes: ClassNames) -> Iterator[_Row]:
                     f"{name}, {position}: got {len(cells)} columns, expected {len(header)} ({','.join(header)}): "
                     "separate classes by spaces or semicolons"
                 )
-            yield position, cells[header.index(IMAGE_COLUMN)], classes.split(cells[header.index(column)])
+            yield position, cells[places[0]], classes.split(cells[places[1]])
     except csv.Error as error:
         raise UsageError(f"{name}, line {lines.line_num}: not CSV: {error}") from error
 

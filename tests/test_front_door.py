@@ -179,6 +179,8 @@ def test_folders(tmp_path: Path) -> None:
     for wrong in ([], {"a.jpg": 1}):
         with pytest.raises(multisa.MultisaError, match=r"images: got (list|dict), expected a path, a"):
             multisa.segment_images(wrong, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(multisa.MultisaError, match="labels: got list, expected a file or a mapping"):
+        multisa.label_images(folder, tmp_path / "out", ["cat"])  # type: ignore[arg-type]
     with pytest.raises(multisa.MultisaError, match="workers: got 'two', expected an integer"):
         multisa.segment_images(folder, tmp_path / "out", workers="two")  # type: ignore[arg-type]
     with pytest.raises(multisa.MultisaError, match="threads: got 'two', expected an integer of at least 1"):

@@ -69,17 +69,23 @@ def check(data_set: Path, labels: Path | None, preset: str, overrides: tuple[str
 
     Example: multisa data check VOC2012 --preset lite0
     """
+    from multisa.runtime.errors import DatasetError
+    from multisa.runtime.progress import log, pluralize
     from multisa.training import check_dataset, load_config, read_dataset
 
     config = load_config(preset, overrides)
     dataset = read_dataset(data_set, labels, quiet=True)
     report = check_dataset(dataset)
-    if not report.unusable and all(map(importlib.util.find_spec, TRAINING_PACKAGES)):
+    has_packages = all(map(importlib.util.find_spec, TRAINING_PACKAGES))
+    if not has_packages:
+        log.info('the training is not estimated: that needs torch and timm (pip install ".[train]")')
+    elif not report.unusable:
         from multisa.training.estimate import estimate_training
 
         report = replace(report, estimate=estimate_training(config, dataset, report.sizes))
     click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False) if as_json else report.table())
-    report.require_usable()
+    if report.unusable:
+        raise DatasetError(f"{data_set}: {pluralize(len(report.unusable), 'file')} cannot be used, listed above")
 
 
 @click.command()

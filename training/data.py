@@ -29,6 +29,9 @@ VOC_CLASSES = (
 )  # fmt: skip
 MAX_CLASSES = 255  # ids of one byte, background counted; 255 itself marks pixels to ignore
 MAX_ANNOTATION_BYTES = 1_000_000  # VOC's own annotations have a few kilobytes
+VOC_ENTRIES = (
+    "JPEGImages", "SegmentationClass", "ImageSets", "Annotations", "classes.txt", "labels.json", "labels.csv",
+)  # fmt: skip
 NO_CLASS = "object names that are no class"  # begins the finding about them
 
 
@@ -152,11 +155,16 @@ def _read_voc(root: Path, labels: Path | None) -> Dataset:
         unused = [f"JPEGImages/{name}" for name in _names(images, relatives)]
         classes = _classes_from_table(table, names, _Paths(root, relatives, unused), findings)
     stages = "train_aug.txt" if train_aug else "train.txt"
-    beside = [printable(path.name) for path in sorted(root.iterdir()) if is_image(path.name)]
+    unread = [printable(path.name) for path in sorted(root.iterdir()) if path.name not in VOC_ENTRIES and path != table]
+    respelt = [name for name in unread if name.lower() in VOC_ENTRIES]
+    lists = sorted((root / "ImageSets" / "Segmentation").iterdir())
+    other_lists = [printable(p.name) for p in lists if p.name not in ("train.txt", "train_aug.txt", "val.txt")]
     listed, measured = {*trained_on, *val}, {*train, *val}
     findings += [
         _finding("label source", "not read, because another one is used", others),
-        _finding("image", "beside JPEGImages, not used", beside),
+        replace(_finding("entry", "not read, because of its capitals", respelt, plural="entries"), is_warning=True),
+        _finding("entry", "beside JPEGImages, not read", [n for n in unread if n not in respelt], plural="entries"),
+        _finding("entry", "of ImageSets/Segmentation, not read", other_lists, plural="entries"),
         _finding("image", f"in neither {stages} nor val.txt, not used", _names(images, listed)),
         _finding("mask", "beside those of train.txt and val.txt, not used", _names(masks, measured)),
     ]

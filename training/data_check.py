@@ -172,7 +172,7 @@ def _copies(dataset: Dataset, digests: Sequence[str]) -> list[Finding]:
     return [
         Finding(text, groups, is_warning=True)
         for text, groups in (
-            (f"{pluralize(len(twice), 'image')} several times among those to train on (same bytes)", twice),
+            (f"{pluralize(len(twice), 'image')} several times in the train list (same bytes)", twice),
             (f"{pluralize(len(leaked), 'image')} trained on and in val (same bytes), so val scores too high", leaked),
         )
         if groups

@@ -1,4 +1,4 @@
-"""What the bytes of a file tell before any pixel is decoded: too much metadata, frames, and what is no image.
+"""What the bytes of a file tell before any pixel is decoded: too much metadata, frames, other formats.
 
 Decoders read metadata record by record, some in quadratic time, though no image needs that much: bounds on it
 keep files out that stall a decoder. Broken structures are left to the decoder, which reports them.
@@ -25,7 +25,7 @@ _TIFF_SIZES = {
     **dict.fromkeys((5, 10, 12, 16, 17, 18), 8),
 }
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES, _FORMAT, _DNG_VERSION = 254, 258, 262, 277, 339, 50706
+_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES, _SUB_DIRECTORIES, _FORMAT, _DNG_VERSION = 254, 258, 262, 277, 330, 339, 50706
 _NUMBER_FORMATS = {1: "unsigned integer", 2: "signed integer", 3: "floating-point"}
 _COEFFICIENTS = 64  # of a block of a JPEG
 
@@ -127,7 +127,8 @@ def is_camera_raw(data: bytes) -> bool:
     if not data.startswith(_TIFF_MAGIC):
         return False
     numbers = _tiff_numbers(data)
-    return data[8:10] == b"CR" or _DNG_VERSION in numbers or bool(numbers.get(_SUBFILE, 0) & 1)
+    has_thumbnail = bool(numbers.get(_SUBFILE, 0) & 1) and _SUB_DIRECTORIES in numbers
+    return data[8:10] == b"CR" or _DNG_VERSION in numbers or has_thumbnail
 
 
 def describe_other(data: bytes) -> tuple[str, str]:

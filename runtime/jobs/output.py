@@ -25,6 +25,7 @@ SNAPSHOT = f"{PRIVATE}/snapshot.sqlite"
 CONFIG = f"{PRIVATE}/config.json"
 JOURNAL = f"{PRIVATE}/journal.jsonl"
 RUN = f"{PRIVATE}/run.json"
+UNUSED = f"{PRIVATE}/unused.jsonl"  # what the run does not use, with the reason
 LOCK = f"{PRIVATE}/lock"
 LOCK_HOLDER = f"{PRIVATE}/lock-holder"  # text: the lock itself may not be readable
 

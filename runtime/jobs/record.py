@@ -94,7 +94,7 @@ def run_record(
     """The record of a finished run, as JSON values."""
     fingerprint = executor.fingerprint()
     versions = {key.removeprefix("version of "): v for key, v in fingerprint.items() if "version of" in key}
-    skipped = snapshot.skipped_entries(_SKIPPED_SHOWN)
+    skipped = list(snapshot.skipped_entries(_SKIPPED_SHOWN))
     concurrency = summary.concurrency
     return {
         "command": job.command,

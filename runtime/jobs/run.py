@@ -9,6 +9,9 @@ and every file outside OUT/.multisa and the report is byte-identical to that of 
 the number of workers, processes and resumed runs. Runs are tested on Linux.
 """
 
+import itertools
+import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -48,6 +51,7 @@ from multisa.runtime.jobs.output import (
     JOURNAL,
     RUN,
     SNAPSHOT,
+    UNUSED,
     check_empty,
     check_output,
     image_checker,
@@ -62,7 +66,7 @@ from multisa.runtime.jobs.spec import Job, RunOptions
 from multisa.runtime.jobs.telemetry import Telemetry
 from multisa.runtime.jobs.worker import Executor, ExecutorFactory
 from multisa.runtime.progress import EXAMPLES_SHOWN, format_examples, log, pluralize
-from multisa.runtime.sources.base import SourceItem
+from multisa.runtime.sources.base import SourceItem, describe_other_files
 from multisa.runtime.sources.lists import FilesSource, ListSource
 from multisa.runtime.writers.base import Writer
 from multisa.runtime.writers.registry import writer_folder
@@ -136,8 +140,8 @@ class _LabelLookup:
         examples = format_examples(self._unlabelled, self._n_unlabelled)
         if self._n_ignored:
             log.info(f"segment does not use image-level labels: those of {self._n_ignored} of {images} are ignored")
-        if self._labels and self._n_unlabelled == n_images:
-            near = [row for row in self._labels_unused() if row.endswith(")")]
+        if self._labels and self.matcher and self._n_unlabelled == n_images:
+            near = [f"{row} ({self.matcher.why_unused(row)})" for row in sorted(self.matcher.misplaced)]
             rows = f"; rows of these file names: {format_examples(near)}" if near else ""
             raise UsageError(
                 f"{self._labels.name}: has no row for any of {images}, expected paths below {without_secrets(source)}, "
@@ -149,15 +153,17 @@ class _LabelLookup:
             log.info(f"{without}labelled from scores: {self._n_unlabelled} of {images}{named}")
         if self._labels is None or self.matcher is None:
             return
-        if unused := self._labels_unused():
+        if unused := [f"{row} ({reason})" for row, reason in self.unused_rows()]:
             rows = pluralize(len(unused), "row")
-            log.info(f"without an image: {rows} of {self._labels.name}: {format_examples(unused)}")
+            log.warning(f"without an image: {rows} of {self._labels.name}: {format_examples(unused)}")
         if moved := [f"{row} for {image}" for row, image in sorted(self.matcher.moved.items())]:
             rows = pluralize(len(moved), "row")
             log.info(f"used, though they name another folder: {rows} of {self._labels.name}: {format_examples(moved)}")
 
-    def _labels_unused(self) -> tuple[str, ...]:
-        return self.matcher.unused() if self.matcher else ()
+    def unused_rows(self) -> Iterator[tuple[str, str]]:
+        """Yield the rows of the label file that belong to no image, and why."""
+        if self.matcher:
+            yield from ((row, self.matcher.why_unused(row)) for row in self.matcher.unused())
 
 
 def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
@@ -174,11 +180,28 @@ def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, fo
         take_snapshot(job.output / SNAPSHOT, source.listing(), labels_of, source.description)
     with Snapshot(job.output / SNAPSHOT) as snapshot:
         if snapshot.skipped:
-            some = [f"{entry.id}: {entry.reason}" for entry in snapshot.skipped_entries(EXAMPLES_SHOWN)]
-            log.info(f"skipped {snapshot.skipped}: {format_examples(some, snapshot.skipped)}")
-        if snapshot.other_files and options.log_other_files:
-            log.info(f"ignored {pluralize(snapshot.other_files, 'file')} not named like an image")
+            log.info(f"skipped {snapshot.skipped}: {format_examples(snapshot.skipped_by_reason())}")
+        others, has_unread = describe_other_files(snapshot.other_files)
+        if snapshot.other_files.count and options.log_other_files:
+            advice = "; convert or unpack images of other formats" if has_unread else ""
+            log.log(logging.WARNING if has_unread else logging.INFO, f"ignored {others}{advice}")
         lookup.log(job.source, snapshot.images)
+        _write_unused(job.output / UNUSED, snapshot, lookup)
+
+
+def _write_unused(path: Path, snapshot: Snapshot, lookup: _LabelLookup) -> None:
+    """Write what the run does not use, one JSON object per line; no file if it uses everything."""
+    entries = (("entry of the source", entry.id, entry.reason) for entry in snapshot.skipped_entries())
+    rows = (("row of the label file", row, reason) for row, reason in lookup.unused_rows())
+    n_unused = 0
+    with path.open("w", encoding="utf-8") as file:
+        for what, name, reason in itertools.chain(entries, rows):
+            file.write(json.dumps({"what": what, "name": name, "reason": reason}, ensure_ascii=False) + "\n")
+            n_unused += 1
+    if n_unused:
+        log.info(f"not used: {path} lists all {n_unused}")
+    else:
+        path.unlink()
 
 
 def _check_source(job: Job, foreground: Sequence[str]) -> None:

@@ -66,7 +66,10 @@ class Snapshot(AbstractContextManager["Snapshot"]):
             self._rows = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)
             facts = dict(self._rows.execute("SELECT key, value FROM facts"))
             self.images = int(facts["images"])
-            self.other_files = int(facts["other_files"])
+            kinds = {
+                extension: (count, first) for extension, (count, first) in json.loads(facts["other_kinds"]).items()
+            }
+            self.other_files = OtherFiles(int(facts["other_files"]), kinds)
             self._digest = facts["digest"]
         except (sqlite3.Error, KeyError, ValueError) as error:
             raise MultisaError(
@@ -125,10 +128,13 @@ class Snapshot(AbstractContextManager["Snapshot"]):
         """Number of entries of the source that were skipped."""
         return int(self._rows.execute("SELECT COUNT(*) FROM skipped").fetchone()[0])
 
-    def skipped_entries(self, limit: int) -> list[Skipped]:
-        """The first of the entries that were skipped."""
-        rows = self._rows.execute("SELECT id, reason FROM skipped LIMIT ?", (limit,))
-        return [Skipped(*row) for row in rows]
+    def skipped_entries(self, limit: int = -1) -> Iterator[Skipped]:
+        """The entries that were skipped, or the first of them."""
+        return (Skipped(*row) for row in self._rows.execute("SELECT id, reason FROM skipped LIMIT ?", (limit,)))
+
+    def skipped_by_reason(self) -> list[str]:
+        """The reasons with the number of entries that were skipped for each, and the first of them."""
+        return _skipped_by_reason(self._rows)
 
     def difference(self, listing: Callable[[], Iterable[Listed]]) -> str:
         """How a source's listing differs from the snapshot, in words; "" if it does not.
@@ -187,10 +193,10 @@ def take_snapshot(
         rows.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_SCHEMA}")
         images, others, digest = _fill(rows, listing, labels_of)
         if not images:
-            skipped = rows.execute("SELECT reason, COUNT(*), MIN(id) FROM skipped GROUP BY reason ORDER BY 2 DESC, 1")
-            raise no_image_error(description, [f"{n} {reason} ({id_})" for reason, n, id_ in skipped], others)
+            raise no_image_error(description, _skipped_by_reason(rows), others)
         _assign_names(rows)
-        facts = {"images": images, "other_files": others, "digest": digest}
+        others_by_kind = json.dumps(dict(others.kinds))
+        facts = {"images": images, "other_files": others.count, "other_kinds": others_by_kind, "digest": digest}
         rows.executemany("INSERT INTO facts VALUES (?, ?)", [(key, str(v)) for key, v in facts.items()])
         rows.commit()
     flush_file(temporary)
@@ -198,12 +204,17 @@ def take_snapshot(
     flush_folder(path.parent)
 
 
+def _skipped_by_reason(rows: sqlite3.Connection) -> list[str]:
+    groups = rows.execute("SELECT reason, COUNT(*), MIN(id) FROM skipped GROUP BY reason ORDER BY 2 DESC, 1")
+    return [f"{reason}: {count} ({first})" for reason, count, first in groups]
+
+
 def _fill(
     rows: sqlite3.Connection, listing: Iterable[Listed], labels_of: Callable[[SourceItem], Labels | None]
-) -> tuple[int, int, str]:
-    """Store a listing; returns the number of images, that of other files, and the digest of the images."""
+) -> tuple[int, OtherFiles, str]:
+    """Store a listing; returns the number of images, the other files, and the digest of the images."""
     digest = hashlib.sha256()
-    others = 0
+    others = OtherFiles(0)
     images = 0
     rows.execute("CREATE TEMP TABLE folds (i INTEGER PRIMARY KEY, fold TEXT NOT NULL, step INTEGER NOT NULL)")
     rows.execute("CREATE TEMP TABLE folders (fold TEXT PRIMARY KEY) WITHOUT ROWID")
@@ -213,7 +224,7 @@ def _fill(
         folders: set[str] = set()
         for entry in group:
             if isinstance(entry, OtherFiles):
-                others += entry.count
+                others = entry
             elif isinstance(entry, Skipped):
                 rows.execute("INSERT INTO skipped VALUES (?, ?)", (entry.id, entry.reason))
             else:

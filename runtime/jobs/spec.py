@@ -83,7 +83,8 @@ class Job:
 
     def open_source(self, classes: Sequence[str] = ()) -> Source:
         """Open the source. Only listing it needs `classes`, to check labels that the source contains."""
-        return open_source(self.source, classes=classes, storage_options=self.storage_options)
+        ignore = self.command != "label"
+        return open_source(self.source, classes=classes, ignore_labels=ignore, storage_options=self.storage_options)
 
     def open_writers(self, bundle: Bundle) -> Sequence[Writer]:
         """Create the writers, which write below `output`."""

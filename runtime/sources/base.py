@@ -1,13 +1,23 @@
 """The base class of every source of images: a listing in a fixed order, and the bytes of one image."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Self
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.progress import format_examples, pluralize
 from multisa.runtime.sources.storage import reason_of
+
+# Formats of images that no decoder here reads, and what may hold images.
+UNREAD_EXTENSIONS = frozenset((
+    ".heic", ".heif", ".avif", ".jxl", ".jxr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".psd",
+    ".svg", ".exr", ".hdr", ".dcm", ".pdf", ".mp4", ".mov", ".avi", ".mkv", ".zip", ".tar", ".tgz", ".gz", ".7z",
+    ".rar",
+))  # fmt: skip
+_LONGEST_EXTENSION = 10
+_MOST_KINDS = 50  # extensions that are counted one by one
 
 
 @dataclass(frozen=True)
@@ -31,17 +41,49 @@ class Skipped:
 
 @dataclass(frozen=True)
 class OtherFiles:
-    """The number of entries whose extension is not that of an image."""
+    """The number of entries whose extension is not that of an image, in all and by extension."""
 
     count: int
+    kinds: Mapping[str, tuple[int, str]] = field(default_factory=dict, compare=False)  # (number, first name)
+
+
+class OtherFileCounter:
+    """Counts the entries of a source that are not named like an image."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, name: str) -> None:
+        """Count one entry."""
+        self._count += 1
+        extension = PurePosixPath(name).suffix.lower()
+        if len(extension) > _LONGEST_EXTENSION or (extension not in self._kinds and len(self._kinds) >= _MOST_KINDS):
+            extension = ""
+        count, first = self._kinds.get(extension, (0, name))
+        self._kinds[extension] = (count + 1, first)
+
+    def total(self) -> Iterator[OtherFiles]:
+        """Yield what was counted, or nothing."""
+        if self._count:
+            yield OtherFiles(self._count, self._kinds)
+
+
+def describe_other_files(others: OtherFiles) -> tuple[str, bool]:
+    """Say in words what is not named like an image, and whether some of it is likely to be images or archives."""
+    kinds = sorted(others.kinds.items(), key=lambda kind: (kind[0] not in UNREAD_EXTENSIONS, -kind[1][0], kind[0]))
+    words = [f"{extension or 'no extension'}: {count} ({first})" for extension, (count, first) in kinds]
+    examples = f": {format_examples(words)}" if words else ""
+    unread = any(extension in UNREAD_EXTENSIONS for extension in others.kinds)
+    return f"{pluralize(others.count, 'file')} not named like an image{examples}", unread
 
 
 Listed = SourceItem | Skipped | OtherFiles
 
 
-def no_image_error(description: str, skipped: Sequence[str], others: int) -> UsageError:
+def no_image_error(description: str, skipped: Sequence[str], others: OtherFiles) -> UsageError:
     """The error for a source without an image; skipped: its entries that were skipped, by reason."""
-    found = [*skipped, *([f"{pluralize(others, 'file')} not named like an image"] if others else [])]
+    found = [*skipped, *([describe_other_files(others)[0]] if others.count else [])]
     what = f"found only {format_examples(found)}" if found else "it is empty"
     return UsageError(
         f"{description}: no image found ({what}), expected at least one: images are recognised by their "

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem, no_image_error
+from multisa.runtime.sources.base import (
+    Listed,
+    OtherFileCounter,
+    OtherFiles,
+    Skipped,
+    Source,
+    SourceItem,
+    no_image_error,
+)
 from multisa.runtime.sources.storage import (
     LONGEST_PATH,
     Entry,
@@ -21,6 +29,7 @@ from multisa.runtime.sources.storage import (
     is_image,
     join,
     last_name,
+    mask_name,
     printable,
     reason_of,
 )
@@ -74,7 +83,7 @@ def walk(store: Store, root: str, keep: NameFilter, pattern: Pattern | None) -> 
     Skipped entries have a `problem`. The last item counts the files that `keep` rejects. Memory holds the
     names of one folder and of its parents. Raises OSError when `root` cannot be read.
     """
-    others = 0
+    others = OtherFileCounter()
     stack = [("", store.folder(root, keep))]
     while stack:
         prefix, entries = stack[-1]
@@ -98,10 +107,9 @@ def walk(store: Store, root: str, keep: NameFilter, pattern: Pattern | None) -> 
             continue
         elif keep(entry.name):
             yield entry._replace(name=path)
-        elif not entry.problem:
-            others += 1
-    if others:
-        yield OtherFiles(others)
+        else:
+            others.add(path)
+    yield from others.total()
 
 
 class FolderSource(Source):
@@ -120,8 +128,8 @@ class FolderSource(Source):
             for entry in walk(self._store, self._root, is_image, self._pattern):
                 if isinstance(entry, OtherFiles):
                     yield entry
-                elif entry.problem:
-                    yield Skipped(printable(entry.name), entry.problem)
+                elif problem := entry.problem or mask_name(entry.name):
+                    yield Skipped(printable(entry.name), problem)
                 else:
                     yield SourceItem(entry.name, entry.name, entry.size, entry.version)
         except OSError as error:
@@ -190,6 +198,7 @@ def list_images(folder: Path) -> ListedImages:
     try:
         found = walk(LocalStore(str(folder)), str(folder), lambda _: True, None)
         entries = sorted((entry for entry in found if isinstance(entry, Entry)), key=lambda entry: entry.name)
+        entries = [entry._replace(problem=entry.problem or mask_name(entry.name)) for entry in entries]
     except OSError as error:
         raise UsageError(f"{name}: cannot be listed ({reason_of(error)}), expected a folder of images") from error
     files = [entry.name for entry in entries if not entry.problem]
@@ -197,7 +206,11 @@ def list_images(folder: Path) -> ListedImages:
     skipped = tuple(Skipped(printable(entry.name), entry.problem) for entry in entries if entry.problem)
     others = tuple(printable(relative) for relative in files if not is_image(relative))
     if not relatives:
-        raise no_image_error(f"folder {name}", [f"{entry.reason} ({entry.id})" for entry in skipped], len(others))
+        counter = OtherFileCounter()
+        for other in others:
+            counter.add(other)
+        total = next(counter.total(), OtherFiles(0))
+        raise no_image_error(f"folder {name}", [f"{entry.reason}: {entry.id}" for entry in skipped], total)
     names = _result_names(relatives)
     return ListedImages(
         tuple(ListedImage(folder / r, r, name) for r, name in zip(relatives, names, strict=True)), skipped, others

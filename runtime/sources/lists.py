@@ -13,10 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from multisa.runtime.errors import BackendUnavailable, UsageError
-from multisa.runtime.image_labels import IMAGE_COLUMN, LABEL_COLUMNS, ClassNames, Labels, label_column, log_label_column
-from multisa.runtime.sources.base import Listed, Source, SourceItem
+from multisa.runtime.image_labels import IMAGE_COLUMNS, LABEL_COLUMNS, ClassNames, Labels, find_column, log_label_column
+from multisa.runtime.progress import log
+from multisa.runtime.sources.base import Listed, Skipped, Source, SourceItem
 from multisa.runtime.sources.remote import protocol_of
-from multisa.runtime.sources.storage import SeenHashes, Store, join, last_name, printable, reason_of, safe_id, unique_id
+from multisa.runtime.sources.storage import (
+    SeenHashes,
+    Store,
+    join,
+    last_name,
+    mask_name,
+    printable,
+    reason_of,
+    safe_id,
+    unique_id,
+)
 
 MOST_LABELS = 10_000  # of one image
 LONGEST_LINE = 2**20  # bytes
@@ -29,11 +40,12 @@ class LabelReader:
     """Reads labels. `classes` tell a name with spaces from several names, and labels from a caption."""
 
     classes: ClassNames = field(default_factory=lambda: ClassNames(()))
+    ignore: bool = False  # only tell whether there are labels: return () for any
 
     def from_value(self, value: Any) -> Labels | None:
         """Return the labels in a list or a text of names, or None. Raises ValueError for anything else."""
-        if value is None:
-            return None
+        if value is None or self.ignore:
+            return None if value is None else ()
         if isinstance(value, str):
             value = self.classes.split(value)
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -55,16 +67,11 @@ class LabelReader:
             return None if is_caption else labels
         value = parse_json(text)
         if isinstance(value, dict):
-            value = value.get(_label_key(value))
+            try:
+                value = value.get(find_column(value, LABEL_COLUMNS, "labels") or "")
+            except UsageError as error:
+                raise ValueError(str(error)) from None
         return self.from_value(value)
-
-
-def _label_key(values: dict[str, Any]) -> str:
-    """Return the key of the labels, whether there is one or not. Raises ValueError if there are several."""
-    try:
-        return label_column(list(values), "labels") or LABEL_COLUMNS[0]
-    except UsageError as error:
-        raise ValueError(str(error)) from None
 
 
 def parse_json(text: str) -> Any:
@@ -84,10 +91,13 @@ def parse_json(text: str) -> Any:
         raise ValueError("is not JSON, or nested too deeply") from None
 
 
+Columns = tuple[str | None, str | None]  # of the images and of the labels
+
+
 class Row(NamedTuple):
     """One image of a list."""
 
-    position: str  # "line 3", "row 3"
+    where: str  # "m.csv, line 3"
     image: str
     labels: Labels | None
 
@@ -122,22 +132,22 @@ def _lines(file: BinaryIO, list_name: str) -> Iterator[tuple[str, str]]:
 
 def _text_rows(file: BinaryIO, list_name: str, _: LabelReader) -> Iterator[Row]:
     for position, line in _lines(file, list_name):
-        if image := line.rstrip("\r\n"):
-            yield Row(position, image, None)
+        if line.strip():
+            yield Row(f"{list_name}, {position}", line.rstrip("\r\n"), None)
 
 
 def _csv_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[Row]:
     rows = csv.reader((line for _, line in _lines(file, list_name)), strict=True)
     try:
-        header = [cell.strip().lower() for cell in next(rows, [])]
-        _check_columns(header, f"{list_name}, line 1")
+        header = next(rows, [])
+        columns = _columns(header, f"{list_name}, line 1")
         for cells in rows:
             position = f"line {rows.line_num}"
             if not cells:
                 continue
             if len(cells) != len(header):
                 raise UsageError(f"{list_name}, {position}: got {len(cells)} columns, expected {len(header)}")
-            yield _row(list_name, position, dict(zip(header, cells, strict=True)), reader)
+            yield _row(f"{list_name}, {position}", dict(zip(header, cells, strict=True)), columns, reader)
     except csv.Error as error:
         raise UsageError(f"{list_name}, line {rows.line_num}: not CSV: {error}") from error
 
@@ -146,13 +156,15 @@ def _jsonl_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator
     for position, line in _lines(file, list_name):
         if not line.strip():
             continue
+        where = f"{list_name}, {position}"
         try:
             value = parse_json(line)
         except ValueError as error:
-            raise UsageError(f"{list_name}, {position}: {error}") from None
+            raise UsageError(f"{where}: {error}") from None
         if not isinstance(value, dict):
-            raise UsageError(f'{list_name}, {position}: got no JSON object, expected {{"{IMAGE_COLUMN}": "a.jpg"}}')
-        yield _row(list_name, position, value, reader)
+            raise UsageError(f'{list_name}, {position}: got no JSON object, expected {{"image": "a.jpg"}}')
+        columns = find_column(value, IMAGE_COLUMNS, where), find_column(value, LABEL_COLUMNS, where)
+        yield _row(where, value, columns, reader)
 
 
 def _parquet_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[Row]:
@@ -166,13 +178,11 @@ def _parquet_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterat
         table = parquet.ParquetFile(
             file, thrift_string_size_limit=_LARGEST_PARQUET_HEADER, thrift_container_size_limit=_LARGEST_PARQUET_HEADER
         )
-        names = list(table.schema_arrow.names)
-        _check_columns(names, list_name)
-        columns = [name for name in (IMAGE_COLUMN, *LABEL_COLUMNS) if name in names]
-        for batch in table.iter_batches(_BATCH, columns=columns):
+        columns = _columns(table.schema_arrow.names, list_name)
+        for batch in table.iter_batches(_BATCH, columns=list(filter(None, columns))):
             for values in batch.to_pylist():
                 number += 1
-                yield _row(list_name, f"row {number}", values, reader)
+                yield _row(f"{list_name}, row {number}", values, columns, reader)
     except (pyarrow.ArrowException, ValueError, MemoryError) as error:
         raise UsageError(f"{list_name}: not a readable Parquet file: {error}") from error
 
@@ -186,26 +196,27 @@ KINDS: dict[str, Callable[[BinaryIO, str, LabelReader], Iterator[Row]]] = {
 }
 
 
-def _check_columns(header: list[str], where: str) -> None:
-    """Raise UsageError unless the header has one column of images and at most one of labels."""
-    log_label_column(label_column(header, where), where)
-    if header.count(IMAGE_COLUMN) > 1:
-        raise UsageError(f"{where}: got two columns {IMAGE_COLUMN!r}, expected one")
-    if IMAGE_COLUMN not in header:
-        got = ",".join(header)[:200]
+def _columns(header: Sequence[str], where: str) -> Columns:
+    """Return the columns of a manifest. Raises UsageError without one of images."""
+    image, labels = (find_column(header, wanted, where) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS))
+    got = ",".join(header)[:200]
+    if image is None:
         raise UsageError(f"{where}: got the columns {got!r}, expected 'image' and 'labels'")
+    if labels is not None:
+        log_label_column(labels, where)
+    elif len(header) > 1:
+        log.info(f"{where}: got the columns {got!r}, none of them of labels ({', '.join(LABEL_COLUMNS)})")
+    return image, labels
 
 
-def _row(list_name: str, position: str, values: dict[str, Any], reader: LabelReader) -> Row:
-    image = values.get(IMAGE_COLUMN)
+def _row(where: str, values: dict[str, Any], columns: Columns, reader: LabelReader) -> Row:
+    image, labels = (values.get(column) if column else None for column in columns)
     if not isinstance(image, str) or not image.strip():
-        raise UsageError(
-            f"{list_name}, {position}: got {str(image)[:80]!r} as {IMAGE_COLUMN!r}, expected the path of an image"
-        )
+        raise UsageError(f"{where}: got {str(image)[:80]!r} as 'image', expected the path of an image")
     try:
-        return Row(position, image, reader.from_value(values.get(_label_key(values))))
+        return Row(where, image, reader.from_value(labels))
     except ValueError as error:
-        raise UsageError(f"{list_name}, {position}, 'labels': {error}") from None
+        raise UsageError(f"{where}, {columns[1]!r}: {error}") from None
 
 
 class _Location(NamedTuple):
@@ -238,8 +249,7 @@ class ListSource(Source):
         for row, location in self._merged_rows():
             if not identities.add(location.identity):
                 advice = "expected each image once" + (", or its rows one after the other" if row.labels else "")
-                where = f"{self.description}, {row.position}"
-                raise UsageError(f"{where}: {printable(row.image)} is a duplicate, {advice}")
+                raise UsageError(f"{row.where}: {printable(row.image)} is a duplicate, {advice}")
             name, attempts = location.id, itertools.count()
             while not ids.add(name):
                 name = unique_id(location.id, location.uri, next(attempts))
@@ -253,7 +263,7 @@ class ListSource(Source):
         """Yield one row per image: rows with labels that follow each other and name one image are merged."""
         last: tuple[Row, _Location] | None = None
         for row in self._rows():
-            location = self._locate(row.image, f"{self.description}, {row.position}")
+            location = self._locate(row.image, row.where)
             if last and row.labels and last[0].labels and location.identity == last[1].identity:
                 labels = tuple(dict.fromkeys((*last[0].labels, *row.labels)))
                 last = (last[0]._replace(labels=labels), last[1])
@@ -296,6 +306,8 @@ class ListSource(Source):
                 raise UsageError(f"{where}: {image} leaves the list's folder, expected a path below it, or a URL")
             return _Location(path, safe_id(path), join(self._home, path))
         whole = os.path.normpath(os.path.join(self._home, image))  # noqa: PTH118 (a Path for each is slow)
+        if image != image.strip() and not os.path.lexists(whole):  # blanks around a name are hardly meant
+            return self._locate(image.strip(), where)
         if whole.startswith(self._home + "/"):
             path = whole[len(self._home) + 1 :]
         return _Location(path, safe_id(path), whole)
@@ -318,11 +330,20 @@ class FilesSource(ListSource):
     """Images named one by one, as a shell expands a pattern without quotes; ids are paths below their common folder."""
 
     def __init__(self, paths: Sequence[str], store_of: Callable[[str], Store]) -> None:
-        home = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])  # noqa: PTH100, PTH120
+        # URLs keep their host in their id, as in a list.
+        whole = [path if protocol_of(path) else os.path.abspath(path) for path in paths]  # noqa: PTH100
+        folders = [os.path.dirname(path) for path in whole if not protocol_of(path)]  # noqa: PTH120
+        home = os.path.commonpath(folders) if folders else "/"
         super().__init__(join(home, "-"), store_of, LabelReader())
-        self._paths = [os.path.abspath(path) for path in paths]  # noqa: PTH100
-        self.description = f"{len(paths)} images in {printable(home)}"
+        self._paths = whole
+        self.description = f"{len(paths)} images" + (f" in {printable(home)}" if folders else "")
+
+    def listing(self) -> Iterator[Listed]:
+        """See Source. A pattern without quotes skips the same names as one in quotes."""
+        for entry in super().listing():
+            problem = mask_name(entry.id) if isinstance(entry, SourceItem) else ""
+            yield Skipped(entry.id, problem) if isinstance(entry, SourceItem) and problem else entry
 
     def _rows(self) -> Iterator[Row]:
         for number, path in enumerate(self._paths, 1):
-            yield Row(f"image {number}", path, None)
+            yield Row(f"image {number} of {len(self._paths)}", path, None)

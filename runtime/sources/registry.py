@@ -27,26 +27,31 @@ EXPECTED = (
     ".jsonl, .parquet), tar files (shards/{000..123}.tar) or a .zip, on this machine or behind a URL"
 )
 
-SEVERAL = "\n"  # between several images in one text that names a source
+SEVERAL = "\0"  # between several images in one text that names a source; no path contains it
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _WILD = re.compile(r"[*?[]")
 
 
 def open_source(
-    spec: str, *, classes: Collection[str] = (), storage_options: str | Mapping[str, Any] | None = None
+    spec: str,
+    *,
+    classes: Collection[str] = (),
+    ignore_labels: bool = False,
+    storage_options: str | Mapping[str, Any] | None = None,
 ) -> Source:
     """Open the source that `spec` names, without listing it or contacting a server.
 
     spec: a path, pattern or URL, or the paths of several images joined by SEVERAL. classes: names that tell a
-    label with spaces from several labels. storage_options: a JSON object or a mapping for fsspec; by default,
-    fsspec's configuration and the environment apply.
+    label with spaces from several labels. ignore_labels: do not read labels; `SourceItem.labels` is () where a
+    list has some. storage_options: a JSON object or a mapping for fsspec; by default, fsspec's configuration and
+    the environment apply.
 
     Raises UsageError if `spec` names no source, BackendUnavailable if fsspec or its package for a protocol is
     missing.
     """
     stores = _Stores("" if SEVERAL in spec else protocol_of(spec), _options(storage_options))
-    labels = LabelReader(ClassNames(classes))
+    labels = LabelReader(ClassNames(classes), ignore_labels)
     if stores.protocol in ("file", "local"):
         spec, stores.protocol = spec.partition("://")[2], ""
     if "::" in spec and "://" in spec and SEVERAL not in spec:
@@ -88,7 +93,7 @@ class _Stores:
 
 
 def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
-    if SEVERAL in spec and not os.path.lexists(spec):
+    if SEVERAL in spec:
         return _several(spec.split(SEVERAL), stores)
     if os.path.isdir(spec):  # noqa: PTH112 (text, as all paths of sources)
         root = spec.rstrip("/") or "/"
@@ -104,7 +109,7 @@ def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
 
 def _several(paths: list[str], stores: _Stores) -> Source:
     for path in paths:
-        if os.path.isdir(path) or not is_image(path):  # noqa: PTH112
+        if os.path.isdir(path) or not is_image(path.partition("?")[0] if "://" in path else path):  # noqa: PTH112
             raise UsageError(
                 f"{printable(path)}: is one of {len(paths)} arguments and no image file, expected images only: name "
                 "their folder, or put a pattern in quotes"

@@ -23,8 +23,8 @@ from multisa.runtime.imaging.decode import EXTENSIONS, MAX_FILE_BYTES
 LONGEST_NAME = 255  # bytes of one file or folder name, on every usual file system
 LONGEST_PATH = 2000  # bytes; half of what Linux allows, because the output folder needs some
 
-# Where names in an archive or folder say what stands beside an image (WebDataset).
-_MASK_ENDINGS = (".mask", ".masks", ".seg", ".segmentation", ".label", ".labels", ".gt")
+# Of masks that stand beside an image (WebDataset, and many data sets in folders).
+_MASK_ENDING = re.compile(r"\.(?:masks?|seg|segmentation|labels?|gt)\.png$", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NOT_PORTABLE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 # Fast path: nearly all paths match.
@@ -33,10 +33,15 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_image(name: str) -> bool:
-    """Return whether a name has the extension of an image, and not that of a mask like cat.mask.png."""
+    """Return whether a name has the extension of an image."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
-    is_mask = stem.lower().endswith(_MASK_ENDINGS)
-    return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS and not is_mask
+    return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS
+
+
+def mask_name(name: str) -> str:
+    """Return why a name like cat.mask.png is skipped, or "" for any other name."""
+    found = _MASK_ENDING.search(name)
+    return f"a mask by its name ({found[0]})" if found else ""
 
 
 def is_tar(name: str) -> bool:
@@ -90,7 +95,7 @@ def relative_member_name(name: str) -> str:
 def member_problem(name: str, size: int, problem: str) -> str:
     """Return why an archive member of this name and size is skipped, or ""; `problem` is a known reason."""
     too_large = f"got {size} bytes, expected at most {MAX_FILE_BYTES}" if size > MAX_FILE_BYTES else ""
-    return unsafe_path(name) or problem or too_large
+    return unsafe_path(name) or problem or too_large or mask_name(name)
 
 
 def safe_id(path: str) -> str:

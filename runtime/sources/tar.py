@@ -12,11 +12,11 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFileCounter, Skipped, Source, SourceItem
 from multisa.runtime.sources.folders import Pattern, inside, walk
 from multisa.runtime.sources.lists import LabelReader
 from multisa.runtime.sources.storage import (
@@ -77,9 +77,6 @@ class Member(NamedTuple):
     offset: int  # of its bytes
     size: int
     problem: str = ""  # why it cannot be read
-
-
-LabelFiles: TypeAlias = dict[str, Member]  # the files with labels of one sample, by kind: json, cls, txt
 
 
 @dataclass
@@ -257,20 +254,22 @@ class _OpenShard:
     name: str
     blob: Blob
     seen: SeenHashes  # ids of the images so far, in all tar files
-    loose: dict[str, LabelFiles]  # by the key of their sample
+    others: OtherFileCounter
+    loose: dict[str, list[Member]]  # files with labels, by the key of their sample
     used: set[str] = field(default_factory=set)  # keys of `loose` that belong to an image
 
-    def labels_apart(self, key: str) -> LabelFiles:
+    def labels_apart(self, key: str) -> list[Member]:
         """Return the files with labels of one sample that stand apart from its image."""
         if key in self.loose:
             self.used.add(key)
-        return self.loose.get(key, {})
+        return self.loose.get(key, [])
 
     def without_image(self, members: list[Member], *, is_held: bool) -> Iterator[Listed]:
         """Yield the members of a sample without an image; is_held: whether `loose` has its labels."""
         label_files = _label_files(members)
-        if others := len(members) - len(label_files):
-            yield OtherFiles(others)
+        for member in members:
+            if member not in label_files:
+                self.others.add(member.name)
         if not is_held:
             advice = f"sort its members by name, as it has more than {HELD_MEMBERS}"
             yield from self._skip(label_files, f"does not stand beside an image in the tar file: {advice}")
@@ -281,10 +280,15 @@ class _OpenShard:
             if key not in self.used:
                 yield from self._skip(files, "belongs to no image")
 
-    def _skip(self, files: LabelFiles, reason: str) -> Iterator[Listed]:
-        for kind, member in files.items():
-            is_caption = kind == "txt"  # or a readme
-            yield OtherFiles(1) if is_caption else Skipped(printable(f"{self.name[:-4]}/{member.name}"), reason)
+    def _skip(self, files: list[Member], reason: str) -> Iterator[Listed]:
+        for member in files:
+            if member.name.lower().endswith(".txt"):  # a caption, or a readme
+                self.others.add(member.name)
+            else:
+                yield Skipped(self.id_of(member), reason)
+
+    def id_of(self, member: Member) -> str:
+        return printable(f"{safe_id(self.name[:-4])}/{member.name}")
 
 
 class TarSource(Source):
@@ -301,7 +305,7 @@ class TarSource(Source):
 
     def listing(self) -> Iterator[Listed]:
         seen, stems = SeenHashes(), SeenHashes()
-        others = 0
+        others = OtherFileCounter()
         for shard in self._shards():
             if shard.problem:
                 yield Skipped(printable(shard.name), shard.problem)
@@ -310,13 +314,8 @@ class TarSource(Source):
                 raise UsageError(
                     f"{printable(shard.name)}: the name of another tar file differs in the case of .tar alone"
                 )
-            for listed in self._shard(shard.name, seen):
-                if isinstance(listed, OtherFiles):
-                    others += listed.count
-                else:
-                    yield listed
-        if others:
-            yield OtherFiles(others)
+            yield from self._shard(shard.name, seen, others)
+        yield from others.total()
 
     def _read(self, item: SourceItem) -> bytes:
         path, _, offset = item.uri.rpartition("#")
@@ -332,7 +331,7 @@ class TarSource(Source):
         """See Source. Checks the item's tar file."""
         return self._store.exists(join(self._root, item.uri.rpartition("#")[0]))
 
-    def _shard(self, name: str, seen: SeenHashes) -> Iterator[Listed]:
+    def _shard(self, name: str, seen: SeenHashes, other_files: OtherFileCounter) -> Iterator[Listed]:
         path = printable(join(self._root, name))
         has_members = False
         try:
@@ -340,7 +339,7 @@ class TarSource(Source):
                 if not blob.size:
                     yield Skipped(printable(name), "is empty")
                 held, others = _hold(tar_members(blob))
-                shard = _OpenShard(name, blob, seen, _loose_labels(held))
+                shard = _OpenShard(name, blob, seen, other_files, _loose_labels(held))
                 n_members = 0
                 for sample in _samples(itertools.chain(held, others)):
                     has_members = True
@@ -358,16 +357,14 @@ class TarSource(Source):
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({reason_of(error)}), expected a tar file") from error
 
-    def _sample(self, shard: "_OpenShard", members: list[Member]) -> Iterator[Listed]:
-        """Yield the images of one sample, and what cannot be read of it."""
-        prefix = safe_id(shard.name[:-4])
+    def _sample(self, shard: _OpenShard, members: list[Member]) -> Iterator[Listed]:
+        """Yield the images of one sample, and what cannot be read of it. Raises UsageError for contrary labels."""
         images = [member for member in members if is_image(member.name)]
         beside = _label_files(members)
-        labels, problems = self._labels(shard.labels_apart(_key(members[0].name)) | beside, shard.blob)
-        for name, problem in problems:
-            yield Skipped(printable(f"{prefix}/{name}"), problem)
+        labels, unread = self._labels([*beside, *shard.labels_apart(_key(members[0].name))], shard)
+        yield from unread
         for member in images:
-            id_ = f"{prefix}/{member.name}"
+            id_ = f"{safe_id(shard.name[:-4])}/{member.name}"
             problem = member_problem(member.name, member.size, member.problem)
             if not problem and len(id_.encode()) > LONGEST_PATH:
                 problem = "its name is too long"
@@ -377,29 +374,45 @@ class TarSource(Source):
                 yield Skipped(printable(id_), problem)
             else:
                 yield SourceItem(id_, f"{shard.name}#{member.offset}", member.size, shard.blob.version, labels)
-        if others := len(members) - len(images) - len(beside):
-            yield OtherFiles(others)
+        for member in members:
+            if member not in images and member not in beside:
+                shard.others.add(member.name)
 
-    def _labels(self, sidecars: LabelFiles, blob: Blob) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
-        """Return the labels in the files beside an image, and the unreadable files with their reasons."""
-        problems: list[tuple[str, str]] = []
-        for kind in ("json", "cls", "txt"):
-            member = sidecars.get(kind)
-            if member is None:
-                continue
+    def _labels(self, files: list[Member], shard: _OpenShard) -> tuple[tuple[str, ...] | None, list[Skipped]]:
+        """Return the labels of an image from the files of its sample, and the unreadable files with their reasons.
+
+        Raises UsageError for two files with different labels.
+        """
+        unread: list[Skipped] = []
+        if self._reader.ignore:
+            for member in files:
+                shard.others.add(member.name)
+            return None, unread
+        found: dict[frozenset[str | None], tuple[Member, tuple[str, ...]]] = {}
+        for member in files:
             problem = member.problem
             if not problem and member.size > _LARGEST_SIDECAR:
                 problem = f"got {member.size} bytes of labels, expected at most {_LARGEST_SIDECAR}"
             try:
+                kind = member.name.rpartition(".")[2].lower()
                 if not problem:
-                    labels = self._reader.from_file(kind, blob.read_at(member.offset, member.size))
+                    labels = self._reader.from_file(kind, shard.blob.read_at(member.offset, member.size))
                     if labels is not None:
-                        return labels, problems
+                        names = frozenset(self._reader.classes.find(name) or name for name in labels)
+                        found.setdefault(names, (member, labels))
+                    elif kind == "txt":
+                        shard.others.add(member.name)  # a caption
             except ValueError as error:
                 problem = str(error)
             if problem:
-                problems.append((member.name, problem))
-        return None, problems
+                unread.append(Skipped(shard.id_of(member), problem))
+        if len(found) > 1:
+            (one, names_of_one), (other, names_of_other), *_ = found.values()
+            raise UsageError(
+                f"{shard.id_of(one)}: got the labels {list(names_of_one)}, but {list(names_of_other)} in "
+                f"{printable(other.name)}, expected the same in both: remove one of them"
+            )
+        return next((labels for _, labels in found.values()), None), unread
 
 
 def _hold(members: Iterator[Member]) -> tuple[list[Member], Iterator[Member]]:
@@ -418,18 +431,18 @@ def _raise(error: TarDamaged) -> Iterator[Member]:
     yield  # makes it a generator, which raises when it is read
 
 
-def _loose_labels(members: Iterable[Member]) -> dict[str, LabelFiles]:
+def _loose_labels(members: Iterable[Member]) -> dict[str, list[Member]]:
     """Return the files with labels that do not stand beside an image, by the key of their sample."""
-    loose: dict[str, LabelFiles] = {}
+    loose: dict[str, list[Member]] = {}
     for sample in _samples(members):
         if not any(is_image(member.name) for member in sample):
-            loose.setdefault(_key(sample[0].name), {}).update(_label_files(sample))
+            for member in _label_files(sample):
+                loose.setdefault(_key(member.name), []).append(member)
     return loose
 
 
-def _label_files(members: Iterable[Member]) -> LabelFiles:
-    endings = ((member, member.name.removeprefix(_key(member.name)).lower()) for member in members)
-    return {ending[1:]: member for member, ending in endings if ending in _LABEL_ENDINGS}
+def _label_files(members: Iterable[Member]) -> list[Member]:
+    return [m for m in members if m.name.removeprefix(_key(m.name)).lower() in _LABEL_ENDINGS]
 
 
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:

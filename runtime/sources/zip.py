@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
-from multisa.runtime.sources.base import Listed, OtherFiles, Skipped, Source, SourceItem
+from multisa.runtime.sources.base import Listed, OtherFileCounter, Skipped, Source, SourceItem
 from multisa.runtime.sources.storage import (
     CHANGED,
     Blob,
@@ -51,13 +51,14 @@ class ZipSource(Source):
 
     def listing(self) -> Iterator[Listed]:
         seen = SeenHashes()
-        others = 0
+        others = OtherFileCounter()
         try:
             with self._store.open(self._path) as blob:
                 for member, problem in list_members(blob):
                     name = _name(member)
                     if not is_image(name):
-                        others += not name.endswith("/")
+                        if not name.endswith("/"):
+                            others.add(name)
                         continue
                     problem = member_problem(name, member.file_size, problem)
                     if not problem and not seen.add(name):
@@ -67,8 +68,7 @@ class ZipSource(Source):
             raise UsageError(f"{self.description}: cannot be read as a zip file: {error}") from error
         except OSError as error:
             raise UsageError(f"{self.description}: cannot be read ({reason_of(error)})") from error
-        if others:
-            yield OtherFiles(others)
+        yield from others.total()
 
     def _read(self, item: SourceItem) -> bytes:
         header, compressed, method = (int(number) for number in item.uri.split(":"))

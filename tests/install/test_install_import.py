@@ -46,12 +46,14 @@ def test_a_clone_that_hides_the_installed_package(clone: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("has", "named"), [(None, "nothing compiled"), ("_native.pypy39.so", "_native.pypy39.so")])
+@pytest.mark.parametrize(
+    ("has", "named"), [(None, "no compiled module"), ("_native.pypy39.so", "got _native.pypy39.so")]
+)
 def test_kernels_that_are_not_compiled_for_this_python(clone: Path, has: str | None, named: str) -> None:
     if has:
         (clone / "kernels" / has).touch()
     folder = clone / "kernels"
-    start = f"multisa.kernels: got {named} in {folder}, expected {OURS}: "
+    start = f"multisa.kernels: {named} in {folder}, expected {OURS}: "
     assert reason(clone) == f"{start}pip install -e {clone}{NEEDS}"
     (clone / "pyproject.toml").unlink()  # as an installed package, whose module was deleted
     assert reason(clone) == f"{start}pip install --force-reinstall . in a clone of the project{NEEDS}"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import UsageError
-from multisa.runtime.jobs.output import SNAPSHOT
+from multisa.runtime.jobs.output import SNAPSHOT, UNUSED
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.sources.base import OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.registry import open_source
@@ -46,7 +46,8 @@ IMAGES = (
     "two words.png",
     "x,y.png",
 )
-OTHERS = ("notes.txt", "a.mask.png", "deep/c.seg.png", "data.bin", "noextension")
+OTHERS = ("notes.txt", "d.heic", "data.bin", "noextension")
+MASKS = ("a.mask.png", "deep/c.seg.PNG")
 HIDDEN = (".e.png", ".git/f.png", "deep/._c.png")
 UNSAFE = ("../up.png", "back\\slash.png", "a//b.png", "/root.png")  # only archives hold these
 
@@ -81,7 +82,7 @@ def test_files_are_listed_skipped_or_counted(
 ) -> None:
     random = np.random.default_rng(seed)
     unsafe = () if write is write_folder else UNSAFE
-    names = [name for name in (*IMAGES, *OTHERS, *HIDDEN, *unsafe) if random.random() < 0.6]
+    names = [name for name in (*IMAGES, *OTHERS, *MASKS, *HIDDEN, *unsafe) if random.random() < 0.6]
     random.shuffle(names)
     path = write(tmp_path / ("t.tar" if write is write_tar else "t.zip" if write is write_zip else "t"), names)
     if not path.exists():
@@ -94,7 +95,7 @@ def test_files_are_listed_skipped_or_counted(
     others = sum(entry.count for entry in listing if isinstance(entry, OtherFiles))
     assert used == set(IMAGES) & set(names)
     listed = {name for name in names if any(name == id_ or name.startswith(f"{id_}/") for id_ in skipped)}
-    assert listed == {name for name in names if name in HIDDEN or name in unsafe}
+    assert listed == {name for name in names if name in (*HIDDEN, *MASKS, *unsafe)}
     assert len(used) + len(listed) + others == len(names)
 
 
@@ -161,13 +162,13 @@ def write_manifest(path: Path, rows: list[tuple[str, str]]) -> None:
         lines = ["\ufeffimage,classes,more", *(f'{image},"{cell}",1' for image, cell in rows)]
         path.write_text("\r\n".join(lines), encoding="utf-8")
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"image": image, "label": cell}) + "\n" for image, cell in rows))
+        path.write_text("".join(json.dumps({"image": image, "Label": cell}) + "\n" for image, cell in rows))
     else:
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
 
         images, cells = zip(*rows, strict=True)
-        parquet.write_table(pyarrow.table({"image": images, "class": cells}), path)
+        parquet.write_table(pyarrow.table({"image": images, "Class": cells}), path)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -195,9 +196,9 @@ def test_labels_of_a_manifest(tmp_path: Path, bundle: Bundle, suffix: str, capsy
     ("name", "text", "message"),
     [
         ("m.csv", "image,labels,label\na.png,green,green\n", "line 1: got the columns labels and label, expected one"),
-        ("m.jsonl", '{"image": "a.png", "class": "green", "classes": []}', "line 1, 'labels': labels: got the columns"),
+        ("m.jsonl", '{"image": "a.png", "class": "green", "classes": []}', "line 1: got the columns class and classes"),
         ("m.jsonl", '{"image": "a.png", "image": "b.png"}', "line 1: is JSON with a key that occurs twice"),
-        ("m.jsonl", '{"image": "a.png", "label": 3}', "line 1, 'labels': got '3', expected a list of class names"),
+        ("m.jsonl", '{"image": "a.png", "label": 3}', "line 1, 'label': got '3', expected a list of class names"),
     ],
 )
 def test_manifests_with_several_meanings(tmp_path: Path, bundle: Bundle, name: str, text: str, message: str) -> None:
@@ -216,7 +217,7 @@ def test_images_without_any_labels(
     run_label(photos, tmp_path / "out2", bundle, labels=tmp_path / "labels.json")
     messages = capsys.readouterr().err
     assert "labelled from scores: 4 of 6 images: b.png, broken.jpg, deep/c.jpg and 1 more" in messages
-    assert "labels.json: else/c.jpg (another folder than deep/c.jpg)" in messages
+    assert "labels.json: else/c.jpg (names another folder than deep/c.jpg)" in messages
     moved = "elsewhere/a.jpg for a.jpg, other/deep/d.png for deep/d.png"
     assert f"used, though they name another folder: 2 rows of {tmp_path / 'labels.json'}: {moved}" in messages
     assert labels_of(tmp_path / "out2")["deep/d.png"] == ("file", ["green"])
@@ -232,13 +233,13 @@ def test_a_source_without_an_image_says_what_it_holds(tmp_path: Path, bundle: Bu
         (folder / name).symlink_to(tmp_path / "away.png")
     write_folder(folder, [".e.png", "a.mask.png", "notes.txt"])
     expected = (
-        r"no image found \(found only 2 symbolic link that leaves the folder \(l\.png\), 1 hidden \(\.e\.png\), "
-        r"2 files not named like an image\), expected"
+        r"no image found \(found only symbolic link that leaves the folder: 2 \(l\.png\), "
+        r"a mask by its name \(\.mask\.png\): 1 \(a\.mask\.png\), hidden: 1 \(\.e\.png\) and 1 more\), expected"
     )
     with pytest.raises(UsageError, match=expected):
         run_segment(folder, tmp_path / "out", bundle)
     write_zip(tmp_path / "z.zip", ["../a.png", "b.txt"])
-    with pytest.raises(UsageError, match=r"found only 1 path that leaves .*, 1 file not named like an image"):
+    with pytest.raises(UsageError, match=r"found only path that leaves .*, 1 file not named like an image: "):
         run_segment(tmp_path / "z.zip", tmp_path / "out", bundle)
 
 
@@ -260,8 +261,8 @@ def test_labels_apart_from_their_image_in_a_tar(tmp_path: Path, bundle: Bundle, 
     assert run_label(tmp_path / "s.tar", tmp_path / "out", bundle).skipped == 1
     assert labels_of(tmp_path / "out") == {"s/a.png": ("file", ["green"]), "s/b.png": ("file", ["red thing"])}
     with Snapshot(tmp_path / "out" / SNAPSHOT) as snapshot:
-        assert snapshot.skipped_entries(9) == [Skipped("s/c.json", "belongs to no image")]
-        assert snapshot.other_files == 1
+        assert [*snapshot.skipped_entries()] == [Skipped("s/c.json", "belongs to no image")]
+        assert snapshot.other_files == OtherFiles(1)
 
 
 def test_labels_apart_from_their_image_in_a_tar_that_memory_does_not_hold(
@@ -276,7 +277,66 @@ def test_labels_apart_from_their_image_in_a_tar_that_memory_does_not_hold(
     assert sum(isinstance(entry, SourceItem) for entry in listing) == 3
 
 
-@pytest.mark.parametrize("text", ['{"label": "green"}', '["green"]', '{"classes": ["Green"]}', '"green"'])
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("a.png", png()), ("a.json", b'["green"]'), ("a.cls", b"red thing")],
+        [("a.png", png()), ("a.json", b'["green"]'), ("a.json", b"[]")],
+        [("a.json", b'["red thing"]'), ("b.png", png()), ("a.png", png()), ("a.json", b'{"labels": "green"}')],
+    ],
+)
+def test_contrary_labels_of_one_sample(tmp_path: Path, bundle: Bundle, members: list[tuple[str, bytes]]) -> None:
+    path = write_members(tmp_path / "s.tar", members)
+    with pytest.raises(UsageError, match=r"s/a\.\w+: got the labels \[.*\], but \[.*\] in a\.\w+, expected the same"):
+        run_label(path, tmp_path / "out", bundle)
+    run_segment(path, tmp_path / "out2", bundle)  # which has no use for them
+
+
+def test_equal_labels_of_one_sample(tmp_path: Path, bundle: Bundle) -> None:
+    members = [("a.png", png()), ("a.json", b'["green", "red thing"]'), ("a.cls", b"Red thing;green"), ("a.txt", b"hi")]
+    run_label(write_members(tmp_path / "s.tar", members), tmp_path / "out", bundle)
+    assert labels_of(tmp_path / "out") == {"s/a.png": ("file", ["red thing", "green"])}
+    with Snapshot(tmp_path / "out" / SNAPSHOT) as snapshot:  # the caption
+        assert snapshot.other_files.kinds == {".txt": (1, "a.txt")}
+
+
+def test_what_is_not_used_is_listed(tmp_path: Path, bundle: Bundle) -> None:
+    folder = write_folder(tmp_path / "images", ["a.png", "b.png", "deep/c.png", "a.mask.png", ".d.png"])
+    labels = {"a.png": ["green"], "gone.png": [], "other/c.png": ["green"]}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    out = tmp_path / "out"
+    run_label(folder, out, bundle, labels=tmp_path / "labels.json")
+    lines = [json.loads(line) for line in (out / UNUSED).read_text().splitlines()]
+    assert [(line["name"], line["reason"]) for line in lines] == [
+        (".d.png", "hidden"),
+        ("a.mask.png", "a mask by its name (.mask.png)"),
+        ("gone.png", "no image has this name"),
+        ("other/c.png", "names another folder than deep/c.png"),
+    ]
+    write_folder(tmp_path / "clean", ["a.png"])
+    run_segment(tmp_path / "clean", tmp_path / "out2", bundle)
+    assert not (tmp_path / "out2" / UNUSED).exists()
+
+
+def test_a_list_is_read_with_blanks_around_its_names(tmp_path: Path, bundle: Bundle) -> None:
+    write_folder(tmp_path, ["a.png", "b.png", " c .png"])
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbfa.png \r\n   \r\n\tb.png\r\n c .png\r\n")
+    run_segment(tmp_path / "l.txt", tmp_path / "out", bundle)
+    assert [row["image"] for row in records(tmp_path / "out")] == ["a.png", "b.png", " c .png"]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"label": "green"}', '{" Labels": ["green"]}', '["green"]', '{"classes": ["Green"]}', '"green"']
+)
 def test_spellings_of_labels_beside_an_image(tmp_path: Path, bundle: Bundle, text: str) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name, data in (("a.png", png()), ("a.json", text.encode())):
@@ -316,7 +376,7 @@ def test_names_in_zips(tmp_path: Path) -> None:
 def test_several_images_by_name(tmp_path: Path, bundle: Bundle) -> None:
     write_folder(tmp_path / "images", ["a.png", "deep/b.png", "c.txt"])
     names = [str(tmp_path / "images" / name) for name in ("deep/b.png", "a.png")]
-    both = Path("\n".join(names))
+    both = Path("\0".join(names))
     assert run_segment(both, tmp_path / "out", bundle).done == 2
     assert {path.name for path in (tmp_path / "out/masks").rglob("*.png")} == {"a.png", "b.png"}
     assert [row["image"] for row in records(tmp_path / "out")] == ["deep/b.png", "a.png"]
@@ -326,9 +386,17 @@ def test_several_images_by_name(tmp_path: Path, bundle: Bundle) -> None:
         assert (tmp_path / "out/masks" / name).read_bytes() == (tmp_path / "out2/masks" / name).read_bytes()
     for other, what in (("c.txt", "no image file"), ("deep", "no image file")):
         with pytest.raises(UsageError, match=rf"{other}: is one of 3 arguments and {what}, expected images only"):
-            run_segment(Path("\n".join([*names, str(tmp_path / "images" / other)])), tmp_path / "out3", bundle)
+            run_segment(Path("\0".join([*names, str(tmp_path / "images" / other)])), tmp_path / "out3", bundle)
     with pytest.raises(UsageError, match="results would lie beside the image"):
         run_segment(both, tmp_path / "images", bundle)
-    missing = Path("\n".join([*names, str(tmp_path / "gone.png")]))
+    (tmp_path / "images" / "two\nlines.png").write_bytes(png())
+    named = [str(tmp_path / "images" / name) for name in ("two\nlines.png", "a.png", "deep/b.mask.png")]
+    (tmp_path / "images/deep/b.mask.png").write_bytes(png())
+    assert run_segment(Path("\0".join(named)), tmp_path / "out5", bundle).images == 2
+    urls = ["https://127.0.0.1:9/x.jpg?a=b", "https://127.0.0.1:9/y.jpg"]
+    with open_source("\0".join(urls)) as source:
+        found = [entry for entry in source.listing() if isinstance(entry, SourceItem)]
+    assert [item.uri for item in found] == urls
+    missing = Path("\0".join([*names, str(tmp_path / "gone.png")]))
     run_segment(missing, tmp_path / "out4", bundle)
     assert reasons(tmp_path / "out4") == {"gone.png": "No such file or directory"}

@@ -248,7 +248,7 @@ def test_every_other_file_is_counted(tmp_path: Path) -> None:
     assert result.to_json()["skipped"][1] == {
         "folder": "predictions", "reason": "not PNG", "count": 3, "example": "a.jpg"
     }  # fmt: skip
-    assert "skipped in predictions: 3 not PNG, such as a.jpg\n" in result.table()
+    assert "skipped in predictions: not PNG: 3 (a.jpg)\n" in result.table()
     assert result.table().endswith("\n1 image")
 
 
@@ -258,11 +258,11 @@ def test_masks_that_are_not_found_say_what_is_there(tmp_path: Path) -> None:
     other.mkdir()
     for name in ("a.jpg", "b.jpg", ".DS_Store"):
         (other / name).write_bytes(b"")
-    match = r"no mask found, expected PNG files \(skipped: 1 hidden, such as \.DS_Store; 2 not PNG, such as a\.jpg\)"
+    match = r"no mask found, expected PNG files \(skipped: hidden: 1 \(\.DS_Store\); not PNG: 2 \(a\.jpg\)\)"
     with pytest.raises(UsageError, match=match):
         evaluate_masks(truth, other, CLASSES)
     save(other, a_pred=GUESS)
-    with pytest.raises(UsageError, match=r"lacks 1 of 1 prediction, .*; 1 without ground truth, such as a_pred\.png"):
+    with pytest.raises(UsageError, match=r"lacks 1 of 1 prediction, .*; without ground truth: 1 \(a_pred\.png\)"):
         evaluate_masks(other, truth, CLASSES)
 
 
@@ -425,7 +425,7 @@ def test_command(tmp_path: Path) -> None:
     arguments = ["evaluate", *folders, "--classes", str(tmp_path / "classes.txt"), "--confusion", "--worst", "1"]
     shown = CliRunner().invoke(root, arguments)
     assert shown.exit_code == 0 and "255\n  0 background  66.7" in shown.stdout and "worst class dog" in shown.stdout
-    assert "skipped in predictions: 1 without ground truth, such as extra.png" in shown.stdout
+    assert "skipped in predictions: without ground truth: 1 (extra.png)" in shown.stdout
     figures = json.loads(CliRunner().invoke(root, [*arguments, "--json", "--ignore-abstained"]).stdout)
     assert figures["miou"] == pytest.approx(2 / 3) and figures["confusion"][1] == [1, 2, 0, 0]
     assert figures["worst"][0]["name"] == "a" and figures["ignore_abstained"] is True

@@ -102,7 +102,9 @@ def test_the_name_of_the_folder_decides_between_rows(tmp_path: Path) -> None:
     nested = labels.matcher()
     assert nested.find("train/a.jpg") == ("cat",)
     assert nested.find("train/b.jpg") is None
-    assert nested.unused() == ("val/a.jpg", "val/b.jpg (another folder than train/b.jpg)")
+    assert nested.unused() == ("val/a.jpg", "val/b.jpg")
+    assert nested.why_unused("val/a.jpg") == "no image has this name"
+    assert nested.why_unused("val/b.jpg") == "names another folder than train/b.jpg"
 
 
 def test_csv_with_a_byte_order_mark_and_crlf(tmp_path: Path) -> None:

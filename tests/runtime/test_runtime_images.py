@@ -184,7 +184,7 @@ OTHERS = [
     (b"\xff\x0a\xfa\x7f", "JPEG XL", "`djxl "),
     (b"II\xbc\x01\x20\0\0\0", "JPEG XR", "`JxrDecApp "),
     (tiff((50706, 4)), "a camera's raw file", "`darktable-cli "),
-    (tiff((254, 1)), "a camera's raw file", "`darktable-cli "),
+    (tiff((254, 1), (330, 8)), "a camera's raw file", "`darktable-cli "),
     (b"II*\0\x10\0\0\0CR\2\0", "a camera's raw file", "`darktable-cli "),
     (box(b"crx "), "a camera's raw file", "`darktable-cli "),
     (b"FUJIFILMCCD-RAW 0201", "a camera's raw file", "`darktable-cli "),

@@ -143,14 +143,17 @@ def test_notes_are_recorded(bundle: Bundle, tmp_path: Path) -> None:
 def test_other_files_are_counted(
     photos: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number, names in ((1, ["a.txt"]), (2, ["a.txt", "b.txt"])):
-        for name in names:
-            (photos / name).touch()
-        run_segment(photos, tmp_path / "out", bundle, overwrite=True)
-        files = "1 file" if number == 1 else "2 files"
-        assert f"ignored {files} not named like an image\n" in capsys.readouterr().err
+    (photos / "a.txt").touch()
+    run_segment(photos, tmp_path / "out", bundle, overwrite=True)
+    assert "ignored 1 file not named like an image: .txt: 1 (a.txt)\n" in capsys.readouterr().err
+    for name in ("b.TXT", "deep/IMG.HEIC", ".DS_Store"):
+        (photos / name).touch()
+    run_segment(photos, tmp_path / "out", bundle, overwrite=True)
+    kinds = ".heic: 1 (deep/IMG.HEIC), .txt: 2 (a.txt), no extension: 1 (.DS_Store)"
+    message = f"ignored 4 files not named like an image: {kinds}; convert or unpack images of other formats\n"
+    assert message in capsys.readouterr().err
     run_segment(photos, tmp_path / "out", bundle, log_other_files=False, overwrite=True)
-    assert "extension" not in capsys.readouterr().err
+    assert "ignored" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["workers", "readers", "batch", "shard_size", "max_pixels"])

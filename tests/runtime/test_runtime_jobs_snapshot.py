@@ -106,7 +106,7 @@ def test_shards_and_retries(tmp_path: Path) -> None:
     with make_snapshot(tmp_path / "i", listing) as snapshot:
         assert list(snapshot.shards(3)) == [(0, 3), (1, 3), (2, 1)]
         assert [work.index for work in snapshot.shard(1, 3).samples] == [3, 4, 5]
-        assert (snapshot.images, snapshot.other_files) == (7, 2)
+        assert (snapshot.images, snapshot.other_files) == (7, OtherFiles(2))
         assert list(snapshot.skipped_entries(9)) == [Skipped("x", "hidden")]
         assert snapshot.add_retries([1, 2, 4, 6], 3) == 2
     with Snapshot(tmp_path / "i") as snapshot:

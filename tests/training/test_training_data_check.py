@@ -105,9 +105,7 @@ def test_images_with_the_same_bytes(root: Path) -> None:
         save(root, name, like)
     report = check_dataset(read_dataset(root))
     assert report.findings[-2:] == (
-        Finding(
-            "1 image several times among those to train on (same bytes)", ("photo_00 = photo_03 = photo_06",), True
-        ),
+        Finding("1 image several times in the train list (same bytes)", ("photo_00 = photo_03 = photo_06",), True),
         Finding("1 image trained on and in val (same bytes), so val scores too high", ("photo_01 = photo_08",), True),
     )
 
