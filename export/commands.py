@@ -46,7 +46,7 @@ def export(run: Path, data: Path, labels: Path | None, output: Path, *, as_json:
     from multisa.export.bundle import ExportOptions, export_bundle
     from multisa.training.data import read_dataset
 
-    _print(export_bundle(run, read_dataset(data, labels), output, ExportOptions(**options)), as_json)
+    _print(export_bundle(run, read_dataset(data, labels, quiet=True), output, ExportOptions(**options)), as_json)
 
 
 @click.command()

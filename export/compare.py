@@ -257,7 +257,7 @@ def read_image_sets(
                 f"--masks {masks}: {root} is a data set in VOC layout, which has masks of its own; leave the "
                 "option out, or give the folder of images alone"
             )
-        dataset = read_dataset(root)
+        dataset = read_dataset(root, quiet=True)
         if dataset.class_names != classes:
             raise UsageError(
                 f"{root}: its classes are {', '.join(dataset.class_names)}, expected the bundle's, {', '.join(classes)}"

@@ -19,21 +19,18 @@ import numpy.typing as npt
 from multisa.runtime.bundle import load_bundle
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.files import read_user_text
-from multisa.runtime.imaging.decode import DECODER_ERRORS, MASK_FORMATS, MAX_PIXELS, decode_mask, open_image
-from multisa.runtime.imaging.decode import reason_of as decoding_reason
-from multisa.runtime.imaging.guards import check_metadata
-from multisa.runtime.imaging.png import IGNORE_INDEX, PNG_SIGNATURE, UInt8, voc_palette
+from multisa.runtime.imaging.decode import MAX_PIXELS
+from multisa.runtime.imaging.painted_masks import class_colours, read_ids
+from multisa.runtime.imaging.png import IGNORE_INDEX, UInt8, voc_palette
 from multisa.runtime.progress import pluralize
-from multisa.runtime.sources.storage import Entry, LocalStore, printable, reason_of
+from multisa.runtime.sources.folders import walk
+from multisa.runtime.sources.storage import Entry, LocalStore, NameFilter, printable, reason_of
 
 Int64 = npt.NDArray[np.int64]
-_Colours = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int16]]
 
 MATRIX_CLASSES = 21  # of VOC; a larger matrix is wider than most terminals
 MATRIX_CLASSES_WITH_DECIMALS = 10
 CONFUSIONS_SHOWN = 20
-# Bit depth and colour type in the header of a PNG (PNG 3rd edition, IHDR).
-_RGB, _RGBA, _GREY_16 = b"\x08\x02", b"\x08\x06", b"\x10\x00"
 
 
 def confusion_matrix(prediction: UInt8, truth: UInt8, n_classes: int) -> Int64:
@@ -77,8 +74,9 @@ def iou_per_class(confusion: Int64) -> npt.NDArray[np.float64]:
 
 
 def mean_iou(confusion: Int64) -> float:
-    """Return the mean of `iou_per_class` over the classes that occur."""
-    return float(np.nanmean(iou_per_class(confusion)))
+    """Return the mean of `iou_per_class` over the classes that occur; NaN if none does."""
+    ious = iou_per_class(confusion)
+    return float("nan") if np.isnan(ious).all() else float(np.nanmean(ious))
 
 
 def pixel_accuracy(confusion: Int64) -> float:
@@ -93,11 +91,15 @@ class SkippedFiles:
 
     folder: str  # "predictions" or "ground truth"
     reason: str
-    count: int  # a folder that is not read counts as one file
-    example: str  # relative path of the first one
+    paths: tuple[str, ...]  # relative; a folder that is not read is one of them
+
+    @property
+    def count(self) -> int:
+        """Number of files."""
+        return len(self.paths)
 
     def __str__(self) -> str:
-        return f"{self.reason}: {self.count} ({self.example})"
+        return f"{self.reason}: {self.count} ({self.paths[0]})"
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Evaluation:
     missing: tuple[str, ...]  # masks without a prediction, skipped
     skipped: tuple[SkippedFiles, ...]  # every other file that is not compared
     worst: tuple[ImageScore, ...]  # the images with the lowest mIoU first, as many as asked for
+    notes: tuple[str, ...]  # what the masks or classes make doubtful
 
     @property
     def iou(self) -> dict[str, float | None]:
@@ -187,10 +190,11 @@ class Evaluation:
         metrics = {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "iou": self.iou}
         shares = {"ignored_share": self.ignored_share, "abstained_share": self.abstained_share}
         files = {"missing": list(self.missing), "skipped": [asdict(files) for files in self.skipped]}
+        notes = {"notes": list(self.notes)}
         worst = {"worst": [asdict(score) for score in self.worst]} if self.worst else {}
         counts = {"confusion": self.confusion.tolist(), "abstained": self.abstained.tolist()} if confusion else {}
         shares["ignore_abstained"] = self.ignore_abstained
-        return {"images": self.images, **files, **metrics, **shares, **worst, **counts}
+        return {"images": self.images, **files, **notes, **metrics, **shares, **worst, **counts}
 
     def table(self, *, confusion: bool = False) -> str:
         """Return the metrics as a table, in percent, with the worst images and the skipped files, if any.
@@ -208,6 +212,7 @@ class Evaluation:
         for score in self.worst:
             lines += [f"mIoU {score.miou:7.2%}  {score.name}, worst class {score.worst_class}: {score.worst_iou:.2%}"]
         lines += [f"skipped in {files.folder}: {files}" for files in self.skipped]
+        lines += [f"note: {note}" for note in self.notes]
         skipped = f", {len(self.missing)} without a prediction skipped ({self.missing[0]})" if self.missing else ""
         return "\n".join([*lines, f"{pluralize(self.images, 'image')}{skipped}"])
 
@@ -241,7 +246,7 @@ class _Masks:
         self.skipped.setdefault(reason, []).append(printable(path))
 
     def summary(self) -> tuple[SkippedFiles, ...]:
-        return tuple(SkippedFiles(self.title, r, len(paths), paths[0]) for r, paths in self.skipped.items())
+        return tuple(SkippedFiles(self.title, reason, tuple(paths)) for reason, paths in self.skipped.items())
 
     def explain(self) -> str:
         return f" (skipped: {'; '.join(map(str, self.summary()))})" if self.skipped else ""
@@ -270,8 +275,8 @@ def evaluate_masks(
     predictions, ground_truth: folders of masks with the same relative names. The extension may be of any case.
     classes: class names in the order of their ids, or a file with one name per line; by default those of the
     packaged bundle.
-    names: relative names of the masks to compare, without .png, or a file with one per line; by default every
-    mask in `ground_truth`.
+    names: relative names of the masks to compare, with or without .png, or a file with one per line; by default
+    every mask in `ground_truth`.
     palette: colours of the classes, uint8 [1..256, 3], by which masks saved as RGB are read; by default those of
     the packaged bundle, or VOC's with `classes`.
     allow_missing: skip masks without a prediction.
@@ -284,17 +289,22 @@ def evaluate_masks(
     if classes is None:
         manifest = load_bundle().manifest
         classes, palette = manifest.classes, manifest.mask_palette() if palette is None else palette
+    for what, value in (("predictions", predictions), ("ground_truth", ground_truth)):
+        if not isinstance(value, (str, Path)):
+            raise UsageError(f"{what}: got {type(value).__name__}, expected the path of a folder")
+    if isinstance(classes, (set, frozenset, Mapping)):
+        raise UsageError(f"classes: got {type(classes).__name__}, expected a sequence, in the order of the ids")
     class_names = read_class_names(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
     if len(_checked_names("classes", class_names)) > IGNORE_INDEX:
         raise UsageError(f"classes: got {len(class_names)}, expected at most {IGNORE_INDEX}, as ids are bytes")
-    colours = _class_colours(voc_palette() if palette is None else palette, len(class_names))
+    colours = class_colours(voc_palette() if palette is None else palette, len(class_names))
     prediction = _list_masks("predictions", Path(predictions))
     truth = _list_masks("ground truth", Path(ground_truth))
     listed = read_mask_names(Path(names)) if isinstance(names, (str, Path)) else names
     present, missing = _masks_to_compare(prediction, truth, listed, allow_missing=allow_missing)
     counter = _Counter(class_names, ignore_abstained, worst)
     for name in present:
-        ids = [_read_ids(masks.path(name), colours, max_pixels) for masks in (prediction, truth)]
+        ids = [read_ids(masks.path(name), colours, max_pixels) for masks in (prediction, truth)]
         counter.add(name, _checked_counts(ids, prediction.path(name), truth.path(name), len(class_names)))
     if not counter.counts.any():
         raise UsageError(f"{ground_truth}: every pixel is marked as ignored (255), expected some to count")
@@ -310,7 +320,18 @@ def evaluate_masks(
         missing=missing,
         skipped=prediction.summary() + truth.summary(),
         worst=tuple(counter.worst),
+        notes=tuple(_notes(class_names, counter)),
     )
+
+
+def _notes(classes: tuple[str, ...], counter: "_Counter") -> Iterator[str]:
+    if classes[0] != "background":
+        yield f"id 0 is {classes[0]!r}, the first class: begin the classes with 'background' if 0 means that"
+    truth, predicted = counter.counts.sum(axis=1), counter.counts[:, :-1].sum(axis=0)
+    sides = (("ground truth", truth, counter.ignored), ("predictions", predicted, counter.counts[:, -1].sum()))
+    for title, pixels, n_255 in sides:
+        if n_255 and not pixels[1:].any():
+            yield f"{title}: only the values 0 and 255, and 255 is no class: write ids 0, 1, .. if it stands for one"
 
 
 class _Counter:
@@ -342,7 +363,8 @@ class _Counter:
 def _list_masks(title: str, folder: Path) -> _Masks:
     """List the masks below a folder. Raises UsageError for two masks of one name."""
     masks = _Masks(title, folder, {})
-    for entry in _walk(folder):
+    for entry in walk(_MaskStore(str(folder)), str(folder), lambda _: True, None):
+        assert isinstance(entry, Entry)  # every file is kept
         name, ending = entry.name[:-4], entry.name[-4:]
         reason = entry.problem or ("" if ending.lower() == ".png" else "not PNG")
         if reason:
@@ -354,23 +376,16 @@ def _list_masks(title: str, folder: Path) -> _Masks:
     return masks
 
 
-def _walk(folder: Path) -> Iterator[Entry]:
-    """Yield every file below a folder, and the folders that are skipped; `name` is the relative path."""
-    store, pending = LocalStore(str(folder)), [""]
-    while pending:
-        below = pending.pop()
-        path = str(folder / below)
+class _MaskStore(LocalStore):
+    """Files of this machine; a folder that cannot be listed is an error, as its masks would not be measured."""
+
+    def folder(self, path: str, keep: NameFilter) -> Iterator[Entry]:
         try:
-            entries = store.folder(path, lambda _: True)
+            return super().folder(path, keep)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UsageError(f"{printable(path)}: is not a folder, expected a folder of PNG masks") from error
         except OSError as error:
             raise UsageError(f"{printable(path)}: cannot be listed ({reason_of(error)}): make it readable") from error
-        for entry in entries:
-            if entry.is_folder and not entry.problem:
-                pending.append(f"{below}{entry.name}/")
-            else:
-                yield entry._replace(name=below + entry.name)
 
 
 def _masks_to_compare(
@@ -379,7 +394,7 @@ def _masks_to_compare(
     """Return the names of the masks with a prediction, and of those without; skip the others."""
     if not truth.paths:
         raise UsageError(f"{truth.root}: no mask found, expected PNG files{truth.explain()}")
-    listed = None if names is None else _checked_names("names", (unicodedata.normalize("NFC", name) for name in names))
+    listed = None if names is None else _checked_names("names", [_mask_name(str(name)) for name in names])
     selected = listed or sorted(truth.paths)
     chosen = set(selected)
     untrue = sorted(chosen - truth.paths.keys())
@@ -404,9 +419,12 @@ def _masks_to_compare(
 def read_class_names(path: Path) -> tuple[str, ...]:
     """Read class names, one per line in the order of their ids; blank lines are skipped.
 
-    Raises UsageError for a file that cannot be read or is empty, and for a repeated name.
+    Raises UsageError for a file that cannot be read or is empty, for a repeated name and for a comment.
     """
-    return _read_names(path, str)
+    names = _read_names(path, str)
+    if comment := next((name for name in names if name.startswith("#")), None):
+        raise UsageError(f"{path}: got the line {comment!r}, expected one class per line: remove comments")
+    return names
 
 
 def read_mask_names(path: Path) -> tuple[str, ...]:
@@ -450,51 +468,3 @@ def _checked_counts(ids: Sequence[UInt8], prediction: Path, truth: Path, n_class
                 "its ids with --classes; predictions and ground truth must use the same ids"
             )
     return joint
-
-
-def _class_colours(palette: UInt8, n_classes: int) -> _Colours:
-    """Return the colours of the classes and of 255, packed and sorted, and their ids; -1 for more than one."""
-    if palette.dtype != np.uint8 or palette.ndim != 2 or palette.shape[1] != 3 or not 1 <= len(palette) <= 256:
-        raise UsageError(f"palette: got {palette.dtype} {list(palette.shape)}, expected uint8 [1..256, 3]")
-    rgb = voc_palette()
-    rgb[: len(palette)] = palette
-    ids = np.array([*range(n_classes), IGNORE_INDEX])
-    rgba = np.insert(rgb[ids], 3, 255, axis=1)  # opaque
-    keys, first, uses = np.unique(rgba.view(np.uint32), return_index=True, return_counts=True)
-    return keys, np.where(uses == 1, ids[first], -1).astype(np.int16)
-
-
-def _read_ids(path: Path, colours: _Colours, max_pixels: int) -> UInt8:
-    """Read class ids uint8 [H, W] as `read_mask` does, and from RGB and 16-bit grey."""
-    try:
-        data = LocalStore().read(str(path), -1, "")
-        kind = data[24:26] if data.startswith(PNG_SIGNATURE) else b""
-        if kind not in (_RGB, _RGBA, _GREY_16):
-            return decode_mask(data, max_pixels=max_pixels)
-        check_metadata(data)
-        with open_image(data, MASK_FORMATS, max_pixels) as image:
-            pixels = np.array(image if kind == _GREY_16 else image.convert("RGBA"))
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
-    except DECODER_ERRORS as error:
-        raise ImageError(f"{path}: {decoding_reason(error)}") from error
-    if kind != _GREY_16:
-        return _ids_of_colours(pixels, colours, path)
-    if pixels.max() > IGNORE_INDEX:
-        raise ImageError(f"{path}: got 16-bit grey with the value {pixels.max()}, expected class ids up to 255")
-    return pixels.astype(np.uint8)
-
-
-def _ids_of_colours(rgba: UInt8, colours: _Colours, path: Path) -> UInt8:
-    keys, ids = colours
-    pixels = rgba.view(np.uint32)[..., 0]
-    places = np.searchsorted(keys, pixels).clip(max=len(keys) - 1)
-    unknown = (keys[places] != pixels) | (ids[places] < 0)
-    if unknown.any():
-        row, column = divmod(int(unknown.argmax()), unknown.shape[1])
-        count = pluralize(int((pixels == pixels[row, column]).sum()), "pixel")
-        raise ImageError(
-            f"{path}: got the colour RGBA {tuple(rgba[row, column].tolist())} in {count}, first in row {row}, column "
-            f"{column}, expected colours that the palette has for one class each: save class ids instead of colours"
-        )
-    return np.asarray(ids[places], np.uint8)

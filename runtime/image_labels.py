@@ -280,20 +280,26 @@ def _csv_rows(name: str, text: str, classes: ClassNames) -> Iterator[_Row]:
         raise UsageError(f"{name}, line {lines.line_num}: not CSV: {error}") from error
 
 
+class _Pairs(list[tuple[str, object]]):
+    """The keys and values of a JSON object."""
+
+
 def _json_rows(name: str, text: str) -> Iterator[_Row]:
     try:
         # Pairs, because a dictionary would silently drop all but the last of equal keys.
-        pairs = json.loads(text, object_pairs_hook=list)
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name}: not JSON, or nested too deeply: {error}") from error
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+    if not isinstance(pairs, _Pairs):
         raise UsageError(f"{name}: got no JSON object, expected {{image: [classes]}}")
     yield from _checked_pairs(name, pairs)
 
 
 def _checked_pairs(name: str, pairs: Iterable[tuple[object, object]]) -> Iterator[_Row]:
     for image, names in pairs:
-        listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else None
+        is_list = isinstance(names, Iterable) and not isinstance(names, (str, Mapping, _Pairs))
+        listed = list(names) if is_list and isinstance(names, Iterable) else None
         if listed is None or not all(isinstance(entry, str) for entry in listed):
-            raise UsageError(f"{name}, key {str(image)!r}: got {names!r}, expected a list of class names")
+            got = f"{names!r:.80}"
+            raise UsageError(f"{name}, key {str(image)!r}: got {got}, expected a list of class names")
         yield f"key {str(image)!r}", str(image), listed

@@ -312,7 +312,12 @@ def _classes_from_table(
     labels = {name: matcher.find(relative) for name, relative in paths.trained_on.items()}
     missing = [paths.trained_on[name] for name, found in labels.items() if found is None]
     if missing:
-        raise DatasetError(f"{table}: no row for {len(missing)} images, for example {missing[0]}; add them")
+        unused = matcher.unused()
+        rows = f" (rows about no image: {format_examples(unused)})" if unused else ""
+        raise DatasetError(
+            f"{table}: no row for {pluralize(len(missing), 'image')}, for example {missing[0]}{rows}; expected paths "
+            "below the data set's folder, or file names: add or correct the rows"
+        )
     moved = [f"{key} for {relative}" for key, relative in matcher.moved.items()]
     not_trained_on = []
     for relative in paths.others:
@@ -398,9 +403,13 @@ def _classes_from_xml(
     respelt: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     without, ids = [], {}
+    missing = [name for name in trained_on if name not in files]
+    if missing:
+        raise DatasetError(
+            f"{root / 'Annotations'}: {len(missing)} of {pluralize(len(trained_on), 'annotation')} are missing, for "
+            f"example {missing[0]}.xml; expected one for each image to train on: add them, labels.csv or labels.json"
+        )
     for name in trained_on:
-        if name not in files:
-            raise DatasetError(f"{root}: no labels.json, no labels.csv and no Annotations/{name}.xml; one is needed")
         objects = _object_names(_one_file(files[name]))
         without += [] if objects else [name]
         found = {entry: classes.find(entry) for entry in objects}
@@ -430,8 +439,9 @@ def _object_names(path: Path) -> set[str]:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter for its encoding
         raise DatasetError(f"{path}: not valid XML: {error}") from error
-    texts = [entry.findtext("{*}name") for entry in root.iterfind(".//{*}object")]
-    return {_nfc(" ".join((text or "").split())) or "(no name)" for text in texts}
+    objects = [entry.findall("{*}name") for entry in root.iterfind(".//{*}object")]
+    texts = [name.text or "" for names in objects for name in names] + [""] * objects.count([])
+    return {_nfc(" ".join(text.split())) or "(no name)" for text in texts}
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

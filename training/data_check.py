@@ -16,7 +16,7 @@ from multisa.runtime.system import usable_cpus
 from multisa.training.data import Dataset, Finding, Item
 
 CACHE = "data-check.json"  # in the run folder: what the last check of this data set found
-FORMAT = 1  # part of the digest in it; raise it when the check becomes stricter
+FORMAT = 2  # part of the digest in it; raise it when the check becomes stricter
 MOST_LISTED = 20  # unusable files in an error message
 PAGE_WIDTH = 100  # columns of the table for people
 
@@ -110,15 +110,21 @@ def check_dataset(dataset: Dataset, output: Path | None = None) -> DatasetReport
     digest = sha256_of_bytes(json.dumps(identity).encode())
     stored = read_json_object(output / CACHE) if output else {}
     unusable: list[str] = []
+    remarks: dict[str, list[str]] = {}  # ids by what is worth knowing of images and masks that can be used
     if stored.get("digest") == digest:
         sizes = {name: (height, width) for name, (height, width) in stored["sizes"].items()}
+        remarks = stored["remarks"]
     else:
         n_classes = len(dataset.class_names)
         found = _on_all_cores(lambda pair: _inspect(*pair, n_classes), pairs, "checking")
-        unusable = [problem for _, problems in found for problem in problems]
-        sizes = {item.id: size for (item, _), (size, _) in zip(pairs, found, strict=True) if size}
+        sizes = {}
+        for (item, _), (size, notes, problems) in zip(pairs, found, strict=True):
+            unusable += problems
+            sizes.update({item.id: size} if size else {})
+            for note in notes:
+                remarks.setdefault(note, []).append(item.id)
         if output and not unusable:
-            write_json_atomically(output / CACHE, {"digest": digest, "sizes": sizes})
+            write_json_atomically(output / CACHE, {"digest": digest, "sizes": sizes, "remarks": remarks})
     counts = [len(item.classes) for item in dataset.train_images]
     names = enumerate(dataset.class_names[1:], 1)
     return DatasetReport(
@@ -128,23 +134,30 @@ def check_dataset(dataset: Dataset, output: Path | None = None) -> DatasetReport
         labels={**{str(n): counts.count(n) for n in range(3)}, "3+": sum(count > 2 for count in counts)},
         sizes=sizes,
         unusable=tuple(unusable),
-        findings=(*dataset.findings, *_copies(dataset, [image for image, _ in digests])),
+        findings=(
+            *dataset.findings,
+            *(Finding(f"{pluralize(len(ids), 'image')}: {note}", tuple(ids)) for note, ids in remarks.items()),
+            *_copies(dataset, [image for image, _ in digests]),
+        ),
     )
 
 
-def _inspect(item: Item, mask: Path | None, n_classes: int) -> tuple[Size | None, list[str]]:
-    """The size of an image, if it can be read, and what is wrong with it and its mask."""
-    size, problems = None, []
+def _inspect(item: Item, mask: Path | None, n_classes: int) -> tuple[Size | None, list[str], list[str]]:
+    """The size of an image, if it can be read, notes, and what is wrong with it and its mask."""
+    size, notes, problems = None, [], []
     try:
-        size = read_image(item.image).size
+        image = read_image(item.image)
+        size, notes = image.size, list(image.notes)
     except ImageError as error:
         problems.append(str(error))
     if mask is None:
-        return size, problems
+        return size, notes, problems
     try:
         ids = read_mask(mask)
     except ImageError as error:
-        return size, [*problems, str(error)]
+        return size, notes, [*problems, str(error)]
+    if (ids == IGNORE_INDEX).any() and not ((ids > 0) & (ids < n_classes)).any():
+        notes.append("its mask holds no class, only 255 (ignored) and perhaps 0; write ids 0, 1, .. if 255 is a class")
     highest = int(ids[ids != IGNORE_INDEX].max(initial=0))
     if highest >= n_classes:
         problems.append(
@@ -156,7 +169,7 @@ def _inspect(item: Item, mask: Path | None, n_classes: int) -> tuple[Size | None
             f"{mask}: got a mask of {ids.shape[1]} x {ids.shape[0]} pixels, expected {size[1]} x {size[0]} as its "
             f"upright image {item.image.name}; replace the mask or the image by the one that belongs to the other"
         )
-    return size, problems
+    return size, notes, problems
 
 
 def _copies(dataset: Dataset, digests: Sequence[str]) -> list[Finding]:

@@ -145,7 +145,7 @@ def write_weights(bundle: Path, folder: Path) -> None:
 def make_context(request: BenchRequest, scratch: Path) -> BenchContext:
     """Read the bundle and the data set. Raises UsageError where they do not belong together."""
     bundle = load_bundle(request.bundle)
-    dataset = read_dataset(request.data)
+    dataset = read_dataset(request.data, quiet=True)
     if bundle.manifest.classes != dataset.class_names:
         raise UsageError(
             f"{request.data}: got the classes {', '.join(dataset.class_names)}; expected those of the bundle "

@@ -11,7 +11,6 @@ the number of workers, processes and resumed runs. Runs are tested on Linux.
 
 import itertools
 import json
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -71,6 +70,7 @@ from multisa.runtime.sources.lists import FilesSource, ListSource
 from multisa.runtime.writers.base import Writer
 from multisa.runtime.writers.registry import writer_folder
 
+_LABEL_FILES = ("labels.csv", "labels.json")  # names that documentation and data sets use
 _ALTERNATIVES = "start over (--overwrite), or choose another folder"
 
 
@@ -116,6 +116,8 @@ class _LabelLookup:
         self._unlabelled: list[str] = []  # ids of the first images whose classes come from the scores
         self._n_unlabelled = 0
         self._n_ignored = 0  # images whose labels `segment` does not use
+        self._replaced: list[str] = []  # ids of images with other labels in the source than in the label file
+        self._source = job.source
 
     def find(self, item: SourceItem) -> Labels | None:
         """The labels of an image; None: its classes come from the scores. Raises UsageError."""
@@ -123,15 +125,18 @@ class _LabelLookup:
             self._n_ignored += item.labels is not None
             return None
         found = self.matcher.find(item.id) if self.matcher else None
-        if found is None and item.labels is not None:
-            found = self._names.resolve(item.labels, item.id)
+        if item.labels is not None:
+            own = self._names.resolve(item.labels, f"{without_secrets(self._source)}: {item.id}")
+            if found not in (None, own):
+                self._replaced.append(item.id)
+            found = own if found is None else found
         if found is None:
             self._n_unlabelled += 1
             if len(self._unlabelled) < EXAMPLES_SHOWN:
                 self._unlabelled.append(item.id)
         return found
 
-    def log(self, source: str, n_images: int) -> None:
+    def log(self, n_images: int) -> None:
         """Log which images and which rows of the label file are without each other.
 
         Raises UsageError if no image has a row, and none has labels in the source.
@@ -142,17 +147,25 @@ class _LabelLookup:
             log.info(f"segment does not use image-level labels: those of {self._n_ignored} of {images} are ignored")
         if self._labels and self.matcher and self._n_unlabelled == n_images:
             near = [f"{row} ({self.matcher.why_unused(row)})" for row in sorted(self.matcher.misplaced)]
-            rows = f"; rows of these file names: {format_examples(near)}" if near else ""
+            rows = format_examples(near or list(self._labels.rows))
+            source = without_secrets(self._source)
             raise UsageError(
-                f"{self._labels.name}: has no row for any of {images}, expected paths below {without_secrets(source)}, "
-                f"or file names, such as {examples}{rows}; without --labels, images are labelled from scores"
+                f"{self._labels.name}: has no row for any of {images}: got rows such as {rows}, expected paths below "
+                f"{source}, or file names, such as {examples}; without --labels, images are labelled from scores"
             )
         if self._n_unlabelled:
             without = f"without a row in {self._labels.name} and " if self._labels else ""
             named = f": {examples}" if self._n_unlabelled < n_images else ""
             log.info(f"{without}labelled from scores: {self._n_unlabelled} of {images}{named}")
         if self._labels is None or self.matcher is None:
+            unread = [path for name in _LABEL_FILES if (path := Path(self._source, name)).is_file()]
+            if self._is_label and unread:
+                log.warning(f"{unread[0]} is not read: name it with --labels to use it")
             return
+        if self._replaced:
+            examples = format_examples(self._replaced)
+            count = pluralize(len(self._replaced), "image")
+            log.info(f"labels of {count} in the source are replaced by those of {self._labels.name}: {examples}")
         if unused := [f"{row} ({reason})" for row, reason in self.unused_rows()]:
             rows = pluralize(len(unused), "row")
             log.warning(f"without an image: {rows} of {self._labels.name}: {format_examples(unused)}")
@@ -181,11 +194,9 @@ def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, fo
     with Snapshot(job.output / SNAPSHOT) as snapshot:
         if snapshot.skipped:
             log.info(f"skipped {snapshot.skipped}: {format_examples(snapshot.skipped_by_reason())}")
-        others, has_unread = describe_other_files(snapshot.other_files)
         if snapshot.other_files.count and options.log_other_files:
-            advice = "; convert or unpack images of other formats" if has_unread else ""
-            log.log(logging.WARNING if has_unread else logging.INFO, f"ignored {others}{advice}")
-        lookup.log(job.source, snapshot.images)
+            log.info(f"ignored {describe_other_files(snapshot.other_files)}")
+        lookup.log(snapshot.images)
         _write_unused(job.output / UNUSED, snapshot, lookup)
 
 

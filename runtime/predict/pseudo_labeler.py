@@ -108,8 +108,8 @@ class PseudoLabeler(Predictor):
         self._stack.close()
 
     def _in_order(self, labels: Sequence[str]) -> Labels:
-        if isinstance(labels, str):
-            raise UsageError(f"labels: got the text {labels!r}, expected a sequence of class names")
+        if isinstance(labels, (str, Mapping)):
+            raise UsageError(f"labels: got {labels!r:.80}, expected a sequence of class names")
         return ClassNames(self._manifest.foreground).resolve(map(str, labels), "labels")
 
 

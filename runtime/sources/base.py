@@ -10,12 +10,6 @@ from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.progress import format_examples, pluralize
 from multisa.runtime.sources.storage import reason_of
 
-# Formats of images that no decoder here reads, and what may hold images.
-UNREAD_EXTENSIONS = frozenset((
-    ".heic", ".heif", ".avif", ".jxl", ".jxr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".psd",
-    ".svg", ".exr", ".hdr", ".dcm", ".pdf", ".mp4", ".mov", ".avi", ".mkv", ".zip", ".tar", ".tgz", ".gz", ".7z",
-    ".rar",
-))  # fmt: skip
 _LONGEST_EXTENSION = 10
 _MOST_KINDS = 50  # extensions that are counted one by one
 
@@ -69,13 +63,12 @@ class OtherFileCounter:
             yield OtherFiles(self._count, self._kinds)
 
 
-def describe_other_files(others: OtherFiles) -> tuple[str, bool]:
-    """Say in words what is not named like an image, and whether some of it is likely to be images or archives."""
-    kinds = sorted(others.kinds.items(), key=lambda kind: (kind[0] not in UNREAD_EXTENSIONS, -kind[1][0], kind[0]))
+def describe_other_files(others: OtherFiles) -> str:
+    """Say in words what is not named like an image."""
+    kinds = sorted(others.kinds.items(), key=lambda kind: (-kind[1][0], kind[0]))
     words = [f"{extension or 'no extension'}: {count} ({first})" for extension, (count, first) in kinds]
     examples = f": {format_examples(words)}" if words else ""
-    unread = any(extension in UNREAD_EXTENSIONS for extension in others.kinds)
-    return f"{pluralize(others.count, 'file')} not named like an image{examples}", unread
+    return f"{pluralize(others.count, 'file')} not named like an image{examples}"
 
 
 Listed = SourceItem | Skipped | OtherFiles
@@ -83,8 +76,8 @@ Listed = SourceItem | Skipped | OtherFiles
 
 def no_image_error(description: str, skipped: Sequence[str], others: OtherFiles) -> UsageError:
     """The error for a source without an image; skipped: its entries that were skipped, by reason."""
-    found = [*skipped, *([describe_other_files(others)[0]] if others.count else [])]
-    what = f"found only {format_examples(found)}" if found else "it is empty"
+    found = [*skipped, *([describe_other_files(others)] if others.count else [])]
+    what = f"found only {format_examples(found)}" if found else "nothing is there"
     return UsageError(
         f"{description}: no image found ({what}), expected at least one: images are recognised by their "
         "extension (.jpg, .png, ...)"

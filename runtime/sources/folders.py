@@ -32,6 +32,7 @@ from multisa.runtime.sources.storage import (
     mask_name,
     printable,
     reason_of,
+    unread_format,
 )
 
 
@@ -107,6 +108,8 @@ def walk(store: Store, root: str, keep: NameFilter, pattern: Pattern | None) -> 
             continue
         elif keep(entry.name):
             yield entry._replace(name=path)
+        elif problem := unread_format(entry.name):
+            yield entry._replace(name=path, problem=problem)
         else:
             others.add(path)
     yield from others.total()

@@ -60,11 +60,14 @@ class LabelReader:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise ValueError("is not UTF-8 text") from None
-        if kind != "json":
-            labels = self.from_value(text.strip())
-            # Most shards keep a caption in .txt.
-            is_caption = kind == "txt" and self.classes.classes and None in map(self.classes.find, labels or ())
-            return None if is_caption else labels
+        if kind == "cls":
+            return self.from_value(text.strip())
+        if kind == "txt":  # a caption, in most shards
+            labels = self.from_value(text.strip()) or ()
+            others = [name for name in labels if self.classes.find(name) is None] if self.classes.classes else []
+            if others and len(others) < len(labels):
+                raise ValueError(f"taken for a caption: it holds class names, but {others[0][:40]!r} is no class")
+            return None if others else labels or None
         value = parse_json(text)
         if isinstance(value, dict):
             try:
@@ -127,7 +130,8 @@ def _lines(file: BinaryIO, list_name: str) -> Iterator[tuple[str, str]]:
         try:
             yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UsageError(f"{list_name}, line {number}: is not UTF-8 text ({error.reason})") from error
+            where = f"{list_name}, line {number}"
+            raise UsageError(f"{where}: is not UTF-8 text ({error.reason}): save it as UTF-8") from error
 
 
 def _text_rows(file: BinaryIO, list_name: str, _: LabelReader) -> Iterator[Row]:
@@ -153,6 +157,7 @@ def _csv_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[R
 
 
 def _jsonl_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator[Row]:
+    is_logged = False
     for position, line in _lines(file, list_name):
         if not line.strip():
             continue
@@ -164,6 +169,9 @@ def _jsonl_rows(file: BinaryIO, list_name: str, reader: LabelReader) -> Iterator
         if not isinstance(value, dict):
             raise UsageError(f'{list_name}, {position}: got no JSON object, expected {{"image": "a.jpg"}}')
         columns = find_column(value, IMAGE_COLUMNS, where), find_column(value, LABEL_COLUMNS, where)
+        if columns[1] is None and len(value) > 1 and not is_logged:
+            is_logged = True
+            _log_no_labels(list(value), where)
         yield _row(where, value, columns, reader)
 
 
@@ -199,14 +207,19 @@ KINDS: dict[str, Callable[[BinaryIO, str, LabelReader], Iterator[Row]]] = {
 def _columns(header: Sequence[str], where: str) -> Columns:
     """Return the columns of a manifest. Raises UsageError without one of images."""
     image, labels = (find_column(header, wanted, where) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    got = ",".join(header)[:200]
     if image is None:
+        got = ",".join(header)[:200]
         raise UsageError(f"{where}: got the columns {got!r}, expected 'image' and 'labels'")
     if labels is not None:
         log_label_column(labels, where)
     elif len(header) > 1:
-        log.info(f"{where}: got the columns {got!r}, none of them of labels ({', '.join(LABEL_COLUMNS)})")
+        _log_no_labels(header, where)
     return image, labels
+
+
+def _log_no_labels(columns: Sequence[str], where: str) -> None:
+    got = ",".join(columns)[:200]
+    log.info(f"{where}: got the columns {got!r}, none of them of labels ({', '.join(LABEL_COLUMNS)})")
 
 
 def _row(where: str, values: dict[str, Any], columns: Columns, reader: LabelReader) -> Row:
@@ -306,8 +319,9 @@ class ListSource(Source):
                 raise UsageError(f"{where}: {image} leaves the list's folder, expected a path below it, or a URL")
             return _Location(path, safe_id(path), join(self._home, path))
         whole = os.path.normpath(os.path.join(self._home, image))  # noqa: PTH118 (a Path for each is slow)
-        if image != image.strip() and not os.path.lexists(whole):  # blanks around a name are hardly meant
-            return self._locate(image.strip(), where)
+        plain = image.strip().replace("\\", "/")
+        if image != plain and not os.path.lexists(whole):  # blanks around a path, or a path of Windows
+            return self._locate(plain, where)
         if whole.startswith(self._home + "/"):
             path = whole[len(self._home) + 1 :]
         return _Location(path, safe_id(path), whole)

@@ -8,18 +8,28 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.image_labels import ClassNames
 from multisa.runtime.sources.base import Source
-from multisa.runtime.sources.folders import FolderSource, OneFileSource, Pattern
+from multisa.runtime.sources.folders import FolderSource, OneFileSource, Pattern, walk
 from multisa.runtime.sources.lists import KINDS, FilesSource, LabelReader, ListSource
 from multisa.runtime.sources.remote import RemoteStore, protocol_of
-from multisa.runtime.sources.storage import Entry, LocalStore, Store, bad_name, is_image, is_tar, printable
-from multisa.runtime.sources.tar import TarSource, expand_range, has_range, matching_shards
+from multisa.runtime.sources.storage import (
+    Entry,
+    LocalStore,
+    Store,
+    bad_name,
+    is_image,
+    is_tar,
+    join,
+    printable,
+    reason_of,
+)
+from multisa.runtime.sources.tar import TarSource
 from multisa.runtime.sources.zip import ZipSource
 
 EXPECTED = (
@@ -29,7 +39,11 @@ EXPECTED = (
 
 SEVERAL = "\0"  # between several images in one text that names a source; no path contains it
 
+_TABLES = (".json", ".tsv", ".xlsx", ".xls", ".ods", ".xml")
+
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_MOST_SHARDS = 1_000_000
 _WILD = re.compile(r"[*?[]")
 
 
@@ -60,7 +74,7 @@ def open_source(
         return _local(spec, stores, labels)
     path = spec.partition("?")[0] if stores.protocol in ("http", "https") else spec
     name = path.rpartition("/")[2]
-    if has_range(name) or (_WILD.search(path) and stores.protocol not in ("http", "https")):
+    if _has_range(name) or (_WILD.search(path) and stores.protocol not in ("http", "https")):
         return _pattern(spec, stores, labels)
     if not name or "." not in name:
         return FolderSource(spec.rstrip("/"), stores.of(stores.protocol))
@@ -99,7 +113,7 @@ def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
         root = spec.rstrip("/") or "/"
         return FolderSource(root, LocalStore(root))
     if not os.path.lexists(spec):
-        if has_range(spec) or _WILD.search(spec):
+        if _has_range(spec) or _WILD.search(spec):
             return _pattern(spec, stores, labels)
         raise UsageError(f"{printable(spec)}: does not exist, {EXPECTED}")
     name = spec.rpartition("/")[2]
@@ -133,6 +147,11 @@ def _file(spec: str, name: str, stores: _Stores, labels: LabelReader) -> Source 
         return ZipSource(spec, store)
     if name.lower().rpartition(".")[2] in KINDS and "." in name:
         return ListSource(spec, stores.of, labels)
+    if name.lower().endswith(_TABLES):
+        raise UsageError(
+            f"{printable(spec)}: got a table or labels, expected images or a manifest: save it "
+            "as .csv or .jsonl with the columns image and labels, or give it with --labels (.csv, .json)"
+        )
     return _image(spec, name, stores) if is_image(name) else None
 
 
@@ -143,14 +162,14 @@ def _image(spec: str, name: str, stores: _Stores) -> Source:
 
 
 def _pattern(spec: str, stores: _Stores, labels: LabelReader) -> Source:
-    if has_range(spec):
+    if _has_range(spec):
         if not is_tar(spec) or _WILD.search(spec):
             raise UsageError(f"{printable(spec)}: a range counts tar files: expected PATH/{{000..123}}.tar")
         root, names = _split(spec, spec.index("{"))
-        expand_range(names)  # raises UsageError early
+        _expand_range(names)  # raises UsageError early
 
         def ranged() -> Iterable[Entry]:
-            return (Entry(name, False) for name in expand_range(names))
+            return (Entry(name, False) for name in _expand_range(names))
 
         return TarSource(root, stores.below(root), ranged, f"tar files {printable(spec)}", labels)
     wild = _WILD.search(spec)
@@ -161,7 +180,7 @@ def _pattern(spec: str, stores: _Stores, labels: LabelReader) -> Source:
     root = root or "."
     store, pattern = stores.below(root), Pattern(text)
     if is_tar(text):
-        shards = partial(matching_shards, store, root, pattern)
+        shards = partial(_matching_shards, store, root, pattern)
         return TarSource(root, store, shards, f"tar files {printable(spec)}", labels)
     return FolderSource(root, store, pattern)
 
@@ -184,3 +203,39 @@ def _options(text: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
         # The message omits the text, which may contain credentials.
         raise UsageError('storage options: got no JSON object, expected {"endpoint_url": "..."} or the like')
     return options
+
+
+def _has_range(spec: str) -> bool:
+    """Return whether `spec` has a range like {000000..000123}."""
+    return bool(_RANGE.search(spec))
+
+
+def _expand_range(spec: str) -> Iterator[str]:
+    """Expand a range like {000000..000123} in `spec` to its paths.
+
+    Raises UsageError for several ranges or one that is too large.
+    """
+    first, *more = _RANGE.finditer(spec)
+    if more:
+        raise UsageError(f"{spec}: got several ranges, expected one like {{000000..000123}}")
+    low, high = int(first[1]), int(first[2])
+    if not low <= high < low + _MOST_SHARDS:
+        raise UsageError(
+            f"{spec}: got a range of {high - low + 1} files, expected 1 to {_MOST_SHARDS}, the smaller number first"
+        )
+    width = len(first[1])
+    return (f"{spec[: first.start()]}{i:0{width}}{spec[first.end() :]}" for i in range(low, high + 1))
+
+
+def _matching_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
+    """Yield the tar files below `root` that match a pattern. Raises UsageError if there is none."""
+    count = 0
+    try:
+        for entry in walk(store, root, is_tar, pattern):
+            if isinstance(entry, Entry):
+                count += not entry.problem
+                yield entry
+    except OSError as error:
+        raise UsageError(f"{printable(root)}: cannot be listed ({reason_of(error)})") from error
+    if not count:
+        raise UsageError(f"{printable(join(root, pattern.text))}: no file of this name, expected tar files")

@@ -23,6 +23,13 @@ from multisa.runtime.imaging.decode import EXTENSIONS, MAX_FILE_BYTES
 LONGEST_NAME = 255  # bytes of one file or folder name, on every usual file system
 LONGEST_PATH = 2000  # bytes; half of what Linux allows, because the output folder needs some
 
+# Extensions of files that are, or hold, images in formats that nothing here reads; what to do with them.
+_UNREAD_FORMATS = {
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jxr", ".psd", ".svg", ".exr", ".hdr", ".dcm"), "convert it"),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), "develop the raw file"),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".pdf"), "extract its images"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack it, or name it as the source"),
+}
 # Of masks that stand beside an image (WebDataset, and many data sets in folders).
 _MASK_ENDING = re.compile(r"\.(?:masks?|seg|segmentation|labels?|gt)\.png$", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -36,6 +43,13 @@ def is_image(name: str) -> bool:
     """Return whether a name has the extension of an image."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
     return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS
+
+
+def unread_format(name: str) -> str:
+    """Return why a file whose extension is that of an image or archive is not read, or "" for any other."""
+    extension = PurePosixPath(name).suffix.lower()
+    remedy = _UNREAD_FORMATS.get(extension)
+    return f"{extension} is not a supported format: {remedy}" if remedy else ""
 
 
 def mask_name(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.base import Listed, OtherFileCounter, Skipped, Source, SourceItem
-from multisa.runtime.sources.folders import Pattern, inside, walk
+from multisa.runtime.sources.folders import inside
 from multisa.runtime.sources.lists import LabelReader
 from multisa.runtime.sources.storage import (
     LONGEST_PATH,
@@ -27,22 +27,23 @@ from multisa.runtime.sources.storage import (
     SeenHashes,
     Store,
     is_image,
-    is_tar,
     join,
     member_problem,
     printable,
     reason_of,
     relative_member_name,
     safe_id,
+    unread_format,
 )
 
-MOST_SHARDS = 1_000_000
 _LONGEST_HEADER = 2**20  # bytes of a long name or of pax records: a path has some hundreds
 _LARGEST_SIDECAR = 2**20  # bytes of a file of labels
 _LARGEST_SAMPLE = 256  # members of one key that form a sample
 HELD_MEMBERS = 200_000  # of a tar file that memory holds, to find labels apart from their image: some 50 MB
 _LABEL_ENDINGS = (".json", ".cls", ".txt")
 _BLOCK = tarfile.BLOCKSIZE
+_ZEROS_AT_ONCE = 2**16  # bytes
+_MOST_ZEROS = 2**26  # bytes after an end mark; programs pad a file to some kilobytes
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 # Members without data, whatever the size in their header.
@@ -59,7 +60,6 @@ _PROBLEMS = {
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]+)=")  # "LENGTH KEY=VALUE\n"
 _PAX_SIZE = re.compile(rb"\d{1,20}")
-_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 
 
 class TarDamaged(Exception):
@@ -112,7 +112,8 @@ def tar_members(blob: Blob) -> Iterator[Member]:
     offset, extension = 0, _Extension()
     while header := _read_at(file, offset, _BLOCK):
         if not header[0] and not header.strip(b"\0"):
-            return
+            offset = _after_zeros(file, offset, blob.size)  # files that were joined have an end mark each
+            continue
         kind, size = _type_and_size(header, offset)
         start = offset + _BLOCK
         if kind in _EXTENDED:
@@ -139,6 +140,20 @@ def tar_members(blob: Blob) -> Iterator[Member]:
         if start + size > blob.size:
             return
         offset, extension = start + _padded(size), _Extension()
+
+
+def _after_zeros(file: BinaryIO, offset: int, size: int) -> int:
+    """Return where the zeros from `offset` on end: the next block with another byte, or the end of the file."""
+    end = min(size, offset + _MOST_ZEROS)
+    while offset < end:
+        piece = _read_at(file, offset, min(_ZEROS_AT_ONCE, size - offset))
+        zeros = len(piece) - len(piece.lstrip(b"\0"))
+        if zeros < len(piece):
+            return offset + zeros // _BLOCK * _BLOCK
+        offset += len(piece)
+    if offset < size:
+        raise TarDamaged(offset, f"{_MOST_ZEROS} zeros, and more behind them")
+    return size
 
 
 def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
@@ -211,42 +226,6 @@ def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def has_range(spec: str) -> bool:
-    """Return whether `spec` has a range like {000000..000123}."""
-    return bool(_RANGE.search(spec))
-
-
-def expand_range(spec: str) -> Iterator[str]:
-    """Expand a range like {000000..000123} in `spec` to its paths.
-
-    Raises UsageError for several ranges or one that is too large.
-    """
-    first, *more = _RANGE.finditer(spec)
-    if more:
-        raise UsageError(f"{spec}: got several ranges, expected one like {{000000..000123}}")
-    low, high = int(first[1]), int(first[2])
-    if not low <= high < low + MOST_SHARDS:
-        raise UsageError(
-            f"{spec}: got a range of {high - low + 1} files, expected 1 to {MOST_SHARDS}, the smaller number first"
-        )
-    width = len(first[1])
-    return (f"{spec[: first.start()]}{i:0{width}}{spec[first.end() :]}" for i in range(low, high + 1))
-
-
-def matching_shards(store: Store, root: str, pattern: Pattern) -> Iterator[Entry]:
-    """Yield the tar files below `root` that match a pattern. Raises UsageError if there is none."""
-    count = 0
-    try:
-        for entry in walk(store, root, is_tar, pattern):
-            if isinstance(entry, Entry):
-                count += not entry.problem
-                yield entry
-    except OSError as error:
-        raise UsageError(f"{printable(root)}: cannot be listed ({reason_of(error)})") from error
-    if not count:
-        raise UsageError(f"{printable(join(root, pattern.text))}: no file of this name, expected tar files")
-
-
 @dataclass
 class _OpenShard:
     """A tar file that is being listed, and the files with labels in it that stand apart from their image."""
@@ -269,18 +248,26 @@ class _OpenShard:
         label_files = _label_files(members)
         for member in members:
             if member not in label_files:
-                self.others.add(member.name)
+                yield from self.other(member)
         if not is_held:
             advice = f"sort its members by name, as it has more than {HELD_MEMBERS}"
-            yield from self._skip(label_files, f"does not stand beside an image in the tar file: {advice}")
+            yield from self.skip(label_files, f"does not stand beside an image in the tar file: {advice}")
+
+    def other(self, member: Member) -> Iterator[Listed]:
+        """Yield a member in a format that is not read; count any other."""
+        if reason := unread_format(member.name):
+            yield Skipped(self.id_of(member), reason)
+        else:
+            self.others.add(member.name)
 
     def unused_labels(self) -> Iterator[Listed]:
         """Yield the files with labels of no image."""
         for key, files in self.loose.items():
             if key not in self.used:
-                yield from self._skip(files, "belongs to no image")
+                yield from self.skip(files, "belongs to no image")
 
-    def _skip(self, files: list[Member], reason: str) -> Iterator[Listed]:
+    def skip(self, files: list[Member], reason: str) -> Iterator[Listed]:
+        """Yield files with labels as skipped; text files are counted."""
         for member in files:
             if member.name.lower().endswith(".txt"):  # a caption, or a readme
                 self.others.add(member.name)
@@ -359,24 +346,36 @@ class TarSource(Source):
 
     def _sample(self, shard: _OpenShard, members: list[Member]) -> Iterator[Listed]:
         """Yield the images of one sample, and what cannot be read of it. Raises UsageError for contrary labels."""
+        key = _key(members[0].name)
         images = [member for member in members if is_image(member.name)]
         beside = _label_files(members)
-        labels, unread = self._labels([*beside, *shard.labels_apart(_key(members[0].name))], shard)
+        label_files = [*beside, *shard.labels_apart(key)]
+        for_all = [file for file in label_files if _ending(file.name) == _suffix(file.name)]
+        labels, unread = self._labels(for_all, shard)
         yield from unread
+        own_files: list[Member] = []
         for member in images:
-            id_ = f"{safe_id(shard.name[:-4])}/{member.name}"
-            problem = member_problem(member.name, member.size, member.problem)
-            if not problem and len(id_.encode()) > LONGEST_PATH:
-                problem = "its name is too long"
-            if not problem and not shard.seen.add(id_):
-                problem = "another member has the same name: the first is used"
-            if problem:
-                yield Skipped(printable(id_), problem)
-            else:
-                yield SourceItem(id_, f"{shard.name}#{member.offset}", member.size, shard.blob.version, labels)
+            own = [f for f in label_files if f not in for_all and _stem(f.name) in (member.name, _stem(member.name))]
+            own_files += own
+            own_labels, unread = self._labels([*for_all, *own], shard) if own else (labels, [])
+            yield from (entry for entry in unread if own)
+            yield self._image(shard, member, own_labels)
         for member in members:
             if member not in images and member not in beside:
-                shard.others.add(member.name)
+                yield from shard.other(member)
+        others = [file for file in label_files if file not in for_all and file not in own_files]
+        yield from shard.skip(others, "belongs to no image")
+
+    def _image(self, shard: _OpenShard, member: Member, labels: tuple[str, ...] | None) -> Listed:
+        id_ = f"{safe_id(shard.name[:-4])}/{member.name}"
+        problem = member_problem(member.name, member.size, member.problem)
+        if not problem and len(id_.encode()) > LONGEST_PATH:
+            problem = "its name is too long"
+        if not problem and not shard.seen.add(id_):
+            problem = "another member has the same name: the first is used"
+        if problem:
+            return Skipped(printable(id_), problem)
+        return SourceItem(id_, f"{shard.name}#{member.offset}", member.size, shard.blob.version, labels)
 
     def _labels(self, files: list[Member], shard: _OpenShard) -> tuple[tuple[str, ...] | None, list[Skipped]]:
         """Return the labels of an image from the files of its sample, and the unreadable files with their reasons.
@@ -389,19 +388,22 @@ class TarSource(Source):
                 shard.others.add(member.name)
             return None, unread
         found: dict[frozenset[str | None], tuple[Member, tuple[str, ...]]] = {}
-        for member in files:
+        for member in sorted(files, key=lambda file: file.name.lower().endswith(".txt")):
+            kind = _suffix(member.name)[1:]
+            if kind == "txt" and found:  # next to labels, it is a caption
+                shard.others.add(member.name)
+                continue
             problem = member.problem
             if not problem and member.size > _LARGEST_SIDECAR:
                 problem = f"got {member.size} bytes of labels, expected at most {_LARGEST_SIDECAR}"
             try:
-                kind = member.name.rpartition(".")[2].lower()
                 if not problem:
                     labels = self._reader.from_file(kind, shard.blob.read_at(member.offset, member.size))
                     if labels is not None:
                         names = frozenset(self._reader.classes.find(name) or name for name in labels)
                         found.setdefault(names, (member, labels))
-                    elif kind == "txt":
-                        shard.others.add(member.name)  # a caption
+                    else:
+                        shard.others.add(member.name)  # a caption, or facts about the image
             except ValueError as error:
                 problem = str(error)
             if problem:
@@ -442,7 +444,20 @@ def _loose_labels(members: Iterable[Member]) -> dict[str, list[Member]]:
 
 
 def _label_files(members: Iterable[Member]) -> list[Member]:
-    return [m for m in members if m.name.removeprefix(_key(m.name)).lower() in _LABEL_ENDINGS]
+    return [member for member in members if _suffix(member.name) in _LABEL_ENDINGS]
+
+
+def _ending(name: str) -> str:
+    """Return what follows the key of a sample, in lower case: .json, .2.json."""
+    return name.removeprefix(_key(name)).lower()
+
+
+def _suffix(name: str) -> str:
+    return f".{name.rpartition('.')[2].lower()}"
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:

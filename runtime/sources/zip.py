@@ -20,6 +20,7 @@ from multisa.runtime.sources.storage import (
     printable,
     reason_of,
     relative_member_name,
+    unread_format,
 )
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -54,16 +55,24 @@ class ZipSource(Source):
         others = OtherFileCounter()
         try:
             with self._store.open(self._path) as blob:
+                first = blob.size
+                is_zip = blob.read_at(0, len(_LOCAL_MAGIC)) == _LOCAL_MAGIC
                 for member, problem in list_members(blob):
+                    first = min(first, member.header_offset)
                     name = _name(member)
                     if not is_image(name):
-                        if not name.endswith("/"):
+                        if unread := unread_format(name):
+                            yield Skipped(printable(name), unread)
+                        elif not name.endswith("/"):
                             others.add(name)
                         continue
                     problem = member_problem(name, member.file_size, problem)
                     if not problem and not seen.add(name):
                         problem = "another member has the same name: the first is used"
                     yield Skipped(printable(name), problem) if problem else _item(member)
+                if is_zip and 0 < first < blob.size:
+                    name = printable(self._path.partition("?")[0].rpartition("/")[2])
+                    yield Skipped(name, f"{first} bytes before its first member, as of another zip file, are not read")
         except _BROKEN as error:
             raise UsageError(f"{self.description}: cannot be read as a zip file: {error}") from error
         except OSError as error:

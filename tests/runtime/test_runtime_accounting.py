@@ -46,7 +46,8 @@ IMAGES = (
     "two words.png",
     "x,y.png",
 )
-OTHERS = ("notes.txt", "d.heic", "data.bin", "noextension")
+OTHERS = ("notes.txt", "data.bin", "noextension")
+UNREAD = ("d.heic", "deep/e.NEF")
 MASKS = ("a.mask.png", "deep/c.seg.PNG")
 HIDDEN = (".e.png", ".git/f.png", "deep/._c.png")
 UNSAFE = ("../up.png", "back\\slash.png", "a//b.png", "/root.png")  # only archives hold these
@@ -82,7 +83,7 @@ def test_files_are_listed_skipped_or_counted(
 ) -> None:
     random = np.random.default_rng(seed)
     unsafe = () if write is write_folder else UNSAFE
-    names = [name for name in (*IMAGES, *OTHERS, *MASKS, *HIDDEN, *unsafe) if random.random() < 0.6]
+    names = [name for name in (*IMAGES, *OTHERS, *MASKS, *UNREAD, *HIDDEN, *unsafe) if random.random() < 0.6]
     random.shuffle(names)
     path = write(tmp_path / ("t.tar" if write is write_tar else "t.zip" if write is write_zip else "t"), names)
     if not path.exists():
@@ -95,7 +96,7 @@ def test_files_are_listed_skipped_or_counted(
     others = sum(entry.count for entry in listing if isinstance(entry, OtherFiles))
     assert used == set(IMAGES) & set(names)
     listed = {name for name in names if any(name == id_ or name.startswith(f"{id_}/") for id_ in skipped)}
-    assert listed == {name for name in names if name in (*HIDDEN, *MASKS, *unsafe)}
+    assert listed == {name for name in names if name in (*HIDDEN, *MASKS, *UNREAD, *unsafe)}
     assert len(used) + len(listed) + others == len(names)
 
 
@@ -226,7 +227,7 @@ def test_images_without_any_labels(
 def test_a_source_without_an_image_says_what_it_holds(tmp_path: Path, bundle: Bundle) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    with pytest.raises(UsageError, match=r"folder .*images: no image found \(it is empty\), expected at least one"):
+    with pytest.raises(UsageError, match=r"folder .*images: no image found \(nothing is there\), expected"):
         run_segment(folder, tmp_path / "out", bundle)
     (tmp_path / "away.png").write_bytes(png())
     for name in ("l.png", "m.png"):
@@ -307,6 +308,84 @@ def test_equal_labels_of_one_sample(tmp_path: Path, bundle: Bundle) -> None:
     assert labels_of(tmp_path / "out") == {"s/a.png": ("file", ["red thing", "green"])}
     with Snapshot(tmp_path / "out" / SNAPSHOT) as snapshot:  # the caption
         assert snapshot.other_files.kinds == {".txt": (1, "a.txt")}
+
+
+def test_joined_archives(tmp_path: Path, bundle: Bundle) -> None:
+    one = write_members(tmp_path / "1.tar", [("a.png", png(1)), ("a.cls", b"green")])
+    two = write_members(tmp_path / "2.tar", [("b.png", png(2)), ("b.cls", b"red thing")])
+    (tmp_path / "both.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    run_label(tmp_path / "both.tar", tmp_path / "out", bundle)
+    expected = {"both/a.png": ("file", ["green"]), "both/b.png": ("file", ["red thing"])}
+    assert labels_of(tmp_path / "out") == expected
+    (tmp_path / "junk.tar").write_bytes(one.read_bytes() + b"junk" * 512)
+    with open_source(str(tmp_path / "junk.tar")) as source:
+        reasons_of = [entry.reason for entry in source.listing() if isinstance(entry, Skipped)]
+    assert len(reasons_of) == 1 and reasons_of[0].startswith(f"damaged at byte {one.stat().st_size}: ")
+    write_zip(tmp_path / "1.zip", ["a.png"])
+    first = (tmp_path / "1.zip").read_bytes()
+    write_zip(tmp_path / "2.zip", ["b.png"])
+    (tmp_path / "both.zip").write_bytes(first + (tmp_path / "2.zip").read_bytes())
+    with open_source(str(tmp_path / "both.zip")) as source:
+        item, skipped = source.listing()
+    assert item.id == "b.png"  # type: ignore[union-attr]
+    reason = f"{len(first)} bytes before its first member, as of another zip file, are not read"
+    assert skipped == Skipped("both.zip", reason)
+
+
+def test_label_files_with_dots_in_their_names(tmp_path: Path, bundle: Bundle) -> None:
+    members = [
+        *[("p.2023.01.png", png(1)), ("p.2023.01.cls", b"green"), ("p.2023.02.png", png(2))],
+        *[("p.2023.02.json", b'["red thing"]'), ("p.3.json", b"[]"), ("r.png", png(3)), ("r.png.json", b'["green"]')],
+    ]
+    run_label(write_members(tmp_path / "s.tar", members), tmp_path / "out", bundle)
+    found = {name: labels for name, (_, labels) in labels_of(tmp_path / "out").items()}
+    assert found == {"s/p.2023.01.png": ["green"], "s/p.2023.02.png": ["red thing"], "s/r.png": ["green"]}
+    with Snapshot(tmp_path / "out" / SNAPSHOT) as snapshot:
+        assert [*snapshot.skipped_entries()] == [Skipped("s/p.3.json", "belongs to no image")]
+
+
+@pytest.mark.parametrize(
+    ("text", "skipped"),
+    [
+        ("", []),
+        ("a thing on a table", []),
+        ("green, dgo", ["taken for a caption: it holds class names, but 'dgo' is no class"]),
+    ],
+)
+def test_captions_are_no_labels(tmp_path: Path, bundle: Bundle, text: str, skipped: list[str]) -> None:
+    members = [("a.png", png()), ("a.txt", text.encode()), ("a.json", b'{"width": 64}')]
+    run_label(write_members(tmp_path / "s.tar", members), tmp_path / "out", bundle)
+    assert labels_of(tmp_path / "out")["s/a.png"][0] == "scores"
+    with Snapshot(tmp_path / "out" / SNAPSHOT) as snapshot:
+        assert [entry.reason for entry in snapshot.skipped_entries()] == skipped
+        assert snapshot.other_files == OtherFiles(2 - len(skipped))
+
+
+def test_labels_that_a_label_file_replaces(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path, ["a.png", "b.png"])
+    write_manifest(tmp_path / "m.csv", [("a.png", "green"), ("b.png", "green")])
+    (tmp_path / "l.json").write_text('{"a.png": ["red thing"], "b.png": ["green"]}')
+    run_label(tmp_path / "m.csv", tmp_path / "out", bundle, labels=tmp_path / "l.json")
+    assert labels_of(tmp_path / "out")["a.png"] == ("file", ["red thing"])
+    replaced = f"labels of 1 image in the source are replaced by those of {tmp_path / 'l.json'}: a.png\n"
+    assert replaced in capsys.readouterr().err
+
+
+def test_label_files_that_are_not_named(tmp_path: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "images", ["a.png"])
+    (folder / "labels.csv").write_text("image,labels\na.png,green\n")
+    run_label(folder, tmp_path / "out", bundle)
+    assert f"{folder / 'labels.csv'} is not read: name it with --labels to use it\n" in capsys.readouterr().err
+    for name in ("m.json", "m.tsv", "m.xlsx"):
+        (tmp_path / name).write_text("[]")
+        with pytest.raises(UsageError, match=r"got a table or labels, expected images or a manifest: save it as \.csv"):
+            run_label(tmp_path / name, tmp_path / "out2", bundle)
+
+
+def test_paths_of_windows_in_a_manifest(tmp_path: Path, bundle: Bundle) -> None:
+    write_folder(tmp_path, ["sub/a.png", "b\\c.png"])
+    write_manifest(tmp_path / "m.jsonl", [("sub\\a.png", "green"), ("b\\c.png", "green")])
+    assert run_label(tmp_path / "m.jsonl", tmp_path / "out", bundle).done == 2
 
 
 def test_what_is_not_used_is_listed(tmp_path: Path, bundle: Bundle) -> None:

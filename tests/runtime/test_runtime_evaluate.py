@@ -207,8 +207,8 @@ def test_names_match_in_any_case_of_the_extension_and_unicode_form(tmp_path: Pat
     result = evaluate_masks(guess, truth, CLASSES, names=listed)
     assert result.images == 2 and result.iou["cat"] == 5 / 7
     assert result.skipped == (
-        SkippedFiles("predictions", "not in the list", 1, "a.png"),
-        SkippedFiles("ground truth", "not in the list", 1, "a.PNG"),
+        SkippedFiles("predictions", "not in the list", ("a.png",)),
+        SkippedFiles("ground truth", "not in the list", ("a.PNG",)),
     )
     names = [unicodedata.normalize("NFD", "caf\u00e9/\u00e0")]
     assert evaluate_masks(guess, truth, CLASSES, names=names).miou == 1
@@ -238,18 +238,43 @@ def test_every_other_file_is_counted(tmp_path: Path) -> None:
     result = evaluate_masks(guess, truth, CLASSES)
     assert result.images == 1
     assert result.skipped == (
-        SkippedFiles("predictions", "hidden", 3, ".DS_Store"),
-        SkippedFiles("predictions", "not PNG", 3, "a.jpg"),
-        SkippedFiles("predictions", "without ground truth", 2, "new.png"),
-        SkippedFiles("ground truth", "broken symbolic link", 1, "broken.png"),
-        SkippedFiles("ground truth", "symbolic link to a folder", 1, "folder"),
-        SkippedFiles("ground truth", "symbolic link that leaves the folder", 1, "link.png"),
+        SkippedFiles("predictions", "hidden", (".DS_Store", "._a.png", ".cache")),
+        SkippedFiles("predictions", "not PNG", ("a.jpg", "png", "readme.txt")),
+        SkippedFiles("predictions", "without ground truth", ("deep/new.png", "new.png")),
+        SkippedFiles("ground truth", "broken symbolic link", ("broken.png",)),
+        SkippedFiles("ground truth", "symbolic link to a folder", ("folder",)),
+        SkippedFiles("ground truth", "symbolic link that leaves the folder", ("link.png",)),
     )
     assert result.to_json()["skipped"][1] == {
-        "folder": "predictions", "reason": "not PNG", "count": 3, "example": "a.jpg"
+        "folder": "predictions", "reason": "not PNG", "paths": ("a.jpg", "png", "readme.txt")
     }  # fmt: skip
     assert "skipped in predictions: not PNG: 3 (a.jpg)\n" in result.table()
     assert result.table().endswith("\n1 image")
+
+
+def test_doubtful_masks_and_classes_are_noted(tmp_path: Path) -> None:
+    binary = np.where(TRUTH > 0, 255, 0).astype(np.uint8)
+    folders = save(tmp_path / "pred", a=binary), save(tmp_path / "gt", a=binary)
+    only = "only the values 0 and 255, and 255 is no class: write ids 0, 1, .. if it stands for one"
+    result = evaluate_masks(*folders, CLASSES)
+    assert result.notes == (f"ground truth: {only}",)  # whose 255 hide those of the predictions
+    assert result.table().splitlines()[-2] == f"note: ground truth: {only}"
+    assert result.to_json()["notes"] == [f"ground truth: {only}"]
+    assert evaluate_masks(folders[0], save(tmp_path / "gt2", a=TRUTH), CLASSES).notes == (f"predictions: {only}",)
+    (note,) = evaluate_masks(*[save(tmp_path / "gt3", a=TRUTH)] * 2, (*CLASSES[1:], "more")).notes
+    assert note.startswith(f"id 0 is {CLASSES[1]!r}, the first class")
+
+
+def test_arguments_that_have_no_order_or_are_no_folder(tmp_path: Path) -> None:
+    folders = save(tmp_path / "pred", a=GUESS), save(tmp_path / "gt", a=TRUTH)
+    assert evaluate_masks(*folders, CLASSES, names=[Path("a.png")]).images == 1  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="classes: got set, expected a sequence, in the order of the ids"):
+        evaluate_masks(*folders, set(CLASSES))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="predictions: got list, expected the path of a folder"):
+        evaluate_masks([folders[0]], folders[1], CLASSES)  # type: ignore[arg-type]
+    (tmp_path / "c.txt").write_text("# mine\nbackground\n")
+    with pytest.raises(UsageError, match=r"c\.txt: got the line '# mine', expected one class per line"):
+        evaluate_masks(*folders, tmp_path / "c.txt")
 
 
 def test_masks_that_are_not_found_say_what_is_there(tmp_path: Path) -> None:
@@ -380,7 +405,7 @@ def evaluation_of(confusion: np.ndarray, abstained: np.ndarray | None = None) ->
     n = len(confusion)
     classes = tuple(f"c{i}" for i in range(n))
     abstained = np.zeros(n, np.int64) if abstained is None else abstained
-    return Evaluation(classes, confusion, abstained, 0, False, 1, (), (), ())
+    return Evaluation(classes, confusion, abstained, 0, False, 1, (), (), (), ())
 
 
 def test_confusion_as_a_matrix() -> None:

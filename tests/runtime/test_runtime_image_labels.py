@@ -86,7 +86,7 @@ def test_names_that_differ_in_case_alone_are_not_confused() -> None:
 def test_a_mapping(tmp_path: Path) -> None:
     labels = read_image_labels({"a.jpg": ("dog", "Cat"), Path("b.jpg"): []}, CLASSES)  # type: ignore[dict-item]
     assert match(labels, ["a.jpg", "b.jpg"]) == {"a.jpg": ("cat", "dog"), "b.jpg": ()}
-    for wrong in ("dog", 3):
+    for wrong in ("dog", 3, {"cat": 0}):
         with pytest.raises(UsageError, match=rf"labels, key 'a': got {wrong!r}, expected a list of class names"):
             read_image_labels({"a": wrong}, CLASSES)  # type: ignore[dict-item]
 
@@ -138,6 +138,8 @@ def test_json(tmp_path: Path) -> None:
         ('["a"]', "l.json", "no JSON object"),
         ('{"a": "cat"}', "l.json", "key 'a': got 'cat', expected a list"),
         ('{"a": [1]}', "l.json", "expected a list"),
+        ('{"a": {}}', "l.json", r"key 'a': got \[\], expected a list"),
+        ('{"a": {"cat": 1}}', "l.json", "key 'a': got .*, expected a list"),
         ('{"a": ["cow"]}', "l.json", "key 'a': unknown class 'cow'"),
         ('{"a": ["cat"], "a": ["dog"]}', "l.json", "keep one"),
         ("{}", "l.json", "has no row"),

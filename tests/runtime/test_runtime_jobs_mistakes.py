@@ -22,7 +22,7 @@ def test_results_are_not_written_to_a_url(photos: Path, bundle: Bundle) -> None:
 def test_labels_about_none_of_the_images(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("image,labels\nelsewhere/z.jpg,green\n")
-    expected = r"labels\.csv: has no row for any of 6 images, expected paths below .*, such as a\.jpg"
+    expected = r"has no row for any of 6 images: got rows such as elsewhere/z\.jpg, expected paths .*, such as a\.jpg"
     with pytest.raises(UsageError, match=expected):
         run_label(photos, tmp_path / "out", bundle, labels=labels)
     labels.write_text("image,labels\na.jpg,green\n")

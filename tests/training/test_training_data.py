@@ -63,6 +63,35 @@ def test_object_names_of_another_spelling_and_of_no_class(tmp_path: Path) -> Non
     }
 
 
+def test_objects_of_two_names_and_files_of_other_names(tmp_path: Path) -> None:
+    root = voc(tmp_path, "a.jpg", "b.jpg")
+    for name in ("a", "b"):
+        text = "<annotation><object><name>red</name><name>blue</name></object><object/></annotation>"
+        write(root / "Annotations" / f"{name}.xml", text)
+    for name in ("Labels.csv", "SegmentationClassAug/a.png", "ImageSets/Segmentation/Val.txt"):
+        write(root / name)
+    dataset = read_dataset(root)
+    assert classes(dataset) == {"a": (1, 2), "b": (1, 2)}
+    found = findings(dataset)
+    assert found["object names that are no class of classes.txt are left out"] == ("(no name) in 2 images",)
+    assert found["1 entry not read, because of its capitals"] == ("Labels.csv",)
+    assert found["1 entry beside JPEGImages, not read"] == ("SegmentationClassAug",)
+    assert found["1 entry of ImageSets/Segmentation, not read"] == ("Val.txt",)
+    (root / "Annotations" / "b.xml").unlink()
+    with pytest.raises(
+        DatasetError, match=r"1 of 2 annotations are missing, for example b\.xml; expected one"
+    ):
+        read_dataset(root)
+
+
+def test_rows_that_name_other_folders(tmp_path: Path) -> None:
+    root = voc(tmp_path, "a.jpg", "b.jpg")
+    write(root / "labels.csv", "image,labels\nimages/a.jpg,red\nJPEGImages/b.jpg,red\n")
+    match = r"no row for 1 image, for example JPEGImages/a\.jpg \(rows about no image: images/a\.jpg\); expected paths"
+    with pytest.raises(DatasetError, match=match):
+        read_dataset(root)
+
+
 def test_no_label_at_all(tmp_path: Path) -> None:
     root = voc(tmp_path, "a.jpg", "b.jpg", classes="")
     for name in "ab":

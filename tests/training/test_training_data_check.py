@@ -57,6 +57,26 @@ def test_what_is_counted(root: Path) -> None:
     ]
 
 
+def test_notes_of_images_and_masks(root: Path, tmp_path: Path) -> None:
+    Image.new("RGBA", (96, 96), (9, 9, 9, 9)).save(root / "JPEGImages" / "photo_00.png")
+    (root / "JPEGImages" / "photo_00.jpg").unlink()
+    save(root, "photo_00", (96, 96), 255)
+    binary = np.zeros((96, 104), np.uint8)
+    binary[:9] = 255
+    Image.fromarray(binary).save(root / "SegmentationClass" / "photo_01.png")
+    expected = {
+        "1 image: transparency laid on white": ("photo_00",),
+        "2 images: its mask holds no class, only 255 (ignored) and perhaps 0; write ids 0, 1, .. if 255 is a class": (
+            "photo_00",
+            "photo_01",
+        ),
+    }
+    for _ in range(2):  # the second time from what the first has stored
+        report = check_dataset(read_dataset(root), tmp_path / "run")
+        assert report.unusable == ()
+        assert {f.text: f.names for f in report.findings if ": " in f.text} == expected
+
+
 def test_every_bad_file_is_reported_at_once(root: Path) -> None:
     (root / "JPEGImages" / "photo_00.jpg").write_text("<html>")
     (root / "JPEGImages" / "photo_11.jpg").write_bytes(b"")
