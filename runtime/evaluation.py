@@ -289,17 +289,10 @@ def evaluate_masks(
     if classes is None:
         manifest = load_bundle().manifest
         classes, palette = manifest.classes, manifest.mask_palette() if palette is None else palette
-    for what, value in (("predictions", predictions), ("ground_truth", ground_truth)):
-        if not isinstance(value, (str, Path)):
-            raise UsageError(f"{what}: got {type(value).__name__}, expected the path of a folder")
-    if isinstance(classes, (set, frozenset, Mapping)):
-        raise UsageError(f"classes: got {type(classes).__name__}, expected a sequence, in the order of the ids")
-    class_names = read_class_names(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
-    if len(_checked_names("classes", class_names)) > IGNORE_INDEX:
-        raise UsageError(f"classes: got {len(class_names)}, expected at most {IGNORE_INDEX}, as ids are bytes")
+    class_names = _class_names(classes)
     colours = class_colours(voc_palette() if palette is None else palette, len(class_names))
-    prediction = _list_masks("predictions", Path(predictions))
-    truth = _list_masks("ground truth", Path(ground_truth))
+    prediction = _list_masks("predictions", predictions)
+    truth = _list_masks("ground truth", ground_truth)
     listed = read_mask_names(Path(names)) if isinstance(names, (str, Path)) else names
     present, missing = _masks_to_compare(prediction, truth, listed, allow_missing=allow_missing)
     counter = _Counter(class_names, ignore_abstained, worst)
@@ -322,6 +315,15 @@ def evaluate_masks(
         worst=tuple(counter.worst),
         notes=tuple(_notes(class_names, counter)),
     )
+
+
+def _class_names(classes: Sequence[str] | str | Path) -> tuple[str, ...]:
+    if isinstance(classes, (set, frozenset, Mapping)):
+        raise UsageError(f"classes: got {type(classes).__name__}, expected a sequence, in the order of the ids")
+    names = read_class_names(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
+    if len(_checked_names("classes", names)) > IGNORE_INDEX:
+        raise UsageError(f"classes: got {len(names)}, expected at most {IGNORE_INDEX}, as ids are bytes")
+    return names
 
 
 def _notes(classes: tuple[str, ...], counter: "_Counter") -> Iterator[str]:
@@ -360,8 +362,11 @@ class _Counter:
             del self.worst[self._most :]
 
 
-def _list_masks(title: str, folder: Path) -> _Masks:
+def _list_masks(title: str, path: str | Path) -> _Masks:
     """List the masks below a folder. Raises UsageError for two masks of one name."""
+    if not isinstance(path, (str, Path)):
+        raise UsageError(f"{title}: got {type(path).__name__}, expected the path of a folder")
+    folder = Path(path)
     masks = _Masks(title, folder, {})
     for entry in walk(_MaskStore(str(folder)), str(folder), lambda _: True, None):
         assert isinstance(entry, Entry)  # every file is kept

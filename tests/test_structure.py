@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "training", "export", "benchmarks")
-MOST_LINES = 31_500  # of Python outside tests
+MOST_LINES = 32_000  # of Python outside tests
 MOST_BENCHMARK_LINES = 4_500
 MOST_RUNTIME_FILES = 87
 MOST_FILE_LINES = 500

@@ -78,9 +78,7 @@ def test_objects_of_two_names_and_files_of_other_names(tmp_path: Path) -> None:
     assert found["1 entry beside JPEGImages, not read"] == ("SegmentationClassAug",)
     assert found["1 entry of ImageSets/Segmentation, not read"] == ("Val.txt",)
     (root / "Annotations" / "b.xml").unlink()
-    with pytest.raises(
-        DatasetError, match=r"1 of 2 annotations are missing, for example b\.xml; expected one"
-    ):
+    with pytest.raises(DatasetError, match=r"1 of 2 annotations are missing, for example b\.xml; expected one"):
         read_dataset(root)
 
 
