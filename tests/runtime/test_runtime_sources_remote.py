@@ -4,6 +4,7 @@ import http.server
 import importlib.util
 import io
 import json
+import random
 import tarfile
 import threading
 import tracemalloc
@@ -23,7 +24,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from multisa.runtime.errors import BackendUnavailable, ImageError, UsageError
-from multisa.runtime.sources.base import Skipped, SourceItem
+from multisa.runtime.sources.base import OtherFiles, Skipped, SourceItem
 from multisa.runtime.sources.registry import open_source
 from multisa.runtime.sources.remote import s3_folder
 
@@ -113,6 +114,23 @@ def test_names_that_only_a_bucket_can_hold(photos: Bucket) -> None:
     assert reasons[".h"] == "hidden"
     assert reasons["a/..\\x.jpg"] == "backslash in its name"
     assert reasons["a//"] == "empty name in its path (//)"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_key_is_used_skipped_or_counted(bucket: Bucket, seed: int) -> None:
+    used = {"a.jpg", "B.JPG", "deep/c.png", "K\u00e4tzchen.png", "Ka\u0308mel.png", "two words.png", "x,y+z%20.png"}
+    skipped = {".h.jpg", ".git/d.jpg", "a//b.jpg", "deep/b\\c.jpg", "e.heic", "a.mask.png", "l" * 300 + ".jpg"}
+    others = {"notes.txt", "blank.jpg ", "noextension"}
+    keys = random.Random(seed).sample(sorted(used | skipped | others), 12)
+    for key in keys:
+        bucket.put(f"photos/{key}", b"x")
+    with open_source(f"s3://{bucket.name}/photos", storage_options=bucket.options) as source:
+        entries = list(source.listing())
+    assert {entry.id for entry in entries if isinstance(entry, SourceItem)} == used & set(keys)
+    listed = {entry.id for entry in entries if isinstance(entry, Skipped)}
+    found = {key for key in keys if any(key == id_ or key.startswith(f"{id_.rstrip('/')}/") for id_ in listed)}
+    assert found == skipped & set(keys)
+    assert sum(entry.count for entry in entries if isinstance(entry, OtherFiles)) == len(others & set(keys))
 
 
 def test_what_has_changed_in_a_bucket(photos: Bucket) -> None:
