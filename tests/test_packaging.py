@@ -105,16 +105,16 @@ NO_HEADERS = "import sysconfig; sysconfig.get_path = lambda name: '/no-such-fold
 @pytest.mark.parametrize(
     ("compiler", "program", "problem", "debian", "fedora"),
     [
-        ("no-such-compiler", "", "got no compiler no-such-compiler, expected one of C++17", "g++", "gcc-c++"),
-        ("false", NO_HEADERS, "got no /no-such-folder/Python.h, expected", "python3-dev", "python3-devel"),
+        ("no-such-compiler", "", "no-such-compiler was not found, a compiler of C++17", "g++", "gcc-c++"),
+        ("false", NO_HEADERS, "/no-such-folder/Python.h was not found, a header of Python", "python3-dev", "python3-devel"),
         (
             "no-such-compiler",
             NO_HEADERS,
-            "got no compiler no-such-compiler, expected one of C++17; got no /no-such-folder/Python.h",
+            "no-such-compiler was not found, a compiler of C++17; /no-such-folder/Python.h was not found",
             "g++ python3-dev",
             "gcc-c++ python3-devel",
         ),
-        ("false", "", "got an error of false (see above)", "g++ python3-dev", "gcc-c++ python3-devel"),
+        ("false", "", "false failed (see above); it must compile C++17", "g++ python3-dev", "gcc-c++ python3-devel"),
     ],
 )
 def test_without_what_compiles_the_build_says_what_to_install(

@@ -194,13 +194,15 @@ def test_the_command(root: Path, tiny_run: Path) -> None:
     assert report["findings"][1]["names"] == ["photo_06.png", "photo_07.png"]
     written = sum(path.stat().st_size for path in tiny_run.rglob("*") if path.is_file())
     assert report["estimate"]["disk_bytes"] == pytest.approx(written, rel=0.03)
-    assert 0 < report["estimate"]["seconds"] < 600
+    taken = json.loads((tiny_run / "run.json").read_text())["seconds"]
+    assert taken / 10 < report["estimate"]["seconds"] < 10 * taken  # other tests may run beside
     assert "photo_06.png" not in result.stderr  # the report has it
     (root / "JPEGImages" / "photo_05.jpg").write_text("<html>")
     result = CliRunner().invoke(root_command, arguments)
     assert result.exit_code == 1
     assert "cannot be used: 1 file\n" in result.stdout and "training" not in result.stdout
-    assert "error: " in result.stderr and "photo_05.jpg: not an image" in result.stderr
+    assert "photo_05.jpg: not an image" in result.stdout
+    assert result.stderr.splitlines()[-1] == f"error: {root}: 1 file cannot be used, listed above"
 
 
 def test_no_estimate_where_a_gpu_has_too_little_memory(
