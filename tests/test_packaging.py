@@ -106,7 +106,13 @@ NO_HEADERS = "import sysconfig; sysconfig.get_path = lambda name: '/no-such-fold
     ("compiler", "program", "problem", "debian", "fedora"),
     [
         ("no-such-compiler", "", "no-such-compiler was not found, a compiler of C++17", "g++", "gcc-c++"),
-        ("false", NO_HEADERS, "/no-such-folder/Python.h was not found, a header of Python", "python3-dev", "python3-devel"),
+        (
+            "false",
+            NO_HEADERS,
+            "/no-such-folder/Python.h was not found, a header of Python",
+            "python3-dev",
+            "python3-devel",
+        ),
         (
             "no-such-compiler",
             NO_HEADERS,
