@@ -211,6 +211,8 @@ class Evaluation:
             lines += ["", self.confusion_table(), ""]
         for score in self.worst:
             lines += [f"mIoU {score.miou:7.2%}  {score.name}, worst class {score.worst_class}: {score.worst_iou:.2%}"]
+        if None in self.iou.values():
+            lines.append("-: in neither ground truth nor predictions, not in the mIoU")
         lines += [f"skipped in {files.folder}: {files}" for files in self.skipped]
         lines += [f"note: {note}" for note in self.notes]
         skipped = f", {len(self.missing)} without a prediction skipped ({self.missing[0]})" if self.missing else ""
@@ -461,10 +463,12 @@ def _checked_names(source: object, names: Iterable[str]) -> tuple[str, ...]:
 
 def _checked_counts(ids: Sequence[UInt8], prediction: Path, truth: Path, n_classes: int) -> Int64:
     """Return `_joint_counts` of a prediction and its ground truth. Raises ImageError if they do not fit."""
-    try:
-        joint = _joint_counts(*ids)
-    except ValueError as error:
-        raise ImageError(f"{prediction}: {error} ({truth})") from error
+    (height, width), (true_height, true_width) = (side.shape for side in ids)
+    if ids[0].shape != ids[1].shape:
+        raise ImageError(
+            f"{prediction}: got {width} x {height} pixels, expected {true_width} x {true_height} as in {truth}"
+        )
+    joint = _joint_counts(*ids)
     found = (truth, _highest(joint[:IGNORE_INDEX], axis=1)), (prediction, _highest(joint[:n_classes, :-1], axis=0))
     for path, highest in found:
         if highest >= n_classes:

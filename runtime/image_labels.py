@@ -142,6 +142,7 @@ class LabelMatcher:
         self._taken = {key for relative in relatives for key in self._exact_keys(image_key(relative))}
         self._users: dict[str, str] = {}  # key -> the image that it matched
         self.misplaced: dict[str, str] = {}  # key -> an image of its file name in another folder, which it is not
+        self.near_in_case: dict[str, str] = {}  # key -> an image whose file name differs in case
         self.moved: dict[str, str] = {}  # key -> the image that it matched though the images' folder has another name
 
     def find(self, relative: str) -> Labels | None:
@@ -155,6 +156,8 @@ class LabelMatcher:
         exact = self._exact_keys(image)
         keys = exact or self._named_keys(image, relative)
         if not keys:
+            for key in self._by_folded_name.get(image.rpartition("/")[2].casefold(), []):
+                self.near_in_case.setdefault(key, relative)
             return None
         rows = self._labels.rows
         if len({rows[key] for key in keys}) > 1:
@@ -178,8 +181,11 @@ class LabelMatcher:
 
     def why_unused(self, key: str) -> str:
         """Return why a row has matched no image."""
-        near = self.misplaced.get(key)
-        return f"names another folder than {near}" if near else "no image has this name"
+        if key in self.misplaced:
+            return f"names another folder than {self.misplaced[key]}"
+        if key in self.near_in_case:
+            return f"no image has this name, but {self.near_in_case[key]} differs in upper or lower case only"
+        return "no image has this name"
 
     def _exact_keys(self, image: str) -> list[str]:
         """Return the keys that name an image by its path, with or without extension."""
@@ -205,6 +211,13 @@ class LabelMatcher:
         if not certain:
             self.moved.update(dict.fromkeys(moved, relative))
         return certain or moved
+
+    @cached_property
+    def _by_folded_name(self) -> dict[str, list[str]]:
+        index: dict[str, list[str]] = {}
+        for key in self._labels.rows:
+            index.setdefault(key.rpartition("/")[2].casefold(), []).append(key)
+        return index
 
     @cached_property
     def _by_file_name(self) -> dict[str, list[str]]:
@@ -245,7 +258,7 @@ def read_image_labels(labels: Path | LabelMapping, classes: Collection[str]) -> 
         before = rows.get(key, classes_of)
         if before != classes_of and not (is_table and before and classes_of):
             raise UsageError(
-                f"{name}, {position}: {key} has the labels {list(classes_of)}, but {list(before)} at "
+                f"{name}, {position}: {key} has {_in_words(classes_of)} here, but {_in_words(before)} at "
                 f"{positions[key]}: keep one of them"
             )
         rows[key] = names.resolve((*before, *classes_of), name)
@@ -253,6 +266,10 @@ def read_image_labels(labels: Path | LabelMapping, classes: Collection[str]) -> 
     if not rows:
         raise UsageError(f"{name}: has no row, expected at least one image")
     return ImageLabels(name, rows, digest)
+
+
+def _in_words(labels: Labels) -> str:
+    return f"the labels {', '.join(labels)}" if labels else "no labels"
 
 
 def _csv_rows(name: str, text: str, classes: ClassNames) -> Iterator[_Row]:
@@ -263,7 +280,10 @@ def _csv_rows(name: str, text: str, classes: ClassNames) -> Iterator[_Row]:
         column = find_column(header, LABEL_COLUMNS, f"{name}, line 1")
         if image_column is None or column is None:
             got = ",".join(header)
-            raise UsageError(f"{name}, line 1: got {got!r}, expected the header 'image,labels'")
+            raise UsageError(
+                f"{name}, line 1: got {got!r}, expected the header 'image,labels' (or label, classes, class; other "
+                "columns may stand beside), separated by commas"
+            )
         log_label_column(column, name)
         places = header.index(image_column), header.index(column)
         for cells in lines:

@@ -166,7 +166,7 @@ def _read_voc(root: Path, labels: Path | None) -> Dataset:
         _finding("entry", "beside JPEGImages, not read", [n for n in unread if n not in respelt], plural="entries"),
         _finding("entry", "of ImageSets/Segmentation, not read", other_lists, plural="entries"),
         _finding("image", f"in neither {stages} nor val.txt, not used", _names(images, listed)),
-        _finding("mask", "beside those of train.txt and val.txt, not used", _names(masks, measured)),
+        _finding("mask", "besides those of train.txt and val.txt, not used", _names(masks, measured)),
     ]
 
     def items(of: Iterable[str]) -> list[Item]:

@@ -18,6 +18,7 @@ from multisa.training.data import Dataset, Finding, Item
 CACHE = "data-check.json"  # in the run folder: what the last check of this data set found
 FORMAT = 2  # part of the digest in it; raise it when the check becomes stricter
 MOST_LISTED = 20  # unusable files in an error message
+SHORTEST = 180.0  # seconds; shorter estimates are not told
 PAGE_WIDTH = 100  # columns of the table for people
 
 Element = TypeVar("Element")
@@ -36,7 +37,9 @@ class Estimate:
     def __str__(self) -> str:
         megabytes = self.disk_bytes / 1e6
         space = f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{max(megabytes, 1):.0f} MB"
-        return f"about {_duration(self.seconds)} on this machine ({self.machine}), and {space} in the run folder"
+        # Starting processes and reading networks, which is not measured, takes a minute or two.
+        time = f"about {_duration(self.seconds)}" if self.seconds >= SHORTEST else "less than 5 min"
+        return f"{time} on this machine ({self.machine}), and {space} in the run folder"
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def _inspect(item: Item, mask: Path | None, n_classes: int) -> tuple[Size | None
     if size and ids.shape != size:
         problems.append(
             f"{mask}: got a mask of {ids.shape[1]} x {ids.shape[0]} pixels, expected {size[1]} x {size[0]} as its "
-            f"upright image {item.image.name}; replace the mask or the image by the one that belongs to the other"
+            f"upright image {item.image.name}; replace one of them, they do not belong together"
         )
     return size, notes, problems
 
@@ -218,7 +221,5 @@ def _grid(counts: Mapping[str, int]) -> list[str]:
 
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{max(round(seconds), 1)} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -323,9 +323,12 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     transform = srgb_transform(image.info.get("icc_profile"), mode, notes)
     alpha = None
     if image.has_transparency_data:
-        notes.append("transparency laid on white")
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
+        if alpha.getextrema()[0] == 255:  # opaque
+            alpha = None
+        else:
+            notes.append("transparency laid on white")
     if transform is not None:
         image = transform.apply(image.convert(transform.input_mode))
         if alpha is not None:

@@ -73,6 +73,7 @@ def _ids_of_colours(rgba: UInt8, colours: ClassColours, path: Path) -> UInt8:
         count = pluralize(int((pixels == pixels[row, column]).sum()), "pixel")
         raise ImageError(
             f"{path}: got the colour RGBA {tuple(rgba[row, column].tolist())} in {count}, first in row {row}, column "
-            f"{column}, expected colours that the palette has for one class each: save class ids instead of colours"
+            f"{column}, expected the colours of the classes, each of one class: save class ids, and do not resize or "
+            "compress colours"
         )
     return np.asarray(ids[places], np.uint8)

@@ -20,7 +20,7 @@ from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import FAILURES, RECORDS
 from multisa.runtime.report.report import FOLDER, PAGE, ReportData, clear_pictures, write_report
-from multisa.runtime.report.summary import group_failures
+from multisa.runtime.report.summary import MIN_SHARE, group_failures
 from multisa.runtime.sources.base import Source
 from multisa.runtime.writers.base import Writer, shard_path, tar_key
 
@@ -50,12 +50,15 @@ def finalize_files(
     for writer in writers:
         writer.finalize(everything, len(shards) + len(retries))
     counts = dict.fromkeys(classes, 0)
+    notes: dict[str, int] = {}
     for record in _read_lines(output / LABELS_FILE):
         for name, share in record["pixel_shares"].items():
-            if share > 0 and name in counts:
+            if share >= MIN_SHARE and name in counts:
                 counts[name] += 1
+        for note in record.get("notes", ()):
+            notes[note] = notes.get(note, 0) + 1
     files = [*first.written, *everything.written]
-    write_json_atomically(output / FINALIZED, {"files": files, "images_per_class": counts})
+    write_json_atomically(output / FINALIZED, {"files": files, "images_per_class": counts, "notes": notes})
 
 
 def record_finalized(output: Path, **values: int) -> None:
@@ -97,9 +100,12 @@ def failure_reasons(output: Path) -> dict[str, int]:
     return {reason: group.count for reason, group in groups.items()}
 
 
-def images_per_class(output: Path) -> dict[str, int]:
-    """Number of images that show each foreground class, as `finalize_files` has counted them."""
-    counts = read_json_object(output / FINALIZED).get("images_per_class")
+def finalized_counts(output: Path, what: str) -> dict[str, int]:
+    """Number of images by foreground class that they show, or by note, as `finalize_files` has counted them.
+
+    what: "images_per_class" or "notes".
+    """
+    counts = read_json_object(output / FINALIZED).get(what)
     return counts if isinstance(counts, dict) else {}
 
 

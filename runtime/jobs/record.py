@@ -9,7 +9,7 @@ from typing import Any
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.files import sha256_of_file, write_json_atomically
-from multisa.runtime.jobs.finalize import FAILED_FILE
+from multisa.runtime.jobs.finalize import FAILED_FILE, LABELS_FILE
 from multisa.runtime.jobs.output import RUN
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
@@ -42,6 +42,7 @@ class RunSummary:
     failure_kinds: Mapping[str, int]  # failures of this session by the kind of Failure
     reasons: Mapping[str, int]  # failed images by reason, in total
     images_per_class: Mapping[str, int]  # images that show a class, by foreground class, in total
+    notes: Mapping[str, int]  # images by what was done to their pixels, such as a scaling to 8 bits, in total
 
     @property
     def images_per_second(self) -> float:
@@ -71,6 +72,9 @@ def describe_summary(summary: RunSummary, *, report_images: int, quiet: bool = F
     if summary.failures:
         lines.append(f"failures: {job.output / FAILED_FILE} (--retry-failed tries them again)")
     lines.append(_describe_classes(summary.images_per_class))
+    if summary.notes:
+        notes = [f"{note} ({pluralize(count, 'image')})" for note, count in summary.notes.items()]
+        lines.append(f"notes: {format_examples(notes)}; see {job.output / LABELS_FILE}")
     folder = "masks" if "masks" in job.writers else writer_folder(job.writers[0])
     if not quiet:
         lines.append(f"open {job.output / (PAGE if report_images else folder)}")

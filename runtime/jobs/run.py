@@ -11,8 +11,9 @@ the number of workers, processes and resumed runs. Runs are tested on Linux.
 
 import itertools
 import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,13 +23,13 @@ from multisa.runtime.bundle import load_bundle
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import Interrupted, MultisaError, UsageError
 from multisa.runtime.files import read_json_object, sha256_of_file
-from multisa.runtime.image_labels import ClassNames, ImageLabels, LabelMapping, Labels, read_image_labels
+from multisa.runtime.image_labels import ClassNames, ImageLabels, LabelMapping, Labels, image_key, read_image_labels
 from multisa.runtime.jobs.finalize import (
     failed_indices,
     failure_reasons,
     finalize_files,
+    finalized_counts,
     finalized_files,
-    images_per_class,
     is_finalized,
     is_report_written,
     record_finalized,
@@ -65,7 +66,7 @@ from multisa.runtime.jobs.spec import Job, RunOptions
 from multisa.runtime.jobs.telemetry import Telemetry
 from multisa.runtime.jobs.worker import Executor, ExecutorFactory
 from multisa.runtime.progress import EXAMPLES_SHOWN, format_examples, log, pluralize
-from multisa.runtime.sources.base import SourceItem, describe_other_files
+from multisa.runtime.sources.base import Listed, Skipped, SourceItem, describe_other_files
 from multisa.runtime.sources.lists import FilesSource, ListSource
 from multisa.runtime.writers.base import Writer
 from multisa.runtime.writers.registry import writer_folder
@@ -106,18 +107,25 @@ class _LabelLookup:
 
     def __init__(self, job: Job, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
         self._names = ClassNames(foreground)
+        self._skipped_rows: dict[str, str] = {}  # rows of entries that the source skips, and the reason
         self._is_label = job.command == "label"
         self._labels = labels
         self.matcher = None
         if labels:
             with job.open_source(foreground) as source:
-                images = (entry.id for entry in source.listing() if isinstance(entry, SourceItem))
-                self.matcher = labels.matcher(images, source.folder_name)
+                self.matcher = labels.matcher(self._images(source.listing()), source.folder_name)
         self._unlabelled: list[str] = []  # ids of the first images whose classes come from the scores
         self._n_unlabelled = 0
         self._n_ignored = 0  # images whose labels `segment` does not use
         self._replaced: list[str] = []  # ids of images with other labels in the source than in the label file
         self._source = job.source
+
+    def _images(self, listing: Iterable[Listed]) -> Iterator[str]:
+        for entry in listing:
+            if isinstance(entry, SourceItem):
+                yield entry.id
+            elif isinstance(entry, Skipped) and self._labels and image_key(entry.id) in self._labels.rows:
+                self._skipped_rows[image_key(entry.id)] = f"its image is skipped: {entry.reason}"
 
     def find(self, item: SourceItem) -> Labels | None:
         """The labels of an image; None: its classes come from the scores. Raises UsageError."""
@@ -156,7 +164,8 @@ class _LabelLookup:
         if self._n_unlabelled:
             without = f"without a row in {self._labels.name} and " if self._labels else ""
             named = f": {examples}" if self._n_unlabelled < n_images else ""
-            log.info(f"{without}labelled from scores: {self._n_unlabelled} of {images}{named}")
+            level = logging.WARNING if self._labels else logging.INFO
+            log.log(level, f"{without}labelled from scores: {self._n_unlabelled} of {images}{named}")
         if self._labels is None or self.matcher is None:
             unread = [path for name in _LABEL_FILES if (path := Path(self._source, name)).is_file()]
             if self._is_label and unread:
@@ -176,7 +185,8 @@ class _LabelLookup:
     def unused_rows(self) -> Iterator[tuple[str, str]]:
         """Yield the rows of the label file that belong to no image, and why."""
         if self.matcher:
-            yield from ((row, self.matcher.why_unused(row)) for row in self.matcher.unused())
+            for row in self.matcher.unused():
+                yield row, self._skipped_rows.get(row) or self.matcher.why_unused(row)
 
 
 def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
@@ -210,7 +220,7 @@ def _write_unused(path: Path, snapshot: Snapshot, lookup: _LabelLookup) -> None:
             file.write(json.dumps({"what": what, "name": name, "reason": reason}, ensure_ascii=False) + "\n")
             n_unused += 1
     if n_unused:
-        log.info(f"not used: {path} lists all {n_unused}")
+        log.info(f"full list of what is not used ({n_unused}): {path}")
     else:
         path.unlink()
 
@@ -297,7 +307,8 @@ class RunSession:
             skipped=self.snapshot.skipped,
             failure_kinds=dict(self.monitor.failure_kinds),
             reasons=failure_reasons(self.job.output),
-            images_per_class=images_per_class(self.job.output),
+            images_per_class=finalized_counts(self.job.output, "images_per_class"),
+            notes=finalized_counts(self.job.output, "notes"),
         )
 
     def _shards(self) -> list[int]:

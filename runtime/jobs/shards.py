@@ -19,8 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from multisa.runtime.errors import ImageError, MultisaError
 from multisa.runtime.files import flush_file, flush_folder, sha256_of_file
+from multisa.runtime.sources.storage import JOB_FOLDER
 
-PRIVATE = ".multisa"  # below OUT: everything that may differ between two runs
+PRIVATE = JOB_FOLDER  # below OUT: everything that may differ between two runs
 TEMPORARY = f"{PRIVATE}/tmp"
 PARTS = f"{PRIVATE}/parts"
 FILES = "files"  # the part that lists a shard's files

@@ -20,6 +20,7 @@ from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.progress import pluralize
 from multisa.runtime.report.summary import (
     BINS,
+    MIN_SHARE,
     ReasonGroup,
     RunFigures,
     RunStatistics,
@@ -30,7 +31,6 @@ from multisa.runtime.report.summary import (
 
 Colours = Mapping[str, Sequence[int]]
 
-MIN_SHARE = 0.0005  # of an image's pixels; classes below are not shown, they would read 0.0%
 
 _ASSETS = Path(__file__).parent
 # Characters that could end a script element or, in older parsers, a line of script.

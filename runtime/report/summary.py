@@ -24,6 +24,7 @@ _REASONS = 5  # shown in the text; failed.jsonl has them all
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _MAX_REASON = 300  # characters of a reason that are compared
+MIN_SHARE = 0.0005  # of an image's pixels; classes below are neither shown nor counted, they would read 0.0%
 
 
 @dataclass

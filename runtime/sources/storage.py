@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from multisa.runtime.errors import ImageError
 from multisa.runtime.imaging.decode import EXTENSIONS, MAX_FILE_BYTES
 
+JOB_FOLDER = ".multisa"  # marks a folder with the results of a job, whose masks are no images to process
 LONGEST_NAME = 255  # bytes of one file or folder name, on every usual file system
 LONGEST_PATH = 2000  # bytes; half of what Linux allows, because the output folder needs some
 
@@ -49,7 +50,7 @@ def unread_format(name: str) -> str:
     """Return why a file whose extension is that of an image or archive is not read, or "" for any other."""
     extension = PurePosixPath(name).suffix.lower()
     remedy = _UNREAD_FORMATS.get(extension)
-    return f"{extension} is not a supported format: {remedy}" if remedy else ""
+    return f"{extension} is not a supported format ({remedy})" if remedy else ""
 
 
 def mask_name(name: str) -> str:
@@ -446,6 +447,8 @@ class LocalStore(Store):
             if problem:
                 return Entry(entry.name, is_folder, problem=problem)
         elif entry.is_dir():
+            if not problem and os.path.isdir(f"{entry.path}/{JOB_FOLDER}"):  # noqa: PTH112 (a Path for each is slow)
+                problem = "the results of a job"
             return Entry(entry.name, True, problem=problem)
         if problem or not keep(entry.name):
             return Entry(entry.name, False, problem=problem)

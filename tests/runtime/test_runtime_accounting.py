@@ -390,7 +390,7 @@ def test_paths_of_windows_in_a_manifest(tmp_path: Path, bundle: Bundle) -> None:
 
 def test_what_is_not_used_is_listed(tmp_path: Path, bundle: Bundle) -> None:
     folder = write_folder(tmp_path / "images", ["a.png", "b.png", "deep/c.png", "a.mask.png", ".d.png"])
-    labels = {"a.png": ["green"], "gone.png": [], "other/c.png": ["green"]}
+    labels = {"a.png": ["green"], "gone.png": [], "other/c.png": ["green"], "B.png": [], "a.mask.png": []}
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     out = tmp_path / "out"
     run_label(folder, out, bundle, labels=tmp_path / "labels.json")
@@ -398,12 +398,31 @@ def test_what_is_not_used_is_listed(tmp_path: Path, bundle: Bundle) -> None:
     assert [(line["name"], line["reason"]) for line in lines] == [
         (".d.png", "hidden"),
         ("a.mask.png", "a mask by its name (.mask.png)"),
+        ("B.png", "no image has this name, but b.png differs in upper or lower case only"),
+        ("a.mask.png", "its image is skipped: a mask by its name (.mask.png)"),
         ("gone.png", "no image has this name"),
         ("other/c.png", "names another folder than deep/c.png"),
     ]
     write_folder(tmp_path / "clean", ["a.png"])
     run_segment(tmp_path / "clean", tmp_path / "out2", bundle)
     assert not (tmp_path / "out2" / UNUSED).exists()
+
+
+def test_results_of_another_job_are_no_images(tmp_path: Path, bundle: Bundle) -> None:
+    folder = write_folder(tmp_path / "images", ["a.png", "deep/b.png"])
+    run_segment(Path(f"{folder}/a.png"), folder / "out", bundle)
+    summary = run_segment(folder, tmp_path / "out", bundle)
+    assert (summary.images, summary.skipped) == (2, 1)
+    with Snapshot(tmp_path / "out" / SNAPSHOT) as snapshot:
+        assert [*snapshot.skipped_entries()] == [Skipped("out", "the results of a job")]
+
+
+def test_notes_are_summed(tmp_path: Path, bundle: Bundle) -> None:
+    for i in range(2):
+        Image.fromarray(np.full((64, 64), 9000 + i, np.uint16)).save(tmp_path / f"{i}.png")
+    Image.new("RGBA", (64, 64), (1, 2, 3, 255)).save(tmp_path / "opaque.png")
+    summary = run_segment(tmp_path, tmp_path.with_name("notes-out"), bundle)
+    assert summary.notes == {"16-bit grey scaled to 8 bits": 2}
 
 
 def test_a_list_is_read_with_blanks_around_its_names(tmp_path: Path, bundle: Bundle) -> None:

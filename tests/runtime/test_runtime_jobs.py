@@ -151,7 +151,7 @@ def test_other_files_are_counted(
     run_segment(photos, tmp_path / "out", bundle, overwrite=True)
     messages = capsys.readouterr().err
     assert "ignored 3 files not named like an image: .txt: 2 (a.txt), no extension: 1 (.DS_Store)\n" in messages
-    assert "skipped 1: .heic is not a supported format: convert it: 1 (deep/IMG.HEIC)\n" in messages
+    assert "skipped 1: .heic is not a supported format (convert it): 1 (deep/IMG.HEIC)\n" in messages
     run_segment(photos, tmp_path / "out", bundle, log_other_files=False, overwrite=True)
     assert "ignored" not in capsys.readouterr().err
 
@@ -260,18 +260,20 @@ def test_summary(tmp_path: Path) -> None:
         failure_kinds={"decode": 2},
         reasons={"the file is empty": 2},
         images_per_class={"cat": 1, "cow": 0, "dog": 3},
+        notes={"16-bit grey scaled to 8 bits": 2},
     )
     lines = describe_summary(summary, report_images=5).splitlines()
     assert lines[0] == "8 images in 4.0 s (2.00/s), 2 failed, 1 done earlier, 3 skipped"
     assert lines[1] == "busy: crf 38%, read 12%"
     assert "failed, 2 images: the file is empty" in lines
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         f"failures: {tmp_path / 'failed.jsonl'} (--retry-failed tries them again)",
         "found: dog in 3 images, cat in 1 image",
+        f"notes: 16-bit grey scaled to 8 bits (2 images); see {tmp_path / 'labels.jsonl'}",
         f"open {tmp_path / 'report.html'}",
     ]
     assert describe_summary(summary, report_images=0).splitlines()[-1] == f"open {tmp_path / 'masks'}"
-    others = replace(summary, job=replace(job, writers=("coco",)), images_per_class={"cat": 0})
+    others = replace(summary, job=replace(job, writers=("coco",)), images_per_class={"cat": 0}, notes={})
     assert describe_summary(others, report_images=0).splitlines()[-2:] == [
         "found: no class in any image",
         f"open {tmp_path / 'coco'}",

@@ -118,7 +118,7 @@ def test_opaque_12_bits_of_colour_are_found() -> None:
     opaque = TWELVE.copy()
     opaque[..., 3] = 65535
     expected = SCALED_TWELVE[..., :3]
-    check(png(opaque), expected, (TWELVE_NOTE.format("colour"), WHITE))
+    check(png(opaque), expected, (TWELVE_NOTE.format("colour"),))
 
 
 def test_transparent_colours_of_png_are_compared_with_all_16_bits() -> None:

@@ -146,7 +146,7 @@ def test_files_of_a_voc_layout_are_found_by_their_stems(tmp_path: Path) -> None:
         "3 entries of JPEGImages other than images, not used": (".d.jpg (hidden)", "e.txt", "f (folder)"),
         "1 entry of SegmentationClass other than masks (PNG), not used": ("b.jpg",),
         "1 entry beside JPEGImages, not read": ("stray.jpg",),
-        "1 mask beside those of train.txt and val.txt, not used": ("z.png",),
+        "1 mask besides those of train.txt and val.txt, not used": ("z.png",),
         "train: 2 of 3 images have no mask and are not measured on": ("b", "c"),
     }
 

@@ -52,7 +52,7 @@ def test_what_is_counted(root: Path) -> None:
     assert [str(finding) for finding in report.findings] == [
         "4 images labelled in labels.json but not trained on: JPEGImages/photo_08.jpg, JPEGImages/photo_09.jpg, "
         "JPEGImages/photo_10.jpg and 1 more",
-        "2 masks beside those of train.txt and val.txt, not used: photo_06.png, photo_07.png",
+        "2 masks besides those of train.txt and val.txt, not used: photo_06.png, photo_07.png",
         "1 image to train on without any class: photo_00",
     ]
 
@@ -174,7 +174,7 @@ def test_the_table_is_readable_at_any_number_of_classes(count: int) -> None:
 @pytest.mark.parametrize(
     ("seconds", "size", "text"),
     [
-        (40.4, 2_000, "about 40 s on this machine (2 CPU cores), and 1 MB in the run folder"),
+        (40.4, 2_000, "less than 5 min on this machine (2 CPU cores), and 1 MB in the run folder"),
         (7_810, 94_400_000, "about 2 h 10 min on this machine (2 CPU cores), and 94 MB in the run folder"),
         (1_500, 1_260_000_000, "about 25 min on this machine (2 CPU cores), and 1.3 GB in the run folder"),
     ],
