@@ -15,7 +15,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -44,9 +44,9 @@ class ClassNames:
 
     def __init__(self, classes: Collection[str]) -> None:
         self.classes = tuple(classes)
-        self._exact = {_normal(name): name for name in self.classes}
-        folds = Counter(_normal(name).casefold() for name in self.classes)
-        self._folded = {_normal(name).casefold(): name for name in self.classes}
+        self._exact = {normal_name(name): name for name in self.classes}
+        folds = Counter(normal_name(name).casefold() for name in self.classes)
+        self._folded = {normal_name(name).casefold(): name for name in self.classes}
         self._folded = {fold: name for fold, name in self._folded.items() if folds[fold] == 1}
 
     def find(self, name: str) -> str | None:
@@ -55,7 +55,7 @@ class ClassNames:
         Blanks around and between words, and the way an accent is encoded (Unicode NFC, NFD), make no difference;
         nor does upper or lower case, unless several classes differ in nothing else.
         """
-        normal = _normal(name)
+        normal = normal_name(name)
         return self._exact.get(normal) or self._folded.get(normal.casefold())
 
     def resolve(self, names: Iterable[str], where: str) -> Labels:
@@ -79,7 +79,8 @@ class ClassNames:
         return [name.strip() for name in cell.split(separator) if name.strip()]
 
 
-def _normal(name: str) -> str:
+def normal_name(name: str) -> str:
+    """Return a class name in Unicode NFC, without blanks around it, and with one between words."""
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
@@ -213,17 +214,18 @@ class LabelMatcher:
         return certain or moved
 
     @cached_property
-    def _by_folded_name(self) -> dict[str, list[str]]:
-        index: dict[str, list[str]] = {}
-        for key in self._labels.rows:
-            index.setdefault(key.rpartition("/")[2].casefold(), []).append(key)
-        return index
+    def _by_file_name(self) -> dict[str, list[str]]:
+        return self._index(str)
 
     @cached_property
-    def _by_file_name(self) -> dict[str, list[str]]:
+    def _by_folded_name(self) -> dict[str, list[str]]:
+        return self._index(str.casefold)
+
+    def _index(self, form: Callable[[str], str]) -> dict[str, list[str]]:
+        """Return the keys by the form of their file name."""
         index: dict[str, list[str]] = {}
         for key in self._labels.rows:
-            index.setdefault(key.rpartition("/")[2], []).append(key)
+            index.setdefault(form(key.rpartition("/")[2]), []).append(key)
         return index
 
 
@@ -255,14 +257,16 @@ def read_image_labels(labels: Path | LabelMapping, classes: Collection[str]) -> 
             raise UsageError(f"{name}, {position}: got no image, expected its path or file name")
         key = image_key(image)
         classes_of = names.resolve(values, f"{name}, {position}")
-        before = rows.get(key, classes_of)
-        if before != classes_of and not (is_table and before and classes_of):
+        before = rows.setdefault(key, classes_of)
+        if before == classes_of:
+            positions.setdefault(key, position)
+            continue
+        if not (is_table and before and classes_of):
             raise UsageError(
                 f"{name}, {position}: {key} has {_in_words(classes_of)} here, but {_in_words(before)} at "
                 f"{positions[key]}: keep one of them"
             )
         rows[key] = names.resolve((*before, *classes_of), name)
-        positions.setdefault(key, position)
     if not rows:
         raise UsageError(f"{name}: has no row, expected at least one image")
     return ImageLabels(name, rows, digest)

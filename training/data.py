@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
-from multisa.runtime.image_labels import ClassNames, read_image_labels
+from multisa.runtime.image_labels import ClassNames, normal_name, read_image_labels
 from multisa.runtime.imaging.decode import EXTENSIONS, UInt8, read_image, resize_image, working_size
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import format_examples, log, pluralize
@@ -336,7 +336,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
     path = root / "classes.txt"
     if not path.is_file():
         return ()
-    names = tuple(" ".join(line.split()) for _, line in _lines(path))
+    names = tuple(normal_name(line) for _, line in _lines(path))
     if not 2 <= len(names) <= MAX_CLASSES or names[0] != "background" or len(set(names)) < len(names):
         raise DatasetError(
             f"{path}: got {pluralize(len(names), 'name')} ({format_examples(names)}), expected 'background', then 1 to "
@@ -441,7 +441,7 @@ def _object_names(path: Path) -> set[str]:
         raise DatasetError(f"{path}: not valid XML: {error}") from error
     objects = [entry.findall("{*}name") for entry in root.iterfind(".//{*}object")]
     texts = [name.text or "" for names in objects for name in names] + [""] * objects.count([])
-    return {_nfc(" ".join(text.split())) or "(no name)" for text in texts}
+    return {normal_name(text) or "(no name)" for text in texts}
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

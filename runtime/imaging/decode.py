@@ -380,13 +380,18 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     return ids.astype(np.uint8, copy=False)
 
 
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file. Raises OSError, and ImageError (the reason) for more than MAX_FILE_BYTES."""
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
+    return path.read_bytes()
+
+
 def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """Read class ids uint8 [H, W] as `decode_mask` does. Raises ImageError (`PATH: reason`)."""
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ImageError(f"{size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
-        return decode_mask(path.read_bytes(), max_pixels=max_pixels)
+        return decode_mask(read_file(path), max_pixels=max_pixels)
     except OSError as error:
         raise ImageError(f"{path}: {reason_of(error, MASK_FORMATS)}") from error
     except ImageError as error:

@@ -6,14 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.errors import ImageError, UsageError
-from multisa.runtime.imaging.decode import (
-    DECODER_ERRORS,
-    MASK_FORMATS,
-    MAX_FILE_BYTES,
-    decode_mask,
-    open_image,
-    reason_of,
-)
+from multisa.runtime.imaging.decode import DECODER_ERRORS, MASK_FORMATS, decode_mask, open_image, read_file, reason_of
 from multisa.runtime.imaging.guards import check_metadata
 from multisa.runtime.imaging.png import IGNORE_INDEX, PNG_SIGNATURE, UInt8, voc_palette
 from multisa.runtime.progress import pluralize
@@ -42,10 +35,7 @@ def read_ids(path: Path, colours: ClassColours, max_pixels: int) -> UInt8:
     colours: those of the classes, by which RGB is read.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ImageError(f"got {size} bytes, expected at most {MAX_FILE_BYTES}: save it smaller")
-        data = path.read_bytes()
+        data = read_file(path)
         kind = data[24:26] if data.startswith(PNG_SIGNATURE) else b""
         if kind not in (_RGB, _RGBA, _GREY_16):
             return decode_mask(data, max_pixels=max_pixels)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 from multisa.runtime.bundle import load_bundle
@@ -118,14 +119,14 @@ class _LabelLookup:
         self._n_unlabelled = 0
         self._n_ignored = 0  # images whose labels `segment` does not use
         self._replaced: list[str] = []  # ids of images with other labels in the source than in the label file
-        self._source = job.source
+        self._source = without_secrets(job.source)
 
     def _images(self, listing: Iterable[Listed]) -> Iterator[str]:
         for entry in listing:
             if isinstance(entry, SourceItem):
                 yield entry.id
-            elif isinstance(entry, Skipped) and self._labels and image_key(entry.id) in self._labels.rows:
-                self._skipped_rows[image_key(entry.id)] = f"its image is skipped: {entry.reason}"
+            elif isinstance(entry, Skipped) and self._labels and (key := image_key(entry.id)) in self._labels.rows:
+                self._skipped_rows[key] = f"its image is skipped: {entry.reason}"
 
     def find(self, item: SourceItem) -> Labels | None:
         """The labels of an image; None: its classes come from the scores. Raises UsageError."""
@@ -134,7 +135,7 @@ class _LabelLookup:
             return None
         found = self.matcher.find(item.id) if self.matcher else None
         if item.labels is not None:
-            own = self._names.resolve(item.labels, f"{without_secrets(self._source)}: {item.id}")
+            own = self._names.resolve(item.labels, f"{self._source}: {item.id}")
             if found not in (None, own):
                 self._replaced.append(item.id)
             found = own if found is None else found
@@ -156,10 +157,9 @@ class _LabelLookup:
         if self._labels and self.matcher and self._n_unlabelled == n_images:
             near = [f"{row} ({self.matcher.why_unused(row)})" for row in sorted(self.matcher.misplaced)]
             rows = format_examples(near or list(self._labels.rows))
-            source = without_secrets(self._source)
             raise UsageError(
                 f"{self._labels.name}: has no row for any of {images}: got rows such as {rows}, expected paths below "
-                f"{source}, or file names, such as {examples}; without --labels, images are labelled from scores"
+                f"{self._source}, or file names, such as {examples}; without --labels, images are labelled from scores"
             )
         if self._n_unlabelled:
             without = f"without a row in {self._labels.name} and " if self._labels else ""
@@ -175,18 +175,22 @@ class _LabelLookup:
             examples = format_examples(self._replaced)
             count = pluralize(len(self._replaced), "image")
             log.info(f"labels of {count} in the source are replaced by those of {self._labels.name}: {examples}")
-        if unused := [f"{row} ({reason})" for row, reason in self.unused_rows()]:
-            rows = pluralize(len(unused), "row")
-            log.warning(f"without an image: {rows} of {self._labels.name}: {format_examples(unused)}")
+        if self.unused_rows:
+            some = [f"{row} ({reason})" for row, reason in self.unused_rows[:EXAMPLES_SHOWN]]
+            rows = pluralize(len(self.unused_rows), "row")
+            examples = format_examples(some, len(self.unused_rows))
+            log.warning(f"without an image: {rows} of {self._labels.name}: {examples}")
         if moved := [f"{row} for {image}" for row, image in sorted(self.matcher.moved.items())]:
             rows = pluralize(len(moved), "row")
             log.info(f"used, though they name another folder: {rows} of {self._labels.name}: {format_examples(moved)}")
 
-    def unused_rows(self) -> Iterator[tuple[str, str]]:
-        """Yield the rows of the label file that belong to no image, and why."""
-        if self.matcher:
-            for row in self.matcher.unused():
-                yield row, self._skipped_rows.get(row) or self.matcher.why_unused(row)
+    @cached_property
+    def unused_rows(self) -> list[tuple[str, str]]:
+        """The rows of the label file that belong to no image, and why; read it when all images are found."""
+        matcher = self.matcher
+        if matcher is None:
+            return []
+        return [(row, self._skipped_rows.get(row) or matcher.why_unused(row)) for row in matcher.unused()]
 
 
 def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, foreground: Sequence[str]) -> None:
@@ -213,7 +217,7 @@ def _take_snapshot(job: Job, options: RunOptions, labels: ImageLabels | None, fo
 def _write_unused(path: Path, snapshot: Snapshot, lookup: _LabelLookup) -> None:
     """Write what the run does not use, one JSON object per line; no file if it uses everything."""
     entries = (("entry of the source", entry.id, entry.reason) for entry in snapshot.skipped_entries())
-    rows = (("row of the label file", row, reason) for row, reason in lookup.unused_rows())
+    rows = (("row of the label file", row, reason) for row, reason in lookup.unused_rows)
     n_unused = 0
     with path.open("w", encoding="utf-8") as file:
         for what, name, reason in itertools.chain(entries, rows):

@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Self
 
 from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.progress import format_examples, pluralize
-from multisa.runtime.sources.storage import reason_of
+from multisa.runtime.sources.storage import extension, reason_of
 
 _LONGEST_EXTENSION = 10
 _MOST_KINDS = 50  # extensions that are counted one by one
@@ -51,11 +50,11 @@ class OtherFileCounter:
     def add(self, name: str) -> None:
         """Count one entry."""
         self._count += 1
-        extension = PurePosixPath(name).suffix.lower()
-        if len(extension) > _LONGEST_EXTENSION or (extension not in self._kinds and len(self._kinds) >= _MOST_KINDS):
-            extension = ""
-        count, first = self._kinds.get(extension, (0, name))
-        self._kinds[extension] = (count + 1, first)
+        kind = extension(name)
+        if len(kind) > _LONGEST_EXTENSION or (kind not in self._kinds and len(self._kinds) >= _MOST_KINDS):
+            kind = ""
+        count, first = self._kinds.get(kind, (0, name))
+        self._kinds[kind] = (count + 1, first)
 
     def total(self) -> Iterator[OtherFiles]:
         """Yield what was counted, or nothing."""
@@ -66,7 +65,7 @@ class OtherFileCounter:
 def describe_other_files(others: OtherFiles) -> str:
     """Say in words what is not named like an image."""
     kinds = sorted(others.kinds.items(), key=lambda kind: (-kind[1][0], kind[0]))
-    words = [f"{extension or 'no extension'}: {count} ({first})" for extension, (count, first) in kinds]
+    words = [f"{kind or 'no extension'}: {count} ({first})" for kind, (count, first) in kinds]
     examples = f": {format_examples(words)}" if words else ""
     return f"{pluralize(others.count, 'file')} not named like an image{examples}"
 

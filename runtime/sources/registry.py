@@ -64,11 +64,13 @@ def open_source(
     Raises UsageError if `spec` names no source, BackendUnavailable if fsspec or its package for a protocol is
     missing.
     """
-    stores = _Stores("" if SEVERAL in spec else protocol_of(spec), _options(storage_options))
+    if SEVERAL in spec:
+        return _several(spec.split(SEVERAL), _Stores("", _options(storage_options)))
+    stores = _Stores(protocol_of(spec), _options(storage_options))
     labels = LabelReader(ClassNames(classes), ignore_labels)
     if stores.protocol in ("file", "local"):
         spec, stores.protocol = spec.partition("://")[2], ""
-    if "::" in spec and "://" in spec and SEVERAL not in spec:
+    if "::" in spec and "://" in spec:
         raise UsageError(f"{spec}: got a chain of URLs, expected one: {EXPECTED}")
     if not stores.protocol:
         return _local(spec, stores, labels)
@@ -107,8 +109,6 @@ class _Stores:
 
 
 def _local(spec: str, stores: _Stores, labels: LabelReader) -> Source:
-    if SEVERAL in spec:
-        return _several(spec.split(SEVERAL), stores)
     if os.path.isdir(spec):  # noqa: PTH112 (text, as all paths of sources)
         root = spec.rstrip("/") or "/"
         return FolderSource(root, LocalStore(root))

@@ -40,17 +40,22 @@ _PLAIN = re.compile(r"[\w-][\w. -]*(?:/[\w-][\w. -]*)*", re.ASCII)
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
+def extension(name: str) -> str:
+    """Return the extension of a name in lower case, with its dot; "" without one, as of .hidden."""
+    stem, _, ending = name.rpartition("/")[2].rpartition(".")
+    return f".{ending.lower()}" if stem and ending else ""
+
+
 def is_image(name: str) -> bool:
     """Return whether a name has the extension of an image."""
-    stem, dot, ending = name.rpartition("/")[2].rpartition(".")
-    return bool(stem) and f"{dot}{ending}".lower() in EXTENSIONS
+    return extension(name) in EXTENSIONS
 
 
 def unread_format(name: str) -> str:
     """Return why a file whose extension is that of an image or archive is not read, or "" for any other."""
-    extension = PurePosixPath(name).suffix.lower()
-    remedy = _UNREAD_FORMATS.get(extension)
-    return f"{extension} is not a supported format ({remedy})" if remedy else ""
+    ending = extension(name)
+    remedy = _UNREAD_FORMATS.get(ending)
+    return f"{ending} is not a supported format ({remedy})" if remedy else ""
 
 
 def mask_name(name: str) -> str:

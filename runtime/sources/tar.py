@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 from multisa.runtime.errors import ImageError, UsageError
+from multisa.runtime.image_labels import without_suffix
 from multisa.runtime.imaging.decode import MAX_FILE_BYTES
 from multisa.runtime.sources.base import Listed, OtherFileCounter, Skipped, Source, SourceItem
 from multisa.runtime.sources.folders import inside
@@ -355,10 +356,11 @@ class TarSource(Source):
         yield from unread
         own_files: list[Member] = []
         for member in images:
-            own = [f for f in label_files if f not in for_all and _stem(f.name) in (member.name, _stem(member.name))]
+            names = (member.name, without_suffix(member.name))
+            own = [file for file in label_files if file not in for_all and without_suffix(file.name) in names]
             own_files += own
             own_labels, unread = self._labels([*for_all, *own], shard) if own else (labels, [])
-            yield from (entry for entry in unread if own)
+            yield from unread
             yield self._image(shard, member, own_labels)
         for member in members:
             if member not in images and member not in beside:
@@ -454,10 +456,6 @@ def _ending(name: str) -> str:
 
 def _suffix(name: str) -> str:
     return f".{name.rpartition('.')[2].lower()}"
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _samples(members: Iterable[Member]) -> Iterator[list[Member]]:

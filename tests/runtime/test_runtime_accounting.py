@@ -60,13 +60,17 @@ def write_folder(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def write_tar(path: Path, names: list[str]) -> Path:
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
     with tarfile.open(path, "w") as tar:
-        for name in names:
+        for name, data in members:
             info = tarfile.TarInfo(name)
-            info.size = len(png())
-            tar.addfile(info, io.BytesIO(png()))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def write_tar(path: Path, names: list[str]) -> Path:
+    return write_members(path, [(name, png()) for name in names])
 
 
 def write_zip(path: Path, names: list[str]) -> Path:
@@ -254,11 +258,7 @@ def test_labels_apart_from_their_image_in_a_tar(tmp_path: Path, bundle: Bundle, 
         "c.json": b"[]",
         "x.txt": b"",
     }
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name in (*order, "c.json", "x.txt"):
-            info = tarfile.TarInfo(name)
-            info.size = len(data[name])
-            tar.addfile(info, io.BytesIO(data[name]))
+    write_members(tmp_path / "s.tar", [(name, data[name]) for name in (*order, "c.json", "x.txt")])
     assert run_label(tmp_path / "s.tar", tmp_path / "out", bundle).skipped == 1
     assert labels_of(tmp_path / "out") == {"s/a.png": ("file", ["green"]), "s/b.png": ("file", ["red thing"])}
     with Snapshot(tmp_path / "out" / SNAPSHOT) as snapshot:
@@ -276,15 +276,6 @@ def test_labels_apart_from_their_image_in_a_tar_that_memory_does_not_hold(
     reason = "does not stand beside an image in the tar file: sort its members by name, as it has more than 2"
     assert Skipped("s/c.cls", reason) in listing
     assert sum(isinstance(entry, SourceItem) for entry in listing) == 3
-
-
-def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -436,11 +427,7 @@ def test_a_list_is_read_with_blanks_around_its_names(tmp_path: Path, bundle: Bun
     "text", ['{"label": "green"}', '{" Labels": ["green"]}', '["green"]', '{"classes": ["Green"]}', '"green"']
 )
 def test_spellings_of_labels_beside_an_image(tmp_path: Path, bundle: Bundle, text: str) -> None:
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name, data in (("a.png", png()), ("a.json", text.encode())):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    write_members(tmp_path / "s.tar", [("a.png", png()), ("a.json", text.encode())])
     run_label(tmp_path / "s.tar", tmp_path / "out", bundle)
     assert labels_of(tmp_path / "out") == {"s/a.png": ("file", ["green"])}
 
