@@ -1,10 +1,11 @@
-"""The random walk and the dense CRF: ours against the literature's code and SciPy, with errors.
+"""The kernels: ours against the literature's code, SciPy and PyTorch, with errors.
 
     multisa bench --data VOC_LAYOUT --stages kernels -o DIR     # --quick leaves out the dense squaring
 
 psa, irn and PuzzleCAM square the transition matrix of the whole grid eight times ("dense squaring", on all
 cores; everything else runs on one thread). SciPy does the same walk as ours on a sparse matrix. pydensecrf is
-the CRF that everybody uses. Its bench.json is benchmarks/results/kernels.json.
+the CRF that everybody uses. PyTorch enlarges probabilities before it takes the argmax, and SciPy finds the connected
+parts of a mask, without joining them. Its bench.json is benchmarks/results/kernels.json.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +20,15 @@ from multisa.benchmarks.worker_process import INSTALL, WorkerProcess
 from multisa.kernels import (
     CrfParameters,
     DenseCRF,
+    absorb_small_parts,
     affinity_from_features,
     dense_crf,
+    enlarge_probabilities,
     random_walk,
     random_walk_reference,
     stencil_offsets,
 )
-from multisa.kernels.common.checks import Float32
+from multisa.kernels.common.checks import Float32, UInt8
 from multisa.kernels.common.stencil import pair_slices
 from multisa.kernels.common.walk import WalkSettings, chebyshev_degree
 from multisa.kernels.cpu import forget_lattices
@@ -46,6 +49,9 @@ SETTINGS = {
 CRFS = (("psa", 3, 3), ("psa", 21, 21), ("psa", 21, 3), ("irn", 3, 3), ("deeplab", 3, 3))  # labels, present
 HEIGHT = 375
 WIDTH = 500
+ENLARGED = ((7, (94, 125), (HEIGHT, WIDTH)), (7, (96, 128), (3000, 4000)))  # labels, grid, image
+SPECKS = 1e-4  # share of the pixels whose label is changed
+MIN_PIXELS = 64
 
 
 def measure(*, quick: bool) -> list[Row]:
@@ -55,12 +61,14 @@ def measure(*, quick: bool) -> list[Row]:
     kernels: dict[str, tuple[Callable[..., Iterator[Row]], list[tuple[Any, ...]]]] = {
         "random walk": (walk_rows, [(side, side == SIDES[0] and not quick, 5 if quick else 15) for side in SIDES]),
         "dense CRF": (crf_rows, [(*case, 3 if quick else 9) for case in CRFS]),
+        "enlarge": (enlarge_rows, [(*case, 5 if quick else 15) for case in ENLARGED]),
+        "absorb": (absorb_rows, [(*case, 5 if quick else 15) for case in ENLARGED]),
     }
     with Progress(len(kernels), "kernels", "kernel") as bar:
         for name, (measured, cases) in kernels.items():
             try:
                 rows += [{"kernel": name, "problem": None, **r} for case in cases for r in measured(machine, *case)]
-            except ImportError as error:  # SciPy or pydensecrf
+            except ImportError as error:  # SciPy, PyTorch or pydensecrf
                 missing = f"{error.name} is not installed" if error.name else str(error)
                 rows.append({"kernel": name, "way": "", "problem": f"{missing}: {INSTALL}"})
                 log.info(f"{name}: skipped: {missing}: {INSTALL}")
@@ -200,3 +208,65 @@ def crf_rows(machine: dict[str, float], name: str, labels: int, present: int, re
     for way, figures in with_ratios(times, OURS).items():
         more = {"limit": limit, "label_agreement": agreement} if way == OURS else {"limit": None}
         yield {"way": way, "size": size, "threads": 1, **figures, **more}
+
+
+def enlarge_rows(
+    machine: dict[str, float], labels: int, grid: tuple[int, int], size: tuple[int, int], repeats: int
+) -> Iterator[Row]:
+    """From probabilities on a grid to labels and confidences: ours, and PyTorch on one thread."""
+    probabilities = class_probabilities(labels, *grid)
+    ways: dict[str, Callable[[], tuple[UInt8, UInt8]]] = {
+        OURS: lambda: enlarge_probabilities(probabilities, size),
+        "PyTorch, interpolate and argmax": lambda: interpolated_argmax(probabilities, size),
+    }
+    times = interleave(ways, repeats=repeats, slow={name: SLOW_REPEATS for name in ways if name != OURS})
+    (ours, _), (theirs, _) = (way() for way in ways.values())
+    limit = _written_roofline(machine, size, times[OURS].median)
+    shape = f"{grid[1]}x{grid[0]} to {size[1]}x{size[0]}, {labels} labels"
+    for way, figures in with_ratios(times, OURS).items():
+        more = {"limit": limit, "label_agreement": float((ours == theirs).mean())} if way == OURS else {"limit": None}
+        yield {"way": way, "size": shape, "threads": 1, **figures, **more}
+
+
+def interpolated_argmax(probabilities: Float32, size: tuple[int, int]) -> tuple[UInt8, UInt8]:
+    """`enlarge_probabilities` in PyTorch, on one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        enlarged = torch.nn.functional.interpolate(torch.from_numpy(probabilities)[None], size=size, mode="bilinear")
+        highest, labels = enlarged[0].max(dim=0)
+        return labels.to(torch.uint8).numpy(), (highest * 255).round().to(torch.uint8).numpy()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def absorb_rows(
+    machine: dict[str, float], labels: int, grid: tuple[int, int], size: tuple[int, int], repeats: int
+) -> Iterator[Row]:
+    """Small parts of a mask with specks: ours, and SciPy, which only finds the parts and their areas."""
+    from scipy import ndimage
+
+    mask, _ = enlarge_probabilities(class_probabilities(labels, *grid), size)
+    mask[np.random.default_rng(0).random(size) < SPECKS] = labels
+
+    def find_parts() -> None:
+        for label in range(labels + 1):
+            np.bincount(ndimage.label(mask == label)[0].ravel())
+
+    ways: dict[str, Callable[[], object]] = {
+        OURS: lambda: absorb_small_parts(mask, MIN_PIXELS),
+        "scipy, parts alone": find_parts,
+    }
+    times = interleave(ways, repeats=repeats, slow={name: SLOW_REPEATS for name in ways if name != OURS})
+    limit = _written_roofline(machine, size, times[OURS].median)
+    for way, figures in with_ratios(times, OURS).items():
+        row = {"way": way, "size": f"{size[1]}x{size[0]}, {labels + 1} labels", "threads": 1}
+        yield {**row, **figures, "limit": limit if way == OURS else None}
+
+
+def _written_roofline(machine: dict[str, float], size: tuple[int, int], seconds: float) -> Row:
+    """Two bytes a pixel: a label and a confidence are written, or one label is read and one written."""
+    text = "two bytes a pixel over the measured bandwidth of a copy"
+    return roofline_share(2 * size[0] * size[1] / machine["copied_bytes_per_second"], seconds, text)

@@ -1,4 +1,4 @@
-"""Statistics and codecs of masks: histograms, COCO run lengths, and the deflate stream of a PNG.
+"""Statistics, parts and codecs of masks: histograms, small parts, COCO run lengths, the deflate stream of a PNG.
 
 For example:
 
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels.common.checks import Float32, UInt8, check_dtype
+from multisa.kernels.common.checks import Float32, UInt8, check_dtype, check_integer
 from multisa.kernels.cpu import native
 
 Counts = npt.NDArray[np.uint32]
 Int64 = npt.NDArray[np.int64]
 
 MAX_RLE_PIXELS = 2**32 - 1  # a run length of COCO has 32 bits
+MAX_PARTS_PIXELS = 2**30  # the borders of parts, up to four a pixel, have indices of 32 bits
 MAX_PNG_SIDE = 2**31 - 1  # the limit of the PNG format
 
 
@@ -93,9 +94,30 @@ def confidence_levels(probabilities: Float32) -> UInt8:
     return np.asarray(probabilities.clip(0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
-def _checked_mask(mask: UInt8) -> UInt8:
+def absorb_small_parts(labels: UInt8, min_pixels: int) -> UInt8:
+    """Give connected parts of a mask that are too small to a neighbour: specks vanish, and so do holes.
+
+    A part is what is connected over the sides of pixels (4-connectivity) and has one id; 0 is an ordinary id, 255
+    belongs to no part and stays. The smallest part goes first, of equals the one whose first pixel comes first in
+    reading order. It takes the id of the neighbouring part with which it shares the longest border, of equals the one
+    with the smaller id, and is one part with all neighbours of that id from then on. This ends when no part of fewer
+    than `min_pixels` pixels has a neighbour.
+
+    labels: uint8 [H, W], H, W >= 1, at most 2^30 pixels. min_pixels: at least 1, which changes nothing.
+    Returns uint8 [H, W]. Raises TypeError for another dtype, ValueError for another shape or number.
+    """
+    labels = _checked_mask(labels, "labels")
+    if labels.size > MAX_PARTS_PIXELS:
+        raise ValueError(f"labels: got {labels.size} pixels, expected at most {MAX_PARTS_PIXELS}; cut it into tiles")
+    fewest = check_integer("min_pixels", min_pixels, minimum=1)
+    absorbed = np.empty_like(labels)
+    native.absorb_small_parts(labels, absorbed, min(fewest, labels.size + 1))
+    return absorbed
+
+
+def _checked_mask(mask: UInt8, name: str = "mask") -> UInt8:
     """Return the mask as a contiguous array; raise TypeError or ValueError unless it is uint8 [H, W]."""
-    check_dtype("mask", mask, np.uint8, "an array of uint8 class ids")
+    check_dtype(name, mask, np.uint8, "an array of uint8 class ids")
     if mask.ndim != 2 or mask.size == 0:
-        raise ValueError(f"mask: got shape {list(mask.shape)}, expected [H, W] with H, W >= 1")
+        raise ValueError(f"{name}: got shape {list(mask.shape)}, expected [H, W] with H, W >= 1")
     return np.ascontiguousarray(mask)

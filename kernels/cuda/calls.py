@@ -21,6 +21,7 @@ from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda.affinity import DeviceAffinity, GridShape
 from multisa.kernels.cuda.crf import CrfShape, DeviceCRF
 from multisa.kernels.cuda.device import Buffer, Device, DeviceMemory
+from multisa.kernels.cuda.label_maps import queue_enlarge
 from multisa.kernels.cuda.walk import DeviceWalk, WalkShape
 
 CACHED_SHAPES = 8  # shapes and settings of walk and affinities whose memory is kept
@@ -196,6 +197,18 @@ def dense_crf_on_device(image: Any, probabilities: Any, parameters: CrfParameter
     return _run(device, maps, maps.shape, None, queue, crf.check)
 
 
+@_serialized
+def enlarge_on_device(probabilities: Any, size: tuple[int, int], class_ids: tuple[int, ...], device: Device) -> Any:
+    """Run `multisa.kernels.enlarge_probabilities`. Labels and confidence are where the probabilities are."""
+    maps = DeviceInput(device, "probabilities", probabilities)
+    ids = _cached_ids(device, class_ids)
+    labels, confidence = (DeviceArray(device, size, np.uint8) for _ in range(2))
+    classes, height, width = maps.shape
+    addresses = maps.pointer, ids.pointer, classes, (height, width), size, labels.pointer, confidence.pointer
+    queue_enlarge(device, *addresses)
+    return (labels, confidence) if maps.on_device else (labels.numpy(), confidence.numpy())
+
+
 def _split_batch(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, tuple[int, ...]]:
     """Split a shape of `rank` dimensions, or one more in front, into the batch and the rest."""
     if len(shape) not in (rank, rank + 1) or 0 in shape:
@@ -254,6 +267,11 @@ def _cached_walk(device: Device, shape: WalkShape, settings: WalkSettings) -> De
 @functools.lru_cache(maxsize=CACHED_SHAPES)
 def _cached_affinity(device: Device, shape: GridShape, radius: int) -> DeviceAffinity:
     return DeviceAffinity(device, shape, radius)
+
+
+@functools.lru_cache(maxsize=CACHED_SHAPES)
+def _cached_ids(device: Device, class_ids: tuple[int, ...]) -> DeviceInput:
+    return DeviceInput(device, "class_ids", np.array(class_ids, np.int32), np.int32)
 
 
 @functools.lru_cache(maxsize=CACHED_CRFS)

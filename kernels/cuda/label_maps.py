@@ -15,6 +15,8 @@ from multisa.kernels.common.checks import Float32, Int32, check_integer
 from multisa.kernels.cuda.device import LARGEST_GRID_YZ, Argument, Device, Workspace, divide_up
 
 THREADS = 256
+ENLARGE_COLUMNS = 32  # pixels of a block of labels_enlarge
+ENLARGE_ROWS = 32
 PEAK_THREADS = 1024  # one block reads all values once, without atomics
 
 
@@ -143,6 +145,30 @@ def queue_argmax(
     arguments = (probabilities, ids, np.int32(labels), np.int32(pixels), mask, confidence, probabilities_out)
     grid = (divide_up(pixels, THREADS), 1, 1)
     device.launch("labels_argmax", grid, (THREADS, 1, 1), arguments, stream=stream)
+
+
+# more than six parameters: the argument list of the kernel
+def queue_enlarge(
+    device: Device,
+    probabilities: int,
+    ids: int,
+    classes: int,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    mask: int,
+    confidence: int,
+    *,
+    stream: int = 0,
+) -> None:
+    """Queue `multisa.kernels.enlarge_probabilities`: bilinear resizing and argmax in one kernel.
+
+    Reads probabilities, float32 [classes, *source] in [0, 1], and ids, int32 [classes] of 0..255. Writes mask and
+    confidence, uint8 [*target] each, as `queue_argmax` does. Does not wait.
+    """
+    blocks = divide_up(target[1], ENLARGE_COLUMNS) * divide_up(target[0], ENLARGE_ROWS)
+    sizes = [np.int32(size) for size in (classes, *source, *target)]
+    arguments: list[Argument] = [probabilities, ids, *sizes, mask, confidence]
+    device.launch("labels_enlarge", (blocks, 1, 1), (THREADS, 1, 1), arguments, stream=stream)
 
 
 def queue_take_errors(device: Device, walk: int, crf: int, out: int, *, stream: int = 0) -> None:

@@ -93,7 +93,11 @@ def test_every_way_of_a_kernel_is_a_row() -> None:
     assert [row["threads"] for row in walk] == [1, 1, 1, "all", "all"]
     assert all(row["max_error"] < 1e-3 for row in walk[:-1]) and walk[-1]["max_error"] is None
     assert crf[0]["label_agreement"] > 0.999 and crf[-1]["way"] == "pydensecrf"
-    for rows in (walk, crf):
+    enlarge, absorb = (
+        list(rows(machine, 3, (6, 8), (48, 64), 1)) for rows in (kernels.enlarge_rows, kernels.absorb_rows)
+    )
+    assert enlarge[0]["label_agreement"] > 0.999 and len(enlarge) == len(absorb) == 2
+    for rows in (walk, crf, enlarge, absorb):
         assert rows[0]["times_ours"] == 1.0 and rows[0]["limit"]["roofline_ms"] > 0 and rows[1]["limit"] is None
 
 

@@ -14,9 +14,11 @@ from PIL import Image
 
 from multisa.kernels import confidence_levels
 from multisa.kernels.cuda.device import Device
-from multisa.kernels.cuda.label_maps import DeviceLabelMaps, queue_argmax, queue_take_errors
+from multisa.kernels.cuda.label_maps import DeviceLabelMaps, queue_argmax, queue_enlarge, queue_take_errors
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+UInt8 = npt.NDArray[np.uint8]
 TOLERANCE = 2e-6  # of values up to 1: sums of a few products in float32, of shrinking many
 
 
@@ -120,6 +122,43 @@ def check_argmax(device: Device, labels: int, height: int, width: int) -> None:
     np.testing.assert_array_equal(got, probabilities.astype(np.float16))
 
 
+def enlarge_reference(probabilities: Float32, size: tuple[int, int]) -> Float64:
+    """Interpolate [C, h, w] bilinearly to [C, *size] in float64: half-pixel centres, repeated edges."""
+    maps = probabilities.astype(np.float64)
+    for axis, pixels in ((1, size[0]), (2, size[1])):
+        points = maps.shape[axis]
+        place = np.clip((np.arange(pixels) + 0.5) * points / pixels - 0.5, 0, points - 1)
+        before = np.floor(place).astype(int)
+        share = (place - before).reshape((-1, 1) if axis == 1 else -1)
+        after = np.minimum(before + 1, points - 1)
+        maps = maps.take(before, axis) * (1 - share) + maps.take(after, axis) * share
+    return maps
+
+
+def check_enlarged(labels: UInt8, confidence: UInt8, probabilities: Float32, ids: npt.NDArray[Any]) -> None:
+    """The labels are the reference's where its two highest differ, the confidences are rounded from its highest."""
+    reference = enlarge_reference(probabilities, (labels.shape[0], labels.shape[1]))
+    highest = reference.max(axis=0)
+    chosen = np.where(ids[:, None, None] == labels, reference, -1).max(axis=0)
+    assert (chosen >= highest - 3e-7).all()
+    assert np.abs(confidence - 255 * highest).max() <= 0.5 + 1e-4
+
+
+def check_enlarge(device: Device, classes: int, source: tuple[int, int], target: tuple[int, int]) -> None:
+    """Against float64; and the first of equals where every class is there twice."""
+    probabilities = scores(classes, *source)
+    pixels = target[0] * target[1]
+    mask, confidence = (device.allocate(pixels) for _ in range(2))
+    for count in {classes, 2 * classes}:
+        ids = np.random.default_rng(1).permutation(256)[:count].astype(np.int32)
+        given = np.concatenate([probabilities] * (count // classes))
+        there, listed = put(device, given), put(device, ids)
+        addresses = there.pointer, listed.pointer, count, source, target, mask.pointer, confidence.pointer
+        queue_enlarge(device, *addresses)
+        labels, levels = (fetch(device, buffer.pointer, target, np.uint8) for buffer in (mask, confidence))
+        check_enlarged(labels, levels, probabilities, ids[:classes])
+
+
 def check_errors(device: Device) -> None:
     """Words are moved once; a missing one counts as none."""
     walk, crf = (put(device, np.array([value], np.uint32)) for value in (5, 2))
@@ -139,6 +178,7 @@ def main() -> None:
     check_resize(device, 3, (5, 7), (19, 13))
     check_probabilities(device, 2, (5, 7), (18, 26), to_peak=True, gains=(1.5, 0.5))
     check_argmax(device, 3, 9, 31)
+    check_enlarge(device, 3, (3, 4), (37, 35))
     check_errors(device)
     print("checked")
 

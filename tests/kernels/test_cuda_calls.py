@@ -10,7 +10,14 @@ import pytest
 from cpu_device import CpuDevice
 from crf_checks import scene as crf_scene
 
-from multisa.kernels import CrfParameters, affinity_from_boundary, affinity_from_features, dense_crf, random_walk
+from multisa.kernels import (
+    CrfParameters,
+    affinity_from_boundary,
+    affinity_from_features,
+    dense_crf,
+    enlarge_probabilities,
+    random_walk,
+)
 from multisa.kernels.common.stencil import stencil_offsets
 from multisa.kernels.cuda import calls
 from multisa.kernels.cuda.calls import DeviceArray
@@ -86,6 +93,23 @@ def test_crf(device: CpuDevice) -> None:
     np.testing.assert_allclose(batch, dense_crf(images, maps, few), atol=1e-4)
     there: Any = calls.dense_crf_on_device(on(device, image), on(device, probabilities), few, device)
     np.testing.assert_allclose(there.numpy(), expected[[1, 4, 8]], atol=1e-4)
+
+
+def test_enlarging(device: CpuDevice) -> None:
+    probabilities = np.random.default_rng(4).random((5, 9, 12), dtype=np.float32)
+    ids = [9, 200, 0, 1, 2]
+    for class_ids in (None, ids):
+        expected = enlarge_probabilities(probabilities, (40, 50), class_ids)
+        here = enlarge_probabilities(probabilities, (40, 50), class_ids, backend="cuda")
+        there: Any = enlarge_probabilities(on(device, probabilities), (40, 50), class_ids)  # type: ignore[arg-type]
+        assert all(isinstance(array, DeviceArray) for array in there)
+        for got in (here, tuple(array.numpy() for array in there)):
+            assert (got[0] == expected[0]).mean() > 0.999  # ties
+            assert np.abs(got[1].astype(int) - expected[1]).max() <= 1
+    with pytest.raises(ValueError, match="probabilities: got values from -1"):
+        enlarge_probabilities(-np.ones((2, 3, 4), np.float32), (5, 6), backend="cuda")
+    with pytest.raises(ValueError, match=r"probabilities: got shape \[3, 4\], expected \[C, h, w\]"):
+        enlarge_probabilities(on(device, np.ones((3, 4), np.float32)), (5, 6))  # type: ignore[arg-type]
 
 
 def test_values_are_checked_where_the_host_waits_anyway(device: CpuDevice) -> None:

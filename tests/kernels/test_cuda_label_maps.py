@@ -7,7 +7,7 @@ import label_checks
 import numpy as np
 import pytest
 from cpu_device import CpuDevice, changed_sources
-from label_checks import check_argmax, check_errors, check_no_peak, check_probabilities, check_resize
+from label_checks import check_argmax, check_enlarge, check_errors, check_no_peak, check_probabilities, check_resize
 from sanitisers import run_sanitised
 
 from multisa.kernels.cuda.label_maps import DeviceLabelMaps, bilinear_taps
@@ -15,7 +15,7 @@ from multisa.kernels.cuda.label_maps import DeviceLabelMaps, bilinear_taps
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(label_checks.__file__)
-MAIN = "label_maps.cuh"
+MAIN = "enlarge.cuh"  # and label_maps.cuh, which it includes
 Size = tuple[int, int]
 
 
@@ -57,6 +57,23 @@ def test_argmax_equals_numpy(device: CpuDevice, labels: int, height: int, width:
     check_argmax(device, labels, height, width)
 
 
+@pytest.mark.parametrize(
+    ("classes", "source", "target"),
+    [
+        (1, (1, 1), (1, 1)),
+        (3, (1, 5), (33, 70)),
+        (7, (9, 12), (75, 100)),
+        (128, (4, 3), (5, 40)),
+        (4, (13, 17), (13, 17)),
+        (4, (40, 31), (7, 9)),
+        (2, (8, 40), (33, 10)),  # one axis longer, one shorter
+        (2, (1, 3000), (1, 2999)),
+    ],
+)
+def test_enlarging_equals_the_reference(device: CpuDevice, classes: int, source: Size, target: Size) -> None:
+    check_enlarge(device, classes, source, target)
+
+
 def test_errors_are_taken_once(device: CpuDevice) -> None:
     check_errors(device)
 
@@ -71,6 +88,7 @@ def test_any_order_of_threads_and_blocks_will_do(library: Path, seed: int) -> No
     check_resize(device, 3, (9, 11), (35, 41))
     check_probabilities(device, 3, (9, 11), (35, 41), to_peak=True)
     check_argmax(device, 4, 35, 41)
+    check_enlarge(device, 4, (3, 5), (35, 41))
 
 
 @pytest.mark.parametrize("sanitiser", ["tsan", "asan"])

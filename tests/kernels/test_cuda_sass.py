@@ -182,6 +182,18 @@ def test_affinities(codes: Codes, architecture: int) -> None:
 
 
 @on_architectures
+def test_labels_enlarge(codes: Codes, architecture: int) -> None:
+    code = codes[architecture]["labels_enlarge"]
+    rows = 4  # of a thread
+    # A class is four corners, loaded again only where a row is in the next row of cells; a pixel has an id.
+    assert code.sizes("LDG") == {4: 4 * rows + rows}
+    assert code.sizes("STG") == {1: 2 * rows}
+    assert code.fused() >= 3 * rows
+    # Pixels have nothing to do with each other.
+    assert not code.count("LDS", "STS", "SHFL", "BAR")
+
+
+@on_architectures
 @pytest.mark.parametrize("lanes", [4, 8, 16, 24, 32])
 def test_crf_update(codes: Codes, architecture: int, lanes: int) -> None:
     code = codes[architecture][f"crf_update_{lanes}"]

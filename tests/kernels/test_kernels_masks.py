@@ -1,9 +1,18 @@
-"""Histograms of masks against NumPy, and the rounding of confidences."""
+"""Histograms of masks against NumPy, small parts against SciPy's labelling, and the rounding of confidences."""
+
+from collections import Counter
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.ndimage import label
 
-from multisa.kernels import confidence_levels, histogram, joint_histogram
+from multisa.kernels import absorb_small_parts, confidence_levels, histogram, joint_histogram
+
+UInt8 = npt.NDArray[np.uint8]
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (3,), (37, 41), (2, 5, 7), (257, 263)])
@@ -33,3 +42,86 @@ def test_other_arrays_are_refused() -> None:
 def test_confidence_levels_are_clipped_and_rounded() -> None:
     given = np.array([-1, 0, 0.2, 0.5, 0.6, 1, 2], np.float32)
     assert confidence_levels(given).tolist() == [0, 0, 51, 128, 153, 255, 255]
+
+
+def number_parts(labels: UInt8) -> npt.NDArray[np.int64]:
+    """The connected parts of a mask, numbered from 1; 0 where it is 255."""
+    parts = np.zeros(labels.shape, np.int64)
+    for class_id in np.setdiff1d(labels, [255]):
+        found, _ = label(labels == class_id)
+        parts[found > 0] = found[found > 0] + parts.max()
+    return parts
+
+
+def borders(parts: npt.NDArray[np.int64]) -> dict[int, Counter[int]]:
+    """The lengths of the borders of each part with each neighbour."""
+    found: dict[int, Counter[int]] = {}
+    for one, other in ((parts[1:], parts[:-1]), (parts[:, 1:], parts[:, :-1])):
+        for pair in zip(one.flat, other.flat, strict=True):
+            for mine, neighbour in (pair, pair[::-1]):
+                if mine != neighbour and mine and neighbour:
+                    found.setdefault(int(mine), Counter())[int(neighbour)] += 1
+    return found
+
+
+def absorb_one_by_one(labels: UInt8, min_pixels: int) -> UInt8:
+    """`absorb_small_parts` as it is described: the parts are found anew after each."""
+    labels = labels.copy()
+    while True:
+        parts = number_parts(labels)
+        numbers, first, areas = np.unique(parts, return_index=True, return_counts=True)
+        touching = borders(parts)
+        small = [row for row in zip(areas, first, numbers, strict=True) if row[0] < min_pixels and row[2] in touching]
+        if not small:
+            return labels
+        number = int(min(small)[2])
+        ids = {neighbour: int(labels[parts == neighbour][0]) for neighbour in touching[number]}
+        labels[parts == number] = min((-length, ids[other]) for other, length in touching[number].items())[1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.sampled_from((0, 1, 2, 7, 255))),
+    st.integers(1, 30),
+)
+def test_small_parts_are_absorbed_as_described(labels: UInt8, min_pixels: int) -> None:
+    before = labels.copy()
+    absorbed = absorb_small_parts(labels, min_pixels)
+    np.testing.assert_array_equal(absorbed, absorb_one_by_one(labels, min_pixels))
+    np.testing.assert_array_equal(labels, before)
+
+
+@pytest.mark.parametrize("min_pixels", [2, 9, 50, 10**12])
+def test_small_parts_of_rows_longer_than_a_word(min_pixels: int) -> None:
+    rng = np.random.default_rng(min_pixels)
+    blocks = np.kron(rng.integers(0, 3, (6, 5)), np.ones((7, 13))).astype(np.uint8)
+    labels = np.where(rng.random(blocks.shape) < 0.05, rng.choice([1, 2, 255], blocks.shape), blocks).astype(np.uint8)
+    expected = absorb_one_by_one(labels, min_pixels)
+    np.testing.assert_array_equal(absorb_small_parts(labels, min_pixels), expected)
+    turned = np.asfortranarray(labels)
+    np.testing.assert_array_equal(absorb_small_parts(turned, min_pixels), expected)
+
+
+def test_a_speck_in_a_speck_ends_in_what_surrounds_both() -> None:
+    labels = np.full((9, 9), 4, np.uint8)
+    labels[3:6, 3:6] = 2
+    labels[4, 4] = 1
+    assert (absorb_small_parts(labels, 10) == 4).all()
+    assert (absorb_small_parts(labels, 9) == np.where(labels == 1, 2, labels)).all()
+    labels[4, 4] = 255
+    assert (absorb_small_parts(labels, 9) == np.where(labels == 2, 4, labels)).all()
+
+
+def test_parts_without_a_neighbour_stay() -> None:
+    labels = np.array([[3, 255, 2], [255, 255, 255], [1, 1, 1]], np.uint8)
+    np.testing.assert_array_equal(absorb_small_parts(labels, 100), labels)
+    np.testing.assert_array_equal(absorb_small_parts(np.zeros((1, 1), np.uint8), 2), [[0]])
+
+
+def test_small_parts_of_other_arguments() -> None:
+    with pytest.raises(TypeError, match="labels: got int64, expected an array of uint8 class ids"):
+        absorb_small_parts(np.zeros((2, 3), np.int64), 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"labels: got shape \[2, 0\], expected \[H, W\]"):
+        absorb_small_parts(np.zeros((2, 0), np.uint8), 4)
+    with pytest.raises(ValueError, match="min_pixels: got 0, expected at least 1"):
+        absorb_small_parts(np.zeros((2, 3), np.uint8), 0)

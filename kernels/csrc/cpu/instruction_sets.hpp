@@ -15,6 +15,8 @@ struct Kernels {
     void (*place)(const PlacementProblem&);
     long (*mean_field_workspace)(const MeanFieldProblem&);
     void (*mean_field)(const MeanFieldProblem&, float* workspace);
+    long (*enlarge_workspace)(const EnlargeProblem&);
+    bool (*enlarge)(const EnlargeProblem&, float* workspace);
     double (*multiply_adds)(long rounds);  // runs `rounds` of independent multiply-adds; returns how many
 };
 

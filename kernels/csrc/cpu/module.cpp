@@ -18,6 +18,7 @@
 #include "mask_deflate.hpp"
 #include "processor.hpp"
 #include "rle.hpp"
+#include "small_parts.hpp"
 
 namespace py = pybind11;
 
@@ -172,6 +173,26 @@ py::array_t<std::int64_t> joint_histogram(const Bytes& rows, const Bytes& column
     return total;
 }
 
+bool enlarge(const Floats& probabilities, const Bytes& ids, Bytes& labels, Bytes& confidence) {
+    const multisa::EnlargeProblem problem = {
+        probabilities.shape(0), probabilities.shape(1), probabilities.shape(2), labels.shape(0),
+        labels.shape(1),        probabilities.data(),   ids.data(),             labels.mutable_data(),
+        confidence.mutable_data(),
+    };
+    const py::gil_scoped_release released;
+    const multisa::FlushDenormals flush;
+    const multisa::Kernels& kernels = multisa::chosen_kernels();
+    const multisa::Workspace workspace(kernels.enlarge_workspace(problem));
+    return kernels.enlarge(problem, workspace.floats());
+}
+
+void absorb_small_parts(const Bytes& mask, Bytes& out, std::uint64_t min_pixels) {
+    const std::uint8_t* from = mask.data();
+    std::uint8_t* to = out.mutable_data();
+    const py::gil_scoped_release released;
+    multisa::SmallParts(from, mask.shape(0), mask.shape(1), to).absorb(min_pixels);
+}
+
 // Measured multiply-adds a second of one thread, in float32.
 double peak_multiply_adds(double seconds) {
     const py::gil_scoped_release released;
@@ -205,6 +226,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("deflate_mask", &deflate_mask);
     module.def("histogram", &histogram);
     module.def("joint_histogram", &joint_histogram);
+    module.def("enlarge", &enlarge);
+    module.def("absorb_small_parts", &absorb_small_parts);
     module.def("peak_multiply_adds", &peak_multiply_adds);
     module.def("instruction_set", [] { return std::string(multisa::chosen_kernels().name); });
     module.def("instruction_sets", &multisa::available_instruction_sets);

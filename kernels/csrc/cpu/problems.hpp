@@ -72,6 +72,16 @@ struct MeanFieldProblem {
     float* const* out;  // [labels] planes of [pixels]
 };
 
+// Labels of an image from class probabilities on a grid: bilinear interpolation with half-pixel centres, then argmax.
+struct EnlargeProblem {
+    long classes;  // 1..256
+    long height, width, out_height, out_width;
+    const float* probabilities;  // [classes][height][width], in [0, 1]
+    const uint8_t* ids;          // [classes]
+    uint8_t* labels;             // [out_height][out_width]
+    uint8_t* confidence;         // the same
+};
+
 // The furthest column of row dy of the stencil dx^2 + dy^2 < radius^2.
 static constexpr int reach_of(long radius, long dy) {
     int reach = 0;

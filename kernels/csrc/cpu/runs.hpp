@@ -1,4 +1,4 @@
-// Finding runs of equal bytes, eight at a time; shared by the codecs of masks.
+// Finding runs of equal bytes, eight at a time; shared by the codecs and the parts of masks.
 #pragma once
 
 #include <cstdint>

@@ -131,6 +131,23 @@ MULTISA_INLINE V permuted(V v, IntOf<V> lanes) {
 #endif
 }
 
+// The low byte of each lane.
+typedef uint8_t ByteVec __attribute__((vector_size(WIDTH)));
+MULTISA_INLINE ByteVec low_bytes(IntVec v) {
+#if MULTISA_WIDTH == 8 && !defined(__clang__)
+    // GCC converts in a dozen instructions; this is a shuffle within each half and one across.
+    typedef int8_t Octets __attribute__((vector_size(32)));
+    const Octets low = {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12,
+                        16, 20, 24, 28, 16, 20, 24, 28, 16, 20, 24, 28, 16, 20, 24, 28};
+    const IntVec both = __builtin_shuffle((IntVec)__builtin_shuffle((Octets)v, low), IntVec{0, 4, 0, 4, 0, 4, 0, 4});
+    ByteVec bytes;
+    memcpy(&bytes, &both, sizeof(bytes));
+    return bytes;
+#else
+    return __builtin_convertvector(v, ByteVec);
+#endif
+}
+
 // Reduce the lanes of each group of GROUP neighbours, a power of two of at least 4; the result is in all of them.
 template <int GROUP, class V>
 MULTISA_INLINE V largest_of_group(V v) {

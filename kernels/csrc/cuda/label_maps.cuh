@@ -34,6 +34,11 @@ __device__ __forceinline__ float resampled(const float *map, int width, const Ta
     return sum;
 }
 
+// 255 times a probability, rounded as by confidence_levels of masks.py.
+__device__ __forceinline__ unsigned char confidence_level(float probability) {
+    return static_cast<unsigned char>(fminf(fmaxf(probability, 0.0f), 1.0f) * 255 + 0.5f);
+}
+
 }  // namespace multisa
 
 #define MULTISA_TAPS                                                                                      \
@@ -116,7 +121,7 @@ labels_argmax(const float *__restrict__ probabilities, const int *__restrict__ i
         if (soft) soft[at] = __float2half_rn(value);
     }
     mask[i] = static_cast<unsigned char>(ids[best]);
-    confidence[i] = static_cast<unsigned char>(fminf(fmaxf(highest, 0.0f), 1.0f) * 255 + 0.5f);
+    confidence[i] = multisa::confidence_level(highest);
 }
 
 // One thread: copies the error words of the kernels before it and clears them. Either may be null.
