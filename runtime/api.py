@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from multisa.runtime.backends.registry import AUTO, BackendRequest
-from multisa.runtime.bundle import Bundle, load_bundle
+from multisa.runtime.bundle import Bundle, LabelMethod, load_bundle
 from multisa.runtime.errors import UsageError
 from multisa.runtime.image_labels import LabelMapping
 from multisa.runtime.jobs.executors import make_executor
@@ -31,6 +31,7 @@ class RunSettings(TypedDict, total=False):
     bundle: Bundle | str | Path | None  # a bundle or its folder; default: the packaged bundle
     backend: str  # what runs the graphs; "auto" takes the first usable one
     precision: str  # "fp32", "fp16", "int8" or "bf16"; "auto": fp32 on a CPU, fp16 on a GPU if available
+    min_area: float  # parts of a mask with a smaller share of the image are absorbed; default: the bundle's
     engine_cache: str | Path | None  # folder with TensorRT engines, besides those of the bundle
     writers: str | Sequence[str]  # formats to write: "masks" (default), "tar", "coco", ...
     image_prefix: str  # prefix of image paths in Label Studio tasks
@@ -66,10 +67,11 @@ def segment_images(
     zip, on this machine or behind a URL; or a list of image files.
     output: folder for the results: `masks/NAME.png`, `labels.jsonl`, `report.html`, and `failed.jsonl` if
     images failed.
-    settings: bundle, backend, precision, engine_cache, writers, image_prefix, shard_size, workers, readers, batch,
-    max_pixels, max_failures, retry_failed, overwrite, skip_source_check, verify, report_images, num_processes, ray,
-    storage_options, log_json, metrics_port, metrics_host, progress. `multisa.runtime.api.RunSettings` has their
-    types; `multisa segment --help` describes the options of the same names (--writer for `writers`).
+    settings: bundle, backend, precision, min_area, engine_cache, writers, image_prefix, shard_size, workers,
+    readers, batch, max_pixels, max_failures, retry_failed, overwrite, skip_source_check, verify, report_images,
+    num_processes, ray, storage_options, log_json, metrics_port, metrics_host, progress.
+    `multisa.runtime.api.RunSettings` has their types; `multisa segment --help` describes the options of the same
+    names (--writer for `writers`).
 
     To resume an interrupted run, call the function again with the same arguments. A failed image does not
     stop the run.
@@ -86,15 +88,20 @@ def label_images(
     images: str | Path | Sequence[str | Path],
     output: str | Path,
     labels: str | Path | LabelMapping | None = None,
+    *,
+    method: LabelMethod | None = None,
     **settings: Unpack[RunSettings],
 ) -> RunSummary:
     """Make pseudo-masks in bulk from image-level labels, like `multisa label`.
 
     images, output, settings, result and errors are those of `segment_images`.
     labels: a CSV (`image,labels`) or JSON file, or a mapping from the path or file name of an image to its
-    class names. Images without an entry get the classes whose classifier score reaches its threshold.
+    class names. The classes of images without an entry are predicted.
+    method: "segmenter", the trained segmenter restricted to the labels, or "walk", class activation maps and
+    random walk; by default the bundle's.
     """
-    return _run("label", images, output, Path(labels) if isinstance(labels, str) else labels, settings)
+    path = Path(labels) if isinstance(labels, str) else labels
+    return _run("label", images, output, path, settings, method)
 
 
 def _run(
@@ -103,6 +110,7 @@ def _run(
     output: str | Path,
     labels: Path | LabelMapping | None,
     settings: RunSettings,
+    method: LabelMethod | None = None,
 ) -> RunSummary:
     arguments: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     valid = RunSettings.__annotations__
@@ -133,6 +141,8 @@ def _run(
         options,
         storage_options=json.dumps(dict(storage)) if isinstance(storage, Mapping) else storage,
         image_prefix=arguments.get("image_prefix", ""),
+        method=method,
+        min_area=arguments.get("min_area"),
     )
     executor = partial(make_executor, num_processes=arguments.get("num_processes", 1), ray_address=arguments.get("ray"))
     host = arguments.get("metrics_host", LOCALHOST)

@@ -39,14 +39,14 @@ GAP = 4  # between rows and between columns
 def run_demo(out: Path, bundle: Bundle, request: BackendRequest) -> dict[str, RunSummary]:
     """Write OUT/label, OUT/segment, OUT/index.html and the contact sheet OUT/demo.jpg.
 
-    Returns the summary of each run. A bundle with other classes than the demo's labels derives them from
-    scores. Raises TooManyFailures, before writing page and sheet, if any image failed.
+    Returns the summary of each run. With a bundle of other classes than those of the demo's labels, `label`
+    predicts the classes. Raises TooManyFailures, before writing page and sheet, if any image failed.
     """
     labels: Path | None = IMAGES / "labels.csv"
     try:
         read_image_labels(IMAGES / "labels.csv", bundle.manifest.foreground)
     except UsageError as error:
-        log.info(f"{error}; the images are labelled from scores")
+        log.info(f"{error}; the classes are predicted")
         labels = None
     settings = RunSettings(
         bundle=bundle,

@@ -95,7 +95,7 @@ def test_exif_is_applied_and_large_images_are_reduced(segmenter: multisa.Segment
         assert segmenter(opened).png == turned.png
     large = image.resize((3 * image.width, 3 * image.height))
     found = segmenter(large)
-    assert found.mask.shape == (large.height, large.width) and max(found.working_mask.shape) <= 512
+    assert found.mask.shape == (large.height, large.width) and max(found.working_size) <= 512
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_pseudo_labels() -> None:
         cat = label(IMAGES[1], labels=["cat"])
         assert cat.classes == ("cat",) and (cat.mask == 1).mean() > 0.1
         assert label(IMAGES[1], labels=[]).mask.max() == 0
-        assert label(IMAGES[1]).details["labels_from"] == "scores"
+        assert label(IMAGES[1]).record()["labels_from"] == "segmenter"
         with pytest.raises(multisa.MultisaError, match="unknown class 'lion', expected cat, cow"):
             label(IMAGES[1], labels=["lion"])
         with pytest.raises(multisa.MultisaError, match="expected a sequence of class names"):
@@ -173,6 +173,14 @@ def test_folders(tmp_path: Path) -> None:
     evaluation = multisa.evaluate_masks(tmp_path / "out/masks", tmp_path / "pseudo/masks")
     assert evaluation.images == len(IMAGES) and 0 < (evaluation.iou["cat"] or 0) < 1
     assert evaluation.to_json()["miou"] == evaluation.miou and 0 < evaluation.pixel_accuracy < 1
+    walked = multisa.label_images(folder, tmp_path / "walk", labels, method="walk", min_area=0.0, report_images=0)
+    assert walked.done == len(IMAGES)
+    with pytest.raises(multisa.MultisaError, match="label method: got walk, the existing run has segmenter"):
+        multisa.label_images(folder, tmp_path / "pseudo", labels, method="walk", report_images=0)
+    with pytest.raises(multisa.MultisaError, match="got the argument 'method', expected some of bundle,"):
+        multisa.segment_images(folder, tmp_path / "out", method="walk")  # type: ignore[call-arg]
+    with pytest.raises(multisa.MultisaError, match="method: got 'cam', expected segmenter or walk"):
+        multisa.label_images(folder, tmp_path / "none", method="cam")  # type: ignore[arg-type]
     with pytest.raises(multisa.MultisaError, match="got the argument 'writer', expected some of bundle,"):
         multisa.segment_images(folder, tmp_path / "out", writer="masks")  # type: ignore[call-arg]
     assert multisa.segment_images(IMAGES[:2], tmp_path / "two", report_images=0).images == 2

@@ -42,9 +42,7 @@ class GraphContract:
 
 CAM = GraphContract("cam", {"cam": TensorContract("float32", "NChw"), "scores": TensorContract("float32", "NC")})
 AFFINITY = GraphContract("affinity", {"affinity": TensorContract("float32", "NPhw")})
-SEGMENTER = GraphContract(
-    "segmenter", {"labels": TensorContract("uint8", "NHW"), "confidence": TensorContract("uint8", "NHW")}
-)
+SEGMENTER = GraphContract("segmenter", {"probabilities": TensorContract("float32", "NChw")})
 CONTRACTS = (CAM, AFFINITY, SEGMENTER)
 
 

@@ -1,6 +1,14 @@
 """The bundle: a folder with three ONNX graphs and bundle.json, which holds every parameter of the runtime."""
 
-from multisa.runtime.bundle.manifest import MANIFEST_NAME, BundleParameters, FileEntry, LabelParameters, Manifest
+from multisa.runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    BundleParameters,
+    FileEntry,
+    LabelMethod,
+    LabelParameters,
+    Manifest,
+    SegmenterLabelParameters,
+)
 from multisa.runtime.bundle.storage import (
     ENGINES_FOLDER,
     Bundle,
@@ -18,8 +26,10 @@ __all__ = [
     "Bundle",
     "BundleParameters",
     "FileEntry",
+    "LabelMethod",
     "LabelParameters",
     "Manifest",
+    "SegmenterLabelParameters",
     "bundle_to_json",
     "check_replaceable",
     "default_bundle_path",

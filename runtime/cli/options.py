@@ -15,9 +15,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
-# Copies of names in runtime/backends, which --help must not load. A test compares them.
+# Copies of names in runtime/backends and runtime/bundle, which --help must not load. A test compares them.
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu", "openvino")
 PRECISIONS = ("fp32", "fp16", "int8", "bf16")
+METHODS = ("segmenter", "walk")
 
 OTHER_OPTIONS = "Options"
 _NETWORKS = "Networks"
@@ -105,6 +106,14 @@ engine_cache_option = option(
     group=_NETWORKS,
     help="Also look for TensorRT engines here, besides BUNDLE/engines.",
 )
+method_option = option(
+    "--method",
+    type=click.Choice(METHODS),
+    metavar="NAME",
+    group=_NETWORKS,
+    help="segmenter: the trained segmenter, restricted to the labels; walk: class activation maps and random walk; "
+    "the bundle's by default.",
+)
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 _BACKEND_OPTIONS = (
@@ -114,7 +123,9 @@ _BACKEND_OPTIONS = (
         BACKENDS,
         f"What runs the graphs: {', '.join(BACKENDS)}; auto takes the first that is usable.",
     ),
-    _choice("--precision", "P", PRECISIONS, "fp32, fp16 or int8, if the bundle has it; bf16 for segment on openvino."),
+    _choice(
+        "--precision", "P", PRECISIONS, "fp32, fp16 or int8, if the bundle has it; bf16 for the segmenter on openvino."
+    ),
     engine_cache_option,
 )
 
@@ -139,6 +150,13 @@ _RUN_OPTIONS = (
     _text("--image-prefix", "TEXT", _RESULTS, "Prefix of image paths in Label Studio tasks."),
     bundle_option,
     *_BACKEND_OPTIONS,
+    option(
+        "--min-area",
+        type=click.FloatRange(0, 1, max_open=True),
+        metavar="SHARE",
+        group=_RESULTS,
+        help="Parts of a mask with a smaller share of the image take the class around them; the bundle's by default.",
+    ),
     _text(
         "--max-failures",
         "N|P%",

@@ -57,9 +57,7 @@ class _NoClock:
         return contextlib.nullcontext()
 
 
-def open_gpu_pipeline(
-    cam: Backend, affinity: Backend, manifest: Manifest, *, probabilities: bool = False
-) -> "GpuPipeline | None":
+def open_gpu_pipeline(cam: Backend, affinity: Backend, manifest: Manifest) -> "GpuPipeline | None":
     """Open the pipeline if backends and kernels support it; otherwise log why and return None."""
     if not (isinstance(cam, AsyncBackend) and isinstance(affinity, AsyncBackend)):
         return None
@@ -73,7 +71,7 @@ def open_gpu_pipeline(
         return None
     if not isinstance(device, PycudaDevice):
         return None
-    return GpuPipeline(cam, affinity, manifest, device, probabilities=probabilities)
+    return GpuPipeline(cam, affinity, manifest, device)
 
 
 class GpuPipeline(Closeable):
@@ -82,23 +80,11 @@ class GpuPipeline(Closeable):
     It does not own the backends: close it before them.
     """
 
-    def __init__(
-        self,
-        cam: AsyncBackend,
-        affinity: AsyncBackend,
-        manifest: Manifest,
-        device: PycudaDevice,
-        *,
-        probabilities: bool = False,
-    ) -> None:
-        """Create streams and events; memory is allocated for the first image of each size.
-
-        probabilities: whether results include the class probabilities. Raises BackendError.
-        """
+    def __init__(self, cam: AsyncBackend, affinity: AsyncBackend, manifest: Manifest, device: PycudaDevice) -> None:
+        """Create streams and events; memory is allocated for the first image of each size. Raises BackendError."""
         self._cam = cam
         self._affinity = affinity
         self._manifest = manifest
-        self._probabilities = probabilities
         self._device = device
         self._driver = device.driver
         # By batch shape and by image shape, least recently used first.
@@ -137,7 +123,7 @@ class GpuPipeline(Closeable):
                     raise BackendError("cam: the GPU pipeline is closed, expected an open one")
                 with timer.stage("upload"):
                     self._queue_upload(staging, batch)
-                request = GpuRequest(self._manifest, batch.shape, given, staging, self._probabilities)
+                request = GpuRequest(self._manifest, batch.shape, given, staging)
                 with timer.stage("device"):
                     with self._queueing:
                         self._queue(request)
@@ -208,7 +194,7 @@ class GpuPipeline(Closeable):
             mask=start + layout.mask,
             confidence=start + layout.confidence,
             errors=start,
-            probabilities=start + layout.probabilities if request.with_probabilities else 0,
+            probabilities=start + layout.probabilities,
         )
         (_, _, *cam_size), (_, _, *grid) = cam.shape, affinity.shape
         shape = PostprocessShape((cam_size[0], cam_size[1]), (grid[0], grid[1]), request.size, padded_labels(1 + count))
@@ -218,7 +204,7 @@ class GpuPipeline(Closeable):
             request.errors[index] = ImageError(f"post-processing: {error}")
 
     def _queue_download(self, request: GpuRequest) -> None:
-        """Queue the download of masks, confidences and error words, in one piece per image."""
+        """Queue the download of each image's errors, mask and confidence in one piece, and of its probabilities."""
         layout, output = request.layout, request.staging.output
         self._driver.queue_after(self._download, self._compute)
         for index, classes in enumerate(request.classes):
@@ -226,9 +212,8 @@ class GpuPipeline(Closeable):
                 continue
             start = index * layout.stride
             output.download(start, layout.bytes, self._download)
-            if request.with_probabilities:
-                size = layout.probability_bytes(1 + len(classes))
-                output.download(start + layout.probabilities, size, self._download)
+            size = layout.probability_bytes(1 + len(classes))
+            output.download(start + layout.probabilities, size, self._download)
         self._driver.record_event(request.staging.done, self._download)
 
     def _reusable_outputs(self, shape: tuple[int, ...]) -> dict[str, DeviceArray]:

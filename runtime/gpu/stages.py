@@ -77,7 +77,7 @@ class OutputLayout:
     """Byte offsets in one image's output: errors, mask, confidence, then aligned the class probabilities."""
 
     pixels: int
-    channels: int  # of the class probabilities, at most; 0: none
+    channels: int  # of the class probabilities, at most
 
     @property
     def mask(self) -> int:
@@ -132,7 +132,7 @@ class GpuLabels:
     confidence: UInt8  # [h, w], 255 = certain
     classes: Labels
     scores: dict[str, float]  # of every foreground class of the bundle
-    probabilities: Float16 | None  # [1 + len(classes), h, w], the background first; None if not requested
+    probabilities: Float16  # [1 + len(classes), h, w], the background first
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,6 @@ class GpuRequest:
     shape: tuple[int, ...]  # [N, h, w, 3]
     given: Sequence[Labels | None]
     staging: StagingBuffer
-    with_probabilities: bool
     classes: list[Labels] = field(default_factory=list)  # of each image, set by `choose_classes`
     errors: dict[int, ImageError] = field(default_factory=dict)  # by image, of those that could not be queued
 
@@ -163,9 +162,8 @@ class GpuRequest:
 
     @property
     def layout(self) -> OutputLayout:
-        """Layout of one image's output."""
-        channels = len(self.manifest.classes) if self.with_probabilities else 0
-        return OutputLayout(self.shape[1] * self.shape[2], channels)
+        """Layout of one image's output; call it when the classes are chosen."""
+        return OutputLayout(self.shape[1] * self.shape[2], 1 + max(map(len, self.classes)))
 
     @property
     def needs_affinity(self) -> bool:
@@ -234,8 +232,8 @@ class GpuRequest:
         """Copy one image's result out of pinned memory."""
         classes, scores, layout = self.classes[index], self.scores(index), self.layout
         if not classes:  # background only
-            probabilities = np.ones((1, *self.size), np.float16) if self.with_probabilities else None
             certain = np.full(self.size, 255, np.uint8)
+            probabilities = np.ones((1, *self.size), np.float16)
             return GpuLabels(np.zeros(self.size, np.uint8), certain, classes, scores, probabilities)
         if index in self.errors:
             return self.errors[index]
@@ -246,9 +244,7 @@ class GpuRequest:
             return ImageError(f"post-processing: {'; '.join(text for text in texts if text)}")
         mask = output.host(start + layout.mask, self.size, np.uint8).copy()
         confidence = output.host(start + layout.confidence, self.size, np.uint8).copy()
-        probabilities = None
-        if self.with_probabilities:
-            probabilities = output.host(start + layout.probabilities, (1 + len(classes), *self.size), np.float16).copy()
+        probabilities = output.host(start + layout.probabilities, (1 + len(classes), *self.size), np.float16).copy()
         return GpuLabels(mask, confidence, classes, scores, probabilities)
 
     def _list_words(self) -> tuple[int, int]:
@@ -289,7 +285,7 @@ class PostprocessOutputs:
     mask: int  # uint8 [H, W] class ids
     confidence: int  # uint8 [H, W]: 255 = certain
     errors: int  # uint32 [2]: error words of the walk (STENCIL_ERRORS) and the CRF (CRF_ERRORS)
-    probabilities: int = 0  # float16 [1 + count, H, W]; 0: not requested
+    probabilities: int  # float16 [1 + count, H, W]
 
 
 class GpuPostprocessor:

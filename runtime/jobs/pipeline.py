@@ -189,7 +189,7 @@ class Encoder:
             name=sample.name,
             mask=prediction.mask,
             png=prediction.png,
-            confidence=prediction.working_confidence,
+            confidence=prediction.confidence,
             record=record,
             probabilities=prediction.probabilities,
         )

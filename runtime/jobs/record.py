@@ -117,6 +117,8 @@ def run_record(
         "stage_workers": {name: concurrency.threads_of(name) for name in sorted(summary.stage_seconds)},
         "cores": concurrency.cores,
         "bundle": {"name": bundle.manifest.name, "sha256": sha256_of_file(bundle.path / MANIFEST_NAME)},
+        "label_method": fingerprint["label method"],
+        "min_area": fingerprint["min area"],
         "backends": executor.backends(),
         "versions": {"python": platform.python_version(), **versions},
     }

@@ -115,7 +115,7 @@ class _LabelLookup:
         if labels:
             with job.open_source(foreground) as source:
                 self.matcher = labels.matcher(self._images(source.listing()), source.folder_name)
-        self._unlabelled: list[str] = []  # ids of the first images whose classes come from the scores
+        self._unlabelled: list[str] = []  # ids of the first images whose classes are predicted
         self._n_unlabelled = 0
         self._n_ignored = 0  # images whose labels `segment` does not use
         self._replaced: list[str] = []  # ids of images with other labels in the source than in the label file
@@ -129,7 +129,7 @@ class _LabelLookup:
                 self._skipped_rows[key] = f"its image is skipped: {entry.reason}"
 
     def find(self, item: SourceItem) -> Labels | None:
-        """The labels of an image; None: its classes come from the scores. Raises UsageError."""
+        """The labels of an image; None: its classes are predicted. Raises UsageError."""
         if not self._is_label:
             self._n_ignored += item.labels is not None
             return None
@@ -159,13 +159,13 @@ class _LabelLookup:
             rows = format_examples(near or list(self._labels.rows))
             raise UsageError(
                 f"{self._labels.name}: has no row for any of {images}: got rows such as {rows}, expected paths below "
-                f"{self._source}, or file names, such as {examples}; without --labels, images are labelled from scores"
+                f"{self._source}, or file names, such as {examples}; without --labels, classes are predicted"
             )
         if self._n_unlabelled:
             without = f"without a row in {self._labels.name} and " if self._labels else ""
             named = f": {examples}" if self._n_unlabelled < n_images else ""
             level = logging.WARNING if self._labels else logging.INFO
-            log.log(level, f"{without}labelled from scores: {self._n_unlabelled} of {images}{named}")
+            log.log(level, f"{without}labelled with predicted classes: {self._n_unlabelled} of {images}{named}")
         if self._labels is None or self.matcher is None:
             unread = [path for name in _LABEL_FILES if (path := Path(self._source, name)).is_file()]
             if self._is_label and unread:

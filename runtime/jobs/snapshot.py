@@ -45,7 +45,7 @@ class Sample:
     index: int  # position in the run
     item: SourceItem
     name: str  # of its results, without extension
-    labels: Labels | None  # its classes, where they are known; None: from the scores
+    labels: Labels | None  # its classes, where they are known; None: to be predicted
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def take_snapshot(
 ) -> None:
     """Write the snapshot of a listing to `path`, which appears when it is complete.
 
-    labels_of: the known classes of an image, None where they come from the scores. description: of the
+    labels_of: the known classes of an image, None where they are predicted. description: of the
     source, for messages. Raises UsageError if there is no image, or if an id occurs twice.
     """
     temporary = path.with_name(f"{path.name}.tmp")

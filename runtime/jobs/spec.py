@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from multisa.runtime.backends.registry import BackendRequest
-from multisa.runtime.bundle import Bundle
+from multisa.runtime.bundle import Bundle, LabelMethod
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_file
@@ -80,6 +80,8 @@ class Job:
     pipeline: PipelineConfig
     storage_options: str | None = None  # JSON, for sources behind a URL
     image_prefix: str = ""  # where Label Studio finds the images
+    method: LabelMethod | None = None  # of `label`; None: the bundle's
+    min_area: float | None = None  # None: the bundle's
 
     def open_source(self, classes: Sequence[str] = ()) -> Source:
         """Open the source. Only listing it needs `classes`, to check labels that the source contains."""
@@ -93,24 +95,16 @@ class Job:
         return open_writers(self.writers, context, image_prefix=self.image_prefix)
 
     def open_predictor(self, bundle: Bundle) -> Predictor:
-        """Open the predictor of `command`; a context manager.
-
-        Raises UsageError if a writer needs class probabilities and the command has none.
-        """
-        probabilities = any(writer.needs_probabilities for writer in self.open_writers(bundle))
+        """Open the predictor of `command`; a context manager."""
         options: dict[str, Any] = {
             "backend": self.backend.backend,
             "precision": self.backend.precision,
             "engine_cache": self.backend.engine_cache,
             "threads": THREADS_PER_CALL,
+            "min_area": self.min_area,
         }
         if self.command == "label":
-            return PseudoLabeler(bundle, probabilities=probabilities, **options)
-        if probabilities:
-            raise UsageError(
-                "segment has no class probabilities, argmax and confidence are in its graph: leave out "
-                "--writer probabilities"
-            )
+            return PseudoLabeler(bundle, method=self.method, **options)
         return Segmenter(bundle, **options)
 
 
@@ -125,6 +119,8 @@ def make_job(
     *,
     storage_options: str | None = None,
     image_prefix: str = "",
+    method: LabelMethod | None = None,
+    min_area: float | None = None,
 ) -> Job:
     """Make a job from the options of a run."""
     return Job(
@@ -138,6 +134,8 @@ def make_job(
         pipeline=options.pipeline_config(remote=_is_remote(source)),
         storage_options=storage_options,
         image_prefix=image_prefix,
+        method=method,
+        min_area=min_area,
     )
 
 

@@ -53,7 +53,7 @@ class Worker:
         self.job = job
         self.timer = timer
         self.backends = predictor.backends
-        self._device = predictor.device
+        self._predictor = predictor
         self._writers = writers
         self._pipeline = pipeline
 
@@ -92,8 +92,13 @@ class Worker:
         on_commit(self._write(CompletedShard(shard, images, failed), guard))
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Backends, device and versions, as the settings of a run hold them."""
-        return {**process_fingerprint(self.backends), "masks are made on": self._device}
+        """Backends, method, device and versions, as the settings of a run hold them."""
+        return {
+            **process_fingerprint(self.backends),
+            "label method": self._predictor.method,
+            "min area": self._predictor.min_area,
+            "masks are made on": self._predictor.device,
+        }
 
     def _write(self, done: CompletedShard, guard: str) -> ShardResult:
         number = done.shard.number

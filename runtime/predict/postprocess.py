@@ -1,8 +1,9 @@
-"""Turn class activation maps and affinities into a pseudo-mask: random walk, background, dense CRF, argmax.
+"""From the networks' outputs to class probabilities and masks: random walk, background, dense CRF, small parts.
 
-Training and the deployed runtime both call these functions, so the step has one definition.
+Training and the deployed runtime both call these functions, so each step has one definition.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from multisa.kernels import DenseCRF, random_walk
+from multisa.kernels import CrfParameters, DenseCRF, absorb_small_parts, enlarge_probabilities, histogram, random_walk
 from multisa.runtime.bundle.manifest import LabelParameters
 from multisa.runtime.predict.uncertainty import label_disagreement
 
@@ -18,14 +19,14 @@ Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PseudoMask:
-    """A mask at the image's size, with its confidence."""
+    """A mask at the image's size, with the probabilities that it is the argmax of."""
 
     mask: UInt8  # [H, W] class ids, 0 = background
-    confidence: Float32  # [H, W] probability of the chosen class, 0..1
+    levels: UInt8  # [H, W] probability of the chosen class, 0..255 for 0..1
     probabilities: Float32  # [1 + C, H, W], background first
-    disagreement: float  # between the walk and the CRF, 0..1 (`label_disagreement`)
+    disagreement: float  # between the probabilities before the CRF and the mask, 0..1 (`label_disagreement`)
 
 
 def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) -> Float32:
@@ -51,7 +52,7 @@ def walk_scores(cam: Float32, affinity: Float32, parameters: LabelParameters) ->
 
 
 def pseudo_mask(image: UInt8, scores: Float32, class_ids: tuple[int, ...], parameters: LabelParameters) -> PseudoMask:
-    """Turn class scores into a mask of the image's size.
+    """Turn class scores into a mask of the image's size (method "walk").
 
     image: uint8 [H, W, 3]. scores: float32 [C, h, w] in [0, 1], one row for each of `class_ids` (1..).
     Multiplies the maps by the gains of their classes, adds a background with the constant score
@@ -67,21 +68,16 @@ def pseudo_masks(
     """Run `pseudo_mask` for several background scores instead of `parameters.background`."""
     size = (image.shape[0], image.shape[1])
     if not class_ids:
-        ones = np.ones((1, *size), np.float32)
-        return [PseudoMask(np.zeros(size, np.uint8), ones[0], ones, 0.0) for _ in backgrounds]
+        return [background_mask(size)] * len(backgrounds)
     full = resize_maps(scores, size)
     if parameters.class_gain:
         gains = np.array([parameters.class_gain[class_id - 1] for class_id in class_ids], np.float32)
         full = full * gains[:, None, None]
     crf = DenseCRF(image, parameters.crf) if parameters.use_crf else None
-    ids = np.array((0, *class_ids), dtype=np.uint8)
     masks = []
     for background in backgrounds:
         walked = background_and_foreground(full, background)
-        probabilities = walked if crf is None else crf.infer(walked)
-        winners = probabilities.argmax(axis=0)
-        disagreement = label_disagreement(walked, winners)
-        masks.append(PseudoMask(ids[winners], probabilities.max(axis=0), probabilities, disagreement))
+        masks.append(choose_classes(walked, walked if crf is None else crf.infer(walked), class_ids))
     return masks
 
 
@@ -92,6 +88,81 @@ def background_and_foreground(scores: Float32, background: float) -> Float32:
     """
     stacked = np.concatenate([np.full((1, *scores.shape[1:]), background, np.float32), scores])
     return np.asarray(stacked / stacked.sum(axis=0, keepdims=True), dtype=np.float32)
+
+
+def constrain_probabilities(probabilities: Float32, class_ids: Sequence[int]) -> Float32:
+    """Keep the background and the classes of an image, and divide by their sum (method "segmenter").
+
+    probabilities: float32 [C, h, w] >= 0, one row for each class of the bundle. class_ids: of the foreground
+    (1..). Returns float32 [1 + len(class_ids), h, w], each cell summing to one; a cell where all of these
+    classes have probability 0 becomes background.
+    """
+    kept = probabilities[[0, *class_ids]]
+    total = kept.sum(axis=0)
+    is_empty = total == 0
+    kept /= np.where(is_empty, np.float32(1), total)
+    kept[0, is_empty] = 1
+    return kept
+
+
+def refine(image: UInt8, probabilities: Float32, crf: CrfParameters | None) -> Float32:
+    """Enlarge class probabilities to the image's size and refine them with the dense CRF, if any.
+
+    image: uint8 [H, W, 3]. probabilities: float32 [K, h, w]. Returns float32 [K, H, W].
+    """
+    full = resize_maps(probabilities, (image.shape[0], image.shape[1]))
+    return full if crf is None else DenseCRF(image, crf).infer(full)
+
+
+def choose_classes(before: Float32, after: Float32, class_ids: Sequence[int]) -> PseudoMask:
+    """Make the mask of class probabilities after the dense CRF, and compare it with those before it.
+
+    before: float32 [1 + C, h, w], enlarged to the size of the mask. after: float32 [1 + C, H, W]. class_ids: of
+    the foreground (1..), in the order of the rows.
+    """
+    size = (after.shape[1], after.shape[2])
+    first, confidence = enlarge_probabilities(before, size)
+    winners, levels = enlarge_probabilities(after, size)
+    disagreement = label_disagreement(first, confidence, winners, len(after))
+    return PseudoMask(np.array((0, *class_ids), np.uint8)[winners], levels, after, disagreement)
+
+
+def background_mask(size: tuple[int, int]) -> PseudoMask:
+    """Return the mask of an image without any class: background, with full confidence."""
+    return PseudoMask(np.zeros(size, np.uint8), np.full(size, 255, np.uint8), np.ones((1, *size), np.float32), 0.0)
+
+
+def absorb_parts(mask: UInt8, min_area: float, kept: Sequence[int] = ()) -> UInt8:
+    """Give the connected parts of a mask below a share of its pixels the class around them.
+
+    mask: uint8 [H, W]. min_area: share of the pixels; 0 keeps every part. kept: ids of classes that the image
+    is known to show. If no part of one of them is large enough, its largest part stays; parts of equal size
+    stay together. Returns uint8 [H, W].
+    """
+    min_pixels = math.ceil(min_area * mask.size)
+    if min_pixels <= 1:
+        return mask
+    absorbed = absorb_small_parts(mask, min_pixels)
+    if kept:
+        before, after = histogram(mask), histogram(absorbed)
+        for class_id in kept:
+            if before[class_id] and not after[class_id]:
+                absorbed[_largest_part(mask, class_id, min_pixels)] = class_id
+    return absorbed
+
+
+def _largest_part(mask: UInt8, class_id: int, min_pixels: int) -> npt.NDArray[np.bool_]:
+    """Mark what remains of a class at the highest limit, below `min_pixels`, that does not absorb all of it."""
+    remains: npt.NDArray[np.bool_] = mask == class_id
+    low, high = 1, min_pixels  # at `low` pixels something remains, at `high` nothing
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = absorb_small_parts(mask, middle) == class_id
+        if found.any():
+            low, remains = middle, found & (mask == class_id)
+        else:
+            high = middle
+    return remains
 
 
 def resize_maps(maps: Float32, size: tuple[int, int]) -> Float32:

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels import joint_histogram
-from multisa.runtime.backends.base import SEGMENTER
+from multisa.runtime.backends.base import SEGMENTER, Backend
 from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle
-from multisa.runtime.errors import BackendError
+from multisa.runtime.errors import BackendError, ImageError
 from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
-from multisa.runtime.predict.prediction import DECIMALS, Labels, Prediction, Predictor, StageTimer
-from multisa.runtime.predict.uncertainty import histogram_disagreement
+from multisa.runtime.predict.prediction import ClassProbabilities, Labels, Prediction, Predictor, StageTimer
 
 UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+
+STRIDE = 4  # of the probabilities
+ROUNDING = 1e-5  # by which a softmax in float32 may leave 0..1, as for `enlarge_probabilities`
 
 
 class Segmenter(Predictor):
@@ -39,6 +41,7 @@ class Segmenter(Predictor):
         precision: str = AUTO,
         threads: int | None = None,
         engine_cache: str | Path | None = None,
+        min_area: float | None = None,
     ) -> None:
         """Load the segmenter's graph.
 
@@ -48,12 +51,14 @@ class Segmenter(Predictor):
         GPU if the bundle has it, else fp32.
         threads: CPU threads of one call; by default all usable CPUs.
         engine_cache: a folder with TensorRT engines, besides those of the bundle.
+        min_area: connected parts of the mask with a smaller share of the image take the class around them; 0
+        keeps every part; by default the bundle's `min_area`.
 
         Raises BundleError for a damaged bundle, UsageError for an unknown backend or precision,
         BackendUnavailable or BackendError for a backend that cannot run on this machine.
         """
         request = BackendRequest(backend, precision, Path(engine_cache) if engine_cache else None)
-        super().__init__(bundle, (SEGMENTER,), request, threads)
+        super().__init__(bundle, (SEGMENTER,), request, threads, min_area)
 
     def __call__(self, image: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Prediction:
         """Segment one image.
@@ -70,44 +75,33 @@ class Segmenter(Predictor):
 
     def predict_batch(
         self, images: UInt8, labels: Sequence[Labels | None], timer: StageTimer | None = None
-    ) -> Sequence[tuple[UInt8, UInt8]]:
-        """Run the graph on uint8 [N, h, w, 3]. Returns class ids and confidence, uint8 [h, w], of each image.
+    ) -> Sequence[Float32]:
+        """Run the graph on uint8 [N, h, w, 3]. Returns the class probabilities of each image, at stride 4.
 
-        Ignores `labels`: the segmenter uses no image-level labels. Raises BackendError.
+        Ignores `labels`: the segmenter uses no image-level labels. Raises BackendError and ImageError.
         """
-        with timer.stage("segmenter") if timer else nullcontext():
-            outputs = self.backends[0].backend.run(images)
-        masks, confidence = outputs["labels"], outputs["confidence"]
-        if masks.shape != images.shape[:3] or confidence.shape != images.shape[:3]:
-            raise BackendError(
-                f"segmenter: got labels {masks.shape} and confidence {confidence.shape}, expected "
-                f"{images.shape[:3]} as the images: export the bundle again"
-            )
-        return list(zip(masks, confidence, strict=True))
+        return list(run_segmenter(self.backends[0].backend, images, len(self._manifest.classes), timer))
 
-    def postprocess(self, raw: tuple[UInt8, UInt8], image: DecodedImage, timer: StageTimer | None = None) -> Prediction:
-        """Count the classes of one mask. Raises BackendError for a class that the bundle does not have."""
-        mask, confidence = raw
-        classes = self._manifest.classes
-        histograms = joint_histogram(mask, confidence)
-        counts = histograms.sum(axis=1)
-        present = np.flatnonzero(counts).tolist()
-        if present[-1] >= len(classes):
-            raise BackendError(f"segmenter: got class {present[-1]}, expected 0..{len(classes) - 1}")
-        histograms = histograms[: len(classes)]
-        sums = histograms @ np.arange(256)
-        # Mean confidence over the pixels of each class in the mask, including the background.
-        scores: dict[str, float] = {}
-        for index in present:
-            scores[classes[index]] = round(float(sums[index] / counts[index]) / 255, DECIMALS)
-        return Prediction(
-            working_mask=mask,
-            working_confidence=confidence,
-            size=image.size,
-            classes=tuple(scores)[1:] if present[0] == 0 else tuple(scores),
-            manifest=self._manifest,
-            disagreement=histogram_disagreement(histograms),
-            details={"scores": scores},
-            orientation=image.orientation,
-            notes=image.notes,
+    def postprocess(self, raw: Float32, image: DecodedImage, timer: StageTimer | None = None) -> Prediction:
+        """Make the prediction from class probabilities, float32 [C, h, w]."""
+        return self._prediction(image, ClassProbabilities(tuple(range(len(raw))), raw))
+
+
+def run_segmenter(backend: Backend, images: UInt8, n_classes: int, timer: StageTimer | None) -> Float32:
+    """Run segmenter.onnx on uint8 [N, h, w, 3]: float32 [N, n_classes, ceil(h/4), ceil(w/4)].
+
+    Raises BackendError for an output of another shape, ImageError for values that are no probabilities.
+    """
+    with timer.stage("segmenter") if timer else nullcontext():
+        probabilities: Float32 = backend.run(images)["probabilities"]
+    count, height, width = images.shape[:3]
+    expected = (count, n_classes, -(-height // STRIDE), -(-width // STRIDE))
+    if probabilities.shape != expected:
+        raise BackendError(
+            f"segmenter: got probabilities {probabilities.shape}, expected {expected} for images of "
+            f"{height} x {width} and the bundle's classes: export the bundle again"
         )
+    low, high = float(probabilities.min()), float(probabilities.max())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # or NaN
+        raise ImageError(f"segmenter: got probabilities from {low} to {high}, expected 0..1")
+    return probabilities

@@ -8,10 +8,9 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from multisa.kernels import joint_histogram
+from multisa.kernels import histogram, joint_histogram
 
 UInt8 = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 CONFIDENT = 0.6  # a pixel whose class has a lower probability is unsure
@@ -32,11 +31,6 @@ def uncertainty(confidence: float, disagreement: float, labels: Collection[str],
     return 1 - confidence * (1 - disagreement) * share
 
 
-def segmenter_disagreement(mask: UInt8, confidence: UInt8) -> float:
-    """Return `histogram_disagreement` of a mask, uint8 [h, w], and its confidence, 0..255 for 0..1."""
-    return histogram_disagreement(joint_histogram(mask, confidence))
-
-
 def histogram_disagreement(histograms: Int64) -> float:
     """Return 1 - mean confidence over the classes of the mask * share of confident pixels; within 0..1.
 
@@ -54,22 +48,21 @@ def histogram_disagreement(histograms: Int64) -> float:
     return 1 - by_class * (1 - unsure / int(pixels.sum()))
 
 
-def label_disagreement(before: Float32, after: npt.NDArray[np.intp]) -> float:
-    """Return 1 - agreement of walk and CRF * share of pixels where the walk is confident; within 0..1.
+def label_disagreement(before: UInt8, confidence: UInt8, after: UInt8, classes: int) -> float:
+    """Return 1 - agreement of two masks * share of pixels where the first is confident; within 0..1.
 
-    Agreement is the IoU of the two masks, averaged over the background and the image's labels; a class that
-    neither mask contains counts 0. before: float32 [1 + C, H, W], probabilities before the CRF that sum to
-    one in each pixel. after: integer [H, W], the winning row after the CRF. Without pixels, the result is 0.
+    The masks are those before and after the dense CRF. Agreement is their IoU, averaged over the background and
+    the image's labels; a class that neither mask contains counts 0. before, after: uint8 [H, W], indices below
+    `classes` into the background and the labels. confidence: uint8 [H, W] of `before`, 0..255 for 0..1. Without
+    pixels, the result is 0.
     """
     if not after.size:
         return 0.0
-    rows = len(before)
-    winners = before.argmax(axis=0)
-    joint = np.bincount((winners * rows + after).ravel(), minlength=rows * rows).reshape(rows, rows)
+    joint = joint_histogram(before, after)[:classes, :classes]
     both = np.diag(joint)
     either = joint.sum(axis=0) + joint.sum(axis=1) - both
     agreement = float((both / np.maximum(either, 1)).mean())
-    unsure = int(np.count_nonzero(before.max(axis=0) < np.float32(CONFIDENT)))
+    unsure = int(histogram(confidence)[: round(CONFIDENT * 255)].sum())
     return 1 - agreement * (1 - unsure / after.size)
 
 

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.files import write_bytes_atomically
+from multisa.runtime.imaging.png import display_palette
 from multisa.runtime.progress import pluralize
 from multisa.runtime.report.summary import (
     BINS,
@@ -70,7 +71,7 @@ class Page:
 def write_page(path: Path, page: Page, manifest: Manifest) -> None:
     """Write the page to `path` atomically; the pictures of its cards must lie beside it."""
     background = manifest.classes[0]
-    colours = dict(zip(manifest.classes, manifest.palette, strict=True))
+    colours = class_colours(manifest)
     shown = {name for card in page.cards for name in shown_shares(card.record, background)}
     script = _asset("page.js")
     text = Template(_asset("page.html")).substitute(
@@ -78,7 +79,7 @@ def write_page(path: Path, page: Page, manifest: Manifest) -> None:
         subtitle=escape(page.subtitle),
         style=_asset("page.css"),
         script=script,
-        script_hash=_hash(script),
+        script_hash=script_hash(script),
         panels=max((len(card.pictures) for card in page.cards), default=1),
         legend="".join(render_chip(name, colours) for name in manifest.foreground if name in shown),
         options="".join(f"<option>{escape(name)}</option>" for name in manifest.foreground if name in shown),
@@ -88,6 +89,11 @@ def write_page(path: Path, page: Page, manifest: Manifest) -> None:
         facts=json_for_script([card_facts(card, background) for card in page.cards]),
     )
     write_bytes_atomically(path, text.encode(errors="replace"))
+
+
+def class_colours(manifest: Manifest) -> Colours:
+    """The colour of each class on the page and in the overlays."""
+    return dict(zip(manifest.classes, display_palette(len(manifest.classes)).tolist(), strict=True))
 
 
 def shown_shares(record: Mapping[str, Any], background: str) -> dict[str, float]:
@@ -201,7 +207,7 @@ def render_balance(found: RunStatistics, colours: Colours) -> str:
         for name, count in sorted(found.images_of_class.items(), key=lambda item: (-item[1], item[0]))
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("class", "images", "share of pixels", "not found"))
-    return _section("Class balance", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
+    return render_section("Class balance", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
 
 
 def render_stages(figures: RunFigures) -> str:
@@ -217,7 +223,7 @@ def render_stages(figures: RunFigures) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in ("stage", "workers", "busy"))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     limit = escape(describe_limit(figures))
-    return _section("Stages", f"<p>{limit[:1].upper()}{limit[1:]}.</p>{table}")
+    return render_section("Stages", f"<p>{limit[:1].upper()}{limit[1:]}.</p>{table}")
 
 
 def render_uncertainty(found: RunStatistics) -> str:
@@ -230,7 +236,7 @@ def render_uncertainty(found: RunStatistics) -> str:
     )
     scale = "<p class=scale><span>0</span><span>0.5</span><span>1</span></p>"
     label = f'aria-label="images by uncertainty, {BINS} bins from 0 to 1, at most {most} in one"'
-    return _section("Uncertainty", f'<ol class="histogram" {label}>{columns}</ol>{scale}')
+    return render_section("Uncertainty", f'<ol class="histogram" {label}>{columns}</ol>{scale}')
 
 
 def render_failures(groups: Mapping[str, ReasonGroup]) -> str:
@@ -242,13 +248,16 @@ def render_failures(groups: Mapping[str, ReasonGroup]) -> str:
         + "</ul></details>"
         for reason, group in groups.items()
     )
-    return _section("Failures", items) if items else ""
+    return render_section("Failures", items) if items else ""
 
 
 def render_backends(run: Mapping[str, Any]) -> str:
-    """Render the bundle, the backends and why they were selected, and versions."""
+    """Render the bundle, the method, the backends and why they were selected, and versions."""
     bundle = run.get("bundle", {})
     facts = [("bundle", f"{bundle.get('name', '')}, sha256 {str(bundle.get('sha256', ''))[:16]}")]
+    facts += [
+        (key.replace("_", " "), str(run[key])) for key in ("label_method", "min_area") if run.get(key) is not None
+    ]
     for graph, choice in run.get("backends", {}).items():
         text = ", ".join(str(choice[key]) for key in ("backend", "precision", "reason") if choice.get(key))
         facts.append((str(graph), text))
@@ -256,7 +265,7 @@ def render_backends(run: Mapping[str, Any]) -> str:
     facts += [("versions", versions)] if versions else []
     facts += [("started", str(run["started"]))] if run.get("started") else []
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts)
-    return _section("Bundle and backends", f'<dl class="backends">{rows}</dl>')
+    return render_section("Bundle and backends", f'<dl class="backends">{rows}</dl>')
 
 
 def join_sections(sections: Sequence[str]) -> str:
@@ -269,7 +278,8 @@ def _bar(value: float, most: float, text: str) -> str:
     return f'<td class="amount"><i style="width:{min(width, 1):.2%}"></i><b>{text}</b></td>'
 
 
-def _section(title: str, content: str) -> str:
+def render_section(title: str, content: str) -> str:
+    """Render a titled section; both are HTML, already escaped."""
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
@@ -292,5 +302,6 @@ def _asset(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
+    """What the content security policy of a page names its script by."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

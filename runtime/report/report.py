@@ -15,11 +15,12 @@ from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import resize_image, resize_mask, working_size
-from multisa.runtime.imaging.png import overlay_mask
+from multisa.runtime.imaging.png import display_palette, overlay_mask
 from multisa.runtime.report.page import (
     Card,
     Page,
     Picture,
+    class_colours,
     join_sections,
     render_backends,
     render_balance,
@@ -64,7 +65,7 @@ def write_overlay(
     """
     size = working_size(mask.shape[0], mask.shape[1], LONG_SIDE)
     under = np.full((*size, 3), _GREY, np.uint8) if rgb is None else resize_image(rgb, size)
-    drawn = overlay_mask(under, resize_mask(mask, size), manifest.mask_palette())
+    drawn = overlay_mask(under, resize_mask(mask, size), display_palette(len(manifest.classes)))
     write_jpeg(out / picture_path(index, kind), Image.fromarray(drawn))
 
 
@@ -116,7 +117,7 @@ def write_report(out: Path, data: ReportData, *, report_images: int = REPORT_IMA
     cards = _draw_cards(out, found, data)
     figures = figures_from_run(run)
     sections = (
-        render_balance(found, dict(zip(manifest.classes, manifest.palette, strict=True))),
+        render_balance(found, class_colours(manifest)),
         render_uncertainty(found),
         render_stages(figures),
         render_failures(group_failures(data.failures, FAILED_IDS)),

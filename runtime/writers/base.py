@@ -43,9 +43,9 @@ class LabelledImage:
     name: str  # path of its results without extension, unique in the run; "a/b" for the id "a/b.jpg"
     mask: UInt8  # [H, W] class ids, at the size of the upright image
     png: bytes  # the mask as a palette PNG
-    confidence: UInt8  # [h, w] of the chosen class, 0..255 for 0..1, at the size of the networks' input
+    confidence: UInt8  # [H, W] of the chosen class, 0..255 for 0..1
     record: Mapping[str, Any]  # its line of labels.jsonl
-    probabilities: ClassProbabilities | None = None  # set if a writer of the run needs them
+    probabilities: ClassProbabilities  # that mask and confidence are made from
 
 
 class ShardFiles(Protocol):
@@ -80,8 +80,6 @@ class WriterContext:
 
 class Writer(ABC):
     """One format. Several threads may call `encode` at once; the other methods run in one thread."""
-
-    needs_probabilities = False  # whether `encode` uses `LabelledImage.probabilities`
 
     def __init__(self, context: WriterContext) -> None:
         self.context = context
@@ -230,11 +228,11 @@ _FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip member
 
 
 def with_palette(png: bytes, palette: UInt8) -> bytes:
-    """Replace the palette of a PNG by the first colours of uint8 [256, 3], as many as it has."""
+    """Replace the palette of a PNG by uint8 [256, 3]."""
     pieces = [PNG_SIGNATURE]
     for kind, data in _chunks(png):
         if kind == b"PLTE":
-            data = palette.tobytes()[: len(data)]
+            data = palette.tobytes()
         if kind != b"tRNS":
             pieces.append(png_chunk(kind, data))
     return b"".join(pieces)

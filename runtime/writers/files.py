@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from multisa.runtime.imaging.decode import resize_mask
 from multisa.runtime.writers.base import (
     LabelledImage,
     ShardFiles,
@@ -51,8 +50,7 @@ class ConfidenceWriter(PngWriter):
     folder = "confidence"
 
     def png(self, image: LabelledImage) -> bytes:
-        height, width = image.mask.shape
-        return encode_grey(resize_mask(image.confidence, (height, width)))
+        return encode_grey(image.confidence)
 
 
 TarMembers = tuple[tuple[str, bytes], ...]

@@ -1,7 +1,8 @@
 """`probabilities`: OUT/probabilities/000012.tar, the class probabilities of each image.
 
 With them you can try other thresholds without running the networks again. Each image has KEY.npz with four
-arrays (`_ARRAYS`) and KEY.json, its record:
+arrays (`_ARRAYS`) and KEY.json, its record. Their grid [h, w] is that of the probabilities: of `label` the size
+of the networks' input, of `segment` a quarter of it, rounded up.
 
     for image in read_probabilities(Path("out/probabilities/000000.tar")):
         mask = mask_from_probabilities(image, background_weight=0.8)
@@ -23,9 +24,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels import confidence_levels, enlarge_probabilities
 from multisa.runtime.errors import UsageError
-from multisa.runtime.imaging.decode import MAX_PIXELS, resize_mask
+from multisa.runtime.imaging.decode import MAX_PIXELS
 from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import absorb_parts
 from multisa.runtime.predict.prediction import ClassProbabilities
 from multisa.runtime.writers.base import LabelledImage, json_bytes, tar_key, unescape_name, zip_bytes
 from multisa.runtime.writers.files import TarMembers, TarShardWriter
@@ -58,15 +61,13 @@ class ProbabilitiesWriter(TarShardWriter):
     """One tar of arrays for each shard."""
 
     folder = "probabilities"
-    needs_probabilities = True
 
     def encode(self, image: LabelledImage) -> TarMembers:
-        probabilities = image.probabilities
-        assert probabilities is not None, "the run passes probabilities to writers that need them"
+        maps = image.probabilities.probabilities
         arrays: dict[str, npt.NDArray[Any]] = {
-            "class_ids": np.array(probabilities.class_ids, np.uint8),
-            "confidence": image.confidence,
-            "probabilities": probabilities.probabilities.astype(np.float16, copy=False),
+            "class_ids": np.array(image.probabilities.class_ids, np.uint8),
+            "confidence": confidence_levels(maps.max(axis=0)),
+            "probabilities": maps.astype(np.float16),
             "size": np.array(image.mask.shape, np.int32),
         }
         key = tar_key(image.name)
@@ -111,28 +112,36 @@ def read_probabilities(path: Path) -> Iterator[StoredProbabilities]:
 
 
 def mask_from_probabilities(
-    image: StoredProbabilities, *, background_weight: float = 1.0, minimum_confidence: float = 0.0
+    image: StoredProbabilities,
+    *,
+    background_weight: float = 1.0,
+    minimum_confidence: float = 0.0,
+    min_area: float = 0.0,
 ) -> UInt8:
     """Choose the class of each pixel again: uint8 [H, W] at the image's own size.
 
     background_weight: factor of the background's probability before the argmax. Without a CRF, the result is
-    the mask of a run whose background score is multiplied by it. At 1, the result is the mask of the run,
-    except where two probabilities round to the same half-precision number.
+    the mask of a run whose background score is multiplied by it. At 1, and with the `min_area` of the run, the
+    result is the mask of the run, except where two probabilities round to the same half-precision number.
     minimum_confidence: pixels whose class has a lower share of the probabilities become 255, "ignore".
+    min_area: connected parts with a smaller share of the image take the class around them.
     Raises UsageError for values out of range.
     """
     if not 0 < background_weight < math.inf:
         raise UsageError(f"got {background_weight} as the background's weight, expected a finite number above 0")
     if not 0 <= minimum_confidence < 1:
         raise UsageError(f"got {minimum_confidence} as the lowest confidence, expected 0 or more, below 1")
-    ids = np.array(image.probabilities.class_ids, np.uint8)
-    scores = image.probabilities.probabilities.astype(np.float32)
-    scores[ids == 0] *= np.float32(background_weight)
-    mask = ids[scores.argmax(axis=0)]
-    if minimum_confidence:
-        unsure = scores.max(axis=0) < minimum_confidence * scores.sum(axis=0)
-        mask[unsure] = IGNORE_INDEX
-    return resize_mask(mask, image.size)
+    if not 0 <= min_area < 1:
+        raise UsageError(f"got {min_area} as the smallest area, expected 0 or more, below 1")
+    ids = image.probabilities.class_ids
+    scores = image.probabilities.probabilities.astype(np.float64)
+    scores[np.array(ids) == 0] *= background_weight
+    scores /= np.maximum(scores.sum(axis=0), np.finfo(np.float64).tiny)
+    mask, confidence = enlarge_probabilities(scores.astype(np.float32), image.size, ids)
+    named = [index for index in ids if index] if image.record.get("labels_from") in ("file", "scores") else []
+    mask = absorb_parts(mask, min_area, named)
+    mask[confidence < round(minimum_confidence * 255)] = IGNORE_INDEX
+    return mask
 
 
 def _images(archive: tarfile.TarFile) -> Iterator[StoredProbabilities]:
@@ -170,9 +179,13 @@ def _image(key: str, arrays: Mapping[str, npt.NDArray[Any]], record: Mapping[str
     if ids.shape != (count,) or confidence.shape != tuple(grid) or not probabilities.size or len(size) != 2:
         shapes = {name: array.shape for name, array in arrays.items()}
         raise ValueError(f"{key!r}: got arrays of shapes {shapes}, which do not fit together")
+    if len(np.unique(ids)) != count:
+        raise ValueError(f"{key!r}: got the class ids {ids.tolist()}, expected each once")
+    if not (probabilities.min() >= 0 and probabilities.max() <= 1):  # or NaN
+        raise ValueError(f"{key!r}: got probabilities that are not within 0..1")
     if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{key!r}: got a size of {size}, expected 1 to {MAX_PIXELS} pixels")
-    maps = ClassProbabilities(tuple(ids.tolist()), probabilities)
+    maps = ClassProbabilities(tuple(ids.tolist()), probabilities.astype(np.float32))
     return StoredProbabilities(_safe_name(key), record, (size[0], size[1]), maps, confidence)
 
 

@@ -39,7 +39,7 @@ from multisa.runtime.gpu.pipeline import GpuPipeline
 from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.run import run as run_job
 from multisa.runtime.jobs.spec import RunOptions, make_job
-from multisa.runtime.predict import pseudo_labeler as label
+from multisa.runtime.predict import walk
 
 PROFILES = [((1, 32, 32), (1, 64, 64), (2, 96, 96)), ((1, 32, 32), (1, 96, 128), (4, 160, 160))]
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
@@ -444,7 +444,7 @@ def test_a_good_engine_stays(bundle: Bundle, store: Store, refusal: str, error: 
     ("graph", "changes", "message"),
     [
         ("cam.onnx", {}, "got an engine of .*cam"),
-        ("segmenter.onnx", {"on_host": "labels"}, "labels.*on the host"),
+        ("segmenter.onnx", {"on_host": "probabilities"}, "probabilities.*on the host"),
         ("segmenter.onnx", {"profiles": [((1, 64, 64), (1, 32, 32), (2, 96, 96))]}, "profile 0: got"),
     ],
     ids=["another graph", "on the host", "profile out of order"],
@@ -626,7 +626,7 @@ def test_pseudo_masks_that_are_made_on_the_device(
     for name in ("onnxruntime-cpu", library):
         request, out = BackendRequest(name, "fp32", cache), tmp_path / name
         options = RunOptions()
-        job = make_job("label", str(images), out, bundle.path, request, options)
+        job = make_job("label", str(images), out, bundle.path, request, options, method="walk")
         run_job(job, options, LocalExecutor, labels=tmp_path / "labels.csv")
         with Image.open(out / "masks" / "cat.png") as mask:
             masks.append(np.asarray(mask))
@@ -648,6 +648,6 @@ def test_without_kernels_the_walk_is_on_the_cpu(
 
     monkeypatch.setattr(calls, "default_device", refuse)
     with open_tensorrt(bundle, AFFINITY, TensorRTOptions(engine_cache=store(AFFINITY))) as backend:
-        run_affinity, device_errors = label._affinity_for_the_walk(backend, radius=5)
+        run_affinity, device_errors = walk._affinity_for_the_walk(backend, radius=5)
         assert isinstance(run_affinity(crop(64, 64))["affinity"], np.ndarray) and device_errors == ()
     assert "the random walk runs on the CPU: kernels.fatbin: not found" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """A tiny real bundle: three ONNX graphs built by hand, so that the true runtime runs without a trained one.
 
 Class 1 is "red thing", class 2 "green". cam.onnx gives the red and green channels, segmenter.onnx thresholds
-the brightness (< 85 background, < 170 class 1, else class 2).
+the brightest brightness of each 4x4 block (< 85 background, < 170 class 1, else class 2).
 """
 
 import io
@@ -20,7 +20,14 @@ from PIL import Image
 from multisa.kernels import CrfParameters
 from multisa.runtime.backends import registry
 from multisa.runtime.backends.gpus import Gpu, GpuProbe
-from multisa.runtime.bundle import Bundle, BundleParameters, LabelParameters, Manifest, write_bundle
+from multisa.runtime.bundle import (
+    Bundle,
+    BundleParameters,
+    LabelParameters,
+    Manifest,
+    SegmenterLabelParameters,
+    write_bundle,
+)
 from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.predict.prediction import ClassProbabilities
 from multisa.runtime.writers.base import LabelledImage, WriterContext
@@ -35,6 +42,7 @@ from job_runs import write_noise  # noqa: E402
 
 CLASSES = ("background", "red thing", "green")
 OFFSETS = 34
+STEEPNESS = np.float32(0.02)  # of the segmenter's probabilities, per grey level
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +54,7 @@ def graphs() -> dict[str, bytes]:
 def manifest() -> Manifest:
     label = LabelParameters(walk_steps=16, crf=CrfParameters(iterations=2))
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         name="tiny",
         classes=CLASSES,
         palette=((0, 0, 0), (200, 40, 40), (40, 200, 40)),
@@ -55,7 +63,10 @@ def manifest() -> Manifest:
             long_side=80,
             cam_scales=(1.0,),
             walk_stride=4,
+            label_method="walk",
             label=label,
+            segmenter_label=SegmenterLabelParameters(crf=CrfParameters(iterations=2)),
+            min_area=0.0,
             score_thresholds={"red thing": 0.3, "green": 0.3},
         ),
         preprocessing=("scale to 0..1",),
@@ -205,20 +216,22 @@ def _affinity_graph(offsets: int = OFFSETS) -> bytes:
 
 
 def _segmenter_graph(low: float = 85) -> bytes:
+    """Logits 0, x - low, 2 x - low - high for the brightness x, all times STEEPNESS."""
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["float", "channels"], ["brightness"], keepdims=0),
-        helper.make_node("Greater", ["brightness", "low"], ["above_low"]),
-        helper.make_node("Greater", ["brightness", "high"], ["above_high"]),
-        helper.make_node("Cast", ["above_low"], ["first"], to=TensorProto.FLOAT),
-        helper.make_node("Cast", ["above_high"], ["second"], to=TensorProto.FLOAT),
-        helper.make_node("Add", ["first", "second"], ["sum"]),
-        helper.make_node("Cast", ["sum"], ["labels"], to=TensorProto.UINT8),
-        helper.make_node("Cast", ["brightness"], ["confidence"], to=TensorProto.UINT8),
+        helper.make_node("Transpose", ["float"], ["chw"], perm=[0, 3, 1, 2]),
+        helper.make_node("ReduceMean", ["chw", "channels"], ["brightness"], keepdims=1),
+        helper.make_node("MaxPool", ["brightness"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4], ceil_mode=1),
+        helper.make_node("Conv", ["pooled", "weight", "bias"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
     ]
-    constants = {"channels": np.array([3]), "low": np.float32(low), "high": np.float32(170)}
-    outputs = [("labels", TensorProto.UINT8, ["N", "H", "W"]), ("confidence", TensorProto.UINT8, ["N", "H", "W"])]
-    return _model(nodes, outputs, constants)
+    weight = np.array([0, 1, 2], np.float32).reshape(3, 1, 1, 1)
+    constants = {
+        "channels": np.array([1]),
+        "weight": STEEPNESS * weight,
+        "bias": STEEPNESS * np.array([0, -low, -low - 170], np.float32),
+    }
+    return _model(nodes, [("probabilities", TensorProto.FLOAT, ["N", 3, "h", "w"])], constants)
 
 
 @dataclass
@@ -255,6 +268,8 @@ def labelled(manifest: Manifest) -> Callable[..., LabelledImage]:
         name: str, mask: np.ndarray, index: int = 0, probabilities: ClassProbabilities | None = None
     ) -> LabelledImage:
         classes, counts = manifest.classes, np.bincount(mask.ravel(), minlength=256)
+        if probabilities is None:
+            probabilities = ClassProbabilities((0,), np.ones((1, *mask.shape), np.float32))
         shares = {classes[i]: round(int(counts[i]) / mask.size, 4) for i in range(3) if counts[i]}
         record = {
             "image": f"{name}.jpg",
@@ -268,16 +283,12 @@ def labelled(manifest: Manifest) -> Callable[..., LabelledImage]:
             "classes": [classes[i] for i in (1, 2) if counts[i]],
             "scores": {"green": 0.5},
         }
-        confidence = np.full(
-            mask.shape if probabilities is None else probabilities.probabilities.shape[1:], 191, np.uint8
-        )
+        confidence = np.full(mask.shape, 191, np.uint8)
         picture = Image.fromarray(np.ascontiguousarray(mask))
         picture.putpalette(manifest.mask_palette().tobytes())
         png = io.BytesIO()
         picture.save(png, "PNG")
-        return LabelledImage(
-            index, f"{name}.jpg", name, mask, png.getvalue(), confidence, record, probabilities=probabilities
-        )
+        return LabelledImage(index, f"{name}.jpg", name, mask, png.getvalue(), confidence, record, probabilities)
 
     return make
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from multisa.runtime.backends.registry import BackendRequest
-from multisa.runtime.bundle import Bundle
+from multisa.runtime.bundle import Bundle, LabelMethod
 from multisa.runtime.jobs.executors.local import LocalExecutor
 from multisa.runtime.jobs.journal import Journal, ShardResult
 from multisa.runtime.jobs.record import RunSummary
@@ -19,12 +19,12 @@ from multisa.runtime.jobs.spec import Job, RunOptions, make_job
 
 
 def run_label(source: Path, out: Path, bundle: Bundle, **options: Any) -> RunSummary:
-    """`multisa label` without its last lines. options: labels, request, and those of RunOptions."""
+    """`multisa label` without its last lines. options: labels, method, min_area, request, those of RunOptions."""
     return _run("label", source, out, bundle, **options)
 
 
 def run_segment(source: Path, out: Path, bundle: Bundle, **options: Any) -> RunSummary:
-    """`multisa segment` without its last lines. options: request, and those of RunOptions."""
+    """`multisa segment` without its last lines. options: min_area, request, and those of RunOptions."""
     return _run("segment", source, out, bundle, **options)
 
 
@@ -84,8 +84,11 @@ def _run(
     *,
     labels: Path | None = None,
     request: BackendRequest | None = None,
+    method: LabelMethod | None = None,
+    min_area: float | None = None,
     **options: Any,
 ) -> RunSummary:
     chosen = RunOptions(**options)
-    job = make_job(command, str(source), out, bundle.path, request or BackendRequest(), chosen)
+    request = request or BackendRequest()
+    job = make_job(command, str(source), out, bundle.path, request, chosen, method=method, min_area=min_area)
     return run(job, chosen, LocalExecutor, labels=labels)

@@ -16,7 +16,7 @@ from multisa.runtime.imaging.decode import DecodedImage, load_image
 from multisa.runtime.jobs.pipeline import CompletedShard, Encoder, Pipeline
 from multisa.runtime.jobs.snapshot import Sample, Shard
 from multisa.runtime.jobs.stages import Failure, PipelineConfig
-from multisa.runtime.predict.prediction import Labels, Prediction, StageTimer
+from multisa.runtime.predict.prediction import ClassProbabilities, Labels, Prediction, StageTimer
 from multisa.runtime.sources.base import SourceItem
 from multisa.runtime.writers.base import WriterContext
 from multisa.runtime.writers.registry import open_writers
@@ -79,12 +79,12 @@ class Predictor:
         if self.postprocess_error:
             raise self.postprocess_error
         assert self.manifest is not None
-        mask = np.full(image.rgb.shape[:2], raw % 2, np.uint8)
+        odd = np.float32(raw % 2)
+        maps = np.stack([np.full((2, 2), p, np.float32) for p in (0.8 - 0.6 * odd, 0.2 + 0.6 * odd)])
         return Prediction(
-            working_mask=mask,
-            working_confidence=np.full_like(mask, raw),
+            probabilities=ClassProbabilities((0, 1), maps),
+            working_size=image.rgb.shape[:2],
             size=image.size,
-            classes=("red thing",) if raw % 2 else (),
             manifest=self.manifest,
         )
 

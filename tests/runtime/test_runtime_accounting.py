@@ -157,7 +157,7 @@ def test_rows_are_used_or_listed(tmp_path: Path, bundle: Bundle, seed: int, caps
     without = len(IMAGES) - len(expected)
     assert [source for name, (source, _) in found.items() if name not in expected] == ["scores"] * without
     messages = capsys.readouterr().err
-    assert (f"labelled from scores: {without} of {len(IMAGES)} images" in messages) == bool(without)
+    assert (f"labelled with predicted classes: {without} of {len(IMAGES)} images" in messages) == bool(without)
     count = f"{len(unused)} row{'' if len(unused) == 1 else 's'}"
     assert (f"without an image: {count} of" in messages) == bool(unused)
 
@@ -186,7 +186,7 @@ def test_labels_of_a_manifest(tmp_path: Path, bundle: Bundle, suffix: str, capsy
     assert run_label(path, tmp_path / "out", bundle).done == 3
     both = ("file", ["red thing", "green"])
     assert labels_of(tmp_path / "out") == {"a.png": both, "b.png": both, "c.png": ("file", ["green"])}
-    assert "from scores" not in capsys.readouterr().err
+    assert "predicted classes" not in capsys.readouterr().err
     write_manifest(path, [("a.png", "green"), ("b.png", "green"), ("a.png", "red thing")])
     with pytest.raises(UsageError, match=r"a\.png is a duplicate, expected .* its rows one after the other"):
         run_label(path, tmp_path / "out2", bundle)
@@ -216,12 +216,12 @@ def test_images_without_any_labels(
     tmp_path: Path, bundle: Bundle, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_label(photos, tmp_path / "out", bundle)
-    assert "labelled from scores: 6 of 6 images\n" in capsys.readouterr().err
+    assert "labelled with predicted classes: 6 of 6 images\n" in capsys.readouterr().err
     labels = {"elsewhere/a.jpg": ["green"], "other/deep/d.png": ["green"], "else/c.jpg": []}
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     run_label(photos, tmp_path / "out2", bundle, labels=tmp_path / "labels.json")
     messages = capsys.readouterr().err
-    assert "labelled from scores: 4 of 6 images: b.png, broken.jpg, deep/c.jpg and 1 more" in messages
+    assert "labelled with predicted classes: 4 of 6 images: b.png, broken.jpg, deep/c.jpg and 1 more" in messages
     assert "labels.json: else/c.jpg (names another folder than deep/c.jpg)" in messages
     moved = "elsewhere/a.jpg for a.jpg, other/deep/d.png for deep/d.png"
     assert f"used, though they name another folder: 2 rows of {tmp_path / 'labels.json'}: {moved}" in messages

@@ -246,7 +246,11 @@ def test_a_run_logs_and_records_its_backends(
 ) -> None:
     out = tmp_path / "label"
     run_label(photos / "a.jpg", out, bundle)
-    messages = ["cam, affinity: onnxruntime-cpu, fp32 (no NVIDIA GPU)", "labelled from scores: 1 of 1 image"]
+    messages = [
+        "cam, affinity: onnxruntime-cpu, fp32 (no NVIDIA GPU)",
+        "label method: walk",
+        "labelled with predicted classes: 1 of 1 image",
+    ]
     assert capsys.readouterr().err.splitlines() == messages
     record = json.loads((out / ".multisa/run.json").read_text())
     reason = {"backend": "onnxruntime-cpu", "precision": "fp32", "reason": "auto: no NVIDIA driver here"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import click
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from multisa.runtime import api
 from multisa.runtime.backends.base import PRECISIONS
 from multisa.runtime.backends.registry import ALL_PRECISIONS, BACKENDS, BackendRequest
-from multisa.runtime.bundle import Bundle, default_bundle_path
+from multisa.runtime.bundle import Bundle, LabelMethod, default_bundle_path
 from multisa.runtime.bundle import storage as bundle_module
 from multisa.runtime.cli import commands, options
 from multisa.runtime.cli.main import COMMANDS, root
@@ -40,7 +41,7 @@ def test_segment_label_evaluate(photos: Path, bundle: Bundle, tmp_path: Path) ->
     labels = ("--labels", tmp_path / "labels.csv")
     result = run_cli("label", photos, "-o", tmp_path / "pseudo", "--bundle", bundle.path, *labels)
     assert result.exit_code == 0, result.output
-    assert "labelled from scores: 4 of 5 images: b.png" in result.stderr
+    assert "labelled with predicted classes: 4 of 5 images: b.png" in result.stderr
     assert result.stdout.endswith(f"open {tmp_path / 'pseudo/report.html'}\n")
     folders = (tmp_path / "pseudo/masks", out / "masks")
     result = run_cli("evaluate", *folders, "--bundle", bundle.path, "--json")
@@ -329,6 +330,20 @@ def test_help_names_every_engine_and_precision(command: str) -> None:
 def test_names_that_are_completed_are_those_of_the_library() -> None:
     assert tuple(BACKENDS) == options.BACKENDS
     assert set(options.PRECISIONS) == set(ALL_PRECISIONS)
+    assert get_args(LabelMethod) == options.METHODS
+
+
+def test_the_method_and_the_smallest_area(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
+    run = ("label", photos / "a.jpg", "-o", tmp_path / "out", "--bundle", bundle.path)
+    assert run_cli(*run, "--method", "segmenter", "--min-area", "0.001").exit_code == 0
+    record = json.loads((tmp_path / "out/.multisa/run.json").read_text())
+    assert (record["label_method"], record["min_area"]) == ("segmenter", 0.001)
+    result = run_cli(*run, "--method", "walk", "--min-area", "0.001")
+    assert result.exit_code == 2 and "label method: got walk, the existing run has segmenter" in result.stderr
+    for wrong in (("--method", "cam"), ("--min-area", "1"), ("--min-area", "-0.1")):
+        assert run_cli(*run, *wrong).exit_code == 2
+    result = run_cli("segment", photos / "a.jpg", "-o", tmp_path / "segment", "--method", "walk")
+    assert result.exit_code == 2 and "No such option" in result.stderr
 
 
 def test_a_misspelt_command_brings_the_closest_one() -> None:

@@ -290,9 +290,9 @@ def test_read_mask_refuses_a_bomb_before_it_is_decoded(tmp_path: Path) -> None:
         read_mask(tmp_path / "a.png", max_pixels=47)
 
 
-def test_write_mask_needs_a_colour_for_every_id(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="id 3"):
-        write_mask(tmp_path / "a.png", np.full((2, 2), 3, np.uint8), voc_palette()[:3])
+def test_write_mask_needs_all_colours(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"palette: got shape \[3, 3\], expected \[256, 3\]"):
+        write_mask(tmp_path / "a.png", np.full((2, 2), 2, np.uint8), voc_palette()[:3])
 
 
 @pytest.mark.parametrize(

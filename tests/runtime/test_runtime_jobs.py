@@ -10,6 +10,7 @@ import onnx
 import pytest
 from job_runs import public_bytes, reasons, records, run_label, run_segment
 from PIL import Image
+from plain_masks import clear, enlarge, tiny_probabilities
 
 from multisa.runtime.backends.registry import BackendRequest
 from multisa.runtime.bundle import Bundle, Manifest, write_bundle
@@ -57,23 +58,25 @@ def test_segment_records(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_segment_gives_the_graphs_mask_where_nothing_is_resized(photos: Path, bundle: Bundle, tmp_path: Path) -> None:
-    rgb = np.random.default_rng(3).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(3).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    rgb = np.asarray(Image.fromarray(coarse).resize((80, 70)))
     Image.fromarray(rgb).save(tmp_path / "noise.png")
     run_segment(tmp_path / "noise.png", tmp_path / "out", bundle)
-    brightness = rgb.astype(np.float32).mean(axis=2)
-    expected = (brightness > 85).astype(np.uint8) + (brightness > 170)
-    np.testing.assert_array_equal(read_mask(tmp_path / "out/masks/noise.png"), expected)
+    maps = enlarge(tiny_probabilities(rgb[None])[0], (70, 80))
+    expected, mask = maps.argmax(axis=0), read_mask(tmp_path / "out/masks/noise.png")
+    assert set(np.unique(expected)) == {0, 1, 2} and clear(maps).mean() > 0.99
+    np.testing.assert_array_equal(mask[clear(maps)], expected[clear(maps)])
     row = records(tmp_path / "out")[0]
-    confidence = brightness.astype(np.uint8) / 255  # as the tiny graph has it
-    means = {name: float(confidence[expected == i].mean()) for i, name in enumerate(CLASSES)}
-    assert row["scores"] == {name: round(mean, 4) for name, mean in means.items()}
-    assert row["confidence"] == round(float(confidence.mean()), 4)
+    means = {name: float(maps.max(axis=0)[mask == i].mean()) for i, name in enumerate(CLASSES)}
+    assert row["scores"] == pytest.approx(means, abs=1e-3)
+    assert row["confidence"] == pytest.approx(float(maps.max(axis=0).mean()), abs=1e-3)
 
 
 def test_segment_scores_are_of_the_classes_in_the_mask(bundle: Bundle, tmp_path: Path) -> None:
     Image.new("RGB", (70, 70), (102, 102, 102)).save(tmp_path / "grey.png")
     run_segment(tmp_path / "grey.png", tmp_path / "out", bundle)
-    assert records(tmp_path / "out")[0]["scores"] == {"red thing": 0.4}
+    (expected,) = {float(p.max()) for p in tiny_probabilities(np.full((1, 4, 4, 3), 102, np.uint8))}
+    assert records(tmp_path / "out")[0]["scores"] == pytest.approx({"red thing": expected}, abs=2e-3)
 
 
 def test_label_classes_from_file_and_from_scores(
@@ -95,7 +98,7 @@ def test_label_classes_from_file_and_from_scores(
     assert set(other["classes"]) == {name for name, score in other["scores"].items() if score >= 0.3}
     assert other["classes"]
     errors = capsys.readouterr().err
-    assert "labelled from scores: 3 of 6 images: broken.jpg, deep/d.png, turned.jpg" in errors
+    assert "labelled with predicted classes: 3 of 6 images: broken.jpg, deep/d.png, turned.jpg" in errors
     assert f"without an image: 1 row of {tmp_path / 'labels.csv'}: gone.jpg" in errors
 
 
@@ -190,7 +193,7 @@ def test_graphs_that_do_not_fit_the_manifest(
     )
     bundle = write_bundle(tmp_path / "b", two, graphs)
     run_segment(photos / "b.png", tmp_path / "two", bundle)
-    assert "got class 2, expected 0..1" in reasons(tmp_path / "two")["b.png"]
+    assert "got probabilities (1, 3, 16, 20), expected (1, 2, 16, 20)" in reasons(tmp_path / "two")["b.png"]
 
 
 def test_affinities_on_another_grid_than_the_bundle_says(

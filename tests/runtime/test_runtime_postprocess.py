@@ -42,7 +42,7 @@ def test_several_background_scores_make_the_masks_of_each(use_crf: bool) -> None
     together = pseudo_masks(image, scores, (2, 5), parameters, (0.2, 0.8))
     for background, made in zip((0.2, 0.8), together, strict=True):
         alone = pseudo_mask(image, scores, (2, 5), replace(parameters, background=background))
-        assert np.array_equal(made.mask, alone.mask) and np.array_equal(made.confidence, alone.confidence)
+        assert np.array_equal(made.mask, alone.mask) and np.array_equal(made.levels, alone.levels)
     assert (together[0].mask == 0).sum() < (together[1].mask == 0).sum()
     empty = pseudo_masks(image, scores[:0], (), parameters, (0.2, 0.8))
     assert [made.mask.max() for made in empty] == [0, 0]

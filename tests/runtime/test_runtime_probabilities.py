@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from plain_masks import clear, enlarge, part_sizes
 
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
-from multisa.runtime.imaging.decode import read_mask, resize_mask, write_mask
+from multisa.runtime.imaging.decode import read_mask, write_mask
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.predict.postprocess import background_and_foreground, pseudo_mask
 from multisa.runtime.predict.prediction import ClassProbabilities
@@ -31,21 +32,20 @@ def scores(seed: int) -> np.ndarray:
 def made_by_run(seed: int, background: float) -> np.ndarray:
     """The mask that a run without a CRF makes, uint8 SIZE."""
     parameters = LabelParameters(use_crf=False, background=background)
-    picture = np.zeros((24, 32, 3), np.uint8)
-    return resize_mask(pseudo_mask(picture, scores(seed), (1, 2), parameters).mask, SIZE)
+    made = pseudo_mask(np.zeros((24, 32, 3), np.uint8), scores(seed), (1, 2), parameters)
+    return ClassProbabilities((0, 1, 2), made.probabilities).choose(SIZE)[0]
 
 
 def close(seed: int, background: float) -> np.ndarray:
     """Pixels whose two highest probabilities may round to one half-precision number, bool SIZE."""
-    ordered = np.sort(background_and_foreground(scores(seed), background), axis=0)
-    return resize_mask((ordered[-1] < ordered[-2] * 1.002).astype(np.uint8), SIZE) > 0
+    return ~clear(enlarge(background_and_foreground(scores(seed), background), SIZE), by=1e-3)
 
 
 @pytest.fixture
 def images(labelled: Callable[..., LabelledImage]) -> list[LabelledImage]:
     made = []
     for seed, name in enumerate(("a", "deep/b.c", "ü%2E")):
-        maps = background_and_foreground(scores(seed), BACKGROUND).astype(np.float16)
+        maps = background_and_foreground(scores(seed), BACKGROUND)
         made.append(labelled(name, made_by_run(seed, BACKGROUND), seed, ClassProbabilities((0, 1, 2), maps)))
     return made
 
@@ -60,9 +60,10 @@ def test_probabilities_are_read_as_they_were_written(tar: Path, images: list[Lab
     assert [image.name for image in read] == [image.name for image in images]
     for found, image in zip(read, images, strict=True):
         assert found.probabilities.class_ids == (0, 1, 2) and found.size == SIZE and found.record == image.record
-        assert found.probabilities.probabilities.dtype == np.float16
-        assert (found.probabilities.probabilities == image.probabilities.probabilities).all()
-        assert (found.confidence == image.confidence).all()
+        maps = image.probabilities.probabilities
+        assert found.probabilities.probabilities.dtype == np.float32
+        assert (found.probabilities.probabilities == maps.astype(np.float16)).all()
+        assert (found.confidence == np.floor(maps.max(axis=0) * 255 + 0.5)).all()
 
 
 def test_numpy_opens_the_arrays(tar: Path, images: list[LabelledImage]) -> None:
@@ -70,7 +71,13 @@ def test_numpy_opens_the_arrays(tar: Path, images: list[LabelledImage]) -> None:
         data = archive.extractfile("a.npz").read()
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         assert sorted(arrays) == ["class_ids", "confidence", "probabilities", "size"]
-        assert (arrays["probabilities"] == images[0].probabilities.probabilities).all()
+        assert arrays["probabilities"].dtype == np.float16
+        assert (arrays["probabilities"] == images[0].probabilities.probabilities.astype(np.float16)).all()
+
+
+def test_a_huge_weight_is_all_background(tar: Path) -> None:
+    for weight in (1e30, 1e300):
+        assert not mask_from_probabilities(next(read_probabilities(tar)), background_weight=weight).any()
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 1.7])
@@ -88,11 +95,19 @@ def test_masks_are_those_of_another_background_score(tar: Path, weight: float) -
 
 def test_unsure_pixels_are_left_open(tar: Path) -> None:
     image = next(read_probabilities(tar))
-    best = image.probabilities.probabilities.astype(np.float32)
-    sure = resize_mask((best.max(axis=0) >= 0.5 * best.sum(axis=0)).astype(np.uint8), SIZE) > 0
+    highest = enlarge(image.probabilities.probabilities, SIZE).max(axis=0)
     mask = mask_from_probabilities(image, minimum_confidence=0.5)
-    assert ((mask != 255) == sure).all() and 0.1 < sure.mean() < 0.9
-    assert (mask == mask_from_probabilities(image))[sure].all()
+    assert (mask[highest < 0.495] == 255).all() and 0.1 < (mask == 255).mean() < 0.9
+    sure = highest >= 0.505
+    assert (mask != 255)[sure].all() and (mask == mask_from_probabilities(image))[sure].all()
+
+
+def test_small_parts_are_absorbed_as_in_a_run(tar: Path) -> None:
+    image = next(read_probabilities(tar))
+    limit = 40
+    mask, rough = (mask_from_probabilities(image, min_area=area) for area in (limit / (57 * 83), 0))
+    assert min(min(part_sizes(rough, class_id)) for class_id in (0, 1, 2)) < limit
+    assert min(min(part_sizes(mask, class_id)) for class_id in np.unique(mask)) >= limit
 
 
 @pytest.mark.parametrize(
@@ -103,6 +118,7 @@ def test_unsure_pixels_are_left_open(tar: Path) -> None:
         ({"background_weight": float("inf")}, "got inf as the background's weight"),
         ({"minimum_confidence": 1.0}, "got 1.0 as the lowest confidence"),
         ({"minimum_confidence": -0.1}, "got -0.1 as the lowest confidence"),
+        ({"min_area": 1.0}, "got 1.0 as the smallest area"),
     ],
 )
 def test_thresholds_that_are_none(tar: Path, settings: dict, expected: str) -> None:
@@ -177,6 +193,14 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "another type": (lambda tar: altered(tar, {"class_ids.npy": npy(np.zeros(3))}), "another header"),
     "a made-up shape": (lambda tar: altered(tar, {"probabilities.npy": HUGE}), r"shape \(3, 99999, 99999\)"),
     "other classes": (lambda tar: altered(tar, {"class_ids.npy": npy(np.zeros(4, np.uint8))}), "do not fit together"),
+    "a class twice": (
+        lambda tar: altered(tar, {"class_ids.npy": npy(np.array([0, 1, 1], np.uint8))}),
+        "expected each once",
+    ),
+    "no probabilities": (
+        lambda tar: altered(tar, {"probabilities.npy": npy(np.full((3, 24, 32), np.nan, np.float16))}),
+        r"not within 0\.\.1",
+    ),
     "a huge size": (
         lambda tar: altered(tar, {"size.npy": npy(np.array([99999, 99999], np.int32))}),
         "expected 1 to 50000000 pixels",
@@ -216,7 +240,7 @@ def test_arrays_that_swell_are_refused(tar: Path, tmp_path: Path, monkeypatch: p
 def test_damaged_files_are_read_or_refused(
     labelled: Callable[..., LabelledImage], writer_context: WriterContext, tmp_path: Path
 ) -> None:
-    maps = background_and_foreground(scores(1)[:, :4, :4], BACKGROUND).astype(np.float16)
+    maps = background_and_foreground(scores(1)[:, :4, :4], BACKGROUND)
     image = labelled("a", made_by_run(1, BACKGROUND), 0, ClassProbabilities((0, 1, 2), maps))
     good = tar_bytes(ProbabilitiesWriter(writer_context).encode(image))
     random, path, refused = np.random.default_rng(0), tmp_path / "damaged.tar", 0

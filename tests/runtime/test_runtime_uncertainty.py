@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from multisa.kernels import CrfParameters
+from multisa.kernels import CrfParameters, joint_histogram
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.predict.postprocess import pseudo_mask
 from multisa.runtime.predict.uncertainty import (
+    histogram_disagreement,
     label_disagreement,
     no_class_disagreement,
-    segmenter_disagreement,
     uncertainty,
 )
 
@@ -37,6 +37,10 @@ def test_numbers_out_of_range_are_refused(confidence: float, disagreement: float
         uncertainty(confidence, disagreement, (), ())
 
 
+def segmenter_disagreement(mask: np.ndarray, confidence: np.ndarray) -> float:
+    return histogram_disagreement(joint_histogram(mask, confidence))
+
+
 def test_segmenter_counts_classes_alike_whatever_their_size() -> None:
     mask = np.zeros((10, 10), np.uint8)
     mask[0, 0] = 5
@@ -51,28 +55,26 @@ def test_segmenter_counts_classes_alike_whatever_their_size() -> None:
 
 
 def test_label_compares_before_and_after() -> None:
-    before = np.zeros((2, 4, 4), np.float32)
-    before[0], before[1, :2] = 0.1, 0.9
-    before[0, 2:] = 0.9
-    before[1, 2:] = 0.1
-    same = before.argmax(axis=0)
-    assert label_disagreement(before, same) == 0
-    after = same.copy()
+    before = np.zeros((4, 4), np.uint8)
+    before[:2] = 1
+    sure = np.full((4, 4), 230, np.uint8)
+    assert label_disagreement(before, sure, before, 2) == 0
+    after = before.copy()
     after[1] = 0  # class 1: 4 of 8 pixels kept, background: 8 of 12
-    assert label_disagreement(before, after) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2)
-    before[:, 3] = [[0.55], [0.45]]  # a row that the walk is unsure of
-    assert label_disagreement(before, after) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2 * 12 / 16)
+    assert label_disagreement(before, sure, after, 2) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2)
+    sure[3] = 140  # a row that is unsure: 0.55
+    assert label_disagreement(before, sure, after, 2) == pytest.approx(1 - (4 / 8 + 8 / 12) / 2 * 12 / 16)
 
 
 def test_a_class_that_neither_finds_is_disagreement() -> None:
-    before = np.stack([np.ones((3, 3)), np.zeros((3, 3))]).astype(np.float32)
-    assert label_disagreement(before, np.zeros((3, 3), np.intp)) == 0.5
+    mask, sure = np.zeros((3, 3), np.uint8), np.full((3, 3), 255, np.uint8)
+    assert label_disagreement(mask, sure, mask, 2) == 0.5
 
 
 def test_no_pixels_no_disagreement() -> None:
     empty = np.zeros((0, 0), np.uint8)
     assert segmenter_disagreement(empty, empty) == 0
-    assert label_disagreement(np.zeros((1, 0, 0), np.float32), empty.astype(np.intp)) == 0
+    assert label_disagreement(empty, empty, empty, 1) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -80,8 +82,8 @@ def test_bounded(seed: int) -> None:
     random = np.random.default_rng(seed)
     size = (int(random.integers(1, 40)), int(random.integers(1, 40)))
     mask, sure = random.integers(0, 7, size, dtype=np.uint8), random.integers(0, 256, size, dtype=np.uint8)
-    before = random.dirichlet(np.ones(4), size).transpose(2, 0, 1).astype(np.float32)
-    for value in (segmenter_disagreement(mask, sure), label_disagreement(before, random.integers(0, 4, size))):
+    after = random.integers(0, 7, size, dtype=np.uint8)
+    for value in (segmenter_disagreement(mask, sure), label_disagreement(mask, sure, after, 7)):
         assert 0 <= value <= 1
         assert 0 <= uncertainty(float(random.random()), value, "abc", "ab") <= 1
 

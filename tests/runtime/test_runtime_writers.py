@@ -57,7 +57,6 @@ def files_of(out: Path) -> dict[str, bytes]:
 def test_writers_are_opened_by_name_each_once(writer_context: WriterContext) -> None:
     writers = open_writers(["probabilities", "masks", "probabilities"], writer_context)
     assert [type(writer).__name__ for writer in writers] == ["ProbabilitiesWriter", "MasksWriter"]
-    assert [writer.needs_probabilities for writer in writers] == [True, False]
     with pytest.raises(UsageError, match="got the writer 'voc', expected one of masks, tar, coco, cvat"):
         open_writers(["masks", "voc"], writer_context)
 
