@@ -51,7 +51,7 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; m
 	$(BIN)/python benchmarks/tables.py
 
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder
-	$(BIN)/multisa train --data $(DATA) --preset lite0 --set name=voc-animals --set background_from=train-masks-per-class -o $(RUN)
+	$(BIN)/multisa train --data $(DATA) --preset lite0 --set name=voc-animals --set supervised=true -o $(RUN)
 	$(BIN)/multisa export $(RUN) --data $(DATA) -o runtime/bundles/voc-animals
 	cp $(RUN)/run.json benchmarks/results/voc-animals.json
 

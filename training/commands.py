@@ -1,4 +1,4 @@
-"""`multisa data`, `multisa train` and `multisa reproduce`: the command line of the training pipeline."""
+"""`multisa data`, `train`, `tune` and `reproduce`: the command line of the training pipeline."""
 
 import importlib.util
 import json
@@ -24,14 +24,15 @@ _overrides = option(
     metavar="KEY=VALUE",
     help="Override one value of the preset, e.g. cam.schedule.epochs=4. Repeatable.",
 )
+_data = _path(
+    "--data",
+    required=True,
+    metavar="DIR",
+    help="Data set: a folder in VOC layout, or a folder of images with labels.csv and classes.txt.",
+)
 # The options that identify a run: data set, configuration, output folder.
 training_options = together(
-    _path(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="Data set: a folder in VOC layout, or a folder of images with labels.csv and classes.txt.",
-    ),
+    _data,
     _preset,
     _labels,
     _path(
@@ -106,6 +107,37 @@ def train(data: Path, preset: str, labels: Path | None, output: Path, overrides:
 
 
 @click.command()
+@click.argument("run", type=PATH, metavar="RUN")
+@_data
+@_labels
+@_path("-o", "--output", default=Path("tune.html"), show_default=True, help="The page to write.")
+@option(
+    "--images",
+    "num_images",
+    type=click.IntRange(1),
+    default=12,
+    show_default=True,
+    metavar="N",
+    help="Number of images to show, evenly spaced in the train list.",
+)
+@option("--masks", "with_masks", is_flag=True, help="Also compare every score with the masks of the train list.")
+def tune(run: Path, data: Path, labels: Path | None, output: Path, num_images: int, *, with_masks: bool) -> None:
+    """Show how the background score of a finished run was chosen.
+
+    Writes a page with a slider over background scores: the masks of some images at every score, the histogram of the
+    scores with the one that Yen's criterion finds, the gains of the classes, and how much the masks change with the
+    score. The page is one file and loads nothing.
+
+    Example: multisa tune runs/voc --data VOC2012 -o tune.html
+    """
+    from multisa.training.data import read_dataset
+    from multisa.training.tune import write_tune_page
+
+    dataset = read_dataset(data, labels, quiet=True)
+    click.echo(write_tune_page(run, dataset, output, num_images=num_images, with_masks=with_masks))
+
+
+@click.command()
 @click.argument("what", type=click.Choice(PAPER_ITEMS))
 @training_options
 @option("--num-images", type=int, metavar="N", help="Number of images in a figure, evenly spaced in its list.  [4]")
@@ -117,7 +149,7 @@ def reproduce(
 
     \b
     table1   mIoU of the CAMs with no, one, two, .. self-attentions (trains a network for each)
-    table2   mIoU after each stage: CAM, Multi-SA, random walk, dense CRF
+    table2   mIoU after each stage: CAM, Multi-SA, random walk, dense CRF, rounds
     table3   IoU of each class on val, beside the paper's and other methods'
     figure4  CAM of each level, of all levels, and of a network without self-attention
     figure5  CAM before and after the random walk, pseudo-mask without and with dense CRF, ground truth

@@ -3,13 +3,13 @@
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from multisa.kernels import CrfParameters
-from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
 from multisa.runtime.bundle.manifest import MAX_WALK_RADIUS
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text
@@ -17,6 +17,10 @@ from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.runtime.records import record_from_dict
 
 MAX_SEED = 2**32 - 1
+
+# Between the background score of the maps and the scores of certain foreground and background: ReCAM's authors
+# advise 0.10 to 0.15 above and 0.10 below.
+AFFINITY_MARGIN = 0.12
 
 WeightSource = Literal["packaged", "timm", "none"]
 
@@ -38,6 +42,10 @@ class Schedule:
     poly_power: float = 0.9
     clip_norm: float = 10.0  # gradients of a larger norm are scaled down to it
     freeze_batch_norm: bool = True  # keep the running statistics (irn, psa); scale and shift are trained
+    frozen_levels: int = 0  # levels of the backbone that keep their weights, the finest first
+    colour_jitter: float = 0.0  # brightness, contrast and saturation are multiplied by up to 1 +- this
+    # Decay per step of the moving average of the weights, which is what the checkpoint holds in the end; 0: none.
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         _expect(self.epochs >= 1, "epochs", self.epochs, "at least 1")
@@ -48,7 +56,9 @@ class Schedule:
             _expect(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a finite number above 0")
         for name in ("weight_decay", "poly_power"):
             _expect(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number from 0")
-        _expect(0 <= self.momentum < 1, "momentum", self.momentum, "within 0..1, below 1")
+        for name in ("momentum", "colour_jitter", "ema"):
+            _expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "within 0..1, below 1")
+        _expect(self.frozen_levels >= 0, "frozen_levels", self.frozen_levels, "at least 0")
         _expect(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
 
 
@@ -78,15 +88,21 @@ class CamConfig:
 class AffinityLabelConfig:
     """From class activation maps to the labels of AffinityNet (irn): two dense CRFs on hard labels."""
 
-    foreground: float = 0.30  # background score that only certain foreground exceeds
-    background: float = 0.05  # background score that even weak activations exceed
+    # Background scores: only certain foreground exceeds `foreground`, even weak activations exceed `background`.
+    # None: AFFINITY_MARGIN above and below the score that Yen's criterion finds for the maps.
+    foreground: float | None = None
+    background: float | None = None
     confidence: float = 0.7  # probability given to the hard label
     crf: CrfParameters = field(default_factory=lambda: CrfParameters(bilateral_sxy=50.0, bilateral_srgb=5.0))
 
     def __post_init__(self) -> None:
-        _expect(0 < self.foreground < 1, "foreground", self.foreground, "above 0 and below 1")
-        below = f"above 0 and below foreground, {self.foreground}"
-        _expect(0 < self.background < self.foreground, "background", self.background, below)
+        both = (self.foreground, self.background)
+        if self.foreground is not None and self.background is not None:
+            _expect(0 < self.foreground < 1, "foreground", self.foreground, "above 0 and below 1")
+            below = f"above 0 and below foreground, {self.foreground}"
+            _expect(0 < self.background < self.foreground, "background", self.background, below)
+        else:
+            _expect(both == (None, None), "foreground, background", both, "both, or neither")
         _expect(0 < self.confidence < 1, "confidence", self.confidence, "above 0 and below 1")
 
 
@@ -125,6 +141,29 @@ class SegmenterConfig:
 
 
 @dataclass(frozen=True)
+class RelabelConfig:
+    """Rounds: a segmenter labels the images it was trained on again, and the next segmenter learns from that.
+
+    The labels of a round are the segmenter's probabilities, averaged over scales and mirror images, held to the
+    image-level labels and refined with the dense CRF.
+    """
+
+    rounds: int = 0  # 0: the segmenter is trained on the pseudo-masks of the random walk
+    scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of the working size
+    mirror: bool = True
+    # The next segmenter learns from soft targets: this share of the probabilities after the dense CRF, the rest
+    # from before it, where they are less certain of themselves.
+    crf_share: float = 0.5
+    teacher: SegmenterConfig = field(default_factory=SegmenterConfig)  # of every round but the last
+
+    def __post_init__(self) -> None:
+        _expect(self.rounds >= 0, "rounds", self.rounds, "at least 0")
+        _expect(0 <= self.crf_share <= 1, "crf_share", self.crf_share, "within 0..1")
+        positive = bool(self.scales) and all(0 < scale < math.inf for scale in self.scales)
+        _expect(positive, "scales", self.scales, "one or more numbers above 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of the whole pipeline; `load_config` reads it."""
 
@@ -133,27 +172,44 @@ class TrainConfig:
     workers: int = 2  # processes that load samples while training; threads per stage that works on images
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch has it
     long_side: int = 512  # pixels; larger images are shrunk to this when they are read
-    cam_baseline: bool = False  # also train and measure the plain CAM (k = 0)
-    # Where the background score of the pseudo-masks comes from: `label.background`, or the score whose masks
-    # have the highest mIoU on the train list (the paper's protocol), alone or together with a gain for each
-    # class. Checkpoints are never selected: the last epoch's is used.
-    background_from: Literal["config", "train-masks", "train-masks-per-class"] = "config"
+    # Also measure the rows of the paper that the run itself does not need: the plain CAM (k = 0), and pseudo-masks
+    # by the paper's protocol.
+    paper_rows: bool = False
+    supervised: bool = False  # also train the segmenter on the masks of the train list, the upper bound
+    # Where the background score of the walk's pseudo-masks comes from: Yen's criterion, which also gives each class
+    # a gain and needs no masks; `label.background`; or the score whose masks have the highest mIoU on the train
+    # list (the paper's protocol). Checkpoints are never selected: the last epoch's is used.
+    background_from: Literal["yen", "config", "train-masks"] = "yen"
     cam: CamConfig = field(default_factory=CamConfig)
     affinity_labels: AffinityLabelConfig = field(default_factory=AffinityLabelConfig)
     affinity: AffinityConfig = field(default_factory=AffinityConfig)
     label: LabelParameters = field(default_factory=LabelParameters)
-    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # the one that is deployed
+    relabel: RelabelConfig = field(default_factory=RelabelConfig)
+    segmenter_label: SegmenterLabelParameters = field(default_factory=SegmenterLabelParameters)
+    min_area: float = 0.0005  # share of the image; smaller connected parts of a mask take the class around them
 
     def __post_init__(self) -> None:
         _expect(self.workers >= 1, "workers", self.workers, "at least 1")
         _expect(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0..{MAX_SEED}")
         _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")
-        if self.segmenter.start_from_cam and self.segmenter.backbone != self.cam.backbone:
-            raise ValueError(
-                f"segmenter.backbone: got {self.segmenter.backbone}, expected cam.backbone, "
-                f"{self.cam.backbone}, because segmenter.start_from_cam is true; make the two equal, or set "
-                "it to false"
-            )
+        _expect(0 <= self.min_area < 1, "min_area", self.min_area, "a share from 0, below 1")
+        for where, part in self.segmenters().items():
+            if part.start_from_cam and part.backbone != self.cam.backbone:
+                raise ValueError(
+                    f"{where}.backbone: got {part.backbone}, expected cam.backbone, {self.cam.backbone}, because "
+                    f"{where}.start_from_cam is true; make the two equal, or set it to false"
+                )
+
+    def segmenters(self) -> "dict[str, SegmenterConfig]":
+        """The segmenters that this run trains, by their key: the teacher only if there are rounds."""
+        teacher = {"relabel.teacher": self.relabel.teacher} if self.relabel.rounds else {}
+        return {"segmenter": self.segmenter, **teacher}
+
+    def with_paper_masks(self) -> "TrainConfig":
+        """The same with the paper's pseudo-masks: dense CRF, one background score, chosen on the train masks."""
+        label = replace(self.label, class_gain=(), use_crf=True)
+        return replace(self, background_from="train-masks", label=label)
 
 
 def preset_names() -> list[str]:

@@ -7,6 +7,7 @@ checkpoints are exact; those of masks are scaled by their pixels.
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,14 +20,16 @@ from multisa.runtime.progress import console, log, pluralize
 from multisa.runtime.system import usable_cpus
 from multisa.training.affinity_net import affinity_loss, head_stride, pair_targets
 from multisa.training.augment import AugmentedImages
+from multisa.training.backbones import Backbone
 from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, spread
 from multisa.training.data_check import Estimate, Size
+from multisa.training.frozen_norm import folded_norms
 from multisa.training.inference import torch_device
-from multisa.training.loop import CHECKPOINT, save_checkpoint
+from multisa.training.loop import CHECKPOINT, MovingAverage, save_checkpoint
 from multisa.training.models import create_model
 from multisa.training.multi_sa import multilabel_soft_margin
-from multisa.training.segmenter import segmentation_loss
+from multisa.training.segmenter import SEGMENTER_STRIDE, segmentation_loss
 from multisa.training.stage_cache import Stage
 from multisa.training.stage_functions import (
     compute_cams,
@@ -34,9 +37,10 @@ from multisa.training.stage_functions import (
     make_affinity_labels,
     make_pseudo_masks,
     measure_maps,
+    relabel,
     walk_cams,
 )
-from multisa.training.thresholds import BACKGROUND_OFFSETS, BACKGROUND_SAMPLE, choose_thresholds
+from multisa.training.thresholds import BACKGROUND_OFFSETS, BACKGROUND_SAMPLE, around, choose_background
 
 CPU_BATCH = 2  # images of a step where a step of the whole batch would take longer than STEP_SECONDS
 STEP_SECONDS = 5.0
@@ -54,16 +58,25 @@ class _Counts:
     """How many networks and images a run works on."""
 
     baseline: bool  # also trains the plain CAM
-    plain_masks: bool  # also makes the masks of the paper's protocol
+    paper_masks: bool  # also makes the paper's pseudo-masks
     calibrated: int  # images for which background scores are tried
+    rounds: int  # teachers that are trained, each of which labels all train images
+    supervised: bool  # also trains and evaluates the segmenter on masks
 
     @classmethod
     def of(cls, config: TrainConfig, dataset: Dataset) -> "_Counts":
         train = len(dataset.train)
-        plain = bool(train) and config.background_from == "train-masks-per-class"
+        measured = bool(train)
+        paper_masks = measured and config.paper_rows and config != config.with_paper_masks()
+        chosen = config.background_from == "train-masks" and config.label.use_crf
         tried = len(dataset.train[:: max(-(-train // BACKGROUND_SAMPLE), 1)])
-        choices = 0 if config.background_from == "config" or not config.label.use_crf else 1
-        return cls(bool(train) and config.cam_baseline, plain, tried * (choices + plain))
+        return cls(
+            baseline=measured and config.paper_rows,
+            paper_masks=paper_masks,
+            calibrated=tried * (chosen + paper_masks),
+            rounds=config.relabel.rounds,
+            supervised=measured and bool(dataset.val) and config.supervised,
+        )
 
 
 def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str, Size]) -> Estimate | None:
@@ -80,15 +93,17 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
         "maps": n + train * counts.baseline,
         "labels": n,
         "walk": n,
-        "masks": n + train * counts.plain_masks,
-        "measured": train * (3 + counts.baseline + counts.plain_masks),  # maps, walked maps, and masks
+        "masks": n + train * counts.paper_masks,
+        "relabelled": n * counts.rounds,
+        # maps, walked maps, and masks
+        "measured": train * (3 + counts.baseline + counts.paper_masks + counts.rounds),
         "calibration": counts.calibrated,
-        "val": val,
+        "val": val * (1 + counts.supervised),
     }
     try:
         with console(quiet=True), TemporaryDirectory() as folder:
             seconds, checkpoints = _training(config, dataset, counts, Path(folder), device)
-            per_image, per_pixel = _other_stages(config, dataset, Path(folder))
+            per_image, per_pixel = _other_stages(config, dataset, counts, Path(folder))
     except torch.cuda.OutOfMemoryError:
         log.warning("the memory of the GPU does not suffice to train with these settings: lower batch_size or crop")
         return None
@@ -103,11 +118,18 @@ def _training(
 ) -> tuple[float, int]:
     """Seconds of all trainings and bytes of their checkpoints; leaves a checkpoint of each in `root`."""
     n, n_classes, cores = len(dataset.train_images), len(dataset.class_names), usable_cpus()
-    parts: dict[str, Network] = {"cam": config.cam, "affinity": config.affinity, "segmenter": config.segmenter}
-    if counts.baseline:
-        parts["baseline"] = replace(config.cam, taps=())
+    # A supervised segmenter takes as many steps as the other.
+    parts: dict[str, tuple[Network, int]] = {
+        "cam": (config.cam, 1),
+        "baseline": (replace(config.cam, taps=()), int(counts.baseline)),
+        "affinity": (config.affinity, 1),
+        "teacher": (config.relabel.teacher, counts.rounds),
+        "segmenter": (config.segmenter, 1 + counts.supervised),
+    }
     seconds, size = 0.0, 0
-    for name, part in parts.items():
+    for name, (part, times) in parts.items():
+        if not times:
+            continue
         schedule = part.schedule
         step, checkpoint = _measured_step(part, n_classes, root / name / CHECKPOINT, device)
         samples = AugmentedImages(spread(dataset.train_images, LOADED), schedule, config, n_classes=n_classes)
@@ -119,8 +141,8 @@ def _training(
         on_gpu = device.type == "cuda"
         image = max(step, loading / min(config.workers, cores)) if on_gpu else step + loading / cores
         batch = min(schedule.batch_size, n)
-        seconds += image * (n // batch) * batch * schedule.epochs
-        size += checkpoint
+        seconds += times * image * (n // batch) * batch * schedule.epochs
+        size += times * checkpoint
     return seconds, size
 
 
@@ -128,6 +150,10 @@ def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torc
     """Seconds of a training step per image of its batch, and bytes of the checkpoint, which is written."""
     schedule = part.schedule
     network = _untrained(part, n_classes).to(device)
+    backbone = network.backbone
+    assert isinstance(backbone, Backbone)
+    if isinstance(part, SegmenterConfig):
+        backbone.freeze(schedule.frozen_levels)
     optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
     side = -(-schedule.crop // head_stride(part.head)) if isinstance(part, AffinityConfig) else schedule.crop
 
@@ -145,11 +171,13 @@ def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torc
         return time.perf_counter() - started
 
     seconds = 0.0
-    for batch in (schedule.batch_size,) if device.type == "cuda" else (CPU_BATCH, schedule.batch_size):
-        if seconds * batch < STEP_SECONDS:
-            # The first step allocates, and others may be slowed down by other programs.
-            seconds = min(step(batch) for _ in range(STEPS)) / batch
-    save_checkpoint(checkpoint, network, optimiser, {"losses": [0.12345678901234567] * schedule.epochs})
+    with folded_norms(backbone) if schedule.freeze_batch_norm else nullcontext():
+        for batch in (schedule.batch_size,) if device.type == "cuda" else (CPU_BATCH, schedule.batch_size):
+            if seconds * batch < STEP_SECONDS:
+                # The first step allocates, and others may be slowed down by other programs.
+                seconds = min(step(batch) for _ in range(STEPS)) / batch
+    average = MovingAverage(network, schedule.ema) if schedule.ema else None
+    save_checkpoint(checkpoint, network, optimiser, {"losses": [0.12345678901234567] * schedule.epochs}, average)
     return seconds, checkpoint.stat().st_size
 
 
@@ -170,7 +198,7 @@ def _loss(part: Network, network: nn.Module, image: Tensor, targets: tuple[Tenso
     return affinity_loss(network(normalised, radius), *pair_targets(targets[1], radius))
 
 
-def _other_stages(config: TrainConfig, dataset: Dataset, root: Path) -> tuple[dict[str, float], float]:
+def _other_stages(config: TrainConfig, dataset: Dataset, counts: _Counts, root: Path) -> tuple[dict[str, float], float]:
     """Seconds per image of each stage that trains nothing, and bytes per pixel of a mask.
 
     Every stage runs on a larger and a smaller sample, and their difference counts: what a stage does once, such
@@ -196,10 +224,13 @@ def _other_stages(config: TrainConfig, dataset: Dataset, root: Path) -> tuple[di
     def masks(d: Dataset, f: Path) -> object:
         return make_pseudo_masks(config, config.label, d, d.train_images, stage("walk", f), stage("masks", f).folder)
 
-    chosen = replace(config, background_from="train-masks")
+    def labels(d: Dataset, f: Path) -> object:
+        chosen = replace(config, affinity_labels=around(config.label.background, config.affinity_labels))
+        return make_affinity_labels(chosen, d, stage("maps", f), stage("labels", f).folder)
+
     seconds = {
         "maps": per_image(maps),
-        "labels": per_image(lambda d, f: make_affinity_labels(config, d, stage("maps", f), stage("labels", f).folder)),
+        "labels": per_image(labels),
         "walk": per_image(
             lambda d, f: walk_cams(config, d, stage("maps", f), stage("affinity"), stage("walk", f).folder)
         ),
@@ -207,14 +238,21 @@ def _other_stages(config: TrainConfig, dataset: Dataset, root: Path) -> tuple[di
     }
     if dataset.train:
         seconds["measured"] = per_image(lambda d, f: measure_maps(config, d, stage("maps", f), f))
-    if _Counts.of(config, dataset).calibrated:
-        background = config.label.background
+    if counts.rounds:
+        teacher = config.relabel.teacher
+        seconds["relabelled"] = per_image(
+            lambda d, f: relabel(teacher, config, d, stage("teacher"), stage("relabelled", f).folder)
+        )
+    if counts.calibrated:
+        label = config.with_paper_masks().label
         seconds["calibration"] = per_image(
-            lambda d, f: choose_thresholds(chosen, d, stage("walk", f), background, stage("calibration", f).folder)
+            lambda d, f: choose_background(
+                config, label, d, stage("walk", f), label.background, stage("calibration", f).folder
+            )
         )
     if dataset.val:
         seconds["val"] = per_image(
-            lambda d, f: evaluate_segmenter(config, d, stage("segmenter"), stage("val", f).folder)
+            lambda d, f: evaluate_segmenter(config.segmenter, config, d, stage("segmenter"), stage("val", f).folder)
         )
     written = [*root.glob("*/masks/*.png"), *root.glob("*/labels/*.png")]
     return seconds, sum(path.stat().st_size for path in written) / sum(read_mask(path).size for path in written)
@@ -231,9 +269,9 @@ def _file_bytes(
     def working(item: Item) -> Size:
         return working_size(*sizes[item.id], config.long_side)
 
-    def maps(item: Item, stride: int) -> int:  # half precision
+    def maps(item: Item, stride: int, *, background: bool = False) -> int:  # half precision
         height, width = working(item)
-        return NPY_HEADER + 2 * len(item.classes) * -(-height // stride) * -(-width // stride)
+        return NPY_HEADER + 2 * (len(item.classes) + background) * -(-height // stride) * -(-width // stride)
 
     def mask(item: Item) -> float:
         height, width = working(item)
@@ -242,10 +280,11 @@ def _file_bytes(
     scores = NPY_HEADER + 2 * (n_classes - 1)
     for item in dataset.train_images:
         files += [maps(item, CAM_STRIDE), scores, mask(item), maps(item, walk_stride), mask(item)]
+        files += [maps(item, SEGMENTER_STRIDE, background=True), mask(item)] * counts.rounds
     for item in dataset.train:
         files += [maps(item, CAM_STRIDE), scores] if counts.baseline else []
-        files += [mask(item)] if counts.plain_masks else []
-    files += map(mask, dataset.val)
+        files += [mask(item)] if counts.paper_masks else []
+    files += [mask(item) for item in dataset.val] * (1 + counts.supervised)
     return round(sum(files)) + RECORD * len(files)
 
 

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -23,6 +24,7 @@ from multisa.runtime.errors import CheckpointError, MultisaError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.progress import Progress, log
 from multisa.training.config import Schedule
+from multisa.training.frozen_norm import folded_norms
 
 CHECKPOINT = "checkpoint.safetensors"  # file name in the folder of a training stage
 
@@ -32,6 +34,7 @@ ORDER_SEED_STRIDE = 7919  # order of the samples
 
 _MODEL_PREFIX = "model."
 _MOMENTUM_PREFIX = "momentum."
+_AVERAGE_PREFIX = "average."
 _REMEDY = "delete it and run `multisa train` again to repeat the stage"
 
 
@@ -62,53 +65,94 @@ def train_network(
     Raises MultisaError when the loss is not finite, CheckpointError for a checkpoint that cannot be resumed.
     """
     optimiser = _optimiser(model, param_groups, schedule)
+    average = MovingAverage(model, schedule.ema) if schedule.ema else None
     losses: list[float] = []
     if options.checkpoint.exists():
-        losses = load_checkpoint(options.checkpoint, model, optimiser)["losses"]
+        losses = load_checkpoint(options.checkpoint, model, optimiser, average)["losses"]
     base_rates = [group["lr"] for group in optimiser.param_groups]
-    for epoch in range(len(losses), schedule.epochs):
-        started = time.perf_counter()
-        _set_training_mode(model, schedule)
-        torch.manual_seed(options.seed * MODEL_SEED_STRIDE + epoch)
-        # The incomplete last batch is dropped (other samples in every epoch), unless it is the only one.
-        steps = max(len(dataset) // schedule.batch_size, 1)  # type: ignore[arg-type]
-        batches = _batches(dataset, schedule, options, epoch)
-        total = 0.0
-        with Progress(steps, f"{options.title} {epoch + 1}/{schedule.epochs}", "step") as bar:
-            for index, batch in enumerate(batches):
-                done = (epoch * steps + index) / (schedule.epochs * steps)
-                for group, base in zip(optimiser.param_groups, base_rates, strict=True):
-                    group["lr"] = base * (1 - done) ** schedule.poly_power
-                optimiser.zero_grad(set_to_none=True)
-                loss = step(batch)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise MultisaError(f"{options.title}: the loss became {value}; lower learning_rate")
-                loss.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
-                optimiser.step()
-                total += value
-                bar.advance(note=f"loss {value:.3f}")
-        losses.append(total / steps)
-        seconds = time.perf_counter() - started
-        log.info(f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s")
-        save_checkpoint(options.checkpoint, model, optimiser, {"losses": losses})
+    frozen = _frozen_norms(model, schedule)
+    with folded_norms(frozen) if frozen else nullcontext():
+        for epoch in range(len(losses), schedule.epochs):
+            started = time.perf_counter()
+            _set_training_mode(model, schedule)
+            torch.manual_seed(options.seed * MODEL_SEED_STRIDE + epoch)
+            # The incomplete last batch is dropped (other samples in every epoch), unless it is the only one.
+            steps = max(len(dataset) // schedule.batch_size, 1)  # type: ignore[arg-type]
+            batches = _batches(dataset, schedule, options, epoch)
+            total = 0.0
+            with Progress(steps, f"{options.title} {epoch + 1}/{schedule.epochs}", "step") as bar:
+                for index, batch in enumerate(batches):
+                    done = (epoch * steps + index) / (schedule.epochs * steps)
+                    for group, base in zip(optimiser.param_groups, base_rates, strict=True):
+                        group["lr"] = base * (1 - done) ** schedule.poly_power
+                    optimiser.zero_grad(set_to_none=True)
+                    loss = step(batch)
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise MultisaError(f"{options.title}: the loss became {value}; lower learning_rate")
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+                    optimiser.step()
+                    if average is not None:
+                        average.update(model)
+                    total += value
+                    bar.advance(note=f"loss {value:.3f}")
+            losses.append(total / steps)
+            seconds = time.perf_counter() - started
+            log.info(f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s")
+            if average is not None and len(losses) == schedule.epochs:
+                average.copy_to(model)
+            save_checkpoint(options.checkpoint, model, optimiser, {"losses": losses}, average)
     model.eval()
     return losses
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | None, meta: Mapping[str, Any]) -> None:
-    """Write the model's state, the optimiser's momenta (by parameter name) and `meta` to one file."""
+class MovingAverage:
+    """The exponential moving average of a network's parameters and running statistics."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+    def update(self, model: nn.Module) -> None:
+        """Move towards the model's state. Early updates count more: the first weights are hardly trained."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[key].lerp_(value, 1 - decay)
+            else:
+                self.state[key].copy_(value)
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Give the model the average."""
+        model.load_state_dict(self.state)
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimiser: torch.optim.SGD | None,
+    meta: Mapping[str, Any],
+    average: MovingAverage | None = None,
+) -> None:
+    """Write the model's state, the optimiser's momenta (by parameter name), the average and `meta` to one file."""
     tensors = {_MODEL_PREFIX + key: value.contiguous() for key, value in model.state_dict().items()}
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             momentum = optimiser.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[_MOMENTUM_PREFIX + name] = momentum.contiguous()
+    if average is not None:
+        tensors |= {_AVERAGE_PREFIX + key: value.contiguous() for key, value in average.state.items()}
+        meta = {**meta, "average_updates": average.updates}
     write_bytes_atomically(path, safetensors.torch.save(tensors, {"multisa": json.dumps(dict(meta))}))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | None = None) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimiser: torch.optim.SGD | None = None, average: MovingAverage | None = None
+) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote and return its `meta`; every key must fit the model.
 
     Raises CheckpointError for a file that is missing, damaged, or of another network.
@@ -123,19 +167,25 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.SGD | N
         raise CheckpointError(f"{path}: damaged ({error}); {_REMEDY}") from error
     if "multisa" not in metadata:
         raise CheckpointError(f"{path}: not a multisa checkpoint; {_REMEDY}")
-    prefix = _MODEL_PREFIX
-    state = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+    meta: dict[str, Any] = json.loads(metadata["multisa"])
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(_with_prefix(tensors, _MODEL_PREFIX), strict=True)
     except RuntimeError as error:  # its message lists every key, a page of them
         raise CheckpointError(f"{path}: of another network than the one expected; {_REMEDY}") from error
     if optimiser is not None:
+        momenta = _with_prefix(tensors, _MOMENTUM_PREFIX)
         for name, parameter in model.named_parameters():
-            if _MOMENTUM_PREFIX + name in tensors:
-                momentum = tensors[_MOMENTUM_PREFIX + name].to(parameter.device)
-                optimiser.state[parameter]["momentum_buffer"] = momentum
-    meta: dict[str, Any] = json.loads(metadata["multisa"])
+            if name in momenta:
+                optimiser.state[parameter]["momentum_buffer"] = momenta[name].to(parameter.device)
+    if average is not None:
+        average.updates = meta["average_updates"]
+        for key, value in _with_prefix(tensors, _AVERAGE_PREFIX).items():
+            average.state[key].copy_(value)
     return meta
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _optimiser(
@@ -156,14 +206,19 @@ def _optimiser(
 
 def _set_training_mode(model: nn.Module, schedule: Schedule) -> None:
     model.train()
-    backbone = getattr(model, "backbone", None)
-    if schedule.freeze_batch_norm and isinstance(backbone, nn.Module):
-        backbone.eval()
+    if frozen := _frozen_norms(model, schedule):
+        frozen.eval()
     # Frozen modules keep their statistics, too: a frozen backbone must not drift.
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+
+
+def _frozen_norms(model: nn.Module, schedule: Schedule) -> nn.Module | None:
+    """The backbone, if its batch norms keep their statistics."""
+    backbone = getattr(model, "backbone", None)
+    return backbone if schedule.freeze_batch_norm and isinstance(backbone, nn.Module) else None
 
 
 def _batches(dataset: Dataset[Any], schedule: Schedule, options: LoopOptions, epoch: int) -> Iterator[Any]:

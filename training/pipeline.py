@@ -14,30 +14,33 @@ from typing import Any
 
 import torch
 
-from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.bundle import LabelMethod, LabelParameters, SegmenterLabelParameters
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.progress import log
 from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training.backbones import check_weights
-from multisa.training.config import CamConfig, TrainConfig
+from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, log_findings
 from multisa.training.data_check import check_dataset
-from multisa.training.models import create_model
-from multisa.training.stage_cache import Stage, StageCache
+from multisa.training.loop import CHECKPOINT
+from multisa.training.models import ModelConfig, create_model
+from multisa.training.stage_cache import Results, Stage, StageCache
 from multisa.training.stage_functions import (
+    SegmenterTraining,
     compute_cams,
     evaluate_segmenter,
     make_affinity_labels,
     make_pseudo_masks,
     measure_maps,
     measure_masks,
+    relabel,
     train_affinity,
     train_cam,
     train_segmenter,
     walk_cams,
 )
-from multisa.training.thresholds import choose_thresholds
+from multisa.training.thresholds import around, choose_background, yen_scores
 
 RUN_RECORD = "run.json"
 
@@ -51,9 +54,10 @@ PLAIN_CAM = "CAM, k = 0"
 MULTI_SA_CAM = "Multi-SA CAM"
 RANDOM_WALK = "+ random walk"
 DENSE_CRF = "+ dense CRF"
-CLASS_GAINS = "+ gains of classes"
-AS_CONFIGURED = "as configured"
+WITHOUT_TRUTH = "+ dense CRF, no mask used"
+ROUND = "+ round"  # and its number, from 1
 SEGMENTER = "DeepLabV3+ on pseudo-masks"
+SUPERVISED = "DeepLabV3+ on ground truth"
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ class RunRecord:
     palette: tuple[tuple[int, int, int], ...]
     images: ImageCounts
     data_digest: str  # of what was trained on
-    label: LabelParameters  # as used for the pseudo-masks
+    label: LabelParameters  # as used for the pseudo-masks of the walk
+    segmenter_label: SegmenterLabelParameters
+    label_method: LabelMethod  # that the bundle's `multisa label` uses
+    min_area: float
     score_thresholds: tuple[float, ...]  # one for each foreground class
     betas: tuple[float, ...]
     rows: tuple[Row, ...]  # empty when the data set has no masks
@@ -153,17 +160,18 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
     cache = StageCache(output)
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)
-    work = partial(train_segmenter, config, dataset, labels.masks, labels.cam)
-    segmenter = cache.stage("segmenter", record_to_dict(config.segmenter), [labels.masks], work)
+    targets, measured = stages.relabelled(labels)
+    segmenter = stages.segmenter(targets, labels.cam)
     rows = [
-        Row(f"{m.name} (background {m.background:.2f})", "train", m.scores["miou"], tuple(m.scores["iou"]))
-        for m in labels.measured
+        Row(m.name if m.background is None else f"{m.name} (background {m.background:.2f})", "train", *m.figures)
+        for m in (*labels.measured, *measured)
     ]
     if dataset.val:
-        truth = {"truth": dataset.masks_digest(dataset.val)}
-        work = partial(evaluate_segmenter, config, dataset, segmenter)
-        scores = cache.stage("val", truth, [segmenter], work).results
+        scores = stages.measured_segmenter(segmenter, "val")
         rows.append(Row(SEGMENTER, "val", scores["miou"], tuple(scores["iou"])))
+        if config.supervised and dataset.train:
+            scores = stages.measured_segmenter(stages.supervised_segmenter(labels.cam), "supervised-val")
+            rows.append(Row(SUPERVISED, "val", scores["miou"], tuple(scores["iou"])))
     return RunRecord(
         config=config,
         classes=dataset.class_names,
@@ -171,6 +179,9 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
         images=count_images(dataset),
         data_digest=stages.images_digest,
         label=labels.label,
+        segmenter_label=config.segmenter_label,
+        label_method="segmenter",
+        min_area=config.min_area,
         score_thresholds=tuple(labels.cams.results["score_thresholds"]),
         betas=tuple(labels.cam.results["betas"]),
         rows=tuple(rows),
@@ -211,16 +222,19 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
 
 
 def check_networks(config: TrainConfig, n_classes: int) -> None:
-    """Build the three networks without memory for weights; n_classes counts the background.
+    """Build the networks of a run without memory for weights; n_classes counts the background.
 
     Raises UsageError for a backbone, weights, taps or a head that do not exist or do not fit together.
     """
-    for part in (config.cam, config.affinity, config.segmenter):
+    segmenters = config.segmenters().values()
+    parts: list[ModelConfig] = [config.cam, config.affinity, *segmenters]
+    for part in parts:
         check_weights(part.backbone, part.weights)
     with torch.device("meta"):
         create_model(replace(config.cam, weights="none"), n_classes)
         create_model(replace(config.affinity, weights="none"))
-        create_model(replace(config.segmenter, weights="none"), n_classes)
+        for segmenter in segmenters:
+            create_model(replace(segmenter, weights="none"), n_classes)
 
 
 def _check_label(config: TrainConfig, dataset: Dataset) -> None:
@@ -230,14 +244,14 @@ def _check_label(config: TrainConfig, dataset: Dataset) -> None:
         raise UsageError(
             f"label.class_gain: got {len(gains)} numbers, expected {foreground}, one for each foreground class, or none"
         )
-    if gains and config.background_from == "train-masks-per-class":
+    if gains and config.background_from == "yen":
         raise UsageError(
-            f"label.class_gain: got {list(gains)}, expected none with background_from=train-masks-per-class, "
-            "which chooses them: leave out one of the two"
+            f"label.class_gain: got {list(gains)}, expected none with background_from=yen, which chooses them: "
+            "leave out one of the two"
         )
-    if config.background_from != "config" and not dataset.train:
+    if config.background_from == "train-masks" and not dataset.train:
         log.info(
-            f"background_from={config.background_from}: the train list has no masks to choose on, "
+            "background_from=train-masks: the train list has no masks to choose on, "
             f"so label.background {config.label.background:g} is used"
         )
 
@@ -285,11 +299,22 @@ class RunStages:
         work = partial(measure_maps, self.config, self.dataset, maps)
         return self.cache.stage(f"{maps.name}-measured", inputs, [maps], work)
 
+    def yen_scores(self, maps: Stage) -> Stage:
+        """Background scores of maps without ground truth: results as of `yen_scores`; writes no file."""
+
+        def work(folder: Path) -> Results:
+            return yen_scores(maps.folder, self.dataset.train_images, len(self.dataset.class_names))
+
+        return self.cache.stage(f"{maps.name}-yen", {}, [maps], work)
+
     def walked_maps(self, cams: Stage) -> Stage:
         """Train AffinityNet on labels from the maps and spread the maps along its affinities."""
         config, dataset, cache = self.config, self.dataset, self.cache
-        work = partial(make_affinity_labels, config, dataset, cams)
-        labels = cache.stage("affinity-labels", record_to_dict(config.affinity_labels), [cams], work)
+        chosen = config.affinity_labels
+        if chosen.foreground is None:
+            chosen = around(self.yen_scores(cams).results["background"], chosen)
+        work = partial(make_affinity_labels, replace(config, affinity_labels=chosen), dataset, cams)
+        labels = cache.stage("affinity-labels", record_to_dict(chosen), [cams], work)
         work = partial(train_affinity, config, dataset, labels)
         affinity = cache.stage("affinity", record_to_dict(config.affinity), [labels], work)
         walk = {key: value for key, value in record_to_dict(config.label).items() if key.startswith("walk_")}
@@ -297,15 +322,19 @@ class RunStages:
         return cache.stage("walk", walk, [cams, affinity], work)
 
     def label_parameters(self, walked: Stage, measured_walk: Stage | None, name: str) -> LabelParameters:
-        """Parameters of the pseudo-masks: as configured, or chosen on masks if `background_from` says so."""
+        """Parameters of the walk's pseudo-masks: as configured, or chosen as `background_from` says."""
         config = self.config
+        if config.background_from == "yen":
+            found = self.yen_scores(walked).results
+            gains = (1.0 if score is None else round(found["background"] / score, 3) for score in found["classes"])
+            return replace(config.label, background=found["background"], class_gain=tuple(gains))
         if config.background_from == "config" or measured_walk is None:
             return config.label
-        inputs = {"label": record_to_dict(config.label), "from": config.background_from}
         background = measured_walk.results["best"]["background"]
-        work = partial(choose_thresholds, config, self.dataset, walked, background)
+        work = partial(choose_background, config, config.label, self.dataset, walked, background)
+        inputs = {"label": record_to_dict(config.label)}
         chosen = self.cache.stage(name, inputs, [walked, measured_walk], work).results
-        return replace(config.label, background=chosen["background"], class_gain=tuple(chosen["class_gain"]))
+        return replace(config.label, background=chosen["background"])
 
     def pseudo_masks(self, label: LabelParameters, items: tuple[Item, ...], walked: Stage, name: str) -> Stage:
         """Make the masks of `items` from the walked maps."""
@@ -319,14 +348,80 @@ class RunStages:
         work = partial(measure_masks, self.dataset, masks)
         return self.cache.stage(f"{masks.name}-measured", {"truth": self.masks_digest}, [masks], work)
 
+    def relabelled(self, labels: "PseudoLabels") -> "tuple[Stage, tuple[Measurement, ...]]":
+        """Train the teacher of every round and label the train images with it.
+
+        Returns the labels of the last round, or the pseudo-masks of the walk if there is none, and the scores of
+        each round's masks.
+        """
+        config, dataset = self.config, self.dataset
+        options = config.relabel
+        targets, measured = labels.masks, []
+        for number in range(options.rounds):
+            title = f"DeepLabV3+, round {number}"
+            training = self._training(options.teacher, title, targets, labels.cam, soft=number > 0)
+            teacher = self._trained(options.teacher, training, f"teacher-{number}", [targets, labels.cam])
+            work = partial(relabel, options.teacher, config, dataset, teacher)
+            settings = {k: v for k, v in record_to_dict(options).items() if k not in ("rounds", "teacher")}
+            inputs = {"relabel": settings, "label": record_to_dict(config.segmenter_label)}
+            targets = self.cache.stage(f"relabelled-{number + 1}", inputs, [teacher], work)
+            if dataset.train:
+                measured.append(Measurement(f"{ROUND} {number + 1}", None, self.measured_masks(targets).results))
+        return targets, tuple(measured)
+
+    def segmenter(self, targets: Stage, cam: Stage) -> Stage:
+        """Train the segmenter that is deployed on what `relabelled` returned."""
+        segmenter, soft = self.config.segmenter, self.config.relabel.rounds > 0
+        training = self._training(segmenter, "DeepLabV3+", targets, cam, soft=soft)
+        return self._trained(segmenter, training, "segmenter", [targets, cam])
+
+    def supervised_segmenter(self, cam: Stage) -> Stage:
+        """Train the segmenter with the same recipe on the masks of the train list: the upper bound."""
+        segmenter, items = self.config.segmenter, self.dataset.train
+        # As many steps as on the pseudo-masks, which are of more images.
+        epochs = round(segmenter.schedule.epochs * len(self.dataset.train_images) / len(items))
+        segmenter = replace(segmenter, schedule=replace(segmenter.schedule, epochs=epochs))
+        start = cam.folder / CHECKPOINT if segmenter.start_from_cam else None
+        training = SegmenterTraining("DeepLabV3+, supervised", items, start, truth=True)
+        return self._trained(segmenter, training, "supervised", [cam], {"truth": self.masks_digest})
+
+    def measured_segmenter(self, trained: Stage, name: str) -> Results:
+        """Score a segmenter on the val list: results "miou" and "iou", in percent."""
+        truth = {"truth": self.dataset.masks_digest(self.dataset.val)}
+        work = partial(evaluate_segmenter, self.config.segmenter, self.config, self.dataset, trained)
+        return self.cache.stage(name, truth, [trained], work).results
+
+    def _training(
+        self, segmenter: SegmenterConfig, title: str, targets: Stage, cam: Stage, *, soft: bool
+    ) -> SegmenterTraining:
+        start = cam.folder / CHECKPOINT if segmenter.start_from_cam else None
+        masks, probabilities = (None, targets.folder) if soft else (targets.folder, None)
+        return SegmenterTraining(title, self.dataset.train_images, start, masks, probabilities)
+
+    def _trained(
+        self,
+        segmenter: SegmenterConfig,
+        training: SegmenterTraining,
+        name: str,
+        after: list[Stage],
+        inputs: Mapping[str, Any] | None = None,
+    ) -> Stage:
+        work = partial(train_segmenter, segmenter, training, self.config, self.dataset)
+        return self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {})}, after, work)
+
 
 @dataclass(frozen=True)
 class Measurement:
     """Scores of one stage on the train list."""
 
     name: str  # of the row
-    background: float  # score of the background class
+    background: float | None  # score of the background class; None where a segmenter made the masks
     scores: Mapping[str, Any]  # "miou" and "iou" of each class, in percent
+
+    @property
+    def figures(self) -> tuple[float, tuple[float | None, ...]]:
+        """mIoU, and the IoU of each class."""
+        return self.scores["miou"], tuple(self.scores["iou"])
 
 
 @dataclass(frozen=True)
@@ -341,13 +436,11 @@ class PseudoLabels:
     measured: tuple[Measurement, ...]  # empty when the data set has no masks
 
 
-def make_pseudo_labels(stages: RunStages, *, paper_protocol: bool = False) -> PseudoLabels:
-    """Run every stage up to the pseudo-masks that is not finished yet.
+def make_pseudo_labels(stages: RunStages) -> PseudoLabels:
+    """Run every stage up to the walk's pseudo-masks that is not finished yet.
 
-    When the data set has no masks, nothing is measured, and the plain CAM (which is only measured) is left
-    out. The paper's protocol (dense CRF, one background score chosen on the train masks) is measured in
-    addition to the run's own masks when those have class gains chosen on the same masks; with
-    `paper_protocol`, whenever those follow any other protocol.
+    When the data set has no masks, nothing is measured, and what is only measured is left out: the plain CAM, and
+    the paper's pseudo-masks, which `paper_rows` asks for where the run's own masks are made in another way.
     """
     config, dataset = stages.config, stages.dataset
     measured: list[Measurement] = []
@@ -360,26 +453,24 @@ def make_pseudo_labels(stages: RunStages, *, paper_protocol: bool = False) -> Ps
         measured.append(Measurement(name, best["background"], best))
         return stage
 
-    if config.cam_baseline and dataset.train:
+    if config.paper_rows and dataset.train:
         _, plain = stages.cam_maps(replace(config.cam, taps=()), BASELINE)
         measure(PLAIN_CAM, plain)
     cam, cams = stages.cam_maps(config.cam, CAM)
     measure(MULTI_SA_CAM, cams)
     walked = stages.walked_maps(cams)
     measured_walk = measure(RANDOM_WALK, walked)
-    paper_label = replace(config.label, class_gain=(), use_crf=True)
-    as_paper = replace(config, background_from="train-masks", label=paper_label)
-    both = config.background_from == "train-masks-per-class" or (paper_protocol and config != as_paper)
-    if both and dataset.train:
+    as_paper = config.with_paper_masks()
+    if config.paper_rows and config != as_paper and dataset.train:
         paper_stages = replace(stages, config=as_paper)
-        paper_label = paper_stages.label_parameters(walked, measured_walk, "calibration-plain")
-        paper_masks = stages.pseudo_masks(paper_label, dataset.train, walked, "pseudo-masks-plain")
+        paper_label = paper_stages.label_parameters(walked, measured_walk, "calibration-paper")
+        paper_masks = stages.pseudo_masks(paper_label, dataset.train, walked, "pseudo-masks-paper")
         scores = stages.measured_masks(paper_masks).results
         measured.append(Measurement(DENSE_CRF, paper_label.background, scores))
     label = stages.label_parameters(walked, measured_walk, "calibration")
     masks = stages.pseudo_masks(label, dataset.train_images, walked, "pseudo-masks")
     if dataset.train:
         scores = stages.measured_masks(masks).results
-        name = CLASS_GAINS if label.class_gain else AS_CONFIGURED if both else DENSE_CRF
+        name = DENSE_CRF if config.background_from == "train-masks" else WITHOUT_TRUTH
         measured.append(Measurement(name, label.background, scores))
     return PseudoLabels(cam, cams, walked, label, masks, tuple(measured))

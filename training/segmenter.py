@@ -7,7 +7,8 @@ from torch.nn import functional
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.training.backbones import Backbone, resize_bilinear
 
-LOW_LEVEL_CHANNELS = 48  # of the stride-4 features in the decoder
+SEGMENTER_STRIDE = 4  # of the logits
+LOW_LEVEL_CHANNELS = 48  # of the features at that stride in the decoder
 
 
 class DeepLabV3Plus(nn.Module):
@@ -19,7 +20,7 @@ class DeepLabV3Plus(nn.Module):
         """n_classes counts the background; `channels` is the width of pyramid and decoder (paper: 256)."""
         super().__init__()
         self.backbone = backbone
-        self.fine_level = backbone.level_at(4)
+        self.fine_level = backbone.level_at(SEGMENTER_STRIDE)
         deepest = backbone.channels[-1]
         self.pyramid = nn.ModuleList([_pointwise(deepest, channels)])
         self.pyramid.extend(_separable(deepest, channels, rate) for rate in atrous_rates)
@@ -43,10 +44,10 @@ class DeepLabV3Plus(nn.Module):
         deep = levels[-1]
         fine = levels[self.fine_level]
         pooled = self.pooled(deep.mean((-2, -1), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
-        mixed = self.project(torch.cat([*(branch(deep) for branch in self.pyramid), pooled], 1))
+        mixed = self.dropout(self.project(torch.cat([*(branch(deep) for branch in self.pyramid), pooled], 1)))
         raised = resize_bilinear(mixed, fine.shape[-2:])
         decoded = self.decode(torch.cat([raised, self.low_level(fine)], 1))
-        return torch.as_tensor(self.classifier(self.dropout(decoded)))
+        return torch.as_tensor(self.classifier(decoded))
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
@@ -58,21 +59,46 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return functional.cross_entropy(resized, mask.to(torch.int64), ignore_index=IGNORE_INDEX)
 
 
+def soft_segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with class probabilities; cells whose probabilities are all 0 do not count.
+
+    logits, targets: float [N, K, h, w]. Returns a scalar.
+    """
+    counted = (targets.sum(1) > 0).sum().clamp(min=1)
+    return -(targets * functional.log_softmax(logits, 1)).sum() / counted
+
+
 class SegmentImages(nn.Module):
-    """uint8 images -> labels and confidence at full size: the module that is exported and deployed."""
+    """uint8 images -> class probabilities at stride 4: the module that is exported and deployed."""
 
     def __init__(self, network: DeepLabV3Plus) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [N, H, W, 3] -> labels uint8 [N, H, W], confidence uint8 [N, H, W] (255 = certain)."""
-        logits = self.network(self.network.backbone.normalise(image))
-        full = resize_bilinear(logits, (image.shape[1], image.shape[2]))
-        # The softmax of the winner alone is 1 / sum exp(l - max), without a tensor of all probabilities.
-        highest, labels = full.max(1)
-        confidence = 1 / torch.exp(full - highest[:, None]).sum(1)
-        return labels.to(torch.uint8), (confidence * 255 + 0.5).to(torch.uint8)
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] -> probabilities float32 [N, n_classes, ceil(H/4), ceil(W/4)], summing to one."""
+        return torch.as_tensor(self.network(self.network.backbone.normalise(image)).softmax(1))
+
+
+def multi_scale_probabilities(network: DeepLabV3Plus, image: Tensor, scales: tuple[float, ...], mirror: bool) -> Tensor:
+    """Class probabilities averaged over scales of the image and, with `mirror`, their mirror images.
+
+    uint8 [N, H, W, 3] -> float32 [N, n_classes, ceil(H/4), ceil(W/4)], summing to one.
+    """
+    height, width = image.shape[1:3]
+    grid = (-(-height // SEGMENTER_STRIDE), -(-width // SEGMENTER_STRIDE))
+    normalised = network.backbone.normalise(image)
+    total = torch.zeros(())
+    for scale in scales:
+        scaled = (
+            normalised if scale == 1 else resize_bilinear(normalised, (round(height * scale), round(width * scale)))
+        )
+        views = torch.cat([scaled, scaled.flip(-1)]) if mirror else scaled
+        made = network(views).softmax(1)
+        if mirror:
+            made = (made[: len(image)] + made[len(image) :].flip(-1)) / 2
+        total = total + resize_bilinear(made, grid)
+    return total / len(scales)
 
 
 def _pointwise(in_channels: int, out_channels: int) -> nn.Sequential:

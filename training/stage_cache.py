@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multisa.runtime.files import sha256_of_bytes, sha256_of_file, write_json_atomically
+from multisa.runtime.errors import UsageError
+from multisa.runtime.files import read_json_object, sha256_of_bytes, sha256_of_file, write_json_atomically
 from multisa.runtime.progress import log
 
 # Part of every digest. Raise it when the code of a stage gives other results for the same inputs.
@@ -68,6 +69,17 @@ class StageCache:
             log.info(f"{name}: skipped, already done with the same inputs")
         self.stages.append(stage)
         return stage
+
+
+def load_stage(folder: Path) -> Mapping[str, Any]:
+    """Read what was stored about the finished stage in `folder`: its "inputs", "results", "files", .. as JSON values.
+
+    Raises UsageError for a folder without a finished stage.
+    """
+    stored = read_json_object(folder / MARKER)
+    if not stored:
+        raise UsageError(f"{folder}: got no finished stage, expected one; run `multisa train` again")
+    return stored
 
 
 def _finished(name: str, folder: Path, digest: str) -> Stage | None:

@@ -5,27 +5,42 @@ named by image: ID.npy for maps, ID.png for masks.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from multisa.kernels import DenseCRF
+from multisa.kernels import DenseCRF, enlarge_probabilities
 from multisa.runtime.bundle import LabelParameters
-from multisa.runtime.errors import DatasetError
 from multisa.runtime.imaging.decode import read_mask, write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask, resize_maps, walk_scores
+from multisa.runtime.predict.postprocess import (
+    Float32,
+    UInt8,
+    constrain_probabilities,
+    pseudo_mask,
+    refine,
+    resize_maps,
+    walk_scores,
+)
 from multisa.training.affinity_net import affinity_loss, pair_targets
 from multisa.training.augment import AugmentedImages
-from multisa.training.config import AffinityLabelConfig, CamConfig, TrainConfig
+from multisa.training.config import AffinityLabelConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
 from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
 from multisa.training.loop import CHECKPOINT, LoopOptions, train_network
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, multilabel_soft_margin
-from multisa.training.segmenter import SegmentImages, segmentation_loss
+from multisa.training.segmenter import (
+    SEGMENTER_STRIDE,
+    SegmentImages,
+    multi_scale_probabilities,
+    segmentation_loss,
+    soft_segmentation_loss,
+)
 from multisa.training.stage_cache import Results, Stage
 from multisa.training.thresholds import ThresholdSweep, score_masks, score_thresholds
 
@@ -119,6 +134,7 @@ def affinity_labels(image: UInt8, cam: Float32, class_ids: tuple[int, ...], conf
         q = crf.infer_labels(hard, len(stacked), confidence=config.confidence)
         return np.asarray(np.array((0, *class_ids), np.uint8)[q.argmax(0)])
 
+    assert config.foreground is not None and config.background is not None
     certain_foreground = refined(config.foreground)
     possible_foreground = refined(config.background)
     labels = np.where(certain_foreground == 0, np.uint8(IGNORE_INDEX), certain_foreground)
@@ -139,7 +155,7 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
         config,
         n_classes=len(dataset.class_names),
         masks=labels.folder,
-        mask_stride=network.head.stride,
+        stride=network.head.stride,
     )
 
     def loss(image: Tensor, mask: Tensor) -> Tensor:
@@ -188,40 +204,92 @@ def make_pseudo_masks(
     return {}
 
 
-def train_segmenter(config: TrainConfig, dataset: Dataset, masks: Stage, cam: Stage, folder: Path) -> Results:
-    """Train DeepLabV3+ on the pseudo-masks of the train images."""
-    if masks.folder.resolve() == (dataset.root / "SegmentationClass").resolve():
-        raise DatasetError(f"{masks.folder}: the pseudo-masks would be the ground truth; choose another run folder")
+@dataclass(frozen=True)
+class SegmenterTraining:
+    """What a segmenter learns from; exactly one of the last three is given."""
+
+    title: str
+    items: tuple[Item, ...]
+    start: Path | None  # checkpoint of the CAM network whose backbone it starts from
+    masks: Path | None = None  # folder of ID.png
+    probabilities: Path | None = None  # folder of ID.npy: soft targets
+    truth: bool = False  # the masks of the items themselves
+
+
+def train_segmenter(
+    segmenter: SegmenterConfig, training: SegmenterTraining, config: TrainConfig, dataset: Dataset, folder: Path
+) -> Results:
+    """Train DeepLabV3+ on masks or soft targets."""
     torch.manual_seed(config.seed)
     n_classes = len(dataset.class_names)
-    schedule = config.segmenter.schedule
+    schedule = segmenter.schedule
     device = torch_device(config)
-    network = create_model(config.segmenter, n_classes).to(device)
-    if config.segmenter.start_from_cam:
-        trained = create_model(config.cam, n_classes, checkpoint=cam.folder / CHECKPOINT)
+    network = create_model(segmenter, n_classes).to(device)
+    if training.start is not None:
+        trained = create_model(config.cam, n_classes, checkpoint=training.start)
         network.backbone.load_state_dict(trained.backbone.state_dict())
-    samples = AugmentedImages(dataset.train_images, schedule, config, n_classes=n_classes, masks=masks.folder)
+    network.backbone.freeze(schedule.frozen_levels)
+    soft = training.probabilities is not None
+    samples = AugmentedImages(
+        training.items,
+        schedule,
+        config,
+        n_classes=n_classes,
+        masks=training.masks,
+        truth=training.truth,
+        probabilities=training.probabilities,
+        stride=SEGMENTER_STRIDE if soft else 1,
+    )
 
-    def loss(image: Tensor, mask: Tensor) -> Tensor:
-        return segmentation_loss(network(network.backbone.normalise(image)), mask)
+    def loss(image: Tensor, target: Tensor) -> Tensor:
+        logits = network(network.backbone.normalise(image))
+        return soft_segmentation_loss(logits, target) if soft else segmentation_loss(logits, target)
 
     groups = [(schedule.new_layers_factor, network.new_parameters())]
-    options = _loop_options(config, folder, "DeepLabV3+")
+    options = _loop_options(config, folder, training.title)
     return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
 
 
-def evaluate_segmenter(config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path) -> Results:
+def relabel(segmenter: SegmenterConfig, config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path) -> Results:
+    """Label the train images with a segmenter, held to their image-level labels.
+
+    Writes ID.npy, soft targets [1 + classes of the image, h, w] at stride 4, and ID.png, the mask.
+    """
+    device = torch_device(config)
+    network = create_model(segmenter, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT).to(device)
+    options, parameters = config.relabel, config.segmenter_label
+
+    def work(item: Item, maps_path: Path, mask_path: Path) -> None:
+        image = read_working_image(item.image, config.long_side)
+        with torch.inference_mode():
+            every = multi_scale_probabilities(network, as_batch(image).to(device), options.scales, options.mirror)
+        before = constrain_probabilities(every[0].cpu().numpy(), item.classes)
+        after = refine(image, before, parameters.crf if parameters.use_crf and item.classes else None)
+        sharp = functional.adaptive_avg_pool2d(torch.from_numpy(after), before.shape[1:]).numpy()
+        save_maps(maps_path, options.crf_share * sharp + (1 - options.crf_share) * before)
+        write_mask(mask_path, np.array((0, *item.classes), np.uint8)[after.argmax(0)], dataset.mask_palette)
+
+    items = dataset.train_images
+    for_each_item(work, items, folder, (".npy", ".png"), workers=config.workers, title="relabelling")
+    return {}
+
+
+def evaluate_segmenter(
+    segmenter: SegmenterConfig, config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path
+) -> Results:
     """Segment the val list with the PyTorch network, write ID.png and score them."""
     n_classes = len(dataset.class_names)
     palette = dataset.mask_palette
     device = torch_device(config)
-    network = create_model(config.segmenter, n_classes, checkpoint=trained.folder / CHECKPOINT)
+    network = create_model(segmenter, n_classes, checkpoint=trained.folder / CHECKPOINT)
     segment = SegmentImages(network).to(device)
 
     def work(item: Item, path: Path) -> None:
+        image = read_working_image(item.image, config.long_side)
         with torch.inference_mode():
-            labels, _ = segment(as_batch(read_working_image(item.image, config.long_side)).to(device))
-        write_mask(path, labels[0].cpu().numpy(), palette)
+            probabilities = segment(as_batch(image).to(device))[0].cpu().numpy()
+        labels, _ = enlarge_probabilities(probabilities, (image.shape[0], image.shape[1]))
+        write_mask(path, labels, palette)
 
     for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title="val")
     return score_masks(folder, dataset.val, n_classes)

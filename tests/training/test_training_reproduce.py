@@ -14,7 +14,17 @@ from multisa.training import pipeline
 from multisa.training.commands import PAPER_ITEMS
 from multisa.training.config import load_config
 from multisa.training.data import VOC_CLASSES, read_dataset
-from multisa.training.pipeline import CLASS_GAINS, DENSE_CRF, MULTI_SA_CAM, PLAIN_CAM, RANDOM_WALK, Row, load_run
+from multisa.training.pipeline import (
+    DENSE_CRF,
+    MULTI_SA_CAM,
+    PLAIN_CAM,
+    RANDOM_WALK,
+    SEGMENTER,
+    SUPERVISED,
+    WITHOUT_TRUTH,
+    Row,
+    load_run,
+)
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES
@@ -71,6 +81,14 @@ def test_with_the_papers_classes_its_own_mean_stands_beside_ours() -> None:
     rows = per_class_rows(VOC_CLASSES, val)
     assert len(rows) == 22
     assert (rows[-1].paper, rows[-1].difference) == (69.7, 0.8)
+
+
+def test_the_supervised_segmenter_stands_beside_ours() -> None:
+    val = Row(SEGMENTER, "val", 40.0, (90.0, 60.0, 10.0, None))
+    bound = Row(SUPERVISED, "val", 50.0, (92.0, 70.0, 20.0, None))
+    rows = per_class_rows(("background", "tv monitor", "zebra", "cow"), val, bound)
+    assert [row.supervised for row in rows] == [92.0, 70.0, 20.0, None, 81.0, 50.0]
+    assert [row.ours for row in rows[-2:]] == [75.0, 40.0]
 
 
 def test_differences_from_the_paper_are_noted(voc_folder: Path) -> None:
@@ -148,21 +166,36 @@ def test_other_settings_leave_the_record_of_the_run(voc_folder: Path, run_folder
 
 
 @pytest.mark.parametrize(
-    ("override", "last"),
-    [
-        ("background_from=config", "as configured (ours)"),
-        ("background_from=train-masks-per-class", f"{CLASS_GAINS} (ours)"),
-    ],
+    ("override", "note"),
+    [("background_from=config", "are those of the settings"), ("background_from=yen", "come from Yen's criterion")],
 )
 def test_table2_keeps_the_papers_protocol_beside_other_masks(
-    voc_folder: Path, run_folder: Path, override: str, last: str
+    voc_folder: Path, run_folder: Path, override: str, note: str
 ) -> None:
     plain = reproduce_table("table2", load_config(str(TINY)), read_dataset(voc_folder), run_folder)
-    config = load_config(str(TINY), [override, "cam_baseline=false"])
+    config = load_config(str(TINY), [override, "paper_rows=false"])
     table = reproduce_table("table2", config, read_dataset(voc_folder), run_folder)
     assert [(row.name, row.ours) for row in table.rows[:4]] == [(row.name, row.ours) for row in plain.rows]
-    assert [row.name for row in table.rows[4:]] == [last]
-    assert table.rows[4].paper is None and len(table.notes) == len(plain.notes) + 1
+    assert [row.name for row in table.rows[4:]] == [f"{WITHOUT_TRUTH} (ours)"]
+    assert table.rows[4].paper is None and table.notes[: len(plain.notes)] == plain.notes
+    assert note in table.notes[-2] and table.notes[-1] == "The segmenter trains on the last row."
+
+
+def test_tables_show_rounds_and_the_supervised_segmenter(voc_folder: Path, run_folder: Path) -> None:
+    config, dataset = load_config(str(TINY), ["relabel.rounds=1", "supervised=true"]), read_dataset(voc_folder)
+    third = reproduce_table("table3", config, dataset, run_folder)
+    before = stage_folders(run_folder)
+    second = reproduce_table("table2", config, dataset, run_folder)
+    assert stage_folders(run_folder) == before
+    run = load_run(run_folder / "reproduce")
+    assert second.rows[-1].name == "+ round 1 (ours)" and second.rows[-1].background is None
+    assert second.rows[-1].ours == run.rows[-3].miou
+    assert [row.supervised for row in third.rows[:3]] == list(run.rows[-1].iou)
+    header = (run_folder / "reproduce" / "table3.md").read_text().splitlines()[2]
+    assert header.startswith("| class | ours | supervised | paper (Multi-SA) |")
+    record = written(run_folder, "table3")["rows"]
+    assert isinstance(record, list) and record[0]["supervised"] == third.rows[0].supervised
+    assert any(note.startswith("Supervised: ") and "6 train images" in note for note in third.notes)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from multisa.kernels import enlarge_probabilities
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text, write_bytes_atomically, write_json_atomically
 from multisa.runtime.imaging.decode import read_mask, resize_mask
@@ -176,8 +177,8 @@ def _figure6(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
 
     def panels(item: Item, rgb: UInt8) -> tuple[list[UInt8], list[UInt8]]:
         with torch.inference_mode():
-            labels, _ = inference(as_batch(rgb).to(device))
-        return [], [labels[0].cpu().numpy()]
+            probabilities = inference(as_batch(rgb).to(device))[0].cpu().numpy()
+        return [], [enlarge_probabilities(probabilities, (rgb.shape[0], rgb.shape[1]))[0]]
 
     strips, shown, ground_truth = _with_ground_truth(panels, items, config, dataset)
     which = "val" if dataset.val else "the images trained on"

@@ -16,11 +16,13 @@ from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
 from multisa.training.pipeline import (
-    AS_CONFIGURED,
     BASELINE,
     CAM,
-    CLASS_GAINS,
     RUN_RECORD,
+    SEGMENTER,
+    SUPERVISED,
+    WITHOUT_TRUTH,
+    Measurement,
     Row,
     RunRecord,
     RunStages,
@@ -34,11 +36,6 @@ from multisa.training.reproduce import paper
 from multisa.training.stage_cache import StageCache
 
 FOLDER = "reproduce"  # below the run's folder
-# Rows that the paper does not have, each with its note.
-OWN_ROWS = {
-    CLASS_GAINS: "Gains of classes are our own step; the paper does not have them.",
-    AS_CONFIGURED: "The last row shows the masks that the segmenter trains on.",
-}
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class TableRow:
     ours: float | None
     paper: float | None
     other_methods: tuple[float | None, ...] = ()  # in the paper's table, as `Table.other_methods`
+    supervised: float | None = None  # ours, trained on the masks of the train list
     background: float | None = None  # score of the background class that ours is measured with
     iou: tuple[float | None, ...] = ()  # of each class of the data set
     comparable: bool = True  # False when ours and the paper's measure different things
@@ -100,26 +98,30 @@ def attention_counts(taps: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [taps[len(taps) - k :] for k in range(len(taps) + 1)]
 
 
-def per_class_rows(names: tuple[str, ...], val: Row) -> list[TableRow]:
+def per_class_rows(names: tuple[str, ...], val: Row, supervised: Row | None = None) -> list[TableRow]:
     """Table 3: a row for each of our classes, matched to the paper's by name, then the means.
 
     The paper's mean over our classes is computed from its row; its own mIoU, over all 21 classes, comes last.
+    supervised: the segmenter trained on masks, if the run has one.
     """
     methods = list(paper.TABLE3)
+    bounds = supervised.iou if supervised else (None,) * len(names)
     rows = [
-        TableRow(name, ours, *_paper_figures([paper.table3_figure(method, name) for method in methods]))
-        for name, ours in zip(names, val.iou, strict=True)
+        TableRow(name, ours, *_paper_figures([paper.table3_figure(method, name) for method in methods]), bound)
+        for name, ours, bound in zip(names, val.iou, bounds, strict=True)
     ]
     both = [row for row in rows if row.ours is not None and row.paper is not None]
     printed = _paper_figures([paper.TABLE3_MIOU[method] for method in methods])
+    bound = supervised.miou if supervised else None
     if len(both) == len(rows) == paper.CLASSES:
-        return [*rows, TableRow("mIoU", val.miou, *printed)]
+        return [*rows, TableRow("mIoU", val.miou, *printed, bound)]
     if both:
         columns = zip(*((row.paper, *row.other_methods) for row in both), strict=True)
         means = _paper_figures([_mean(column) for column in columns])
         ours = val.miou if len(both) == len(rows) else _mean([row.ours for row in both])
-        rows.append(TableRow(f"mean of {len(both)} shared classes", ours, *means))
-    own = TableRow(f"mIoU (ours {len(names)}, paper {paper.CLASSES})", val.miou, *printed, comparable=False)
+        shared = _mean([row.supervised for row in both]) if supervised else None
+        rows.append(TableRow(f"mean of {len(both)} shared classes", ours, *means, shared))
+    own = TableRow(f"mIoU (ours {len(names)}, paper {paper.CLASSES})", val.miou, *printed, bound, comparable=False)
     return [*rows, own]
 
 
@@ -144,41 +146,58 @@ def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
 
 
 def _table2(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
-    stages = RunStages(StageCache(root), replace(config, cam_baseline=True), dataset)
-    labels = make_pseudo_labels(stages, paper_protocol=True)
+    stages = RunStages(StageCache(root), replace(config, paper_rows=True), dataset)
+    labels = make_pseudo_labels(stages)
+    measured = [*labels.measured, *stages.relabelled(labels)[1]]
     rows = []
-    for measured in labels.measured:
-        name = f"{measured.name} (ours)" if measured.name in OWN_ROWS else measured.name
-        printed = paper.TABLE2.get(measured.name)
-        rows.append(_measured_row(name, measured.scores, printed, measured.background))
+    for one in measured:
+        printed = paper.TABLE2.get(one.name)
+        name = f"{one.name} (ours)" if printed is None else one.name
+        rows.append(_measured_row(name, one.scores, printed, one.background))
     notes = (
         *protocol(config, dataset, "train", paper.TABLE2_BACKBONE),
-        "mIoU on train. Maps are measured at the background score with the highest mIoU. From the dense CRF "
-        "on, the score is the one whose masks have the highest, on a sample of train if train is large.",
-        *(note for name, note in OWN_ROWS.items() if name in {measured.name for measured in labels.measured}),
+        "mIoU on train. Maps are measured at the background score with the highest mIoU. For the dense CRF, the "
+        "score is the one whose masks have the highest, on a sample of train if train is large.",
+        *_notes_on_own_rows(config, measured),
     )
     return Table("table2", "Table 2: the stages", "stage", tuple(rows), notes, _digests(stages))
 
 
+def _notes_on_own_rows(config: TrainConfig, measured: Sequence[Measurement]) -> list[str]:
+    """Notes on the rows of Table 2 that the paper does not have."""
+    notes = []
+    if any(one.name == WITHOUT_TRUTH for one in measured):
+        source = "come from Yen's criterion" if config.background_from == "yen" else "are those of the settings"
+        notes.append(f'"{WITHOUT_TRUTH}": the background score and the gains of classes {source}.')
+    if config.relabel.rounds:
+        notes.append("Rounds: a segmenter trained on the row before labels the train images again.")
+    if notes:
+        notes.append("The segmenter trains on the last row.")
+    return notes
+
+
 def _table3(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     run = full_run(config, dataset, root)
-    val = next(row for row in run.rows if row.measured_on == "val")
+    by_name = {row.stage: row for row in run.rows}
+    supervised = by_name.get(SUPERVISED)
     notes = [
         *protocol(config, dataset, "val", paper.TABLE3_BACKBONE),
         "IoU of each class on val, of the segmenter trained on the pseudo-masks, after its last epoch.",
     ]
+    if supervised:
+        notes.append(
+            f"Supervised: the same network and recipe, trained on the masks of {len(dataset.train):,} train images."
+        )
     if len(run.classes) < paper.CLASSES:
         notes.append("With fewer classes there are fewer to confuse one with.")
-    if run.label.class_gain:
-        notes.append("The pseudo-masks use gains of classes, our own step; the paper does not have them.")
     others = tuple(method for method in paper.TABLE3 if method != paper.MULTI_SA)
-    rows = tuple(per_class_rows(run.classes, val))
+    rows = tuple(per_class_rows(run.classes, by_name[SEGMENTER], supervised))
     digests = {"train_images": run.data_digest, "val": dataset.masks_digest(dataset.val)}
     digests |= {stage.name: stage.digest for stage in run.stages}
     return Table("table3", "Table 3: IoU of each class", "class", rows, tuple(notes), digests, others)
 
 
-def _measured_row(name: str, scores: Mapping[str, Any], printed: float | None, background: float) -> TableRow:
+def _measured_row(name: str, scores: Mapping[str, Any], printed: float | None, background: float | None) -> TableRow:
     return TableRow(name, scores["miou"], printed, background=background, iou=tuple(scores["iou"]))
 
 
@@ -282,6 +301,8 @@ def write_table(table: Table, config: TrainConfig, dataset: Dataset, root: Path)
     rows = []
     for row in table.rows:
         values: dict[str, Any] = {"name": row.name, "ours": row.ours, "paper": row.paper, "difference": row.difference}
+        if row.supervised is not None:
+            values["supervised"] = row.supervised
         if row.other_methods:
             values["other_methods"] = dict(zip(table.other_methods, row.other_methods, strict=True))
         if row.background is not None:
@@ -312,6 +333,7 @@ def _cells(table: Table) -> list[list[str]]:
     columns: list[tuple[str, Sequence[float | None], str]] = [
         ("background", [row.background for row in table.rows], ".2f"),
         ("ours", [row.ours for row in table.rows], ".2f"),
+        ("supervised", [row.supervised for row in table.rows], ".2f"),
         (f"paper ({paper.MULTI_SA})" if table.other_methods else "paper", [row.paper for row in table.rows], ".2f"),
         ("difference", [row.difference for row in table.rows], "+.2f"),
     ]
