@@ -3,7 +3,8 @@
     python -m multisa.benchmarks.gpu_kernels --output kernels.json
 
 "resident" is a call on arrays in GPU memory, timed until it is finished; "host" one on NumPy arrays, copies
-included. "dense squaring" is what psa and irn do, in PyTorch on the same GPU. Exit code 3 where a kernel is
+included. "dense squaring" is what psa and irn do, in PyTorch on the same GPU; "interpolate and max" is what enlarging
+probabilities takes there. Exit code 3 where a kernel is
 too far from its reference, 5 without a usable GPU.
 """
 
@@ -20,7 +21,14 @@ import numpy.typing as npt
 from multisa.benchmarks.harness import Times, environment, interleave, with_ratios
 from multisa.benchmarks.kernels import transition
 from multisa.benchmarks.synthetic_images import class_probabilities, image_bytes, image_features, smooth_scores
-from multisa.kernels import CrfParameters, affinity_from_features, dense_crf, random_walk, random_walk_reference
+from multisa.kernels import (
+    CrfParameters,
+    affinity_from_features,
+    dense_crf,
+    enlarge_probabilities,
+    random_walk,
+    random_walk_reference,
+)
 from multisa.kernels.common.checks import Float32
 from multisa.kernels.common.walk import WalkSettings
 from multisa.kernels.cuda import calls
@@ -35,8 +43,10 @@ CRF = CrfParameters()
 # The device keeps the walk's weights in fp16, unlike the reference; the CRF sums in another order.
 WALK_TOLERANCE = 2e-4
 CRF_AGREEMENT = 0.9999
+ENLARGE_AGREEMENT = 0.9999  # two classes may differ by less than rounding
 WALKS = ((1, 4, 64), (16, 4, 64), (1, 4, 128), (16, 21, 128))  # images, channels, side
 CRFS = ((3, 375, 500), (21, 375, 500))  # labels, height, width
+ENLARGED = ((7, (94, 125), (375, 500)), (7, (96, 128), (3000, 4000)))  # labels, grid, image
 ON_CPU = "cpu, one thread"
 SLOW_REPEATS = 3  # of ways on the CPU
 DENSE_SIDE = 64  # largest grid whose dense matrix is squared
@@ -123,6 +133,53 @@ def crf_row(device: Device, labels: int, height: int, width: int, repeats: int) 
     return result("dense_crf", shape, times, made[0].numpy(), dense_crf(image, probabilities))
 
 
+def enlarge_row(
+    device: Device, labels: int, grid: tuple[int, int], size: tuple[int, int], repeats: int
+) -> dict[str, Any]:
+    """Labels and confidences of an image from probabilities on a grid: times, ratios, and both against the CPU's."""
+    import torch
+
+    probabilities = class_probabilities(labels, *grid)
+    source = on_device(device, probabilities)
+    made: list[tuple[DeviceArray, DeviceArray]] = []
+
+    def resident() -> None:
+        made[:] = [calls.enlarge_on_device(source, size, tuple(range(labels)), device)]
+        wait(device, made[0][0])
+
+    ways: dict[str, Callable[[], object]] = {
+        "resident": resident,
+        "host": lambda: calls.enlarge_on_device(probabilities, size, tuple(range(labels)), device),
+        ON_CPU: lambda: enlarge_probabilities(probabilities, size),
+    }
+    if torch.cuda.is_available():
+        ways["interpolate and max, PyTorch on the GPU"] = interpolate_and_max(probabilities, size)
+    times = interleave(ways, repeats=repeats, slow={ON_CPU: min(repeats, SLOW_REPEATS)})
+    mask, confidence = (each.numpy() for each in made[0])
+    expected, sure = enlarge_probabilities(probabilities, size)
+    return {
+        "kernel": "enlarge",
+        "shape": {"labels": labels, "grid": grid, "size": size},
+        "ways": with_ratios(times, "resident"),
+        "max_error": float(np.abs(confidence.astype(np.int16) - sure).max()) / 255,
+        "label_agreement": float((mask == expected).mean()),
+    }
+
+
+def interpolate_and_max(probabilities: Float32, size: tuple[int, int]) -> Callable[[], object]:
+    """`enlarge_probabilities` in PyTorch on the GPU, until it is finished."""
+    import torch
+
+    source = torch.from_numpy(probabilities)[None].cuda()
+
+    def run() -> None:
+        confidence, labels = torch.nn.functional.interpolate(source, size=size, mode="bilinear").max(1)
+        labels.to(torch.uint8), (confidence * 255 + 0.5).to(torch.uint8)
+        torch.cuda.synchronize()
+
+    return run
+
+
 def problems(rows: list[dict[str, Any]]) -> list[str]:
     """Where a kernel is too far from its reference; NaN counts as too far."""
     found = []
@@ -131,8 +188,9 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
         error, agreement = row["max_error"], row["label_agreement"]
         if row["kernel"] == "random_walk" and not error <= WALK_TOLERANCE:
             found.append(f"{where} error {error:.2g}, expected at most {WALK_TOLERANCE}")
-        if row["kernel"] == "dense_crf" and not agreement >= CRF_AGREEMENT:
-            found.append(f"{where} {agreement:.4%} of labels equal, expected {CRF_AGREEMENT:.2%}")
+        needed = {"dense_crf": CRF_AGREEMENT, "enlarge": ENLARGE_AGREEMENT}.get(row["kernel"])
+        if needed is not None and not agreement >= needed:
+            found.append(f"{where} {agreement:.4%} of labels equal, expected {needed:.2%}")
     return found
 
 
@@ -154,6 +212,7 @@ def measure(device: Device, *, quick: bool) -> dict[str, Any]:
     repeats = 5 if quick else 20
     rows = [walk_row(device, *shape, repeats) for shape in (WALKS[:2] if quick else WALKS)]
     rows += [crf_row(device, *shape, repeats) for shape in (CRFS[:1] if quick else CRFS)]
+    rows += [enlarge_row(device, *shape, repeats) for shape in (ENLARGED[:1] if quick else ENLARGED)]
     return {
         "environment": environment("torch", "pycuda", "pydensecrf2", quick=quick),
         "settings": {"walk": asdict(SETTINGS), "crf": asdict(CRF)},

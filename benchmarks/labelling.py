@@ -1,9 +1,9 @@
-"""Labelling from file to file: `multisa label` on every backend against the literature's recipe in PyTorch.
+"""Labelling from file to file: both methods of `multisa label` on every backend, and each in PyTorch.
 
     multisa bench --data VOC_LAYOUT --stages label -o DIR
 
-The recipe runs once with a sparse transition matrix, everything else equal, and once squaring the dense one
-as psa and irn do. All label the same images alternately, given their image-level labels.
+The literature's walk runs once with a sparse transition matrix, everything else equal, and once squaring the
+dense one as psa and irn do. All label the same images alternately, given their image-level labels.
 Its bench.json is benchmarks/results/labelling.json.
 """
 
@@ -20,10 +20,11 @@ from PIL import Image
 
 from multisa.benchmarks.harness import median_ratio
 from multisa.benchmarks.suite.candidates import EAGER, Measured, Row, auto_candidate, list_candidates, run_alternately
-from multisa.benchmarks.suite.context import BenchContext, mean_roofline
+from multisa.benchmarks.suite.context import BenchContext, Roofline, mean_roofline
 from multisa.benchmarks.suite.images import LabelledImage, count_confusion, read_plainly, read_working
-from multisa.runtime.backends.base import CAM
+from multisa.runtime.backends.base import CAM, SEGMENTER, GraphContract
 from multisa.runtime.backends.gpus import probe_gpus
+from multisa.runtime.bundle import LabelMethod
 from multisa.runtime.evaluation import mean_iou
 from multisa.runtime.imaging.decode import read_image, read_mask
 from multisa.runtime.progress import Progress
@@ -33,40 +34,51 @@ OURS = "multisa label"
 COPIES = 24  # of the image that the dense recipe gets: a run of ours on one image would be all start-up
 DENSE_REPEATS = 3
 WARM_UP_SIDE = 128  # pixels
-RECIPES = {walk: f"PyTorch eager, {walk} walk, pydensecrf" for walk in ("sparse", "dense")}
+# The graph that stands for each method, and its recipes in PyTorch: key of `BaselineLabelling` -> name.
+METHODS: dict[LabelMethod, tuple[GraphContract, dict[str, str]]] = {
+    "segmenter": (SEGMENTER, {"segmenter": "PyTorch eager, segmenter, pydensecrf"}),
+    "walk": (CAM, {walk: f"PyTorch eager, {walk} walk, pydensecrf" for walk in ("sparse", "dense")}),
+}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Measured(Measured):
     """A way to label and its measurements so far."""
 
-    walk: str = ""  # of the recipe; empty for ours
+    method: LabelMethod
+    is_auto: bool  # whether "auto" chooses this backend for the method
+    recipe: str = ""  # in PyTorch; empty for ours
     stages: dict[str, float] = field(default_factory=dict)  # seconds
 
 
 def measure(context: BenchContext) -> list[Row]:
-    """One row per backend and precision of ours, and per recipe where torch is installed."""
+    """One row per method, backend and precision of ours, and per recipe where torch is installed."""
     gpu = bool(probe_gpus().gpus)
-    default = auto_candidate(context.bundle.path, CAM.name, context.engine_cache)
     measured = []
     with ExitStack() as stack:
-        for candidate in list_candidates(context.bundle, CAM, context.backends, gpu=gpu):
-            row = candidate.row(is_default=candidate == default)
-            if candidate.is_ours:
-                measured.append(_Measured(candidate, row | {"recipe": OURS}))
-            for walk, recipe in RECIPES.items() if candidate.backend == EAGER else ():
-                each = _Measured(candidate, row | {"recipe": recipe}, walk=walk)
-                opened = (context.bundle.path, walk, candidate.device, context.weights)
-                each.start(stack, context.pytorch_problem, _open_baseline, *opened)
-                measured.append(each)
+        for method, (contract, recipes) in METHODS.items():
+            auto = auto_candidate(context.bundle.path, contract.name, context.engine_cache)
+            for candidate in list_candidates(context.bundle, contract, context.backends, gpu=gpu):
+                is_auto = candidate == auto
+                is_default = is_auto and method == context.bundle.manifest.parameters.label_method
+                row = candidate.row(is_default=is_default)
+                if candidate.is_ours:
+                    row |= {"recipe": f"{OURS} --method {method}"}
+                    measured.append(_Measured(candidate, row, method=method, is_auto=is_auto))
+                for recipe, name in recipes.items() if candidate.backend == EAGER else ():
+                    named = row | {"recipe": name}
+                    each = _Measured(candidate, named, method=method, is_auto=False, recipe=recipe)
+                    opened = (context.bundle.path, recipe, candidate.device, context.weights)
+                    each.start(stack, context.pytorch_problem, _open_baseline, *opened)
+                    measured.append(each)
         _Steps(context, measured).measure()
     return [each.row for each in measured]
 
 
-def _open_baseline(bundle: Path, walk: str, device: str, weights: Path) -> object:
+def _open_baseline(bundle: Path, recipe: str, device: str, weights: Path) -> object:
     from multisa.benchmarks.suite.baselines import BaselineLabelling
 
-    return BaselineLabelling(bundle, walk, device, weights)
+    return BaselineLabelling(bundle, recipe, device, weights)
 
 
 class _Steps:
@@ -80,8 +92,8 @@ class _Steps:
 
     def measure(self) -> None:
         """Fill the rows. One that fails has the reason as "problem" and is not measured further."""
-        many = [each for each in self._measured if each.walk != "dense"]
-        one = [each for each in self._measured if each.walk == "dense"]
+        many = [each for each in self._measured if each.recipe != "dense"]
+        one = [each for each in self._measured if each.recipe == "dense"]
         with Progress((self._rounds + 1) * len(many) + 2 * len(one), "labelling", "step") as bar:
             run_alternately([*many, *one], self._warm_up, bar)
             for index in range(self._rounds):
@@ -111,13 +123,14 @@ class _Steps:
             rows = csv.writer(file)
             rows.writerow(("image", "labels"))
             rows.writerows((f"{image.id}{image.path.suffix}", ";".join(image.classes)) for image in images)
-        record = self._context.run_on_images("label", each.candidate, images, out, "--labels", str(labels))
+        words = ("--labels", str(labels), "--method", each.method)
+        record = self._context.run_on_images("label", each.candidate, images, out, *words)
         known = each.row.get("peak_mib", {}).get("host") or 0
         each.row["peak_mib"] = {"host": max(known, record["peak_mib"] or 0) or None, "device": None}
         return record["images_per_second"], record["stage_seconds"]
 
     def _masks_of(self, each: _Measured) -> Path:
-        return self._context.scratch / "labelled" / "-".join((*astuple(each.candidate), each.walk))
+        return self._context.scratch / "labelled" / "-".join((*astuple(each.candidate), each.method, each.recipe))
 
     def _against_dense(self, each: _Measured) -> None:
         """The dense recipe on one image, reduced to a bearable size, and ours on copies of the same image."""
@@ -138,10 +151,10 @@ class _Steps:
         return {
             "images_per_second": float(f"{statistics.median(each.rates):.5g}"),
             "end_to_end": {
-                "by": "loop" if each.walk else OURS,
+                "by": "loop" if each.recipe else OURS,
                 "images": len(images),
                 # The rounds have different images; the dense recipe repeats one.
-                **({} if each.walk == "dense" else {"rounds": self._rounds}),
+                **({} if each.recipe == "dense" else {"rounds": self._rounds}),
                 "images_per_second": [float(f"{rate:.5g}") for rate in each.rates],
             },
             "default_times_as_fast": ratio,
@@ -153,27 +166,39 @@ class _Steps:
     def _summarise(self, measured: Sequence[_Measured]) -> None:
         ran = [each for each in measured if each.row["problem"] is None]
         ours = self._ours()
-        recipes = [each for each in ran if each.walk]
-        recipes.sort(key=lambda each: not ours or each.candidate.device != ours.candidate.device)
-        baseline = next(iter(recipes), ours)
-        shapes = [
-            (read_working(image.path, self._context.long_side).shape[1:3], len(image.classes)) for image in self._images
-        ]
-        roofline = mean_roofline(self._context, "labelling", shapes)
+        rooflines = self._rooflines()
         for each in ran:
+            beside = self._ours(each.method)
+            baseline = self._baseline(each, ran)
             ratio = median_ratio(ours.rates, each.rates) if ours else None
             each.row |= {
                 "baseline": each is baseline,
                 **self._figures(each, self._images, ratio),
                 "times_baseline": median_ratio(each.rates, baseline.rates) if baseline else None,
-                "limit": roofline.limit(each.candidate, 1 / statistics.median(each.rates)),
-                **self._compare_masks(each, ours),
+                "limit": rooflines[each.method].limit(each.candidate, 1 / statistics.median(each.rates)),
+                **self._compare_masks(each, beside),
             }
 
-    def _ours(self) -> _Measured | None:
-        """The backend that "auto" chooses, else the first of ours that ran."""
-        ran = [each for each in self._measured if not each.walk and each.row["problem"] is None]
-        return next((each for each in ran if each.row["default"]), ran[0] if ran else None)
+    def _rooflines(self) -> dict[LabelMethod, Roofline]:
+        sizes = [read_working(image.path, self._context.long_side).shape[1:3] for image in self._images]
+        walks = [(size, len(image.classes)) for size, image in zip(sizes, self._images, strict=True)]
+        return {
+            "segmenter": mean_roofline(self._context, "segmenter_labels", sizes),
+            "walk": mean_roofline(self._context, "walk_labels", walks),
+        }
+
+    def _baseline(self, each: _Measured, ran: Sequence[_Measured]) -> _Measured | None:
+        """The method in PyTorch, on the same device if it ran there; without PyTorch, ours."""
+        same = [other for other in ran if other.recipe and other.method == each.method]
+        same.sort(key=lambda other: other.candidate.device != each.candidate.device)
+        return next(iter(same), self._ours(each.method))
+
+    def _ours(self, method: LabelMethod | None = None) -> _Measured | None:
+        """The backend that "auto" chooses for a method, else the first of ours that ran; None: the bundle's method."""
+        method = method or self._context.bundle.manifest.parameters.label_method
+        ran = [each for each in self._measured if not each.recipe and each.row["problem"] is None]
+        ran = [each for each in ran if each.method == method]
+        return next((each for each in ran if each.is_auto), ran[0] if ran else None)
 
     def _compare_masks(self, each: _Measured, ours: _Measured | None) -> Row:
         """mIoU in percent, and the share of pixels at the images' own size that equal those of `ours`."""

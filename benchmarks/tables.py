@@ -32,6 +32,7 @@ SUBJECTS = (
     "kernels", "cam_head", "precisions", "engines",
 )  # fmt: skip
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the default backend
+OF_A_BUNDLE = {"segmenting": "segment", "labelling": "label"}  # results and the key of their rows
 MIOU_TOLERANCE = 0.1  # percentage points: the bundle's weights are rounded to half precision
 # Table 2 of the paper (ResNeSt-101, 21 classes) and its val figure, by the start of our rows' names.
 PAPER = {**TABLE2, "DeepLab": TABLE3_MIOU[MULTI_SA]}
@@ -46,8 +47,8 @@ COLUMNS = {
     "labelling": "recipe|recipe; backend|title; precision|precision; "
     "images/s, file to file|images_per_second|.3g; default is faster by|default_times_as_fast|,.1f; "
     "mIoU|miou|.2f; labels alike|label_agreement|.2%; images|images|d; pixels each|mean_pixels|,; "
-    "cam ms|stages_ms/cam|,.0f; affinity ms|stages_ms/affinity|,.0f; walk ms|stages_ms/walk|,.0f; "
-    "CRF ms|stages_ms/crf|,.0f; peak MiB|peak_mib/host|,.0f",
+    "segmenter ms|stages_ms/segmenter|,.0f; cam ms|stages_ms/cam|,.0f; affinity ms|stages_ms/affinity|,.0f; "
+    "walk ms|stages_ms/walk|,.0f; CRF ms|stages_ms/crf|,.0f; peak MiB|peak_mib/host|,.0f",
     "starts": "new process|name; ms|median_ms|,.0f; × ours|times_ours|.1f",
     "runs": "command|name; slowest stage|slowest_stage; of all stages together|together|.2f; "
     "peak MiB|peak|.0f; memory against a tenth of the images|memory_ratio|.2f; images|images|,; "
@@ -114,6 +115,7 @@ def _facts(environment: Row) -> str:
         "quick run" if environment.get("quick") else "",
         f"commit {environment['commit']}" if environment.get("commit") else "",
         str(environment.get("started") or "")[:10],
+        "with an earlier bundle than the packaged one" if environment.get("earlier_bundle") else "",
     ]
     return ", ".join(fact for fact in facts if fact)
 
@@ -281,12 +283,17 @@ def _speed(row: Row) -> str:
     return f"{number(row['median_ms'])} ms" if "median_ms" in row else ""
 
 
-def disagreements(files: Files, manifest_sha256: str) -> list[str]:
-    """What shows that the results are not of one training: the run, the suite, the bundle."""
+def mark_earlier_bundles(files: Files, manifest_sha256: str) -> None:
+    """Note in the environments of the results, in place, that they were measured with another bundle."""
+    for name in OF_A_BUNDLE:
+        environment = files[name]["environment"]
+        environment["earlier_bundle"] = environment["bundle"]["sha256"] != manifest_sha256
+
+
+def disagreements(files: Files) -> list[str]:
+    """What shows that the results are not of one training: the run, the suite."""
     problems = []
-    for name, stage in (("segmenting", "segment"), ("labelling", "label")):
-        if files[name]["environment"]["bundle"]["sha256"] != manifest_sha256:
-            problems.append(f"{name} was measured with another bundle")
+    for name, stage in OF_A_BUNDLE.items():
         if not any(row.get("default") for row in ran(files[name][stage])):
             problems.append(f"{name} has no row of the default backend that ran")
     rows = ran(files["segmenting"]["segment"])
@@ -326,7 +333,8 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         return 1
     files = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in SUBJECTS}
     manifest = (default_bundle_path() / MANIFEST_NAME).read_bytes()
-    if problems := disagreements(files, hashlib.sha256(manifest).hexdigest()):
+    mark_earlier_bundles(files, hashlib.sha256(manifest).hexdigest())
+    if problems := disagreements(files):
         print(f"the results disagree, run make train and make bench: {'; '.join(problems)}")
         return 1
     readme = root / "README.md"

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from multisa.export.compare import add_pseudo_mask, run_all, truth_of
+from multisa.export.compare import run_all, truth_of
 from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
+from multisa.export.licences import Origin, licence_files, origins_of
+from multisa.export.model_card import model_card
+from multisa.export.output_masks import add_masks
 from multisa.export.parity import Compared, Outputs, ParityReport, measure_parity
 from multisa.export.report import (
     REPORT_NAME,
@@ -27,8 +30,9 @@ from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContrac
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, check_replaceable, write_bundle
 from multisa.runtime.bundle.manifest import SCHEMA_VERSION
+from multisa.runtime.bundle.storage import MODEL_CARD
 from multisa.runtime.errors import UsageError
-from multisa.runtime.files import write_bytes_atomically
+from multisa.runtime.files import read_user_text, write_bytes_atomically
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import Progress
 from multisa.runtime.records import record_to_dict
@@ -57,6 +61,8 @@ class ExportOptions:
     num_images: int = 32  # images of the weak list to compare graphs and networks on
     full_weights: bool = False  # store weights as float32 instead of float16; arithmetic is float32
     report: Path | None = None  # also write the parity report here, even if a figure is beyond its limit
+    notices: tuple[Path, ...] = ()  # NOTICE and LICENSE... files to add to the bundle
+    known_failures: Path | None = None  # Markdown for the section of this name in the model card
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,12 @@ def export_bundle(
 
     run: the output folder of a finished `multisa train`. dataset: the data set it was trained on, as
     `multisa.training.read_dataset` reads it. Every graph is compared with its PyTorch network (not folded) on
-    images of the weak list. The bundle holds the figures in bundle.json and the whole report in parity.json;
-    a bundle already in `output` is replaced.
+    images of the weak list. The bundle holds the figures in bundle.json and the whole report in parity.json, a
+    model card, and NOTICE with the licences of the backbones' weights; a bundle already in `output` is replaced.
 
     Raises ParityError, and writes nothing but `options.report`, if a figure is beyond its limit. Raises
-    UsageError for a folder without a finished run or another data set than the run's, CheckpointError for
-    missing networks, BundleError for an `output` that holds anything but a bundle.
+    UsageError for a folder without a finished run, another data set than the run's, or options that cannot be
+    used, CheckpointError for missing networks, BundleError for an `output` that holds anything but a bundle.
     """
     start = time.perf_counter()
     options = options or ExportOptions()
@@ -116,6 +122,9 @@ def export_bundle(
     check_report(options.report, output)
     if dataset.class_names != record.classes or dataset.train_images_digest() != record.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {run} was trained on; give the same one")
+    origins = origins_of(record.config)
+    licences = licence_files(record.config.name, origins, options.notices)
+    known_failures = read_user_text(options.known_failures) if options.known_failures else ""
     graphs = graphs_of_run(record, run)
     files, written = _convert(record, graphs, half_weights=not options.full_weights)
     # Evenly over the weak list, whose images have the image-level labels that pseudo-masks need.
@@ -126,7 +135,10 @@ def export_bundle(
     if options.report:
         write_bytes_atomically(options.report, files[REPORT_NAME])
     parity.require("the exported graphs answer differently from the networks")
-    bundle = write_bundle(output, _manifest(record, parity), files)
+    manifest = _manifest(record, parity, origins)
+    files |= licences
+    files[MODEL_CARD] = model_card(record, manifest.parameters, files, origins, known_failures).encode()
+    bundle = write_bundle(output, manifest, files)
     return ExportResult(bundle, written, parity, time.perf_counter() - start)
 
 
@@ -135,6 +147,7 @@ def compare_with_networks(
 ) -> ParityReport:
     """Compare the graphs, ONNX `files` by name, with the networks, including the pseudo-masks of both."""
     threads = torch.get_num_threads()
+    parameters = parameters_of_run(run)
     backends = [OnnxRuntimeBackend(files[graph_file(g.contract)], threads=threads, contract=g.contract) for g in graphs]
 
     def pairs() -> Iterator[Compared]:
@@ -149,7 +162,7 @@ def compare_with_networks(
                     expected.update(zip(graph.contract.outputs, (t.numpy() for t in tensors), strict=True))
                 got = run_all(backends, image)
                 for outputs in (expected, got):
-                    add_pseudo_mask(image, item.classes, outputs, run.label)
+                    add_masks(image, item.classes, outputs, parameters)
                 yield Compared(expected, got, truth_of(item.mask, image))
                 bar.advance()
 
@@ -190,7 +203,21 @@ def _convert(
     return files, tuple(written)
 
 
-def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
+def parameters_of_run(run: RunRecord) -> BundleParameters:
+    """The parameters of the bundle, from those that the run used and chose."""
+    return BundleParameters(
+        long_side=run.config.long_side,
+        cam_scales=run.config.cam.scales,
+        walk_stride=head_stride(run.config.affinity.head),
+        label_method=run.label_method,
+        label=run.label,
+        segmenter_label=run.segmenter_label,
+        min_area=run.min_area,
+        score_thresholds=dict(zip(run.classes[1:], run.score_thresholds, strict=True)),
+    )
+
+
+def _manifest(run: RunRecord, report: ParityReport, origins: Sequence[Origin]) -> Manifest:
     measured = {f"{row.stage} ({row.measured_on})": {"miou": row.miou, "iou": row.iou} for row in run.rows}
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -198,13 +225,7 @@ def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
         classes=run.classes,
         palette=run.palette,
         ignore_index=IGNORE_INDEX,
-        parameters=BundleParameters(
-            long_side=run.config.long_side,
-            cam_scales=run.config.cam.scales,
-            walk_stride=head_stride(run.config.affinity.head),
-            label=run.label,
-            score_thresholds=dict(zip(run.classes[1:], run.score_thresholds, strict=True)),
-        ),
+        parameters=parameters_of_run(run),
         preprocessing=PREPROCESSING,
         metrics={"training": measured, "parity": report.as_json()},
         provenance={
@@ -212,6 +233,7 @@ def _manifest(run: RunRecord, report: ParityReport) -> Manifest:
             "data_digest": run.data_digest,
             "training_seconds": run.seconds,
             "python": platform.python_version(),
+            "licences": {origin.work: origin.licence for origin in origins},
             "versions": installed_versions(("multisa", "torch", "timm", "onnx", "onnxruntime")),
         },
         files={},

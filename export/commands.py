@@ -32,12 +32,15 @@ _image_options = together(
 @_path("-o", "--output", required=True, help="Folder to write the bundle to.")
 @_count("--num-images", default=32, help="Images to compare on.")
 @option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
+@_several("--notice", "notices", type=PATH, metavar="FILE", help="Add a NOTICE or LICENSE file. Can be repeated.")
+@_path("--known-failures", metavar="FILE", help="Markdown for the model card: what the masks get wrong.")
 @_result_options
 def export(run: Path, data: Path, labels: Path | None, output: Path, *, as_json: bool, **options: Any) -> None:
     """Export the networks of the training run RUN to ONNX and write a bundle.
 
     Every graph is compared with its PyTorch network. If a figure is beyond its limit, no bundle is
-    written and the exit code is 3.
+    written and the exit code is 3. The bundle gets a model card, MODEL_CARD.md, and NOTICE, which names the
+    licences of the backbones' weights.
 
     \b
     Example:

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from multisa.export.parity import Compared, Outputs, ParityReport
+from multisa.export.output_masks import add_masks
+from multisa.export.parity import CONFIDENCE, Compared, Outputs, ParityReport
 from multisa.export.report import check_report, describe_parity, open_bundle, report_to_bytes
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, Backend, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.backends.registry import BackendRequest, backend_precisions, describe_selection, select_backend
-from multisa.runtime.bundle import Bundle, LabelParameters
+from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import UInt8, read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.predict.postprocess import pseudo_mask, walk_scores
 from multisa.runtime.progress import Progress, log
 from multisa.runtime.sources.folders import list_images
 from multisa.training.data import read_dataset, read_working_image, spread
@@ -161,10 +161,15 @@ def on_cpu(graphs: Mapping[str, bytes], threads: int) -> Callable[[GraphContract
 def compare_variants(
     bundle: Bundle, variants: Sequence[Variant], sets: ImageSets, *, threads: int
 ) -> dict[str, ParityReport]:
-    """Compare each variant with the bundle's fp32 graphs, with pseudo-masks and ground truth; by title."""
+    """Compare each variant with the bundle's fp32 graphs, with the masks that both make and ground truth; by title.
+
+    Pseudo-masks from the segmenter, each of which takes a dense CRF, are made of as many of its images as cam and
+    affinity have.
+    """
     reports = {variant.title: ParityReport(variant.precision) for variant in variants}
     n_classes = len(bundle.manifest.classes)
-    label = bundle.manifest.parameters.label
+    parameters = bundle.manifest.parameters
+    refined = set(spread(sets.segmenter, len(sets.labelled)))
     for contracts, images in ((_TOGETHER, sets.labelled), ((SEGMENTER,), sets.segmenter)):
         taking = [v for v in variants if all(contract in v.contracts for contract in contracts)]
         if not taking:
@@ -178,14 +183,17 @@ def compare_variants(
             }
             reference = runners.pop("")
             for image in images:
-                rgb = read_working_image(image.path, bundle.manifest.parameters.long_side)
+                rgb = read_working_image(image.path, parameters.long_side)
                 expected = run_all(reference, rgb)
-                classes = _classes(bundle.manifest, image, expected)
-                add_pseudo_mask(rgb, classes, expected, label)
                 truth = truth_of(image.mask, rgb)
+                if "cam" in expected:
+                    classes = _classes_for_cam(bundle.manifest, image, expected)
+                else:
+                    classes = _classes_for_segmenter(image, truth) if image in refined else ()
+                add_masks(rgb, classes, expected, parameters)
                 for title, backends in runners.items():
                     got = run_all(backends, rgb)
-                    add_pseudo_mask(rgb, classes, got, label)
+                    add_masks(rgb, classes, got, parameters)
                     reports[title].add(Compared(expected, got, truth), n_classes=n_classes)
                 bar.advance()
     return reports
@@ -201,41 +209,22 @@ def truth_of(mask: Path | None, image: UInt8) -> dict[str, UInt8]:
     if mask is None:
         return {}
     truth = resize_mask(read_mask(mask), (image.shape[0], image.shape[1]))
-    return {"labels": truth, "pseudo_mask": truth}
+    return dict.fromkeys(CONFIDENCE, truth)
 
 
-def add_pseudo_mask(image: UInt8, classes: tuple[int, ...], outputs: Outputs, parameters: LabelParameters) -> None:
-    """Add the pseudo-mask of cam and affinity and its confidence, 0..255; reduce cam to `classes`.
-
-    The maps of absent classes are left out: each is divided by a maximum close to 0, so rounding alone
-    decides their values, and nothing reads them.
-    """
-    if "cam" not in outputs or "affinity" not in outputs:
-        return
-    present = np.array(classes, np.intp) - 1
-    cam = np.asarray(outputs["cam"], np.float32)[0, present]
-    affinity = np.asarray(outputs["affinity"], np.float32)[0]
-    if np.isfinite(cam).all() and np.isfinite(affinity).all():
-        walked = walk_scores(cam, affinity, parameters) if classes else cam
-        made = pseudo_mask(image, walked, classes, parameters)
-        outputs["pseudo_mask"] = made.mask
-        outputs["pseudo_mask_confidence"] = 255 * made.confidence
-    else:
-        # The walk refuses such maps. They are counted as not finite, and no label agrees.
-        outputs["pseudo_mask"] = np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
-        outputs["pseudo_mask_confidence"] = np.zeros(image.shape[:2], np.float32)
-    # A NaN in a map that is left out still counts.
-    finite = bool(np.isfinite(np.asarray(outputs["cam"], np.float32)).all())
-    outputs["cam"] = cam[None] if finite else np.full_like(cam[None], np.nan)
-
-
-def _classes(manifest: Manifest, image: LabelledImage, reference: Outputs) -> tuple[int, ...]:
+def _classes_for_cam(manifest: Manifest, image: LabelledImage, reference: Outputs) -> tuple[int, ...]:
     """Classes of the image's labels; without labels, those the reference scores above their thresholds."""
-    if image.classes is not None or "scores" not in reference:
-        return image.classes or ()
+    if image.classes is not None:
+        return image.classes
     thresholds = [manifest.parameters.score_thresholds[name] for name in manifest.foreground]
     found = np.asarray(reference["scores"], np.float32)[0] >= thresholds
     return tuple((np.flatnonzero(found) + 1).tolist())
+
+
+def _classes_for_segmenter(image: LabelledImage, truth: Mapping[str, UInt8]) -> tuple[int, ...]:
+    """Classes of the image's labels; without labels, as on the list `val`, those of the ground truth, if any."""
+    shown = {*np.unique(truth["labels"]).tolist()} if truth else set()
+    return image.classes or tuple(sorted(shown - {0, IGNORE_INDEX}))
 
 
 def read_image_sets(

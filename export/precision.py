@@ -33,6 +33,7 @@ from multisa.export.fp16 import (
     model_bytes,
     read_fp32_graph,
 )
+from multisa.export.output_masks import add_labels
 from multisa.export.parity import Compared, Outputs, measure_parity
 from multisa.export.sensitivity import SearchResult, find_sensitive_nodes
 from multisa.runtime.backends.base import IMAGE, GraphContract
@@ -43,7 +44,7 @@ from multisa.runtime.imaging.decode import UInt8
 # than the few that are measured.
 HEADROOM = 8.0
 MAX_INT8_RUNS = 24  # measurements of the int8 search, each of which quantizes the whole graph again
-# Operators with integer kernels in ONNX Runtime that gain speed. Not Resize: it decides the labels.
+# Operators with integer kernels in ONNX Runtime that gain speed.
 OPERATORS = ("Conv", "Clip", "Relu", "Add", "Concat", "MatMul")
 PRODUCTS = ("Conv", "MatMul")
 
@@ -118,7 +119,10 @@ def _share_of(
 ) -> Callable[[Sequence[str]], float]:
     def run(data: bytes) -> list[Outputs]:
         with OnnxRuntimeBackend(data, threads=reference.threads, contract=reference.contract) as backend:
-            return [backend.run(image[None]) for image in reference.images]
+            found: list[Outputs] = [backend.run(image[None]) for image in reference.images]
+        for image, outputs in zip(reference.images, found, strict=True):
+            add_labels(image, outputs)
+        return found
 
     expected = run(reference.data)
 
@@ -249,7 +253,7 @@ def quantize_graph(calibrated: CalibratedGraph, converted: Collection[str]) -> b
 def _up_to_the_last_product(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Nodes of OPERATORS up to the last convolution or matrix product.
 
-    What follows is small (confidences), and quantizing its constants gains nothing.
+    What follows is small (the softmax), and quantizing it gains nothing.
     """
     read: set[str] = set()
     for node in reversed(model.graph.node):

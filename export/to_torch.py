@@ -1,7 +1,7 @@
 """Rebuild a bundle's PyTorch networks, with the layers they were trained with.
 
     network = segmenter_from_bundle(load_bundle(path))
-    labels, confidence = SegmentImages(network)(images)
+    probabilities = SegmentImages(network)(images)
 
 The graphs of a bundle are folded: batch norms are part of the convolutions before them, and the Multi-SA head
 is multiplied out. The rebuilt networks have all trained layers again, cost as much to run, and compute the

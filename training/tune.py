@@ -190,8 +190,8 @@ def _choice(tuning: Tuning) -> str:
         )
     if tuning.run.config.background_from == "yen":
         return (
-            f"The background score is {score}. Yen's criterion found it, from the histogram of the scores of all pixels "
-            f"of the {tuning.run.images.train_images:,} images trained on. No mask was used."
+            f"The background score is {score}. Yen's criterion found it, from the histogram of the scores of all "
+            f"pixels of the {tuning.run.images.train_images:,} images trained on. No mask was used."
         )
     return f"The background score is {score}, from the settings. Yen's criterion finds {found}. No mask was used."
 

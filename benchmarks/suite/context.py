@@ -187,8 +187,8 @@ def peak_of_all_cores() -> float:
 
 
 def mean_roofline(context: BenchContext, method: str, inputs: Sequence[object]) -> Roofline:
-    """The mean over `inputs`: sizes (height, width) for "segmenting"; (size, number of labelled classes) for
-    "labelling", which counts the networks and the walk but not the CRF."""
+    """The mean over `inputs`: sizes (height, width) for "segmenting" and "segmenter_labels"; (size, number of
+    labelled classes) for "walk_labels", which counts the networks and the walk. The CRF is not counted."""
     if context.pytorch_problem:
         return Roofline(None, context.pytorch_problem)
     try:
@@ -218,7 +218,11 @@ class _Counter:
         """The segmenter on an image of `size` (height, width)."""
         return self._cost_of(self._segmenter, size).multiply_adds
 
-    def labelling(self, image: tuple[tuple[int, int], int]) -> int:
+    def segmenter_labels(self, size: tuple[int, int]) -> int:
+        """The segmenter on an image of `size` (height, width), and on its mirror image if the bundle says so."""
+        return self.segmenting(size) * (2 if self._parameters.segmenter_label.mirror else 1)
+
+    def walk_labels(self, image: tuple[tuple[int, int], int]) -> int:
         """The folded cam at every scale with its mirror image, affinity, and the walk."""
         (height, width), classes = image
         scaled = [(math.ceil(height * s), math.ceil(width * s)) for s in self._parameters.cam_scales]

@@ -38,7 +38,7 @@ def scaled_to(path: Path, long_side: int) -> UInt8:
 
 
 def count_confusion(labels: UInt8, mask: Path, n_classes: int) -> npt.NDArray[np.int64]:
-    """Confusion matrix int64 [n, n] at the size of the ground truth; labels uint8 [h, w] are enlarged."""
+    """Confusion matrix int64 [n, n] at the size of the ground truth, to which labels uint8 [H, W] are resized."""
     truth = read_mask(mask)
     return confusion_matrix(resize_mask(labels, (truth.shape[0], truth.shape[1])), truth, n_classes)
 
@@ -59,8 +59,8 @@ def read_plainly(path: Path, long_side: int) -> tuple[UInt8, tuple[int, int]]:
     return np.ascontiguousarray(resize_image(rgb, working_size(*size, long_side))), size
 
 
-def write_plainly(labels: UInt8, size: tuple[int, int], path: Path) -> None:
-    """Labels uint8 [h, w], enlarged to `size` (height, width), as a palette PNG at Pillow's compression."""
-    mask = Image.fromarray(labels).resize((size[1], size[0]), Image.Resampling.NEAREST)
+def write_plainly(labels: UInt8, path: Path) -> None:
+    """Labels uint8 [H, W] as a palette PNG at Pillow's compression."""
+    mask = Image.fromarray(labels)
     mask.putpalette(voc_palette().tobytes())
     mask.save(path, "PNG")

@@ -20,6 +20,7 @@ from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import BackendUnavailable
 from multisa.runtime.imaging.png import UInt8
 from multisa.training.affinity_net import AffinityNet
+from multisa.training.backbones import resize_bilinear
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM
 from multisa.training.segmenter import DeepLabV3Plus, SegmentImages
@@ -77,6 +78,20 @@ def plain_batch(images: UInt8) -> torch.Tensor:
     return tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
+class LabelsAtSize(nn.Module):
+    """Labels and confidence at any size, with PyTorch's own operators."""
+
+    def __init__(self, network: DeepLabV3Plus) -> None:
+        super().__init__()
+        self.probabilities = SegmentImages(network)
+
+    def forward(self, image: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [N, h, w, 3] -> labels uint8 [N, height, width], confidence uint8 [N, height, width]."""
+        enlarged = resize_bilinear(self.probabilities(image).float(), (height, width))
+        confidence, labels = enlarged.max(1)
+        return labels.to(torch.uint8), (confidence * 255 + 0.5).to(torch.uint8)
+
+
 class PyTorchSegmenter:
     """The network as trained: not folded, batch normalisation computed."""
 
@@ -86,7 +101,7 @@ class PyTorchSegmenter:
             raise BackendUnavailable(f"torch {torch.__version__} sees no GPU")
         torch.set_num_threads(threads)
         self._device = torch.device(candidate.device)
-        network: nn.Module = SegmentImages(load_segmenter(bundle, weights)).eval().to(self._device)
+        network: nn.Module = LabelsAtSize(load_segmenter(bundle, weights)).eval().to(self._device)
         self.model_bytes = sum(t.numel() * t.element_size() for t in network.state_dict().values())
         self._channels_last = candidate.backend == CHANNELS_LAST
         if self._channels_last:
@@ -94,10 +109,10 @@ class PyTorchSegmenter:
         self._type = torch.bfloat16 if candidate.device == "cpu" else torch.float16
         self._network = torch.compile(network) if candidate.backend == COMPILED else network
 
-    def labels(self, images: UInt8) -> UInt8:
-        """Segment uint8 [N, H, W, 3]; the labels uint8 [N, H, W], on the CPU."""
+    def segment(self, images: UInt8, size: tuple[int, int]) -> list[tuple[UInt8, UInt8]]:
+        """Labels and confidence, uint8 [*size] each, of every image of uint8 [N, h, w, 3], on the CPU."""
         tensor = torch.from_numpy(images) if self._channels_last else plain_batch(images)
         autocast = torch.autocast(self._device.type, dtype=self._type, enabled=self._channels_last)
         with torch.inference_mode(), autocast:
-            labels, _ = self._network(tensor.to(self._device))
-            return np.asarray(labels.cpu().numpy(), np.uint8)
+            labels, confidence = self._network(tensor.to(self._device), *size)
+            return list(zip(labels.cpu().numpy(), confidence.cpu().numpy(), strict=True))

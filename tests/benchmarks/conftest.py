@@ -47,7 +47,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{use}_{name}" for name in images]
         (root / "ImageSets" / "Segmentation" / f"{use}.txt").write_text("\n".join(names) + "\n")
     out = root / "segmented"
-    segment_images(root / "JPEGImages", out)
+    segment_images(root / "JPEGImages", out, min_area=0)
     for mask in (out / "masks").glob("*.png"):
         shutil.copy(mask, root / "SegmentationClass" / mask.name)
     classes = load_bundle(default_bundle_path()).manifest.classes

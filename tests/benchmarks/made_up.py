@@ -144,7 +144,7 @@ def made_up_report() -> dict[str, Any]:
             {"backend": "tensorrt", "precision": "fp16", "device": "cuda", "problem": "no GPU is here"},
         ],
         "label": [
-            _recipe("multisa label", "onnxruntime-cpu", 0.18, default=True, **against(6.6, 1.0)),
+            _recipe("multisa label --method segmenter", "onnxruntime-cpu", 0.18, default=True, **against(6.6, 1.0)),
             _recipe("PyTorch eager, sparse walk, pydensecrf", "pytorch-eager", 1.2, baseline=True, **against(1.0, 6.6)),
             _recipe(
                 "PyTorch eager, dense walk, pydensecrf",

@@ -65,7 +65,10 @@ def test_what_is_worse(made_up: Bench, change: Callable[[Bench], None], worse: t
 def test_rounds_of_different_images_are_compared_one_by_one(made_up: Bench) -> None:
     """Their median is the same and their scatter is large: because of the images, not of noise."""
     (worse,) = compared(made_up, rounds(2.8, 5.56, 8.0)).only(WORSE)  # 0.84, 1.00 and 0.76 times as fast
-    assert (worse.row, worse.figure) == ("label: multisa label, ONNX Runtime, CPU fp32", "end to end")
+    assert (worse.row, worse.figure) == (
+        "label: multisa label --method segmenter, ONNX Runtime, CPU fp32",
+        "end to end",
+    )
     assert worse.old and worse.new and worse.new / worse.old == pytest.approx(0.84, abs=0.002)
     made_up["label"][0]["end_to_end"]["rounds"] = None  # repeats of the same images: noise
     assert not compared(made_up, rounds(2.8, 5.56, 8.0)).only(WORSE)

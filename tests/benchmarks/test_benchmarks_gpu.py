@@ -184,10 +184,13 @@ def device() -> Any:
 def test_kernels_are_timed_and_compared_with_their_references(device: Any) -> None:
     walk = gpu_kernels.walk_row(device, 2, 3, 16, 1)
     crf = gpu_kernels.crf_row(device, 3, 24, 32, 1)
-    assert gpu_kernels.problems([walk, crf]) == []
+    enlarged = gpu_kernels.enlarge_row(device, 3, (6, 8), (24, 32), 1)
+    assert gpu_kernels.problems([walk, crf, enlarged]) == []
+    assert enlarged["max_error"] <= 1 / 255
     assert walk["max_error"] > 0 and walk["ways"]["resident"]["times_ours"] == 1
-    assert {"resident", "host", gpu_kernels.ON_CPU} <= set(walk["ways"]) & set(crf["ways"])
-    for row in ({**walk, "max_error": float("nan")}, {**crf, "label_agreement": 0.9}):
+    assert {"resident", "host", gpu_kernels.ON_CPU} <= set(walk["ways"]) & set(crf["ways"]) & set(enlarged["ways"])
+    wrong = [{**walk, "max_error": float("nan")}, *({**row, "label_agreement": 0.9} for row in (crf, enlarged))]
+    for row in wrong:
         (problem,) = gpu_kernels.problems([row])
         assert row["kernel"] in problem
 

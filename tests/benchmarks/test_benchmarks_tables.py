@@ -95,11 +95,16 @@ def test_a_quick_run_lacks_figures_and_says_so(stored: Files) -> None:
 
 
 def test_the_stored_results_agree(stored: Files) -> None:
-    sha256 = stored["segmenting"]["environment"]["bundle"]["sha256"]
-    assert tables.disagreements(stored, sha256) == []
-    assert tables.disagreements(stored, "other") == [
-        f"{name} was measured with another bundle" for name in ("segmenting", "labelling")
-    ]
+    assert tables.disagreements(stored) == []
+
+
+def test_results_of_an_earlier_bundle_say_so(stored: Files) -> None:
+    files = deepcopy(stored)
+    tables.mark_earlier_bundles(files, files["segmenting"]["environment"]["bundle"]["sha256"])
+    assert "earlier bundle" not in tables.summary(files) + tables.document(files, "{{source segmenting}}")
+    tables.mark_earlier_bundles(files, "other")
+    assert "with an earlier bundle than the packaged one" in tables.summary(files)
+    assert "with an earlier bundle" in tables.document(files, "{{source segmenting}} {{source labelling}}")
 
 
 def eager(**changes: Any) -> Callable[[Files], None]:
@@ -128,5 +133,5 @@ def without_default(files: Files) -> None:
 def test_results_that_disagree(stored: Files, change: Callable[[Files], None], problem: str) -> None:
     files = deepcopy(stored)
     change(files)
-    found = tables.disagreements(files, stored["segmenting"]["environment"]["bundle"]["sha256"])
+    found = tables.disagreements(files)
     assert len(found) == bool(problem) and all(problem in text for text in found)

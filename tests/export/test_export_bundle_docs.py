@@ -23,11 +23,18 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), 
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Masks of the demo images as `multisa segment` writes them."""
+    """Masks of the demo images as `multisa segment --min-area 0` writes them."""
     output = tmp_path_factory.mktemp("segment")
-    result = CliRunner().invoke(root, ["segment", str(DEMO_IMAGES), "-o", str(output)])
+    result = CliRunner().invoke(root, ["segment", str(DEMO_IMAGES), "-o", str(output), "--min-area", "0"])
     assert result.exit_code == 0, result.output
     return output / "masks"
+
+
+def assert_same_mask(got: Image.Image, expected: Image.Image) -> None:
+    """Equal but for single pixels where two classes differ by less than rounding."""
+    different = np.array(got) != np.array(expected)
+    assert different.shape[:2] == (expected.height, expected.width)
+    assert different.mean() < 1e-5
 
 
 @pytest.mark.slow
@@ -39,8 +46,8 @@ def test_the_example_writes_the_mask_of_multisa_segment(name: str, masks: Path, 
     shutil.copy(DEMO_IMAGES / f"{name}.jpg", tmp_path / "photo.jpg")
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
     with Image.open(tmp_path / "mask.png") as got, Image.open(masks / f"{name}.png") as expected:
-        np.testing.assert_array_equal(np.array(got), np.array(expected))
-        np.testing.assert_array_equal(np.array(got.convert("RGB")), np.array(expected.convert("RGB")))
+        assert_same_mask(got, expected)
+        assert_same_mask(got.convert("RGB"), expected.convert("RGB"))
 
 
 def test_the_example_applies_the_orientation(masks: Path, tmp_path: Path) -> None:
@@ -52,7 +59,7 @@ def test_the_example_applies_the_orientation(masks: Path, tmp_path: Path) -> Non
         image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.jpg", "PNG", exif=exif)
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
     with Image.open(tmp_path / "mask.png") as got, Image.open(masks / "chelsea.png") as expected:
-        np.testing.assert_array_equal(np.array(got), np.array(expected))
+        assert_same_mask(got, expected)
 
 
 def test_the_check_finds_an_altered_file(tmp_path: Path) -> None:
@@ -71,5 +78,6 @@ def test_every_key_of_the_manifest_is_documented() -> None:
     parameters = manifest["parameters"]
     assert all(f"| `{key}` |" in page for key in manifest if key != "parameters")
     assert all(f"| `parameters.{key}` |" in page for key in parameters)
-    assert all(f"`{key}`" in page for key in (*parameters["label"], *parameters["label"]["crf"]) if key != "crf")
+    numbers = (*parameters["label"], *parameters["label"]["crf"], *parameters["segmenter_label"])
+    assert all(f"`{key}`" in page for key in numbers if key != "crf")
     assert str(load_bundle(BUNDLE).manifest.ignore_index) in page

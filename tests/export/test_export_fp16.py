@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from multisa.export.fp16 import FP16_MAX, emulated_fp16_graph, fp16_candidates, fp16_graph, model_bytes, read_fp32_graph
+from multisa.export.output_masks import add_labels
 from multisa.export.parity import Compared, measure_parity
 from multisa.export.precision import Reference, convert_to_fp16, largest_values
 from multisa.runtime.backends.base import SEGMENTER, GraphContract, TensorContract
@@ -219,8 +220,11 @@ def test_the_packaged_segmenter_answers_alike_in_fp16() -> None:
     data = Path(default_bundle_path(), "segmenter.onnx").read_bytes()
     plain = read_fp32_graph(data)
     candidates = fp16_candidates(plain)
-    assert {n.op_type for n in plain.model.graph.node if n.name in candidates} >= {"Conv", "Resize", "Exp"}
+    assert {n.op_type for n in plain.model.graph.node if n.name in candidates} >= {"Conv", "Resize", "Softmax"}
     expected = run(data, image, SEGMENTER)
+    add_labels(image, expected)
     for made in (fp16_graph(plain, candidates), emulated_fp16_graph(plain, candidates)):
         got = run(model_bytes(made), image, SEGMENTER)
+        np.testing.assert_allclose(got["probabilities"].sum(1), 1, atol=1e-3)
+        add_labels(image, got)
         assert measure_parity([Compared(expected, got)], "fp16").problems() == []

@@ -81,7 +81,7 @@ def test_a_loss_of_miou_is_a_problem_and_a_gain_is_none() -> None:
         assert passes == (not any("mIoU" in line for line in problems)), problems
 
 
-@pytest.mark.parametrize("name", ["cam", "scores", "affinity", "labels", "confidence", "pseudo_mask"])
+@pytest.mark.parametrize("name", [*LIMITS["fp32"]])
 def test_an_output_without_values_does_not_pass(name: str) -> None:
     empty = {name: np.zeros((1, 0), np.float32)}
     report = measure_parity([Compared(empty, empty)])

@@ -18,14 +18,16 @@ from PIL import Image
 from multisa.export import quantize as quantize_module
 from multisa.export.compare import read_image_sets
 from multisa.export.parity import LIMITS
-from multisa.export.precision import ConvertedGraph, Reference
+from multisa.export.precision import ConvertedGraph, Reference, calibrate_graph, quantize_graph
 from multisa.export.quantize import QuantizeOptions
 from multisa.runtime.backends.base import CONTRACTS, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.cli.main import root as root_command
+from multisa.runtime.demo import IMAGES
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_bytes
+from multisa.runtime.imaging.decode import read_image, resize_image
 
 CLASSES = ("background", "square", "disc")  # of the images of `voc_folder`: red squares, blue discs
 OFFSETS = 34
@@ -78,7 +80,9 @@ def test_a_bundle_with_all_precisions(bundle: Bundle, voc_folder: Path, tmp_path
     assert set(report["fp16"]["figures"]) == {"images", *LIMITS["fp16"]}
     assert report["fp16"]["figures"]["pseudo_mask"]["images_with_truth"] == 6  # train
     # The graphs do what they are there for, or agreement would say little.
-    assert report["fp16"]["figures"]["labels"]["miou_reference"] > 80
+    for name in ("labels", "segmenter_pseudo_mask"):  # of val
+        assert report["fp16"]["figures"][name]["miou_reference"] > 80
+        assert report["int8"]["figures"][name]["images_with_truth"] == 4
     assert made.manifest.provenance["int8_for"] == "cpu"
     for line in ("parity: fp16 on onnxruntime-cpu", "parity: int8", f"bundle: {tmp_path / 'new'}"):
         assert line in result.stdout.splitlines(), result.stdout
@@ -91,7 +95,10 @@ def test_a_bundle_with_all_precisions(bundle: Bundle, voc_folder: Path, tmp_path
         kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
         assert ("QuantizeLinear" in kinds) == (precision == "int8")
         with OnnxRuntimeBackend(data, contract=contract) as backend:
-            assert len(np.unique(backend.run(image)["labels"])) > 1
+            probabilities = backend.run(image)["probabilities"]
+        assert len(np.unique(probabilities.argmax(1))) > 1
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-3)
     again = convert(made, voc_folder, tmp_path / "again", "--precision", "fp16")
     assert again.exit_code == 0, again.output
     assert load_bundle(tmp_path / "again").manifest.files[fp16[2]] == made.manifest.files[fp16[2]]
@@ -274,6 +281,24 @@ def test_int8_is_the_same_bytes_twice(bundle: Bundle, voc_folder: Path, tmp_path
     assert len(digests) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True], ids=["cpu", "tensorrt"])
+def test_the_packaged_segmenter_gives_probabilities_in_int8(symmetric: bool) -> None:
+    images = [resize_image(read_image(path).rgb, (96, 128)) for path in sorted(IMAGES.glob("*.jpg"))]
+    data = load_bundle(default_bundle_path()).read_file("segmenter.onnx")
+    calibrated = calibrate_graph(data, [images], symmetric=symmetric)
+    made = quantize_graph(calibrated, calibrated.candidates)
+    graph = onnx.load_from_string(made).graph
+    # The softmax is computed in float32 on what the last convolution gives.
+    assert graph.node[-1].op_type == "Softmax" and list(graph.node[-1].output) == ["probabilities"]
+    with OnnxRuntimeBackend(made, contract=SEGMENTER) as int8, OnnxRuntimeBackend(data, contract=SEGMENTER) as fp32:
+        for image in images:
+            got, expected = (backend.run(image[None])["probabilities"] for backend in (int8, fp32))
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got.sum(1), 1, atol=1e-3)
+            assert np.abs(got - expected).mean() < 0.05
+
+
 def graph_bytes(
     nodes: list[onnx.NodeProto], outputs: dict[str, tuple[int, int]], weights: dict[str, np.ndarray]
 ) -> bytes:
@@ -296,31 +321,26 @@ def graph_bytes(
 
 
 def segmenter_graph(*, confused: bool = False) -> bytes:
-    # A mean over 3x3 pixels, then red minus the others and blue minus the others.
-    smooth = np.zeros((3, 3, 3, 3), np.float32)
-    smooth[range(3), range(3)] = 1 / 9
+    # A mean over 4x4 pixels, then red minus the others and blue minus the others.
+    smooth = np.zeros((3, 3, 4, 4), np.float32)
+    smooth[range(3), range(3)] = 1 / 16
     select = np.array([[0, 0, 0], [1, -0.5, -0.5], [-0.5, -0.5, 1]], np.float32)[:, :, None, None] * 20
     select = select[[0, 2, 1]] if confused else select
     nodes = [
-        NODE("Conv", ["x", "smooth", "none"], ["s"], "smooth", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        NODE(
+            "Conv", ["x", "smooth", "none"], ["s"], "smooth", kernel_shape=[4, 4], strides=[4, 4], auto_pad="SAME_UPPER"
+        ),
         NODE("Relu", ["s"], ["r"], "relu"),
         NODE("Conv", ["r", "select", "bias"], ["logits"], "select", kernel_shape=[1, 1]),
-        NODE("Softmax", ["logits"], ["p"], "softmax", axis=1),
-        NODE("ArgMax", ["p"], ["ids"], "argmax", axis=1, keepdims=0),
-        NODE("Cast", ["ids"], ["labels"], "labels", to=TensorProto.UINT8),
-        NODE("ReduceMax", ["p", "axis"], ["best"], "best", keepdims=0),
-        NODE("Mul", ["best", "white"], ["scaled"], "scaled"),
-        NODE("Cast", ["scaled"], ["confidence"], "confidence", to=TensorProto.UINT8),
+        NODE("Softmax", ["logits"], ["probabilities"], "softmax", axis=1),
     ]
     weights = {
         "smooth": smooth,
         "none": np.zeros(3, np.float32),
         "select": select,
         "bias": np.array([3, 0, 0], np.float32),
-        "axis": np.array([1]),
     }
-    kinds = {"labels": (TensorProto.UINT8, 3), "confidence": (TensorProto.UINT8, 3)}
-    return graph_bytes(nodes, kinds, weights)
+    return graph_bytes(nodes, {"probabilities": (TensorProto.FLOAT, 4)}, weights)
 
 
 def cam_graph() -> bytes:

@@ -61,21 +61,18 @@ def packaged() -> Bundle:
 
 
 def tiny(nodes: tuple[onnx.NodeProto, ...] = (), weight: float = 2.0, opset: int = 18) -> bytes:
-    """A graph that keeps SEGMENTER: the brightness of each pixel, scaled, twice; `nodes` go before it."""
+    """A graph that keeps SEGMENTER: the brightness of 4x4 pixels, scaled, by colour; `nodes` go before it."""
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])
-    outputs = [helper.make_tensor_value_info(n, TensorProto.UINT8, ["N", "H", "W"]) for n in SEGMENTER.outputs]
+    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3, "h", "w"])
+    pooling = {"kernel_shape": [4, 4], "strides": [4, 4], "auto_pad": "SAME_UPPER"}
     body = [
         helper.make_node("Cast", ["image"], ["float"], "cast", to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["float", "axis"], ["mean"], "mean", keepdims=0),
-        helper.make_node("Mul", ["mean", "weight"], ["scaled"], "scale"),
-        helper.make_node("Cast", ["scaled"], ["labels"], "labels", to=TensorProto.UINT8),
-        helper.make_node("Cast", ["mean"], ["confidence"], "confidence", to=TensorProto.UINT8),
+        helper.make_node("Transpose", ["float"], ["colours"], "colours", perm=[0, 3, 1, 2]),
+        helper.make_node("AveragePool", ["colours"], ["mean"], "mean", **pooling),
+        helper.make_node("Mul", ["mean", "weight"], ["probabilities"], "scale"),
     ]
-    constants = [
-        numpy_helper.from_array(np.array([3]), "axis"),
-        numpy_helper.from_array(np.array(weight, np.float32), "weight"),
-    ]
-    graph = helper.make_graph([*nodes, *body], "tiny", [image], outputs, constants)
+    weights = [numpy_helper.from_array(np.array(weight, np.float32), "weight")]
+    graph = helper.make_graph([*nodes, *body], "tiny", [image], [output], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     return model.SerializeToString()
 
@@ -258,7 +255,7 @@ def test_a_file_of_no_graph_is_said_to_be_malformed(rtx: Library) -> None:
 @pytest.mark.parametrize("location", ["../x", "/etc/passwd", "weights.bin"])
 def test_weights_in_other_files_are_refused_before_the_library_sees_them(location: str) -> None:
     model = onnx.load_from_string(tiny())
-    weight = model.graph.initializer[1]
+    weight = model.graph.initializer[0]
     weight.ClearField("float_data")
     weight.ClearField("raw_data")
     weight.data_location = TensorProto.EXTERNAL
@@ -285,7 +282,7 @@ def test_a_damaged_bundle_is_refused(packaged: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("contract", "said"),
-    [(CAM, r"got the outputs .*labels.*expected .*scores"), (SEGMENTER, r"got the inputs .*photo")],
+    [(CAM, r"got the outputs .*probabilities.*expected .*scores"), (SEGMENTER, r"got the inputs .*photo")],
 )
 def test_a_graph_that_breaks_its_contract_is_refused(rtx: Library, contract: GraphContract, said: str) -> None:
     data = tiny()
