@@ -209,10 +209,10 @@ def parameters_of_run(run: RunRecord) -> BundleParameters:
         long_side=run.config.long_side,
         cam_scales=run.config.cam.scales,
         walk_stride=head_stride(run.config.affinity.head),
-        label_method=run.label_method,
+        label_method=run.config.label_method,
         label=run.label,
-        segmenter_label=run.segmenter_label,
-        min_area=run.min_area,
+        segmenter_label=run.config.segmenter_label,
+        min_area=run.config.min_area,
         score_thresholds=dict(zip(run.classes[1:], run.score_thresholds, strict=True)),
     )
 

@@ -10,6 +10,7 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text
 from multisa.training.backbones import PACKAGED_WEIGHTS, import_timm
 from multisa.training.config import TrainConfig
+from multisa.training.models import ModelConfig
 
 NOTICE = "NOTICE"
 PACKAGED_LICENCE = "Apache-2.0"  # of every package in PACKAGED_WEIGHTS
@@ -37,7 +38,8 @@ def origins_of(config: TrainConfig) -> tuple[Origin, ...]:
 
     Raises UsageError where the package of the weights is not installed, because its version is needed.
     """
-    networks = (config.cam, config.affinity, config.segmenter)
+    segmenters = [network for network in config.segmenters().values() if not network.start_from_cam]
+    networks: list[ModelConfig] = [config.cam, config.affinity, *segmenters]
     starts = dict.fromkeys((network.backbone, network.weights) for network in networks)
     return tuple(_origin(backbone, weights) for backbone, weights in starts if weights != "none")
 

@@ -62,6 +62,8 @@ def _head(run: RunRecord) -> Iterator[str]:
 def _masks_used(run: RunRecord) -> str:
     if _are_masks_used(run):
         return "those of the list train chose the background score of the pseudo-masks; no mask was trained on"
+    if run.config.background_from != "yen" or run.config.affinity_labels.foreground is not None:
+        return "this run used no mask. The configured numbers are given; where they come from is not recorded"
     return "no mask was used, neither to train nor to choose a threshold"
 
 
@@ -73,7 +75,8 @@ def _data(run: RunRecord) -> Iterator[str]:
     images = run.images
     yield f"- Trained on {images.train_images} images with image-level labels of {len(run.classes) - 1} classes."
     yield f"- {images.train} of them have masks, on which pseudo-masks are measured (list train)."
-    yield f"- {images.val} other images with masks measure the segmenter (list val) and choose nothing."
+    if images.val:
+        yield f"- {images.val} other images with masks measure the segmenter (list val) and choose nothing."
     yield f"- Digest of classes, images and labels: `{run.data_digest}`."
 
 

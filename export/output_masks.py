@@ -4,12 +4,11 @@ import numpy as np
 
 from multisa.export.parity import Outputs
 from multisa.kernels import enlarge_probabilities
+from multisa.kernels.enlarge import ROUNDING
 from multisa.runtime.bundle import BundleParameters, LabelParameters, SegmenterLabelParameters
 from multisa.runtime.imaging.decode import UInt8
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.predict.postprocess import Float32, constrain_probabilities, pseudo_mask, refine, walk_scores
-
-ROUNDING = 1e-5  # by which probabilities may be outside 0..1, as for `enlarge_probabilities`
+from multisa.runtime.predict.postprocess import Float32, pseudo_mask, refine, restrict_probabilities, walk_scores
 
 
 def add_masks(image: UInt8, classes: tuple[int, ...], outputs: Outputs, parameters: BundleParameters) -> None:
@@ -46,8 +45,8 @@ def add_segmenter_pseudo_mask(
     probabilities = np.asarray(outputs["probabilities"], np.float32)[0]
     mask, confidence = _no_mask(image)
     if _are_probabilities(probabilities):
-        constrained = constrain_probabilities(probabilities, classes)
-        refined = refine(image, constrained, parameters.crf if parameters.use_crf else None)
+        restricted = restrict_probabilities(probabilities, classes)
+        refined = refine(image, restricted, parameters.crf if parameters.use_crf else None)
         mask, confidence = enlarge_probabilities(refined, (image.shape[0], image.shape[1]), (0, *classes))
     outputs |= {"segmenter_pseudo_mask": mask, "segmenter_pseudo_mask_confidence": confidence}
 

@@ -50,9 +50,14 @@ def enlarge_probabilities(
     if not is_device_array(probabilities):
         check_dtype("probabilities", probabilities, np.float32, "a float32 array; use .astype(numpy.float32)")
     shape = _checked_shape(probabilities)
+    if np.shape(size) != (2,):
+        raise ValueError(f"size: got {size!r}, expected two whole numbers (H, W)")
     height, width = (check_integer("size", side, minimum=1) for side in size)
     if max(math.prod(shape), height * width) > MAX_VALUES:
-        raise ValueError(f"size: got {list(shape)} to {[height, width]}, expected fewer values; cut it into tiles")
+        raise ValueError(
+            f"size: got {list(shape)} to {[height, width]}, expected at most {MAX_VALUES} values in each; "
+            "cut the image into tiles"
+        )
     ids = _checked_ids(class_ids, shape[0])
     if chosen == "cuda":
         from multisa.kernels.cuda import calls

@@ -7,6 +7,7 @@ For example:
         segmentation = {"size": list(mask.shape), "counts": runs.compressed.decode()}
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +95,7 @@ def confidence_levels(probabilities: Float32) -> UInt8:
     return np.asarray(probabilities.clip(0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
-def absorb_small_parts(labels: UInt8, min_pixels: int) -> UInt8:
+def absorb_small_parts(labels: UInt8, min_pixels: int, kept: Sequence[int] = ()) -> UInt8:
     """Give connected parts of a mask that are too small to a neighbour: specks vanish, and so do holes.
 
     A part is what is connected over the sides of pixels (4-connectivity) and has one id; 0 is an ordinary id, 255
@@ -103,15 +104,19 @@ def absorb_small_parts(labels: UInt8, min_pixels: int) -> UInt8:
     with the smaller id, and is one part with all neighbours of that id from then on. This ends when no part of fewer
     than `min_pixels` pixels has a neighbour.
 
-    labels: uint8 [H, W], H, W >= 1, at most 2^30 pixels. min_pixels: at least 1, which changes nothing.
+    labels: uint8 [H, W], H, W >= 1, at most 2^30 pixels. min_pixels: at least 1, which changes nothing. kept: ids,
+    0..255, of classes that remain: the largest part of each, of equals the first in reading order, is not absorbed.
     Returns uint8 [H, W]. Raises TypeError for another dtype, ValueError for another shape or number.
     """
     labels = _checked_mask(labels, "labels")
     if labels.size > MAX_PARTS_PIXELS:
         raise ValueError(f"labels: got {labels.size} pixels, expected at most {MAX_PARTS_PIXELS}; cut it into tiles")
     fewest = check_integer("min_pixels", min_pixels, minimum=1)
+    ids = [check_integer("kept", class_id, minimum=0) for class_id in kept]
+    if max(ids, default=0) > 255:
+        raise ValueError(f"kept: got {ids}, expected ids of 0..255")
     absorbed = np.empty_like(labels)
-    native.absorb_small_parts(labels, absorbed, min(fewest, labels.size + 1))
+    native.absorb_small_parts(labels, absorbed, min(fewest, labels.size + 1), np.array(ids, np.uint8))
     return absorbed
 
 

@@ -1,7 +1,8 @@
 """Training samples: resize, mirror, crop, recolour; uint8 until the network normalises."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
         random = np.random.default_rng((self.seed, self.epoch, index))
         image = read_working_image(item.image, self.long_side)
         crop = random_view(image.shape[:2], self.schedule, random)
-        view = torch.from_numpy(jitter_colours(crop.of_image(image), self.schedule.colour_jitter, random))
+        recolour = partial(jitter_colours, strength=self.schedule.colour_jitter, random=random)
+        view = torch.from_numpy(crop.of_image(image, recolour))
         side = -(-self.schedule.crop // self.stride)
         path = item.mask if self.truth else self.masks / f"{item.id}.png" if self.masks else None
         if path is not None:
@@ -101,9 +103,9 @@ class View:
     corner: tuple[int, int]  # (top, left) of the crop in the image or, along a shorter side, of the image in it
     side: int  # of the square crop
 
-    def of_image(self, image: UInt8) -> UInt8:
-        """uint8 [H, W, 3] -> [side, side, 3], bicubic; PADDING where the image does not reach."""
-        return self._cut(self._resized(image, Image.Resampling.BICUBIC), PADDING)
+    def of_image(self, image: UInt8, recolour: Callable[[UInt8], UInt8]) -> UInt8:
+        """uint8 [H, W, 3] -> [side, side, 3], bicubic, recoloured; PADDING where the image does not reach."""
+        return self._cut(recolour(self._resized(image, Image.Resampling.BICUBIC)), PADDING)
 
     def of_mask(self, mask: UInt8) -> UInt8:
         """uint8 [H, W] -> [side, side], nearest; IGNORE_INDEX where the image does not reach."""

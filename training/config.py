@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multisa.kernels import CrfParameters
-from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
+from multisa.runtime.bundle import LabelMethod, LabelParameters, SegmenterLabelParameters
 from multisa.runtime.bundle.manifest import MAX_WALK_RADIUS
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text
@@ -80,8 +80,7 @@ class CamConfig:
         _expect(0 < self.beta_factor < math.inf, "beta_factor", self.beta_factor, "a finite number above 0")
         ordered = list(self.taps) == sorted(set(self.taps)) and min(self.taps, default=0) >= 0
         _expect(ordered, "taps", self.taps, "ascending levels of the backbone, from 0")
-        exact = all(scale > 0 and (scale * 16).is_integer() for scale in self.scales)
-        _expect(bool(self.scales) and exact, "scales", self.scales, "one or more multiples of 1/16")
+        _expect_scales(self.scales)
 
 
 @dataclass(frozen=True)
@@ -144,23 +143,22 @@ class SegmenterConfig:
 class RelabelConfig:
     """Rounds: a segmenter labels the images it was trained on again, and the next segmenter learns from that.
 
-    The labels of a round are the segmenter's probabilities, averaged over scales and mirror images, held to the
+    The labels of a round are the segmenter's probabilities, averaged over scales and mirror images, restricted to the
     image-level labels and refined with the dense CRF.
     """
 
     rounds: int = 0  # 0: the segmenter is trained on the pseudo-masks of the random walk
-    scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of the working size
+    scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of the working size, multiples of 1/16
     mirror: bool = True
     # The next segmenter learns from soft targets: this share of the probabilities after the dense CRF, the rest
     # from before it, where they are less certain of themselves.
     crf_share: float = 0.5
-    teacher: SegmenterConfig = field(default_factory=SegmenterConfig)  # of every round but the last
+    teacher: SegmenterConfig = field(default_factory=SegmenterConfig)  # of every round
 
     def __post_init__(self) -> None:
         _expect(self.rounds >= 0, "rounds", self.rounds, "at least 0")
         _expect(0 <= self.crf_share <= 1, "crf_share", self.crf_share, "within 0..1")
-        positive = bool(self.scales) and all(0 < scale < math.inf for scale in self.scales)
-        _expect(positive, "scales", self.scales, "one or more numbers above 0")
+        _expect_scales(self.scales)
 
 
 @dataclass(frozen=True)
@@ -176,6 +174,8 @@ class TrainConfig:
     # by the paper's protocol.
     paper_rows: bool = False
     supervised: bool = False  # also train the segmenter on the masks of the train list, the upper bound
+    # Also train the deployed segmenter, and the supervised one, with these seeds, to see how far the results vary.
+    more_seeds: tuple[int, ...] = ()
     # Where the background score of the walk's pseudo-masks comes from: Yen's criterion, which also gives each class
     # a gain and needs no masks; `label.background`; or the score whose masks have the highest mIoU on the train
     # list (the paper's protocol). Checkpoints are never selected: the last epoch's is used.
@@ -186,12 +186,16 @@ class TrainConfig:
     label: LabelParameters = field(default_factory=LabelParameters)
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # the one that is deployed
     relabel: RelabelConfig = field(default_factory=RelabelConfig)
+    label_method: LabelMethod = "segmenter"  # how `multisa label` of the bundle makes masks
     segmenter_label: SegmenterLabelParameters = field(default_factory=SegmenterLabelParameters)
     min_area: float = 0.0005  # share of the image; smaller connected parts of a mask take the class around them
 
     def __post_init__(self) -> None:
         _expect(self.workers >= 1, "workers", self.workers, "at least 1")
         _expect(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0..{MAX_SEED}")
+        seeds = (self.seed, *self.more_seeds)
+        differ = len(set(seeds)) == len(seeds) and all(0 <= seed <= MAX_SEED for seed in seeds)
+        _expect(differ, "more_seeds", self.more_seeds, f"numbers within 0..{MAX_SEED} that differ from seed, each once")
         _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")
         _expect(0 <= self.min_area < 1, "min_area", self.min_area, "a share from 0, below 1")
         for where, part in self.segmenters().items():
@@ -257,6 +261,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UsageError(f"override {override!r}: {table} is a value, not a table")
     values[name] = value
+
+
+def _expect_scales(scales: tuple[float, ...]) -> None:
+    exact = all(scale > 0 and (scale * 16).is_integer() for scale in scales)
+    _expect(bool(scales) and exact, "scales", scales, "one or more multiples of 1/16")
 
 
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:

@@ -26,7 +26,7 @@ from multisa.training.data import Dataset, Item, spread
 from multisa.training.data_check import Estimate, Size
 from multisa.training.frozen_norm import folded_norms
 from multisa.training.inference import torch_device
-from multisa.training.loop import CHECKPOINT, MovingAverage, save_checkpoint
+from multisa.training.loop import CHECKPOINT, save_checkpoint
 from multisa.training.models import create_model
 from multisa.training.multi_sa import multilabel_soft_margin
 from multisa.training.segmenter import SEGMENTER_STRIDE, segmentation_loss
@@ -61,7 +61,7 @@ class _Counts:
     paper_masks: bool  # also makes the paper's pseudo-masks
     calibrated: int  # images for which background scores are tried
     rounds: int  # teachers that are trained, each of which labels all train images
-    supervised: bool  # also trains and evaluates the segmenter on masks
+    segmenters: int  # trained and evaluated: on labels and, if asked for, on masks, with each seed
 
     @classmethod
     def of(cls, config: TrainConfig, dataset: Dataset) -> "_Counts":
@@ -75,7 +75,7 @@ class _Counts:
             paper_masks=paper_masks,
             calibrated=tried * (chosen + paper_masks),
             rounds=config.relabel.rounds,
-            supervised=measured and bool(dataset.val) and config.supervised,
+            segmenters=(1 + (measured and bool(dataset.val) and config.supervised)) * (1 + len(config.more_seeds)),
         )
 
 
@@ -98,7 +98,7 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
         # maps, walked maps, and masks
         "measured": train * (3 + counts.baseline + counts.paper_masks + counts.rounds),
         "calibration": counts.calibrated,
-        "val": val * (1 + counts.supervised),
+        "val": val * counts.segmenters,
     }
     try:
         with console(quiet=True), TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def _training(
         "baseline": (replace(config.cam, taps=()), int(counts.baseline)),
         "affinity": (config.affinity, 1),
         "teacher": (config.relabel.teacher, counts.rounds),
-        "segmenter": (config.segmenter, 1 + counts.supervised),
+        "segmenter": (config.segmenter, counts.segmenters),
     }
     seconds, size = 0.0, 0
     for name, (part, times) in parts.items():
@@ -152,8 +152,7 @@ def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torc
     network = _untrained(part, n_classes).to(device)
     backbone = network.backbone
     assert isinstance(backbone, Backbone)
-    if isinstance(part, SegmenterConfig):
-        backbone.freeze(schedule.frozen_levels)
+    backbone.freeze(schedule.frozen_levels)
     optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
     side = -(-schedule.crop // head_stride(part.head)) if isinstance(part, AffinityConfig) else schedule.crop
 
@@ -176,8 +175,7 @@ def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torc
             if seconds * batch < STEP_SECONDS:
                 # The first step allocates, and others may be slowed down by other programs.
                 seconds = min(step(batch) for _ in range(STEPS)) / batch
-    average = MovingAverage(network, schedule.ema) if schedule.ema else None
-    save_checkpoint(checkpoint, network, optimiser, {"losses": [0.12345678901234567] * schedule.epochs}, average)
+    save_checkpoint(checkpoint, network, optimiser, {"losses": [0.12345678901234567] * schedule.epochs})
     return seconds, checkpoint.stat().st_size
 
 
@@ -284,7 +282,7 @@ def _file_bytes(
     for item in dataset.train:
         files += [maps(item, CAM_STRIDE), scores] if counts.baseline else []
         files += [mask(item)] if counts.paper_masks else []
-    files += [mask(item) for item in dataset.val] * (1 + counts.supervised)
+    files += [mask(item) for item in dataset.val] * counts.segmenters
     return round(sum(files)) + RECORD * len(files)
 
 

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 PROBE_SIDE = 64  # pixels of the image that shows which layers follow each other
+TOLERANCE = 1e-4  # largest difference of an output from the network's own, relative to its largest value
+
+Pairs = list[tuple[nn.Conv2d, nn.BatchNorm2d]]
 
 
 @contextmanager
@@ -24,22 +27,66 @@ def folded_norms(network: nn.Module) -> Iterator[None]:
     Activations that are part of a batch norm layer (timm's BatchNormAct2d) stay. A network that computes
     something else when folded (a convolution whose output other layers read too) is left as it is.
     """
-    probe = torch.rand(1, 3, PROBE_SIDE, PROBE_SIDE, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(next(network.parameters()))
-    pairs, expected = _pairs(network, probe)
+    pairs = _foldable(network)
     try:
-        for convolution, norm in pairs:
-            convolution.forward = _scaled(convolution, norm)  # type: ignore[assignment,method-assign]
-            norm.forward = getattr(norm, "act", nn.Identity()).forward  # type: ignore[method-assign]
-        folded = _outputs(network, probe)
-        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(folded, expected, strict=True)):
-            _restore(pairs)
+        _fold(pairs)
         yield
     finally:
         _restore(pairs)
 
 
-def _restore(pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> None:
+def _foldable(network: nn.Module) -> Pairs:
+    """Each convolution with the batch norm to fold into it; none if folding changes what the network computes."""
+    probe = torch.rand(1, 3, PROBE_SIDE, PROBE_SIDE, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(next(network.parameters()))
+    # Random values make the answer depend on the layers only: a fresh norm is the identity, which hides errors.
+    with _random_values(network):
+        pairs, expected = _pairs(network, probe)
+        try:
+            _fold(pairs)
+            folded = _outputs(network, probe)
+        finally:
+            _restore(pairs)
+    same = all((a - b).abs().max() <= TOLERANCE * b.abs().max() for a, b in zip(folded, expected, strict=True))
+    return pairs if same else []
+
+
+@contextmanager
+def _random_values(network: nn.Module) -> Iterator[None]:
+    """Within the block, convolutions, linear layers and batch norms have random values, always the same ones."""
+    kept = {key: value.clone() for key, value in network.state_dict().items()}
+    random = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for module in network.modules():
+                _randomise(module, random)
+        yield
+    finally:
+        network.load_state_dict(kept)
+
+
+def _randomise(module: nn.Module, random: torch.Generator) -> None:
+    def uniform(value: Tensor | None, low: float, high: float) -> None:
+        if value is not None:
+            value.copy_(torch.empty(value.shape).uniform_(low, high, generator=random))
+
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        reach = (6 / module.weight[0].numel()) ** 0.5  # He et al. 2015: activations keep their magnitude
+        uniform(module.weight, -reach, reach)
+    elif isinstance(module, nn.BatchNorm2d):
+        uniform(module.weight, 0.5, 1.5)
+        uniform(module.bias, -0.5, 0.5)
+        uniform(module.running_mean, -0.5, 0.5)
+        uniform(module.running_var, 0.5, 2.0)
+
+
+def _fold(pairs: Pairs) -> None:
+    for convolution, norm in pairs:
+        convolution.forward = _scaled(convolution, norm)  # type: ignore[assignment,method-assign]
+        norm.forward = getattr(norm, "act", nn.Identity()).forward  # type: ignore[method-assign]
+
+
+def _restore(pairs: Pairs) -> None:
     for pair in pairs:
         for module in pair:
             vars(module).pop("forward", None)
@@ -54,10 +101,10 @@ def _outputs(network: nn.Module, image: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _pairs(network: nn.Module, image: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], list[Tensor]]:
+def _pairs(network: nn.Module, image: Tensor) -> tuple[Pairs, list[Tensor]]:
     """Each convolution with the batch norm that reads its output; also the outputs of the network for `image`."""
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so that its id stays its own
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    pairs: Pairs = []
 
     def remember(module: nn.Module, inputs: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)

@@ -35,6 +35,8 @@ ORDER_SEED_STRIDE = 7919  # order of the samples
 _MODEL_PREFIX = "model."
 _MOMENTUM_PREFIX = "momentum."
 _AVERAGE_PREFIX = "average."
+_AVERAGE_UPDATES = "average_updates"
+_IS_AVERAGE = "is_average"  # of the last checkpoint: the average is the model's state and is not stored again
 _REMEDY = "delete it and run `multisa train` again to repeat the stage"
 
 
@@ -100,9 +102,11 @@ def train_network(
             losses.append(total / steps)
             seconds = time.perf_counter() - started
             log.info(f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s")
+            meta: dict[str, Any] = {"losses": losses}
             if average is not None and len(losses) == schedule.epochs:
                 average.copy_to(model)
-            save_checkpoint(options.checkpoint, model, optimiser, {"losses": losses}, average)
+                meta[_IS_AVERAGE], average = True, None
+            save_checkpoint(options.checkpoint, model, optimiser, meta, average)
     model.eval()
     return losses
 
@@ -146,7 +150,7 @@ def save_checkpoint(
                 tensors[_MOMENTUM_PREFIX + name] = momentum.contiguous()
     if average is not None:
         tensors |= {_AVERAGE_PREFIX + key: value.contiguous() for key, value in average.state.items()}
-        meta = {**meta, "average_updates": average.updates}
+        meta = {**meta, _AVERAGE_UPDATES: average.updates}
     write_bytes_atomically(path, safetensors.torch.save(tensors, {"multisa": json.dumps(dict(meta))}))
 
 
@@ -155,7 +159,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote and return its `meta`; every key must fit the model.
 
-    Raises CheckpointError for a file that is missing, damaged, or of another network.
+    Raises CheckpointError for a file that is missing, damaged, of another network, or without the average.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing, expected a trained network; run `multisa train` again")
@@ -177,9 +181,12 @@ def load_checkpoint(
         for name, parameter in model.named_parameters():
             if name in momenta:
                 optimiser.state[parameter]["momentum_buffer"] = momenta[name].to(parameter.device)
-    if average is not None:
-        average.updates = meta["average_updates"]
-        for key, value in _with_prefix(tensors, _AVERAGE_PREFIX).items():
+    if average is not None and _IS_AVERAGE not in meta:
+        stored = _with_prefix(tensors, _AVERAGE_PREFIX)
+        if stored.keys() != average.state.keys() or _AVERAGE_UPDATES not in meta:
+            raise CheckpointError(f"{path}: got no whole moving average of the weights, expected one; {_REMEDY}")
+        average.updates = meta[_AVERAGE_UPDATES]
+        for key, value in stored.items():
             average.state[key].copy_(value)
     return meta
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from multisa.runtime.bundle import LabelMethod, LabelParameters, SegmenterLabelParameters
+from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.progress import log
@@ -55,6 +55,9 @@ MULTI_SA_CAM = "Multi-SA CAM"
 RANDOM_WALK = "+ random walk"
 DENSE_CRF = "+ dense CRF"
 WITHOUT_TRUTH = "+ dense CRF, no mask used"
+AS_CONFIGURED = "+ dense CRF, background as configured"
+WITH_GAINS = "+ dense CRF, gains as configured"
+WITHOUT_CRF = "pseudo-masks without dense CRF"
 ROUND = "+ round"  # and its number, from 1
 SEGMENTER = "DeepLabV3+ on pseudo-masks"
 SUPERVISED = "DeepLabV3+ on ground truth"
@@ -104,9 +107,6 @@ class RunRecord:
     images: ImageCounts
     data_digest: str  # of what was trained on
     label: LabelParameters  # as used for the pseudo-masks of the walk
-    segmenter_label: SegmenterLabelParameters
-    label_method: LabelMethod  # that the bundle's `multisa label` uses
-    min_area: float
     score_thresholds: tuple[float, ...]  # one for each foreground class
     betas: tuple[float, ...]
     rows: tuple[Row, ...]  # empty when the data set has no masks
@@ -161,17 +161,18 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)
     targets, measured = stages.relabelled(labels)
-    segmenter = stages.segmenter(targets, labels.cam)
     rows = [
         Row(m.name if m.background is None else f"{m.name} (background {m.background:.2f})", "train", *m.figures)
         for m in (*labels.measured, *measured)
     ]
-    if dataset.val:
-        scores = stages.measured_segmenter(segmenter, "val")
-        rows.append(Row(SEGMENTER, "val", scores["miou"], tuple(scores["iou"])))
-        if config.supervised and dataset.train:
-            scores = stages.measured_segmenter(stages.supervised_segmenter(labels.cam), "supervised-val")
-            rows.append(Row(SUPERVISED, "val", scores["miou"], tuple(scores["iou"])))
+    for seed in (config.seed, *config.more_seeds):
+        trained = [(SEGMENTER, stages.segmenter(targets, labels.cam, seed))]
+        if config.supervised and dataset.train and dataset.val:
+            trained.append((SUPERVISED, stages.supervised_segmenter(labels.cam, seed)))
+        for name, stage in trained if dataset.val else []:
+            scores = stages.measured_segmenter(stage).results
+            title = name if seed == config.seed else f"{name}, seed {seed}"
+            rows.append(Row(title, "val", scores["miou"], tuple(scores["iou"])))
     return RunRecord(
         config=config,
         classes=dataset.class_names,
@@ -179,9 +180,6 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
         images=count_images(dataset),
         data_digest=stages.images_digest,
         label=labels.label,
-        segmenter_label=config.segmenter_label,
-        label_method="segmenter",
-        min_area=config.min_area,
         score_thresholds=tuple(labels.cams.results["score_thresholds"]),
         betas=tuple(labels.cam.results["betas"]),
         rows=tuple(rows),
@@ -224,17 +222,19 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
 def check_networks(config: TrainConfig, n_classes: int) -> None:
     """Build the networks of a run without memory for weights; n_classes counts the background.
 
-    Raises UsageError for a backbone, weights, taps or a head that do not exist or do not fit together.
+    Raises UsageError for a backbone, weights, taps, a head or frozen levels that do not exist or do not fit together.
     """
-    segmenters = config.segmenters().values()
-    parts: list[ModelConfig] = [config.cam, config.affinity, *segmenters]
-    for part in parts:
+    parts: dict[str, ModelConfig] = {"cam": config.cam, "affinity": config.affinity, **config.segmenters()}
+    for part in parts.values():
         check_weights(part.backbone, part.weights)
-    with torch.device("meta"):
-        create_model(replace(config.cam, weights="none"), n_classes)
-        create_model(replace(config.affinity, weights="none"))
-        for segmenter in segmenters:
-            create_model(replace(segmenter, weights="none"), n_classes)
+    for name, part in parts.items():
+        with torch.device("meta"):
+            backbone = create_model(replace(part, weights="none"), n_classes).backbone
+        if part.schedule.frozen_levels > len(backbone.strides):
+            raise UsageError(
+                f"{name}.schedule.frozen_levels: got {part.schedule.frozen_levels}, expected at most "
+                f"{len(backbone.strides)}, the levels of {part.backbone}: lower it"
+            )
 
 
 def _check_label(config: TrainConfig, dataset: Dataset) -> None:
@@ -248,6 +248,12 @@ def _check_label(config: TrainConfig, dataset: Dataset) -> None:
         raise UsageError(
             f"label.class_gain: got {list(gains)}, expected none with background_from=yen, which chooses them: "
             "leave out one of the two"
+        )
+    default = LabelParameters().background
+    if config.background_from == "yen" and config.label.background != default:
+        raise UsageError(
+            f"label.background: got {config.label.background:g}, expected the default, {default:g}, with "
+            "background_from=yen, which chooses it: leave it out, or set background_from=config"
         )
     if config.background_from == "train-masks" and not dataset.train:
         log.info(
@@ -357,25 +363,26 @@ class RunStages:
         config, dataset = self.config, self.dataset
         options = config.relabel
         targets, measured = labels.masks, []
-        for number in range(options.rounds):
+        for number in range(1, options.rounds + 1):
             title = f"DeepLabV3+, round {number}"
-            training = self._training(options.teacher, title, targets, labels.cam, soft=number > 0)
+            training = self._training(options.teacher, title, targets, labels.cam, soft=number > 1)
             teacher = self._trained(options.teacher, training, f"teacher-{number}", [targets, labels.cam])
             work = partial(relabel, options.teacher, config, dataset, teacher)
             settings = {k: v for k, v in record_to_dict(options).items() if k not in ("rounds", "teacher")}
-            inputs = {"relabel": settings, "label": record_to_dict(config.segmenter_label)}
-            targets = self.cache.stage(f"relabelled-{number + 1}", inputs, [teacher], work)
+            label = {k: v for k, v in record_to_dict(config.segmenter_label).items() if k in ("use_crf", "crf")}
+            inputs = {"relabel": settings, "label": label}
+            targets = self.cache.stage(f"relabelled-{number}", inputs, [teacher], work)
             if dataset.train:
-                measured.append(Measurement(f"{ROUND} {number + 1}", None, self.measured_masks(targets).results))
+                measured.append(Measurement(f"{ROUND} {number}", None, self.measured_masks(targets).results))
         return targets, tuple(measured)
 
-    def segmenter(self, targets: Stage, cam: Stage) -> Stage:
+    def segmenter(self, targets: Stage, cam: Stage, seed: int) -> Stage:
         """Train the segmenter that is deployed on what `relabelled` returned."""
         segmenter, soft = self.config.segmenter, self.config.relabel.rounds > 0
         training = self._training(segmenter, "DeepLabV3+", targets, cam, soft=soft)
-        return self._trained(segmenter, training, "segmenter", [targets, cam])
+        return self._trained(segmenter, training, "segmenter", [targets, cam], seed=seed)
 
-    def supervised_segmenter(self, cam: Stage) -> Stage:
+    def supervised_segmenter(self, cam: Stage, seed: int) -> Stage:
         """Train the segmenter with the same recipe on the masks of the train list: the upper bound."""
         segmenter, items = self.config.segmenter, self.dataset.train
         # As many steps as on the pseudo-masks, which are of more images.
@@ -383,13 +390,13 @@ class RunStages:
         segmenter = replace(segmenter, schedule=replace(segmenter.schedule, epochs=epochs))
         start = cam.folder / CHECKPOINT if segmenter.start_from_cam else None
         training = SegmenterTraining("DeepLabV3+, supervised", items, start, truth=True)
-        return self._trained(segmenter, training, "supervised", [cam], {"truth": self.masks_digest})
+        return self._trained(segmenter, training, "supervised", [cam], {"truth": self.masks_digest}, seed=seed)
 
-    def measured_segmenter(self, trained: Stage, name: str) -> Results:
+    def measured_segmenter(self, trained: Stage) -> Stage:
         """Score a segmenter on the val list: results "miou" and "iou", in percent."""
         truth = {"truth": self.dataset.masks_digest(self.dataset.val)}
         work = partial(evaluate_segmenter, self.config.segmenter, self.config, self.dataset, trained)
-        return self.cache.stage(name, truth, [trained], work).results
+        return self.cache.stage(f"{trained.name}-val", truth, [trained], work)
 
     def _training(
         self, segmenter: SegmenterConfig, title: str, targets: Stage, cam: Stage, *, soft: bool
@@ -405,9 +412,15 @@ class RunStages:
         name: str,
         after: list[Stage],
         inputs: Mapping[str, Any] | None = None,
+        *,
+        seed: int | None = None,
     ) -> Stage:
-        work = partial(train_segmenter, segmenter, training, self.config, self.dataset)
-        return self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {})}, after, work)
+        """Train a segmenter in the stage `name`; with a seed of its own if one is given."""
+        config = self.config if seed is None else replace(self.config, seed=seed, more_seeds=())
+        name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
+        own = {} if seed is None else {"seed": seed}
+        work = partial(train_segmenter, segmenter, training, config, self.dataset)
+        return self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {}), **own}, after, work)
 
 
 @dataclass(frozen=True)
@@ -471,6 +484,13 @@ def make_pseudo_labels(stages: RunStages) -> PseudoLabels:
     masks = stages.pseudo_masks(label, dataset.train_images, walked, "pseudo-masks")
     if dataset.train:
         scores = stages.measured_masks(masks).results
-        name = DENSE_CRF if config.background_from == "train-masks" else WITHOUT_TRUTH
-        measured.append(Measurement(name, label.background, scores))
+        measured.append(Measurement(name_of_masks(config), label.background, scores))
     return PseudoLabels(cam, cams, walked, label, masks, tuple(measured))
+
+
+def name_of_masks(config: TrainConfig) -> str:
+    """Name of the row of the walk's pseudo-masks; DENSE_CRF only if they are made as in the paper."""
+    if not config.label.use_crf:
+        return WITHOUT_CRF
+    on_masks = WITH_GAINS if config.label.class_gain else DENSE_CRF
+    return {"yen": WITHOUT_TRUTH, "config": AS_CONFIGURED, "train-masks": on_masks}[config.background_from]

@@ -60,12 +60,11 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def soft_segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with class probabilities; cells whose probabilities are all 0 do not count.
+    """Cross-entropy with class probabilities; each cell counts by their sum, 0 where the image does not reach.
 
     logits, targets: float [N, K, h, w]. Returns a scalar.
     """
-    counted = (targets.sum(1) > 0).sum().clamp(min=1)
-    return -(targets * functional.log_softmax(logits, 1)).sum() / counted
+    return -(targets * functional.log_softmax(logits, 1)).sum() / targets.sum().clamp(min=1)
 
 
 class SegmentImages(nn.Module):

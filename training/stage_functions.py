@@ -20,10 +20,10 @@ from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import (
     Float32,
     UInt8,
-    constrain_probabilities,
     pseudo_mask,
     refine,
     resize_maps,
+    restrict_probabilities,
     walk_scores,
 )
 from multisa.training.affinity_net import affinity_loss, pair_targets
@@ -56,6 +56,7 @@ def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Pat
     samples = AugmentedImages(dataset.train_images, cam.schedule, config, n_classes=n_classes)
     first = torch.stack([samples[i][0] for i in range(min(LEVEL_GAIN_IMAGES, len(samples)))])
     network.eval().fit_level_gain(network.backbone.normalise(first.to(device)))
+    network.backbone.freeze(cam.schedule.frozen_levels)
 
     def loss(image: Tensor, labels: Tensor) -> Tensor:
         return multilabel_soft_margin(network(network.backbone.normalise(image)), labels)
@@ -149,6 +150,7 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
     radius = config.affinity.training_radius
     device = torch_device(config)
     network = create_model(config.affinity).to(device)
+    network.backbone.freeze(schedule.frozen_levels)
     samples = AugmentedImages(
         dataset.train_images,
         schedule,
@@ -251,7 +253,7 @@ def train_segmenter(
 
 
 def relabel(segmenter: SegmenterConfig, config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path) -> Results:
-    """Label the train images with a segmenter, held to their image-level labels.
+    """Label the train images with a segmenter, restricted to their image-level labels.
 
     Writes ID.npy, soft targets [1 + classes of the image, h, w] at stride 4, and ID.png, the mask.
     """
@@ -263,7 +265,7 @@ def relabel(segmenter: SegmenterConfig, config: TrainConfig, dataset: Dataset, t
         image = read_working_image(item.image, config.long_side)
         with torch.inference_mode():
             every = multi_scale_probabilities(network, as_batch(image).to(device), options.scales, options.mirror)
-        before = constrain_probabilities(every[0].cpu().numpy(), item.classes)
+        before = restrict_probabilities(every[0].cpu().numpy(), item.classes)
         after = refine(image, before, parameters.crf if parameters.use_crf and item.classes else None)
         sharp = functional.adaptive_avg_pool2d(torch.from_numpy(after), before.shape[1:]).numpy()
         save_maps(maps_path, options.crf_share * sharp + (1 - options.crf_share) * before)

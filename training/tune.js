@@ -1,7 +1,7 @@
 "use strict";
 // Draws heat maps and masks from the scores embedded in the page, and draws the masks again when the slider moves.
 (() => {
-  const [colours, curves] = JSON.parse(document.getElementById("facts").textContent);
+  const [colours, curves, reach] = JSON.parse(document.getElementById("facts").textContent);
   const slider = document.getElementById("score");
   const OPAQUE = 255;
 
@@ -48,7 +48,7 @@
     for (const draw of cards) draw(background);
     const parts = [`${background.toFixed(3)}: foreground ${percent(curves.foreground, background)}`];
     const change = percent(curves.change, background);
-    if (change) parts.push(`of which ±0.025 changes ${change}`);
+    if (change) parts.push(`of which ±${reach} changes ${change}`);
     if (curves.miou.length) parts.push(`mIoU ${percent(curves.miou, background)}`);
     document.getElementById("shown").value = parts.join(", ");
     for (const mark of document.querySelectorAll(".now")) mark.style.left = `${100 * background}%`;

@@ -16,7 +16,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from multisa.runtime.errors import UsageError
+from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import read_mask, resize_image, resize_mask, working_size
 from multisa.runtime.imaging.png import display_palette
@@ -44,12 +44,14 @@ from multisa.training.thresholds import (
     yen_threshold,
 )
 
-NUM_IMAGES = 12
 LONG_SIDE = 320  # pixels of the images on the page
 JPEG_QUALITY = 80
 SCORES = tuple(step / BINS for step in range(1, BINS))  # background scores that are compared
 REACH = 0.025  # below and above a score, between which the page says how much of the foreground is lost
 STAGES = ("cam-maps", "affinity-labels", "walk", "pseudo-masks")
+
+GENERATOR = "multisa tune"  # in the head of every page, which may be replaced by a new one
+HEAD_BYTES = 500  # of a page, with that name in them
 
 _NOT_USED = "for comparison; not used"
 
@@ -78,18 +80,23 @@ class Tuning:
     curves: Curves
 
 
-def write_tune_page(
-    root: Path, dataset: Dataset, path: Path, *, num_images: int = NUM_IMAGES, with_masks: bool = False
-) -> str:
+def write_tune_page(root: Path, dataset: Dataset, path: Path, *, num_images: int, with_masks: bool = False) -> str:
     """Write the page of the finished run in the folder `root` to `path`; returns a description to print.
 
     dataset: the one the run was trained on. num_images: images shown, evenly spaced in the train list. with_masks:
     also measure the mIoU of every score on the masks of the train list, for comparison. Raises UsageError for a
-    folder without a finished run or one of its stages, for another data set, and for `with_masks` without masks.
+    `path` that is not .html, is inside the data set or is another file than such a page; for a folder without a
+    finished run or one of its stages; for another data set; and for `with_masks` without masks. Raises MultisaError
+    for a stage that lacks one of its files.
     """
+    _check_output(path, dataset)
     run = load_run(root)
     folders = {name: run.folder(root, name) for name in STAGES}
     stored = {name: load_stage(folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        missing = next((file for file in stored[name]["files"] if not (folder / file).is_file()), None)
+        if missing:
+            raise MultisaError(f"{folder / missing}: missing, expected a file of the run; run `multisa train` again")
     if dataset.train_images_digest() != run.data_digest:
         raise UsageError(
             f"{dataset.root}: got other images, classes or labels than {root} was trained on; give the data set of "
@@ -117,14 +124,34 @@ def write_tune_page(
         legend="".join(render_chip(name, colours) for name in run.classes[1:]),
         chosen=escape(_choice(tuning)),
         score=f"{run.label.background:.3f}",
+        generator=GENERATOR,
         sections=join_sections((*sections, _affinity_section(tuning))),
         gallery="Masks at the slider's score, before the dense CRF, and the pseudo-masks of the run, after it",
         cards="\n".join(cards),
-        facts=json_for_script([list(colours.values()), asdict(tuning.curves)]),
+        facts=json_for_script([list(colours.values()), asdict(tuning.curves), REACH]),
     )
     write_bytes_atomically(path, page.encode(errors="replace"))
     regret = f"{_regret(tuning)}\n" if with_masks else ""
     return f"{_choice(tuning)}\n{regret}written: {path}, {pluralize(len(items), 'image')}, {len(page) / 1e6:.1f} MB"
+
+
+def _check_output(path: Path, dataset: Dataset) -> None:
+    if path.suffix != ".html":
+        raise UsageError(f"{path}: got a name without .html, expected one that ends in it; choose another with -o")
+    if path.resolve().is_relative_to(dataset.root.resolve()):
+        raise UsageError(
+            f"{path}: is inside the data set {dataset.root}, expected a file outside it; choose another with -o"
+        )
+    if not path.exists():
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if f'content="{GENERATOR}"'.encode() in file.read(HEAD_BYTES):
+                return
+    raise UsageError(
+        f"{path}: exists and is no page of `{GENERATOR}`, expected a new file or such a page to replace; "
+        "choose another with -o"
+    )
 
 
 def _tuning(

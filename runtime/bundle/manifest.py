@@ -26,7 +26,7 @@ MAX_WALK_RADIUS = 32
 MAX_WALK_STEPS = 65536
 
 
-# How `multisa label` makes masks from image-level labels: with the segmenter, held to the labels, or with class
+# How `multisa label` makes masks from image-level labels: with the segmenter, restricted to the labels, or with class
 # activation maps, AffinityNet and the random walk.
 LabelMethod = Literal["segmenter", "walk"]
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import secrets
 import shutil
 import stat
@@ -28,6 +29,7 @@ ENGINES_FOLDER = "engines"  # built TensorRT engines inside a bundle: a cache th
 MODEL_CARD = "MODEL_CARD.md"  # what the bundle is for, how it was made and measured, and its licences
 
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has some kilobytes
+_SEGMENTER = "DeepLabV3+ on pseudo-masks"  # its name in metrics.training, SEGMENTER of training/pipeline.py
 _CARD_LINES = 12  # of the model card that `describe` shows
 
 
@@ -203,7 +205,12 @@ def describe(bundle: Bundle) -> str:
     tables = (_classes, _parameters, _metrics, _provenance, _files)
     head = [f"{manifest.name} ({bundle.path})"]
     sections = [head, _card(bundle), *(make(manifest) for make in tables), _licences(bundle)]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return "\n\n".join("\n".join(map(printable, lines)) for lines in sections if lines)
+
+
+def printable(text: str) -> str:
+    """Remove control characters: bundles come from anywhere, and these could rewrite what a terminal shows."""
+    return "".join(filter(str.isprintable, text))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -229,9 +236,7 @@ def _card(bundle: Bundle) -> list[str]:
     if MODEL_CARD not in bundle.manifest.files:
         return []
     text = bundle.read_file(MODEL_CARD).decode("utf-8", "replace").partition("\n## ")[0]
-    # Bundles come from anywhere: control characters could rewrite what a terminal shows.
-    lines = ["".join(filter(str.isprintable, line)) for line in text.strip().splitlines()[:_CARD_LINES]]
-    return [*lines, "", f"all of the model card: {bundle.path / MODEL_CARD}"]
+    return [*text.strip().splitlines()[:_CARD_LINES], "", f"all of the model card: {bundle.path / MODEL_CARD}"]
 
 
 def _licences(bundle: Bundle) -> list[str]:
@@ -246,17 +251,23 @@ def _licences(bundle: Bundle) -> list[str]:
 def _classes(manifest: Manifest) -> list[str]:
     label = manifest.parameters.label
     gains = dict(zip(manifest.foreground, label.class_gain, strict=False))
-    ious = manifest.metrics.get("training", {})
-    last = list(ious.values())[-1].get("iou", []) if isinstance(ious, dict) and ious else []
+    training = manifest.metrics.get("training", {})
+    ious = _segmenter_row(training).get("iou", []) if isinstance(training, dict) else []
     thresholds = manifest.parameters.score_thresholds
     rows = []
     for index, name in enumerate(manifest.classes):
         threshold = f"{thresholds[name]:g}" if name in thresholds else "-"
         gain = f"{gains[name]:g}" if name in gains else "-"
-        iou = last[index] if index < len(last) else None
+        iou = ious[index] if index < len(ious) else None
         iou_text = f"{iou:.2f}" if isinstance(iou, (int, float)) else "-"
         rows.append((str(index), name, threshold, gain, iou_text))
     return table(("id", "class", "score threshold", "gain", "IoU %"), rows)
+
+
+def _segmenter_row(training: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures of the segmenter in the bundle, or the last ones. Keys are "NAME, seed SEED (LIST)"."""
+    own = [row for name, row in training.items() if re.split(r" \(|, seed", name)[0] == _SEGMENTER]
+    return next(iter(own), [{}, *training.values()][-1])
 
 
 def _parameters(manifest: Manifest) -> list[str]:

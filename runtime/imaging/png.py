@@ -114,13 +114,13 @@ def overlay_mask(rgb: UInt8, mask: UInt8, palette: UInt8, *, opacity: float = 0.
     """Blend the colours of a mask into an image and draw the outline of each region in a lighter tone.
 
     rgb: uint8 [H, W, 3]. mask: class ids, uint8 [H, W]; the background (0) stays unchanged. palette: uint8
-    [n, 3] RGB, see `display_palette`; ids without a colour get the last one. opacity: 0..1. Returns uint8
-    [H, W, 3].
+    [n, 3] RGB, see `display_palette`; ids without a colour, such as 255, stay unchanged too. opacity: 0..1.
+    Returns uint8 [H, W, 3].
     """
     colours = palette.take(mask, axis=0, mode="clip").astype(np.float32)
-    region = (mask > 0)[..., np.newaxis]
-    blended = np.where(region, rgb * (1 - opacity) + colours * opacity, rgb)
-    edge = (_edges(mask) & (mask > 0))[..., np.newaxis]
+    region = (mask > 0) & (mask < len(palette))
+    blended = np.where(region[..., np.newaxis], rgb * (1 - opacity) + colours * opacity, rgb)
+    edge = (_edges(mask) & region)[..., np.newaxis]
     return np.asarray(np.where(edge, (colours + 255) / 2, blended).round(), dtype=np.uint8)
 
 

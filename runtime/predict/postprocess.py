@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from multisa.kernels import CrfParameters, DenseCRF, absorb_small_parts, enlarge_probabilities, histogram, random_walk
+from multisa.kernels import CrfParameters, DenseCRF, absorb_small_parts, enlarge_probabilities, random_walk
 from multisa.runtime.bundle.manifest import LabelParameters
 from multisa.runtime.predict.uncertainty import label_disagreement
 
@@ -90,7 +90,7 @@ def background_and_foreground(scores: Float32, background: float) -> Float32:
     return np.asarray(stacked / stacked.sum(axis=0, keepdims=True), dtype=np.float32)
 
 
-def constrain_probabilities(probabilities: Float32, class_ids: Sequence[int]) -> Float32:
+def restrict_probabilities(probabilities: Float32, class_ids: Sequence[int]) -> Float32:
     """Keep the background and the classes of an image, and divide by their sum (method "segmenter").
 
     probabilities: float32 [C, h, w] >= 0, one row for each class of the bundle. class_ids: of the foreground
@@ -135,34 +135,13 @@ def background_mask(size: tuple[int, int]) -> PseudoMask:
 def absorb_parts(mask: UInt8, min_area: float, kept: Sequence[int] = ()) -> UInt8:
     """Give the connected parts of a mask below a share of its pixels the class around them.
 
-    mask: uint8 [H, W]. min_area: share of the pixels; 0 keeps every part. kept: ids of classes that the image
-    is known to show. If no part of one of them is large enough, its largest part stays; parts of equal size
-    stay together. Returns uint8 [H, W].
+    mask: uint8 [H, W]. min_area: share of the pixels; 0 keeps every part, and a part of exactly this share stays.
+    kept: ids of classes that the image is known to show, of which the largest part stays in any case (of equals the
+    first in reading order). Returns uint8 [H, W].
     """
-    min_pixels = math.ceil(min_area * mask.size)
-    if min_pixels <= 1:
-        return mask
-    absorbed = absorb_small_parts(mask, min_pixels)
-    if kept:
-        before, after = histogram(mask), histogram(absorbed)
-        for class_id in kept:
-            if before[class_id] and not after[class_id]:
-                absorbed[_largest_part(mask, class_id, min_pixels)] = class_id
-    return absorbed
-
-
-def _largest_part(mask: UInt8, class_id: int, min_pixels: int) -> npt.NDArray[np.bool_]:
-    """Mark what remains of a class at the highest limit, below `min_pixels`, that does not absorb all of it."""
-    remains: npt.NDArray[np.bool_] = mask == class_id
-    low, high = 1, min_pixels  # at `low` pixels something remains, at `high` nothing
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = absorb_small_parts(mask, middle) == class_id
-        if found.any():
-            low, remains = middle, found & (mask == class_id)
-        else:
-            high = middle
-    return remains
+    # Without the factor, 0.07 of 100 pixels would be 7.000000000000001 and round up to 8.
+    min_pixels = math.ceil(min_area * mask.size * (1 - 1e-12))
+    return absorb_small_parts(mask, min_pixels, kept) if min_pixels > 1 else mask
 
 
 def resize_maps(maps: Float32, size: tuple[int, int]) -> Float32:

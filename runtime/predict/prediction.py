@@ -98,12 +98,15 @@ class Prediction:
 
     @property
     def mask(self) -> UInt8:
-        """Class ids, uint8 [H, W]: the most probable class of each pixel, small parts absorbed."""
+        """Class ids, uint8 [H, W]: the most probable class of each pixel, small parts absorbed.
+
+        Raises ImageError for an image with more pixels than the kernels take, as `confidence` does.
+        """
         return self._pixels[0]
 
     @property
     def confidence(self) -> UInt8:
-        """Probability of the most probable class, uint8 [H, W], 0..255 for 0..1."""
+        """Probability of the most probable class, uint8 [H, W], 0..255 for 0..1; also where `mask` has another."""
         return self._pixels[1]
 
     @property
@@ -150,8 +153,8 @@ class Prediction:
     def scores(self) -> dict[str, float]:
         """Scores by class, 0..1.
 
-        Of `label`, those of every foreground class. Of `segment`, those of each class in the mask, including the
-        background: the mean confidence over its pixels at the working size.
+        Of `label`, those of every foreground class. Of `segment`, those of the classes in the mask that have pixels
+        at the working size, including the background: the mean confidence over these pixels.
         """
         if self.labelling:
             return dict(self.labelling.scores)
@@ -209,9 +212,10 @@ class Prediction:
     @_Once
     def _pixels(self) -> tuple[UInt8, UInt8]:
         """Mask and confidence at the size of the image."""
-        mask, confidence = self.working if self.size == self.working_size else self.probabilities.choose(self.size)
         named = [self.manifest.classes.index(name) for name in self.labels]
-        return absorb_parts(mask, self.min_area, named), confidence
+        with kernel_errors_as_image_errors():
+            mask, confidence = self.working if self.size == self.working_size else self.probabilities.choose(self.size)
+            return absorb_parts(mask, self.min_area, named), confidence
 
     @_Once
     def _png(self) -> bytes:

@@ -14,7 +14,7 @@ from multisa.runtime.bundle import Bundle, LabelMethod, Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.image_labels import ClassNames
 from multisa.runtime.imaging.decode import MAX_PIXELS, DecodedImage, ImageInput, load_image
-from multisa.runtime.predict.postprocess import background_mask, choose_classes, constrain_probabilities, refine
+from multisa.runtime.predict.postprocess import background_mask, choose_classes, refine, restrict_probabilities
 from multisa.runtime.predict.prediction import (
     ClassProbabilities,
     Labelling,
@@ -178,9 +178,9 @@ class _SegmenterSteps:
             ids = tuple(self._manifest.classes.index(name) for name in labels)
         if ids:
             with timed(timer, "crf"), kernel_errors_as_image_errors():
-                constrained = constrain_probabilities(probabilities, ids)
-                refined = refine(rgb, constrained, self._parameters.crf if self._parameters.use_crf else None)
-                result = choose_classes(constrained, refined, ids)
+                restricted = restrict_probabilities(probabilities, ids)
+                refined = refine(rgb, restricted, self._parameters.crf if self._parameters.use_crf else None)
+                result = choose_classes(restricted, refined, ids)
         else:
             result = background_mask((rgb.shape[0], rgb.shape[1]))
         disagreement = result.disagreement

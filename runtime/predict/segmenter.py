@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from multisa.kernels.enlarge import ROUNDING
 from multisa.runtime.backends.base import SEGMENTER, Backend
 from multisa.runtime.backends.registry import AUTO, BackendRequest
 from multisa.runtime.bundle import Bundle
@@ -18,7 +19,6 @@ UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 STRIDE = 4  # of the probabilities
-ROUNDING = 1e-5  # by which a softmax in float32 may leave 0..1, as for `enlarge_probabilities`
 
 
 class Segmenter(Predictor):
@@ -103,5 +103,8 @@ def run_segmenter(backend: Backend, images: UInt8, n_classes: int, timer: StageT
         )
     low, high = float(probabilities.min()), float(probabilities.max())
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # or NaN
-        raise ImageError(f"segmenter: got probabilities from {low} to {high}, expected 0..1")
+        raise ImageError(
+            f"segmenter: got probabilities from {low} to {high}, expected 0..1: "
+            "try precision fp32 or another backend, or export the bundle again"
+        )
     return probabilities

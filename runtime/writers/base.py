@@ -43,7 +43,7 @@ class LabelledImage:
     name: str  # path of its results without extension, unique in the run; "a/b" for the id "a/b.jpg"
     mask: UInt8  # [H, W] class ids, at the size of the upright image
     png: bytes  # the mask as a palette PNG
-    confidence: UInt8  # [H, W] of the chosen class, 0..255 for 0..1
+    confidence: UInt8  # [H, W] of the most probable class, 0..255 for 0..1; also where `mask` has absorbed its part
     record: Mapping[str, Any]  # its line of labels.jsonl
     probabilities: ClassProbabilities  # that mask and confidence are made from
 

@@ -123,8 +123,10 @@ def mask_from_probabilities(
     background_weight: factor of the background's probability before the argmax. Without a CRF, the result is
     the mask of a run whose background score is multiplied by it. At 1, and with the `min_area` of the run, the
     result is the mask of the run, except where two probabilities round to the same half-precision number.
-    minimum_confidence: pixels whose class has a lower share of the probabilities become 255, "ignore".
-    min_area: connected parts with a smaller share of the image take the class around them.
+    minimum_confidence: pixels whose class has a lower share of the probabilities become 255, "ignore". Confidences
+    have steps of 1/255, and this limit is rounded up to the next.
+    min_area: connected parts with a smaller share of the image take the class around them; their pixels keep the
+    confidence of the class before.
     Raises UsageError for values out of range.
     """
     if not 0 < background_weight < math.inf:
@@ -140,7 +142,7 @@ def mask_from_probabilities(
     mask, confidence = enlarge_probabilities(scores.astype(np.float32), image.size, ids)
     named = [index for index in ids if index] if image.record.get("labels_from") in ("file", "scores") else []
     mask = absorb_parts(mask, min_area, named)
-    mask[confidence < round(minimum_confidence * 255)] = IGNORE_INDEX
+    mask[confidence < math.ceil(minimum_confidence * 255)] = IGNORE_INDEX
     return mask
 
 

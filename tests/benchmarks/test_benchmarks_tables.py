@@ -94,6 +94,26 @@ def test_a_quick_run_lacks_figures_and_says_so(stored: Files) -> None:
     assert "dense squaring" in tables.summary(files) and "| - |" in tables.summary(files)
 
 
+def test_only_rows_of_the_papers_recipe_have_its_figures(stored: Files) -> None:
+    files = deepcopy(stored)
+    rows = files["voc-animals"]["rows"]
+    own, others = {row["stage"] for row in rows}, ("+ dense CRF, no mask used", "DeepLabV3+ on ground truth")
+    rows += [{**rows[0], "stage": f"{name} (background 0.12)"} for name in others]
+    cells = [line.strip("| ").split(" | ") for line in tables.stages(files).splitlines()[2:]]
+    paper = {stage: figure for stage, _, _, figure, *_ in cells}
+    assert paper.keys() > own and paper["DeepLabV3+ on pseudo-masks"] == "69.70"
+    assert next(figure for stage, figure in paper.items() if stage.startswith("+ dense CRF (")) == "68.07"
+    assert all(paper[f"{name} (background 0.12)"] == "-" for name in others)
+
+
+def test_the_summary_names_the_method_of_label(stored: Files) -> None:
+    files = deepcopy(stored)
+    default = next(row for row in files["labelling"]["label"] if row["default"])
+    for recipe, method in (("multisa label", "walk"), ("multisa label --method segmenter", "segmenter")):
+        default["recipe"] = recipe
+        assert f"| `label` ({method}), file to file |" in tables.summary(files)
+
+
 def test_the_stored_results_agree(stored: Files) -> None:
     assert tables.disagreements(stored) == []
 

@@ -74,8 +74,9 @@ def test_bundle_holds_what_the_runtime_needs(exported: Bundle, dataset: Dataset)
 
 def test_the_manifest_has_the_parameters_of_the_run(exported: Bundle, trained: tuple[RunRecord, Path]) -> None:
     parameters, run = exported.manifest.parameters, trained[0]
-    assert (parameters.label_method, parameters.min_area) == (run.label_method, run.min_area)
-    assert (parameters.segmenter_label, parameters.label) == (run.segmenter_label, run.label)
+    config = run.config
+    assert (parameters.label_method, parameters.min_area) == (config.label_method, config.min_area)
+    assert (parameters.segmenter_label, parameters.label) == (config.segmenter_label, run.label)
 
 
 def test_the_model_card_is_of_the_run_and_lists_the_files(exported: Bundle, trained: tuple[RunRecord, Path]) -> None:

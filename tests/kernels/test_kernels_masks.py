@@ -1,6 +1,7 @@
 """Histograms of masks against NumPy, small parts against SciPy's labelling, and the rounding of confidences."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -64,13 +65,23 @@ def borders(parts: npt.NDArray[np.int64]) -> dict[int, Counter[int]]:
     return found
 
 
-def absorb_one_by_one(labels: UInt8, min_pixels: int) -> UInt8:
+def first_of_largest(labels: UInt8, kept: Sequence[int]) -> list[int]:
+    """For each class of `kept` in the mask, the first pixel of its largest part, of equals of the first part."""
+    numbers, first, areas = np.unique(number_parts(labels), return_index=True, return_counts=True)
+    rows = sorted(zip(-areas, first, numbers, strict=True))
+    found = [[at for _, at, number in rows if number and labels.flat[at] == class_id] for class_id in kept]
+    return [pixels[0] for pixels in found if pixels]
+
+
+def absorb_one_by_one(labels: UInt8, min_pixels: int, kept: Sequence[int] = ()) -> UInt8:
     """`absorb_small_parts` as it is described: the parts are found anew after each."""
     labels = labels.copy()
+    pixels = first_of_largest(labels, kept)
     while True:
         parts = number_parts(labels)
         numbers, first, areas = np.unique(parts, return_index=True, return_counts=True)
-        touching = borders(parts)
+        staying = {int(parts.flat[pixel]) for pixel in pixels}
+        touching = {number: lengths for number, lengths in borders(parts).items() if number not in staying}
         small = [row for row in zip(areas, first, numbers, strict=True) if row[0] < min_pixels and row[2] in touching]
         if not small:
             return labels
@@ -83,11 +94,13 @@ def absorb_one_by_one(labels: UInt8, min_pixels: int) -> UInt8:
 @given(
     arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.sampled_from((0, 1, 2, 7, 255))),
     st.integers(1, 30),
+    st.lists(st.sampled_from((0, 1, 2, 7, 9, 255)), max_size=4),
 )
-def test_small_parts_are_absorbed_as_described(labels: UInt8, min_pixels: int) -> None:
+def test_small_parts_are_absorbed_as_described(labels: UInt8, min_pixels: int, kept: list[int]) -> None:
     before = labels.copy()
-    absorbed = absorb_small_parts(labels, min_pixels)
-    np.testing.assert_array_equal(absorbed, absorb_one_by_one(labels, min_pixels))
+    absorbed = absorb_small_parts(labels, min_pixels, kept)
+    np.testing.assert_array_equal(absorbed, absorb_one_by_one(labels, min_pixels, kept))
+    assert set(kept) & set(np.unique(before)) <= set(np.unique(absorbed))
     np.testing.assert_array_equal(labels, before)
 
 
@@ -112,6 +125,18 @@ def test_a_speck_in_a_speck_ends_in_what_surrounds_both() -> None:
     assert (absorb_small_parts(labels, 9) == np.where(labels == 2, 4, labels)).all()
 
 
+def test_of_equal_parts_the_first_is_kept() -> None:
+    labels = np.full((6, 9), 4, np.uint8)
+    labels[1, 6:8] = labels[3:5, 1] = labels[5, 8] = 2
+    first = np.full_like(labels, 4)
+    first[1, 6:8] = 2
+    for kept in ([2], [2, 4, 2], [3, 2]):
+        np.testing.assert_array_equal(absorb_small_parts(labels, 3, kept), first)
+    assert (absorb_small_parts(labels, 3, [4]) == 4).all()
+    first[3:5, 1] = 2  # large enough by itself
+    np.testing.assert_array_equal(absorb_small_parts(labels, 2, [2]), first)
+
+
 def test_parts_without_a_neighbour_stay() -> None:
     labels = np.array([[3, 255, 2], [255, 255, 255], [1, 1, 1]], np.uint8)
     np.testing.assert_array_equal(absorb_small_parts(labels, 100), labels)
@@ -125,3 +150,7 @@ def test_small_parts_of_other_arguments() -> None:
         absorb_small_parts(np.zeros((2, 0), np.uint8), 4)
     with pytest.raises(ValueError, match="min_pixels: got 0, expected at least 1"):
         absorb_small_parts(np.zeros((2, 3), np.uint8), 0)
+    with pytest.raises(ValueError, match=r"kept: got \[1, 256\], expected ids of 0\.\.255"):
+        absorb_small_parts(np.zeros((2, 3), np.uint8), 4, [1, 256])
+    with pytest.raises(TypeError, match="kept: got float, expected an integer"):
+        absorb_small_parts(np.zeros((2, 3), np.uint8), 4, [1.0])  # type: ignore[list-item]

@@ -303,5 +303,33 @@ def test_describe_and_palette(bundle: Bundle) -> None:
     np.testing.assert_array_equal(palette[:3], bundle.manifest.palette)
 
 
+SEGMENTER_ROW = "DeepLabV3+ on pseudo-masks"
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("+ round 1 (train)", f"{SEGMENTER_ROW} (val)", "DeepLabV3+ on ground truth (val)"), 1),
+        ((f"{SEGMENTER_ROW} (val)", f"{SEGMENTER_ROW}, seed 3 (val)"), 0),
+        (("+ random walk (train)", "+ dense CRF (train)"), 1),
+        ((), None),
+    ],
+)
+def test_described_ious_are_those_of_the_segmenter(bundle: Bundle, names: tuple[str, ...], shown: int | None) -> None:
+    rows = {name: {"iou": [10.0 + number] * 3} for number, name in enumerate(names)}
+    page = describe(replace(bundle, manifest=replace(bundle.manifest, metrics={"training": rows})))
+    (line,) = (line for line in page.splitlines() if "red thing" in line)
+    assert line.endswith(" -" if shown is None else f" {10 + shown}.00")
+
+
+def test_strings_of_a_bundle_cannot_control_the_terminal(bundle: Bundle) -> None:
+    hostile = {"licences": {"work\x1b[2J": "MIT\x07"}, "note": "a\x9b1mb\r"}
+    training = {"row\x1b[H": {"miou": 5.0}}
+    manifest = replace(bundle.manifest, provenance=hostile, metrics={"training": training})
+    page = describe(replace(bundle, manifest=manifest))
+    assert "work[2J" in page and "a1mb" in page and "mIoU %, row[H" in page
+    assert all(line.isprintable() for line in page.split("\n"))
+
+
 def test_default_bundle_path_is_inside_the_package() -> None:
     assert default_bundle_path().parts[-3:] == ("runtime", "bundles", "voc-animals")

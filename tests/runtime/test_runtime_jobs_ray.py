@@ -147,7 +147,8 @@ def test_nodes_may_leave_and_join(
     segment(corpus, tmp_path / "on-ray", bundle, disturbed(cluster.executor, 3, replace_all))
     assert results(tmp_path / "on-ray") == alone
     assert sorted(journalled(tmp_path / "on-ray")) == list(range(SHARDS))
-    assert capfd.readouterr().err.count(" died") == 2
+    # One message for each actor; on a busy machine also for those that were to replace them and never ran.
+    assert capfd.readouterr().err.count(" died") >= 2
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once(corpus: Path, bundle: Bundle, tmp_path: Path) -> None:

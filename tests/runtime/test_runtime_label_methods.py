@@ -18,7 +18,7 @@ from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.gpu.stages import GpuLabels
 from multisa.runtime.imaging.decode import DecodedImage
 from multisa.runtime.predict import pseudo_labeler
-from multisa.runtime.predict.postprocess import constrain_probabilities, refine
+from multisa.runtime.predict.postprocess import refine, restrict_probabilities
 from multisa.runtime.predict.pseudo_labeler import PseudoLabeler
 from multisa.runtime.predict.walk import GpuWalk
 
@@ -139,16 +139,16 @@ def test_images_of_a_batch_are_labelled_by_themselves(labeler: Make, image: np.n
             np.testing.assert_allclose(maps, label.predict_batch(one[None], (names,))[0][0], atol=1e-6)
 
 
-def test_constrained_probabilities() -> None:
+def test_restricted_probabilities() -> None:
     maps = np.random.default_rng(1).dirichlet(np.ones(5), (6, 7)).transpose(2, 0, 1).astype(np.float32)
     before = maps.copy()
     maps[[0, 2, 4], 3, 3] = 0
-    kept = constrain_probabilities(maps, (2, 4))
+    kept = restrict_probabilities(maps, (2, 4))
     assert kept.shape == (3, 6, 7) and kept.dtype == np.float32
     np.testing.assert_allclose(kept.sum(axis=0), 1, atol=1e-6)
     np.testing.assert_array_equal(kept[:, 3, 3], [1, 0, 0])
     np.testing.assert_allclose(kept[1] * maps[4], kept[2] * maps[2], atol=1e-6)  # proportions are kept
-    np.testing.assert_array_equal(constrain_probabilities(maps, ()), np.ones((1, 6, 7)))
+    np.testing.assert_array_equal(restrict_probabilities(maps, ()), np.ones((1, 6, 7)))
     assert maps[1].tobytes() == before[1].tobytes()  # the argument is not changed
 
 

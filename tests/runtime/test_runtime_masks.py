@@ -143,9 +143,32 @@ def test_of_noise_the_named_classes_remain(seed: int) -> None:
     absorbed, kept = (absorb_parts(mask, limit / mask.size, named) for named in ((), (1, 2, 3)))
     assert set(np.unique(kept)) == {0, *np.unique(mask)}
     for class_id in set(np.unique(kept)) - set(np.unique(absorbed)):
-        assert max(part_sizes(kept, class_id)) == max(part_sizes(mask, class_id)) < limit
+        assert max(part_sizes(kept, class_id)) >= max(part_sizes(mask, class_id))
     assert min(min(part_sizes(absorbed, class_id)) for class_id in np.unique(absorbed)) >= limit
     np.testing.assert_array_equal(absorb_parts(mask, 0, (1, 2, 3)), mask)
+
+
+def test_a_part_of_exactly_the_share_stays() -> None:
+    mask = np.zeros((10, 10), np.uint8)
+    mask[2, 1:8] = 1  # 0.07 * 100 is 7.000000000000001
+    np.testing.assert_array_equal(absorb_parts(mask, 0.07), mask)
+    assert not absorb_parts(mask, 0.0701).any()
+    for size in (3, 7, 11, 49):
+        mask = np.zeros((size, size), np.uint8)
+        mask.flat[: size - 1] = 1
+        np.testing.assert_array_equal(absorb_parts(mask, (size - 1) / mask.size), mask)
+
+
+@pytest.mark.parametrize("limit", ["masks.MAX_PARTS_PIXELS", "enlarge.MAX_VALUES"])
+def test_an_image_too_large_for_a_kernel_is_an_error_of_the_image(
+    bundle: Bundle, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Segmenter(bundle, min_area=0.01) as segment:
+        found = segment(discs(150, 211))
+    assert found.working[0].shape == found.working_size
+    monkeypatch.setattr(f"multisa.kernels.{limit}", 150 * 211 - 1)
+    with pytest.raises(ImageError, match=r"post-processing: .* expected at most 31649.* into tiles"):
+        found.record()
 
 
 def test_the_smallest_area_is_the_bundles_unless_given(bundle: Bundle, tmp_path: Path) -> None:

@@ -102,6 +102,14 @@ def test_unsure_pixels_are_left_open(tar: Path) -> None:
     assert (mask != 255)[sure].all() and (mask == mask_from_probabilities(image))[sure].all()
 
 
+def test_the_lowest_confidence_is_rounded_up(tar: Path) -> None:
+    image = next(read_probabilities(tar))
+    mask, above = (mask_from_probabilities(image, minimum_confidence=limit) for limit in (153.2 / 255, 154 / 255))
+    at_limit = mask_from_probabilities(image, minimum_confidence=153 / 255)
+    np.testing.assert_array_equal(mask, above)
+    assert (at_limit != above).any()
+
+
 def test_small_parts_are_absorbed_as_in_a_run(tar: Path) -> None:
     image = next(read_probabilities(tar))
     limit = 40

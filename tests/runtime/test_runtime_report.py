@@ -268,3 +268,6 @@ def test_overlay_blends_regions_and_outlines_them() -> None:
     assert result[0, 0].tolist() == [100, 100, 100]
     assert result[4, 4].tolist() == [150, 50, 50]
     assert result[2, 4].tolist() == [228, 128, 128]
+    mask[:, 8] = 255  # without a colour
+    again = overlay_mask(rgb, mask, np.array([[9, 9, 9], [200, 0, 0]], np.uint8))
+    np.testing.assert_array_equal(again, result)

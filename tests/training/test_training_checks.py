@@ -13,7 +13,7 @@ from multisa.training import pipeline
 from multisa.training.backbones import in_order
 from multisa.training.config import load_config, preset_names
 from multisa.training.data import read_dataset
-from multisa.training.loop import load_checkpoint, save_checkpoint
+from multisa.training.loop import MovingAverage, load_checkpoint, save_checkpoint
 from multisa.training.pipeline import check_networks, check_run, train
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -35,7 +35,14 @@ def test_presets_name_networks_that_can_be_built(name: str) -> None:
         (["affinity.backbone=test_vit", "affinity.head=features"], "backbone"),
         (["label.class_gain=[1.0]"], "got 1 numbers, expected 2"),
         (["label.class_gain=[1.0, 2.0]", "background_from=yen"], "expected none with background_from=yen"),
+        (["label.background=0.4", "background_from=yen"], r"got 0\.4, expected the default, 0\.3, with"),
         (["relabel.rounds=1", "relabel.teacher.backbone=no_such_net"], "not a timm model"),
+        (["cam.schedule.frozen_levels=6"], r"cam\.schedule\.frozen_levels: got 6, expected at most 5, the levels of"),
+        (["affinity.schedule.frozen_levels=6"], r"affinity\.schedule\.frozen_levels: got 6, expected at most 5"),
+        (
+            ["relabel.rounds=1", "relabel.teacher.schedule.frozen_levels=9"],
+            r"relabel\.teacher\.schedule\.frozen_levels: got 9",
+        ),
     ],
 )
 def test_configurations_that_cannot_go_to_the_end(
@@ -117,6 +124,24 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"damaged .*; delete it and run `multisa train` again"):
             load_checkpoint(path, model)
+
+
+def test_a_checkpoint_without_the_whole_average_is_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "checkpoint.safetensors", torch.nn.Linear(2, 3)
+    average = MovingAverage(model, 0.9)
+    save_checkpoint(path, model, None, {"losses": []})
+    with pytest.raises(CheckpointError, match="got no whole moving average of the weights, expected one; delete it"):
+        load_checkpoint(path, model, None, average)
+    part = MovingAverage(model, 0.9)
+    del part.state["bias"]
+    save_checkpoint(path, model, None, {"losses": []}, part)
+    with pytest.raises(CheckpointError, match="got no whole moving average"):
+        load_checkpoint(path, model, None, average)
+    average.updates = 7
+    save_checkpoint(path, model, None, {"losses": []}, average)
+    restored = MovingAverage(model, 0.9)
+    load_checkpoint(path, model, None, restored)
+    assert restored.updates == 7
 
 
 def test_packaged_weights_are_matched_by_order_kind_and_shape() -> None:

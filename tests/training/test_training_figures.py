@@ -146,7 +146,7 @@ def test_figure6_shows_what_the_run_measured(voc_folder: Path, run_folder: Path)
     figure = FIGURES["figure6"](config, dataset, run_folder, dataset.val)
     assert figure.captions == ("image", "DeepLabV3+", "ground truth")
     for item, strip in zip(dataset.val, figure.strips, strict=True):
-        made = read_mask(run.folder(run_folder, "val") / f"{item.id}.png")
+        made = read_mask(run.folder(run_folder, "segmenter-val") / f"{item.id}.png")
         assert np.array_equal(strip.panels[1], fitted(dataset.mask_palette[made]))
 
 

@@ -55,6 +55,12 @@ def test_soft_loss_of_certain_targets_is_the_hard_loss() -> None:
     mask[0, :2], targets[0, :, :2] = 255, 0.0
     hard = segmentation_loss(logits, mask.to(torch.uint8))
     torch.testing.assert_close(soft_segmentation_loss(logits, targets), hard)
+    # A cell that the image covers by a quarter counts a quarter.
+    weights = torch.ones(2, 1, 4, 5)
+    weights[1] = 0.25
+    each = -(targets * logits.log_softmax(1)).sum(1, keepdim=True)
+    counted = (weights * targets.sum(1, keepdim=True)).sum()
+    torch.testing.assert_close(soft_segmentation_loss(logits, weights * targets), (weights * each).sum() / counted)
     assert soft_segmentation_loss(logits, torch.zeros_like(targets)).item() == 0.0
 
 
@@ -124,11 +130,41 @@ class SharedConvolution(nn.Module):
         return [made, self.norm(made)]
 
 
-def test_a_convolution_that_others_read_is_not_folded() -> None:
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_a_convolution_that_others_read_is_not_folded(is_fresh: bool) -> None:
     network = SharedConvolution().eval()
-    randomise_norms(network)
+    if not is_fresh:
+        randomise_norms(network)
     with folded_norms(network):
         assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_what_is_folded_does_not_depend_on_the_weights() -> None:
+    network = Backbone("test_resnet", weights="none").network
+    folded = []
+    for scale in (1.0, 0.0, 1e6):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(scale)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        random = torch.get_rng_state()
+        with folded_norms(network):
+            folded.append([name for name, module in network.named_modules() if "forward" in vars(module)])
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert folded[0] and folded[0] == folded[1] == folded[2]
+
+
+def test_values_return_when_the_probe_fails() -> None:
+    class Failing(SharedConvolution):
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            raise KeyboardInterrupt
+
+    network = Failing()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), folded_norms(network):
+        pass
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_frozen_levels_do_not_learn() -> None:

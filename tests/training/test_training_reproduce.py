@@ -15,12 +15,15 @@ from multisa.training.commands import PAPER_ITEMS
 from multisa.training.config import load_config
 from multisa.training.data import VOC_CLASSES, read_dataset
 from multisa.training.pipeline import (
+    AS_CONFIGURED,
     DENSE_CRF,
     MULTI_SA_CAM,
     PLAIN_CAM,
     RANDOM_WALK,
     SEGMENTER,
     SUPERVISED,
+    WITH_GAINS,
+    WITHOUT_CRF,
     WITHOUT_TRUTH,
     Row,
     load_run,
@@ -166,17 +169,22 @@ def test_other_settings_leave_the_record_of_the_run(voc_folder: Path, run_folder
 
 
 @pytest.mark.parametrize(
-    ("override", "note"),
-    [("background_from=config", "are those of the settings"), ("background_from=yen", "come from Yen's criterion")],
+    ("overrides", "name", "note"),
+    [
+        (["background_from=config"], AS_CONFIGURED, "are those of the settings"),
+        (["background_from=yen"], WITHOUT_TRUTH, "come from Yen's criterion"),
+        (["background_from=yen", "label.use_crf=false"], WITHOUT_CRF, "come from Yen's criterion"),
+        (["label.class_gain=[1.0, 0.9]"], WITH_GAINS, "the gains of classes are those of the settings"),
+    ],
 )
 def test_table2_keeps_the_papers_protocol_beside_other_masks(
-    voc_folder: Path, run_folder: Path, override: str, note: str
+    voc_folder: Path, run_folder: Path, overrides: list[str], name: str, note: str
 ) -> None:
     plain = reproduce_table("table2", load_config(str(TINY)), read_dataset(voc_folder), run_folder)
-    config = load_config(str(TINY), [override, "paper_rows=false"])
+    config = load_config(str(TINY), [*overrides, "paper_rows=false"])
     table = reproduce_table("table2", config, read_dataset(voc_folder), run_folder)
     assert [(row.name, row.ours) for row in table.rows[:4]] == [(row.name, row.ours) for row in plain.rows]
-    assert [row.name for row in table.rows[4:]] == [f"{WITHOUT_TRUTH} (ours)"]
+    assert [row.name for row in table.rows[4:]] == [f"{name} (ours)"]
     assert table.rows[4].paper is None and table.notes[: len(plain.notes)] == plain.notes
     assert note in table.notes[-2] and table.notes[-1] == "The segmenter trains on the last row."
 

@@ -98,6 +98,7 @@ def config_of_rounds() -> TrainConfig:
     overrides = [
         "background_from=yen",
         "supervised=true",
+        "more_seeds=[3]",
         "relabel.rounds=2",
         "relabel.teacher.start_from_cam=true",
         "segmenter.schedule.ema=0.9",
@@ -147,12 +148,24 @@ def test_every_round_has_a_row_and_finished_stages_are_skipped(
     folder, run = rounds
     names = [row.stage.split(" (")[0] for row in run.rows]
     expected = ["CAM, k = 0", "Multi-SA CAM", "+ random walk", "+ dense CRF", "+ dense CRF, no mask used"]
-    assert names == [*expected, "+ round 1", "+ round 2", SEGMENTER, SUPERVISED]
-    assert [row.measured_on for row in run.rows] == ["train"] * 7 + ["val"] * 2
-    assert run.label_method == "segmenter" and run.segmenter_label == run.config.segmenter_label
+    other = [f"{SEGMENTER}, seed 3", f"{SUPERVISED}, seed 3"]
+    assert names == [*expected, "+ round 1", "+ round 2", SEGMENTER, SUPERVISED, *other]
+    assert [row.measured_on for row in run.rows] == ["train"] * 7 + ["val"] * 4
     before = stage_times(folder)
     assert train(config_of_rounds(), read_dataset(voc_folder), folder) == run == load_run(folder)
     assert stage_times(folder) == before
+
+
+@pytest.mark.slow
+def test_seeds_share_everything_but_the_segmenters(rounds: tuple[Path, RunRecord]) -> None:
+    folder, run = rounds
+    names = [stage.name for stage in run.stages]
+    assert len(names) == len(set(names)) and names.count("cam") == names.count("teacher-1") == 1
+    for name in ("segmenter", "supervised"):
+        first, second = (stored(folder, run, f"{name}{suffix}") for suffix in ("", "-seed-3"))
+        assert (first["inputs"].pop("seed"), second["inputs"].pop("seed")) == (0, 3)
+        assert first["inputs"] == second["inputs"]
+        assert first["results"]["losses"] != second["results"]["losses"]
 
 
 @pytest.mark.slow
@@ -202,13 +215,19 @@ def test_rounds_and_the_supervised_segmenter_are_estimated(rounds: tuple[Path, R
     config, dataset = config_of_rounds(), read_dataset(voc_folder)
     sizes = check_dataset(dataset).sizes
     whole = estimate_training(config, dataset, sizes)
-    plain = estimate_training(replace(config, supervised=False, relabel=load_config(str(TINY)).relabel), dataset, sizes)
+    plain = estimate_training(
+        replace(config, supervised=False, more_seeds=(), relabel=load_config(str(TINY)).relabel), dataset, sizes
+    )
     assert whole is not None and plain is not None
     written = {
         stage.name: sum(path.stat().st_size for path in (folder / stage.folder).iterdir()) for stage in run.stages
     }
     assert whole.disk_bytes == pytest.approx(sum(written.values()), rel=0.03)
-    more = sum(size for name, size in written.items() if name.startswith(("teacher", "relabelled", "supervised")))
+    more = sum(
+        size
+        for name, size in written.items()
+        if name.startswith(("teacher", "relabelled", "supervised", "segmenter-seed"))
+    )
     assert whole.disk_bytes - plain.disk_bytes == pytest.approx(more, rel=0.05)
 
 

@@ -15,7 +15,7 @@ from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, MultisaError, UsageError
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
 from multisa.runtime.imaging.decode import read_mask, resize_mask
-from multisa.training.augment import AugmentedImages, jitter_colours, random_view
+from multisa.training.augment import PADDING, AugmentedImages, jitter_colours, random_view
 from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, load_config, preset_names
 from multisa.training.data import read_dataset
 from multisa.training.inference import save_maps
@@ -36,6 +36,8 @@ def test_presets_are_valid(name: str) -> None:
     ("override", "message"),
     [
         ("cam.epoch=3", "unknown key 'epoch'; valid keys: backbone"),
+        ("more_seeds=[1, 1]", "more_seeds: got"),
+        ("more_seeds=[0]", "that differ from seed"),
         ("cam.schedule.epochs=many", "expected int"),
         ("cam.schedule.epochs=1.5", "expected int"),
         ("affinity.head=edges", "expected one of 'features', 'boundary'"),
@@ -61,8 +63,10 @@ def test_presets_are_valid(name: str) -> None:
         ("segmenter.schedule.frozen_levels=-1", "frozen_levels: got -1, expected at least 0"),
         ("relabel.rounds=-1", "rounds: got -1, expected at least 0"),
         ("relabel.crf_share=1.5", "crf_share: got 1.5, expected within 0..1"),
-        ("relabel.scales=[]", "scales: got (), expected one or more numbers above 0"),
-        ("relabel.scales=[1.0, 0.0]", "expected one or more numbers above 0"),
+        ("relabel.scales=[]", "scales: got (), expected one or more multiples of 1/16"),
+        ("relabel.scales=[1.0, 0.0]", "expected one or more multiples of 1/16"),
+        ("relabel.scales=[1.0, 1.3]", "expected one or more multiples of 1/16"),
+        ("label_method=cam", "expected one of 'segmenter', 'walk'"),
         ("min_area=1.0", "min_area: got 1.0, expected a share from 0, below 1"),
         ("background_from=masks", "expected one of 'yen', 'config', 'train-masks'"),
         (
@@ -194,9 +198,8 @@ def test_a_view_is_the_same_for_image_mask_and_maps(crop: int) -> None:
     random = np.random.default_rng(0)
     values = np.arange(40 * 70, dtype=np.uint8).reshape(40, 70) % 200
     view = random_view(values.shape, Schedule(crop=crop, resize=(70, 70)), random)
-    image, mask, maps = (
-        view.of_image(np.dstack([values] * 3)), view.of_mask(values), view.of_maps(values[None].astype(np.float32))
-    )  # fmt: skip
+    image = view.of_image(np.dstack([values] * 3), lambda resized: resized)
+    mask, maps = view.of_mask(values), view.of_maps(values[None].astype(np.float32))
     assert image.shape == (crop, crop, 3) and mask.shape == (crop, crop) and maps.shape == (1, crop, crop)
     inside = mask != 255
     assert inside.sum() == 40 * min(70, crop)
@@ -229,6 +232,19 @@ def test_colours_change_within_the_strength_only() -> None:
     changed = jitter_colours(image, 0.3, np.random.default_rng(0))
     assert changed.dtype == np.uint8 and changed.shape == image.shape and (changed != image).any()
     assert 0.7 * 0.7 * 58 - 2 <= changed.mean() <= 1.3 * 1.3 * 58 + 2
+
+
+def test_colours_around_the_image_do_not_change(voc_folder: Path) -> None:
+    # Every image is smaller than the crop.
+    schedule = Schedule(crop=128, resize=(64, 64), colour_jitter=0.5)
+    items = read_dataset(voc_folder).train
+    samples = AugmentedImages(items, schedule, TrainConfig(), n_classes=3, masks=voc_folder / "SegmentationClass")
+    for index in range(len(samples)):
+        image, mask = samples[index]
+        rows, columns = np.nonzero(mask.numpy() != 255)
+        outside = np.ones(mask.shape, bool)
+        outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
+        assert outside.any() and (image.numpy()[outside] == PADDING).all()
 
 
 class Line(nn.Module):
@@ -272,8 +288,17 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path: Path, ema: f
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "b", epochs=4, stop_after=7, ema=ema)
     resumed = fit(tmp_path / "b", epochs=4, ema=ema)
+    finished = fit(tmp_path / "b", epochs=4, ema=ema)  # everything is in the last checkpoint
     for key, value in whole.items():
-        assert torch.equal(value, resumed[key]), key
+        assert torch.equal(value, resumed[key]) and torch.equal(value, finished[key]), key
+
+
+def test_the_last_checkpoint_holds_the_average_once(tmp_path: Path) -> None:
+    fit(tmp_path, epochs=2, ema=0.9)
+    last = (tmp_path / "checkpoint.safetensors").stat().st_size
+    (tmp_path / "plain").mkdir()
+    fit(tmp_path / "plain", epochs=2)
+    assert last == pytest.approx((tmp_path / "plain" / "checkpoint.safetensors").stat().st_size, abs=64)
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
@@ -361,7 +386,10 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
     changed = train(load_config(str(TINY), ["segmenter.decoder_channels=8"]), read_dataset(voc_folder), run_folder)
     after = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/stage.json")}
     assert {path: after[path] for path in before} == before
-    assert sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys()) == ["segmenter", "val"]
+    assert sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys()) == [
+        "segmenter",
+        "segmenter-val",
+    ]
     assert changed.folder(run_folder, "walk") == first.folder(run_folder, "walk")
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from multisa.runtime.cli.main import root as root_command
-from multisa.runtime.errors import UsageError
+from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.imaging.decode import read_mask
@@ -89,7 +89,8 @@ def page(run_folder: Path, voc_folder: Path, tmp_path_factory: pytest.TempPathFa
 
 def facts_of(page: str) -> tuple[list[list[int]], dict[str, list[float | None]]]:
     (found,) = re.findall(r'<script type="application/json" id="facts">(.*?)</script>', page)
-    colours, curves = json.loads(found)
+    colours, curves, reach = json.loads(found)
+    assert reach == REACH
     return colours, curves
 
 
@@ -128,7 +129,7 @@ def test_the_page_tells_how_the_score_was_chosen(page: str, run_folder: Path) ->
         )
         assert float(row[0]) == pytest.approx(own, abs=2e-3) and float(row[1]) == pytest.approx(gain, abs=0.005)
     (slider,) = (found for found in Elements(page).all("input") if found["type"] == "range")
-    assert slider["value"] == f"{run.label.background:.3f}"
+    assert (slider["value"], slider["step"]) == (f"{run.label.background:.3f}", "0.001")
 
 
 def test_curves_are_those_of_the_masks(page: str, run_folder: Path, voc_folder: Path) -> None:
@@ -201,16 +202,37 @@ def test_names_are_text(run_folder: Path, voc_folder: Path, tmp_path: Path) -> N
 def test_what_is_refused(run_folder: Path, voc_folder: Path, tmp_path: Path) -> None:
     dataset, path = read_dataset(voc_folder), tmp_path / "tune.html"
     with pytest.raises(UsageError, match=r"run\.json: missing; expected the output folder of a finished"):
-        write_tune_page(tmp_path, dataset, path)
+        write_tune_page(tmp_path, dataset, path, num_images=1)
     (tmp_path / "run").mkdir()
     shutil.copy(run_folder / RUN_RECORD, tmp_path / "run")
     with pytest.raises(UsageError, match="got no finished stage, expected one; run `multisa train` again"):
-        write_tune_page(tmp_path / "run", dataset, path)
+        write_tune_page(tmp_path / "run", dataset, path, num_images=1)
     with pytest.raises(UsageError, match=r"got other images, classes or labels than .* was trained on"):
-        write_tune_page(run_folder, replace(dataset, train_images=dataset.train_images[1:]), path)
+        write_tune_page(run_folder, replace(dataset, train_images=dataset.train_images[1:]), path, num_images=1)
     with pytest.raises(UsageError, match="got --masks, but no image of the train list has a mask; leave it out"):
-        write_tune_page(run_folder, replace(dataset, train=()), path, with_masks=True)
+        write_tune_page(run_folder, replace(dataset, train=()), path, num_images=1, with_masks=True)
+    folder = Path(shutil.copytree(run_folder, tmp_path / "whole"))
+    (load_run(folder).folder(folder, "walk") / "photo_03.npy").unlink()
+    with pytest.raises(MultisaError, match=r"photo_03\.npy: missing, .*; run `multisa train` again"):
+        write_tune_page(folder, dataset, path, num_images=1)
     assert not path.exists()
+
+
+def test_only_earlier_pages_are_replaced(run_folder: Path, voc_folder: Path, tmp_path: Path) -> None:
+    dataset, path = read_dataset(voc_folder), tmp_path / "tune.html"
+    path.write_text("<!doctype html><title>mine</title>")
+    for wrong, message in (
+        (path, "exists and is no page of `multisa tune`"),
+        (tmp_path / "tune.txt", r"got a name without \.html"),
+        (voc_folder / "tune.html", "is inside the data set"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            write_tune_page(run_folder, dataset, wrong, num_images=1)
+    assert path.read_text() == "<!doctype html><title>mine</title>" and not (voc_folder / "tune.html").exists()
+    path.unlink()
+    for count in (1, 2):
+        write_tune_page(run_folder, dataset, path, num_images=count)
+        assert len(Elements(path.read_text(encoding="utf-8")).all("article")) == count
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from multisa.training.pipeline import (
     RUN_RECORD,
     SEGMENTER,
     SUPERVISED,
-    WITHOUT_TRUTH,
     Measurement,
     Row,
     RunRecord,
@@ -30,6 +29,7 @@ from multisa.training.pipeline import (
     count_images,
     load_run,
     make_pseudo_labels,
+    name_of_masks,
     run_stages,
 )
 from multisa.training.reproduce import paper
@@ -166,9 +166,15 @@ def _table2(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
 def _notes_on_own_rows(config: TrainConfig, measured: Sequence[Measurement]) -> list[str]:
     """Notes on the rows of Table 2 that the paper does not have."""
     notes = []
-    if any(one.name == WITHOUT_TRUTH for one in measured):
-        source = "come from Yen's criterion" if config.background_from == "yen" else "are those of the settings"
-        notes.append(f'"{WITHOUT_TRUTH}": the background score and the gains of classes {source}.')
+    own = name_of_masks(config)
+    if own not in paper.TABLE2 and any(one.name == own for one in measured):
+        sources = {
+            "yen": "the background score and the gains of classes come from Yen's criterion",
+            "config": "the background score and the gains of classes are those of the settings",
+            "train-masks": "the background score is chosen on masks of train, the gains of classes are those of the "
+            "settings",
+        }
+        notes.append(f'"{own}": {sources[config.background_from]}.')
     if config.relabel.rounds:
         notes.append("Rounds: a segmenter trained on the row before labels the train images again.")
     if notes:

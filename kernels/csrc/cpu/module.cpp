@@ -186,11 +186,12 @@ bool enlarge(const Floats& probabilities, const Bytes& ids, Bytes& labels, Bytes
     return kernels.enlarge(problem, workspace.floats());
 }
 
-void absorb_small_parts(const Bytes& mask, Bytes& out, std::uint64_t min_pixels) {
+void absorb_small_parts(const Bytes& mask, Bytes& out, std::uint64_t min_pixels, const Bytes& kept) {
     const std::uint8_t* from = mask.data();
     std::uint8_t* to = out.mutable_data();
     const py::gil_scoped_release released;
-    multisa::SmallParts(from, mask.shape(0), mask.shape(1), to).absorb(min_pixels);
+    multisa::SmallParts parts(from, mask.shape(0), mask.shape(1), to);
+    parts.absorb(min_pixels, kept.data(), static_cast<std::size_t>(kept.size()));
 }
 
 // Measured multiply-adds a second of one thread, in float32.

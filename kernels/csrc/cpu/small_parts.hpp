@@ -6,6 +6,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -32,9 +34,11 @@ public:
         for_each_run([&](Index run, std::size_t, Index length) { area_[part_of(run)] += length; });
     }
 
-    // Absorb all parts of fewer than `min_pixels` pixels, and write what changes.
-    void absorb(std::uint64_t min_pixels) {
+    // Absorb all parts of fewer than `min_pixels` pixels, except the largest part of each class of `kept`, and write
+    // what changes.
+    void absorb(std::uint64_t min_pixels, const std::uint8_t* kept = nullptr, std::size_t n_kept = 0) {
         min_pixels_ = min_pixels;
+        keep_largest(kept, n_kept);
         std::vector<std::uint64_t> queue;  // area and part, the smallest on top
         for (Index run = 0; run < size(); ++run)
             if (parent_[run] == run && is_small(run)) queue.push_back(key(run));
@@ -73,7 +77,7 @@ private:
     };
 
     Index size() const { return static_cast<Index>(ends_.size()); }
-    bool is_small(Index part) const { return area_[part] < min_pixels_ && ids_[part] != IGNORED; }
+    bool is_small(Index part) const { return area_[part] < min_pixels_ && ids_[part] != IGNORED && !is_kept_[part]; }
     std::uint64_t key(Index part) const { return std::uint64_t{area_[part]} << 32 | part; }
 
     void add_row(const std::uint8_t* row, std::uint8_t* out) {
@@ -124,6 +128,20 @@ private:
         return parent_[other] = one;
     }
 
+    // Mark the largest part of each class, of equals the first. One that is large enough stays in any case.
+    void keep_largest(const std::uint8_t* classes, std::size_t n_classes) {
+        is_kept_.assign(ends_.size(), 0);
+        if (n_classes == 0) return;
+        std::array<Index, 256> largest;
+        largest.fill(NONE);
+        for (Index run = 0; run < size(); ++run) {
+            Index& part = largest[ids_[run]];
+            if (parent_[run] == run && (part == NONE || area_[run] > area_[part])) part = run;
+        }
+        for (std::size_t i = 0; i < n_classes; ++i)
+            if (largest[classes[i]] != NONE) is_kept_[largest[classes[i]]] = 1;
+    }
+
     void list_borders() {
         first_border_.assign(ends_.size(), NONE);
         last_border_.assign(ends_.size(), NONE);
@@ -172,6 +190,7 @@ private:
             if (ids_[neighbour] != id) continue;
             const Index both = join(part, neighbour), joined = both == part ? neighbour : part;
             area_[both] += area_[joined];
+            is_kept_[both] |= is_kept_[joined];
             append_borders(both, first_border_[joined], last_border_[joined]);
             part = both;
         }
@@ -187,6 +206,7 @@ private:
     std::vector<std::uint8_t> ids_;    // [runs], of a part at its first run
     std::vector<Index> parent_;        // [runs]
     std::vector<Index> area_;          // [runs], at the first run of each part
+    std::vector<std::uint8_t> is_kept_;  // [runs], at the first run of each part: 1 if it is never absorbed
     std::vector<Border> borders_;
     std::vector<Index> first_border_, last_border_;  // [runs], at the first run of each small part
     std::vector<Index> neighbours_;    // of the part that is being absorbed

@@ -147,7 +147,7 @@ bool encode_masks() {
     return true;
 }
 
-// Small parts of noise; once they are gone, nothing is left to do.
+// Small parts of noise; once they are gone, nothing is left to do. Of a class that is kept something remains.
 bool absorb_parts() {
     Random random;
     for (const auto& [height, width] : {std::pair<long, long>{1, 1}, {1, 301}, {300, 1}, {65, 129}})
@@ -157,6 +157,10 @@ bool absorb_parts() {
             multisa::SmallParts(mask.data(), height, width, once.data()).absorb(30);
             multisa::SmallParts(once.data(), height, width, twice.data()).absorb(30);
             if (once != twice) return false;
+            const std::uint8_t kept[] = {mask.front(), mask.back()};
+            multisa::SmallParts(mask.data(), height, width, once.data()).absorb(mask.size() + 1, kept, 2);
+            for (const std::uint8_t id : kept)
+                if (std::find(once.begin(), once.end(), id) == once.end()) return false;
         }
     return true;
 }
