@@ -21,10 +21,11 @@ from multisa.benchmarks.harness import environment, make_parser, save_results
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
 from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.runtime.predict.postprocess import with_gains
 from multisa.training.data import Dataset, read_dataset
 from multisa.training.inference import load_maps
 from multisa.training.pipeline import load_run
-from multisa.training.thresholds import SCORE_BINS, yen_threshold
+from multisa.training.thresholds import count_strongest, yen_threshold
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -88,11 +89,8 @@ def images(dataset: Dataset, walked: Path, names: Sequence[str]) -> list[Image]:
 def measure(found: Sequence[Image]) -> Mapping[str, Any]:
     """mIoU in percent at the chosen and at the best thresholds."""
     n_classes = 1 + max(int(image.class_ids.max()) for image in found)
-    counts = np.zeros((n_classes, SCORE_BINS), np.int64)
-    for image in found:
-        step = np.clip((image.maps.max(0) * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
-        index = image.class_ids[image.maps.argmax(0)] * SCORE_BINS + step
-        counts += np.bincount(index.ravel(), minlength=counts.size).reshape(counts.shape)
+    counts = sum(count_strongest(image.maps, image.class_ids.tolist(), n_classes) for image in found)
+    assert isinstance(counts, np.ndarray)
     background = yen_threshold(counts.sum(0))
     gains = np.array([background / yen_threshold(row) if row.any() else 1.0 for row in counts[1:]])
     with_masks = [image for image in found if image.ground_truth is not None]
@@ -101,7 +99,7 @@ def measure(found: Sequence[Image]) -> Mapping[str, Any]:
         confusion = np.zeros((n_classes, n_classes), np.int64)
         for image in with_masks:
             assert image.ground_truth is not None
-            maps = image.maps[:, ::EVERY, ::EVERY] * tried[image.class_ids - 1, None, None].astype(np.float32)
+            maps = with_gains(image.maps[:, ::EVERY, ::EVERY], image.class_ids.tolist(), tuple(tried))
             labels = np.where(maps.max(0) >= score, image.class_ids[maps.argmax(0)], 0)
             confusion += confusion_matrix(labels.astype(np.uint8), image.ground_truth, n_classes)
         return 100 * mean_iou(confusion)

@@ -4,11 +4,11 @@ import numpy as np
 
 from multisa.export.parity import Outputs
 from multisa.kernels import enlarge_probabilities
-from multisa.kernels.enlarge import ROUNDING
+from multisa.kernels.enlarge import are_probabilities
 from multisa.runtime.bundle import BundleParameters, LabelParameters, SegmenterLabelParameters
 from multisa.runtime.imaging.decode import UInt8
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.predict.postprocess import Float32, pseudo_mask, refine, restrict_probabilities, walk_scores
+from multisa.runtime.predict.postprocess import pseudo_mask, refine, restrict_probabilities, walk_scores
 
 
 def add_masks(image: UInt8, classes: tuple[int, ...], outputs: Outputs, parameters: BundleParameters) -> None:
@@ -30,7 +30,7 @@ def add_labels(image: UInt8, outputs: Outputs) -> None:
         return
     probabilities = np.asarray(outputs["probabilities"], np.float32)[0]
     labels, confidence = _no_mask(image)
-    if _are_probabilities(probabilities):
+    if are_probabilities(probabilities):
         labels, confidence = enlarge_probabilities(probabilities, (image.shape[0], image.shape[1]))
     outputs |= {"labels": labels, "confidence": confidence}
 
@@ -44,7 +44,7 @@ def add_segmenter_pseudo_mask(
     """
     probabilities = np.asarray(outputs["probabilities"], np.float32)[0]
     mask, confidence = _no_mask(image)
-    if _are_probabilities(probabilities):
+    if are_probabilities(probabilities):
         restricted = restrict_probabilities(probabilities, classes)
         refined = refine(image, restricted, parameters.crf if parameters.use_crf else None)
         mask, confidence = enlarge_probabilities(refined, (image.shape[0], image.shape[1]), (0, *classes))
@@ -70,10 +70,6 @@ def add_pseudo_mask(image: UInt8, classes: tuple[int, ...], outputs: Outputs, pa
     # A NaN in a map that is left out still counts.
     finite = bool(np.isfinite(np.asarray(outputs["cam"], np.float32)).all())
     outputs["cam"] = cam[None] if finite else np.full_like(cam[None], np.nan)
-
-
-def _are_probabilities(values: Float32) -> bool:
-    return bool((np.abs(values - 0.5) <= 0.5 + ROUNDING).all())  # of NaN nothing is true
 
 
 def _no_mask(image: UInt8) -> tuple[UInt8, UInt8]:

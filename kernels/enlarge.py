@@ -62,7 +62,7 @@ def enlarge_probabilities(
     if chosen == "cuda":
         from multisa.kernels.cuda import calls
 
-        if isinstance(probabilities, np.ndarray) and not _in_range(probabilities):
+        if isinstance(probabilities, np.ndarray) and not are_probabilities(probabilities):
             raise _value_error(probabilities)
         sizes = (height, width)
         enlarged: tuple[UInt8, UInt8] = calls.enlarge_on_device(
@@ -98,8 +98,9 @@ def _checked_ids(class_ids: Sequence[int] | None, classes: int) -> UInt8:
     return ids.astype(np.uint8)
 
 
-def _in_range(probabilities: Float32) -> bool:
-    return bool(probabilities.min() >= -ROUNDING and probabilities.max() <= 1 + ROUNDING)
+def are_probabilities(values: Float32) -> bool:
+    """Whether float32 values of any shape, at least one, are in [0, 1] up to ROUNDING; NaN is not."""
+    return bool(values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING)
 
 
 def _value_error(probabilities: Float32) -> ValueError:

@@ -18,7 +18,7 @@ from multisa.runtime.errors import DatasetError
 from multisa.runtime.evaluation import confusion_matrix, iou_per_class, mean_iou
 from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_masks, resize_maps
+from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_masks, resize_maps, with_gains
 from multisa.training.config import AFFINITY_MARGIN, AffinityLabelConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
 from multisa.training.inference import for_each_item, load_maps, save_array
@@ -144,17 +144,15 @@ def strongest_scores(folder: Path, items: Iterable[Item], n_classes: int, class_
     for item in items:
         if item.classes:
             maps = with_gains(load_maps(folder / f"{item.id}.npy"), item.classes, class_gain)
-            step = np.clip((maps.max(0) * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
-            index = np.array(item.classes)[maps.argmax(0)] * SCORE_BINS + step
-            counts += np.bincount(index.ravel(), minlength=counts.size).reshape(counts.shape)
+            counts += count_strongest(maps, item.classes, n_classes)
     return counts
 
 
-def with_gains(maps: Float32, class_ids: tuple[int, ...], class_gain: tuple[float, ...]) -> Float32:
-    """Multiply maps float32 [C, h, w] of `class_ids` by the gains of their classes, if there are any."""
-    if not class_gain:
-        return maps
-    return maps * np.array([class_gain[class_id - 1] for class_id in class_ids], np.float32)[:, None, None]
+def count_strongest(maps: Float32, class_ids: Sequence[int], n_classes: int) -> Counts:
+    """`strongest_scores` of one image: maps float32 [C, h, w] of `class_ids`, at least one."""
+    step = np.clip((maps.max(0) * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
+    index = np.array(class_ids)[maps.argmax(0)] * SCORE_BINS + step
+    return np.bincount(index.ravel(), minlength=n_classes * SCORE_BINS).reshape(n_classes, SCORE_BINS)
 
 
 def yen_threshold(counts: Counts) -> float:

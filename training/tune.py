@@ -20,7 +20,7 @@ from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.imaging.decode import read_mask, resize_image, resize_mask, working_size
 from multisa.runtime.imaging.png import display_palette
-from multisa.runtime.predict.postprocess import Float32, UInt8
+from multisa.runtime.predict.postprocess import Float32, UInt8, with_gains
 from multisa.runtime.progress import Progress, pluralize
 from multisa.runtime.report.page import (
     Colours,
@@ -34,15 +34,7 @@ from multisa.training.data import Dataset, Item, read_working_image, spread
 from multisa.training.inference import load_maps
 from multisa.training.pipeline import RunRecord, load_run
 from multisa.training.stage_cache import load_stage
-from multisa.training.thresholds import (
-    BINS,
-    SCORE_BINS,
-    Counts,
-    ThresholdSweep,
-    strongest_scores,
-    with_gains,
-    yen_threshold,
-)
+from multisa.training.thresholds import BINS, SCORE_BINS, Counts, ThresholdSweep, strongest_scores, yen_threshold
 
 LONG_SIDE = 320  # pixels of the images on the page
 JPEG_QUALITY = 80

@@ -69,16 +69,20 @@ def pseudo_masks(
     size = (image.shape[0], image.shape[1])
     if not class_ids:
         return [background_mask(size)] * len(backgrounds)
-    full = resize_maps(scores, size)
-    if parameters.class_gain:
-        gains = np.array([parameters.class_gain[class_id - 1] for class_id in class_ids], np.float32)
-        full = full * gains[:, None, None]
+    full = with_gains(resize_maps(scores, size), class_ids, parameters.class_gain)
     crf = DenseCRF(image, parameters.crf) if parameters.use_crf else None
     masks = []
     for background in backgrounds:
         walked = background_and_foreground(full, background)
         masks.append(choose_classes(walked, walked if crf is None else crf.infer(walked), class_ids))
     return masks
+
+
+def with_gains(maps: Float32, class_ids: Sequence[int], class_gain: tuple[float, ...]) -> Float32:
+    """Multiply maps float32 [C, h, w] of `class_ids` by the gains of their classes, if there are any."""
+    if not class_gain:
+        return maps
+    return maps * np.array([class_gain[class_id - 1] for class_id in class_ids], np.float32)[:, None, None]
 
 
 def background_and_foreground(scores: Float32, background: float) -> Float32:

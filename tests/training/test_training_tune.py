@@ -20,7 +20,7 @@ from multisa.runtime.errors import MultisaError, UsageError
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
 from multisa.runtime.files import write_json_atomically
 from multisa.runtime.imaging.decode import read_mask
-from multisa.runtime.predict.postprocess import resize_maps
+from multisa.runtime.predict.postprocess import resize_maps, with_gains
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.report.page import script_hash
 from multisa.training.config import load_config
@@ -28,7 +28,7 @@ from multisa.training.data import Dataset, read_dataset
 from multisa.training.inference import load_maps
 from multisa.training.pipeline import RUN_RECORD, RunStages, StageRecord, load_run, make_pseudo_labels
 from multisa.training.stage_cache import StageCache
-from multisa.training.thresholds import SCORE_BINS, with_gains
+from multisa.training.thresholds import SCORE_BINS
 from multisa.training.tune import REACH, SCORES, write_tune_page
 
 pytestmark = pytest.mark.slow
