@@ -1,6 +1,8 @@
-"""Running networks and other work over many images: devices, threads, resumable loops, map files."""
+"""Running networks and other work over many images: devices, memory, threads, resumable loops, map files."""
 
+import ctypes
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +20,10 @@ from multisa.runtime.progress import Progress
 from multisa.training.config import TrainConfig
 from multisa.training.data import Item
 
+# Parameters of mallopt(3), from <malloc.h>.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
 
 def torch_device(config: TrainConfig) -> torch.device:
     """The device a configuration asks for. Raises BackendUnavailable for CUDA where torch has none."""
@@ -29,6 +35,19 @@ def torch_device(config: TrainConfig) -> torch.device:
             "driver, or set device=auto"
         )
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for this process instead of returning it to the system.
+
+    Every training step frees and allocates the same large tensors. By default glibc returns each to the system and
+    gets it back page by page: a step of the segmenter of `lite0` on two CPU cores took 1.29 times as long. Results
+    do not change. Does nothing where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def for_each_item(

@@ -23,6 +23,7 @@ from multisa.training.backbones import check_weights
 from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, log_findings
 from multisa.training.data_check import check_dataset
+from multisa.training.inference import keep_freed_memory, torch_device
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import ModelConfig, create_model
 from multisa.training.stage_cache import Results, Stage, StageCache
@@ -157,6 +158,8 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
 def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
     check_run(config, dataset, output)
+    if torch_device(config).type == "cpu":
+        keep_freed_memory()
     cache = StageCache(output)
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)
