@@ -12,6 +12,7 @@ from torch import nn
 
 from multisa.export.compare import run_all, truth_of
 from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
+from multisa.export.label_method import MethodEvidence, compare_label_methods
 from multisa.export.licences import Origin, licence_files, origins_of
 from multisa.export.model_card import model_card
 from multisa.export.output_masks import add_masks
@@ -26,25 +27,27 @@ from multisa.export.report import (
     report_to_bytes,
 )
 from multisa.export.to_onnx import onnx_from_module
-from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
+from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, Backend, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from multisa.runtime.bundle import Bundle, BundleParameters, Manifest, check_replaceable, write_bundle
+from multisa.runtime.bundle import Bundle, BundleParameters, LabelMethod, Manifest, check_replaceable, write_bundle
 from multisa.runtime.bundle.manifest import SCHEMA_VERSION
 from multisa.runtime.bundle.storage import MODEL_CARD
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text, write_bytes_atomically
 from multisa.runtime.imaging.png import IGNORE_INDEX
-from multisa.runtime.progress import Progress
+from multisa.runtime.progress import Progress, log
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import installed_versions
 from multisa.training.affinity_net import head_stride
-from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.data import Dataset, Item, read_working_image, spread
 from multisa.training.inference import as_batch
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM
 from multisa.training.pipeline import RunRecord, load_run
 from multisa.training.segmenter import SegmentImages
+
+METHOD_IMAGES = 128  # to compare the methods of `multisa label` on
 
 PREPROCESSING = (
     "EXIF orientation applied, RGB, 8 bits",
@@ -106,8 +109,10 @@ def export_bundle(
 
     run: the output folder of a finished `multisa train`. dataset: the data set it was trained on, as
     `multisa.training.read_dataset` reads it. Every graph is compared with its PyTorch network (not folded) on
-    images of the weak list. The bundle holds the figures in bundle.json and the whole report in parity.json, a
-    model card, and NOTICE with the licences of the backbones' weights; a bundle already in `output` is replaced.
+    images of the weak list. With `label_method` "auto" the bundle gets the method whose pseudo-masks the CAM
+    network's classifier explains best (label_method.py). The bundle holds the figures in bundle.json and the whole
+    report in parity.json, a model card, and NOTICE with the licences of the backbones' weights; a bundle already in
+    `output` is replaced.
 
     Raises ParityError, and writes nothing but `options.report`, if a figure is beyond its limit. Raises
     UsageError for a folder without a finished run, another data set than the run's, or options that cannot be
@@ -135,7 +140,8 @@ def export_bundle(
     if options.report:
         write_bytes_atomically(options.report, files[REPORT_NAME])
     parity.require("the exported graphs answer differently from the networks")
-    manifest = _manifest(record, parity, origins)
+    evidence = compare_methods(record, graphs, files, dataset)
+    manifest = _manifest(record, parity, origins, evidence)
     files |= licences
     files[MODEL_CARD] = model_card(record, manifest.parameters, files, origins, known_failures).encode()
     bundle = write_bundle(output, manifest, files)
@@ -146,9 +152,8 @@ def compare_with_networks(
     run: RunRecord, graphs: tuple[Graph, ...], files: dict[str, bytes], items: tuple[Item, ...]
 ) -> ParityReport:
     """Compare the graphs, ONNX `files` by name, with the networks, including the pseudo-masks of both."""
-    threads = torch.get_num_threads()
     parameters = parameters_of_run(run)
-    backends = [OnnxRuntimeBackend(files[graph_file(g.contract)], threads=threads, contract=g.contract) for g in graphs]
+    backends = _on_cpu(graphs, files)
 
     def pairs() -> Iterator[Compared]:
         with Progress(len(items), "parity") as bar:
@@ -167,6 +172,28 @@ def compare_with_networks(
                 bar.advance()
 
     return measure_parity(pairs(), n_classes=len(run.classes))
+
+
+def compare_methods(
+    run: RunRecord, graphs: tuple[Graph, ...], files: dict[str, bytes], dataset: Dataset
+) -> MethodEvidence | None:
+    """Compare both methods of `multisa label` on images of the weak list; None unless the run asks for it."""
+    labelled = spread([item for item in dataset.train_images if item.classes], METHOD_IMAGES)
+    if run.config.label_method != "auto" or not labelled:
+        return None
+    maps = next(graph.reference for graph in graphs if graph.contract == CAM)
+    assert isinstance(maps, MultiScaleCAM)
+    network, backends = maps.network, _on_cpu(graphs, files)
+    evidence = compare_label_methods(network, backends, labelled, parameters_of_run(run), run.config.long_side)
+    for method, score in evidence.scores.items():
+        log.info(f"label method {method}: evidence {score:.3f} ({evidence.images} images, no mask used)")
+    log.info(f"label method of the bundle: {evidence.best}")
+    return evidence
+
+
+def _on_cpu(graphs: tuple[Graph, ...], files: dict[str, bytes]) -> list[Backend]:
+    threads = torch.get_num_threads()
+    return [OnnxRuntimeBackend(files[graph_file(g.contract)], threads=threads, contract=g.contract) for g in graphs]
 
 
 def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
@@ -203,13 +230,18 @@ def _convert(
     return files, tuple(written)
 
 
-def parameters_of_run(run: RunRecord) -> BundleParameters:
-    """The parameters of the bundle, from those that the run used and chose."""
+def parameters_of_run(run: RunRecord, evidence: MethodEvidence | None = None) -> BundleParameters:
+    """The parameters of the bundle, from those that the run used and chose.
+
+    evidence: what `label_method` "auto" stands for; without any, the segmenter.
+    """
+    configured = run.config.label_method
+    chosen: LabelMethod = evidence.best if evidence else "segmenter"
     return BundleParameters(
         long_side=run.config.long_side,
         cam_scales=run.config.cam.scales,
         walk_stride=head_stride(run.config.affinity.head),
-        label_method=run.config.label_method,
+        label_method=chosen if configured == "auto" else configured,
         label=run.label,
         segmenter_label=run.config.segmenter_label,
         min_area=run.config.min_area,
@@ -217,17 +249,24 @@ def parameters_of_run(run: RunRecord) -> BundleParameters:
     )
 
 
-def _manifest(run: RunRecord, report: ParityReport, origins: Sequence[Origin]) -> Manifest:
-    measured = {f"{row.stage} ({row.measured_on})": {"miou": row.miou, "iou": row.iou} for row in run.rows}
+def _manifest(
+    run: RunRecord, report: ParityReport, origins: Sequence[Origin], evidence: MethodEvidence | None
+) -> Manifest:
+    metrics: dict[str, Any] = {
+        "training": {f"{row.stage} ({row.measured_on})": {"miou": row.miou, "iou": row.iou} for row in run.rows},
+        "parity": report.as_json(),
+    }
+    if evidence:
+        metrics["label_method"] = evidence.as_json()
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=run.config.name,
         classes=run.classes,
         palette=run.palette,
         ignore_index=IGNORE_INDEX,
-        parameters=parameters_of_run(run),
+        parameters=parameters_of_run(run, evidence),
         preprocessing=PREPROCESSING,
-        metrics={"training": measured, "parity": report.as_json()},
+        metrics=metrics,
         provenance={
             "config": record_to_dict(run.config),
             "data_digest": run.data_digest,

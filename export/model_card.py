@@ -14,6 +14,7 @@ like those it was trained on. Masks are least certain along outlines and for sma
 uncertainty for every image, to choose what to review. A person has to review masks that decide about people or
 their safety."""
 _CONFIGURED = "the configuration"
+_EVIDENCE = "the CAM network's classifier, on the masks of both methods (`metrics.label_method`)"
 _YEN = "Yen's criterion on the maps of the images trained on"
 
 
@@ -91,12 +92,13 @@ def _thresholds(run: RunRecord, parameters: BundleParameters) -> Iterator[str]:
         certainty = (f"foreground {certain.foreground:g}, background {certain.background:g}", _CONFIGURED)
     scores = ", ".join(f"{name} {score:g}" for name, score in parameters.score_thresholds.items())
     gains = zip(run.classes[1:], label.class_gain, strict=False)
+    method = _EVIDENCE if run.config.label_method == "auto" else _CONFIGURED
     switches = f"dense CRF {'on' if segmenter.use_crf else 'off'}, mirror image {'on' if segmenter.mirror else 'off'}"
     yield from _table(
         ("parameter", "value", "chosen by"),
         [
             ("`score_thresholds`", scores, "the best F1 against the image-level labels trained on"),
-            ("`label_method`", parameters.label_method, _CONFIGURED),
+            ("`label_method`", parameters.label_method, method),
             ("`segmenter_label`", switches, _CONFIGURED),
             ("`affinity_labels`", *certainty),
             ("`label.background`", f"{label.background:g}", background),

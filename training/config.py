@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multisa.kernels import CrfParameters
-from multisa.runtime.bundle import LabelMethod, LabelParameters, SegmenterLabelParameters
+from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
 from multisa.runtime.bundle.manifest import MAX_WALK_RADIUS
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text
@@ -186,7 +186,8 @@ class TrainConfig:
     label: LabelParameters = field(default_factory=LabelParameters)
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # the one that is deployed
     relabel: RelabelConfig = field(default_factory=RelabelConfig)
-    label_method: LabelMethod = "segmenter"  # how `multisa label` of the bundle makes masks
+    # How `multisa label` of the bundle makes masks; "auto": as export finds best without masks.
+    label_method: Literal["auto", "segmenter", "walk"] = "auto"
     segmenter_label: SegmenterLabelParameters = field(default_factory=SegmenterLabelParameters)
     min_area: float = 0.0005  # share of the image; smaller connected parts of a mask take the class around them
 

@@ -75,8 +75,16 @@ def test_bundle_holds_what_the_runtime_needs(exported: Bundle, dataset: Dataset)
 def test_the_manifest_has_the_parameters_of_the_run(exported: Bundle, trained: tuple[RunRecord, Path]) -> None:
     parameters, run = exported.manifest.parameters, trained[0]
     config = run.config
-    assert (parameters.label_method, parameters.min_area) == (config.label_method, config.min_area)
+    assert parameters.min_area == config.min_area
     assert (parameters.segmenter_label, parameters.label) == (config.segmenter_label, run.label)
+
+
+def test_the_label_method_is_chosen_on_the_images_trained_on(exported: Bundle, dataset: Dataset) -> None:
+    manifest, found = exported.manifest, exported.manifest.metrics["label_method"]
+    labelled = [item for item in dataset.train_images if item.classes]
+    assert manifest.parameters.label_method == found["best"]
+    assert (found["images"], found["regions"]) == (len(labelled), sum(len(item.classes) for item in labelled))
+    assert set(found["scores"]) == {"segmenter", "walk"} and max(found["scores"].values()) <= 1
 
 
 def test_the_model_card_is_of_the_run_and_lists_the_files(exported: Bundle, trained: tuple[RunRecord, Path]) -> None:

@@ -66,7 +66,7 @@ def test_presets_are_valid(name: str) -> None:
         ("relabel.scales=[]", "scales: got (), expected one or more multiples of 1/16"),
         ("relabel.scales=[1.0, 0.0]", "expected one or more multiples of 1/16"),
         ("relabel.scales=[1.0, 1.3]", "expected one or more multiples of 1/16"),
-        ("label_method=cam", "expected one of 'segmenter', 'walk'"),
+        ("label_method=cam", "expected one of 'auto', 'segmenter', 'walk'"),
         ("min_area=1.0", "min_area: got 1.0, expected a share from 0, below 1"),
         ("background_from=masks", "expected one of 'yen', 'config', 'train-masks'"),
         (
