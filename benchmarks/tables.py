@@ -20,7 +20,6 @@ from multisa.benchmarks.harness import make_parser
 from multisa.runtime.bundle import default_bundle_path
 from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.training.reproduce.paper import MULTI_SA, TABLE2, TABLE3_MIOU
-from multisa.training.thresholds import BACKGROUND_SAMPLE
 
 Files = Mapping[str, Any]  # contents of the results files by name
 
@@ -222,14 +221,12 @@ ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
 def values(files: Files) -> dict[str, str]:
     """The computed values of the template."""
     run = files["voc-animals"]
-    train = run["images"]["train"]
     gains = zip(run["classes"][1:], run["label"]["class_gain"] or (), strict=False)
     default = next(row for row in ran(files["segmenting"]["segment"]) if row["default"])
     few, *_, many = default.get("cores") or [None, None]
     faster = many["images_per_second"] / few["images_per_second"] if few and many else None
     return {
         "foreground": str(len(run["classes"]) - 1),
-        "sample": str(len(range(0, train, -(-train // BACKGROUND_SAMPLE)))),
         "minutes": f"{run['seconds'] / 60:.0f}",
         "gains": ", ".join(f"{name} {gain:g}" for name, gain in gains),
         "betas": ", ".join(f"{beta:.3f}" for beta in run["betas"]),
