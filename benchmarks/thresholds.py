@@ -24,7 +24,7 @@ from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import with_gains
 from multisa.training.data import Dataset, read_dataset
 from multisa.training.inference import load_maps
-from multisa.training.pipeline import load_run
+from multisa.training.run_record import load_run
 from multisa.training.thresholds import count_strongest, yen_threshold
 
 Float32 = npt.NDArray[np.float32]

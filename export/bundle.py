@@ -44,7 +44,7 @@ from multisa.training.inference import as_batch
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM
-from multisa.training.pipeline import RunRecord, load_run
+from multisa.training.run_record import RunRecord, load_run
 from multisa.training.segmenter import SegmentImages
 
 METHOD_IMAGES = 128  # to compare the methods of `multisa label` on

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multisa.export.licences import Origin
 from multisa.runtime.bundle import BundleParameters
 from multisa.training.models import ModelConfig
-from multisa.training.pipeline import SEGMENTER, SUPERVISED, Row, RunRecord
+from multisa.training.run_record import SEGMENTER, SUPERVISED, Row, RunRecord
 
 _INTENDED_USE = """\
 `multisa segment` segments images into these classes. `multisa label` makes masks of images whose classes are known,

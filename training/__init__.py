@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from multisa.training.data import Dataset, read_dataset
     from multisa.training.data_check import DatasetReport, check_dataset
     from multisa.training.models import create_model
-    from multisa.training.pipeline import RunRecord, load_run, train
+    from multisa.training.pipeline import train
     from multisa.training.reproduce.command import reproduce_paper
+    from multisa.training.run_record import RunRecord, load_run
 
 __all__ = [
     "Dataset",
@@ -47,8 +48,9 @@ _MODULES = {
     "data": ("Dataset", "read_dataset"),
     "data_check": ("DatasetReport", "check_dataset"),
     "models": ("create_model",),
-    "pipeline": ("RunRecord", "load_run", "train"),
+    "pipeline": ("train",),
     "reproduce.command": ("reproduce_paper",),
+    "run_record": ("RunRecord", "load_run"),
 }
 
 

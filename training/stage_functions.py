@@ -1,6 +1,6 @@
 """What the stages compute: CAM network and maps, affinities and walk, pseudo-masks, segmenter.
 
-Each function works in the folder of its stage (pipeline.py) and returns the results of the stage. Files are
+Each function works in the folder of its stage (stages.py) and returns the results of the stage. Files are
 named by image: ID.npy for maps, ID.png for masks.
 """
 

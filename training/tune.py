@@ -32,7 +32,7 @@ from multisa.runtime.report.page import (
 )
 from multisa.training.data import Dataset, Item, read_working_image, spread
 from multisa.training.inference import load_maps
-from multisa.training.pipeline import RunRecord, load_run
+from multisa.training.run_record import RunRecord, load_run
 from multisa.training.stage_cache import load_stage
 from multisa.training.thresholds import BINS, SCORE_BINS, Counts, ThresholdSweep, strongest_scores, yen_threshold
 

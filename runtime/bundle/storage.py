@@ -29,7 +29,7 @@ ENGINES_FOLDER = "engines"  # built TensorRT engines inside a bundle: a cache th
 MODEL_CARD = "MODEL_CARD.md"  # what the bundle is for, how it was made and measured, and its licences
 
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has some kilobytes
-_SEGMENTER = "DeepLabV3+ on pseudo-masks"  # its name in metrics.training, SEGMENTER of training/pipeline.py
+_SEGMENTER = "DeepLabV3+ on pseudo-masks"  # its name in metrics.training, SEGMENTER of training/run_record.py
 _CARD_LINES = 12  # of the model card that `describe` shows
 
 

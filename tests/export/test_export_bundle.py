@@ -32,7 +32,8 @@ from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
 from multisa.training.data import Dataset, read_dataset
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
-from multisa.training.pipeline import RunRecord, train
+from multisa.training.pipeline import train
+from multisa.training.run_record import RunRecord
 
 pytestmark = pytest.mark.slow
 

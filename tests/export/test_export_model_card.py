@@ -14,7 +14,7 @@ from multisa.runtime.bundle import Bundle, LabelParameters, SegmenterLabelParame
 from multisa.runtime.bundle.storage import MODEL_CARD, describe, write_bundle
 from multisa.runtime.errors import UsageError
 from multisa.training.config import AffinityLabelConfig, TrainConfig, load_config
-from multisa.training.pipeline import SEGMENTER, SUPERVISED, ImageCounts, Row, RunRecord
+from multisa.training.run_record import SEGMENTER, SUPERVISED, ImageCounts, Row, RunRecord
 
 # Packaged weights of tf_efficientnet_lite0 for all networks.
 CONFIG = TrainConfig(name="farm", segmenter_label=SegmenterLabelParameters(mirror=True, use_crf=False))

@@ -18,10 +18,10 @@ from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
 from multisa.training.data import Dataset, read_dataset
 from multisa.training.multi_sa import MultiSACAM, SingleLevel, shares_at_peak
-from multisa.training.pipeline import load_run
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES, choose_images
 from multisa.training.reproduce.pictures import PANEL, Legend, Strip, coloured, draw_sheet, fitted, heat_map, sheet_size
+from multisa.training.run_record import load_run
 
 pytestmark = pytest.mark.slow
 

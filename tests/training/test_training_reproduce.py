@@ -10,11 +10,15 @@ from click.testing import CliRunner
 
 from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, UsageError
-from multisa.training import pipeline
+from multisa.training import stages
 from multisa.training.commands import PAPER_ITEMS
 from multisa.training.config import load_config
 from multisa.training.data import VOC_CLASSES, read_dataset
-from multisa.training.pipeline import (
+from multisa.training.reproduce import paper
+from multisa.training.reproduce.command import reproduce_paper
+from multisa.training.reproduce.figures import FIGURES
+from multisa.training.reproduce.tables import TABLES, attention_counts, per_class_rows, protocol, reproduce_table
+from multisa.training.run_record import (
     AS_CONFIGURED,
     DENSE_CRF,
     MULTI_SA_CAM,
@@ -28,10 +32,6 @@ from multisa.training.pipeline import (
     Row,
     load_run,
 )
-from multisa.training.reproduce import paper
-from multisa.training.reproduce.command import reproduce_paper
-from multisa.training.reproduce.figures import FIGURES
-from multisa.training.reproduce.tables import TABLES, attention_counts, per_class_rows, protocol, reproduce_table
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def test_table1_trains_what_is_missing_and_resumes(
 ) -> None:
     config, dataset = load_config(str(TINY)), read_dataset(voc_folder)
     before = stage_folders(run_folder)
-    train, trained_taps = pipeline.train_cam, []
+    train, trained_taps = stages.train_cam, []
 
     def train_or_stop(cam, *rest):  # type: ignore[no-untyped-def]
         if len(trained_taps) == 1:
@@ -117,7 +117,7 @@ def test_table1_trains_what_is_missing_and_resumes(
         trained_taps.append(cam.taps)
         return train(cam, *rest)
 
-    monkeypatch.setattr(pipeline, "train_cam", train_or_stop)
+    monkeypatch.setattr(stages, "train_cam", train_or_stop)
     with pytest.raises(KeyboardInterrupt):
         reproduce_table("table1", config, dataset, run_folder)
     assert trained_taps == [(4,)]  # the run has trained the CAM without attention

@@ -10,14 +10,15 @@ import pytest
 
 from multisa.runtime.errors import DatasetError
 from multisa.runtime.imaging.decode import read_mask
-from multisa.training import pipeline
+from multisa.training import pipeline, stages
 from multisa.training.augment import AugmentedImages
 from multisa.training.config import AFFINITY_MARGIN, AffinityLabelConfig, Schedule, TrainConfig, load_config
 from multisa.training.data import Item, read_dataset
 from multisa.training.data_check import check_dataset
 from multisa.training.estimate import estimate_training
 from multisa.training.inference import load_maps, save_maps
-from multisa.training.pipeline import SEGMENTER, SUPERVISED, RunRecord, load_run, train
+from multisa.training.pipeline import train
+from multisa.training.run_record import SEGMENTER, SUPERVISED, RunRecord, load_run
 from multisa.training.thresholds import SCORE_BINS, around, score_masks, strongest_scores, yen_scores, yen_threshold
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -115,7 +116,7 @@ def rounds(tiny_run: Path, voc_folder: Path, tmp_path_factory: pytest.TempPathFa
     folder = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("rounds") / "run"))
     config, dataset = config_of_rounds(), read_dataset(voc_folder)
     with pytest.MonkeyPatch.context() as patch:
-        relabel, calls = pipeline.relabel, []
+        relabel, calls = stages.relabel, []
 
         def interrupted(*arguments: object) -> object:
             calls.append(arguments)
@@ -123,7 +124,7 @@ def rounds(tiny_run: Path, voc_folder: Path, tmp_path_factory: pytest.TempPathFa
                 raise KeyboardInterrupt
             return relabel(*arguments)  # type: ignore[arg-type]
 
-        patch.setattr(pipeline, "relabel", interrupted)
+        patch.setattr(stages, "relabel", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config, dataset, folder)
     made = stage_times(folder)

@@ -20,7 +20,8 @@ from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, 
 from multisa.training.data import read_dataset
 from multisa.training.inference import save_maps
 from multisa.training.loop import LoopOptions, train_network
-from multisa.training.pipeline import load_run, train
+from multisa.training.pipeline import train
+from multisa.training.run_record import load_run
 from multisa.training.stage_functions import affinity_labels
 from multisa.training.thresholds import ThresholdSweep
 

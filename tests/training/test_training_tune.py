@@ -26,8 +26,9 @@ from multisa.runtime.report.page import script_hash
 from multisa.training.config import load_config
 from multisa.training.data import Dataset, read_dataset
 from multisa.training.inference import load_maps
-from multisa.training.pipeline import RUN_RECORD, RunStages, StageRecord, load_run, make_pseudo_labels
+from multisa.training.run_record import RUN_RECORD, StageRecord, load_run
 from multisa.training.stage_cache import StageCache
+from multisa.training.stages import RunStages, make_pseudo_labels
 from multisa.training.thresholds import SCORE_BINS
 from multisa.training.tune import REACH, SCORES, write_tune_page
 

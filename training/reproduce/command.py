@@ -7,9 +7,9 @@ from multisa.runtime.progress import log
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
-from multisa.training.pipeline import RUN_RECORD, load_run
 from multisa.training.reproduce.figures import FIGURES, NUM_IMAGES, reproduce_figure
 from multisa.training.reproduce.tables import FOLDER, TABLES, format_text, reproduce_table
+from multisa.training.run_record import RUN_RECORD, load_run
 
 
 def reproduce_paper(

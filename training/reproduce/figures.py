@@ -19,12 +19,13 @@ from multisa.training.inference import as_batch, load_maps, torch_device
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, SingleLevel, shares_at_peak
-from multisa.training.pipeline import BASELINE, CAM, RunStages, check_run, make_pseudo_labels
+from multisa.training.pipeline import check_run
 from multisa.training.reproduce import paper
 from multisa.training.reproduce.pictures import Legend, Strip, coloured, draw_sheet, fitted, heat_map
 from multisa.training.reproduce.tables import FOLDER, full_run, provenance
 from multisa.training.segmenter import SegmentImages
 from multisa.training.stage_cache import StageCache
+from multisa.training.stages import BASELINE, CAM, RunStages, make_pseudo_labels
 
 NUM_IMAGES = 4  # shown in a figure by default
 MAX_IMAGES = 32  # the whole sheet is held in memory

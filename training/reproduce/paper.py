@@ -17,7 +17,7 @@ BACKBONES = {"ResNet-50": "resnet50", "ResNeSt-101": "resnest101e"}
 TABLE1_BACKBONE = "ResNet-50"
 TABLE1 = (46.30, 47.60, 47.01, 47.93)
 
-# Table 2, ResNeSt-101, train: by the names of our rows (training/pipeline.py).
+# Table 2, ResNeSt-101, train: by the names of our rows (training/run_record.py).
 TABLE2_BACKBONE = "ResNeSt-101"
 TABLE2 = {"CAM, k = 0": 50.64, "Multi-SA CAM": 51.49, "+ random walk": 67.54, "+ dense CRF": 68.07}
 

@@ -15,25 +15,11 @@ from multisa.runtime.files import write_bytes_atomically, write_json_atomically
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
-from multisa.training.pipeline import (
-    BASELINE,
-    CAM,
-    RUN_RECORD,
-    SEGMENTER,
-    SUPERVISED,
-    Measurement,
-    Row,
-    RunRecord,
-    RunStages,
-    check_run,
-    count_images,
-    load_run,
-    make_pseudo_labels,
-    name_of_masks,
-    run_stages,
-)
+from multisa.training.pipeline import check_run, run_stages
 from multisa.training.reproduce import paper
+from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, count_images, load_run
 from multisa.training.stage_cache import StageCache
+from multisa.training.stages import BASELINE, CAM, Measurement, RunStages, make_pseudo_labels, name_of_masks
 
 FOLDER = "reproduce"  # below the run's folder
 

@@ -1,0 +1,107 @@
+"""What a run of the training pipeline leaves behind: `run.json`, with its settings, stages and results."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.errors import UsageError
+from multisa.runtime.records import record_from_dict
+from multisa.training.config import TrainConfig
+from multisa.training.data import Dataset
+
+RUN_RECORD = "run.json"
+
+# Names of the rows of the results, in their order.
+PLAIN_CAM = "CAM, k = 0"
+MULTI_SA_CAM = "Multi-SA CAM"
+RANDOM_WALK = "+ random walk"
+DENSE_CRF = "+ dense CRF"
+WITHOUT_TRUTH = "+ dense CRF, no mask used"
+AS_CONFIGURED = "+ dense CRF, background as configured"
+WITH_GAINS = "+ dense CRF, gains as configured"
+WITHOUT_CRF = "pseudo-masks without dense CRF"
+ROUND = "+ round"  # and its number, from 1
+SEGMENTER = "DeepLabV3+ on pseudo-masks"
+SUPERVISED = "DeepLabV3+ on ground truth"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished stage of a run."""
+
+    name: str
+    folder: str  # below the run's folder
+    digest: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results table, in percent."""
+
+    stage: str
+    measured_on: str  # the list: train or val
+    miou: float
+    iou: tuple[float | None, ...]  # one for each class, None where it does not occur
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """How many images each list of the data set has."""
+
+    train_images: int  # trained on, with image-level labels
+    train: int  # those of them with masks, which the pseudo-masks are measured on
+    val: int
+
+
+def count_images(dataset: Dataset) -> ImageCounts:
+    """Count the images of each list of a data set."""
+    return ImageCounts(len(dataset.train_images), len(dataset.train), len(dataset.val))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Settings and results of a finished run: `run.json`, all that export needs beside the checkpoints."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]  # background first
+    palette: tuple[tuple[int, int, int], ...]
+    images: ImageCounts
+    data_digest: str  # of what was trained on
+    label: LabelParameters  # as used for the pseudo-masks of the walk
+    score_thresholds: tuple[float, ...]  # one for each foreground class
+    betas: tuple[float, ...]
+    rows: tuple[Row, ...]  # empty when the data set has no masks
+    stages: tuple[StageRecord, ...]
+    seconds: float
+    torch: str
+    threads: int
+
+    def folder(self, root: Path, name: str) -> Path:
+        """Folder of the stage `name` of this run."""
+        return root / next(stage.folder for stage in self.stages if stage.name == name)
+
+    def format_table(self) -> str:
+        """The table of mIoU per stage and class, in percent."""
+        if not self.rows:
+            return "no masks in this data set: nothing was measured"
+        names = [name[:10] for name in self.classes]
+        width = max(len(row.stage) for row in self.rows) + 2
+        header = "".join(f"{name:>11}" for name in names)
+        lines = [f"{'stage':<{width}}{'list':<7}{'mIoU':>7}  {header}"]
+        for row in self.rows:
+            ious = "".join(f"{'-' if value is None else f'{value:.2f}':>11}" for value in row.iou)
+            lines.append(f"{row.stage:<{width}}{row.measured_on:<7}{row.miou:>7.2f}  {ious}")
+        return "\n".join(lines)
+
+
+def load_run(output: Path) -> RunRecord:
+    """Read the `run.json` that `train` wrote. Raises UsageError for a folder without a finished run."""
+    path = output / RUN_RECORD
+    if not path.is_file():
+        raise UsageError(f"{path}: missing; expected the output folder of a finished `multisa train`")
+    try:
+        return record_from_dict(RunRecord, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except ValueError as error:
+        raise UsageError(f"{error}; run `multisa train` again with this version") from error
