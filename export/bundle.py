@@ -202,7 +202,7 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     n_classes = len(run.classes)
     cam = create_model(config.cam, n_classes, checkpoint=run.folder(root, "cam") / CHECKPOINT)
     affinity = create_model(config.affinity, checkpoint=run.folder(root, "affinity") / CHECKPOINT)
-    checkpoint = run.folder(root, "segmenter") / CHECKPOINT
+    checkpoint = run.segmenter_folder(root) / CHECKPOINT
     segmenter = create_model(config.segmenter, n_classes, checkpoint=checkpoint)
     affinities = AffinityFromImages(affinity, run.label.walk_radius).eval()
     segment = SegmentImages(segmenter).eval()

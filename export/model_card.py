@@ -85,6 +85,7 @@ def _thresholds(run: RunRecord, parameters: BundleParameters) -> Iterator[str]:
     label, segmenter = parameters.label, parameters.segmenter_label
     found = _YEN if run.config.background_from == "yen" else _CONFIGURED
     background = "the highest mIoU on masks of the list train" if _are_masks_used(run) else found
+    balance = "background and foreground in the labels trained on" if run.config.balance_background else _CONFIGURED
     certain = run.config.affinity_labels
     if certain.foreground is None:
         certainty = ("above and below the background score of the maps", _YEN)
@@ -100,6 +101,7 @@ def _thresholds(run: RunRecord, parameters: BundleParameters) -> Iterator[str]:
             ("`score_thresholds`", scores, "the best F1 against the image-level labels trained on"),
             ("`label_method`", parameters.label_method, method),
             ("`segmenter_label`", switches, _CONFIGURED),
+            ("`balance_background`", "on" if run.config.balance_background else "off", balance),
             ("`affinity_labels`", *certainty),
             ("`label.background`", f"{label.background:g}", background),
             ("`label.class_gain`", ", ".join(f"{name} {gain:g}" for name, gain in gains) or "none", found),

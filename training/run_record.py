@@ -25,6 +25,8 @@ ROUND = "+ round"  # and its number, from 1
 SEGMENTER = "DeepLabV3+ on pseudo-masks"
 SUPERVISED = "DeepLabV3+ on ground truth"
 
+BALANCED = "-balanced"  # ends the names of stages that balance a trained segmenter
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -81,6 +83,10 @@ class RunRecord:
     def folder(self, root: Path, name: str) -> Path:
         """Folder of the stage `name` of this run."""
         return root / next(stage.folder for stage in self.stages if stage.name == name)
+
+    def segmenter_folder(self, root: Path) -> Path:
+        """Folder with the checkpoint of the segmenter that is deployed."""
+        return self.folder(root, f"segmenter{BALANCED}" if self.config.balance_background else "segmenter")
 
     def format_table(self) -> str:
         """The table of mIoU per stage and class, in percent."""

@@ -11,11 +11,13 @@ from typing import Any
 
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.records import record_to_dict
+from multisa.training.balance import balance_segmenter
 from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item
 from multisa.training.loop import CHECKPOINT
 from multisa.training.run_record import (
     AS_CONFIGURED,
+    BALANCED,
     DENSE_CRF,
     MULTI_SA_CAM,
     PLAIN_CAM,
@@ -201,12 +203,16 @@ class RunStages:
         *,
         seed: int | None = None,
     ) -> Stage:
-        """Train a segmenter in the stage `name`; with a seed of its own if one is given."""
+        """Train a segmenter in the stage `name`, with a seed of its own if one is given, and balance its classes."""
         config = self.config if seed is None else replace(self.config, seed=seed, more_seeds=())
         name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
         own = {} if seed is None else {"seed": seed}
         work = partial(train_segmenter, segmenter, training, config, self.dataset)
-        return self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {}), **own}, after, work)
+        trained = self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {}), **own}, after, work)
+        if not config.balance_background:
+            return trained
+        work = partial(balance_segmenter, segmenter, training, self.dataset, trained)
+        return self.cache.stage(f"{name}{BALANCED}", {}, [trained], work)
 
 
 @dataclass(frozen=True)
