@@ -202,7 +202,7 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     n_classes = len(run.classes)
     cam = create_model(config.cam, n_classes, checkpoint=run.folder(root, "cam") / CHECKPOINT)
     affinity = create_model(config.affinity, checkpoint=run.folder(root, "affinity") / CHECKPOINT)
-    checkpoint = run.segmenter_folder(root) / CHECKPOINT
+    checkpoint = run.folder(root, "segmenter") / CHECKPOINT
     segmenter = create_model(config.segmenter, n_classes, checkpoint=checkpoint)
     affinities = AffinityFromImages(affinity, run.label.walk_radius).eval()
     segment = SegmentImages(segmenter).eval()
@@ -243,7 +243,7 @@ def parameters_of_run(run: RunRecord, evidence: MethodEvidence | None = None) ->
         walk_stride=head_stride(run.config.affinity.head),
         label_method=chosen if configured == "auto" else configured,
         label=run.label,
-        segmenter_label=run.config.segmenter_label,
+        segmenter_label=run.segmenter_label,
         min_area=run.config.min_area,
         score_thresholds=dict(zip(run.classes[1:], run.score_thresholds, strict=True)),
     )

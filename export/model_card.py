@@ -14,7 +14,11 @@ like those it was trained on. Masks are least certain along outlines and for sma
 uncertainty for every image, to choose what to review. A person has to review masks that decide about people or
 their safety."""
 _CONFIGURED = "the configuration"
-_EVIDENCE = "the CAM network's classifier, on the masks of both methods (`metrics.label_method`)"
+_BALANCE = "background and foreground in the labels trained on (`balance_background`)"
+_EVIDENCE = (
+    "the CAM network's classifier on the masks of both methods; the faster one if they are alike "
+    "(`metrics.label_method`)"
+)
 _YEN = "Yen's criterion on the maps of the images trained on"
 
 
@@ -85,7 +89,7 @@ def _thresholds(run: RunRecord, parameters: BundleParameters) -> Iterator[str]:
     label, segmenter = parameters.label, parameters.segmenter_label
     found = _YEN if run.config.background_from == "yen" else _CONFIGURED
     background = "the highest mIoU on masks of the list train" if _are_masks_used(run) else found
-    balance = "background and foreground in the labels trained on" if run.config.balance_background else _CONFIGURED
+    balance = _BALANCE if run.config.balance_background else _CONFIGURED
     certain = run.config.affinity_labels
     if certain.foreground is None:
         certainty = ("above and below the background score of the maps", _YEN)
@@ -101,7 +105,7 @@ def _thresholds(run: RunRecord, parameters: BundleParameters) -> Iterator[str]:
             ("`score_thresholds`", scores, "the best F1 against the image-level labels trained on"),
             ("`label_method`", parameters.label_method, method),
             ("`segmenter_label`", switches, _CONFIGURED),
-            ("`balance_background`", "on" if run.config.balance_background else "off", balance),
+            ("`segmenter_label.background_ratio`", f"{segmenter.background_ratio:.3g}", balance),
             ("`affinity_labels`", *certainty),
             ("`label.background`", f"{label.background:g}", background),
             ("`label.class_gain`", ", ".join(f"{name} {gain:g}" for name, gain in gains) or "none", found),
@@ -132,7 +136,7 @@ def _failures(run: RunRecord, given: str) -> Iterator[str]:
         lowest = ", ".join(f"{name} {iou:.1f} %" for iou, name in sorted(ious)[:2])
         yield f"- Lowest IoU on the list {measured.measured_on}: {lowest}."
     if given.strip():
-        yield given.strip()
+        yield from ("", given.strip()) if measured else (given.strip(),)
     elif not measured:
         yield "None recorded."
 

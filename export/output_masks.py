@@ -45,7 +45,7 @@ def add_segmenter_pseudo_mask(
     probabilities = np.asarray(outputs["probabilities"], np.float32)[0]
     mask, confidence = _no_mask(image)
     if are_probabilities(probabilities):
-        restricted = restrict_probabilities(probabilities, classes)
+        restricted = restrict_probabilities(probabilities, classes, parameters.background_ratio)
         refined = refine(image, restricted, parameters.crf if parameters.use_crf else None)
         mask, confidence = enlarge_probabilities(refined, (image.shape[0], image.shape[1]), (0, *classes))
     outputs |= {"segmenter_pseudo_mask": mask, "segmenter_pseudo_mask_confidence": confidence}

@@ -44,10 +44,12 @@ def console(*, quiet: bool = False) -> Iterator[None]:
     """Show messages and progress on stderr; with `quiet`, only warnings and errors."""
     handler = ConsoleHandler(logging.WARNING if quiet else logging.INFO)
     log.addHandler(handler)
+    propagated, log.propagate = log.propagate, False  # a library that configures the root logger would repeat each line
     try:
         yield
     finally:
         log.removeHandler(handler)
+        log.propagate = propagated
 
 
 def shows_progress() -> bool:

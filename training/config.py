@@ -180,7 +180,8 @@ class TrainConfig:
     # a gain and needs no masks; `label.background`; or the score whose masks have the highest mIoU on the train
     # list (the paper's protocol). Checkpoints are never selected: the last epoch's is used.
     background_from: Literal["yen", "config", "train-masks"] = "yen"
-    # Shift the decision of every trained segmenter as if its labels had as much foreground as background (balance.py).
+    # Where image-level labels are given, divide a segmenter's probability of the background by how much more frequent
+    # than the foreground it was in the labels it learned from (balance.py).
     balance_background: bool = True
     cam: CamConfig = field(default_factory=CamConfig)
     affinity_labels: AffinityLabelConfig = field(default_factory=AffinityLabelConfig)

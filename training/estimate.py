@@ -49,7 +49,6 @@ LOADED = 8  # samples that are loaded to measure loading
 CAM_STRIDE = 4  # image pixels per cell of the stored activation maps
 NPY_HEADER = 128  # bytes
 RECORD = 90  # bytes that stage.json needs for a file
-LOSSES = [0.12345678901234567]  # of an epoch, with as many digits as usual
 
 Network = CamConfig | AffinityConfig | SegmenterConfig
 
@@ -133,10 +132,6 @@ def _training(
             continue
         schedule = part.schedule
         step, checkpoint = _measured_step(part, n_classes, root / name / CHECKPOINT, device)
-        if config.balance_background and isinstance(part, SegmenterConfig):
-            balanced = root / name / "balanced"  # the network once more, without momenta
-            save_checkpoint(balanced, _untrained(part, n_classes), None, {"losses": LOSSES * schedule.epochs})
-            checkpoint += balanced.stat().st_size
         samples = AugmentedImages(spread(dataset.train_images, LOADED), schedule, config, n_classes=n_classes)
         started = time.perf_counter()
         for index in range(len(samples)):
@@ -180,7 +175,7 @@ def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torc
             if seconds * batch < STEP_SECONDS:
                 # The first step allocates, and others may be slowed down by other programs.
                 seconds = min(step(batch) for _ in range(STEPS)) / batch
-    save_checkpoint(checkpoint, network, optimiser, {"losses": LOSSES * schedule.epochs})
+    save_checkpoint(checkpoint, network, optimiser, {"losses": [0.12345678901234567] * schedule.epochs})
     return seconds, checkpoint.stat().st_size
 
 

@@ -73,6 +73,7 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
         images=count_images(dataset),
         data_digest=stages.images_digest,
         label=labels.label,
+        segmenter_label=stages.segmenter_label(targets, soft=config.relabel.rounds > 0),
         score_thresholds=tuple(labels.cams.results["score_thresholds"]),
         betas=tuple(labels.cam.results["betas"]),
         rows=tuple(rows),
@@ -136,6 +137,12 @@ def _check_label(config: TrainConfig, dataset: Dataset) -> None:
         raise UsageError(
             f"label.background: got {config.label.background:g}, expected the default, {default:g}, with "
             "background_from=yen, which chooses it: leave it out, or set background_from=config"
+        )
+    ratio = config.segmenter_label.background_ratio
+    if config.balance_background and ratio != 1:
+        raise UsageError(
+            f"segmenter_label.background_ratio: got {ratio:g}, expected the default, 1, with balance_background=true, "
+            "which chooses it: leave it out, or set balance_background=false"
         )
     if config.background_from == "train-masks" and not dataset.train:
         log.info(

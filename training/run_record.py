@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
 from multisa.runtime.errors import UsageError
 from multisa.runtime.records import record_from_dict
 from multisa.training.config import TrainConfig
@@ -24,8 +24,6 @@ WITHOUT_CRF = "pseudo-masks without dense CRF"
 ROUND = "+ round"  # and its number, from 1
 SEGMENTER = "DeepLabV3+ on pseudo-masks"
 SUPERVISED = "DeepLabV3+ on ground truth"
-
-BALANCED = "-balanced"  # ends the names of stages that balance a trained segmenter
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class RunRecord:
     images: ImageCounts
     data_digest: str  # of what was trained on
     label: LabelParameters  # as used for the pseudo-masks of the walk
+    segmenter_label: SegmenterLabelParameters  # of the labels that the deployed segmenter makes
     score_thresholds: tuple[float, ...]  # one for each foreground class
     betas: tuple[float, ...]
     rows: tuple[Row, ...]  # empty when the data set has no masks
@@ -83,10 +82,6 @@ class RunRecord:
     def folder(self, root: Path, name: str) -> Path:
         """Folder of the stage `name` of this run."""
         return root / next(stage.folder for stage in self.stages if stage.name == name)
-
-    def segmenter_folder(self, root: Path) -> Path:
-        """Folder with the checkpoint of the segmenter that is deployed."""
-        return self.folder(root, f"segmenter{BALANCED}" if self.config.balance_background else "segmenter")
 
     def format_table(self) -> str:
         """The table of mIoU per stage and class, in percent."""

@@ -4,6 +4,7 @@ Each function works in the folder of its stage (stages.py) and returns the resul
 named by image: ID.npy for maps, ID.png for masks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from multisa.kernels import DenseCRF, enlarge_probabilities
-from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
 from multisa.runtime.imaging.decode import read_mask, write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import (
@@ -252,14 +253,23 @@ def train_segmenter(
     return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
 
 
-def relabel(segmenter: SegmenterConfig, config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path) -> Results:
+def relabel(
+    segmenter: SegmenterConfig,
+    parameters: SegmenterLabelParameters,
+    config: TrainConfig,
+    dataset: Dataset,
+    trained: Stage,
+    folder: Path,
+) -> Results:
     """Label the train images with a segmenter, restricted to their image-level labels.
 
     Writes ID.npy, soft targets [1 + classes of the image, h, w] at stride 4, and ID.png, the mask.
     """
     device = torch_device(config)
     network = create_model(segmenter, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT).to(device)
-    options, parameters = config.relabel, config.segmenter_label
+    options = config.relabel
+    with torch.no_grad():  # the same as dividing the probability of the background, in every view
+        network.classifier.bias[0] -= math.log(parameters.background_ratio)
 
     def work(item: Item, maps_path: Path, mask_path: Path) -> None:
         image = read_working_image(item.image, config.long_side)

@@ -9,15 +9,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from multisa.runtime.bundle import LabelParameters
+from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
 from multisa.runtime.records import record_to_dict
-from multisa.training.balance import balance_segmenter
+from multisa.training.balance import background_ratio
 from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item
 from multisa.training.loop import CHECKPOINT
 from multisa.training.run_record import (
     AS_CONFIGURED,
-    BALANCED,
     DENSE_CRF,
     MULTI_SA_CAM,
     PLAIN_CAM,
@@ -155,14 +154,27 @@ class RunStages:
             title = f"DeepLabV3+, round {number}"
             training = self._training(options.teacher, title, targets, labels.cam, soft=number > 1)
             teacher = self._trained(options.teacher, training, f"teacher-{number}", [targets, labels.cam])
-            work = partial(relabel, options.teacher, config, dataset, teacher)
+            parameters = self.segmenter_label(targets, soft=number > 1)
+            work = partial(relabel, options.teacher, parameters, config, dataset, teacher)
             settings = {k: v for k, v in record_to_dict(options).items() if k not in ("rounds", "teacher")}
-            label = {k: v for k, v in record_to_dict(config.segmenter_label).items() if k in ("use_crf", "crf")}
+            label = {k: v for k, v in record_to_dict(parameters).items() if k != "mirror"}
             inputs = {"relabel": settings, "label": label}
             targets = self.cache.stage(f"relabelled-{number}", inputs, [teacher], work)
             if dataset.train:
                 measured.append(Measurement(f"{ROUND} {number}", None, self.measured_masks(targets).results))
         return targets, tuple(measured)
+
+    def segmenter_label(self, labels: Stage, *, soft: bool) -> SegmenterLabelParameters:
+        """Parameters of the labels that a segmenter makes which was trained on `labels`; soft: on soft targets."""
+        parameters = self.config.segmenter_label
+        if not self.config.balance_background:
+            return parameters
+
+        def work(folder: Path) -> Results:
+            return {"background_ratio": background_ratio(labels.folder, self.dataset.train_images, soft=soft)}
+
+        found = self.cache.stage(f"{labels.name}-balance", {}, [labels], work).results
+        return replace(parameters, background_ratio=found["background_ratio"])
 
     def segmenter(self, targets: Stage, cam: Stage, seed: int) -> Stage:
         """Train the segmenter that is deployed on what `relabelled` returned."""
@@ -203,16 +215,12 @@ class RunStages:
         *,
         seed: int | None = None,
     ) -> Stage:
-        """Train a segmenter in the stage `name`, with a seed of its own if one is given, and balance its classes."""
+        """Train a segmenter in the stage `name`; with a seed of its own if one is given."""
         config = self.config if seed is None else replace(self.config, seed=seed, more_seeds=())
         name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
         own = {} if seed is None else {"seed": seed}
         work = partial(train_segmenter, segmenter, training, config, self.dataset)
-        trained = self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {}), **own}, after, work)
-        if not config.balance_background:
-            return trained
-        work = partial(balance_segmenter, segmenter, training, self.dataset, trained)
-        return self.cache.stage(f"{name}{BALANCED}", {}, [trained], work)
+        return self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {}), **own}, after, work)
 
 
 @dataclass(frozen=True)

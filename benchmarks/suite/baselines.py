@@ -84,6 +84,7 @@ class BaselineLabelling:
                 found = (found + self._segmenter(batch.flip(2)).flip(3)) / 2
         with self._stage("crf"):
             kept = found[:, [0, *ids]]
+            kept[:, 0] /= self._manifest.parameters.segmenter_label.background_ratio
             kept = kept / kept.sum(1, keepdim=True).clamp_min(1e-12)
             enlarged: Float32 = resize_bilinear(kept, tuple(batch.shape[1:3]))[0].cpu().numpy()
             return enlarged

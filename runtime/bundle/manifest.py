@@ -36,8 +36,14 @@ class SegmenterLabelParameters:
     """The parameters between the segmenter's probabilities and a pseudo-mask (method "segmenter")."""
 
     mirror: bool = False  # average the probabilities of the image and of its mirror image
+    # Where image-level labels are given, the probability of the background is divided by this before they compete.
+    background_ratio: float = 1.0
     use_crf: bool = True
     crf: CrfParameters = field(default_factory=CrfParameters)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.background_ratio < math.inf:
+            raise ValueError(f"background_ratio: got {self.background_ratio}, expected a finite number above 0")
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,7 @@ def _parameters(manifest: Manifest) -> list[str]:
         ("smallest part of a mask", f"{parameters.min_area:g} of the image"),
         ("labels by default with", parameters.label_method),
         ("segmenter: probabilities", mirror),
+        ("segmenter: background divided by", f"{segmenter.background_ratio:g}"),
         ("segmenter: dense CRF", "on" if segmenter.use_crf else "off"),
         ("walk: CAM scales", ", ".join(f"{scale:g}" for scale in parameters.cam_scales)),
         ("walk: random walk", f"{radius}, beta {label.walk_beta:g}, {label.walk_steps} steps"),

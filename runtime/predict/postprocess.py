@@ -94,14 +94,16 @@ def background_and_foreground(scores: Float32, background: float) -> Float32:
     return np.asarray(stacked / stacked.sum(axis=0, keepdims=True), dtype=np.float32)
 
 
-def restrict_probabilities(probabilities: Float32, class_ids: Sequence[int]) -> Float32:
+def restrict_probabilities(probabilities: Float32, class_ids: Sequence[int], background_ratio: float = 1.0) -> Float32:
     """Keep the background and the classes of an image, and divide by their sum (method "segmenter").
 
     probabilities: float32 [C, h, w] >= 0, one row for each class of the bundle. class_ids: of the foreground
-    (1..). Returns float32 [1 + len(class_ids), h, w], each cell summing to one; a cell where all of these
-    classes have probability 0 becomes background.
+    (1..). background_ratio: divides the background first (training/balance.py). Returns float32
+    [1 + len(class_ids), h, w], each cell summing to one; a cell where all of these classes have probability 0
+    becomes background.
     """
     kept = probabilities[[0, *class_ids]]
+    kept[0] /= np.float32(background_ratio)
     total = kept.sum(axis=0)
     is_empty = total == 0
     kept /= np.where(is_empty, np.float32(1), total)

@@ -29,6 +29,7 @@ def record(config: TrainConfig | None = None, *, rows: tuple[Row, ...] = ()) -> 
         images=ImageCounts(train_images=903, train=437 if rows else 0, val=223 if rows else 0),
         data_digest="ab12",
         label=LabelParameters(background=0.25),
+        segmenter_label=SegmenterLabelParameters(mirror=True, use_crf=False, background_ratio=2.5),
         score_thresholds=(0.24, 0.35),
         betas=(),
         rows=rows,

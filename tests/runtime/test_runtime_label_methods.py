@@ -142,14 +142,17 @@ def test_images_of_a_batch_are_labelled_by_themselves(labeler: Make, image: np.n
 def test_restricted_probabilities() -> None:
     maps = np.random.default_rng(1).dirichlet(np.ones(5), (6, 7)).transpose(2, 0, 1).astype(np.float32)
     before = maps.copy()
-    maps[[0, 2, 4], 3, 3] = 0
+    maps[[0, 2, 4], 3, 3] = before[0, 3, 3] = 0
     kept = restrict_probabilities(maps, (2, 4))
     assert kept.shape == (3, 6, 7) and kept.dtype == np.float32
     np.testing.assert_allclose(kept.sum(axis=0), 1, atol=1e-6)
     np.testing.assert_array_equal(kept[:, 3, 3], [1, 0, 0])
     np.testing.assert_allclose(kept[1] * maps[4], kept[2] * maps[2], atol=1e-6)  # proportions are kept
     np.testing.assert_array_equal(restrict_probabilities(maps, ()), np.ones((1, 6, 7)))
-    assert maps[1].tobytes() == before[1].tobytes()  # the argument is not changed
+    balanced = restrict_probabilities(maps, (2, 4), 3.0)
+    np.testing.assert_allclose(balanced[0] * kept[1], kept[0] * balanced[1] / 3, atol=1e-6)
+    np.testing.assert_allclose(balanced.sum(axis=0), 1, atol=1e-6)
+    assert maps[:2].tobytes() == before[:2].tobytes()  # the argument is not changed
 
 
 def test_refined_probabilities(image: np.ndarray) -> None:

@@ -1,12 +1,13 @@
 """Progress goes to stderr, as a bar on a terminal and as a line now and then elsewhere."""
 
 import io
+import logging
 import sys
 
 import pytest
 
 from multisa.runtime import progress as progress_module
-from multisa.runtime.progress import Progress, log
+from multisa.runtime.progress import Progress, console, log
 
 
 def test_quiet_when_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,3 +62,15 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.advance()
     text = terminal.getvalue()
     assert "2/2" in text and "loss 0.1" in text and "a remark\n" in text
+
+
+def test_a_library_that_configures_the_root_logger_repeats_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    try:
+        with console(quiet=False):
+            log.info("one line")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert (capsys.readouterr().err.count("one line"), stream.getvalue()) == (1, "")

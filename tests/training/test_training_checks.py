@@ -35,6 +35,7 @@ def test_presets_name_networks_that_can_be_built(name: str) -> None:
         (["affinity.backbone=test_vit", "affinity.head=features"], "backbone"),
         (["label.class_gain=[1.0]"], "got 1 numbers, expected 2"),
         (["label.class_gain=[1.0, 2.0]", "background_from=yen"], "expected none with background_from=yen"),
+        (["segmenter_label.background_ratio=2.0"], "expected the default, 1, with balance_background=true"),
         (["label.background=0.4", "background_from=yen"], r"got 0\.4, expected the default, 0\.3, with"),
         (["relabel.rounds=1", "relabel.teacher.backbone=no_such_net"], "not a timm model"),
         (["cam.schedule.frozen_levels=6"], r"cam\.schedule\.frozen_levels: got 6, expected at most 5, the levels of"),

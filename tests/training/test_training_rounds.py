@@ -12,6 +12,7 @@ from multisa.runtime.errors import DatasetError
 from multisa.runtime.imaging.decode import read_mask
 from multisa.training import pipeline, stages
 from multisa.training.augment import AugmentedImages
+from multisa.training.balance import background_ratio
 from multisa.training.config import AFFINITY_MARGIN, AffinityLabelConfig, Schedule, TrainConfig, load_config
 from multisa.training.data import Item, read_dataset
 from multisa.training.data_check import check_dataset
@@ -167,6 +168,21 @@ def test_seeds_share_everything_but_the_segmenters(rounds: tuple[Path, RunRecord
         assert (first["inputs"].pop("seed"), second["inputs"].pop("seed")) == (0, 3)
         assert first["inputs"] == second["inputs"]
         assert first["results"]["losses"] != second["results"]["losses"]
+
+
+@pytest.mark.slow
+def test_labels_of_a_round_are_balanced_by_what_its_teacher_learned_from(
+    rounds: tuple[Path, RunRecord], voc_folder: Path
+) -> None:
+    folder, run = rounds
+    names = ("pseudo-masks", "relabelled-1", "relabelled-2")
+    ratios = [stored(folder, run, f"{name}-balance")["results"]["background_ratio"] for name in names]
+    labels = [stored(folder, run, f"relabelled-{number}")["inputs"]["label"] for number in (1, 2)]
+    assert [label["background_ratio"] for label in labels] == ratios[:2]  # type: ignore[index]
+    assert run.segmenter_label.background_ratio == ratios[2]
+    items = read_dataset(voc_folder).train_images
+    assert ratios[0] == background_ratio(run.folder(folder, "pseudo-masks"), items, soft=False) != 1
+    assert ratios[2] == background_ratio(run.folder(folder, "relabelled-2"), items, soft=True) != 1
 
 
 @pytest.mark.slow

@@ -389,8 +389,7 @@ def test_pipeline_skips_what_is_made_and_redoes_what_changed(run_folder: Path, v
     assert {path: after[path] for path in before} == before
     assert sorted(path.parent.name.rsplit("-", 1)[0] for path in after.keys() - before.keys()) == [
         "segmenter",
-        "segmenter-balanced",
-        "segmenter-balanced-val",
+        "segmenter-val",
     ]
     assert changed.folder(run_folder, "walk") == first.folder(run_folder, "walk")
 

@@ -171,7 +171,7 @@ def _figure5(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[
 def _figure6(config: TrainConfig, dataset: Dataset, root: Path, items: Sequence[Item]) -> Figure:
     """Fig. 6: the image, the output of the segmenter, ground truth."""
     run = full_run(config, dataset, root)
-    checkpoint = run.segmenter_folder(root) / CHECKPOINT
+    checkpoint = run.folder(root, "segmenter") / CHECKPOINT
     device = torch_device(config)
     network = create_model(config.segmenter, len(dataset.class_names), checkpoint=checkpoint)
     inference = SegmentImages(network).to(device)
