@@ -43,7 +43,7 @@ from multisa.training.data import Dataset, Item, read_working_image, spread
 from multisa.training.inference import as_batch
 from multisa.training.loop import CHECKPOINT
 from multisa.training.models import create_model
-from multisa.training.multi_sa import MultiScaleCAM
+from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.run_record import RunRecord, load_run
 from multisa.training.segmenter import SegmentImages
 
@@ -182,12 +182,11 @@ def compare_methods(
     if run.config.label_method != "auto" or not labelled:
         return None
     maps = next(graph.reference for graph in graphs if graph.contract == CAM)
-    assert isinstance(maps, MultiScaleCAM)
-    network, backends = maps.network, _on_cpu(graphs, files)
-    evidence = compare_label_methods(network, backends, labelled, parameters_of_run(run), run.config.long_side)
-    for method, score in evidence.scores.items():
-        log.info(f"label method {method}: evidence {score:.3f} ({evidence.images} images, no mask used)")
-    log.info(f"label method of the bundle: {evidence.best}")
+    assert isinstance(maps, MultiScaleCAM) and isinstance(maps.network, MultiSACAM)
+    backends, parameters = _on_cpu(graphs, files), parameters_of_run(run)
+    evidence = compare_label_methods(maps.network, backends, labelled, parameters)
+    scores = ", ".join(f"{method} {score:.3f}" for method, score in evidence.scores.items())
+    log.info(f"label method {evidence.best}: scores without masks {scores}, ± {evidence.standard_error:.3f}")
     return evidence
 
 

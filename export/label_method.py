@@ -18,7 +18,7 @@ from multisa.export.compare import run_all
 from multisa.export.output_masks import add_masks
 from multisa.runtime.backends.base import Backend
 from multisa.runtime.bundle import BundleParameters, LabelMethod
-from multisa.runtime.imaging.decode import UInt8
+from multisa.runtime.predict.postprocess import Float32, UInt8
 from multisa.runtime.progress import Progress
 from multisa.training.data import Item, read_working_image
 from multisa.training.inference import as_batch
@@ -28,7 +28,7 @@ BLUR_RADIUS = 12.0  # pixels, standard deviation
 # The output that holds the pseudo-mask of each method.
 MASKS: dict[LabelMethod, str] = {"segmenter": "segmenter_pseudo_mask", "walk": "pseudo_mask"}
 
-Classify = Callable[[UInt8], "np.typing.NDArray[np.float32]"]
+Classify = Callable[[UInt8], Float32]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MethodEvidence:
 
 
 def compare_label_methods(
-    network: MultiSACAM, backends: list[Backend], items: tuple[Item, ...], parameters: BundleParameters, long_side: int
+    network: MultiSACAM, backends: list[Backend], items: tuple[Item, ...], parameters: BundleParameters
 ) -> MethodEvidence:
     """Score the masks that the exported graphs make of `items`, each with at least one image-level label.
 
@@ -66,15 +66,14 @@ def compare_label_methods(
     """
     network.eval()
 
-    def classify(image: UInt8) -> "np.typing.NDArray[np.float32]":
-        with torch.inference_mode():
-            logits = network(network.backbone.normalise(as_batch(image))).mean((2, 3))[0]
-        return torch.sigmoid(logits).numpy()
+    @torch.inference_mode()
+    def classify(image: UInt8) -> Float32:
+        return np.asarray(network(network.backbone.normalise(as_batch(image))).mean((2, 3))[0].sigmoid())
 
     scores: dict[LabelMethod, list[float]] = {method: [] for method in MASKS}
     with Progress(len(items), "label method") as bar:
         for item in items:
-            image = read_working_image(item.image, long_side)
+            image = read_working_image(item.image, parameters.long_side)
             outputs = run_all(backends, image)
             add_masks(image, item.classes, outputs, parameters)
             for method, name in MASKS.items():

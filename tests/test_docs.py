@@ -23,7 +23,6 @@ from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.runtime.cli.main import COMMANDS, root
 from multisa.training.config import load_config
 from multisa.training.pipeline import check_networks
-from multisa.training.thresholds import BACKGROUND_SAMPLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -196,18 +195,18 @@ def test_accuracy_is_that_of_the_training() -> None:
     rows = run["rows"]
     segmenter = next(row for row in rows if row["stage"] == "DeepLabV3+ on pseudo-masks")
     *_, masks = (row for row in rows if row["measured_on"] == "train")
-    counts = run.get("images") or run["photographs"]
+    counts = run["images"]
     for fact in (f"{segmenter['miou']:.1f} mIoU", f"{masks['miou']:.1f} mIoU"):
         assert fact in README
     assert f"({counts['val']} val images)" in README
     assert f"on the {counts['train']} train images with" in README
 
 
-def test_sample_is_the_one_that_thresholds_are_chosen_on() -> None:
-    run = json.loads((ROOT / "benchmarks/results/voc-animals.json").read_text(encoding="utf-8"))
-    train = (run.get("images") or run["photographs"])["train"]
-    sample = len(range(0, train, -(-train // BACKGROUND_SAMPLE)))
-    assert f"the masks of {sample} train images" in README
+def test_no_mask_chose_anything_in_the_packaged_bundle() -> None:
+    """As README.md says."""
+    config = json.loads((ROOT / "benchmarks/results/voc-animals.json").read_text(encoding="utf-8"))["config"]
+    assert (config["background_from"], config["balance_background"]) == ("yen", True)
+    assert config["affinity_labels"]["foreground"] is None
 
 
 @pytest.mark.slow

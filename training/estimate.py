@@ -239,7 +239,9 @@ def _other_stages(config: TrainConfig, dataset: Dataset, counts: _Counts, root: 
     if counts.rounds:
         teacher = config.relabel.teacher
         seconds["relabelled"] = per_image(
-            lambda d, f: relabel(teacher, config, d, stage("teacher"), stage("relabelled", f).folder)
+            lambda d, f: relabel(
+                teacher, config.segmenter_label, config, d, stage("teacher"), stage("relabelled", f).folder
+            )
         )
     if counts.calibrated:
         label = config.with_paper_masks().label

@@ -268,8 +268,9 @@ def relabel(
     device = torch_device(config)
     network = create_model(segmenter, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT).to(device)
     options = config.relabel
-    with torch.no_grad():  # the same as dividing the probability of the background, in every view
-        network.classifier.bias[0] -= math.log(parameters.background_ratio)
+    bias = network.classifier.bias
+    assert bias is not None
+    bias.data[0] -= math.log(parameters.background_ratio)  # divides the probability of the background, in every view
 
     def work(item: Item, maps_path: Path, mask_path: Path) -> None:
         image = read_working_image(item.image, config.long_side)
