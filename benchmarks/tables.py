@@ -227,6 +227,7 @@ def values(files: Files) -> dict[str, str]:
     faster = many["images_per_second"] / few["images_per_second"] if few and many else None
     return {
         "foreground": str(len(run["classes"]) - 1),
+        "segmented": str(default["images"]),
         "minutes": f"{run['seconds'] / 60:.0f}",
         "gains": ", ".join(f"{name} {gain:g}" for name, gain in gains),
         "betas": ", ".join(f"{beta:.3f}" for beta in run["betas"]),

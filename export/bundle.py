@@ -109,10 +109,10 @@ def export_bundle(
 
     run: the output folder of a finished `multisa train`. dataset: the data set it was trained on, as
     `multisa.training.read_dataset` reads it. Every graph is compared with its PyTorch network (not folded) on
-    images of the weak list. With `label_method` "auto" the bundle gets the method whose pseudo-masks the CAM
-    network's classifier explains best (label_method.py). The bundle holds the figures in bundle.json and the whole
-    report in parity.json, a model card, and NOTICE with the licences of the backbones' weights; a bundle already in
-    `output` is replaced.
+    images of the weak list. With `label_method` "auto" the bundle gets the segmenter, unless the CAM network's
+    classifier clearly prefers the pseudo-masks of the walk (label_method.py). The bundle holds the figures in
+    bundle.json and the whole report in parity.json, a model card, and NOTICE with the licences of the backbones'
+    weights; a bundle already in `output` is replaced.
 
     Raises ParityError, and writes nothing but `options.report`, if a figure is beyond its limit. Raises
     UsageError for a folder without a finished run, another data set than the run's, or options that cannot be
@@ -177,16 +177,19 @@ def compare_with_networks(
 def compare_methods(
     run: RunRecord, graphs: tuple[Graph, ...], files: dict[str, bytes], dataset: Dataset
 ) -> MethodEvidence | None:
-    """Compare both methods of `multisa label` on images of the weak list; None unless the run asks for it."""
+    """Compare both methods of `multisa label` on images of the weak list.
+
+    None unless the run asks for it, and for a list with less than two labels.
+    """
     labelled = spread([item for item in dataset.train_images if item.classes], METHOD_IMAGES)
-    if run.config.label_method != "auto" or not labelled:
+    if run.config.label_method != "auto" or sum(len(item.classes) for item in labelled) < 2:
         return None
     maps = next(graph.reference for graph in graphs if graph.contract == CAM)
     assert isinstance(maps, MultiScaleCAM) and isinstance(maps.network, MultiSACAM)
     backends, parameters = _on_cpu(graphs, files), parameters_of_run(run)
     evidence = compare_label_methods(maps.network, backends, labelled, parameters)
     scores = ", ".join(f"{method} {score:.3f}" for method, score in evidence.scores.items())
-    log.info(f"label method {evidence.best}: scores without masks {scores}, ± {evidence.standard_error:.3f}")
+    log.info(f"label method {evidence.chosen}: scores without masks {scores}, ± {evidence.standard_error:.3f}")
     return evidence
 
 
@@ -235,7 +238,7 @@ def parameters_of_run(run: RunRecord, evidence: MethodEvidence | None = None) ->
     evidence: what `label_method` "auto" stands for; without any, the segmenter.
     """
     configured = run.config.label_method
-    chosen: LabelMethod = evidence.best if evidence else "segmenter"
+    chosen: LabelMethod = evidence.chosen if evidence else "segmenter"
     return BundleParameters(
         long_side=run.config.long_side,
         cam_scales=run.config.cam.scales,

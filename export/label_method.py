@@ -1,8 +1,8 @@
 """Which method makes the better pseudo-masks of the images trained on, judged without ground truth.
 
 The classifier of the CAM network judges: it should still recognise a class where only its region of the mask is
-left, no longer recognise it where that region is gone, and the region should be small. The smallest region that
-is both sufficient and necessary is how Dabkowski & Gal (2017) judge saliency maps; what is taken away is blurred
+left, no longer recognise it where that region is gone, and the region should be small. That a region is
+to be small and still sufficient is how Dabkowski & Gal (2017) judge saliency maps; what is taken away is blurred
 (Fong & Vedaldi 2017), because a flat colour is an object of its own.
 """
 
@@ -41,15 +41,15 @@ class MethodEvidence:
     images: int
 
     @property
-    def best(self) -> LabelMethod:
-        """The method with the higher score; within a standard error "segmenter", which takes a fraction of the time."""
+    def chosen(self) -> LabelMethod:
+        """ "segmenter", which takes a fraction of the time, unless the walk is ahead by two standard errors."""
         behind = self.scores["walk"] - self.scores["segmenter"]
-        return "walk" if behind > self.standard_error else "segmenter"
+        return "walk" if behind > 2 * self.standard_error else "segmenter"
 
     def as_json(self) -> dict[str, Any]:
         """Figures for the bundle's manifest."""
         return {
-            "best": self.best,
+            "chosen": self.chosen,
             "scores": {method: round(score, 4) for method, score in self.scores.items()},
             "standard_error_of_difference": round(self.standard_error, 4),
             "images": self.images,
@@ -60,7 +60,7 @@ class MethodEvidence:
 def compare_label_methods(
     network: MultiSACAM, backends: list[Backend], items: tuple[Item, ...], parameters: BundleParameters
 ) -> MethodEvidence:
-    """Score the masks that the exported graphs make of `items`, each with at least one image-level label.
+    """Score the masks that the exported graphs make of `items`, which have at least two image-level labels.
 
     network: the CAM network as trained, whose classifier judges at one scale. backends: the three graphs.
     """
@@ -81,7 +81,7 @@ def compare_label_methods(
                 scores[method] += region_scores(image, mask, item.classes, classify)
             bar.advance()
     difference = np.subtract(scores["segmenter"], scores["walk"])
-    error = float(difference.std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else float("inf")
+    error = float(difference.std(ddof=1) / len(difference) ** 0.5)
     means = {method: float(np.mean(values)) for method, values in scores.items()}
     return MethodEvidence(means, error, len(difference), len(items))
 

@@ -1,11 +1,11 @@
 """Class balance of labels that a segmenter makes: background must not win because it is frequent.
 
 Image-level labels give pseudo-masks that leave parts of objects out, and a segmenter that learns from them leaves out
-more: wherever it is unsure, the background is the safer guess. Peers train with a loss in which background and
-foreground weigh the same (DSRG, Huang et al. 2018; CLIP-ES). The same decision follows from the trained network when
-the probability of the background is divided by how frequent it was among the labels (logit adjustment after training,
-Menon et al. 2021). This is done where the image-level labels are given, so that the classes are known to be there;
-without them the network may find classes that are not.
+more: wherever it is unsure, the background is the safer guess. Other methods train with a loss in which background and
+foreground weigh the same (DSRG, Huang et al. 2018). Dividing the probability of the background by its ratio to the
+foreground in the labels approximates that after training (logit adjustment, Menon et al. 2021). This is done where the
+image-level labels are given, so that the classes are known to be there; without them the network may find classes that
+are not.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,17 @@ BACKGROUND = 0  # class id
 
 
 def background_ratio(labels: Path, items: Sequence[Item], *, soft: bool) -> float:
-    """Background over foreground in the labels of `items`, in pixels or, of soft targets, in probability.
+    """Background over foreground in the labels of those `items` that show a class, within 0.001..1000.
+
+    Counted in pixels or, of soft targets, in probability.
 
     labels: folder of ID.png or, with `soft`, ID.npy, [1 + classes of the image, h, w]. Returns 1 if the labels have
     only one of the two, because nothing can be weighed then.
     """
     background = foreground = 0.0
     for item in items:
+        if not item.classes:  # all background, and no label to give more room to
+            continue
         if soft:
             shares = load_maps(labels / f"{item.id}.npy").sum((1, 2), dtype=np.float64)
             behind, total = shares[BACKGROUND], shares.sum()
@@ -37,4 +41,4 @@ def background_ratio(labels: Path, items: Sequence[Item], *, soft: bool) -> floa
             behind, total = (mask == BACKGROUND).sum(), (mask != IGNORE_INDEX).sum()
         background += float(behind)
         foreground += float(total - behind)
-    return background / foreground if background and foreground else 1.0
+    return min(max(background / foreground, 1e-3), 1e3) if background and foreground else 1.0

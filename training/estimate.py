@@ -25,7 +25,7 @@ from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig, 
 from multisa.training.data import Dataset, Item, spread
 from multisa.training.data_check import Estimate, Size
 from multisa.training.frozen_norm import folded_norms
-from multisa.training.inference import torch_device
+from multisa.training.inference import keep_freed_memory, torch_device
 from multisa.training.loop import CHECKPOINT, save_checkpoint
 from multisa.training.models import create_model
 from multisa.training.multi_sa import multilabel_soft_margin
@@ -87,6 +87,8 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
     """
     log.info("estimating the training: every network and stage runs on a few images")
     device = torch_device(config)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the training does
     counts = _Counts.of(config, dataset)
     n, train, val = len(dataset.train_images), len(dataset.train), len(dataset.val)
     images = {

@@ -25,6 +25,7 @@ from multisa.runtime.files import write_bytes_atomically
 from multisa.runtime.progress import Progress, log
 from multisa.training.config import Schedule
 from multisa.training.frozen_norm import folded_norms
+from multisa.training.inference import keep_freed_memory
 
 CHECKPOINT = "checkpoint.safetensors"  # file name in the folder of a training stage
 
@@ -66,6 +67,8 @@ def train_network(
     gives the same result: order, augmentation and dropout of an epoch depend only on the seed and the epoch.
     Raises MultisaError when the loss is not finite, CheckpointError for a checkpoint that cannot be resumed.
     """
+    if next(model.parameters()).device.type == "cpu":
+        keep_freed_memory()
     optimiser = _optimiser(model, param_groups, schedule)
     average = MovingAverage(model, schedule.ema) if schedule.ema else None
     losses: list[float] = []

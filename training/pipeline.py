@@ -17,7 +17,6 @@ from multisa.training.backbones import check_weights
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset, log_findings
 from multisa.training.data_check import check_dataset
-from multisa.training.inference import keep_freed_memory, torch_device
 from multisa.training.models import ModelConfig, create_model
 from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, StageRecord, count_images
 from multisa.training.stage_cache import StageCache
@@ -48,8 +47,6 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
 def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
     check_run(config, dataset, output)
-    if torch_device(config).type == "cpu":
-        keep_freed_memory()
     cache = StageCache(output)
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)

@@ -270,7 +270,8 @@ def relabel(
     options = config.relabel
     bias = network.classifier.bias
     assert bias is not None
-    bias.data[0] -= math.log(parameters.background_ratio)  # divides the probability of the background, in every view
+    # Divides the probability of the background in every view, before they are averaged.
+    bias.data[0] -= math.log(parameters.background_ratio)
 
     def work(item: Item, maps_path: Path, mask_path: Path) -> None:
         image = read_working_image(item.image, config.long_side)

@@ -42,8 +42,8 @@ class SegmenterLabelParameters:
     crf: CrfParameters = field(default_factory=CrfParameters)
 
     def __post_init__(self) -> None:
-        if not 0 < self.background_ratio < math.inf:
-            raise ValueError(f"background_ratio: got {self.background_ratio}, expected a finite number above 0")
+        if not 1e-3 <= self.background_ratio <= 1e3:
+            raise ValueError(f"background_ratio: got {self.background_ratio}, expected a number within 0.001..1000")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,9 @@ class _SegmenterSteps:
             ids = tuple(self._manifest.classes.index(name) for name in labels)
         if ids:
             with timed(timer, "crf"), kernel_errors_as_image_errors():
-                restricted = restrict_probabilities(probabilities, ids, self._parameters.background_ratio)
+                # Only classes that are known to be there are given more room.
+                ratio = 1.0 if labels is None else self._parameters.background_ratio
+                restricted = restrict_probabilities(probabilities, ids, ratio)
                 refined = refine(rgb, restricted, self._parameters.crf if self._parameters.use_crf else None)
                 result = choose_classes(restricted, refined, ids)
         else:

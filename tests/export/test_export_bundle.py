@@ -77,13 +77,14 @@ def test_the_manifest_has_the_parameters_of_the_run(exported: Bundle, trained: t
     parameters, run = exported.manifest.parameters, trained[0]
     config = run.config
     assert parameters.min_area == config.min_area
-    assert (parameters.segmenter_label, parameters.label) == (config.segmenter_label, run.label)
+    assert (parameters.segmenter_label, parameters.label) == (run.segmenter_label, run.label)
+    assert replace(run.segmenter_label, background_ratio=1.0) == config.segmenter_label != run.segmenter_label
 
 
 def test_the_label_method_is_chosen_on_the_images_trained_on(exported: Bundle, dataset: Dataset) -> None:
     manifest, found = exported.manifest, exported.manifest.metrics["label_method"]
     labelled = [item for item in dataset.train_images if item.classes]
-    assert manifest.parameters.label_method == found["best"]
+    assert manifest.parameters.label_method == found["chosen"]
     assert (found["images"], found["regions"]) == (len(labelled), sum(len(item.classes) for item in labelled))
     assert set(found["scores"]) == {"segmenter", "walk"} and max(found["scores"].values()) <= 1
 

@@ -77,6 +77,8 @@ def test_the_pseudo_mask_of_the_segmenter_has_only_classes_of_the_labels() -> No
     mask = found["segmenter_pseudo_mask"]
     assert (mask[:, :30] == 1).all() and (mask[:, 34:] == 0).all()
     assert (found["segmenter_pseudo_mask_confidence"][:, :30] == 153).all()  # 0.3 of 0.2 + 0.3
+    add_segmenter_pseudo_mask(IMAGE, (1,), found, SegmenterLabelParameters(use_crf=False, background_ratio=2.0))
+    assert (found["segmenter_pseudo_mask_confidence"][:, :30] == 191).all()  # 0.3 of 0.1 + 0.3
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.5, 1.5])

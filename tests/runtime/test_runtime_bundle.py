@@ -206,7 +206,7 @@ def label(manifest: dict[str, Any]) -> dict[str, Any]:
         (edit(lambda m: m["parameters"].update(min_area=1)), r"min_area: got 1\.0, expected a share from 0, below 1"),
         (
             edit(lambda m: m["parameters"]["segmenter_label"].update(background_ratio=0)),
-            r"background_ratio: got 0\.0, expected a finite number above 0",
+            r"background_ratio: got 0\.0, expected a number within 0\.001\.\.1000",
         ),
         (edit(lambda m: m.pop("palette")), "missing key 'palette'"),
         (edit(lambda m: m.update(colour=1)), "unknown key 'colour'"),

@@ -52,26 +52,28 @@ def labeler(manifest: Manifest, graphs: dict[str, bytes], tmp_path: Path) -> Mak
     return make
 
 
-def plain(image: np.ndarray, ids: tuple[int, ...], *, use_crf: bool, mirror: bool) -> np.ndarray:
+def plain(image: np.ndarray, ids: tuple[int, ...], *, use_crf: bool, mirror: bool, ratio: float = 1) -> np.ndarray:
     """The same in NumPy, but for the kernel of the dense CRF: probabilities [1 + len(ids), *SIZE]."""
     maps = tiny_probabilities(image[None])[0]
     if mirror:
         maps = (maps + tiny_probabilities(image[None, :, ::-1])[0][..., ::-1]) / 2
-    kept = np.stack([maps[0], *(maps[i] for i in ids)])
+    kept = np.stack([maps[0] / ratio, *(maps[i] for i in ids)])
     full = enlarge(kept / kept.sum(axis=0), SIZE)
     return DenseCRF(image, CRF).infer(full.astype(np.float32)) if use_crf else full
 
 
 @pytest.mark.parametrize("names", [NAMES, ("green",), ("red thing",)])
-@pytest.mark.parametrize(("use_crf", "mirror"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("use_crf", "mirror", "ratio"), [(True, False, 1.0), (False, False, 1.0), (True, True, 1.0), (True, False, 1.5)]
+)
 def test_masks_are_those_of_a_plain_implementation(
-    labeler: Make, image: np.ndarray, names: tuple[str, ...], use_crf: bool, mirror: bool
+    labeler: Make, image: np.ndarray, names: tuple[str, ...], use_crf: bool, mirror: bool, ratio: float
 ) -> None:
-    with labeler(use_crf=use_crf, mirror=mirror) as label:
+    with labeler(use_crf=use_crf, mirror=mirror, background_ratio=ratio) as label:
         found = label(image, names)
         assert [selected.graph for selected in label.backends] == ["segmenter"] and label.device == "cpu"
     ids = tuple(NAMES.index(name) + 1 for name in names)
-    expected = plain(image, ids, use_crf=use_crf, mirror=mirror)
+    expected = plain(image, ids, use_crf=use_crf, mirror=mirror, ratio=ratio)
     assert found.probabilities.class_ids == (0, *ids)
     np.testing.assert_allclose(found.probabilities.probabilities, expected, atol=1e-4)
     sure = clear(expected, by=1e-3)
@@ -117,6 +119,14 @@ def test_without_labels_the_classes_are_those_that_win(labeler: Make, image: np.
         assert grey.uncertainty == pytest.approx(2 * grey.labelling.scores["red thing"], abs=1e-6) and (
             0.8 < grey.uncertainty < 1
         )
+
+
+def test_the_background_gives_way_only_to_given_labels(labeler: Make, image: np.ndarray) -> None:
+    with labeler(use_crf=False) as even, labeler(use_crf=False, background_ratio=4.0) as balanced:
+        given = [label(image, NAMES).mask for label in (even, balanced)]
+        assert (given[0] > 0).sum() < (given[1] > 0).sum()
+        assert ((given[0] > 0) <= (given[1] > 0)).all()
+        np.testing.assert_array_equal(even(image).mask, balanced(image).mask)
 
 
 def test_empty_labels_are_background_without_a_crf(

@@ -1,5 +1,6 @@
 """How much more frequent than the foreground the background is among the labels of a segmenter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,11 @@ def test_soft_targets_count_by_their_probability(tmp_path: Path) -> None:
         share = np.full((1, 4, 4), background, np.float32)
         save_maps(tmp_path / f"{name}.npy", np.concatenate([share, 1 - share]))
     assert background_ratio(tmp_path, items(tmp_path, 2), soft=True) == pytest.approx(1.25 / 0.75)
+
+
+def test_images_without_a_class_do_not_count(tmp_path: Path) -> None:
+    one, empty = write_masks(tmp_path, [[0, 0, 1]], [[0, 0, 0]])
+    assert background_ratio(tmp_path, (one, replace(empty, classes=())), soft=False) == 2
 
 
 @pytest.mark.parametrize("only", [0, 1, 255])

@@ -20,6 +20,8 @@ from multisa.training.estimate import estimate_training
 from multisa.training.inference import load_maps, save_maps
 from multisa.training.pipeline import train
 from multisa.training.run_record import SEGMENTER, SUPERVISED, RunRecord, load_run
+from multisa.training.stage_cache import Stage
+from multisa.training.stage_functions import relabel
 from multisa.training.thresholds import SCORE_BINS, around, score_masks, strongest_scores, yen_scores, yen_threshold
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -172,7 +174,7 @@ def test_seeds_share_everything_but_the_segmenters(rounds: tuple[Path, RunRecord
 
 @pytest.mark.slow
 def test_labels_of_a_round_are_balanced_by_what_its_teacher_learned_from(
-    rounds: tuple[Path, RunRecord], voc_folder: Path
+    rounds: tuple[Path, RunRecord], voc_folder: Path, tmp_path: Path
 ) -> None:
     folder, run = rounds
     names = ("pseudo-masks", "relabelled-1", "relabelled-2")
@@ -180,7 +182,19 @@ def test_labels_of_a_round_are_balanced_by_what_its_teacher_learned_from(
     labels = [stored(folder, run, f"relabelled-{number}")["inputs"]["label"] for number in (1, 2)]
     assert [label["background_ratio"] for label in labels] == ratios[:2]  # type: ignore[index]
     assert run.segmenter_label.background_ratio == ratios[2]
-    items = read_dataset(voc_folder).train_images
+    dataset = read_dataset(voc_folder)
+    items = dataset.train_images
+    # The same teacher with another ratio leaves more to the background.
+    again = tmp_path / "again"
+    again.mkdir()
+    teacher = Stage("teacher-1", run.folder(folder, "teacher-1"), "")
+    parameters = replace(run.segmenter_label, background_ratio=ratios[0] / 4)
+    relabel(run.config.relabel.teacher, parameters, run.config, dataset, teacher, again)
+    behind = [
+        sum(load_maps(made / f"{item.id}.npy")[0].sum() for item in items)
+        for made in (again, run.folder(folder, "relabelled-1"))
+    ]
+    assert behind[0] > behind[1]
     assert ratios[0] == background_ratio(run.folder(folder, "pseudo-masks"), items, soft=False) != 1
     assert ratios[2] == background_ratio(run.folder(folder, "relabelled-2"), items, soft=True) != 1
 
