@@ -87,8 +87,7 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
     """
     log.info("estimating the training: every network and stage runs on a few images")
     device = torch_device(config)
-    if device.type == "cpu":
-        keep_freed_memory()  # as the training does
+    keep_freed_memory()  # as the training does
     counts = _Counts.of(config, dataset)
     n, train, val = len(dataset.train_images), len(dataset.train), len(dataset.val)
     images = {

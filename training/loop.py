@@ -67,8 +67,7 @@ def train_network(
     gives the same result: order, augmentation and dropout of an epoch depend only on the seed and the epoch.
     Raises MultisaError when the loss is not finite, CheckpointError for a checkpoint that cannot be resumed.
     """
-    if next(model.parameters()).device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     optimiser = _optimiser(model, param_groups, schedule)
     average = MovingAverage(model, schedule.ema) if schedule.ema else None
     losses: list[float] = []
