@@ -30,6 +30,8 @@ SUBJECTS = (
     "voc-animals", "segmenting", "labelling", "start_up", "pipeline", "crash_recovery",
     "kernels", "cam_head", "precisions", "engines",
 )  # fmt: skip
+# What the name of a PyTorch recipe contains, and the method of `multisa label` that it computes.
+LABEL_METHODS = {"segmenter": "segmenter", "sparse walk": "walk"}
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the default backend
 OF_A_BUNDLE = {"segmenting": "segment", "labelling": "label"}  # results and the key of their rows
 MIOU_TOLERANCE = 0.1  # percentage points: the bundle's weights are rounded to half precision
@@ -250,17 +252,13 @@ def document(files: Files, template: str) -> str:
 
 def summary(files: Files) -> str:
     """The README's table."""
-    segment, label = ran(files["segmenting"]["segment"]), ran(files["labelling"]["label"])
-    default, ours = (next(row for row in rows if row["default"]) for rows in (segment, label))
+    segment = ran(files["segmenting"]["segment"])
+    default = next(row for row in segment if row["default"])
     eager = next(row for row in segment if row["backend"] == "pytorch-eager")
     starts = files["start_up"]["ways"]
     start = starts[start_up.EAGER_START]
     rows = [("`segment`, file to file", default, "PyTorch eager", eager, at(default, "end_to_end/times_baseline"))]
-    # Slow recipes are measured on fewer images: only the ratio compares with ours.
-    slow = [row for row in label if row["recipe"].startswith("PyTorch")]
-    method = ours["recipe"].partition("--method ")[2] or "walk"  # the only method of earlier results
-    name = f"`label` ({method}), file to file"
-    rows += [(name, ours, r["recipe"], {}, r.get("default_times_as_fast")) for r in slow]
+    rows += _label_rows(ran(files["labelling"]["label"]))
     rows += [("command to first mask", starts[start_up.OURS], "PyTorch eager", start, start["times_ours"])]
     for kernel, other in (("random walk", "dense squaring"), ("dense CRF", "pydensecrf")):
         mine, *others = of_kernel(files, kernel)
@@ -271,9 +269,25 @@ def summary(files: Files) -> str:
         (name, _speed(row), ", ".join(filter(None, (other, _speed(theirs)))), times and number(times))
         for name, row, other, theirs, times in rows
     ]
-    measured = f"Measured on {_facts(files['segmenting']['environment'])}. All results:"
+    used = [e for name in ("segmenting", "labelling", "start_up", "kernels") for e in _environments(files[name])]
+    measured = f"Measured on {'; '.join(dict.fromkeys(map(_facts, used)))}. All results:"
     lines = table(("what", "multisa", "compared with", "speedup"), cells)
     return f"{lines}\n\n{measured}\n[docs/benchmarks.md](docs/benchmarks.md)."
+
+
+def _label_rows(rows: Sequence[Row]) -> Iterator[tuple[str, Row, str, Row, float | None]]:
+    """Each method of `label` beside the PyTorch recipe of the same method.
+
+    The dense recipe is left out: it was measured on one small image, which the walk of ours was not.
+    """
+    for row in rows:
+        method = next((m for m in LABEL_METHODS if m in row["recipe"]), None)
+        if method is None or not row["recipe"].startswith("PyTorch"):
+            continue
+        ours = next((r for r in rows if r["recipe"].endswith(f"--method {LABEL_METHODS[method]}")), {})
+        times, of_ours = row.get("default_times_as_fast"), ours.get("default_times_as_fast")
+        name = f"`label --method {LABEL_METHODS[method]}`, file to file"
+        yield name, ours, row["recipe"], row, times / of_ours if times and of_ours else None
 
 
 def _speed(row: Row) -> str:

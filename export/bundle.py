@@ -135,25 +135,33 @@ def export_bundle(
     # Evenly over the weak list, whose images have the image-level labels that pseudo-masks need.
     step = max(len(dataset.train_images) // options.num_images, 1)
     items = dataset.train_images[::step][: options.num_images]
-    parity = compare_with_networks(record, graphs, files, items)
+    backends = _on_cpu(graphs, files)
+    parity = compare_with_networks(record, graphs, backends, items)
     files[REPORT_NAME] = report_to_bytes({"fp32": parity.full_json()})
     if options.report:
         write_bytes_atomically(options.report, files[REPORT_NAME])
     parity.require("the exported graphs answer differently from the networks")
-    evidence = compare_methods(record, graphs, files, dataset)
+    evidence = compare_methods(record, graphs, backends, dataset)
     manifest = _manifest(record, parity, origins, evidence)
     files |= licences
-    files[MODEL_CARD] = model_card(record, manifest.parameters, files, origins, known_failures).encode()
+    card = model_card(
+        record,
+        manifest.parameters,
+        files,
+        origins,
+        methods_compared=evidence is not None,
+        known_failures=known_failures,
+    )
+    files[MODEL_CARD] = card.encode()
     bundle = write_bundle(output, manifest, files)
     return ExportResult(bundle, written, parity, time.perf_counter() - start)
 
 
 def compare_with_networks(
-    run: RunRecord, graphs: tuple[Graph, ...], files: dict[str, bytes], items: tuple[Item, ...]
+    run: RunRecord, graphs: tuple[Graph, ...], backends: list[Backend], items: tuple[Item, ...]
 ) -> ParityReport:
-    """Compare the graphs, ONNX `files` by name, with the networks, including the pseudo-masks of both."""
+    """Compare the graphs, which `backends` run, with the networks, including the pseudo-masks of both."""
     parameters = parameters_of_run(run)
-    backends = _on_cpu(graphs, files)
 
     def pairs() -> Iterator[Compared]:
         with Progress(len(items), "parity") as bar:
@@ -175,7 +183,7 @@ def compare_with_networks(
 
 
 def compare_methods(
-    run: RunRecord, graphs: tuple[Graph, ...], files: dict[str, bytes], dataset: Dataset
+    run: RunRecord, graphs: tuple[Graph, ...], backends: list[Backend], dataset: Dataset
 ) -> MethodEvidence | None:
     """Compare both methods of `multisa label` on images of the weak list.
 
@@ -186,8 +194,7 @@ def compare_methods(
         return None
     maps = next(graph.reference for graph in graphs if graph.contract == CAM)
     assert isinstance(maps, MultiScaleCAM) and isinstance(maps.network, MultiSACAM)
-    backends, parameters = _on_cpu(graphs, files), parameters_of_run(run)
-    evidence = compare_label_methods(maps.network, backends, labelled, parameters)
+    evidence = compare_label_methods(maps.network, backends, labelled, parameters_of_run(run))
     scores = ", ".join(f"{method} {score:.3f}" for method, score in evidence.scores.items())
     log.info(f"label method {evidence.chosen}: scores without masks {scores}, ± {evidence.standard_error:.3f}")
     return evidence

