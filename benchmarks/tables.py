@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- results: begin -->"
 END = "<!-- results: end -->"
 SUBJECTS = (
-    "voc-animals", "segmenting", "labelling", "start_up", "pipeline", "crash_recovery",
-    "kernels", "cam_head", "precisions", "engines",
+    "voc-animals", "variants", "thresholds", "full_size", "segmenting", "labelling", "start_up", "pipeline",
+    "crash_recovery", "kernels", "cam_head", "precisions", "engines",
 )  # fmt: skip
 # What the name of a PyTorch recipe contains, and the method of `multisa label` that it computes.
 LABEL_METHODS = {"segmenter": "segmenter", "sparse walk": "walk"}
@@ -40,6 +40,11 @@ PAPER = {**TABLE2, "DeepLabV3+ on pseudo-masks": TABLE3_MIOU[MULTI_SA]}
 
 # Columns of the tables: "title|key/key|format; ...". `ROWS` has the functions that give the rows.
 COLUMNS = {
+    "variants": "variant|variant; list|measured_on; mIoU|miou; measured on|processor",
+    "thresholds": "classes|name; images|images|d; mIoU by Yen|miou|.2f; ... without gains|miou_without_gains|.2f; "
+    "best background score|best_miou|.2f; regret|regret|.2f; best with gains|best_miou_with_gains|.2f; "
+    "regret|regret_with_gains|.2f",
+    "full_size": "mask|name; mIoU|miou|.2f; edges on the grid|on_grid|.0%",
     "segmenting": "backend|title; precision|precision; images/s, file to file (× eager)|end_to_end/rate; "
     "images/s, plain loop (× eager)|loop/rate; p50 ms|latency_ms/p50|.0f; p90 ms|latency_ms/p90|.0f; "
     "p99 ms|latency_ms/p99|.0f; mIoU|miou|.2f; labels alike|label_agreement|.2%; "
@@ -205,7 +210,16 @@ def _folding(files: Files) -> Iterator[Row]:
         yield {"name": name, "0": costs[0], "1": costs[-1], **parts}
 
 
+def _full_size(files: Files) -> Iterator[Row]:
+    results = files["full_size"]
+    for name, miou in results["miou"].items():
+        yield {"name": name, "miou": miou, "on_grid": results["changes_on_grid"].get(name)}
+
+
 ROWS: dict[str, Callable[[Files], Iterable[Row]]] = {
+    "variants": lambda files: files["variants"]["rows"],
+    "thresholds": lambda files: named(files["thresholds"]["thresholds"]),
+    "full_size": _full_size,
     "segmenting": lambda files: sorted(
         _with_titles(files["segmenting"]["segment"]), key=lambda row: -float(row["images_per_second"] or 0)
     ),
