@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from multisa.benchmarks.harness import environment, make_parser, save_results
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
-from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.decode import resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import with_gains
 from multisa.training.data import Dataset, read_dataset
@@ -79,9 +79,9 @@ def images(dataset: Dataset, walked: Path, names: Sequence[str]) -> list[Image]:
         if not rows:
             continue
         maps = load_maps(walked / f"{item.id}.npy")[rows]
-        truth, path = None, masks.get(item.id)
-        if path is not None:
-            truth = table[resize_mask(read_mask(path), (maps.shape[1], maps.shape[2]))][::EVERY, ::EVERY]
+        truth, mask = None, masks.get(item.id)
+        if mask is not None:
+            truth = table[resize_mask(mask.read(), (maps.shape[1], maps.shape[2]))][::EVERY, ::EVERY]
         found.append(Image(maps, np.array([ids[item.classes[row]] for row in rows]), truth))
     return found
 

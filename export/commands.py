@@ -28,14 +28,17 @@ _image_options = together(
 @click.command()
 @click.argument("run", type=PATH)
 @_path("--data", required=True, help="The data set that RUN was trained on.")
-@_path("--labels", metavar="FILE", help="The label file given to `multisa train`, if any.")
+@_path("--labels", metavar="PATH", help="The labels given to `multisa train`, if any.")
+@_path("--val", metavar="PATH", help="The images to measure on that were given to `multisa train`, if any.")
 @_path("-o", "--output", required=True, help="Folder to write the bundle to.")
 @_count("--num-images", default=32, help="Images to compare on.")
 @option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
 @_several("--notice", "notices", type=PATH, metavar="FILE", help="Add a NOTICE or LICENSE file. Can be repeated.")
 @_path("--known-failures", metavar="FILE", help="Markdown for the model card: what the masks get wrong.")
 @_result_options
-def export(run: Path, data: Path, labels: Path | None, output: Path, *, as_json: bool, **options: Any) -> None:
+def export(
+    run: Path, data: Path, labels: Path | None, val: Path | None, output: Path, *, as_json: bool, **options: Any
+) -> None:
     """Export the networks of the training run RUN to ONNX and write a bundle.
 
     Every graph is compared with its PyTorch network. If a figure is beyond its limit, no bundle is
@@ -49,7 +52,8 @@ def export(run: Path, data: Path, labels: Path | None, output: Path, *, as_json:
     from multisa.export.bundle import ExportOptions, export_bundle
     from multisa.training.data import read_dataset
 
-    _print(export_bundle(run, read_dataset(data, labels, quiet=True), output, ExportOptions(**options)), as_json)
+    dataset = read_dataset(data, labels, val, quiet=True)
+    _print(export_bundle(run, dataset, output, ExportOptions(**options)), as_json)
 
 
 @click.command()

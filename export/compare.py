@@ -22,10 +22,11 @@ from multisa.runtime.bundle import Bundle
 from multisa.runtime.bundle.manifest import Manifest
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import write_bytes_atomically
-from multisa.runtime.imaging.decode import UInt8, read_mask, resize_mask
+from multisa.runtime.imaging.decode import UInt8, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import Progress, log
 from multisa.runtime.sources.folders import list_images
+from multisa.training.annotations.base import Mask, MaskFile
 from multisa.training.data import read_dataset, read_working_image, spread
 
 CALIBRATION_IMAGES = 64  # to take the ranges of values from; more hardly widen a range
@@ -40,7 +41,7 @@ class LabelledImage:
 
     path: Path
     classes: tuple[int, ...] | None  # foreground class ids; None if the image has no labels
-    mask: Path | None
+    mask: Mask | None
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,11 @@ def run_all(backends: Sequence[Backend], image: UInt8) -> Outputs:
     return {name: values for backend in backends for name, values in backend.run(image[None]).items()}
 
 
-def truth_of(mask: Path | None, image: UInt8) -> dict[str, UInt8]:
+def truth_of(mask: Mask | None, image: UInt8) -> dict[str, UInt8]:
     """Ground truth of the outputs that are labels, uint8 [H, W] of the size of `image`; none without mask."""
     if mask is None:
         return {}
-    truth = resize_mask(read_mask(mask), (image.shape[0], image.shape[1]))
+    truth = resize_mask(mask.read(), (image.shape[0], image.shape[1]))
     return dict.fromkeys(CONFIDENCE, truth)
 
 
@@ -262,7 +263,7 @@ def read_image_sets(
     found = []
     for image in corpus:
         mask = masks / f"{image.name}.png" if masks else None
-        found.append(LabelledImage(image.path, None, mask if mask and mask.is_file() else None))
+        found.append(LabelledImage(image.path, None, MaskFile(mask) if mask and mask.is_file() else None))
     if masks and not any(image.mask for image in found):
         raise UsageError(f"{masks}: no mask of an image in {root}, expected {corpus[0].name}.png")
     calibration_half = found[::2] if calibrate else []

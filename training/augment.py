@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from multisa.runtime.imaging.decode import UInt8, read_mask, resize_mask
+from multisa.runtime.imaging.decode import UInt8, resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
+from multisa.training.annotations.base import MaskFile
 from multisa.training.config import Schedule, TrainConfig
 from multisa.training.data import Item, read_working_image
 from multisa.training.inference import load_maps
@@ -80,9 +81,10 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
         recolour = partial(jitter_colours, strength=self.schedule.colour_jitter, random=random)
         view = torch.from_numpy(crop.of_image(image, recolour))
         side = -(-self.schedule.crop // self.stride)
-        path = item.mask if self.truth else self.masks / f"{item.id}.png" if self.masks else None
-        if path is not None:
-            mask = crop.of_mask(resize_mask(read_mask(path), (image.shape[0], image.shape[1])))
+        path = self.masks / f"{item.id}.png" if self.masks else None
+        source = item.mask if self.truth else MaskFile(path) if path else None
+        if source is not None:
+            mask = crop.of_mask(resize_mask(source.read(), (image.shape[0], image.shape[1])))
             return view, torch.from_numpy(resize_mask(mask, (side, side)))
         if self.probabilities is not None:
             maps = crop.of_maps(load_maps(self.probabilities / f"{item.id}.npy"))

@@ -16,7 +16,18 @@ PAPER_ITEMS = ("table1", "table2", "table3", "figure4", "figure5", "figure6")
 
 _path = partial(option, type=PATH, metavar="FILE")
 _preset = option("--preset", default="lite0", show_default=True, help="Name of a preset, or path of a TOML file.")
-_labels = _path("--labels", help="Image-level labels (CSV or JSON) to use instead of the data set's own.")
+_labels = _path(
+    "--labels",
+    metavar="PATH",
+    help="Labels to use instead of the data set's own: CSV, JSON, or annotations of COCO, CVAT or Label Studio, or a "
+    "folder of masks.",
+)
+_val = _path(
+    "--val",
+    metavar="PATH",
+    help="Images to measure on, which are not trained on: a list of names (.txt), annotations or masks of some images "
+    "of DATA, or another folder with images/ and masks/.",
+)
 _overrides = option(
     "--set",
     "overrides",
@@ -28,13 +39,14 @@ _data = _path(
     "--data",
     required=True,
     metavar="DIR",
-    help="Data set: a folder in VOC layout, or a folder of images with labels.csv and classes.txt.",
+    help="Data set: a folder in VOC's or COCO's layout, or a folder of images with labels.csv and classes.txt.",
 )
 # The options that identify a run: data set, configuration, output folder.
 training_options = together(
     _data,
     _preset,
     _labels,
+    _val,
     _path(
         "-o",
         "--output",
@@ -58,10 +70,13 @@ def data() -> None:
 @data.command()
 @click.argument("data_set", type=PATH, metavar="DATA")
 @_labels
+@_val
 @_preset
 @_overrides
 @json_option
-def check(data_set: Path, labels: Path | None, preset: str, overrides: tuple[str, ...], *, as_json: bool) -> None:
+def check(
+    data_set: Path, labels: Path | None, val: Path | None, preset: str, overrides: tuple[str, ...], *, as_json: bool
+) -> None:
     """Read and decode all of a data set, count what is there, and estimate the training.
 
     Lists files that cannot be used (exit code 1), everything that no training uses and why, images of each
@@ -75,7 +90,7 @@ def check(data_set: Path, labels: Path | None, preset: str, overrides: tuple[str
     from multisa.training import check_dataset, load_config, read_dataset
 
     config = load_config(preset, overrides)
-    dataset = read_dataset(data_set, labels, quiet=True)
+    dataset = read_dataset(data_set, labels, val, quiet=True)
     report = check_dataset(dataset)
     has_packages = all(map(importlib.util.find_spec, TRAINING_PACKAGES))
     if not has_packages:
@@ -91,7 +106,9 @@ def check(data_set: Path, labels: Path | None, preset: str, overrides: tuple[str
 
 @click.command()
 @training_options
-def train(data: Path, preset: str, labels: Path | None, output: Path, overrides: tuple[str, ...]) -> None:
+def train(
+    data: Path, preset: str, labels: Path | None, val: Path | None, output: Path, overrides: tuple[str, ...]
+) -> None:
     """Train every stage from image-level labels.
 
     Run the same command again to resume an interrupted run. Stages that are already done with the same inputs
@@ -101,7 +118,7 @@ def train(data: Path, preset: str, labels: Path | None, output: Path, overrides:
     """
     from multisa.training import load_config, read_dataset, train
 
-    run = train(load_config(preset, overrides), read_dataset(data, labels), output)
+    run = train(load_config(preset, overrides), read_dataset(data, labels, val), output)
     click.echo(run.format_table())
     click.echo(f"{run.seconds / 60:.0f} minutes in total; details: {output / 'run.json'}")
 
@@ -110,6 +127,7 @@ def train(data: Path, preset: str, labels: Path | None, output: Path, overrides:
 @click.argument("run", type=PATH, metavar="RUN")
 @_data
 @_labels
+@_val
 @_path("-o", "--output", default=Path("tune.html"), show_default=True, help="The page to write.")
 @option(
     "--images",
@@ -121,7 +139,9 @@ def train(data: Path, preset: str, labels: Path | None, output: Path, overrides:
     help="Number of images to show, evenly spaced in the train list.",
 )
 @option("--masks", "with_masks", is_flag=True, help="Also compare every score with the masks of the train list.")
-def tune(run: Path, data: Path, labels: Path | None, output: Path, num_images: int, *, with_masks: bool) -> None:
+def tune(
+    run: Path, data: Path, labels: Path | None, val: Path | None, output: Path, num_images: int, *, with_masks: bool
+) -> None:  # more than six parameters: click passes each option as one
     """Show how the background score of a finished run was chosen.
 
     Writes a page with a slider over background scores: the masks of some images at every score, the histogram of the
@@ -133,7 +153,7 @@ def tune(run: Path, data: Path, labels: Path | None, output: Path, num_images: i
     from multisa.training.data import read_dataset
     from multisa.training.tune import write_tune_page
 
-    dataset = read_dataset(data, labels, quiet=True)
+    dataset = read_dataset(data, labels, val, quiet=True)
     click.echo(write_tune_page(run, dataset, output, num_images=num_images, with_masks=with_masks))
 
 
@@ -143,7 +163,13 @@ def tune(run: Path, data: Path, labels: Path | None, output: Path, num_images: i
 @option("--num-images", type=int, metavar="N", help="Number of images in a figure, evenly spaced in its list.  [4]")
 @_path("--list", "image_list", help="Show the images of this file in a figure instead: one id per line.")
 def reproduce(
-    what: str, data: Path, labels: Path | None, preset: str, overrides: tuple[str, ...], **options: Any
+    what: str,
+    data: Path,
+    labels: Path | None,
+    val: Path | None,
+    preset: str,
+    overrides: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Reproduce a table or a figure of the paper on any data set, with the paper's numbers beside ours.
 
@@ -164,4 +190,4 @@ def reproduce(
     from multisa.training import load_config, read_dataset, reproduce_paper
 
     config = load_config(preset, overrides)
-    click.echo(reproduce_paper(what, config, read_dataset(data, labels), **options))
+    click.echo(reproduce_paper(what, config, read_dataset(data, labels, val), **options))

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from multisa.runtime.errors import DatasetError, ImageError
 from multisa.runtime.files import read_json_object, sha256_of_bytes, sha256_of_file, write_json_atomically
-from multisa.runtime.imaging.decode import read_image, read_mask
+from multisa.runtime.imaging.decode import read_image
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.progress import Progress, pluralize
 from multisa.runtime.system import usable_cpus
+from multisa.training.annotations.base import Mask
 from multisa.training.data import Dataset, Finding, Item
 
 CACHE = "data-check.json"  # in the run folder: what the last check of this data set found
@@ -145,7 +146,7 @@ def check_dataset(dataset: Dataset, output: Path | None = None) -> DatasetReport
     )
 
 
-def _inspect(item: Item, mask: Path | None, n_classes: int) -> tuple[Size | None, list[str], list[str]]:
+def _inspect(item: Item, mask: Mask | None, n_classes: int) -> tuple[Size | None, list[str], list[str]]:
     """The size of an image, if it can be read, notes, and what is wrong with it and its mask."""
     size, notes, problems = None, [], []
     try:
@@ -156,7 +157,7 @@ def _inspect(item: Item, mask: Path | None, n_classes: int) -> tuple[Size | None
     if mask is None:
         return size, notes, problems
     try:
-        ids = read_mask(mask)
+        ids = mask.read()
     except ImageError as error:
         return size, notes, [*problems, str(error)]
     if (ids == IGNORE_INDEX).any() and not ((ids > 0) & (ids < n_classes)).any():
@@ -195,9 +196,9 @@ def _copies(dataset: Dataset, digests: Sequence[str]) -> list[Finding]:
     ]
 
 
-def _digest(path: Path | None) -> str:
+def _digest(file: Path | Mask | None) -> str:
     try:
-        return sha256_of_file(path) if path else ""
+        return sha256_of_file(file) if isinstance(file, Path) else file.digest() if file else ""
     except OSError:  # reported with its reason when it is decoded
         return ""
 

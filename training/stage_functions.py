@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from multisa.kernels import DenseCRF, enlarge_probabilities
 from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
-from multisa.runtime.imaging.decode import read_mask, write_mask
+from multisa.runtime.imaging.decode import write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import (
     Float32,
@@ -93,7 +93,7 @@ def measure_maps(config: TrainConfig, dataset: Dataset, maps: Stage, folder: Pat
     sweep = ThresholdSweep(len(dataset.class_names))
     for item in dataset.train:
         assert item.mask is not None
-        sweep.add(load_maps(maps.folder / f"{item.id}.npy"), item.classes, read_mask(item.mask))
+        sweep.add(load_maps(maps.folder / f"{item.id}.npy"), item.classes, item.mask.read())
     return sweep.results(config.label.background)
 
 

@@ -91,7 +91,7 @@ def score_masks(folder: Path, items: Iterable[Item], n_classes: int) -> dict[str
     confusion = np.zeros((n_classes, n_classes), np.int64)
     for item in items:
         if item.mask is not None:
-            ground_truth = read_mask(item.mask)
+            ground_truth = item.mask.read()
             size = (ground_truth.shape[0], ground_truth.shape[1])
             mask = resize_mask(read_mask(folder / f"{item.id}.png"), size)
             confusion += confusion_matrix(mask, ground_truth, n_classes)
@@ -213,7 +213,7 @@ def _confusions_after_crf(
 
     def work(item: Item, path: Path) -> None:
         assert item.mask is not None
-        ground_truth = read_mask(item.mask)
+        ground_truth = item.mask.read()
         image = read_working_image(item.image, config.long_side)
         scores = load_maps(walked.folder / f"{item.id}.npy")
         results = pseudo_masks(image, scores, item.classes, label, candidates)

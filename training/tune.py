@@ -194,7 +194,7 @@ def _miou_curve(run: RunRecord, dataset: Dataset, walked: Path) -> tuple[float, 
         for item in dataset.train:
             assert item.mask is not None
             maps = with_gains(load_maps(walked / f"{item.id}.npy"), item.classes, run.label.class_gain)
-            sweep.add(maps, item.classes, read_mask(item.mask))
+            sweep.add(maps, item.classes, item.mask.read())
             bar.advance()
     return tuple(sweep.results(run.label.background)["curve"].values())
 

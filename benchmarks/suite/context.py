@@ -21,6 +21,7 @@ from multisa.runtime.bundle.manifest import MANIFEST_NAME
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import sha256_of_file
 from multisa.runtime.system import usable_cpus
+from multisa.training.annotations.base import MaskFile
 from multisa.training.data import Dataset, Item, read_dataset
 
 PACKAGES = (
@@ -105,9 +106,9 @@ class BenchContext:
     def _labelled(self, items: Sequence[Item]) -> list[LabelledImage]:
         names = self.dataset.class_names
         return [
-            LabelledImage(item.id, item.image, item.mask, tuple(names[i] for i in item.classes))
+            LabelledImage(item.id, item.image, item.mask.path, tuple(names[i] for i in item.classes))
             for item in items
-            if item.mask
+            if isinstance(item.mask, MaskFile)
         ]
 
     def run_on_images(

@@ -68,14 +68,14 @@ def test_objects_of_two_names_and_files_of_other_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         text = "<annotation><object><name>red</name><name>blue</name></object><object/></annotation>"
         write(root / "Annotations" / f"{name}.xml", text)
-    for name in ("Labels.csv", "SegmentationClassAug/a.png", "ImageSets/Segmentation/Val.txt"):
+    for name in ("Labels.csv", "SegmentationObject/a.png", "ImageSets/Segmentation/Val.txt"):
         write(root / name)
     dataset = read_dataset(root)
     assert classes(dataset) == {"a": (1, 2), "b": (1, 2)}
     found = findings(dataset)
     assert found["object names that are no class of classes.txt are left out"] == ("(no name) in 2 images",)
     assert found["1 entry not read, because of its capitals"] == ("Labels.csv",)
-    assert found["1 entry beside JPEGImages, not read"] == ("SegmentationClassAug",)
+    assert found["1 entry beside JPEGImages, not read"] == ("SegmentationObject",)
     assert found["1 entry of ImageSets/Segmentation, not read"] == ("Val.txt",)
     (root / "Annotations" / "b.xml").unlink()
     with pytest.raises(DatasetError, match=r"1 of 2 annotations are missing, for example b\.xml; expected one"):
@@ -141,7 +141,7 @@ def test_files_of_a_voc_layout_are_found_by_their_stems(tmp_path: Path) -> None:
     write(root / "stray.jpg")
     dataset = read_dataset(root)
     assert [item.image.name for item in dataset.train_images] == ["a.JPG", "b.png", "c.jpeg"]
-    assert [item.mask and item.mask.name for item in dataset.train_images] == ["a.PNG", None, None]
+    assert [item.mask and Path(str(item.mask)).name for item in dataset.train_images] == ["a.PNG", None, None]
     assert findings(dataset) == {
         "3 entries of JPEGImages other than images, not used": (".d.jpg (hidden)", "e.txt", "f (folder)"),
         "1 entry of SegmentationClass other than masks (PNG), not used": ("b.jpg",),

@@ -15,6 +15,7 @@ from PIL import Image
 from multisa.runtime.cli.main import root as root_command
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.training import data_check, estimate
+from multisa.training.annotations import base
 from multisa.training.config import load_config
 from multisa.training.data import Dataset, Finding, read_dataset
 from multisa.training.data_check import CACHE, DatasetReport, Estimate, check_dataset
@@ -133,9 +134,9 @@ def test_images_with_the_same_bytes(root: Path) -> None:
 def test_unchanged_files_are_decoded_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, output = read_dataset(root), tmp_path / "run"
     decoded: list[Path] = []
-    for name in ("read_image", "read_mask"):
-        plain = getattr(data_check, name)
-        monkeypatch.setattr(data_check, name, lambda path, plain=plain: decoded.append(path) or plain(path))
+    for module, name in ((data_check, "read_image"), (base, "read_mask")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, plain=plain: decoded.append(path) or plain(path))
     first = check_dataset(dataset, output)
     assert len(decoded) == 12 + 10  # masks of the six in train.txt and the four in val.txt
     assert check_dataset(dataset, output) == first and len(decoded) == 22

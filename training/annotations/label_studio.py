@@ -74,7 +74,7 @@ def read_label_studio(path: Path, tasks: Sequence[Any], class_names: tuple[str, 
 def _name(task: Mapping[str, Any]) -> str:
     """Path or name of an image: the id that our writer stores, or its place without what Label Studio adds."""
     own = (task.get("meta") or {}).get("id")
-    place = own or task["data"].get("image") or next(iter(task["data"].values()), None)
+    place: Any = own or task["data"].get("image") or next(iter(task["data"].values()), None)
     if own or not re.match(r"/data/|\w+://", place):
         return str(place)
     url = urlsplit(place)

@@ -10,7 +10,7 @@ import torch
 from multisa.kernels import enlarge_probabilities
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text, write_bytes_atomically, write_json_atomically
-from multisa.runtime.imaging.decode import read_mask, resize_mask
+from multisa.runtime.imaging.decode import resize_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import Float32, UInt8, pseudo_mask
 from multisa.training.config import TrainConfig
@@ -214,7 +214,7 @@ def _with_ground_truth(
         rgb = read_working_image(item.image, config.long_side)
         pictures, masks = panels(item, rgb)
         if item.mask is not None and has_masks:
-            masks.append(resize_mask(read_mask(item.mask), (rgb.shape[0], rgb.shape[1])))
+            masks.append(resize_mask(item.mask.read(), (rgb.shape[0], rgb.shape[1])))
         shown.update(int(i) for mask in masks for i in np.unique(mask))
         classes = ", ".join(dataset.class_names[i] for i in item.classes)
         name = f"{item.id}: {classes}" if classes else item.id
