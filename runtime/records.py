@@ -59,8 +59,8 @@ def _value(hint: Any, value: object, where: str, complete: bool) -> Any:
         if value not in arguments:
             raise ValueError(f"{where}: got {_kind(value)}, expected one of {', '.join(map(repr, arguments))}")
         return value
-    if origin is types.UnionType:  # only `X | None` is used
-        return None if value is None else _value(arguments[0], value, where, complete)
+    if origin is types.UnionType:  # only `X | None` and `X | str` are used
+        return value if type(value) in arguments else _value(arguments[0], value, where, complete)
     if origin is tuple:
         return _tuple(arguments, value, where, complete)
     if origin is dict:

@@ -1,7 +1,7 @@
 """Training samples: resize, mirror, crop, recolour; uint8 until the network normalises."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,7 @@ from multisa.training.annotations.base import MaskFile
 from multisa.training.config import Schedule, TrainConfig
 from multisa.training.data import Item, read_working_image
 from multisa.training.inference import load_maps
-
-# Grey level around images smaller than the crop: about zero after normalisation (PuzzleCAM pads with zero).
-PADDING = 128
+from multisa.training.transforms import PADDING, apply_transforms
 
 Float32 = npt.NDArray[np.float32]
 
@@ -55,7 +53,8 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
         probabilities: Path | None = None,
         stride: int = 1,
     ) -> None:
-        self.items = items
+        # Drawn masks hold all of their shapes, which the processes that load samples would get.
+        self.items = items if truth else [replace(item, mask=None) for item in items]
         self.schedule = schedule
         self.n_classes = n_classes
         self.long_side = config.long_side
@@ -79,21 +78,29 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
         image = read_working_image(item.image, self.long_side)
         crop = random_view(image.shape[:2], self.schedule, random)
         recolour = partial(jitter_colours, strength=self.schedule.colour_jitter, random=random)
-        view = torch.from_numpy(crop.of_image(image, recolour))
+        view = crop.of_image(image, recolour)
         side = -(-self.schedule.crop // self.stride)
         path = self.masks / f"{item.id}.png" if self.masks else None
         source = item.mask if self.truth else MaskFile(path) if path else None
         if source is not None:
             mask = crop.of_mask(resize_mask(source.read(), (image.shape[0], image.shape[1])))
-            return view, torch.from_numpy(resize_mask(mask, (side, side)))
+            view, mask = self._augmented(view, mask, random)
+            return torch.from_numpy(view), torch.from_numpy(resize_mask(mask, (side, side)))
         if self.probabilities is not None:
             maps = crop.of_maps(load_maps(self.probabilities / f"{item.id}.npy"))
+            view, maps = self._augmented(view, maps, random)
             target = torch.zeros(self.n_classes, side, side)
             target[[0, *item.classes]] = functional.adaptive_avg_pool2d(torch.from_numpy(maps), side)
-            return view, target
+            return torch.from_numpy(view), target
+        view, _ = self._augmented(view, None, random)
         target = torch.zeros(self.n_classes - 1)
         target[[class_id - 1 for class_id in item.classes]] = 1.0
-        return view, target
+        return torch.from_numpy(view), target
+
+    def _augmented(self, view: UInt8, target: Any, random: np.random.Generator) -> tuple[UInt8, Any]:
+        """Apply what `schedule.augment` names."""
+        entries = tuple(self.schedule.augment)
+        return apply_transforms(entries, view, target, int(random.integers(2**32))) if entries else (view, target)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text
 from multisa.runtime.imaging.decode import MINIMUM_SIDE
 from multisa.runtime.records import record_from_dict
+from multisa.training.transforms import parse_transform
 
 MAX_SEED = 2**32 - 1
 
@@ -44,6 +45,7 @@ class Schedule:
     freeze_batch_norm: bool = True  # keep the running statistics (irn, psa); scale and shift are trained
     frozen_levels: int = 0  # levels of the backbone that keep their weights, the finest first
     colour_jitter: float = 0.0  # brightness, contrast and saturation are multiplied by up to 1 +- this
+    augment: tuple[str, ...] | str = ()  # more: ["RandomGrayscale(p=0.1)", ..] or "module:function" (transforms.py)
     # Decay per step of the moving average of the weights, which is what the checkpoint holds in the end; 0: none.
     ema: float = 0.0
 
@@ -58,6 +60,13 @@ class Schedule:
             _expect(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number from 0")
         for name in ("momentum", "colour_jitter", "ema"):
             _expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "within 0..1, below 1")
+        entries = (self.augment,) if isinstance(self.augment, str) else self.augment
+        object.__setattr__(self, "augment", tuple(entry for entry in entries if entry))
+        for entry in self.augment:
+            try:
+                parse_transform(entry)
+            except ValueError as error:
+                raise ValueError(f"augment: {error}") from error
         _expect(self.frozen_levels >= 0, "frozen_levels", self.frozen_levels, "at least 0")
         _expect(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
 

@@ -6,6 +6,7 @@ Mistakes in the configuration or the data set are found before the first stage (
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from multisa.runtime.bundle import LabelParameters
@@ -21,6 +22,7 @@ from multisa.training.models import ModelConfig, create_model
 from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, StageRecord, count_images
 from multisa.training.stage_cache import StageCache
 from multisa.training.stages import RunStages, make_pseudo_labels
+from multisa.training.transforms import apply_transforms
 
 
 def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
@@ -102,7 +104,8 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
 def check_networks(config: TrainConfig, n_classes: int) -> None:
     """Build the networks of a run without memory for weights; n_classes counts the background.
 
-    Raises UsageError for a backbone, weights, taps, a head or frozen levels that do not exist or do not fit together.
+    Raises UsageError for a backbone, weights, taps, a head, frozen levels or augmentations that do not exist or do not
+    fit together.
     """
     parts: dict[str, ModelConfig] = {"cam": config.cam, "affinity": config.affinity, **config.segmenters()}
     for part in parts.values():
@@ -115,6 +118,9 @@ def check_networks(config: TrainConfig, n_classes: int) -> None:
                 f"{name}.schedule.frozen_levels: got {part.schedule.frozen_levels}, expected at most "
                 f"{len(backbone.strides)}, the levels of {part.backbone}: lower it"
             )
+        crop = part.schedule.crop
+        image, mask = np.zeros((crop, crop, 3), np.uint8), np.zeros((crop, crop), np.uint8)
+        apply_transforms(tuple(part.schedule.augment), image, mask, seed=0)
 
 
 def _check_label(config: TrainConfig, dataset: Dataset) -> None:

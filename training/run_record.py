@@ -11,6 +11,7 @@ from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
 
 RUN_RECORD = "run.json"
+MOST_COLUMNS = 10  # classes beside each other in the table; more are wider than most terminals
 
 # Names of the rows of the results, in their order.
 PLAIN_CAM = "CAM, k = 0"
@@ -84,9 +85,11 @@ class RunRecord:
         return root / next(stage.folder for stage in self.stages if stage.name == name)
 
     def format_table(self) -> str:
-        """The table of mIoU per stage and class, in percent."""
+        """The table of mIoU per stage and class, in percent; many classes are rows, and the stages have numbers."""
         if not self.rows:
             return "no masks in this data set: nothing was measured"
+        if len(self.classes) > MOST_COLUMNS:
+            return self._long_table()
         names = [name[:10] for name in self.classes]
         width = max(len(row.stage) for row in self.rows) + 2
         header = "".join(f"{name:>11}" for name in names)
@@ -94,6 +97,15 @@ class RunRecord:
         for row in self.rows:
             ious = "".join(f"{'-' if value is None else f'{value:.2f}':>11}" for value in row.iou)
             lines.append(f"{row.stage:<{width}}{row.measured_on:<7}{row.miou:>7.2f}  {ious}")
+        return "\n".join(lines)
+
+    def _long_table(self) -> str:
+        stage, name = (max(map(len, texts)) for texts in ([row.stage for row in self.rows], self.classes))
+        lines = [f"     {'stage':<{stage}}  list      mIoU"]
+        lines += [f"{n:>3}  {r.stage:<{stage}}  {r.measured_on:<5}  {r.miou:>7.2f}" for n, r in enumerate(self.rows, 1)]
+        lines += ["", f"{'IoU of class':<{name}}" + "".join(f"{n:>7}" for n in range(1, len(self.rows) + 1))]
+        for label, *ious in zip(self.classes, *(row.iou for row in self.rows), strict=True):
+            lines.append(f"{label:<{name}}" + "".join("      -" if iou is None else f"{iou:>7.2f}" for iou in ious))
         return "\n".join(lines)
 
 

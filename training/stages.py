@@ -15,6 +15,7 @@ from multisa.training.balance import background_ratio
 from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item
 from multisa.training.loop import CHECKPOINT
+from multisa.training.models import ModelConfig
 from multisa.training.run_record import (
     AS_CONFIGURED,
     DENSE_CRF,
@@ -42,6 +43,7 @@ from multisa.training.stage_functions import (
     walk_cams,
 )
 from multisa.training.thresholds import around, choose_background, yen_scores
+from multisa.training.transforms import augment_identity
 
 # Stage names: the network of the run, and networks with other taps, or none, that are measured or shown
 # beside it.
@@ -71,7 +73,7 @@ class RunStages:
         """Train a CAM network; name: CAM or BASELINE."""
         inputs = {
             "data": self.images_digest,
-            "cam": {key: value for key, value in record_to_dict(cam).items() if key != "scales"},
+            "cam": {key: value for key, value in _identity(cam).items() if key != "scales"},
             "seed": self.config.seed,
             "long_side": self.config.long_side,
         }
@@ -109,7 +111,7 @@ class RunStages:
         work = partial(make_affinity_labels, replace(config, affinity_labels=chosen), dataset, cams)
         labels = cache.stage("affinity-labels", record_to_dict(chosen), [cams], work)
         work = partial(train_affinity, config, dataset, labels)
-        affinity = cache.stage("affinity", record_to_dict(config.affinity), [labels], work)
+        affinity = cache.stage("affinity", _identity(config.affinity), [labels], work)
         walk = {key: value for key, value in record_to_dict(config.label).items() if key.startswith("walk_")}
         work = partial(walk_cams, config, dataset, cams, affinity)
         return cache.stage("walk", walk, [cams, affinity], work)
@@ -220,7 +222,7 @@ class RunStages:
         name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
         own = {} if seed is None else {"seed": seed}
         work = partial(train_segmenter, segmenter, training, config, self.dataset)
-        return self.cache.stage(name, {**record_to_dict(segmenter), **(inputs or {}), **own}, after, work)
+        return self.cache.stage(name, {**_identity(segmenter), **(inputs or {}), **own}, after, work)
 
 
 @dataclass(frozen=True)
@@ -294,3 +296,11 @@ def name_of_masks(config: TrainConfig) -> str:
         return WITHOUT_CRF
     on_masks = WITH_GAINS if config.label.class_gain else DENSE_CRF
     return {"yen": WITHOUT_TRUTH, "config": AS_CONFIGURED, "train-masks": on_masks}[config.background_from]
+
+
+def _identity(network: ModelConfig) -> dict[str, Any]:
+    """The settings of a network for the digest of its stage; augmentations only if there are some, with their code."""
+    values = record_to_dict(network)
+    augment = augment_identity(tuple(values["schedule"].pop("augment")))
+    values["schedule"] |= {"augment": augment} if augment else {}
+    return values
