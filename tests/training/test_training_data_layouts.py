@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from PIL import Image
 from multisa.kernels import encode_rle
 from multisa.runtime.errors import DatasetError, MultisaError, UsageError
 from multisa.training.annotations.base import DrawnMask, MaskFile
+from multisa.training.config import load_config
 from multisa.training.data import Dataset, read_dataset
 from multisa.training.data_check import check_dataset
+from multisa.training.pipeline import train
+from multisa.training.run_record import SUPERVISED, ImageCounts, load_run
 
 CLASSES = "background\nred\nblue\n"
 SIZE = (70, 80)
@@ -319,8 +323,9 @@ def test_another_folder_to_measure_on(tmp_path: Path, voc_folder: Path) -> None:
 
 
 def test_a_val_list_of_voc(voc_folder: Path, tmp_path: Path) -> None:
-    val = text(tmp_path / "mine.txt", "photo_00\nphoto_11.jpg\n")
-    dataset = read_dataset(voc_folder, val=val)
+    root = Path(shutil.copytree(voc_folder, tmp_path / "voc"))
+    val = text(root / "mine.txt", "photo_00\nphoto_11.jpg\n")
+    dataset = read_dataset(root, val=val)
     assert [item.id for item in dataset.val] == ["photo_00", "photo_11"]
     assert [item.id for item in dataset.train_images] == [f"photo_{i:02}" for i in range(1, 8)]
     found = findings(dataset)
@@ -328,6 +333,7 @@ def test_a_val_list_of_voc(voc_folder: Path, tmp_path: Path) -> None:
     assert found["3 images in neither train_aug.txt nor mine.txt, not used"] == tuple(
         f"photo_{i:02}.jpg" for i in (8, 9, 10)
     )
+    assert not any("beside JPEGImages" in finding for finding in found)
 
 
 @pytest.mark.parametrize("name", ["train_aug", "trainaug"])
@@ -410,3 +416,15 @@ def test_errors_of_labels_name_what_is_possible(tmp_path: Path) -> None:
     export = text(tmp_path / "export.json", [{"data": {"image": "a.jpg"}}])
     with pytest.raises(UsageError, match=r"got no classes, expected their names in classes.txt"):
         read_dataset(tmp_path, labels=export)
+
+
+@pytest.mark.slow
+def test_coco_is_trained_on(coco_2014: Path, tmp_path: Path) -> None:
+    """Every stage, with masks drawn in the processes that load samples, and with augmentations there."""
+    settings = ["supervised=true", 'segmenter.schedule.augment=["RandomHorizontalFlip(p=0.5)"]', "background_from=yen"]
+    run = train(
+        load_config(str(Path(__file__).with_name("tiny.toml")), settings), read_dataset(coco_2014), tmp_path / "run"
+    )
+    assert run.classes == ("background", "blue", "red") and run.images == ImageCounts(4, 4, 4)
+    assert {row.measured_on for row in run.rows} == {"train", "val"} and run.rows[-1].stage == SUPERVISED
+    assert load_run(tmp_path / "run") == run

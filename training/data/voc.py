@@ -79,11 +79,11 @@ def read_voc(root: Path, labels: Path | None, val: Path | None) -> Dataset:
         drawn = find_masks(annotations, Paths(root, relatives), findings) if annotations else {}
     listed, measured = {*trained_on, *on_val}, {*train, *on_val}
     stages = f"{sbd}.txt" if train_aug else "train.txt"
-    lists_read = {f"{sbd}.txt", "train.txt", *(() if val else ("val.txt",))}
+    read = {lists / f"{sbd}.txt", lists / "train.txt", val or lists / "val.txt", table}
     besides = [*_names(own_masks, measured), *_names(sbd_masks, measured - own_masks.keys())]
     findings += [
         make_finding("label source", "not read, because another one is used", others),
-        *_unread(root, lists_read, table),
+        *_unread(root, read),
         make_finding(
             "image", f"in neither {stages} nor {val.name if val else 'val.txt'}, not used", _names(images, listed)
         ),
@@ -101,12 +101,13 @@ def read_voc(root: Path, labels: Path | None, val: Path | None) -> Dataset:
     return complete(Dataset(root, names, tuple(items(trained_on)), measured_train, measured_val), findings)
 
 
-def _unread(root: Path, lists: Collection[str], table: Path | None) -> list[Finding]:
-    """What lies beside the entries and lists that are read."""
-    unread = [printable(path.name) for path in sorted(root.iterdir()) if path.name not in VOC_ENTRIES and path != table]
+def _unread(root: Path, read: Collection[Path | None]) -> list[Finding]:
+    """What lies beside the entries, and the files in `read`."""
+    others = [path for path in sorted(root.iterdir()) if path.name not in VOC_ENTRIES and path not in read]
+    unread = [printable(path.name) for path in others]
     respelt = [name for name in unread if name.lower() in VOC_ENTRIES]
     in_lists = sorted((root / "ImageSets" / "Segmentation").iterdir())
-    other_lists = [printable(path.name) for path in in_lists if path.name not in lists]
+    other_lists = [printable(path.name) for path in in_lists if path not in read]
     return [
         replace(make_finding("entry", "not read, because of its capitals", respelt, plural="entries"), is_warning=True),
         make_finding("entry", "beside JPEGImages, not read", [n for n in unread if n not in respelt], plural="entries"),
