@@ -19,7 +19,7 @@ from PIL import Image
 
 from multisa.benchmarks.harness import environment, make_parser, save_results
 from multisa.runtime.evaluation import confusion_matrix, mean_iou
-from multisa.runtime.imaging.decode import read_image, read_mask
+from multisa.runtime.imaging.decode import read_image
 from multisa.runtime.predict.segmenter import Segmenter
 from multisa.training.data import Item, read_dataset
 
@@ -51,7 +51,7 @@ def measure(segment: Segmenter, items: Sequence[Item], factor: int = FACTOR) -> 
     seconds = []
     for item in items:
         assert item.mask is not None
-        rgb, truth = read_image(item.image).rgb, read_mask(item.mask)
+        rgb, truth = read_image(item.image).rgb, item.mask.read()
         height, width = truth.shape
         large = np.asarray(Image.fromarray(rgb).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
         prediction = segment(large)

@@ -110,7 +110,7 @@ def _transform(entry: str, fill: int) -> Transform:
         raise UsageError(f"augment {entry!r}: got {name}, expected a transform of torchvision.transforms.v2")
     if "fill" in inspect.signature(kind).parameters and "fill" not in keywords:
         keywords["fill"] = {tensors.Image: PADDING, tensors.Mask: fill}
-    transform = kind(*arguments, **keywords)
+    transform: Any = kind(*arguments, **keywords)
 
     def apply(image: Any, target: Target) -> tuple[Any, Target]:
         import torch

@@ -8,6 +8,7 @@ import pytest
 from multisa.benchmarks.full_size import LABELS, OURS, cells, changes_on_grid, measure, nearest
 from multisa.runtime.demo import IMAGES
 from multisa.runtime.predict.segmenter import Segmenter
+from multisa.training.annotations.base import MaskFile
 from multisa.training.data import Item
 
 
@@ -36,7 +37,7 @@ def test_a_mask_from_probabilities_does_not_follow_the_grid(tmp_path: Path) -> N
     photo = IMAGES / "chelsea.jpg"
     with Segmenter() as segment:
         segment(photo).save(tmp_path / "mask.png")  # as the ground truth
-        row = measure(segment, [Item("photo", photo, (), tmp_path / "mask.png")], factor=4)
+        row = measure(segment, [Item("photo", photo, (), MaskFile(tmp_path / "mask.png"))], factor=4)
     assert row["miou"]["own size"] == 100 and row["miou"][OURS] > 90
     assert row["changes_on_grid"][LABELS] == 1 and row["changes_on_grid"][OURS] < 0.5
     assert 0 < row["enlarge_ms"]["median"] <= row["enlarge_ms"]["max"]

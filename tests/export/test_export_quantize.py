@@ -234,7 +234,7 @@ def test_a_folder_is_halved_into_calibration_and_comparison(voc_folder: Path) ->
     found = read_image_sets(voc_folder / "JPEGImages", CLASSES, num_images=2, masks=voc_folder / "SegmentationClass")
     assert not {p.path for p in found.calibration} & {p.path for p in (*found.labelled, *found.segmenter)}
     assert len(found.calibration) == len(found.segmenter) == 6 and len(found.labelled) == 2
-    assert all(p.mask and p.mask.stem == p.path.stem and p.classes is None for p in found.segmenter)
+    assert all(p.mask and Path(str(p.mask)).stem == p.path.stem and p.classes is None for p in found.segmenter)
 
 
 def test_a_data_set_is_calibrated_on_what_is_not_compared(voc_folder: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_figure5_shows_the_masks_of_the_run(voc_folder: Path, run_folder: Path) 
         assert item.mask is not None
         made = read_mask(run.folder(run_folder, "pseudo-masks") / f"{item.id}.png")
         assert np.array_equal(strip.panels[4], fitted(dataset.mask_palette[made]))
-        assert np.array_equal(strip.panels[5], fitted(dataset.mask_palette[read_mask(item.mask)]))
+        assert np.array_equal(strip.panels[5], fitted(dataset.mask_palette[item.mask.read()]))
         unlike += int((strip.panels[3] != strip.panels[4]).any())
     assert unlike, "the dense CRF changed nothing anywhere"
     assert figure.shown >= {1, 2}

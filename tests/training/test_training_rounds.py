@@ -208,7 +208,7 @@ def test_labels_of_a_round_keep_to_the_classes_of_the_image(rounds: tuple[Path, 
         for item in dataset.train_images:
             assert item.mask is not None
             mask, targets = read_mask(stage / f"{item.id}.png"), load_maps(stage / f"{item.id}.npy")
-            assert mask.shape == read_mask(item.mask).shape
+            assert mask.shape == item.mask.read().shape
             assert set(np.unique(mask)) <= {0, *item.classes}
             assert targets.shape == (1 + len(item.classes), -(-mask.shape[0] // 4), -(-mask.shape[1] // 4))
             assert targets.min() >= 0 and np.allclose(targets.sum(0), 1, atol=2e-3)

@@ -213,7 +213,7 @@ def test_soft_targets_follow_the_classes_of_the_image(voc_folder: Path, tmp_path
     dataset = read_dataset(voc_folder)
     item = dataset.train_images[2]
     assert item.classes == (1, 2)
-    height, width = read_mask(item.mask).shape if item.mask else (96, 128)
+    height, width = item.mask.read().shape if item.mask else (96, 128)
     shares = np.array([0.25, 0.5, 0.25], np.float32)
     maps = np.broadcast_to(shares[:, None, None], (3, -(-height // 4), -(-width // 4)))
     save_maps(tmp_path / f"{item.id}.npy", maps)

@@ -150,7 +150,7 @@ def test_curves_are_those_of_the_masks(page: str, run_folder: Path, voc_folder: 
         confusion = np.zeros((3, 3), np.int64)
         for item, maps in zip(dataset.train, gained_maps(run_folder, dataset), strict=False):
             assert item.mask is not None
-            truth = read_mask(item.mask)
+            truth = item.mask.read()
             full = resize_maps(maps, (truth.shape[0], truth.shape[1]))
             winner = np.array(item.classes, np.uint8)[full.argmax(0)]
             confusion += confusion_matrix(np.where(full.max(0) >= SCORES[place], winner, 0).astype(np.uint8), truth, 3)
