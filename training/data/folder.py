@@ -60,7 +60,7 @@ def read_folder(root: Path, labels: Path | None, val: Path | None) -> Dataset:
     trained_on = {i: relative for i, relative in trained_on.items() if i not in held}
     rest = [relative for i, relative in files.items() if i not in trained_on]
     if listed:
-        unlisted = (relative for i, relative in files.items() if i not in {*trained_on, *held})
+        unlisted = [relative for i, relative in files.items() if i not in trained_on and i not in held]
         findings.append(make_finding("image", "in no file of annotations, not used", unlisted))
     classes = read_labels(source, annotations, names, Paths(root, trained_on, rest), findings)
     drawn = listed or annotations
