@@ -157,21 +157,29 @@ def pair_targets(labels: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     return stacked, (labels == 0)[:, None].expand_as(stacked)
 
 
-def affinity_loss(affinity: Tensor, same: Tensor, source_is_background: Tensor) -> Tensor:
+def pair_counts(same: Tensor, source_is_background: Tensor) -> Tensor:
+    """How many pairs each term of `affinity_loss` averages over, int64 [3]; arguments as there."""
+    alike, background = same == 1, source_is_background
+    return torch.stack([(alike & background).sum(), (alike & ~background).sum(), (same == 0).sum()])
+
+
+def affinity_loss(affinity: Tensor, same: Tensor, source_is_background: Tensor, counts: Tensor | None = None) -> Tensor:
     """Balanced log loss over pixel pairs (Ahn & Kwak 2018; the weights 1/4, 1/4, 1/2 are psa's and irn's).
 
     affinity: float [N, P, h, w] in [0, 1]; same: int8 of that shape, 1 = both pixels have the same label,
-    0 = different labels, -1 = not counted; source_is_background: bool of that shape. Returns a scalar.
+    0 = different labels, -1 = not counted; source_is_background: bool of that shape. counts: `pair_counts` of the
+    whole batch, if these samples are a part of it. Returns a scalar; the parts of a batch add up.
     """
+    counts = pair_counts(same, source_is_background) if counts is None else counts
     loss_same = -(affinity + LOG_EPSILON).log()
     loss_different = -(1 + LOG_EPSILON - affinity).log()
 
-    def mean(loss: Tensor, chosen: Tensor) -> Tensor:
-        return (loss * chosen).sum() / (chosen.sum() + LOG_EPSILON)
+    def mean(loss: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
+        return (loss * chosen).sum() / (count + LOG_EPSILON)
 
-    background = mean(loss_same, (same == 1) & source_is_background)
-    foreground = mean(loss_same, (same == 1) & ~source_is_background)
-    return background / 4 + foreground / 4 + mean(loss_different, same == 0) / 2
+    background = mean(loss_same, (same == 1) & source_is_background, counts[0])
+    foreground = mean(loss_same, (same == 1) & ~source_is_background, counts[1])
+    return background / 4 + foreground / 4 + mean(loss_different, same == 0, counts[2]) / 2
 
 
 def _shifts(maps: Tensor, radius: int) -> Callable[[int, int], Tensor]:

@@ -106,21 +106,50 @@ def check(
 
 @click.command()
 @training_options
+@option(
+    "--devices",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes that train together on this machine, one for each GPU; without GPUs they share the CPU cores.",
+)
 def train(
-    data: Path, preset: str, labels: Path | None, val: Path | None, output: Path, overrides: tuple[str, ...]
+    data: Path, preset: str, labels: Path | None, val: Path | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
     """Train every stage from image-level labels.
 
-    Run the same command again to resume an interrupted run. Stages that are already done with the same inputs
-    are skipped.
+    Run the same command again to resume an interrupted run, also with another number of devices. Stages that are
+    already done with the same inputs are skipped.
 
     Example: multisa train --data VOC2012 --preset lite0 -o runs/voc
     """
     from multisa.training import load_config, read_dataset, train
+    from multisa.training.distributed import launch, on_main, process_group, rank
 
-    run = train(load_config(preset, overrides), read_dataset(data, labels, val), output)
-    click.echo(run.format_table())
-    click.echo(f"{run.seconds / 60:.0f} minutes in total; details: {output / 'run.json'}")
+    config = load_config(preset, overrides)
+    if options["devices"] > 1:
+        launch(options["devices"], _arguments(without="devices"))
+        return
+    with process_group(config.device):
+        run = train(config, on_main(partial(read_dataset, data, labels, val)), options["output"])
+        if rank() == 0:
+            click.echo(run.format_table())
+            click.echo(f"{run.seconds / 60:.0f} minutes in total; details: {options['output'] / 'run.json'}")
+
+
+def _arguments(without: str) -> list[str]:
+    """The command line of the current command, which has options only, without one of them."""
+    ctx = click.get_current_context()
+    assert ctx.info_name is not None
+    arguments = [ctx.info_name]
+    for parameter in ctx.command.params:
+        value = ctx.params.get(str(parameter.name))
+        if not isinstance(parameter, click.Option) or parameter.name == without or value is None or value is False:
+            continue
+        for each in value if parameter.multiple else (value,):
+            arguments += [parameter.opts[-1]] if parameter.is_flag else [parameter.opts[-1], str(each)]
+    return arguments
 
 
 @click.command()

@@ -171,13 +171,41 @@ class RelabelConfig:
 
 
 @dataclass(frozen=True)
+class ExecutionConfig:
+    """How training uses the hardware: the losses and the batches of every network are the same with all of these."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of layers while training; weights and losses stay fp32
+    accumulate: int = 1  # a process computes its share of a batch in this many parts: less memory
+    # Batch norms that are trained take the statistics of all processes, or each those of its own samples.
+    batch_norm: Literal["synchronised", "local"] = "synchronised"
+    checkpoint_attention: bool = False  # compute self-attention again for its gradient instead of storing it
+    compile: bool = False  # the backbone, with torch.compile
+
+    def __post_init__(self) -> None:
+        _expect(self.accumulate >= 1, "accumulate", self.accumulate, "at least 1")
+
+    def identity(self, *, has_trained_norms: bool) -> dict[str, Any]:
+        """What changes a trained network by more than rounding and is not the default: inputs of its stage.
+
+        has_trained_norms: whether the network has batch norms that compute statistics of what they get, so that it
+        matters which samples they get together.
+        """
+        names = ("precision", "accumulate", "batch_norm") if has_trained_norms else ("precision",)
+        default = ExecutionConfig()
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+        return {"execution": changed} if changed else {}
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of the whole pipeline; `load_config` reads it."""
 
     name: str = "multisa"
     seed: int = 0
-    workers: int = 2  # processes that load samples while training; threads per stage that works on images
+    # Processes that load samples while training; threads per stage that works on images. For each of --devices.
+    workers: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch has it
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     long_side: int = 512  # pixels; larger images are shrunk to this when they are read
     # Also measure the rows of the paper that the run itself does not need: the plain CAM (k = 0), and pseudo-masks
     # by the paper's protocol.

@@ -21,12 +21,12 @@ from multisa.runtime.system import usable_cpus
 from multisa.training.affinity_net import affinity_loss, head_stride, pair_targets
 from multisa.training.augment import AugmentedImages
 from multisa.training.backbones import Backbone
-from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig, TrainConfig
+from multisa.training.config import AffinityConfig, CamConfig, ExecutionConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, spread
 from multisa.training.data_check import Estimate, Size
 from multisa.training.frozen_norm import folded_norms
 from multisa.training.inference import keep_freed_memory, torch_device
-from multisa.training.loop import CHECKPOINT, save_checkpoint
+from multisa.training.loop import CHECKPOINT, autocast_for, save_checkpoint
 from multisa.training.models import create_model
 from multisa.training.multi_sa import multilabel_soft_margin
 from multisa.training.segmenter import SEGMENTER_STRIDE, segmentation_loss
@@ -106,7 +106,7 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
             seconds, checkpoints = _training(config, dataset, counts, Path(folder), device)
             per_image, per_pixel = _other_stages(config, dataset, counts, Path(folder))
     except torch.cuda.OutOfMemoryError:
-        log.warning("the memory of the GPU does not suffice to train with these settings: lower batch_size or crop")
+        log.warning("the memory of the GPU does not suffice: lower batch_size or crop, or raise execution.accumulate")
         return None
     seconds += sum(per_image.get(stage, 0.0) * count for stage, count in images.items())
     disk = checkpoints + _file_bytes(config, dataset, counts, sizes, per_pixel)
@@ -132,7 +132,7 @@ def _training(
         if not times:
             continue
         schedule = part.schedule
-        step, checkpoint = _measured_step(part, n_classes, root / name / CHECKPOINT, device)
+        step, checkpoint = _measured_step(part, config.execution, n_classes, root / name / CHECKPOINT, device)
         samples = AugmentedImages(spread(dataset.train_images, LOADED), schedule, config, n_classes=n_classes)
         started = time.perf_counter()
         for index in range(len(samples)):
@@ -147,23 +147,24 @@ def _training(
     return seconds, size
 
 
-def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torch.device) -> tuple[float, int]:
+def _measured_step(
+    part: Network, execution: ExecutionConfig, n_classes: int, checkpoint: Path, device: torch.device
+) -> tuple[float, int]:
     """Seconds of a training step per image of its batch, and bytes of the checkpoint, which is written."""
     schedule = part.schedule
-    network = _untrained(part, n_classes).to(device)
+    whole = -(-schedule.batch_size // execution.accumulate)  # images that are computed together
+    network = untrained(part, n_classes).to(device)
     backbone = network.backbone
     assert isinstance(backbone, Backbone)
     backbone.freeze(schedule.frozen_levels)
     optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
-    side = -(-schedule.crop // head_stride(part.head)) if isinstance(part, AffinityConfig) else schedule.crop
 
     def step(batch: int) -> float:
-        image = torch.randint(0, 256, (batch, schedule.crop, schedule.crop, 3), dtype=torch.uint8, device=device)
-        mask = torch.randint(0, n_classes, (batch, side, side), dtype=torch.uint8, device=device)
-        labels = torch.ones((batch, n_classes - 1), device=device)
         started = time.perf_counter()
         optimiser.zero_grad(set_to_none=True)
-        _loss(part, network, image, (labels, mask)).backward()  # type: ignore[no-untyped-call]
+        with device, autocast_for(execution.precision, device):
+            loss = training_loss(part, network, batch=batch, n_classes=n_classes)
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), schedule.clip_norm)
         optimiser.step()
         if device.type == "cuda":
@@ -172,7 +173,7 @@ def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torc
 
     seconds = 0.0
     with folded_norms(backbone) if schedule.freeze_batch_norm else nullcontext():
-        for batch in (schedule.batch_size,) if device.type == "cuda" else (CPU_BATCH, schedule.batch_size):
+        for batch in (whole,) if device.type == "cuda" else (min(CPU_BATCH, whole), whole):
             if seconds * batch < STEP_SECONDS:
                 # The first step allocates, and others may be slowed down by other programs.
                 seconds = min(step(batch) for _ in range(STEPS)) / batch
@@ -180,21 +181,26 @@ def _measured_step(part: Network, n_classes: int, checkpoint: Path, device: torc
     return seconds, checkpoint.stat().st_size
 
 
-def _untrained(part: Network, n_classes: int) -> nn.Module:
+def untrained(part: Network, n_classes: int) -> nn.Module:
+    """The network of a part of the configuration, with random weights."""
     if isinstance(part, AffinityConfig):
         return create_model(replace(part, weights="none"))
     return create_model(replace(part, weights="none"), n_classes)
 
 
-def _loss(part: Network, network: nn.Module, image: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss that a network is trained with; targets: multi-hot labels, mask."""
+def training_loss(part: Network, network: nn.Module, *, batch: int, n_classes: int) -> Tensor:
+    """The loss that a network is trained with, of random pixels and targets on torch's default device."""
+    crop = part.schedule.crop
+    image = torch.randint(0, 256, (batch, crop, crop, 3), dtype=torch.uint8)
     normalised = network.backbone.normalise(image)  # type: ignore[operator,union-attr]
     if isinstance(part, CamConfig):
-        return multilabel_soft_margin(network(normalised), targets[0])
+        return multilabel_soft_margin(network(normalised), torch.ones((batch, n_classes - 1)))
+    side = -(-crop // head_stride(part.head)) if isinstance(part, AffinityConfig) else crop
+    mask = torch.randint(0, n_classes, (batch, side, side), dtype=torch.uint8)
     if isinstance(part, SegmenterConfig):
-        return segmentation_loss(network(normalised), targets[1])
+        return segmentation_loss(network(normalised), mask)
     radius = part.training_radius
-    return affinity_loss(network(normalised, radius), *pair_targets(targets[1], radius))
+    return affinity_loss(network(normalised, radius), *pair_targets(mask, radius))
 
 
 def _other_stages(config: TrainConfig, dataset: Dataset, counts: _Counts, root: Path) -> tuple[dict[str, float], float]:

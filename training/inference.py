@@ -19,6 +19,7 @@ from multisa.runtime.predict.postprocess import Float32, UInt8
 from multisa.runtime.progress import Progress
 from multisa.training.config import TrainConfig
 from multisa.training.data import Item
+from multisa.training.distributed import barrier, local_rank, rank, world_size
 
 # Parameters of mallopt(3), from <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -26,9 +27,9 @@ _M_MMAP_MAX = -4
 
 
 def torch_device(config: TrainConfig) -> torch.device:
-    """The device a configuration asks for. Raises BackendUnavailable for CUDA where torch has none."""
+    """The device a configuration asks for, of this rank. Raises BackendUnavailable for CUDA where torch has none."""
     if config.device != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", local_rank())  # by number: threads begin on GPU 0
     if config.device == "cuda":
         raise BackendUnavailable(
             f"device 'cuda': torch {torch.__version__} finds no GPU; install a CUDA build of torch and a "
@@ -59,11 +60,13 @@ def for_each_item(
     workers: int,
     title: str,
 ) -> None:
-    """Call `work` on every item that lacks one of its files, on `workers` threads.
+    """Call `work` on every item that lacks one of its files, on `workers` threads; the ranks divide the items.
 
     An item has a file `folder`/ID + suffix for each suffix; `work` gets the item and these paths. It writes
-    each file atomically, so an interrupted stage resumes where it stopped. The first error ends the stage.
+    each file atomically, so an interrupted stage resumes where it stopped. The first error ends the stage. Returns
+    when every rank is ready.
     """
+    items = items[rank() :: world_size()]
     tasks = [(item, [folder / f"{item.id}{suffix}" for suffix in suffixes]) for item in items]
     left = [(item, paths) for item, paths in tasks if not all(path.exists() for path in paths)]
     with (
@@ -79,6 +82,7 @@ def for_each_item(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    barrier()
 
 
 def as_batch(image: UInt8) -> torch.Tensor:

@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from multisa.runtime.errors import UsageError
 from multisa.training.backbones import Backbone, resize_bilinear
@@ -39,7 +40,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, c, h, w] -> [N, c, h, w]."""
-        attended = attend(self.query(features), self.key(features), self.value(features))
+        maps = self.query(features), self.key(features), self.value(features)
+        if maps[0].dtype == torch.float16:  # the logits are not scaled and exceed its range
+            with torch.autocast(features.device.type, enabled=False):
+                attended = attend(*(each.float() for each in maps))
+        else:
+            attended = attend(*maps)
         return self.beta * attended[:, 0].transpose(1, 2).reshape(features.shape) + features
 
 
@@ -70,6 +76,7 @@ class MultiSACAM(nn.Module):
             raise UsageError(f"taps {list(taps)}: expected ascending levels of the backbone, 0..{levels - 1}")
         self.backbone = backbone
         self.taps = taps
+        self.checkpoint_attention = False  # while training, compute it again for its gradient instead of storing it
         self.attention = nn.ModuleList(SelfAttention(backbone.channels[tap]) for tap in taps)
         stacked = sum(backbone.channels[tap] for tap in taps)
         self.fuse = nn.Conv2d(stacked, stacked, 1, bias=False) if taps else None
@@ -108,9 +115,12 @@ class MultiSACAM(nn.Module):
         """Pyramid of the backbone -> class activations [N, C, h, w] at the finest tap."""
         if self.fuse is None:
             return torch.as_tensor(self.classifier(levels[-1] * self.level_gain[-1]))
-        enhanced = [
-            layer(levels[tap] * self.level_gain[tap]) for layer, tap in zip(self.attention, self.taps, strict=True)
-        ]
+        scaled = [levels[tap] * self.level_gain[tap] for tap in self.taps]
+        if self.checkpoint_attention and self.training:
+            pairs = zip(self.attention, scaled, strict=True)
+            enhanced = [checkpoint(layer, level, use_reentrant=False) for layer, level in pairs]
+        else:
+            enhanced = [layer(level) for layer, level in zip(self.attention, scaled, strict=True)]
         stacked = torch.cat([resize_bilinear(v, enhanced[0].shape[-2:]) for v in enhanced], 1)
         return torch.as_tensor(self.classifier(self.fuse(stacked)))
 
@@ -119,12 +129,15 @@ class MultiSACAM(nn.Module):
         return [float(beta.detach()) for beta in self.beta_parameters()]
 
 
-def multilabel_soft_margin(activations: Tensor, labels: Tensor) -> Tensor:
+def multilabel_soft_margin(activations: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
     """Eq. 10 on the globally pooled activations.
 
-    activations: float [N, C, h, w]; labels: float [N, C] of 0 and 1. Returns a scalar.
+    activations: float [N, C, h, w]; labels: float [N, C] of 0 and 1. count: images of the whole batch, if these are a
+    part of it. Returns a scalar; the parts of a batch add up.
     """
-    return functional.multilabel_soft_margin_loss(activations.mean((-2, -1)), labels)
+    pooled = activations.mean((-2, -1))
+    total = functional.multilabel_soft_margin_loss(pooled, labels, reduction="sum")
+    return total / (len(labels) if count is None else count)
 
 
 class MultiScaleCAM(nn.Module):

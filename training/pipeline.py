@@ -4,6 +4,7 @@ Mistakes in the configuration or the data set are found before the first stage (
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from multisa.training.backbones import check_weights
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset, log_findings
 from multisa.training.data_check import check_dataset
+from multisa.training.distributed import on_main, process_group
+from multisa.training.inference import torch_device
+from multisa.training.loop import check_execution
 from multisa.training.models import ModelConfig, create_model
 from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, StageRecord, count_images
 from multisa.training.stage_cache import StageCache
@@ -34,21 +38,23 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     stderr.
 
     `config.workers` processes load the samples. They import the calling script, which must therefore keep
-    this call below `if __name__ == "__main__":`.
+    this call below `if __name__ == "__main__":`. Processes that torchrun started train together, each calling this.
 
     Raises, before any training, UsageError for a configuration that does not fit the data set or the networks
     and for an output folder inside the data set, and DatasetError for images or ground truth that cannot be
-    used; later CheckpointError for a damaged checkpoint, BackendUnavailable for `device="cuda"` without a GPU,
+    used; later CheckpointError for a damaged checkpoint, BackendUnavailable for a device or precision that is
+    not there,
     and MultisaError when a loss is not finite.
     """
-    record = run_stages(config, dataset, output)
-    write_json_atomically(output / RUN_RECORD, record_to_dict(record))
+    with process_group(config.device):
+        record = run_stages(config, dataset, output)
+        on_main(lambda: write_json_atomically(output / RUN_RECORD, record_to_dict(record)))
     return record
 
 
 def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
-    check_run(config, dataset, output)
+    on_main(partial(check_run, config, dataset, output))
     cache = StageCache(output)
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)
@@ -96,6 +102,9 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
         )
     _check_label(config, dataset)
     check_networks(config, len(dataset.class_names))
+    schedules = [config.cam.schedule, config.affinity.schedule, *(s.schedule for s in config.segmenters().values())]
+    for schedule in schedules:
+        check_execution(config.execution, schedule, len(dataset.train_images), torch_device(config))
     report = check_dataset(dataset, output)
     report.require_usable()
     log_findings(report.findings[len(dataset.findings) :])

@@ -50,21 +50,26 @@ class DeepLabV3Plus(nn.Module):
         return torch.as_tensor(self.classifier(decoded))
 
 
-def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
+def segmentation_loss(logits: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """Cross-entropy; pixels of 255 do not count.
 
-    logits: float [N, K, h, w], resized here to the mask's size; mask: uint8 [N, H, W]. Returns a scalar.
+    logits: float [N, K, h, w], resized here to the mask's size; mask: uint8 [N, H, W]. count: pixels that count in
+    the whole batch, if these samples are a part of it. Returns a scalar; the parts of a batch add up.
     """
     resized = resize_bilinear(logits, mask.shape[-2:])
-    return functional.cross_entropy(resized, mask.to(torch.int64), ignore_index=IGNORE_INDEX)
+    count = (mask != IGNORE_INDEX).sum() if count is None else count
+    total = functional.cross_entropy(resized, mask.to(torch.int64), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / count.clamp(min=1)
 
 
-def soft_segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def soft_segmentation_loss(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy with class probabilities; each cell counts by their sum, 0 where the image does not reach.
 
-    logits, targets: float [N, K, h, w]. Returns a scalar.
+    logits, targets: float [N, K, h, w]. weight: sum of the targets of the whole batch, if these samples are a part of
+    it. Returns a scalar; the parts of a batch add up.
     """
-    return -(targets * functional.log_softmax(logits, 1)).sum() / targets.sum().clamp(min=1)
+    weight = targets.sum() if weight is None else weight
+    return -(targets * functional.log_softmax(logits, 1)).sum() / weight.clamp(min=1)
 
 
 class SegmentImages(nn.Module):

@@ -9,12 +9,14 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_json_object, sha256_of_bytes, sha256_of_file, write_json_atomically
 from multisa.runtime.progress import log
+from multisa.training.distributed import on_main
 
 # Part of every digest. Raise it when the code of a stage gives other results for the same inputs.
 FORMAT = 2
@@ -46,25 +48,21 @@ class StageCache:
         """Run `work` in the folder of the stage, unless it is finished already from the same inputs.
 
         inputs: JSON values that determine the output of the stage; after: the stages it reads. What `work`
-        returns is stored as the results of the stage.
+        returns is stored as the results of the stage. Every rank calls it and runs `work`; what it returns on rank 0
+        counts.
         """
         read = [stage.digest for stage in after]
         identity = {"format": FORMAT, "stage": name, "inputs": inputs, "after": read}
         digest = sha256_of_bytes(json.dumps(identity, sort_keys=True).encode())
         folder = self.root / f"{name}-{digest[:10]}"
-        stage = _finished(name, folder, digest)
+        stage = on_main(partial(_finished, name, folder, digest))
         if stage is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            before, started = _seconds_spent(folder), time.time()
-            write_json_atomically(folder / CLOCK, {"seconds": before, "started": started})
+            seconds = on_main(partial(_start_clock, folder))
+            started = time.time()
             results = work(folder)
-            seconds = before + time.time() - started
-            stage = Stage(name, folder, digest, results, seconds)
-            paths = [path for path in sorted(folder.iterdir()) if path.name not in (MARKER, CLOCK)]
-            record = {"digest": digest, "inputs": inputs, "seconds": seconds, "results": results}
-            files = {path.name: sha256_of_file(path) for path in paths}
-            write_json_atomically(folder / MARKER, {**record, "files": files})
-            log.info(f"{name}: done, {seconds:.0f} s")
+            stage = Stage(name, folder, digest, results, seconds + time.time() - started)
+            stage = on_main(partial(_complete, stage, inputs))
+            log.info(f"{name}: done, {stage.seconds:.0f} s")
         else:
             log.info(f"{name}: skipped, already done with the same inputs")
         self.stages.append(stage)
@@ -100,6 +98,23 @@ def _finished(name: str, folder: Path, digest: str) -> Stage | None:
     for file in wrong:
         (folder / file).unlink(missing_ok=True)
     return None
+
+
+def _start_clock(folder: Path) -> float:
+    """Seconds of the interrupted attempts; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _seconds_spent(folder)
+    write_json_atomically(folder / CLOCK, {"seconds": before, "started": time.time()})
+    return before
+
+
+def _complete(stage: Stage, inputs: Mapping[str, Any]) -> Stage:
+    """Write the marker of a stage whose files are all there."""
+    paths = [path for path in sorted(stage.folder.iterdir()) if path.name not in (MARKER, CLOCK)]
+    record = {"digest": stage.digest, "inputs": inputs, "seconds": stage.seconds, "results": stage.results}
+    files = {path.name: sha256_of_file(path) for path in paths}
+    write_json_atomically(stage.folder / MARKER, {**record, "files": files})
+    return stage
 
 
 def _seconds_spent(folder: Path) -> float:

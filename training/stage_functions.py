@@ -5,7 +5,6 @@ named by image: ID.npy for maps, ID.png for masks.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +26,12 @@ from multisa.runtime.predict.postprocess import (
     restrict_probabilities,
     walk_scores,
 )
-from multisa.training.affinity_net import affinity_loss, pair_targets
+from multisa.training.affinity_net import affinity_loss, pair_counts, pair_targets
 from multisa.training.augment import AugmentedImages
 from multisa.training.config import AffinityLabelConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
 from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
-from multisa.training.loop import CHECKPOINT, LoopOptions, train_network
+from multisa.training.loop import CHECKPOINT, BatchLoss, LoopOptions, train_network
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, multilabel_soft_margin
 from multisa.training.segmenter import (
@@ -44,6 +43,8 @@ from multisa.training.segmenter import (
 )
 from multisa.training.stage_cache import Results, Stage
 from multisa.training.thresholds import ThresholdSweep, score_masks, score_thresholds
+
+Batch = tuple[Tensor, Tensor]  # images uint8 [N, crop, crop, 3], targets as `AugmentedImages` makes them
 
 LEVEL_GAIN_IMAGES = 16  # images that the levels' magnitudes are measured on
 
@@ -58,13 +59,19 @@ def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Pat
     first = torch.stack([samples[i][0] for i in range(min(LEVEL_GAIN_IMAGES, len(samples)))])
     network.eval().fit_level_gain(network.backbone.normalise(first.to(device)))
     network.backbone.freeze(cam.schedule.frozen_levels)
+    network.checkpoint_attention = config.execution.checkpoint_attention
 
-    def loss(image: Tensor, labels: Tensor) -> Tensor:
-        return multilabel_soft_margin(network(network.backbone.normalise(image)), labels)
+    def step(batch: Batch) -> BatchLoss:
+        image, labels = (each.to(device) for each in batch)
+
+        def loss(count: Tensor) -> Tensor:
+            return multilabel_soft_margin(network(network.backbone.normalise(image)).float(), labels, count)
+
+        return BatchLoss(torch.tensor(len(labels), device=device), loss)
 
     groups = [(cam.schedule.new_layers_factor, network.new_parameters()), (cam.beta_factor, network.beta_parameters())]
     options = _loop_options(config, folder, f"CAM network, k = {len(cam.taps)}")
-    losses = train_network(network, groups, samples, _step(loss, device), cam.schedule, options)
+    losses = train_network(network, groups, samples, step, cam.schedule, options)
     return {"losses": losses, "betas": network.betas()}
 
 
@@ -161,13 +168,21 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
         stride=network.head.stride,
     )
 
-    def loss(image: Tensor, mask: Tensor) -> Tensor:
-        affinity = network(network.backbone.normalise(image), radius)
-        return affinity_loss(affinity, *pair_targets(mask, radius))
+    def step(batch: Batch) -> BatchLoss:
+        image, mask = (each.to(device) for each in batch)
+        pairs = pair_targets(mask, radius)
+
+        def loss(counts: Tensor) -> Tensor:
+            levels = network.backbone(network.backbone.normalise(image))
+            with torch.autocast(device.type, enabled=False):  # affinities close to 0 and 1 need fp32
+                affinity = network.head([level.float() for level in levels], radius)
+            return affinity_loss(affinity, *pairs, counts)
+
+        return BatchLoss(pair_counts(*pairs), loss)
 
     groups = [(schedule.new_layers_factor, network.head.parameters())]
     options = _loop_options(config, folder, f"AffinityNet ({config.affinity.head})")
-    return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
+    return {"losses": train_network(network, groups, samples, step, schedule, options)}
 
 
 def walk_cams(config: TrainConfig, dataset: Dataset, cams: Stage, trained: Stage, folder: Path) -> Results:
@@ -244,13 +259,18 @@ def train_segmenter(
         stride=SEGMENTER_STRIDE if soft else 1,
     )
 
-    def loss(image: Tensor, target: Tensor) -> Tensor:
-        logits = network(network.backbone.normalise(image))
-        return soft_segmentation_loss(logits, target) if soft else segmentation_loss(logits, target)
+    def step(batch: Batch) -> BatchLoss:
+        image, target = (each.to(device) for each in batch)
+
+        def loss(count: Tensor) -> Tensor:
+            logits = network(network.backbone.normalise(image)).float()
+            return (soft_segmentation_loss if soft else segmentation_loss)(logits, target, count)
+
+        return BatchLoss(target.sum() if soft else (target != IGNORE_INDEX).sum(), loss)
 
     groups = [(schedule.new_layers_factor, network.new_parameters())]
     options = _loop_options(config, folder, training.title)
-    return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
+    return {"losses": train_network(network, groups, samples, step, schedule, options)}
 
 
 def relabel(
@@ -310,9 +330,4 @@ def evaluate_segmenter(
 
 
 def _loop_options(config: TrainConfig, folder: Path, title: str) -> LoopOptions:
-    return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title)
-
-
-def _step(loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
-    """The step of `train_network` that computes `loss` from a batch of images and targets."""
-    return lambda batch: loss(batch[0].to(device), batch[1].to(device))
+    return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title, config.execution)

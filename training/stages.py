@@ -76,6 +76,7 @@ class RunStages:
             "cam": {key: value for key, value in _identity(cam).items() if key != "scales"},
             "seed": self.config.seed,
             "long_side": self.config.long_side,
+            **self.config.execution.identity(has_trained_norms=not cam.schedule.freeze_batch_norm),
         }
         return self.cache.stage(name, inputs, [], partial(train_cam, cam, self.config, self.dataset))
 
@@ -111,7 +112,8 @@ class RunStages:
         work = partial(make_affinity_labels, replace(config, affinity_labels=chosen), dataset, cams)
         labels = cache.stage("affinity-labels", record_to_dict(chosen), [cams], work)
         work = partial(train_affinity, config, dataset, labels)
-        affinity = cache.stage("affinity", _identity(config.affinity), [labels], work)
+        execution = config.execution.identity(has_trained_norms=not config.affinity.schedule.freeze_batch_norm)
+        affinity = cache.stage("affinity", {**_identity(config.affinity), **execution}, [labels], work)
         walk = {key: value for key, value in record_to_dict(config.label).items() if key.startswith("walk_")}
         work = partial(walk_cams, config, dataset, cams, affinity)
         return cache.stage("walk", walk, [cams, affinity], work)
@@ -220,7 +222,8 @@ class RunStages:
         """Train a segmenter in the stage `name`; with a seed of its own if one is given."""
         config = self.config if seed is None else replace(self.config, seed=seed, more_seeds=())
         name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
-        own = {} if seed is None else {"seed": seed}
+        own: dict[str, Any] = {} if seed is None else {"seed": seed}
+        own |= config.execution.identity(has_trained_norms=True)  # its decoder's
         work = partial(train_segmenter, segmenter, training, config, self.dataset)
         return self.cache.stage(name, {**_identity(segmenter), **(inputs or {}), **own}, after, work)
 

@@ -1,6 +1,7 @@
 """Losses against their formulas; the optimiser's momentum, groups and schedule; frozen statistics."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,14 @@ from multisa.training.backbones import Backbone
 from multisa.training.config import Schedule, TrainConfig
 from multisa.training.data import read_dataset
 from multisa.training.frozen_norm import folded_norms
-from multisa.training.loop import LoopOptions, MovingAverage, train_network
+from multisa.training.loop import BatchLoss, LoopOptions, MovingAverage, train_network
 from multisa.training.multi_sa import multilabel_soft_margin
 from multisa.training.segmenter import segmentation_loss, soft_segmentation_loss
+
+
+def whole(loss: Callable[[], torch.Tensor]) -> BatchLoss:
+    """A loss that is not divided."""
+    return BatchLoss(torch.ones(()), lambda _: loss())
 
 
 def test_soft_margin_is_equation_10() -> None:
@@ -198,7 +204,7 @@ def test_momentum_groups_and_poly_rate(tmp_path: Path, monkeypatch: pytest.Monke
         model,
         [(schedule.new_layers_factor, model[1].parameters())],
         data,
-        lambda batch: model(batch[0]).square().mean(),
+        lambda batch: whole(lambda: model(batch[0]).square().mean()),
         schedule,
         LoopOptions(tmp_path / "checkpoint", 0, 0, "groups"),
     )
@@ -241,7 +247,7 @@ def test_frozen_statistics_stay_while_the_affine_part_learns(tmp_path: Path) -> 
             model,
             [],
             data,
-            lambda batch, model=model: model(batch[0]).square().mean(),
+            lambda batch, model=model: whole(lambda: model(batch[0]).square().mean()),
             Schedule(epochs=1, batch_size=4, freeze_batch_norm=frozen),
             LoopOptions(tmp_path / f"frozen-{frozen}", 0, 0, "frozen"),
         )

@@ -19,7 +19,7 @@ from multisa.training.augment import PADDING, AugmentedImages, jitter_colours, r
 from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, load_config, preset_names
 from multisa.training.data import read_dataset
 from multisa.training.inference import save_maps
-from multisa.training.loop import LoopOptions, train_network
+from multisa.training.loop import BatchLoss, LoopOptions, train_network
 from multisa.training.pipeline import train
 from multisa.training.run_record import load_run
 from multisa.training.stage_functions import affinity_labels
@@ -267,12 +267,12 @@ def fit(folder: Path, epochs: int, stop_after: int | None = None, ema: float = 0
     data = torch.utils.data.TensorDataset(values, values.sum(1, keepdim=True))
     calls = 0
 
-    def step(batch: list[torch.Tensor]) -> torch.Tensor:
+    def step(batch: list[torch.Tensor]) -> BatchLoss:
         nonlocal calls
         calls += 1
         if stop_after is not None and calls > stop_after:
             raise KeyboardInterrupt
-        return ((model(batch[0]) - batch[1]) ** 2).mean()
+        return BatchLoss(torch.ones(()), lambda _: ((model(batch[0]) - batch[1]) ** 2).mean())
 
     schedule = Schedule(epochs=epochs, batch_size=4, learning_rate=0.01, new_layers_factor=1.0, ema=ema)
     options = LoopOptions(folder / "checkpoint.safetensors", seed=5, workers=0, title="line")
@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
             model,
             [],
             data,
-            lambda batch: model(batch[0]).sum() * float("nan"),
+            lambda batch: BatchLoss(torch.ones(()), lambda _: model(batch[0]).sum() * float("nan")),
             Schedule(epochs=1, batch_size=4),
             LoopOptions(tmp_path / "c", 0, 0, "line"),
         )
