@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multisa.benchmarks.harness import environment, make_parser, peak_memory_mib, save_results
 from multisa.benchmarks.synthetic_images import image_bytes
+from multisa.training.annotations.base import MaskFile
 from multisa.training.config import AffinityConfig, CamConfig, Schedule, SegmenterConfig, TrainConfig, load_config
 from multisa.training.data import VOC_CLASSES, Dataset, Item
 from multisa.training.estimate import training_loss, untrained
@@ -72,7 +73,7 @@ def synthetic_data(root: Path, count: int) -> Dataset:
         shape = Image.new("L", (WIDTH, HEIGHT))
         shape.paste(class_id, (100, 80, 300, 280))
         shape.save(mask)
-        items.append(Item(str(index), image, (class_id,), mask))
+        items.append(Item(str(index), image, (class_id,), MaskFile(mask)))
     return Dataset(root, VOC_CLASSES, tuple(items), (), tuple(items[:1]))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "training", "export", "benchmarks")
-MOST_LINES = 35_400  # of Python outside tests
+MOST_LINES = 36_700  # of Python outside tests
 MOST_BENCHMARK_LINES = 4_900
 MOST_RUNTIME_FILES = 88
 MOST_FILE_LINES = 500
