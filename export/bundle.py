@@ -51,7 +51,8 @@ METHOD_IMAGES = 128  # to compare the methods of `multisa label` on
 
 PREPROCESSING = (
     "EXIF orientation applied, RGB, 8 bits",
-    "reduced to a long side of at most parameters.long_side (bilinear, averaged over the pixels it replaces)",
+    "resized so that the long side is parameters.long_side, enlarged at most 2 times (bilinear, averaged over the "
+    "pixels it replaces)",
     "inside the graphs: cast to float32, mean and standard deviation of the backbone",
     "inside cam.onnx: bilinear resizing to each of parameters.cam_scales, each with its mirror image",
 )

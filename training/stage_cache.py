@@ -17,7 +17,7 @@ from multisa.runtime.files import read_json_object, sha256_of_bytes, sha256_of_f
 from multisa.runtime.progress import log
 
 # Part of every digest. Raise it when the code of a stage gives other results for the same inputs.
-FORMAT = 2
+FORMAT = 3
 MARKER = "stage.json"
 CLOCK = "clock.json"
 

@@ -322,7 +322,7 @@ def _key(entries: Sequence[tuple[str, str]]) -> str:
 def _card(item: Item, run: RunRecord, folders: Mapping[str, Path], colours: Colours) -> str:
     """Image, heat map, mask at the slider's score, and pseudo-mask of the run."""
     image = read_working_image(item.image, run.config.long_side)
-    size = working_size(image.shape[0], image.shape[1], LONG_SIDE)
+    size = working_size(image.shape[0], image.shape[1], LONG_SIDE, enlarge=1)
     maps = with_gains(load_maps(folders["walk"] / f"{item.id}.npy"), item.classes, run.label.class_gain)
     mask = resize_mask(read_mask(folders["pseudo-masks"] / f"{item.id}.png"), size)
     name, canvas = escape(item.id), f'width="{size[1]}" height="{size[0]}"'
