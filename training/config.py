@@ -202,6 +202,9 @@ class TrainConfig:
     label_method: Literal["auto", "segmenter", "walk"] = "auto"
     segmenter_label: SegmenterLabelParameters = field(default_factory=SegmenterLabelParameters)
     min_area: float = 0.0005  # share of the image; smaller connected parts of a mask take the class around them
+    # To watch a training; these two change no result and are in no digest.
+    val_every: int = 0  # measure segmenters on the val list after this many epochs; 0: only at the end
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()  # where metrics go beside metrics.csv
 
     def __post_init__(self) -> None:
         _expect(self.workers >= 1, "workers", self.workers, "at least 1")
@@ -210,6 +213,7 @@ class TrainConfig:
         differ = len(set(seeds)) == len(seeds) and all(0 <= seed <= MAX_SEED for seed in seeds)
         _expect(differ, "more_seeds", self.more_seeds, f"numbers within 0..{MAX_SEED} that differ from seed, each once")
         _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")
+        _expect(self.val_every >= 0, "val_every", self.val_every, "a number of epochs, or 0")
         _expect(0 <= self.min_area < 1, "min_area", self.min_area, "a share from 0, below 1")
         for where, part in self.segmenters().items():
             if part.start_from_cam and part.backbone != self.cam.backbone:

@@ -9,7 +9,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -42,6 +42,18 @@ _REMEDY = "delete it and run `multisa train` again to repeat the stage"
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """One finished epoch of a training."""
+
+    number: int  # from 1
+    of: int
+    step: int  # optimisation steps since the first epoch
+    loss: float  # mean over the steps of this epoch
+    learning_rate: float  # of the backbone, in the last step
+    seconds: float
+
+
+@dataclass(frozen=True)
 class LoopOptions:
     """What a training needs beside its schedule."""
 
@@ -49,6 +61,9 @@ class LoopOptions:
     seed: int
     workers: int  # processes that load samples; 0 loads them in this process
     title: str  # of the progress bar
+    # Called after every epoch, before its checkpoint is written: an epoch that is interrupted there is repeated, and
+    # reported again. The model then has the weights that would be kept: their average, where there is one.
+    after_epoch: Callable[[Epoch], None] | None = None
 
 
 def train_network(
@@ -70,9 +85,8 @@ def train_network(
     keep_freed_memory()
     optimiser = _optimiser(model, param_groups, schedule)
     average = MovingAverage(model, schedule.ema) if schedule.ema else None
-    losses: list[float] = []
-    if options.checkpoint.exists():
-        losses = load_checkpoint(options.checkpoint, model, optimiser, average)["losses"]
+    resumed = load_checkpoint(options.checkpoint, model, optimiser, average) if options.checkpoint.exists() else {}
+    losses: list[float] = resumed.get("losses", [])
     base_rates = [group["lr"] for group in optimiser.param_groups]
     frozen = _frozen_norms(model, schedule)
     with folded_norms(frozen) if frozen else nullcontext():
@@ -102,15 +116,23 @@ def train_network(
                     total += value
                     bar.advance(note=f"loss {value:.3f}")
             losses.append(total / steps)
-            seconds = time.perf_counter() - started
-            log.info(f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s")
+            rate, seconds = schedule.learning_rate * (1 - done) ** schedule.poly_power, time.perf_counter() - started
             meta: dict[str, Any] = {"losses": losses}
             if average is not None and len(losses) == schedule.epochs:
                 average.copy_to(model)
                 meta[_IS_AVERAGE], average = True, None
+            report = Epoch(epoch + 1, schedule.epochs, (epoch + 1) * steps, losses[-1], rate, seconds)
+            _report(report, model, average, options)
             save_checkpoint(options.checkpoint, model, optimiser, meta, average)
     model.eval()
     return losses
+
+
+def _report(epoch: Epoch, model: nn.Module, average: "MovingAverage | None", options: LoopOptions) -> None:
+    log.info(f"{options.title}: epoch {epoch.number}/{epoch.of}, loss {epoch.loss:.4f}, {epoch.seconds:.0f} s")
+    if options.after_epoch is not None:
+        with average.applied_to(model) if average is not None else nullcontext():
+            options.after_epoch(epoch)
 
 
 class MovingAverage:
@@ -130,6 +152,16 @@ class MovingAverage:
                 self.state[key].lerp_(value, 1 - decay)
             else:
                 self.state[key].copy_(value)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, the model has the average."""
+        kept = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            model.load_state_dict(kept)
 
     def copy_to(self, model: nn.Module) -> None:
         """Give the model the average."""

@@ -108,6 +108,12 @@ class RunRecord:
             lines.append(f"{label:<{name}}" + "".join("      -" if iou is None else f"{iou:>7.2f}" for iou in ious))
         return "\n".join(lines)
 
+    def format_minutes(self) -> str:
+        """Minutes by stage, the longest first; stages of less than half a minute together."""
+        longest = sorted(dict.fromkeys(self.stages), key=lambda stage: -stage.seconds)
+        shown = [f"{stage.name} {stage.seconds / 60:.0f}" for stage in longest if stage.seconds >= 30]
+        return f"{self.seconds / 60:.0f} minutes in total: {', '.join([*shown, 'others less than 1 each'])}"
+
 
 def load_run(output: Path) -> RunRecord:
     """Read the `run.json` that `train` wrote. Raises UsageError for a folder without a finished run."""

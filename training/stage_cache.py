@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_json_object, sha256_of_bytes, sha256_of_file, write_json_atomically
@@ -35,11 +35,19 @@ class Stage:
     seconds: float = 0.0
 
 
+class StageObserver(Protocol):
+    """Is told of every stage: when it starts or resumes, and when it is finished, or was already and is skipped."""
+
+    def started(self, name: str, folder: Path) -> None: ...
+    def finished(self, stage: Stage, *, skipped: bool) -> None: ...
+
+
 class StageCache:
     """The stages of one run below `root`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, observer: StageObserver | None = None) -> None:
         self.root = root
+        self.observer = observer
         self.stages: list[Stage] = []  # in the order they were asked for
 
     def stage(self, name: str, inputs: Mapping[str, Any], after: list[Stage], work: Callable[[Path], Results]) -> Stage:
@@ -53,10 +61,13 @@ class StageCache:
         digest = sha256_of_bytes(json.dumps(identity, sort_keys=True).encode())
         folder = self.root / f"{name}-{digest[:10]}"
         stage = _finished(name, folder, digest)
+        skipped = stage is not None
         if stage is None:
             folder.mkdir(parents=True, exist_ok=True)
             before, started = _seconds_spent(folder), time.time()
             write_json_atomically(folder / CLOCK, {"seconds": before, "started": started})
+            if self.observer:
+                self.observer.started(name, folder)
             results = work(folder)
             seconds = before + time.time() - started
             stage = Stage(name, folder, digest, results, seconds)
@@ -68,6 +79,8 @@ class StageCache:
         else:
             log.info(f"{name}: skipped, already done with the same inputs")
         self.stages.append(stage)
+        if self.observer:
+            self.observer.finished(stage, skipped=skipped)
         return stage
 
 

@@ -7,7 +7,9 @@ named by image: ID.npy for maps, ID.png for masks.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -32,11 +34,12 @@ from multisa.training.augment import AugmentedImages
 from multisa.training.config import AffinityLabelConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
 from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
-from multisa.training.loop import CHECKPOINT, LoopOptions, train_network
+from multisa.training.loop import CHECKPOINT, Epoch, LoopOptions, train_network
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, multilabel_soft_margin
 from multisa.training.segmenter import (
     SEGMENTER_STRIDE,
+    DeepLabV3Plus,
     SegmentImages,
     multi_scale_probabilities,
     segmentation_loss,
@@ -44,11 +47,14 @@ from multisa.training.segmenter import (
 )
 from multisa.training.stage_cache import Results, Stage
 from multisa.training.thresholds import ThresholdSweep, score_masks, score_thresholds
+from multisa.training.watch import RunWatch
 
 LEVEL_GAIN_IMAGES = 16  # images that the levels' magnitudes are measured on
 
 
-def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Path) -> Results:
+def train_cam(
+    cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Path, watch: RunWatch | None = None
+) -> Results:
     """Train Multi-SA (or, without taps, the plain CAM) on the train images."""
     torch.manual_seed(config.seed)
     n_classes = len(dataset.class_names)
@@ -63,7 +69,7 @@ def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Pat
         return multilabel_soft_margin(network(network.backbone.normalise(image)), labels)
 
     groups = [(cam.schedule.new_layers_factor, network.new_parameters()), (cam.beta_factor, network.beta_parameters())]
-    options = _loop_options(config, folder, f"CAM network, k = {len(cam.taps)}")
+    options = _loop_options(config, folder, f"CAM network, k = {len(cam.taps)}", watch.epoch if watch else None)
     losses = train_network(network, groups, samples, _step(loss, device), cam.schedule, options)
     return {"losses": losses, "betas": network.betas()}
 
@@ -144,7 +150,9 @@ def affinity_labels(image: UInt8, cam: Float32, class_ids: tuple[int, ...], conf
     return labels
 
 
-def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path) -> Results:
+def train_affinity(
+    config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path, watch: RunWatch | None = None
+) -> Results:
     """Train AffinityNet on the affinity labels of the train images."""
     torch.manual_seed(config.seed)
     schedule = config.affinity.schedule
@@ -166,7 +174,7 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
         return affinity_loss(affinity, *pair_targets(mask, radius))
 
     groups = [(schedule.new_layers_factor, network.head.parameters())]
-    options = _loop_options(config, folder, f"AffinityNet ({config.affinity.head})")
+    options = _loop_options(config, folder, f"AffinityNet ({config.affinity.head})", watch.epoch if watch else None)
     return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
 
 
@@ -220,7 +228,12 @@ class SegmenterTraining:
 
 
 def train_segmenter(
-    segmenter: SegmenterConfig, training: SegmenterTraining, config: TrainConfig, dataset: Dataset, folder: Path
+    segmenter: SegmenterConfig,
+    training: SegmenterTraining,
+    config: TrainConfig,
+    dataset: Dataset,
+    folder: Path,
+    watch: RunWatch | None = None,
 ) -> Results:
     """Train DeepLabV3+ on masks or soft targets."""
     torch.manual_seed(config.seed)
@@ -248,8 +261,17 @@ def train_segmenter(
         logits = network(network.backbone.normalise(image))
         return soft_segmentation_loss(logits, target) if soft else segmentation_loss(logits, target)
 
+    def after_epoch(epoch: Epoch) -> None:
+        if watch is not None:
+            network.eval()
+            watch.epoch(epoch, partial(segment_item, SegmentImages(network), config), partial(measure, epoch))
+
+    def measure(epoch: Epoch) -> Results:
+        with TemporaryDirectory() as temporary:
+            return segment_val(network, config, dataset, Path(temporary), title=f"val after epoch {epoch.number}")
+
     groups = [(schedule.new_layers_factor, network.new_parameters())]
-    options = _loop_options(config, folder, training.title)
+    options = _loop_options(config, folder, training.title, after_epoch)
     return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
 
 
@@ -292,25 +314,34 @@ def evaluate_segmenter(
     segmenter: SegmenterConfig, config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path
 ) -> Results:
     """Segment the val list with the PyTorch network, write ID.png and score them."""
-    n_classes = len(dataset.class_names)
-    palette = dataset.mask_palette
-    device = torch_device(config)
-    network = create_model(segmenter, n_classes, checkpoint=trained.folder / CHECKPOINT)
-    segment = SegmentImages(network).to(device)
+    network = create_model(segmenter, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT)
+    return segment_val(network.to(torch_device(config)), config, dataset, folder, title="val")
+
+
+def segment_val(network: DeepLabV3Plus, config: TrainConfig, dataset: Dataset, folder: Path, *, title: str) -> Results:
+    """Segment the val list with a network in evaluation mode, write ID.png to `folder` and score them."""
+    segment = SegmentImages(network)
 
     def work(item: Item, path: Path) -> None:
-        image = read_working_image(item.image, config.long_side)
-        with torch.inference_mode():
-            probabilities = segment(as_batch(image).to(device))[0].cpu().numpy()
-        labels, _ = enlarge_probabilities(probabilities, (image.shape[0], image.shape[1]))
-        write_mask(path, labels, palette)
+        write_mask(path, segment_item(segment, config, item), dataset.mask_palette)
 
-    for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title="val")
-    return score_masks(folder, dataset.val, n_classes)
+    for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title=title)
+    return score_masks(folder, dataset.val, len(dataset.class_names))
 
 
-def _loop_options(config: TrainConfig, folder: Path, title: str) -> LoopOptions:
-    return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title)
+def segment_item(segment: SegmentImages, config: TrainConfig, item: Item) -> UInt8:
+    """Segment one image: class ids, uint8 [H, W] at its working size."""
+    image = read_working_image(item.image, config.long_side)
+    with torch.inference_mode():
+        probabilities = segment(as_batch(image).to(torch_device(config)))[0].cpu().numpy()
+    labels, _ = enlarge_probabilities(probabilities, (image.shape[0], image.shape[1]))
+    return labels
+
+
+def _loop_options(
+    config: TrainConfig, folder: Path, title: str, after_epoch: Callable[[Epoch], None] | None
+) -> LoopOptions:
+    return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title, after_epoch)
 
 
 def _step(loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Callable[[tuple[Tensor, Tensor]], Tensor]:

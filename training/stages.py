@@ -44,6 +44,7 @@ from multisa.training.stage_functions import (
 )
 from multisa.training.thresholds import around, choose_background, yen_scores
 from multisa.training.transforms import augment_identity
+from multisa.training.watch import RunWatch
 
 # Stage names: the network of the run, and networks with other taps, or none, that are measured or shown
 # beside it.
@@ -58,6 +59,7 @@ class RunStages:
     cache: StageCache
     config: TrainConfig
     dataset: Dataset
+    watch: RunWatch | None = None  # is told of every epoch
 
     @cached_property
     def images_digest(self) -> str:
@@ -77,7 +79,7 @@ class RunStages:
             "seed": self.config.seed,
             "long_side": self.config.long_side,
         }
-        return self.cache.stage(name, inputs, [], partial(train_cam, cam, self.config, self.dataset))
+        return self.cache.stage(name, inputs, [], partial(train_cam, cam, self.config, self.dataset, watch=self.watch))
 
     def cam_maps(self, cam: CamConfig, name: str) -> tuple[Stage, Stage]:
         """Train a CAM network and compute its maps; returns both stages."""
@@ -110,7 +112,7 @@ class RunStages:
             chosen = around(self.yen_scores(cams).results["background"], chosen)
         work = partial(make_affinity_labels, replace(config, affinity_labels=chosen), dataset, cams)
         labels = cache.stage("affinity-labels", record_to_dict(chosen), [cams], work)
-        work = partial(train_affinity, config, dataset, labels)
+        work = partial(train_affinity, config, dataset, labels, watch=self.watch)
         affinity = cache.stage("affinity", _identity(config.affinity), [labels], work)
         walk = {key: value for key, value in record_to_dict(config.label).items() if key.startswith("walk_")}
         work = partial(walk_cams, config, dataset, cams, affinity)
@@ -221,7 +223,7 @@ class RunStages:
         config = self.config if seed is None else replace(self.config, seed=seed, more_seeds=())
         name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
         own = {} if seed is None else {"seed": seed}
-        work = partial(train_segmenter, segmenter, training, config, self.dataset)
+        work = partial(train_segmenter, segmenter, training, config, self.dataset, watch=self.watch)
         return self.cache.stage(name, {**_identity(segmenter), **(inputs or {}), **own}, after, work)
 
 
@@ -288,6 +290,39 @@ def make_pseudo_labels(stages: RunStages) -> PseudoLabels:
         scores = stages.measured_masks(masks).results
         measured.append(Measurement(name_of_masks(config), label.background, scores))
     return PseudoLabels(cam, cams, walked, label, masks, tuple(measured))
+
+
+def planned_stages(config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
+    """Names of all stages of a run, each once, in their order."""
+    train, val = bool(dataset.train), bool(dataset.val)
+    names: list[str] = []
+
+    def add(name: str, *, when: bool = True, measured: bool = False) -> None:
+        names.extend([name] * when + [f"{name}-measured"] * (when and measured))
+
+    add(BASELINE, when=config.paper_rows and train)
+    add(f"{BASELINE}-maps", when=config.paper_rows and train, measured=True)
+    add(CAM)
+    add("cam-maps", measured=train)
+    add("cam-maps-yen", when=config.affinity_labels.foreground is None)
+    names += ["affinity-labels", "affinity"]
+    add("walk", measured=train)
+    as_paper = config.paper_rows and config != config.with_paper_masks() and train
+    add("calibration-paper", when=as_paper)
+    add("pseudo-masks-paper", when=as_paper, measured=True)
+    add("walk-yen", when=config.background_from == "yen")
+    add("calibration", when=config.background_from == "train-masks" and train)
+    add("pseudo-masks", measured=train)
+    add("pseudo-masks-balance", when=config.balance_background)
+    for number in range(1, config.relabel.rounds + 1):
+        add(f"teacher-{number}")
+        add(f"relabelled-{number}", measured=train)
+        add(f"relabelled-{number}-balance", when=config.balance_background)
+    for seed in (config.seed, *config.more_seeds):
+        for name in ("segmenter", *["supervised"] * (config.supervised and train and val)):
+            name = name if seed == config.seed else f"{name}-seed-{seed}"
+            names += [name, f"{name}-val"] if val else [name]
+    return tuple(names)
 
 
 def name_of_masks(config: TrainConfig) -> str:

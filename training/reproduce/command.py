@@ -10,6 +10,7 @@ from multisa.training.data import Dataset
 from multisa.training.reproduce.figures import FIGURES, NUM_IMAGES, reproduce_figure
 from multisa.training.reproduce.tables import FOLDER, TABLES, format_text, reproduce_table
 from multisa.training.run_record import RUN_RECORD, load_run
+from multisa.training.runs import flat_settings
 
 
 def reproduce_paper(
@@ -47,16 +48,8 @@ def _log_differences(config: TrainConfig, output: Path) -> None:
     """Log the settings that differ from those of the finished run in `output`."""
     if not (output / RUN_RECORD).is_file():
         return
-    before, now = (_flat(record_to_dict(c)) for c in (load_run(output).config, config))
+    before, now = (flat_settings(record_to_dict(c)) for c in (load_run(output).config, config))
     differing = [f"{key} {now[key]} (there: {before[key]})" for key in now if now[key] != before[key]]
     if differing:
         changes = ", ".join(differing)
         log.info(f"{output / RUN_RECORD}: other settings, stages that depend on them run again: {changes}")
-
-
-def _flat(values: dict[str, object], before: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        name = f"{before}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
