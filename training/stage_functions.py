@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from multisa.kernels import DenseCRF, enlarge_probabilities
 from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
-from multisa.runtime.imaging.decode import write_mask
+from multisa.runtime.imaging.decode import read_image, resize_image, working_size, write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import (
     Float32,
@@ -330,11 +330,13 @@ def segment_val(network: DeepLabV3Plus, config: TrainConfig, dataset: Dataset, f
 
 
 def segment_item(segment: SegmentImages, config: TrainConfig, item: Item) -> UInt8:
-    """Segment one image: class ids, uint8 [H, W] at its working size."""
-    image = read_working_image(item.image, config.long_side)
+    """Segment one image: class ids, uint8 [H, W] at its own size."""
+    full = read_image(item.image).rgb
+    size = (full.shape[0], full.shape[1])
+    image = resize_image(full, working_size(*size, config.long_side))
     with torch.inference_mode():
         probabilities = segment(as_batch(image).to(torch_device(config)))[0].cpu().numpy()
-    labels, _ = enlarge_probabilities(probabilities, (image.shape[0], image.shape[1]))
+    labels, _ = enlarge_probabilities(probabilities, size)
     return labels
 
 
