@@ -112,6 +112,7 @@ def check(
     metavar="NAMES",
     help="Also send metrics to these, separated by commas: tensorboard, mlflow, wandb. Same as the setting trackers.",
 )
+@_path("--init-from", metavar="BUNDLE", help="Start from the networks of this bundle, with the same or other classes.")
 def train(  # more than six parameters: one for each option
     data: Path,
     preset: str,
@@ -120,6 +121,7 @@ def train(  # more than six parameters: one for each option
     output: Path,
     overrides: tuple[str, ...],
     track: str | None,
+    init_from: Path | None,
 ) -> None:
     """Train every stage from image-level labels.
 
@@ -132,7 +134,10 @@ def train(  # more than six parameters: one for each option
 
     if track is not None:
         overrides = (*overrides, f"trackers={json.dumps([name.strip() for name in track.split(',')])}")
-    run = train(load_config(preset, overrides), read_dataset(data, labels, val), output)
+    config = load_config(preset, overrides)
+    if init_from:
+        config = replace(config, init_from=str(init_from))
+    run = train(config, read_dataset(data, labels, val), output)
     click.echo(run.format_table())
     click.echo(run.format_minutes())
     click.echo(f"details: {output / 'run.json'}; curves and sample images: {output / 'train.html'}")

@@ -28,7 +28,7 @@ from multisa.training.data_check import Estimate, Size
 from multisa.training.frozen_norm import folded_norms
 from multisa.training.inference import keep_freed_memory, torch_device
 from multisa.training.loop import CHECKPOINT, save_checkpoint
-from multisa.training.models import create_model
+from multisa.training.models import create_model, with_taps
 from multisa.training.multi_sa import multilabel_soft_margin
 from multisa.training.segmenter import SEGMENTER_STRIDE, segmentation_loss
 from multisa.training.stage_cache import Stage
@@ -95,6 +95,7 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
     GPU does not suffice. Raises BackendUnavailable as `train` does.
     """
     log.info("estimating the training: every network and stage runs on a few images")
+    config = replace(config, cam=with_taps(config.cam))
     device = torch_device(config)
     keep_freed_memory()  # as the training does
     counts = _Counts.of(config, dataset)

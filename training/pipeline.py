@@ -16,20 +16,22 @@ from multisa.runtime.files import read_json_object, sha256_of_bytes, write_json_
 from multisa.runtime.progress import log, pluralize
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import usable_cpus
-from multisa.training.backbones import check_weights
-from multisa.training.config import TrainConfig
+from multisa.training.backbones import layout_of
+from multisa.training.config import SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, log_findings
 from multisa.training.data_check import DatasetReport, check_dataset
 from multisa.training.estimate import estimate_training
 from multisa.training.inference import torch_device
-from multisa.training.models import ModelConfig, create_model
+from multisa.training.models import ModelConfig, create_model, with_taps
 from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, StageRecord, count_images
 from multisa.training.runs import run_lock
 from multisa.training.stage_cache import MARKER, StageCache
 from multisa.training.stages import RunStages, make_pseudo_labels, planned_stages
+from multisa.training.start import check_start, start_files
 from multisa.training.trackers import check_trackers
 from multisa.training.transforms import apply_transforms
 from multisa.training.watch import Plan, RunWatch
+from multisa.training.weights import check_weights, is_file, weights_identity
 
 PLAN = "plan.json"  # in the run folder: the estimate of the training
 # Images times epochs of all networks, below which a training is not much longer than its estimate would take.
@@ -60,6 +62,7 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
 def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
     report = check_run(config, dataset, output)
+    config = replace(config, cam=with_taps(config.cam))
     with run_lock(output), RunWatch(config, dataset, output, plan_run(config, dataset, output, report)) as watch:
         cache = StageCache(output, watch)
         return _run_all(RunStages(cache, config, dataset, watch), cache)
@@ -121,6 +124,7 @@ def _run_all(stages: RunStages, cache: StageCache) -> RunRecord:
         seconds=round(sum(stage.seconds for stage in cache.stages), 1),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
+        files={**weight_files(config), **start_files(config)},
     )
 
 
@@ -138,6 +142,7 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
     _check_label(config, dataset)
     check_trackers(config)
     check_networks(config, len(dataset.class_names))
+    check_start(config, dataset.class_names)
     report = check_dataset(dataset, output)
     report.require_usable()
     log_findings(report.findings[len(dataset.findings) :])
@@ -145,14 +150,17 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
 
 
 def check_networks(config: TrainConfig, n_classes: int) -> None:
-    """Build the networks of a run without memory for weights; n_classes counts the background.
+    """Build the networks of a run without memory for weights, and log the taps; n_classes counts the background.
 
     Raises UsageError for a backbone, weights, taps, a head, frozen levels or augmentations that do not exist or do not
     fit together.
     """
     parts: dict[str, ModelConfig] = {"cam": config.cam, "affinity": config.affinity, **config.segmenters()}
     for part in parts.values():
-        check_weights(part.backbone, part.weights)
+        # Those of a segmenter that starts from the CAM network are not read.
+        unread = isinstance(part, SegmenterConfig) and part.start_from_cam and not config.init_from
+        if not unread or is_file(part.weights):
+            check_weights(part.backbone, part.weights)
     for name, part in parts.items():
         with torch.device("meta"):
             backbone = create_model(replace(part, weights="none"), n_classes).backbone
@@ -164,6 +172,15 @@ def check_networks(config: TrainConfig, n_classes: int) -> None:
         crop = part.schedule.crop
         image, mask = np.zeros((crop, crop, 3), np.uint8), np.zeros((crop, crop), np.uint8)
         apply_transforms(tuple(part.schedule.augment), image, mask, seed=0)
+    taps = with_taps(config.cam).taps or ()
+    origin = "chosen from the model; cam.taps changes them" if config.cam.taps is None else "as configured"
+    log.info(f"cam: {config.cam.backbone}, {layout_of(config.cam.backbone).describe(taps)}, {origin}")
+
+
+def weight_files(config: TrainConfig) -> dict[str, str]:
+    """Path -> SHA-256 of every file of weights that a configuration names."""
+    parts: list[ModelConfig] = [config.cam, config.affinity, *config.segmenters().values()]
+    return {p.weights: weights_identity(p.weights).removeprefix("sha256:") for p in parts if is_file(p.weights)}
 
 
 def _check_label(config: TrainConfig, dataset: Dataset) -> None:

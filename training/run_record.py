@@ -1,7 +1,7 @@
 """What a run of the training pipeline leaves behind: `run.json`, with its settings, stages and results."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
@@ -79,6 +79,8 @@ class RunRecord:
     seconds: float
     torch: str
     threads: int
+    # Path -> SHA-256 of what the networks started from: files of weights, and bundle.json of `init_from`.
+    files: dict[str, str] = field(default_factory=dict)
 
     def folder(self, root: Path, name: str) -> Path:
         """Folder of the stage `name` of this run."""

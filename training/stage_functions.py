@@ -6,7 +6,7 @@ named by image: ID.npy for maps, ID.png for masks.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,7 @@ from multisa.runtime.predict.postprocess import (
 )
 from multisa.training.affinity_net import affinity_loss, pair_targets
 from multisa.training.augment import AugmentedImages
+from multisa.training.backbones import Backbone
 from multisa.training.config import AffinityLabelConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
 from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
@@ -46,10 +47,11 @@ from multisa.training.segmenter import (
     soft_segmentation_loss,
 )
 from multisa.training.stage_cache import Results, Stage
+from multisa.training.start import start_from_bundle, starts_from_bundle
 from multisa.training.thresholds import ThresholdSweep, score_masks, score_thresholds
 from multisa.training.watch import RunWatch
 
-LEVEL_GAIN_IMAGES = 16  # images that the levels' magnitudes are measured on
+MEASURED_IMAGES = 16  # images that the magnitudes of levels and the statistics of norms are measured on
 
 
 def train_cam(
@@ -61,15 +63,16 @@ def train_cam(
     device = torch_device(config)
     network = create_model(cam, n_classes).to(device)
     samples = AugmentedImages(dataset.train_images, cam.schedule, config, n_classes=n_classes)
-    first = torch.stack([samples[i][0] for i in range(min(LEVEL_GAIN_IMAGES, len(samples)))])
-    network.eval().fit_level_gain(network.backbone.normalise(first.to(device)))
+    first = _first_images(samples, network.backbone)
+    if not start_from_bundle(network, cam, config, dataset.class_names, first):
+        network.eval().fit_level_gain(first)
     network.backbone.freeze(cam.schedule.frozen_levels)
 
     def loss(image: Tensor, labels: Tensor) -> Tensor:
         return multilabel_soft_margin(network(network.backbone.normalise(image)), labels)
 
     groups = [(cam.schedule.new_layers_factor, network.new_parameters()), (cam.beta_factor, network.beta_parameters())]
-    options = _loop_options(config, folder, f"CAM network, k = {len(cam.taps)}", watch.epoch if watch else None)
+    options = _loop_options(config, folder, f"CAM network, k = {len(network.taps)}", watch.epoch if watch else None)
     losses = train_network(network, groups, samples, _step(loss, device), cam.schedule, options)
     return {"losses": losses, "betas": network.betas()}
 
@@ -89,7 +92,7 @@ def compute_cams(
         save_maps(maps_path, present)
         save_maps(scores_path, scores[0].cpu().numpy())
 
-    title = f"CAMs, k = {len(cam.taps)}"
+    title = f"CAMs, k = {len(network.taps)}"
     for_each_item(work, items, folder, (".npy", ".scores.npy"), workers=config.workers, title=title)
     return {"score_thresholds": score_thresholds(folder, items, dataset)}
 
@@ -159,7 +162,6 @@ def train_affinity(
     radius = config.affinity.training_radius
     device = torch_device(config)
     network = create_model(config.affinity).to(device)
-    network.backbone.freeze(schedule.frozen_levels)
     samples = AugmentedImages(
         dataset.train_images,
         schedule,
@@ -168,12 +170,14 @@ def train_affinity(
         masks=labels.folder,
         stride=network.head.stride,
     )
+    start_from_bundle(network, config.affinity, config, dataset.class_names, None)
+    network.backbone.freeze(schedule.frozen_levels)
 
     def loss(image: Tensor, mask: Tensor) -> Tensor:
         affinity = network(network.backbone.normalise(image), radius)
         return affinity_loss(affinity, *pair_targets(mask, radius))
 
-    groups = [(schedule.new_layers_factor, network.head.parameters())]
+    groups = [(schedule.new_layers_factor, network.new_parameters())]
     options = _loop_options(config, folder, f"AffinityNet ({config.affinity.head})", watch.epoch if watch else None)
     return {"losses": train_network(network, groups, samples, _step(loss, device), schedule, options)}
 
@@ -240,11 +244,11 @@ def train_segmenter(
     n_classes = len(dataset.class_names)
     schedule = segmenter.schedule
     device = torch_device(config)
-    network = create_model(segmenter, n_classes).to(device)
-    if training.start is not None:
-        trained = create_model(config.cam, n_classes, checkpoint=training.start)
+    start = None if starts_from_bundle(config, segmenter) else training.start
+    network = create_model(segmenter if start is None else replace(segmenter, weights="none"), n_classes).to(device)
+    if start is not None:
+        trained = create_model(config.cam, n_classes, checkpoint=start)
         network.backbone.load_state_dict(trained.backbone.state_dict())
-    network.backbone.freeze(schedule.frozen_levels)
     soft = training.probabilities is not None
     samples = AugmentedImages(
         training.items,
@@ -256,6 +260,10 @@ def train_segmenter(
         probabilities=training.probabilities,
         stride=SEGMENTER_STRIDE if soft else 1,
     )
+    if starts_from_bundle(config, segmenter):
+        images = _first_images(samples, network.backbone)
+        start_from_bundle(network, segmenter, config, dataset.class_names, images)
+    network.backbone.freeze(schedule.frozen_levels)
 
     def loss(image: Tensor, target: Tensor) -> Tensor:
         logits = network(network.backbone.normalise(image))
@@ -338,6 +346,12 @@ def segment_item(segment: SegmentImages, config: TrainConfig, item: Item) -> UIn
         probabilities = segment(as_batch(image).to(torch_device(config)))[0].cpu().numpy()
     labels, _ = enlarge_probabilities(probabilities, size)
     return labels
+
+
+def _first_images(samples: AugmentedImages, backbone: Backbone) -> Tensor:
+    """A few samples to measure activations on, normalised float32 [N, 3, H, W]."""
+    images = torch.stack([samples[i][0] for i in range(min(MEASURED_IMAGES, len(samples)))])
+    return backbone.normalise(images.to(backbone.mean.device))
 
 
 def _loop_options(

@@ -15,7 +15,7 @@ from multisa.training.balance import background_ratio
 from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item
 from multisa.training.loop import CHECKPOINT
-from multisa.training.models import ModelConfig
+from multisa.training.models import ModelConfig, with_taps
 from multisa.training.run_record import (
     AS_CONFIGURED,
     DENSE_CRF,
@@ -42,9 +42,11 @@ from multisa.training.stage_functions import (
     train_segmenter,
     walk_cams,
 )
+from multisa.training.start import start_files
 from multisa.training.thresholds import around, choose_background, yen_scores
 from multisa.training.transforms import augment_identity
 from multisa.training.watch import RunWatch
+from multisa.training.weights import weights_identity
 
 # Stage names: the network of the run, and networks with other taps, or none, that are measured or shown
 # beside it.
@@ -71,11 +73,17 @@ class RunStages:
         """Digest of the train list with its masks, which maps and pseudo-masks are measured on."""
         return self.dataset.masks_digest(self.dataset.train)
 
+    def network_identity(self, network: ModelConfig) -> dict[str, Any]:
+        """What a network is in the digest of its stage, and the bundle that the run starts from, if any."""
+        start = {"init_from": next(iter(start_files(self.config).values()))} if self.config.init_from else {}
+        return {**_identity(network), **start}
+
     def cam_network(self, cam: CamConfig, name: str) -> Stage:
         """Train a CAM network; name: CAM or BASELINE."""
+        cam = with_taps(cam)
         inputs = {
             "data": self.images_digest,
-            "cam": {key: value for key, value in _identity(cam).items() if key != "scales"},
+            "cam": {key: value for key, value in self.network_identity(cam).items() if key != "scales"},
             "seed": self.config.seed,
             "long_side": self.config.long_side,
         }
@@ -83,6 +91,7 @@ class RunStages:
 
     def cam_maps(self, cam: CamConfig, name: str) -> tuple[Stage, Stage]:
         """Train a CAM network and compute its maps; returns both stages."""
+        cam = with_taps(cam)
         trained = self.cam_network(cam, name)
         # A baseline is only measured, so images without masks need no maps.
         items = self.dataset.train if name == BASELINE else self.dataset.train_images
@@ -113,7 +122,7 @@ class RunStages:
         work = partial(make_affinity_labels, replace(config, affinity_labels=chosen), dataset, cams)
         labels = cache.stage("affinity-labels", record_to_dict(chosen), [cams], work)
         work = partial(train_affinity, config, dataset, labels, watch=self.watch)
-        affinity = cache.stage("affinity", _identity(config.affinity), [labels], work)
+        affinity = cache.stage("affinity", self.network_identity(config.affinity), [labels], work)
         walk = {key: value for key, value in record_to_dict(config.label).items() if key.startswith("walk_")}
         work = partial(walk_cams, config, dataset, cams, affinity)
         return cache.stage("walk", walk, [cams, affinity], work)
@@ -224,7 +233,7 @@ class RunStages:
         name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
         own = {} if seed is None else {"seed": seed}
         work = partial(train_segmenter, segmenter, training, config, self.dataset, watch=self.watch)
-        return self.cache.stage(name, {**_identity(segmenter), **(inputs or {}), **own}, after, work)
+        return self.cache.stage(name, {**self.network_identity(segmenter), **(inputs or {}), **own}, after, work)
 
 
 @dataclass(frozen=True)
@@ -334,8 +343,11 @@ def name_of_masks(config: TrainConfig) -> str:
 
 
 def _identity(network: ModelConfig) -> dict[str, Any]:
-    """The settings of a network for the digest of its stage; augmentations only if there are some, with their code."""
-    values = record_to_dict(network)
+    """The settings of a network for the digest of its stage.
+
+    A file of weights counts by its content; augmentations only if there are some, with their code.
+    """
+    values = {**record_to_dict(network), "weights": weights_identity(network.weights)}
     augment = augment_identity(tuple(values["schedule"].pop("augment")))
     values["schedule"] |= {"augment": augment} if augment else {}
     return values

@@ -21,6 +21,7 @@ from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, 
 from multisa.training.data import read_dataset
 from multisa.training.inference import save_maps
 from multisa.training.loop import Epoch, LoopOptions, train_network
+from multisa.training.models import with_taps
 from multisa.training.pipeline import train
 from multisa.training.run_record import load_run
 from multisa.training.stage_functions import affinity_labels
@@ -31,7 +32,7 @@ TINY = Path(__file__).with_name("tiny.toml")
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid(name: str) -> None:
-    assert load_config(name).cam.taps == (2, 3, 4)
+    assert with_taps(load_config(name).cam).taps == (2, 3, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One table or figure of the paper by name: what `multisa reproduce` runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from multisa.runtime.errors import UsageError
@@ -7,6 +8,7 @@ from multisa.runtime.progress import log
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
+from multisa.training.models import with_taps
 from multisa.training.reproduce.figures import FIGURES, NUM_IMAGES, reproduce_figure
 from multisa.training.reproduce.tables import FOLDER, TABLES, format_text, reproduce_table
 from multisa.training.run_record import RUN_RECORD, load_run
@@ -35,7 +37,7 @@ def reproduce_paper(
         raise UsageError(f"--num-images and --list: got one with {what}, expected a figure: tables show no images")
     if num_images is not None and image_list is not None:
         raise UsageError("--num-images and --list: got both, expected one of them")
-    _log_differences(config, output)
+    _log_differences(replace(config, cam=with_taps(config.cam)), output)
     if what in TABLES:
         text = format_text(reproduce_table(what, config, dataset, output))
         return f"{text}\n\nwritten: {output / FOLDER / what}.json and .md"
