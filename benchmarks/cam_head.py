@@ -26,14 +26,14 @@ from multisa.benchmarks.synthetic_images import image_bytes
 from multisa.benchmarks.worker_process import WorkerProcess
 from multisa.export.attention import OPSET, QUERY_BLOCK, attention_translation, expand_attention
 from multisa.export.cost import costs_of_parts
-from multisa.export.fold import FoldedMultiSACAM
 from multisa.export.to_onnx import onnx_from_module
-from multisa.export.to_torch import cam_from_bundle
 from multisa.kernels.cpu import native
 from multisa.runtime.backends.base import CAM, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend, import_onnxruntime
 from multisa.runtime.bundle import default_bundle_path, load_bundle
 from multisa.training.config import load_config
+from multisa.training.fold import FoldedMultiSACAM
+from multisa.training.from_bundle import cam_from_bundle
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 

@@ -3,15 +3,14 @@
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from multisa.export.compare import run_all, truth_of
-from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.label_method import MethodEvidence, compare_label_methods
 from multisa.export.licences import Origin, licence_files, origins_of
 from multisa.export.model_card import model_card
@@ -26,7 +25,7 @@ from multisa.export.report import (
     graphs_as_json,
     report_to_bytes,
 )
-from multisa.export.to_onnx import onnx_from_module
+from multisa.export.to_onnx import onnx_from_module, with_half_weights
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, Backend, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, BundleParameters, LabelMethod, Manifest, check_replaceable, write_bundle
@@ -39,19 +38,27 @@ from multisa.runtime.progress import Progress, log
 from multisa.runtime.records import record_to_dict
 from multisa.runtime.system import installed_versions
 from multisa.training.affinity_net import head_stride
+from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image, spread
+from multisa.training.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.training.inference import as_batch
 from multisa.training.loop import CHECKPOINT
-from multisa.training.models import create_model
+from multisa.training.models import ModelConfig, create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.run_record import RunRecord, load_run
 from multisa.training.segmenter import SegmentImages
+
+FULL_WEIGHTS = "full_weights"  # key of the graphs that got float32 weights, and why
+# Outputs -> the graphs that they come from; all others are the segmenter's.
+GRAPHS_OF_OUTPUT = {"cam": (CAM,), "scores": (CAM,), "affinity": (AFFINITY,), "pseudo_mask": (CAM, AFFINITY)}
+Network = TypeVar("Network", CamConfig, AffinityConfig, SegmenterConfig)
 
 METHOD_IMAGES = 128  # to compare the methods of `multisa label` on
 
 PREPROCESSING = (
     "EXIF orientation applied, RGB, 8 bits",
-    "reduced to a long side of at most parameters.long_side (bilinear, averaged over the pixels it replaces)",
+    "resized so that the long side is parameters.long_side, enlarged at most 2 times (bilinear, averaged over the "
+    "pixels it replaces)",
     "inside the graphs: cast to float32, mean and standard deviation of the backbone",
     "inside cam.onnx: bilinear resizing to each of parameters.cam_scales, each with its mirror image",
 )
@@ -114,7 +121,10 @@ def export_bundle(
     bundle.json and the whole report in parity.json, a model card, and NOTICE with the licences of the backbones'
     weights; a bundle already in `output` is replaced.
 
-    Raises ParityError, and writes nothing but `options.report`, if a figure is beyond its limit. Raises
+    A graph whose figures are beyond their limits with weights stored as float16 gets float32 weights instead, which is
+    logged and stored under "full_weights" in parity.json and in the provenance of bundle.json.
+
+    Raises ParityError, and writes nothing but `options.report`, if a figure is still beyond its limit. Raises
     UsageError for a folder without a finished run, another data set than the run's, or options that cannot be
     used, CheckpointError for missing networks, BundleError for an `output` that holds anything but a bundle.
     """
@@ -127,22 +137,26 @@ def export_bundle(
     check_report(options.report, output)
     if dataset.class_names != record.classes or dataset.train_images_digest() != record.data_digest:
         raise UsageError(f"{dataset.root}: not the data set that {run} was trained on; give the same one")
-    origins = origins_of(record.config)
+    origins = origins_of(record.config, record.files)
     licences = licence_files(record.config.name, origins, options.notices)
     known_failures = read_user_text(options.known_failures) if options.known_failures else ""
     graphs = graphs_of_run(record, run)
-    files, written = _convert(record, graphs, half_weights=not options.full_weights)
+    full, seconds = _convert(record, graphs)
+    files = full if options.full_weights else {file: with_half_weights(data) for file, data in full.items()}
     # Evenly over the weak list, whose images have the image-level labels that pseudo-masks need.
     step = max(len(dataset.train_images) // options.num_images, 1)
     items = dataset.train_images[::step][: options.num_images]
-    backends = _on_cpu(graphs, files)
-    parity = compare_with_networks(record, graphs, backends, items)
-    files[REPORT_NAME] = report_to_bytes({"fp32": parity.full_json()})
+    backends, parity, failed = _compare(record, graphs, (files, {} if options.full_weights else full), items)
+    files[REPORT_NAME] = report_to_bytes({"fp32": {**parity.full_json(), FULL_WEIGHTS: failed}})
     if options.report:
         write_bytes_atomically(options.report, files[REPORT_NAME])
-    parity.require("the exported graphs answer differently from the networks")
+    parity.require(
+        f"the exported graphs answer differently from the networks{', with float32 weights too' if failed else ''}",
+        f"compare on more images with --num-images (now {len(items)}); --report FILE keeps the figures",
+    )
     evidence = compare_methods(record, graphs, backends, dataset)
-    manifest = _manifest(record, parity, origins, evidence)
+    manifest = _manifest(record, parity, origins, evidence, failed)
+    written = tuple(GraphFile(f.removesuffix(".onnx"), "fp32", f, len(files[f]), t) for f, t in seconds.items())
     files |= licences
     card = model_card(
         record,
@@ -219,24 +233,66 @@ def graphs_of_run(run: RunRecord, root: Path) -> tuple[Graph, ...]:
     return (Graph(CAM, maps, folded), Graph(AFFINITY, affinities, affinities), Graph(SEGMENTER, segment, segment))
 
 
-def _convert(
-    run: RunRecord, graphs: tuple[Graph, ...], *, half_weights: bool
-) -> tuple[dict[str, bytes], tuple[GraphFile, ...]]:
-    """The ONNX file of each graph by name, and what to tell about it."""
+def _compare(
+    run: RunRecord,
+    graphs: tuple[Graph, ...],
+    stored: tuple[dict[str, bytes], dict[str, bytes]],
+    items: tuple[Item, ...],
+) -> tuple[list[Backend], ParityReport, dict[str, list[str]]]:
+    """Compare the graphs with the networks; where float16 weights fail, store float32 ones and compare again.
+
+    stored: the files, which change in place, and those with float32 weights. Returns the graphs, opened, and for each
+    file that changed what was beyond its limits.
+    """
+    files, full = stored
+    backends = _on_cpu(graphs, files)
+    parity = compare_with_networks(run, graphs, backends, items)
+    failed = _failed_graphs(parity) if full else {}
+    if failed:
+        for file, problems in failed.items():
+            log.info(f"{file}: stored with float32 weights, because float16 is not enough: {'; '.join(problems)}")
+        files |= {file: full[file] for file in failed}
+        backends = _on_cpu(graphs, files)
+        parity = compare_with_networks(run, graphs, backends, items)
+    return backends, parity, failed
+
+
+def _failed_graphs(parity: ParityReport) -> dict[str, list[str]]:
+    """File -> messages, for each graph with an output beyond its limits."""
+    found: dict[str, list[str]] = {}
+    for output in sorted(parity.failing()):
+        for contract in GRAPHS_OF_OUTPUT.get(output, (SEGMENTER,)):
+            found.setdefault(graph_file(contract), []).extend(parity.differences[output].breaches())
+    return found
+
+
+def _convert(run: RunRecord, graphs: tuple[Graph, ...]) -> tuple[dict[str, bytes], dict[str, float]]:
+    """The ONNX file of each graph by name, with float32 weights, and the seconds it took."""
     files: dict[str, bytes] = {}
-    written = []
+    seconds: dict[str, float] = {}
     with Progress(len(graphs), "export", "graph") as bar:
         for graph in graphs:
             start = time.perf_counter()
             file = graph_file(graph.contract)
             metadata = {"name": run.config.name, "classes": list(run.classes), "graph": file}
             outputs = tuple(graph.contract.outputs)
-            data = onnx_from_module(graph.exported, outputs, metadata, half_weights=half_weights)
-            files[file] = data
-            seconds = time.perf_counter() - start
-            written.append(GraphFile(graph.contract.name, "fp32", file, len(data), seconds))
+            try:
+                files[file] = onnx_from_module(graph.exported, outputs, metadata, half_weights=False)
+            except torch.onnx.OnnxExporterError as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                raise UsageError(
+                    f"{file}: PyTorch's exporter cannot convert this network for every image size ({reason}); train "
+                    f"with a backbone of another family than {backbone_of(run.config, graph.contract)}"
+                ) from error
+            seconds[file] = time.perf_counter() - start
             bar.advance(note=file)
-    return files, tuple(written)
+    return files, seconds
+
+
+def backbone_of(config: TrainConfig, contract: GraphContract) -> str:
+    """The backbone of the network of a graph."""
+    parts: dict[str, ModelConfig] = {"cam": config.cam, "affinity": config.affinity, "segmenter": config.segmenter}
+    return parts[contract.name].backbone
 
 
 def parameters_of_run(run: RunRecord, evidence: MethodEvidence | None = None) -> BundleParameters:
@@ -259,7 +315,11 @@ def parameters_of_run(run: RunRecord, evidence: MethodEvidence | None = None) ->
 
 
 def _manifest(
-    run: RunRecord, report: ParityReport, origins: Sequence[Origin], evidence: MethodEvidence | None
+    run: RunRecord,
+    report: ParityReport,
+    origins: Sequence[Origin],
+    evidence: MethodEvidence | None,
+    failed: dict[str, list[str]],
 ) -> Manifest:
     metrics: dict[str, Any] = {
         "training": {f"{row.stage} ({row.measured_on})": {"miou": row.miou, "iou": row.iou} for row in run.rows},
@@ -277,12 +337,29 @@ def _manifest(
         preprocessing=PREPROCESSING,
         metrics=metrics,
         provenance={
-            "config": record_to_dict(run.config),
+            "config": record_to_dict(_without_paths(run.config)),
             "data_digest": run.data_digest,
             "training_seconds": run.seconds,
             "python": platform.python_version(),
             "licences": {origin.work: origin.licence for origin in origins},
             "versions": installed_versions(("multisa", "torch", "timm", "onnx", "onnxruntime")),
+            **({FULL_WEIGHTS: failed} if failed else {}),
         },
         files={},
+    )
+
+
+def _without_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with the names of files in place of their paths, which are of this machine."""
+
+    def named(part: Network) -> Network:
+        return replace(part, weights=Path(part.weights).name)
+
+    return replace(
+        config,
+        init_from=Path(config.init_from).name,
+        cam=named(config.cam),
+        affinity=named(config.affinity),
+        segmenter=named(config.segmenter),
+        relabel=replace(config.relabel, teacher=named(config.relabel.teacher)),
     )

@@ -98,7 +98,10 @@ class ParityResult:
 
     def require(self) -> None:
         """Raise ParityError that names every figure beyond its limit."""
-        self.report.require(f"{self.title} differs from fp32 on onnxruntime-cpu")
+        self.report.require(
+            f"{self.title} differs from fp32 on onnxruntime-cpu",
+            "use another --backend or --precision (fp32 differs least), or compare on more images with --num-images",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """The licences of what a bundle was made from: its file NOTICE, and the texts that its owner adds."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text
-from multisa.training.backbones import PACKAGED_WEIGHTS, import_timm
 from multisa.training.config import TrainConfig
 from multisa.training.models import ModelConfig
+from multisa.training.weights import PACKAGED_WEIGHTS, import_timm, is_file
 
 NOTICE = "NOTICE"
 PACKAGED_LICENCE = "Apache-2.0"  # of every package in PACKAGED_WEIGHTS
@@ -33,18 +33,26 @@ class Origin:
         return f"weights of {self.backbone} ({self.source})"
 
 
-def origins_of(config: TrainConfig) -> tuple[Origin, ...]:
+def origins_of(config: TrainConfig, files: Mapping[str, str] | None = None) -> tuple[Origin, ...]:
     """The weights that the networks of a run started from, each once; none for random weights.
+
+    files: path -> SHA-256 of the files among them (`RunRecord.files`).
 
     Raises UsageError where the package of the weights is not installed, because its version is needed.
     """
     segmenters = [network for network in config.segmenters().values() if not network.start_from_cam]
     networks: list[ModelConfig] = [config.cam, config.affinity, *segmenters]
     starts = dict.fromkeys((network.backbone, network.weights) for network in networks)
-    return tuple(_origin(backbone, weights) for backbone, weights in starts if weights != "none")
+    origins = [_origin(backbone, weights, files or {}) for backbone, weights in starts if weights != "none"]
+    if config.init_from:
+        source = f"bundle {Path(config.init_from).name}, sha256 of bundle.json {(files or {})[config.init_from]}"
+        origins.append(Origin("all networks", source, "that of the bundle, see its NOTICE"))
+    return tuple(origins)
 
 
-def _origin(backbone: str, weights: str) -> Origin:
+def _origin(backbone: str, weights: str, files: Mapping[str, str]) -> Origin:
+    if is_file(weights):
+        return Origin(backbone, f"file {Path(weights).name}, sha256 {files[weights]}", "unknown")
     if weights == "timm":
         settings = import_timm().get_pretrained_cfg(backbone)
         return Origin(backbone, "timm", getattr(settings, "license", None) or "unknown")

@@ -163,7 +163,7 @@ def _training(run: RunRecord) -> Iterator[str]:
         yield f"The teacher labels the images again, {pluralize(config.relabel.rounds, 'time')}."
         yield ""
     yield (
-        f"Images have a long side of at most {config.long_side} pixels; the seed is {config.seed}. All stages took "
+        f"Networks see images at a long side of {config.long_side} pixels; the seed is {config.seed}. All stages took "
         f"{run.seconds / 60:.0f} minutes with torch {run.torch} on {run.threads} threads. `provenance.config` in "
         "bundle.json has every number."
     )

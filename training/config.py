@@ -23,8 +23,6 @@ MAX_SEED = 2**32 - 1
 # advise 0.10 to 0.15 above and 0.10 below.
 AFFINITY_MARGIN = 0.12
 
-WeightSource = Literal["packaged", "timm", "none"]
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -76,8 +74,10 @@ class CamConfig:
     """The Multi-SA network and its inference."""
 
     backbone: str = "tf_efficientnet_lite0"
-    weights: WeightSource = "packaged"
-    taps: tuple[int, ...] = (2, 3, 4)  # levels of the backbone, finest first; k = len(taps)
+    weights: str = "packaged"  # or "timm", "none" (random), or the path of a file (weights.py)
+    # Levels of the backbone, finest first; k = len(taps). None: the last levels from stride 8 on, three at most,
+    # which `with_taps` of models.py finds.
+    taps: tuple[int, ...] | None = None
     scales: tuple[float, ...] = (0.5, 1.0, 1.5)  # multiples of 1/16, so that sizes in the graph are exact
     # Learning rate of the betas relative to the backbone's. Each is a single number that must move from 0 to
     # a few tenths. At a fifth of this factor they hardly leave 0 and the attention behind them hardly learns;
@@ -87,7 +87,8 @@ class CamConfig:
 
     def __post_init__(self) -> None:
         _expect(0 < self.beta_factor < math.inf, "beta_factor", self.beta_factor, "a finite number above 0")
-        ordered = list(self.taps) == sorted(set(self.taps)) and min(self.taps, default=0) >= 0
+        taps = self.taps or ()
+        ordered = list(taps) == sorted(set(taps)) and min(taps, default=0) >= 0
         _expect(ordered, "taps", self.taps, "ascending levels of the backbone, from 0")
         _expect_scales(self.scales)
 
@@ -119,7 +120,7 @@ class AffinityConfig:
     """AffinityNet: semantic features (Ahn & Kwak 2018) or class boundaries (irn)."""
 
     backbone: str = "tf_efficientnet_lite0"
-    weights: WeightSource = "packaged"
+    weights: str = "packaged"
     head: Literal["features", "boundary"] = "boundary"
     training_radius: int = 5  # grid cells; the loss covers pairs closer than this
     schedule: Schedule = field(default_factory=Schedule)
@@ -134,7 +135,7 @@ class SegmenterConfig:
     """DeepLabV3+."""
 
     backbone: str = "tf_efficientnet_lite0"
-    weights: WeightSource = "packaged"
+    weights: str = "packaged"
     # Start from the backbone of the trained CAM network, which knows the classes, instead of `weights`.
     start_from_cam: bool = False
     decoder_channels: int = 128
@@ -202,6 +203,8 @@ class TrainConfig:
 
     name: str = "multisa"
     seed: int = 0
+    # Folder of a bundle whose networks the networks of this run start from (start.py); "": from `weights`.
+    init_from: str = ""
     # Processes that load samples while training; threads per stage that works on images. For each of --devices.
     workers: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch has it
@@ -230,6 +233,9 @@ class TrainConfig:
     label_method: Literal["auto", "segmenter", "walk"] = "auto"
     segmenter_label: SegmenterLabelParameters = field(default_factory=SegmenterLabelParameters)
     min_area: float = 0.0005  # share of the image; smaller connected parts of a mask take the class around them
+    # To watch a training; these two change no result and are in no digest.
+    val_every: int = 0  # measure segmenters on the val list after this many epochs; 0: only at the end
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()  # where metrics go beside metrics.csv
 
     def __post_init__(self) -> None:
         _expect(self.workers >= 1, "workers", self.workers, "at least 1")
@@ -238,6 +244,7 @@ class TrainConfig:
         differ = len(set(seeds)) == len(seeds) and all(0 <= seed <= MAX_SEED for seed in seeds)
         _expect(differ, "more_seeds", self.more_seeds, f"numbers within 0..{MAX_SEED} that differ from seed, each once")
         _expect(self.long_side >= MINIMUM_SIDE, "long_side", self.long_side, f"at least {MINIMUM_SIDE}")
+        _expect(self.val_every >= 0, "val_every", self.val_every, "a number of epochs, or 0")
         _expect(0 <= self.min_area < 1, "min_area", self.min_area, "a share from 0, below 1")
         for where, part in self.segmenters().items():
             if part.start_from_cam and part.backbone != self.cam.backbone:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,12 +34,13 @@ class Estimate:
     seconds: float
     disk_bytes: int
     machine: str
+    stages: Mapping[str, float] = field(default_factory=dict)  # seconds of each stage, by its name
 
     def __str__(self) -> str:
         megabytes = self.disk_bytes / 1e6
         space = f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{max(megabytes, 1):.0f} MB"
         # Starting processes and reading networks, which is not measured, takes a minute or two.
-        time = f"about {_duration(self.seconds)}" if self.seconds >= SHORTEST else "less than 5 min"
+        time = rough_duration(self.seconds) if self.seconds >= SHORTEST else "less than 5 min"
         return f"{time} on this machine ({self.machine}), and {space} in the run folder"
 
 
@@ -220,7 +221,10 @@ def _grid(counts: Mapping[str, int]) -> list[str]:
     return ["".join(texts[row::rows]) for row in range(rows)]
 
 
-def _duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
+    """A duration in minutes: "less than 1 min", "about 12 min", "about 3 h 5 min"."""
     minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than 1 min"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"

@@ -6,6 +6,7 @@ checkpoints are exact; those of masks are scaled by their pixels.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from multisa.training.data_check import Estimate, Size
 from multisa.training.frozen_norm import folded_norms
 from multisa.training.inference import keep_freed_memory, torch_device
 from multisa.training.loop import CHECKPOINT, autocast_for, save_checkpoint
-from multisa.training.models import create_model
+from multisa.training.models import create_model, with_taps
 from multisa.training.multi_sa import multilabel_soft_margin
 from multisa.training.segmenter import SEGMENTER_STRIDE, segmentation_loss
 from multisa.training.stage_cache import Stage
@@ -40,6 +41,7 @@ from multisa.training.stage_functions import (
     relabel,
     walk_cams,
 )
+from multisa.training.stages import planned_stages
 from multisa.training.thresholds import BACKGROUND_OFFSETS, BACKGROUND_SAMPLE, around, choose_background
 
 CPU_BATCH = 2  # images of a step where a step of the whole batch would take longer than STEP_SECONDS
@@ -49,6 +51,13 @@ LOADED = 8  # samples that are loaded to measure loading
 CAM_STRIDE = 4  # image pixels per cell of the stored activation maps
 NPY_HEADER = 128  # bytes
 RECORD = 90  # bytes that stage.json needs for a file
+# Kinds of stages, by the first of these parts that their name has.
+KINDS = {
+    "-yen": "", "-balance": "", "-measured": "measured", "-val": "val", "calibration": "calibration", "-maps": "maps",
+    "cam-baseline": "baseline", "cam": "cam", "affinity-labels": "labels", "affinity": "affinity", "walk": "walk",
+    "pseudo-masks": "masks", "teacher": "teacher", "relabelled": "relabelled", "segmenter": "segmenter",
+    "supervised": "segmenter",
+}  # fmt: skip
 
 Network = CamConfig | AffinityConfig | SegmenterConfig
 
@@ -86,6 +95,7 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
     GPU does not suffice. Raises BackendUnavailable as `train` does.
     """
     log.info("estimating the training: every network and stage runs on a few images")
+    config = replace(config, cam=with_taps(config.cam))
     device = torch_device(config)
     keep_freed_memory()  # as the training does
     counts = _Counts.of(config, dataset)
@@ -103,21 +113,30 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
     }
     try:
         with console(quiet=True), TemporaryDirectory() as folder:
-            seconds, checkpoints = _training(config, dataset, counts, Path(folder), device)
+            trained, checkpoints = _training(config, dataset, counts, Path(folder), device)
             per_image, per_pixel = _other_stages(config, dataset, counts, Path(folder))
     except torch.cuda.OutOfMemoryError:
         log.warning("the memory of the GPU does not suffice: lower batch_size or crop, or raise execution.accumulate")
         return None
-    seconds += sum(per_image.get(stage, 0.0) * count for stage, count in images.items())
+    seconds = trained | {kind: per_image.get(kind, 0.0) * count for kind, count in images.items()}
     disk = checkpoints + _file_bytes(config, dataset, counts, sizes, per_pixel)
     cores = pluralize(usable_cpus(), "CPU core")
-    return Estimate(seconds, disk, torch.cuda.get_device_name(device) if device.type == "cuda" else cores)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    kinds = {name: _kind(name) for name in planned_stages(config, dataset)}
+    shares = Counter(kinds.values())
+    stages = {name: seconds.get(kind, 0.0) / shares[kind] for name, kind in kinds.items()}
+    return Estimate(sum(seconds.values()), disk, machine, stages)
+
+
+def _kind(stage: str) -> str:
+    """What a stage is measured as here, by its name; "" if it takes no time worth to measure."""
+    return next(kind for part, kind in KINDS.items() if part in stage)
 
 
 def _training(
     config: TrainConfig, dataset: Dataset, counts: _Counts, root: Path, device: torch.device
-) -> tuple[float, int]:
-    """Seconds of all trainings and bytes of their checkpoints; leaves a checkpoint of each in `root`."""
+) -> tuple[dict[str, float], int]:
+    """Seconds of the trainings by network, and bytes of their checkpoints; leaves a checkpoint of each in `root`."""
     n, n_classes, cores = len(dataset.train_images), len(dataset.class_names), usable_cpus()
     # A supervised segmenter takes as many steps as the other.
     parts: dict[str, tuple[Network, int]] = {
@@ -127,7 +146,7 @@ def _training(
         "teacher": (config.relabel.teacher, counts.rounds),
         "segmenter": (config.segmenter, counts.segmenters),
     }
-    seconds, size = 0.0, 0
+    seconds, size = {}, 0
     for name, (part, times) in parts.items():
         if not times:
             continue
@@ -142,7 +161,7 @@ def _training(
         on_gpu = device.type == "cuda"
         image = max(step, loading / min(config.workers, cores)) if on_gpu else step + loading / cores
         batch = min(schedule.batch_size, n)
-        seconds += times * image * (n // batch) * batch * schedule.epochs
+        seconds[name] = times * image * (n // batch) * batch * schedule.epochs
         size += times * checkpoint
     return seconds, size
 

@@ -41,7 +41,7 @@ def _foldable(network: nn.Module) -> Pairs:
     probe = probe.to(next(network.parameters()))
     # Random values make the answer depend on the layers only: a fresh norm is the identity, which hides errors.
     with _random_values(network):
-        pairs, expected = _pairs(network, probe)
+        pairs, expected = norm_pairs(network, probe)
         try:
             _fold(pairs)
             folded = _outputs(network, probe)
@@ -101,7 +101,7 @@ def _outputs(network: nn.Module, image: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _pairs(network: nn.Module, image: Tensor) -> tuple[Pairs, list[Tensor]]:
+def norm_pairs(network: nn.Module, image: Tensor) -> tuple[Pairs, list[Tensor]]:
     """Each convolution with the batch norm that reads its output; also the outputs of the network for `image`."""
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so that its id stays its own
     pairs: Pairs = []

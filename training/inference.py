@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def for_each_item(
+def for_each_item(  # more than six parameters: what to do, with what, and how
     work: Callable[..., None],
     items: Sequence[Item],
     folder: Path,
@@ -59,14 +59,15 @@ def for_each_item(
     *,
     workers: int,
     title: str,
+    alone: bool = False,
 ) -> None:
     """Call `work` on every item that lacks one of its files, on `workers` threads; the ranks divide the items.
 
     An item has a file `folder`/ID + suffix for each suffix; `work` gets the item and these paths. It writes
     each file atomically, so an interrupted stage resumes where it stopped. The first error ends the stage. Returns
-    when every rank is ready.
+    when every rank is ready. With `alone`, this rank does all of it and waits for no other.
     """
-    items = items[rank() :: world_size()]
+    items = items if alone else items[rank() :: world_size()]
     tasks = [(item, [folder / f"{item.id}{suffix}" for suffix in suffixes]) for item in items]
     left = [(item, paths) for item, paths in tasks if not all(path.exists() for path in paths)]
     with (
@@ -82,7 +83,8 @@ def for_each_item(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    barrier()
+    if not alone:
+        barrier()
 
 
 def as_batch(image: UInt8) -> torch.Tensor:

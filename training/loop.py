@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.context import ForkServerContext
@@ -51,6 +51,18 @@ _REMEDY = "delete it and run `multisa train` again to repeat the stage"
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """One finished epoch of a training."""
+
+    number: int  # from 1
+    of: int
+    step: int  # optimisation steps since the first epoch
+    loss: float  # mean over the steps of this epoch
+    learning_rate: float  # of the backbone, in the last step
+    seconds: float
+
+
+@dataclass(frozen=True)
 class LoopOptions:
     """What a training needs beside its schedule."""
 
@@ -59,6 +71,9 @@ class LoopOptions:
     workers: int  # processes that load samples; 0 loads them in this process
     title: str  # of the progress bar
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    # Called on rank 0 after every epoch, before its checkpoint is written: an epoch that is interrupted there is
+    # repeated, and reported again. The model then has the weights that would be kept, the average where there is one.
+    after_epoch: Callable[[Epoch], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +108,9 @@ def train_network(
     optimiser = _optimiser(model, param_groups, schedule)
     update = _Update(model, optimiser, schedule, options)
     average = MovingAverage(model, schedule.ema) if schedule.ema else None
-    losses: list[float] = []
-    if options.checkpoint.exists():
-        stored = load_checkpoint(options.checkpoint, model, optimiser, average)
-        losses = stored["losses"]
-        update.scaler.load_state_dict(stored.get(_SCALER, {}))
+    resumed = load_checkpoint(options.checkpoint, model, optimiser, average) if options.checkpoint.exists() else {}
+    losses: list[float] = resumed.get("losses", [])
+    update.scaler.load_state_dict(resumed.get(_SCALER, {}))
     barrier()  # nobody writes a checkpoint while another reads it
     frozen = _frozen_norms(model, schedule)
     with ExitStack() as stack:
@@ -111,7 +124,6 @@ def train_network(
             started = time.perf_counter()
             losses.append(_train_epoch(update, average, step, dataset, epoch))
             seconds = time.perf_counter() - started
-            log.info(f"{options.title}: epoch {epoch + 1}/{schedule.epochs}, loss {losses[-1]:.4f}, {seconds:.0f} s")
             meta: dict[str, Any] = {"losses": losses}
             if update.scaler.is_enabled():
                 meta[_SCALER] = update.scaler.state_dict()
@@ -119,6 +131,7 @@ def train_network(
                 average.copy_to(model)
                 meta[_IS_AVERAGE], average = True, None
             if rank() == 0:
+                _report(_epoch_of(losses, dataset, schedule, seconds), model, average, options)
                 save_checkpoint(options.checkpoint, model, optimiser, meta, average)
             barrier()
     model.eval()
@@ -197,8 +210,7 @@ def _train_epoch(
     schedule, options = update.schedule, update.options
     _set_training_mode(update.model, schedule)
     torch.manual_seed(options.seed * MODEL_SEED_STRIDE + epoch + rank() * RANK_SEED_STRIDE)
-    # The incomplete last batch is dropped (other samples in every epoch), unless it is the only one.
-    steps = max(len(dataset) // schedule.batch_size, 1)  # type: ignore[arg-type]
+    steps = _steps_of(dataset, schedule)
     batches = _batches(dataset, schedule, options, epoch)
     total = 0.0
     with Progress(steps, f"{options.title} {epoch + 1}/{schedule.epochs}", "step") as bar:
@@ -210,6 +222,25 @@ def _train_epoch(
             total += value
             bar.advance(note=f"loss {value:.3f}")
     return total / steps
+
+
+def _steps_of(dataset: Dataset[Any], schedule: Schedule) -> int:
+    """Steps of an epoch. The incomplete last batch, is dropped unless it is the only one."""
+    return max(len(dataset) // schedule.batch_size, 1)  # type: ignore[arg-type]
+
+
+def _epoch_of(losses: Sequence[float], dataset: Dataset[Any], schedule: Schedule, seconds: float) -> Epoch:
+    number, steps = len(losses), _steps_of(dataset, schedule)
+    done = (number * steps - 1) / (schedule.epochs * steps)  # before the last step
+    rate = schedule.learning_rate * (1 - done) ** schedule.poly_power
+    return Epoch(number, schedule.epochs, number * steps, losses[-1], rate, seconds)
+
+
+def _report(epoch: Epoch, model: nn.Module, average: "MovingAverage | None", options: LoopOptions) -> None:
+    log.info(f"{options.title}: epoch {epoch.number}/{epoch.of}, loss {epoch.loss:.4f}, {epoch.seconds:.0f} s")
+    if options.after_epoch is not None:
+        with average.applied_to(model) if average is not None else nullcontext():
+            options.after_epoch(epoch)
 
 
 class MovingAverage:
@@ -229,6 +260,16 @@ class MovingAverage:
                 self.state[key].lerp_(value, 1 - decay)
             else:
                 self.state[key].copy_(value)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, the model has the average."""
+        kept = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            model.load_state_dict(kept)
 
     def copy_to(self, model: nn.Module) -> None:
         """Give the model the average."""

@@ -1,5 +1,6 @@
 """The three networks from their configurations: Multi-SA CAM, AffinityNet and DeepLabV3+."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from multisa.runtime.errors import UsageError
 from multisa.training.affinity_net import AffinityNet
-from multisa.training.backbones import Backbone
+from multisa.training.backbones import Backbone, layout_of
 from multisa.training.config import AffinityConfig, CamConfig, SegmenterConfig
 from multisa.training.loop import load_checkpoint
 from multisa.training.multi_sa import MultiSACAM
@@ -55,7 +56,7 @@ def create_model(config: ModelConfig, n_classes: int | None = None, *, checkpoin
     elif n_classes is None or n_classes < 2:
         raise UsageError(f"n_classes: got {n_classes}, expected at least 2, the background counted")
     elif isinstance(config, CamConfig):
-        network = MultiSACAM(backbone, taps=config.taps, n_classes=n_classes - 1)
+        network = MultiSACAM(backbone, taps=with_taps(config).taps or (), n_classes=n_classes - 1)
     else:
         network = DeepLabV3Plus(
             backbone,
@@ -69,3 +70,8 @@ def create_model(config: ModelConfig, n_classes: int | None = None, *, checkpoin
         return network
     load_checkpoint(checkpoint, network)
     return network.eval()
+
+
+def with_taps(cam: CamConfig) -> CamConfig:
+    """The configuration with its taps, those that suit the backbone unless others are given."""
+    return cam if cam.taps is not None else replace(cam, taps=layout_of(cam.backbone).taps)

@@ -73,7 +73,10 @@ class MultiSACAM(nn.Module):
         super().__init__()
         levels = len(backbone.channels)
         if list(taps) != sorted(set(taps)) or not all(0 <= tap < levels for tap in taps):
-            raise UsageError(f"taps {list(taps)}: expected ascending levels of the backbone, 0..{levels - 1}")
+            raise UsageError(
+                f"cam.taps: got {list(taps)}, expected ascending levels of the backbone, 0..{levels - 1}, which has "
+                f"{backbone.layout.describe()}; set cam.taps={list(backbone.layout.taps)}"
+            )
         self.backbone = backbone
         self.taps = taps
         self.checkpoint_attention = False  # while training, compute it again for its gradient instead of storing it
@@ -93,11 +96,11 @@ class MultiSACAM(nn.Module):
         self.level_gain.copy_(1 / magnitudes.clamp(min=MINIMUM_MAGNITUDE))
 
     def new_parameters(self) -> list[nn.Parameter]:
-        """Parameters that did not come with the backbone, except the betas."""
+        """Parameters that did not come with the backbone's weights, except the betas."""
         betas = {id(beta) for beta in self.beta_parameters()}
         attention = [parameter for parameter in self.attention.parameters() if id(parameter) not in betas]
         fuse = [] if self.fuse is None else list(self.fuse.parameters())
-        return [*attention, *fuse, *self.classifier.parameters()]
+        return [*self.backbone.new_parameters(), *attention, *fuse, *self.classifier.parameters()]
 
     def beta_parameters(self) -> list[nn.Parameter]:
         """The weight of each level's attention, as parameters."""

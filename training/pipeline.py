@@ -3,6 +3,7 @@
 Mistakes in the configuration or the data set are found before the first stage (`check_run`).
 """
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,21 +13,32 @@ import torch
 
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
-from multisa.runtime.files import write_json_atomically
-from multisa.runtime.progress import log
+from multisa.runtime.files import read_json_object, sha256_of_bytes, write_json_atomically
+from multisa.runtime.progress import log, pluralize
 from multisa.runtime.records import record_to_dict
-from multisa.training.backbones import check_weights
-from multisa.training.config import TrainConfig
+from multisa.runtime.system import usable_cpus
+from multisa.training.backbones import layout_of
+from multisa.training.config import SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, log_findings
-from multisa.training.data_check import check_dataset
-from multisa.training.distributed import on_main, process_group
+from multisa.training.data_check import DatasetReport, check_dataset
+from multisa.training.distributed import on_main, process_group, rank
+from multisa.training.estimate import estimate_training
 from multisa.training.inference import torch_device
 from multisa.training.loop import check_execution
-from multisa.training.models import ModelConfig, create_model
+from multisa.training.models import ModelConfig, create_model, with_taps
 from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, StageRecord, count_images
-from multisa.training.stage_cache import StageCache
-from multisa.training.stages import RunStages, make_pseudo_labels
+from multisa.training.runs import run_lock
+from multisa.training.stage_cache import MARKER, StageCache
+from multisa.training.stages import RunStages, make_pseudo_labels, planned_stages
+from multisa.training.start import check_start, start_files
+from multisa.training.trackers import check_trackers
 from multisa.training.transforms import apply_transforms
+from multisa.training.watch import Plan, RunWatch
+from multisa.training.weights import check_weights, is_file, weights_identity
+
+PLAN = "plan.json"  # in the run folder: the estimate of the training
+# Images times epochs of all networks, below which a training is not much longer than its estimate would take.
+LEAST_SAMPLES = 2000
 
 
 def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
@@ -54,9 +66,43 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
 
 def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
-    on_main(partial(check_run, config, dataset, output))
-    cache = StageCache(output)
-    stages = RunStages(cache, config, dataset)
+    report = on_main(partial(check_run, config, dataset, output))
+    config = replace(config, cam=with_taps(config.cam))
+    if rank() > 0:
+        cache = StageCache(output)
+        return _run_all(RunStages(cache, config, dataset), cache)
+    with run_lock(output), RunWatch(config, dataset, output, plan_run(config, dataset, output, report)) as watch:
+        cache = StageCache(output, watch)
+        return _run_all(RunStages(cache, config, dataset, watch), cache)
+
+
+def plan_run(config: TrainConfig, dataset: Dataset, output: Path, report: DatasetReport) -> Plan:
+    """The stages of a run with an estimate of their seconds.
+
+    The estimate is made once for the same settings, data and machine, and kept in `plan.json`. A small training has
+    none.
+    """
+    device = torch_device(config)
+    cores = pluralize(usable_cpus(), "CPU core")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    settings = {k: v for k, v in record_to_dict(config).items() if k not in ("name", "trackers", "val_every")}
+    data = [[item.id, item.classes, report.sizes[item.id]] for item in (*dataset.train_images, *dataset.val)]
+    identity = sha256_of_bytes(json.dumps([settings, dataset.class_names, data, machine]).encode())
+    stored, names = read_json_object(output / PLAN), planned_stages(config, dataset)
+    is_known = stored.get("identity") == identity
+    if not is_known:
+        parts: list[ModelConfig] = [config.cam, config.affinity, *config.segmenters().values()]
+        epochs = sum(part.schedule.epochs for part in parts)
+        is_small = len(dataset.train_images) * epochs < LEAST_SAMPLES
+        estimate = None if is_small else estimate_training(config, dataset, report.sizes)
+        stored = {"identity": identity, "seconds": estimate.stages if estimate else {}}
+        write_json_atomically(output / PLAN, stored)
+    done = [name for name in names if is_known and any(output.glob(f"{name}-{'[0-9a-f]' * 10}/{MARKER}"))]
+    return Plan(machine, {name: stored["seconds"].get(name, 0.0) for name in names}, frozenset(done), identity)
+
+
+def _run_all(stages: RunStages, cache: StageCache) -> RunRecord:
+    config, dataset = stages.config, stages.dataset
     labels = make_pseudo_labels(stages)
     targets, measured = stages.relabelled(labels)
     rows = [
@@ -86,10 +132,11 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord
         seconds=round(sum(stage.seconds for stage in cache.stages), 1),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
+        files={**weight_files(config), **start_files(config)},
     )
 
 
-def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None) -> None:
+def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None) -> DatasetReport:
     """Check a configuration against the networks it names and against the data set, and every file of that.
 
     With `output`, the run folder, files that were checked for it before are not decoded again. Raises UsageError
@@ -101,24 +148,30 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
             "run would be images of the data set; choose another folder with -o"
         )
     _check_label(config, dataset)
+    check_trackers(config)
     check_networks(config, len(dataset.class_names))
     schedules = [config.cam.schedule, config.affinity.schedule, *(s.schedule for s in config.segmenters().values())]
     for schedule in schedules:
         check_execution(config.execution, schedule, len(dataset.train_images), torch_device(config))
+    check_start(config, dataset.class_names)
     report = check_dataset(dataset, output)
     report.require_usable()
     log_findings(report.findings[len(dataset.findings) :])
+    return report
 
 
 def check_networks(config: TrainConfig, n_classes: int) -> None:
-    """Build the networks of a run without memory for weights; n_classes counts the background.
+    """Build the networks of a run without memory for weights, and log the taps; n_classes counts the background.
 
     Raises UsageError for a backbone, weights, taps, a head, frozen levels or augmentations that do not exist or do not
     fit together.
     """
     parts: dict[str, ModelConfig] = {"cam": config.cam, "affinity": config.affinity, **config.segmenters()}
     for part in parts.values():
-        check_weights(part.backbone, part.weights)
+        # Those of a segmenter that starts from the CAM network are not read.
+        unread = isinstance(part, SegmenterConfig) and part.start_from_cam and not config.init_from
+        if not unread or is_file(part.weights):
+            check_weights(part.backbone, part.weights)
     for name, part in parts.items():
         with torch.device("meta"):
             backbone = create_model(replace(part, weights="none"), n_classes).backbone
@@ -130,6 +183,15 @@ def check_networks(config: TrainConfig, n_classes: int) -> None:
         crop = part.schedule.crop
         image, mask = np.zeros((crop, crop, 3), np.uint8), np.zeros((crop, crop), np.uint8)
         apply_transforms(tuple(part.schedule.augment), image, mask, seed=0)
+    taps = with_taps(config.cam).taps or ()
+    origin = "chosen from the model; cam.taps changes them" if config.cam.taps is None else "as configured"
+    log.info(f"cam: {config.cam.backbone}, {layout_of(config.cam.backbone).describe(taps)}, {origin}")
+
+
+def weight_files(config: TrainConfig) -> dict[str, str]:
+    """Path -> SHA-256 of every file of weights that a configuration names."""
+    parts: list[ModelConfig] = [config.cam, config.affinity, *config.segmenters().values()]
+    return {p.weights: weights_identity(p.weights).removeprefix("sha256:") for p in parts if is_file(p.weights)}
 
 
 def _check_label(config: TrainConfig, dataset: Dataset) -> None:

@@ -1,7 +1,7 @@
 """What a run of the training pipeline leaves behind: `run.json`, with its settings, stages and results."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
@@ -79,6 +79,8 @@ class RunRecord:
     seconds: float
     torch: str
     threads: int
+    # Path -> SHA-256 of what the networks started from: files of weights, and bundle.json of `init_from`.
+    files: dict[str, str] = field(default_factory=dict)
 
     def folder(self, root: Path, name: str) -> Path:
         """Folder of the stage `name` of this run."""
@@ -107,6 +109,12 @@ class RunRecord:
         for label, *ious in zip(self.classes, *(row.iou for row in self.rows), strict=True):
             lines.append(f"{label:<{name}}" + "".join("      -" if iou is None else f"{iou:>7.2f}" for iou in ious))
         return "\n".join(lines)
+
+    def format_minutes(self) -> str:
+        """Minutes by stage, the longest first; stages of less than half a minute together."""
+        longest = sorted(dict.fromkeys(self.stages), key=lambda stage: -stage.seconds)
+        shown = [f"{stage.name} {stage.seconds / 60:.0f}" for stage in longest if stage.seconds >= 30]
+        return f"{self.seconds / 60:.0f} minutes in total: {', '.join([*shown, 'others less than 1 each'])}"
 
 
 def load_run(output: Path) -> RunRecord:

@@ -34,8 +34,8 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = nn.Conv2d(channels, n_classes, 1)
 
     def new_parameters(self) -> list[nn.Parameter]:
-        """Parameters that did not come with the backbone."""
-        own = {id(parameter) for parameter in self.backbone.parameters()}
+        """Parameters that did not come with the backbone's weights."""
+        own = {id(parameter) for parameter in self.backbone.network.parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in own]
 
     def forward(self, image: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_json_object, sha256_of_bytes, sha256_of_file, write_json_atomically
@@ -19,7 +19,7 @@ from multisa.runtime.progress import log
 from multisa.training.distributed import on_main
 
 # Part of every digest. Raise it when the code of a stage gives other results for the same inputs.
-FORMAT = 2
+FORMAT = 3
 MARKER = "stage.json"
 CLOCK = "clock.json"
 
@@ -37,11 +37,19 @@ class Stage:
     seconds: float = 0.0
 
 
+class StageObserver(Protocol):
+    """Is told of every stage: when it starts or resumes, and when it is finished, or was already and is skipped."""
+
+    def started(self, name: str, folder: Path) -> None: ...
+    def finished(self, stage: Stage, *, skipped: bool) -> None: ...
+
+
 class StageCache:
     """The stages of one run below `root`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, observer: StageObserver | None = None) -> None:
         self.root = root
+        self.observer = observer
         self.stages: list[Stage] = []  # in the order they were asked for
 
     def stage(self, name: str, inputs: Mapping[str, Any], after: list[Stage], work: Callable[[Path], Results]) -> Stage:
@@ -56,9 +64,12 @@ class StageCache:
         digest = sha256_of_bytes(json.dumps(identity, sort_keys=True).encode())
         folder = self.root / f"{name}-{digest[:10]}"
         stage = on_main(partial(_finished, name, folder, digest))
+        skipped = stage is not None
         if stage is None:
             seconds = on_main(partial(_start_clock, folder))
             started = time.time()
+            if self.observer:
+                self.observer.started(name, folder)
             results = work(folder)
             stage = Stage(name, folder, digest, results, seconds + time.time() - started)
             stage = on_main(partial(_complete, stage, inputs))
@@ -66,6 +77,8 @@ class StageCache:
         else:
             log.info(f"{name}: skipped, already done with the same inputs")
         self.stages.append(stage)
+        if self.observer:
+            self.observer.finished(stage, skipped=skipped)
         return stage
 
 

@@ -5,8 +5,11 @@ named by image: ID.npy for maps, ID.png for masks.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from torch.nn import functional
 
 from multisa.kernels import DenseCRF, enlarge_probabilities
 from multisa.runtime.bundle import LabelParameters, SegmenterLabelParameters
-from multisa.runtime.imaging.decode import write_mask
+from multisa.runtime.imaging.decode import read_image, resize_image, working_size, write_mask
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.predict.postprocess import (
     Float32,
@@ -28,36 +31,43 @@ from multisa.runtime.predict.postprocess import (
 )
 from multisa.training.affinity_net import affinity_loss, pair_counts, pair_targets
 from multisa.training.augment import AugmentedImages
+from multisa.training.backbones import Backbone
 from multisa.training.config import AffinityLabelConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
 from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
-from multisa.training.loop import CHECKPOINT, BatchLoss, LoopOptions, train_network
+from multisa.training.loop import CHECKPOINT, BatchLoss, Epoch, LoopOptions, train_network
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiScaleCAM, multilabel_soft_margin
 from multisa.training.segmenter import (
     SEGMENTER_STRIDE,
+    DeepLabV3Plus,
     SegmentImages,
     multi_scale_probabilities,
     segmentation_loss,
     soft_segmentation_loss,
 )
 from multisa.training.stage_cache import Results, Stage
+from multisa.training.start import start_from_bundle, starts_from_bundle
 from multisa.training.thresholds import ThresholdSweep, score_masks, score_thresholds
+from multisa.training.watch import RunWatch
 
 Batch = tuple[Tensor, Tensor]  # images uint8 [N, crop, crop, 3], targets as `AugmentedImages` makes them
 
-LEVEL_GAIN_IMAGES = 16  # images that the levels' magnitudes are measured on
+MEASURED_IMAGES = 16  # images that the magnitudes of levels and the statistics of norms are measured on
 
 
-def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Path) -> Results:
+def train_cam(
+    cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Path, watch: RunWatch | None = None
+) -> Results:
     """Train Multi-SA (or, without taps, the plain CAM) on the train images."""
     torch.manual_seed(config.seed)
     n_classes = len(dataset.class_names)
     device = torch_device(config)
     network = create_model(cam, n_classes).to(device)
     samples = AugmentedImages(dataset.train_images, cam.schedule, config, n_classes=n_classes)
-    first = torch.stack([samples[i][0] for i in range(min(LEVEL_GAIN_IMAGES, len(samples)))])
-    network.eval().fit_level_gain(network.backbone.normalise(first.to(device)))
+    first = _first_images(samples, network.backbone)
+    if not start_from_bundle(network, cam, config, dataset.class_names, first):
+        network.eval().fit_level_gain(first)
     network.backbone.freeze(cam.schedule.frozen_levels)
     network.checkpoint_attention = config.execution.checkpoint_attention
 
@@ -70,7 +80,7 @@ def train_cam(cam: CamConfig, config: TrainConfig, dataset: Dataset, folder: Pat
         return BatchLoss(torch.tensor(len(labels), device=device), loss)
 
     groups = [(cam.schedule.new_layers_factor, network.new_parameters()), (cam.beta_factor, network.beta_parameters())]
-    options = _loop_options(config, folder, f"CAM network, k = {len(cam.taps)}")
+    options = _loop_options(config, folder, f"CAM network, k = {len(network.taps)}", watch.epoch if watch else None)
     losses = train_network(network, groups, samples, step, cam.schedule, options)
     return {"losses": losses, "betas": network.betas()}
 
@@ -90,7 +100,7 @@ def compute_cams(
         save_maps(maps_path, present)
         save_maps(scores_path, scores[0].cpu().numpy())
 
-    title = f"CAMs, k = {len(cam.taps)}"
+    title = f"CAMs, k = {len(network.taps)}"
     for_each_item(work, items, folder, (".npy", ".scores.npy"), workers=config.workers, title=title)
     return {"score_thresholds": score_thresholds(folder, items, dataset)}
 
@@ -151,14 +161,15 @@ def affinity_labels(image: UInt8, cam: Float32, class_ids: tuple[int, ...], conf
     return labels
 
 
-def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path) -> Results:
+def train_affinity(
+    config: TrainConfig, dataset: Dataset, labels: Stage, folder: Path, watch: RunWatch | None = None
+) -> Results:
     """Train AffinityNet on the affinity labels of the train images."""
     torch.manual_seed(config.seed)
     schedule = config.affinity.schedule
     radius = config.affinity.training_radius
     device = torch_device(config)
     network = create_model(config.affinity).to(device)
-    network.backbone.freeze(schedule.frozen_levels)
     samples = AugmentedImages(
         dataset.train_images,
         schedule,
@@ -167,6 +178,8 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
         masks=labels.folder,
         stride=network.head.stride,
     )
+    start_from_bundle(network, config.affinity, config, dataset.class_names, None)
+    network.backbone.freeze(schedule.frozen_levels)
 
     def step(batch: Batch) -> BatchLoss:
         image, mask = (each.to(device) for each in batch)
@@ -180,8 +193,8 @@ def train_affinity(config: TrainConfig, dataset: Dataset, labels: Stage, folder:
 
         return BatchLoss(pair_counts(*pairs), loss)
 
-    groups = [(schedule.new_layers_factor, network.head.parameters())]
-    options = _loop_options(config, folder, f"AffinityNet ({config.affinity.head})")
+    groups = [(schedule.new_layers_factor, network.new_parameters())]
+    options = _loop_options(config, folder, f"AffinityNet ({config.affinity.head})", watch.epoch if watch else None)
     return {"losses": train_network(network, groups, samples, step, schedule, options)}
 
 
@@ -235,18 +248,23 @@ class SegmenterTraining:
 
 
 def train_segmenter(
-    segmenter: SegmenterConfig, training: SegmenterTraining, config: TrainConfig, dataset: Dataset, folder: Path
+    segmenter: SegmenterConfig,
+    training: SegmenterTraining,
+    config: TrainConfig,
+    dataset: Dataset,
+    folder: Path,
+    watch: RunWatch | None = None,
 ) -> Results:
     """Train DeepLabV3+ on masks or soft targets."""
     torch.manual_seed(config.seed)
     n_classes = len(dataset.class_names)
     schedule = segmenter.schedule
     device = torch_device(config)
-    network = create_model(segmenter, n_classes).to(device)
-    if training.start is not None:
-        trained = create_model(config.cam, n_classes, checkpoint=training.start)
+    start = None if starts_from_bundle(config, segmenter) else training.start
+    network = create_model(segmenter if start is None else replace(segmenter, weights="none"), n_classes).to(device)
+    if start is not None:
+        trained = create_model(config.cam, n_classes, checkpoint=start)
         network.backbone.load_state_dict(trained.backbone.state_dict())
-    network.backbone.freeze(schedule.frozen_levels)
     soft = training.probabilities is not None
     samples = AugmentedImages(
         training.items,
@@ -258,6 +276,10 @@ def train_segmenter(
         probabilities=training.probabilities,
         stride=SEGMENTER_STRIDE if soft else 1,
     )
+    if starts_from_bundle(config, segmenter):
+        images = _first_images(samples, network.backbone)
+        start_from_bundle(network, segmenter, config, dataset.class_names, images)
+    network.backbone.freeze(schedule.frozen_levels)
 
     def step(batch: Batch) -> BatchLoss:
         image, target = (each.to(device) for each in batch)
@@ -268,8 +290,18 @@ def train_segmenter(
 
         return BatchLoss(target.sum() if soft else (target != IGNORE_INDEX).sum(), loss)
 
+    def after_epoch(epoch: Epoch) -> None:
+        if watch is not None:
+            network.eval()
+            watch.epoch(epoch, partial(segment_item, SegmentImages(network), config), partial(measure, epoch))
+
+    def measure(epoch: Epoch) -> Results:
+        with TemporaryDirectory() as temporary:
+            title = f"val after epoch {epoch.number}"  # only rank 0 is here
+            return segment_val(network, config, dataset, Path(temporary), title=title, alone=True)
+
     groups = [(schedule.new_layers_factor, network.new_parameters())]
-    options = _loop_options(config, folder, training.title)
+    options = _loop_options(config, folder, training.title, after_epoch)
     return {"losses": train_network(network, groups, samples, step, schedule, options)}
 
 
@@ -312,22 +344,41 @@ def evaluate_segmenter(
     segmenter: SegmenterConfig, config: TrainConfig, dataset: Dataset, trained: Stage, folder: Path
 ) -> Results:
     """Segment the val list with the PyTorch network, write ID.png and score them."""
-    n_classes = len(dataset.class_names)
-    palette = dataset.mask_palette
-    device = torch_device(config)
-    network = create_model(segmenter, n_classes, checkpoint=trained.folder / CHECKPOINT)
-    segment = SegmentImages(network).to(device)
+    network = create_model(segmenter, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT)
+    return segment_val(network.to(torch_device(config)), config, dataset, folder, title="val")
+
+
+def segment_val(  # more than six parameters: a network, where and how to score it
+    network: DeepLabV3Plus, config: TrainConfig, dataset: Dataset, folder: Path, *, title: str, alone: bool = False
+) -> Results:
+    """Segment the val list with a network in evaluation mode, write ID.png to `folder` and score them."""
+    segment = SegmentImages(network)
 
     def work(item: Item, path: Path) -> None:
-        image = read_working_image(item.image, config.long_side)
-        with torch.inference_mode():
-            probabilities = segment(as_batch(image).to(device))[0].cpu().numpy()
-        labels, _ = enlarge_probabilities(probabilities, (image.shape[0], image.shape[1]))
-        write_mask(path, labels, palette)
+        write_mask(path, segment_item(segment, config, item), dataset.mask_palette)
 
-    for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title="val")
-    return score_masks(folder, dataset.val, n_classes)
+    for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title=title, alone=alone)
+    return score_masks(folder, dataset.val, len(dataset.class_names))
 
 
-def _loop_options(config: TrainConfig, folder: Path, title: str) -> LoopOptions:
-    return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title, config.execution)
+def segment_item(segment: SegmentImages, config: TrainConfig, item: Item) -> UInt8:
+    """Segment one image: class ids, uint8 [H, W] at its own size."""
+    full = read_image(item.image).rgb
+    size = (full.shape[0], full.shape[1])
+    image = resize_image(full, working_size(*size, config.long_side))
+    with torch.inference_mode():
+        probabilities = segment(as_batch(image).to(torch_device(config)))[0].cpu().numpy()
+    labels, _ = enlarge_probabilities(probabilities, size)
+    return labels
+
+
+def _first_images(samples: AugmentedImages, backbone: Backbone) -> Tensor:
+    """A few samples to measure activations on, normalised float32 [N, 3, H, W]."""
+    images = torch.stack([samples[i][0] for i in range(min(MEASURED_IMAGES, len(samples)))])
+    return backbone.normalise(images.to(backbone.mean.device))
+
+
+def _loop_options(
+    config: TrainConfig, folder: Path, title: str, after_epoch: Callable[[Epoch], None] | None
+) -> LoopOptions:
+    return LoopOptions(folder / CHECKPOINT, config.seed, config.workers, title, config.execution, after_epoch)

@@ -15,7 +15,7 @@ from multisa.training.balance import background_ratio
 from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item
 from multisa.training.loop import CHECKPOINT
-from multisa.training.models import ModelConfig
+from multisa.training.models import ModelConfig, with_taps
 from multisa.training.run_record import (
     AS_CONFIGURED,
     DENSE_CRF,
@@ -42,8 +42,11 @@ from multisa.training.stage_functions import (
     train_segmenter,
     walk_cams,
 )
+from multisa.training.start import start_files
 from multisa.training.thresholds import around, choose_background, yen_scores
 from multisa.training.transforms import augment_identity
+from multisa.training.watch import RunWatch
+from multisa.training.weights import weights_identity
 
 # Stage names: the network of the run, and networks with other taps, or none, that are measured or shown
 # beside it.
@@ -58,6 +61,7 @@ class RunStages:
     cache: StageCache
     config: TrainConfig
     dataset: Dataset
+    watch: RunWatch | None = None  # is told of every epoch
 
     @cached_property
     def images_digest(self) -> str:
@@ -69,19 +73,26 @@ class RunStages:
         """Digest of the train list with its masks, which maps and pseudo-masks are measured on."""
         return self.dataset.masks_digest(self.dataset.train)
 
+    def network_identity(self, network: ModelConfig) -> dict[str, Any]:
+        """What a network is in the digest of its stage, and the bundle that the run starts from, if any."""
+        start = {"init_from": next(iter(start_files(self.config).values()))} if self.config.init_from else {}
+        return {**_identity(network), **start}
+
     def cam_network(self, cam: CamConfig, name: str) -> Stage:
         """Train a CAM network; name: CAM or BASELINE."""
+        cam = with_taps(cam)
         inputs = {
             "data": self.images_digest,
-            "cam": {key: value for key, value in _identity(cam).items() if key != "scales"},
+            "cam": {key: value for key, value in self.network_identity(cam).items() if key != "scales"},
             "seed": self.config.seed,
             "long_side": self.config.long_side,
             **self.config.execution.identity(has_trained_norms=not cam.schedule.freeze_batch_norm),
         }
-        return self.cache.stage(name, inputs, [], partial(train_cam, cam, self.config, self.dataset))
+        return self.cache.stage(name, inputs, [], partial(train_cam, cam, self.config, self.dataset, watch=self.watch))
 
     def cam_maps(self, cam: CamConfig, name: str) -> tuple[Stage, Stage]:
         """Train a CAM network and compute its maps; returns both stages."""
+        cam = with_taps(cam)
         trained = self.cam_network(cam, name)
         # A baseline is only measured, so images without masks need no maps.
         items = self.dataset.train if name == BASELINE else self.dataset.train_images
@@ -111,9 +122,9 @@ class RunStages:
             chosen = around(self.yen_scores(cams).results["background"], chosen)
         work = partial(make_affinity_labels, replace(config, affinity_labels=chosen), dataset, cams)
         labels = cache.stage("affinity-labels", record_to_dict(chosen), [cams], work)
-        work = partial(train_affinity, config, dataset, labels)
+        work = partial(train_affinity, config, dataset, labels, watch=self.watch)
         execution = config.execution.identity(has_trained_norms=not config.affinity.schedule.freeze_batch_norm)
-        affinity = cache.stage("affinity", {**_identity(config.affinity), **execution}, [labels], work)
+        affinity = cache.stage("affinity", {**self.network_identity(config.affinity), **execution}, [labels], work)
         walk = {key: value for key, value in record_to_dict(config.label).items() if key.startswith("walk_")}
         work = partial(walk_cams, config, dataset, cams, affinity)
         return cache.stage("walk", walk, [cams, affinity], work)
@@ -224,8 +235,8 @@ class RunStages:
         name = name if config.seed == self.config.seed else f"{name}-seed-{seed}"
         own: dict[str, Any] = {} if seed is None else {"seed": seed}
         own |= config.execution.identity(has_trained_norms=True)  # its decoder's
-        work = partial(train_segmenter, segmenter, training, config, self.dataset)
-        return self.cache.stage(name, {**_identity(segmenter), **(inputs or {}), **own}, after, work)
+        work = partial(train_segmenter, segmenter, training, config, self.dataset, watch=self.watch)
+        return self.cache.stage(name, {**self.network_identity(segmenter), **(inputs or {}), **own}, after, work)
 
 
 @dataclass(frozen=True)
@@ -293,6 +304,39 @@ def make_pseudo_labels(stages: RunStages) -> PseudoLabels:
     return PseudoLabels(cam, cams, walked, label, masks, tuple(measured))
 
 
+def planned_stages(config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
+    """Names of all stages of a run, each once, in their order."""
+    train, val = bool(dataset.train), bool(dataset.val)
+    names: list[str] = []
+
+    def add(name: str, *, when: bool = True, measured: bool = False) -> None:
+        names.extend([name] * when + [f"{name}-measured"] * (when and measured))
+
+    add(BASELINE, when=config.paper_rows and train)
+    add(f"{BASELINE}-maps", when=config.paper_rows and train, measured=True)
+    add(CAM)
+    add("cam-maps", measured=train)
+    add("cam-maps-yen", when=config.affinity_labels.foreground is None)
+    names += ["affinity-labels", "affinity"]
+    add("walk", measured=train)
+    as_paper = config.paper_rows and config != config.with_paper_masks() and train
+    add("calibration-paper", when=as_paper)
+    add("pseudo-masks-paper", when=as_paper, measured=True)
+    add("walk-yen", when=config.background_from == "yen")
+    add("calibration", when=config.background_from == "train-masks" and train)
+    add("pseudo-masks", measured=train)
+    add("pseudo-masks-balance", when=config.balance_background)
+    for number in range(1, config.relabel.rounds + 1):
+        add(f"teacher-{number}")
+        add(f"relabelled-{number}", measured=train)
+        add(f"relabelled-{number}-balance", when=config.balance_background)
+    for seed in (config.seed, *config.more_seeds):
+        for name in ("segmenter", *["supervised"] * (config.supervised and train and val)):
+            name = name if seed == config.seed else f"{name}-seed-{seed}"
+            names += [name, f"{name}-val"] if val else [name]
+    return tuple(names)
+
+
 def name_of_masks(config: TrainConfig) -> str:
     """Name of the row of the walk's pseudo-masks; DENSE_CRF only if they are made as in the paper."""
     if not config.label.use_crf:
@@ -302,8 +346,11 @@ def name_of_masks(config: TrainConfig) -> str:
 
 
 def _identity(network: ModelConfig) -> dict[str, Any]:
-    """The settings of a network for the digest of its stage; augmentations only if there are some, with their code."""
-    values = record_to_dict(network)
+    """The settings of a network for the digest of its stage.
+
+    A file of weights counts by its content; augmentations only if there are some, with their code.
+    """
+    values = {**record_to_dict(network), "weights": weights_identity(network.weights)}
     augment = augment_identity(tuple(values["schedule"].pop("augment")))
     values["schedule"] |= {"augment": augment} if augment else {}
     return values

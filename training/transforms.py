@@ -97,7 +97,7 @@ def _transform(entry: str, fill: int) -> Transform:
         if not callable(found):
             raise UsageError(f"augment {entry!r}: got no function {function} in {module}, expected one")
         return found  # type: ignore[no-any-return]
-    from multisa.training.backbones import import_timm
+    from multisa.training.weights import import_timm
 
     try:
         import_timm()  # makes torchvision importable beside another build of torch

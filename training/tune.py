@@ -322,7 +322,7 @@ def _key(entries: Sequence[tuple[str, str]]) -> str:
 def _card(item: Item, run: RunRecord, folders: Mapping[str, Path], colours: Colours) -> str:
     """Image, heat map, mask at the slider's score, and pseudo-mask of the run."""
     image = read_working_image(item.image, run.config.long_side)
-    size = working_size(image.shape[0], image.shape[1], LONG_SIDE)
+    size = working_size(image.shape[0], image.shape[1], LONG_SIDE, enlarge=1)
     maps = with_gains(load_maps(folders["walk"] / f"{item.id}.npy"), item.classes, run.label.class_gain)
     mask = resize_mask(read_mask(folders["pseudo-masks"] / f"{item.id}.png"), size)
     name, canvas = escape(item.id), f'width="{size[1]}" height="{size[0]}"'
@@ -336,7 +336,7 @@ def _card(item: Item, run: RunRecord, folders: Mapping[str, Path], colours: Colo
     chips = "".join(render_chip(run.classes[class_id], colours) for class_id in item.classes)
     return (
         f'<article aria-label="{name}"><div class="panels" '
-        f'style="--ratio:{size[1]}/{size[0]};--image:url({_jpeg_url(resize_image(image, size))})">{figures}</div>'
+        f'style="--ratio:{size[1]}/{size[0]};--image:url({jpeg_url(resize_image(image, size))})">{figures}</div>'
         f'<img class="scores" alt="" hidden src="{_scores_url(maps, item.classes)}">'
         f'<h3 title="{name}">{name}</h3><p class="chips">{chips or "<span>no class</span>"}</p></article>'
     )
@@ -357,7 +357,8 @@ def _mask_url(mask: UInt8, colours: Colours) -> str:
     return _data_url(picture, "PNG", optimize=True, transparency=0)
 
 
-def _jpeg_url(image: UInt8) -> str:
+def jpeg_url(image: UInt8) -> str:
+    """A data URL of an image, uint8 [H, W, 3]."""
     return _data_url(Image.fromarray(image), "JPEG", quality=JPEG_QUALITY, optimize=True)
 
 

@@ -206,7 +206,7 @@ class _Counter:
     def __init__(self, bundle: Path, weights: Path) -> None:
         from multisa.benchmarks.suite.pytorch import load_affinity, load_cam, load_segmenter
         from multisa.export.cost import cost_of
-        from multisa.export.fold import FoldedMultiSACAM
+        from multisa.training.fold import FoldedMultiSACAM
 
         opened = load_bundle(bundle)
         self._parameters = opened.manifest.parameters

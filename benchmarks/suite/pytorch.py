@@ -1,6 +1,6 @@
 """The bundle's networks in PyTorch, in the ways people run them. Imported only where torch is installed.
 
-The networks are rebuilt from the bundle once (`export/to_torch.py`) and kept as a file of weights each, so
+The networks are rebuilt from the bundle once (`training/from_bundle.py`) and kept as a file of weights each, so
 that neither start-up nor memory of a candidate includes the rebuilding.
 """
 
@@ -15,12 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from multisa.benchmarks.suite.candidates import CHANNELS_LAST, COMPILED, Candidate
-from multisa.export.to_torch import affinity_from_bundle, cam_from_bundle, config_from_bundle, segmenter_from_bundle
 from multisa.runtime.bundle import Bundle, load_bundle
 from multisa.runtime.errors import BackendUnavailable
 from multisa.runtime.imaging.png import UInt8
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import resize_bilinear
+from multisa.training.from_bundle import (
+    affinity_from_bundle,
+    cam_from_bundle,
+    config_from_bundle,
+    segmenter_from_bundle,
+)
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM
 from multisa.training.segmenter import DeepLabV3Plus, SegmentImages

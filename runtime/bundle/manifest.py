@@ -89,7 +89,7 @@ class FileEntry:
 class BundleParameters:
     """The parameters of the runtime besides the graphs."""
 
-    long_side: int  # pixels; larger images are reduced to this for the networks
+    long_side: int  # pixels; images are resized to this for the networks (`working_size`)
     cam_scales: tuple[float, ...]  # the scales fused inside cam.onnx
     walk_stride: int  # stride of affinity.onnx
     label_method: LabelMethod  # the default of `multisa label`

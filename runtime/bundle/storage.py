@@ -24,6 +24,7 @@ from multisa.runtime.bundle.manifest import (
 )
 from multisa.runtime.errors import BundleError
 from multisa.runtime.files import flush_folder, sha256_of_bytes, sha256_of_file, write_bytes_atomically
+from multisa.runtime.imaging.decode import MAX_ENLARGEMENT
 
 ENGINES_FOLDER = "engines"  # built TensorRT engines inside a bundle: a cache that can be rebuilt
 MODEL_CARD = "MODEL_CARD.md"  # what the bundle is for, how it was made and measured, and its licences
@@ -276,7 +277,7 @@ def _parameters(manifest: Manifest) -> list[str]:
     radius = f"radius {label.walk_radius} at stride {parameters.walk_stride}"
     mirror = "averaged with the mirror image" if segmenter.mirror else "of the image alone"
     rows = (
-        ("image", f"long side at most {parameters.long_side} pixels"),
+        ("image", f"long side {parameters.long_side} pixels, enlarged at most {MAX_ENLARGEMENT:g} times"),
         ("smallest part of a mask", f"{parameters.min_area:g} of the image"),
         ("labels by default with", parameters.label_method),
         ("segmenter: probabilities", mirror),

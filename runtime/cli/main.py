@@ -27,6 +27,8 @@ COMMANDS = {
     "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the packaged images."),
     "data": ("multisa.training.commands:data", "Check a data set before training."),
     "train": ("multisa.training.commands:train", "Train a bundle's networks from image-level labels."),
+    "compare": ("multisa.training.commands:compare", "Compare finished trainings: settings, stages, results."),
+    "runs": ("multisa.training.commands:runs", "List trainings, or remove what one no longer uses."),
     "tune": ("multisa.training.commands:tune", "Show how a run's background score was chosen."),
     "reproduce": ("multisa.training.commands:reproduce", "Reproduce the paper's tables and figures."),
     "export": ("multisa.export.commands:export", "Write a bundle from trained networks."),

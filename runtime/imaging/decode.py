@@ -47,6 +47,9 @@ UInt8 = npt.NDArray[np.uint8]
 MAX_FILE_BYTES = 512 * 2**20  # of one image; no camera writes more, and a worker holds it in memory
 MAX_PIXELS = 50_000_000
 MINIMUM_SIDE = 64  # pixels; the smallest side that the exported graphs accept
+# Networks learn from images of resampled pixels, and from objects of the size that they have at the working size. An
+# image that is smaller is therefore enlarged, but not without a limit, because each doubling costs four times as much.
+MAX_ENLARGEMENT = 2.0
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 MASK_FORMATS = ("PNG",)
 EXTENSIONS = frozenset((
@@ -157,15 +160,15 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, long_side: int | 
     return DecodedImage(rgb, orientation, tuple(notes), size)
 
 
-def working_size(height: int, width: int, long_side: int) -> tuple[int, int]:
+def working_size(height: int, width: int, long_side: int, *, enlarge: float = MAX_ENLARGEMENT) -> tuple[int, int]:
     """Return the size (height, width) of the networks' input for an image of this size.
 
-    The long side is at most `long_side`; only sides below MINIMUM_SIDE are enlarged, to that value. Raises
-    ValueError for long_side < MINIMUM_SIDE.
+    The long side becomes `long_side`, as far as that enlarges the image at most `enlarge` times; sides below
+    MINIMUM_SIDE always become that value. Raises ValueError for long_side < MINIMUM_SIDE.
     """
     if long_side < MINIMUM_SIDE:
         raise ValueError(f"long_side is {long_side}, expected at least {MINIMUM_SIDE}")
-    scale = min(1.0, long_side / max(height, width))
+    scale = min(enlarge, long_side / max(height, width))
     return max(MINIMUM_SIDE, round(height * scale)), max(MINIMUM_SIDE, round(width * scale))
 
 

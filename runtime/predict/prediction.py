@@ -78,8 +78,9 @@ class Labelling:
 class Prediction:
     """The class probabilities of one image, and the mask made from them.
 
-    The networks run at a working size [h, w], whose long side is at most the bundle's `long_side`. `mask` and
-    `confidence` have the size of the upright image, [H, W]: the probabilities are enlarged to it on first access.
+    The networks run at a working size [h, w], whose long side is the bundle's `long_side` (small images: twice theirs).
+    `mask` and `confidence` have the size of the upright image, [H, W]: the probabilities are enlarged to it on first
+    access.
     Mean confidence and disagreement are those at the working size, before small parts are absorbed.
     """
 

@@ -64,7 +64,7 @@ class Segmenter(Predictor):
         """Segment one image.
 
         image: a path, the bytes of an image file, a PIL image, or RGB as uint8 [H, W, 3]. EXIF orientation
-        is applied. The network sees large images at a reduced size; the mask has the full size, [H, W].
+        is applied. The network sees the image at its working size; the mask has the size of the image, [H, W].
 
         Raises ImageError for an image that cannot be read or has more than `max_pixels`, BackendError if the
         backend fails.

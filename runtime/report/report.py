@@ -52,7 +52,7 @@ def picture_path(index: int, kind: str) -> str:
 
 def write_image(out: Path, index: int, rgb: UInt8, kind: str = PHOTO) -> None:
     """Write an image, uint8 [H, W, 3], shrunk to LONG_SIDE, as JPEG."""
-    size = working_size(rgb.shape[0], rgb.shape[1], LONG_SIDE)
+    size = working_size(rgb.shape[0], rgb.shape[1], LONG_SIDE, enlarge=1)
     write_jpeg(out / picture_path(index, kind), Image.fromarray(resize_image(rgb, size)))
 
 
@@ -63,7 +63,7 @@ def write_overlay(
 
     rgb: uint8 [H, W, 3] or None; mask: uint8 [H, W] of the same size.
     """
-    size = working_size(mask.shape[0], mask.shape[1], LONG_SIDE)
+    size = working_size(mask.shape[0], mask.shape[1], LONG_SIDE, enlarge=1)
     under = np.full((*size, 3), _GREY, np.uint8) if rgb is None else resize_image(rgb, size)
     drawn = overlay_mask(under, resize_mask(mask, size), display_palette(len(manifest.classes)))
     write_jpeg(out / picture_path(index, kind), Image.fromarray(drawn))

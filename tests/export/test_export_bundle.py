@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from torch import nn
 
 from multisa.export import bundle as export_module
+from multisa.export import to_onnx as to_onnx_module
 from multisa.export.attention import OPSET
 from multisa.export.bundle import ExportOptions, export_bundle
-from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.parity import LIMITS
 from multisa.export.report import REPORT_NAME
 from multisa.export.to_onnx import onnx_from_module
@@ -31,6 +31,7 @@ from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
 from multisa.training.data import Dataset, read_dataset
+from multisa.training.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.pipeline import train
 from multisa.training.run_record import RunRecord
@@ -152,13 +153,30 @@ def test_a_graph_that_answers_differently_is_not_shipped(
     graphs = export_module.graphs_of_run(*trained)
     wrong = replace(graphs[2], exported=Shifted(graphs[2].exported))
     monkeypatch.setattr(export_module, "graphs_of_run", lambda run, root: (*graphs[:2], wrong))
-    with pytest.raises(ParityError, match=r"labels: 0\.\d+% of the labels agree") as raised:
+    with pytest.raises(ParityError, match=r"with float32 weights too: .*labels: 0\.\d+% of the labels agree") as raised:
         options = ExportOptions(num_images=2, report=tmp_path / "parity.json")
         export_bundle(trained[1], dataset, tmp_path / "bundle", options)
-    assert raised.value.exit_code == 3
+    assert raised.value.exit_code == 3 and "--num-images" in str(raised.value)
     assert not (tmp_path / "bundle").exists()
     report = json.loads((tmp_path / "parity.json").read_text())["fp32"]
     assert not report["passed"] and any("probabilities: mean difference" in line for line in report["problems"])
+
+
+def test_a_graph_that_float16_weights_spoil_gets_float32_ones(
+    trained: tuple[RunRecord, Path], exported: Bundle, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between the two: float16 weights of this network move its affinities by more than 1e-4, other sums by less.
+    strict = replace(LIMITS["fp32"]["affinity"], max_error=5e-5)
+    monkeypatch.setitem(LIMITS, "fp32", {**LIMITS["fp32"], "affinity": strict})
+    monkeypatch.setattr(to_onnx_module, "MIN_FLOAT16_VALUES", 16)
+    result = export_bundle(trained[1], dataset, tmp_path / "bundle", ExportOptions(num_images=2))
+    report = json.loads(result.bundle.read_file(REPORT_NAME))["fp32"]
+    assert report["passed"] and list(report["full_weights"]) == ["affinity.onnx"]
+    assert "affinity: largest difference" in report["full_weights"]["affinity.onnx"][0]
+    assert result.bundle.manifest.provenance["full_weights"] == report["full_weights"]
+    stored = {file: result.bundle.read_file(file).count(b".half") > 0 for file in ("cam.onnx", "affinity.onnx")}
+    assert stored == {"cam.onnx": True, "affinity.onnx": False}
+    assert "full_weights" not in exported.manifest.provenance
 
 
 def test_a_run_without_its_checkpoints_is_one_line(

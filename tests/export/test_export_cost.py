@@ -4,9 +4,9 @@ import pytest
 from torch import nn
 
 from multisa.export.cost import Cost, cost_of, costs_of_parts
-from multisa.export.fold import FoldedMultiSACAM
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
+from multisa.training.fold import FoldedMultiSACAM
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, SelfAttention
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multisa.export.fold import FoldedMultiSACAM
 from multisa.training.backbones import Backbone
+from multisa.training.fold import FoldedMultiSACAM
 from multisa.training.multi_sa import MultiSACAM
 
 

@@ -12,22 +12,22 @@ from made_bundles import bundle_of
 from torch import nn
 
 from multisa.export.cost import cost_of
-from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.export.to_onnx import onnx_from_module
-from multisa.export.to_torch import (
-    affinity_from_bundle,
-    cam_from_bundle,
-    config_from_bundle,
-    head_from_folded,
-    segmenter_from_bundle,
-)
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER, GraphContract, graph_file
 from multisa.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.demo import IMAGES
 from multisa.runtime.imaging.decode import read_image, resize_image, working_size
 from multisa.training.backbones import Backbone
-from multisa.training.config import CamConfig, TrainConfig
+from multisa.training.config import CamConfig, SegmenterConfig, TrainConfig
+from multisa.training.fold import AffinityFromImages, FoldedMultiSACAM
+from multisa.training.from_bundle import (
+    affinity_from_bundle,
+    cam_from_bundle,
+    config_from_bundle,
+    head_from_folded,
+    segmenter_from_bundle,
+)
 from multisa.training.inference import as_batch
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
@@ -179,3 +179,20 @@ def test_split_attention_goes_round(packaged: Bundle, tmp_path: Path) -> None:
     bundle = bundle_of(packaged, tmp_path, TrainConfig(cam=config), exported(CAM, module), 4)
     assert_same_answers(bundle, CAM, demo_images())
     assert cost_of(cam_from_bundle(bundle), (64, 64)) == cost_of(network, (64, 64))
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_networks_with_linear_layers_come_back(packaged: Bundle, tmp_path: Path, backbone: str) -> None:
+    torch.manual_seed(0)
+    part = SegmenterConfig(backbone=backbone, weights="none", decoder_channels=8)
+    config = replace(TrainConfig(), segmenter=part)
+    network = create_model(part, 3).eval()
+    with torch.no_grad():  # as trained: no two layers have equal weights, which the exporter stores once
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    data = onnx_from_module(SegmentImages(network), tuple(SEGMENTER.outputs), {}, half_weights=False)
+    bundle = bundle_of(packaged, tmp_path, config, {graph_file(SEGMENTER): data}, n_classes=3)
+    rebuilt = segmenter_from_bundle(bundle)
+    image = torch.randint(0, 256, (1, 65, 97, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(SegmentImages(rebuilt)(image), SegmentImages(network)(image), rtol=1e-4, atol=1e-5)

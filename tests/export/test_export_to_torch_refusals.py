@@ -11,12 +11,17 @@ import pytest
 from made_bundles import bundle_of
 from onnx import numpy_helper
 
-from multisa.export.to_torch import affinity_from_bundle, cam_from_bundle, config_from_bundle, segmenter_from_bundle
 from multisa.runtime.backends.base import SEGMENTER, graph_file
 from multisa.runtime.bundle import Bundle, default_bundle_path, load_bundle
 from multisa.runtime.errors import BundleError, UsageError
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
+from multisa.training.from_bundle import (
+    affinity_from_bundle,
+    cam_from_bundle,
+    config_from_bundle,
+    segmenter_from_bundle,
+)
 
 Graph = onnx.GraphProto
 CLASSIFIER, MIX = "network.classifier.weight", "network.decode.1.3.weight.half"

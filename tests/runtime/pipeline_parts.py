@@ -21,7 +21,7 @@ from multisa.runtime.sources.base import SourceItem
 from multisa.runtime.writers.base import WriterContext
 from multisa.runtime.writers.registry import open_writers
 
-SHAPES = ((80, 80), (64, 80), (80, 64), (70, 70))  # none of them is resized
+SHAPES = ((80, 80), (64, 80), (80, 64), (80, 72))  # none of them is resized
 LONG_SIDE = 80
 SOON = 20.0  # seconds; what hangs would take for ever
 

@@ -300,7 +300,8 @@ def test_write_mask_needs_all_colours(tmp_path: Path) -> None:
     [
         (400, 600, (200, 300)),
         (600, 400, (300, 200)),
-        (100, 70, (100, 70)),  # never enlarged
+        (200, 150, (300, 225)),
+        (100, 70, (200, 140)),  # enlarged at most twice
         (300, 300, (300, 300)),
         (10, 20, (MINIMUM_SIDE, MINIMUM_SIDE)),  # but for the smallest side
         (5000, 20, (300, MINIMUM_SIDE)),
@@ -309,6 +310,11 @@ def test_write_mask_needs_all_colours(tmp_path: Path) -> None:
 )
 def test_working_size(height: int, width: int, expected: tuple[int, int]) -> None:
     assert working_size(height, width, 300) == expected
+
+
+def test_a_working_size_without_enlarging() -> None:
+    assert working_size(100, 70, 300, enlarge=1) == (100, 70)
+    assert working_size(400, 600, 300, enlarge=1) == (200, 300)
 
 
 def test_working_size_error() -> None:

@@ -45,7 +45,13 @@ def labeler(manifest: Manifest, graphs: dict[str, bytes], tmp_path: Path) -> Mak
 
     def make(min_area: float = 0.0, **parameters: object) -> PseudoLabeler:
         chosen = replace(manifest.parameters.segmenter_label, **parameters)
-        all_of = replace(manifest.parameters, label_method="segmenter", segmenter_label=chosen, min_area=min_area)
+        all_of = replace(
+            manifest.parameters,
+            long_side=max(SIZE),  # the network sees the images as they are
+            label_method="segmenter",
+            segmenter_label=chosen,
+            min_area=min_area,
+        )
         bundle = write_bundle(tmp_path / "bundle", replace(manifest, parameters=all_of), graphs)
         return PseudoLabeler(bundle)
 

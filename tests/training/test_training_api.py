@@ -133,7 +133,7 @@ def test_timm_imports_beside_a_torchvision_of_another_torch(tmp_path: Path) -> N
         run_python("import timm", str(tmp_path))
     program = (
         "import sys\n"
-        "from multisa.training.backbones import import_timm\n"
+        "from multisa.training.weights import import_timm\n"
         "assert 'torchvision' not in sys.modules\n"
         "timm = import_timm()\n"
         "before = dict(sys.modules)\n"

@@ -10,11 +10,11 @@ from PIL import Image
 
 from multisa.runtime.errors import CheckpointError, DatasetError, UsageError
 from multisa.training import pipeline
-from multisa.training.backbones import in_order
 from multisa.training.config import load_config, preset_names
 from multisa.training.data import read_dataset
 from multisa.training.loop import MovingAverage, load_checkpoint, save_checkpoint
 from multisa.training.pipeline import check_networks, check_run, train
+from multisa.training.weights import in_order
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -31,8 +31,10 @@ def test_presets_name_networks_that_can_be_built(name: str) -> None:
     [
         (["segmenter.backbone=no_such_net"], "not a timm model"),
         (["segmenter.weights=packaged"], "no packaged weights"),
-        (["cam.taps=[2, 9]"], r"expected ascending levels of the backbone, 0\.\.4"),
-        (["affinity.backbone=test_vit", "affinity.head=features"], "backbone"),
+        (["segmenter.weights=lost.pth"], "no such file"),
+        (["segmenter.weights=magic"], "expected 'packaged', 'timm', 'none', or a file ending in"),
+        (["cam.taps=[2, 9]"], r"expected ascending levels of the backbone, 0\.\.4, .*; set cam\.taps=\[2, 3, 4\]"),
+        (["affinity.backbone=mixer_s16_224"], "does not take images of every size .*; choose another"),
         (["label.class_gain=[1.0]"], "got 1 numbers, expected 2"),
         (["label.class_gain=[1.0, 2.0]", "background_from=yen"], "expected none with background_from=yen"),
         (["segmenter_label.background_ratio=2.0"], "expected the default, 1, with balance_background=true"),

@@ -8,9 +8,10 @@ from multisa.kernels import affinity_from_boundary, affinity_from_features
 from multisa.runtime.errors import UsageError
 from multisa.training import affinity_net
 from multisa.training.affinity_net import AffinityNet, pair_targets
-from multisa.training.backbones import PACKAGED_WEIGHTS, Backbone, import_timm
+from multisa.training.backbones import Backbone
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM, SelfAttention
 from multisa.training.segmenter import DeepLabV3Plus, SegmentImages, multi_scale_probabilities
+from multisa.training.weights import PACKAGED_WEIGHTS, import_timm
 
 BACKBONES = ("test_efficientnet", "test_resnet", "tf_efficientnet_lite0")
 ODD_SIZES = ((64, 64), (65, 97), (79, 64))

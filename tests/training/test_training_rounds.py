@@ -263,6 +263,12 @@ def test_rounds_and_the_supervised_segmenter_are_estimated(rounds: tuple[Path, R
 
 
 @pytest.mark.slow
+def test_the_plan_names_every_round(rounds: tuple[Path, RunRecord], voc_folder: Path) -> None:
+    run = rounds[1]
+    assert set(stages.planned_stages(run.config, read_dataset(voc_folder))) == {stage.name for stage in run.stages}
+
+
+@pytest.mark.slow
 def test_without_masks_the_labels_are_the_same(rounds: tuple[Path, RunRecord], voc_folder: Path) -> None:
     """Masks of the data set only measure: a run that has none finds the labels already made."""
     folder, run = rounds

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from click.testing import CliRunner
 from torch import nn
@@ -19,7 +20,8 @@ from multisa.training.augment import PADDING, AugmentedImages, jitter_colours, r
 from multisa.training.config import AffinityLabelConfig, Schedule, TrainConfig, load_config, preset_names
 from multisa.training.data import read_dataset
 from multisa.training.inference import save_maps
-from multisa.training.loop import BatchLoss, LoopOptions, train_network
+from multisa.training.loop import BatchLoss, Epoch, LoopOptions, train_network
+from multisa.training.models import with_taps
 from multisa.training.pipeline import train
 from multisa.training.run_record import load_run
 from multisa.training.stage_functions import affinity_labels
@@ -30,7 +32,7 @@ TINY = Path(__file__).with_name("tiny.toml")
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid(name: str) -> None:
-    assert load_config(name).cam.taps == (2, 3, 4)
+    assert with_taps(load_config(name).cam).taps == (2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,13 @@ class Line(nn.Module):
         return torch.as_tensor(self.layer(self.drop(values)))
 
 
-def fit(folder: Path, epochs: int, stop_after: int | None = None, ema: float = 0.0) -> dict[str, torch.Tensor]:
+def fit(
+    folder: Path,
+    epochs: int,
+    stop_after: int | None = None,
+    ema: float = 0.0,
+    seen: list[tuple[Epoch, float]] | None = None,
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = Line()
     values = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
@@ -275,9 +283,36 @@ def fit(folder: Path, epochs: int, stop_after: int | None = None, ema: float = 0
         return BatchLoss(torch.ones(()), lambda _: ((model(batch[0]) - batch[1]) ** 2).mean())
 
     schedule = Schedule(epochs=epochs, batch_size=4, learning_rate=0.01, new_layers_factor=1.0, ema=ema)
-    options = LoopOptions(folder / "checkpoint.safetensors", seed=5, workers=0, title="line")
+
+    def after_epoch(epoch: Epoch) -> None:
+        model.eval()
+        torch.rand(3)  # neither this nor the mode changes what is trained
+        if seen is not None:
+            seen.append((epoch, float(model.layer.bias.detach())))
+
+    hook = None if seen is None else after_epoch
+    options = LoopOptions(folder / "checkpoint.safetensors", seed=5, workers=0, title="line", after_epoch=hook)
     train_network(model, [], data, step, schedule, options)
     return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_every_epoch_is_reported_with_the_weights_that_would_be_kept(tmp_path: Path, ema: float) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole, seen = fit(tmp_path / "a", epochs=3, ema=ema), []  # type: ignore[var-annotated]
+    watched = fit(tmp_path / "b", epochs=3, ema=ema, seen=seen)
+    assert all(torch.equal(value, watched[key]) for key, value in whole.items())
+    assert [(epoch.number, epoch.of, epoch.step) for epoch, _ in seen] == [(1, 3, 3), (2, 3, 6), (3, 3, 9)]
+    assert seen[0][0].learning_rate == pytest.approx(0.01 * (1 - 2 / 9) ** 0.9) and seen[0][0].loss > 0
+    assert seen[-1][1] == float(whole["layer.bias"])
+    stopped: list[tuple[Epoch, float]] = []
+    (tmp_path / "c").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "c", epochs=3, stop_after=4, ema=ema, seen=stopped)
+    with safetensors.safe_open(tmp_path / "c" / "checkpoint.safetensors", "pt") as file:
+        kept = file.get_tensor(("average." if ema else "model.") + "layer.bias")
+    assert stopped[0][1] == float(kept)
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ from multisa.runtime.errors import BackendUnavailable, UsageError
 from multisa.runtime.records import record_from_dict, record_to_dict
 from multisa.training import stages, transforms
 from multisa.training.augment import AugmentedImages
-from multisa.training.backbones import import_timm
 from multisa.training.config import CamConfig, Schedule, TrainConfig, load_config
 from multisa.training.data import read_dataset
 from multisa.training.pipeline import check_networks
 from multisa.training.transforms import apply_transforms, parse_transform
+from multisa.training.weights import import_timm
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
 MASK = np.random.default_rng(1).integers(0, 3, (40, 40)).astype(np.uint8)

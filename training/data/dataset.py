@@ -11,7 +11,7 @@ from typing import TypeVar
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import normal_name
-from multisa.runtime.imaging.decode import UInt8, read_image, resize_image, working_size
+from multisa.runtime.imaging.decode import MAX_ENLARGEMENT, UInt8, read_image, resize_image, working_size
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import format_examples, log, pluralize
 from multisa.training.annotations.base import MAX_CLASSES, Mask
@@ -92,14 +92,14 @@ def log_findings(findings: Iterable[Finding]) -> None:
         log.log(logging.WARNING if finding.is_warning else logging.INFO, str(finding))
 
 
-def read_working_image(path: Path, long_side: int) -> UInt8:
-    """Read an image as the networks see it: uint8 RGB [H, W, 3], long side at most `long_side` pixels.
+def read_working_image(path: Path, long_side: int, *, enlarge: float = MAX_ENLARGEMENT) -> UInt8:
+    """Read an image as the networks see it: uint8 RGB [H, W, 3] at its working size.
 
-    Every stage and the exporter read images here, so that maps and masks of one image have one size. Raises
-    ImageError.
+    Every stage and the exporter read images here, so that maps and masks of one image have one size; samples are not
+    enlarged (`enlarge` = 1), because augmentation resizes them. Raises ImageError.
     """
     rgb = read_image(path).rgb
-    return resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side))
+    return resize_image(rgb, working_size(rgb.shape[0], rgb.shape[1], long_side, enlarge=enlarge))
 
 
 def with_masks(name: str, items: Iterable[Item], findings: list[Finding]) -> tuple[Item, ...]:

@@ -1,5 +1,6 @@
 """One table or figure of the paper by name: what `multisa reproduce` runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from multisa.runtime.errors import UsageError
@@ -7,9 +8,11 @@ from multisa.runtime.progress import log
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
+from multisa.training.models import with_taps
 from multisa.training.reproduce.figures import FIGURES, NUM_IMAGES, reproduce_figure
 from multisa.training.reproduce.tables import FOLDER, TABLES, format_text, reproduce_table
 from multisa.training.run_record import RUN_RECORD, load_run
+from multisa.training.runs import flat_settings
 
 
 def reproduce_paper(
@@ -34,7 +37,7 @@ def reproduce_paper(
         raise UsageError(f"--num-images and --list: got one with {what}, expected a figure: tables show no images")
     if num_images is not None and image_list is not None:
         raise UsageError("--num-images and --list: got both, expected one of them")
-    _log_differences(config, output)
+    _log_differences(replace(config, cam=with_taps(config.cam)), output)
     if what in TABLES:
         text = format_text(reproduce_table(what, config, dataset, output))
         return f"{text}\n\nwritten: {output / FOLDER / what}.json and .md"
@@ -47,16 +50,8 @@ def _log_differences(config: TrainConfig, output: Path) -> None:
     """Log the settings that differ from those of the finished run in `output`."""
     if not (output / RUN_RECORD).is_file():
         return
-    before, now = (_flat(record_to_dict(c)) for c in (load_run(output).config, config))
+    before, now = (flat_settings(record_to_dict(c)) for c in (load_run(output).config, config))
     differing = [f"{key} {now[key]} (there: {before[key]})" for key in now if now[key] != before[key]]
     if differing:
         changes = ", ".join(differing)
         log.info(f"{output / RUN_RECORD}: other settings, stages that depend on them run again: {changes}")
-
-
-def _flat(values: dict[str, object], before: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        name = f"{before}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat

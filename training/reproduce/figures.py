@@ -17,7 +17,7 @@ from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image, spread
 from multisa.training.inference import as_batch, load_maps, torch_device
 from multisa.training.loop import CHECKPOINT
-from multisa.training.models import create_model
+from multisa.training.models import create_model, with_taps
 from multisa.training.multi_sa import MultiScaleCAM, SingleLevel, shares_at_peak
 from multisa.training.pipeline import check_run
 from multisa.training.reproduce import paper
@@ -55,6 +55,7 @@ def reproduce_figure(
     `check_run` raises.
     """
     items = choose_images(name, dataset, count, chosen)
+    config = replace(config, cam=with_taps(config.cam))
     if name == "figure4" and not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     if name == "figure4" and not any(item.classes for item in items):

@@ -15,6 +15,7 @@ from multisa.runtime.files import write_bytes_atomically, write_json_atomically
 from multisa.runtime.records import record_to_dict
 from multisa.training.config import TrainConfig
 from multisa.training.data import Dataset
+from multisa.training.models import with_taps
 from multisa.training.pipeline import check_run, run_stages
 from multisa.training.reproduce import paper
 from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, count_images, load_run
@@ -71,6 +72,7 @@ def reproduce_table(name: str, config: TrainConfig, dataset: Dataset, root: Path
             f"a VOC layout with ImageSets/Segmentation/{measured}.txt and SegmentationClass/ID.png "
             "(figure4 to figure6 need no masks)"
         )
+    config = replace(config, cam=with_taps(config.cam))
     if not config.cam.taps:
         raise UsageError("cam.taps: got none, expected at least one level with self-attention")
     check_run(config, dataset, root)
@@ -114,7 +116,7 @@ def per_class_rows(names: tuple[str, ...], val: Row, supervised: Row | None = No
 def _table1(config: TrainConfig, dataset: Dataset, root: Path) -> Table:
     stages = RunStages(StageCache(root), config, dataset)
     rows = []
-    for k, taps in enumerate(attention_counts(config.cam.taps)):
+    for k, taps in enumerate(attention_counts(config.cam.taps or ())):
         # With all taps it is the run's own network; the others are only measured.
         name = CAM if taps == config.cam.taps else BASELINE
         _, maps = stages.cam_maps(replace(config.cam, taps=taps), name)

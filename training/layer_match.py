@@ -34,6 +34,7 @@ from multisa.training.backbones import FixedSameConv2d
 CONVOLUTION = "Conv"
 BATCH_NORM = "BatchNormalization"
 GROUP_NORM = "GroupNorm"
+LINEAR = "MatMul"  # by a stored matrix; its bias is found by name
 
 PREFIX = "network."  # of the names of weights: the network inside the module that is exported
 
@@ -44,17 +45,18 @@ _APPENDED = re.compile(r"(\.folded_\d+)?(\.half)?$")
 # ONNX's defaults for attributes that a node leaves out.
 _DEFAULTS = {"strides": (1, 1), "dilations": (1, 1), "group": (1,), "epsilon": (1e-5,), "groups": (0,)}
 _BUFFERS = (f"{PREFIX}backbone.mean", f"{PREFIX}backbone.std")  # the module has its own
+_PYRAMID = f"{PREFIX}backbone.pyramid."
 _COUNTER = "num_batches_tracked"  # of batch norms; only training reads it
-_KINDS = {CONVOLUTION: nn.Conv2d, BATCH_NORM: nn.BatchNorm2d, GROUP_NORM: nn.GroupNorm}
+_KINDS = {CONVOLUTION: nn.Conv2d, BATCH_NORM: nn.BatchNorm2d, GROUP_NORM: nn.GroupNorm, LINEAR: nn.Linear}
 _NORM = nn.BatchNorm2d | nn.GroupNorm
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One convolution or normalization of a graph.
+    """One convolution, normalization or product with a matrix of a graph.
 
     weights are names of initializers: weight and perhaps bias of a convolution; scale, bias, mean and
-    variance of a batch norm; scale and bias of a group norm.
+    variance of a batch norm; scale and bias of a group norm; the matrix of a linear layer.
     """
 
     kind: str
@@ -156,6 +158,8 @@ class _Reader:
                 yield self._layer(node.op_type, node, weights, node.output[0])
             elif node.op_type == "InstanceNormalization":
                 yield self._group_norm(node)
+            elif node.op_type == LINEAR and self.casts.get(node.input[1], node.input[1]) in self.stored.tensors:
+                yield self._layer(LINEAR, node, [node.input[1]], node.output[0])
 
     def _layer(self, kind: str, node: onnx.NodeProto, weights: list[str], output: str) -> StoredLayer:
         attributes: dict[str, tuple[float, ...]] = {}
@@ -218,6 +222,9 @@ def state_of_graph(module: nn.Module, run: Sequence[RunLayer], stored: StoredGra
         if layer.name in folded:
             continue
         taken = match.take(layer)
+        if layer.kind == LINEAR:
+            match.put_linear(layer, taken)
+            continue
         if layer.kind != CONVOLUTION:
             match.put_norm(layer, taken)
             continue
@@ -324,6 +331,16 @@ class _Match:
         elif bias:
             raise self.stored.error(f"{bias}: {layer.name} has no bias")
 
+    def put_linear(self, layer: RunLayer, taken: StoredLayer) -> None:
+        """Set the weight [out, in] of a linear layer, which the graph has as [in, out]."""
+        module = layer.module
+        assert isinstance(module, nn.Linear)
+        key = f"{layer.name}.weight"
+        first = key not in self.state
+        self._put(key, module.weight.T, taken.weights[0])
+        if first:
+            self.state[key] = self.state[key].T.contiguous()
+
     def put_norm(self, layer: RunLayer, taken: StoredLayer) -> None:
         """Set a norm that the graph has as well."""
         module = layer.module
@@ -360,7 +377,8 @@ class _Match:
                 self.state[key] = torch.zeros((), dtype=torch.int64)
             elif key not in self.state and source is not None:
                 self._put(key, like, source)
-        missing = [key for key in expected if key not in self.state]
+        # A network that does not read a level of the pyramid has a graph without the layers that make it.
+        missing = [key for key in expected if key not in self.state and not key.startswith(_PYRAMID)]
         if missing:
             raise self.stored.error(f"no weights for {_some(missing)}")
         read = {*self.sources.values(), *_BUFFERS}

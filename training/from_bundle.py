@@ -1,4 +1,4 @@
-"""Rebuild a bundle's PyTorch networks, with the layers they were trained with.
+"""Rebuild a bundle's PyTorch networks, with the layers they were trained with. Needs onnx.
 
     network = segmenter_from_bundle(load_bundle(path))
     probabilities = SegmentImages(network)(images)
@@ -15,8 +15,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from multisa.export.fold import AffinityFromImages, FoldedMultiSACAM
-from multisa.export.layer_match import PREFIX, StoredGraph, layers_run, read_graph, state_of_graph
 from multisa.runtime.backends.base import AFFINITY, CAM, SEGMENTER
 from multisa.runtime.bundle import Bundle
 from multisa.runtime.errors import BundleError
@@ -24,6 +22,8 @@ from multisa.runtime.records import record_from_dict
 from multisa.training.affinity_net import AffinityNet
 from multisa.training.backbones import Backbone
 from multisa.training.config import TrainConfig
+from multisa.training.fold import AffinityFromImages, FoldedMultiSACAM
+from multisa.training.layer_match import PREFIX, StoredGraph, layers_run, read_graph, state_of_graph
 from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.segmenter import DeepLabV3Plus, SegmentImages
@@ -103,7 +103,7 @@ def cam_from_bundle(bundle: Bundle) -> MultiSACAM:
     backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
     network = create_model(config, n_classes)
     try:
-        head = head_from_folded(state, len(config.taps))
+        head = head_from_folded(state, len(network.taps))
     except ValueError as error:
         raise stored.error(str(error)) from error
     return _loaded(network, {**backbone, **head, "level_gain": network.level_gain}, stored)
@@ -124,7 +124,8 @@ def _matched(stored: StoredGraph, build: Callable[[], nn.Module]) -> dict[str, T
 
 
 def _loaded(network: Network, state: dict[str, Tensor], stored: StoredGraph) -> Network:
-    network.load_state_dict(state, strict=True)
+    unread = {key: value for key, value in network.state_dict().items() if key.startswith("backbone.pyramid.")}
+    network.load_state_dict({**unread, **state}, strict=True)
     assert isinstance(network.backbone, Backbone)
     for key in ("mean", "std"):
         # The graph may lack one of the two: the exporter stores equal values once.
