@@ -25,12 +25,13 @@ from multisa.training.stages import RunStages, make_pseudo_labels
 from multisa.training.transforms import apply_transforms
 
 
-def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
+def train(config: TrainConfig, dataset: Dataset, output: Path, *, discard_edits: bool = False) -> RunRecord:
     """Run every stage that is not finished yet in the folder `output`, and write `output/run.json`.
 
     What `multisa train` does: class activation network, affinities, pseudo-masks and segmenter, in that
     order, each in a folder of its own. After an interruption the same call resumes; stages whose inputs did
-    not change are skipped. When the data set has no masks, nothing is measured. Progress is reported on
+    not change are skipped. A file of a finished stage that was changed since ends the run, and is made again with
+    `discard_edits`. When the data set has no masks, nothing is measured. Progress is reported on
     stderr.
 
     `config.workers` processes load the samples. They import the calling script, which must therefore keep
@@ -38,18 +39,18 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
 
     Raises, before any training, UsageError for a configuration that does not fit the data set or the networks
     and for an output folder inside the data set, and DatasetError for images or ground truth that cannot be
-    used; later CheckpointError for a damaged checkpoint, BackendUnavailable for `device="cuda"` without a GPU,
-    and MultisaError when a loss is not finite.
+    used; later UsageError for a changed file, CheckpointError for a damaged checkpoint, BackendUnavailable for
+    `device="cuda"` without a GPU, and MultisaError when a loss is not finite.
     """
-    record = run_stages(config, dataset, output)
+    record = run_stages(config, dataset, output, discard_edits=discard_edits)
     write_json_atomically(output / RUN_RECORD, record_to_dict(record))
     return record
 
 
-def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
+def run_stages(config: TrainConfig, dataset: Dataset, output: Path, *, discard_edits: bool = False) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
     check_run(config, dataset, output)
-    cache = StageCache(output)
+    cache = StageCache(output, discard_edits=discard_edits)
     stages = RunStages(cache, config, dataset)
     labels = make_pseudo_labels(stages)
     targets, measured = stages.relabelled(labels)
