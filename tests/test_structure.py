@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "training", "export", "benchmarks")
 MOST_LINES = 36_900  # of Python outside tests
-MOST_BENCHMARK_LINES = 4_800
+MOST_BENCHMARK_LINES = 4_850
 MOST_RUNTIME_FILES = 89
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60

@@ -6,59 +6,36 @@ Affinity labels, pseudo-masks and soft targets of a corrected image come from it
 truth of the lists train and val is never read for that, and a correction of a val image is never used.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from multisa.runtime.errors import DatasetError, MultisaError, UsageError
+from multisa.runtime.errors import DatasetError, ImageError, UsageError
 from multisa.runtime.image_labels import without_suffix
-from multisa.runtime.imaging.decode import MINIMUM_SIDE, UInt8, load_image, read_mask, working_size
+from multisa.runtime.imaging.decode import MINIMUM_SIDE, load_image, read_mask, working_size
 from multisa.runtime.imaging.png import IGNORE_INDEX
 from multisa.runtime.jobs.finalize import LABELS_FILE
 from multisa.runtime.progress import format_examples, pluralize
 from multisa.runtime.sources.storage import printable
 from multisa.runtime.system import usable_cpus
+from multisa.training.annotations.base import Mask, MaskFile
 from multisa.training.annotations.registry import read_annotations
 from multisa.training.data import Dataset, Finding, Item, log_findings, read_class_names
 
 MOST_LISTED = 20  # corrections that cannot be used, in an error message
 CLASS_FILE = "classes.txt"  # in a folder of masks: the names of its ids, where they differ from the data set's
 
-Loader = Callable[[], UInt8]  # class ids of the data set, uint8 [H, W]; raises MultisaError
-
-
-@dataclass(frozen=True)
-class MaskCorrection:
-    """The corrected mask of one image, read again whenever a stage needs it."""
-
-    source: str  # for messages
-    load: Loader
-    pixels: str  # digest of its size and class ids, whatever file they come from
-
-    def read(self) -> UInt8:
-        """Class ids uint8 [H, W]; 255 is unknown. Raises DatasetError if they changed since the data set was read."""
-        ids = self.load()
-        if _digest(ids) != self.pixels:
-            raise DatasetError(f"{self.source}: was changed while the training ran; run the same command again")
-        return ids
-
-    def digest(self) -> str:
-        """SHA-256 of size and class ids."""
-        return self.pixels
-
 
 @dataclass(frozen=True)
 class _Found:
     """What a source of corrections holds, before it is matched with images."""
 
-    masks: dict[str, tuple[str, Loader]]  # by path of the image without extension: name for messages, and loader
+    masks: dict[str, Mask]  # by path of the image without extension
     findings: tuple[Finding, ...]
-    is_export: bool = False  # of an annotation tool, where nobody may have looked at an image without a shape
+    names: tuple[str, ...] = ()  # what the values of the files in a folder mean; empty for an export
 
 
 def add_corrections(dataset: Dataset, *paths: Path, quiet: bool = False) -> Dataset:
@@ -86,9 +63,10 @@ def _add(dataset: Dataset, path: Path, *, quiet: bool) -> Dataset:
         raise DatasetError(f"{path}: not found, expected a folder of masks named like the images, ID.png, or an export")
     found = (_read_folder if path.is_dir() else _read_export)(path, dataset)
     matched, findings = _match(dataset, path, found)
-    inspected = _inspect_all(dataset, path, [(item, *found.masks[name]) for item, name in matched])
-    blank = [i.id for i, _ in matched if found.is_export and i.classes and not inspected[i.id][1]]
-    corrections = {item_id: mask for item_id, (mask, _) in inspected.items() if item_id not in blank}
+    classes = _inspect_all(dataset, path, found, matched)
+    # Nobody may have looked at an image without a shape.
+    blank = [item.id for item, _ in matched if not found.names and item.classes and not classes[item.id]]
+    corrections = {item.id: found.masks[name] for item, name in matched if item.id not in blank}
     if not corrections:
         raise DatasetError(f"{path}: got no shape in any image to train on, expected some: annotate them")
     if twice := sorted(corrections.keys() & dataset.corrections.keys()):
@@ -96,7 +74,7 @@ def _add(dataset: Dataset, path: Path, *, quiet: bool) -> Dataset:
             f"{path}: got {pluralize(len(twice), 'correction')} of images that another source corrects too "
             f"({format_examples(twice)}), expected one for each image: remove the others"
         )
-    dataset, label_findings = _with_classes(dataset, {item_id: inspected[item_id][1] for item_id in corrections})
+    dataset, label_findings = _with_classes(dataset, {item_id: classes[item_id] for item_id in corrections})
     total = pluralize(len(dataset.train_images), "image")
     findings = [
         Finding(f"{len(corrections)} of {total} to train on corrected by {path.name}", tuple(corrections)),
@@ -120,8 +98,9 @@ def _read_folder(path: Path, dataset: Dataset) -> _Found:
             "and give the corrections that `multisa review` writes"
         )
     names = read_class_names(path) or dataset.class_names
-    ids = tuple(dataset.class_names.index(name) if name in dataset.class_names else -1 for name in names)
-    masks: dict[str, tuple[str, Loader]] = {}
+    ids = [dataset.class_names.index(name) if name in dataset.class_names else 0 for name in names]
+    table = b"" if names == dataset.class_names else bytes(ids).ljust(256, bytes([IGNORE_INDEX]))
+    masks: dict[str, Mask] = {}
     others = []
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
@@ -130,17 +109,18 @@ def _read_folder(path: Path, dataset: Dataset) -> _Found:
             name = relative.with_suffix("").as_posix()
             if name in masks:
                 raise DatasetError(f"{file}: got another mask {name} beside it, expected one: remove one of them")
-            masks[name] = str(file), partial(_load_file, file, ids, names)
+            masks[name] = MaskFile(file, table)
         elif not file.is_dir() and relative.as_posix() != CLASS_FILE:
             others.append(printable(relative.as_posix()))
     count = pluralize(len(others), "file")
-    return _Found(masks, (Finding(f"{count} of {path.name} other than masks (PNG), not used", tuple(others)),))
+    unused = Finding(f"{count} of {path.name} other than masks (PNG), not used", tuple(others))
+    return _Found(masks, (unused,), names)
 
 
 def _read_export(path: Path, dataset: Dataset) -> _Found:
     """The masks of a file of annotations, by the names of the images."""
     annotations = read_annotations(path, dataset.class_names)
-    masks: dict[str, tuple[str, Loader]] = {}
+    masks: dict[str, Mask] = {}
     without = []
     for name, image in annotations.images.items():
         key = without_suffix(name)
@@ -149,25 +129,9 @@ def _read_export(path: Path, dataset: Dataset) -> _Found:
         elif key in masks:
             raise DatasetError(f"{path}: got two masks of {key}, expected one: remove one of them")
         else:
-            masks[key] = str(image.mask), image.mask.read
+            masks[key] = image.mask
     notes = [Finding(f"{path.name}: {note}", names, is_warning=True) for note, names in annotations.notes.items()]
-    return _Found(masks, (_finding(without, "without a mask, not used"), *notes), is_export=True)
-
-
-def _load_file(path: Path, ids: tuple[int, ...], names: tuple[str, ...]) -> UInt8:
-    """Read a mask and turn its ids into those of the data set; -1 in `ids` stands for a class it lacks."""
-    mask = read_mask(path)
-    table = np.full(256, -1)
-    table[: len(ids)] = ids
-    table[IGNORE_INDEX] = IGNORE_INDEX
-    unknown = sorted({int(value) for value in np.unique(mask) if table[value] < 0})
-    if unknown:
-        got = [f"{value} ({names[value]})" if value < len(names) else str(value) for value in unknown]
-        raise DatasetError(
-            f"{path}: got class id {format_examples(got)}, which is no class of the data set, expected "
-            f"0..{len(names) - 1} of {CLASS_FILE}, or {IGNORE_INDEX} where the class is unknown"
-        )
-    return np.asarray(table.astype(np.uint8)[mask])
+    return _Found(masks, (_finding(without, "without a mask, not used"), *notes))
 
 
 def _match(dataset: Dataset, path: Path, found: _Found) -> tuple[list[tuple[Item, str]], list[Finding]]:
@@ -201,14 +165,11 @@ def _match(dataset: Dataset, path: Path, found: _Found) -> tuple[list[tuple[Item
             f"names such as {dataset.train_images[0].id}.png (got {format_examples([*measured, *unused]) or 'nothing'})"
         )
     findings = [
-        Finding(f"{pluralize(len(moved), 'correction')} matched by file name", tuple(moved)),
-        Finding(
-            f"{pluralize(len(measured), 'correction')} of val images, not used: val only measures", tuple(measured)
-        ),
-        Finding(f"{pluralize(len(unused), 'correction')} of no image to train on, not used", tuple(unused)),
+        _finding(moved, "matched by file name"),
+        _finding(measured, "of val images, not used: val only measures", is_warning=True),
+        _finding(unused, "of no image to train on, not used", is_warning=True),
     ]
-    warned = [replace(finding, is_warning=place > 0) for place, finding in enumerate(findings)]
-    return [(by_id[item_id], name) for item_id, name in sorted(matched.items())], warned
+    return [(by_id[item_id], name) for item_id, name in sorted(matched.items())], findings
 
 
 def _finding(names: list[str], rest: str, *, is_warning: bool = False) -> Finding:
@@ -224,11 +185,18 @@ def _unique_names(items: Iterable[Item]) -> dict[str, Item]:
 
 
 def _inspect_all(
-    dataset: Dataset, path: Path, found: list[tuple[Item, str, Loader]]
-) -> dict[str, tuple[MaskCorrection, tuple[int, ...]]]:
-    """The correction of each image, by its id, and the foreground classes in it. Raises DatasetError."""
+    dataset: Dataset, path: Path, found: _Found, matched: list[tuple[Item, str]]
+) -> dict[str, tuple[int, ...]]:
+    """The foreground classes in the correction of each image, by its id. Raises DatasetError."""
+
+    def inspect(pair: tuple[Item, str]) -> tuple[int, ...] | str:
+        try:
+            return _inspect(dataset, pair[0], found.masks[pair[1]], found.names)
+        except (DatasetError, ImageError) as error:
+            return str(error)
+
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        results = list(pool.map(lambda each: _inspect(dataset, *each), found))
+        results = list(pool.map(inspect, matched))
     problems = [result for result in results if isinstance(result, str)]
     if problems:
         more = len(problems) - MOST_LISTED
@@ -237,24 +205,29 @@ def _inspect_all(
             f"{path}: got {pluralize(len(problems), 'correction')} that cannot be used, expected none; mend or remove "
             "them:\n  " + "\n  ".join(listed)
         )
-    return {item.id: each for (item, *_), each in zip(found, results, strict=True) if not isinstance(each, str)}
+    return {item.id: each for (item, _), each in zip(matched, results, strict=True) if not isinstance(each, str)}
 
 
-def _inspect(dataset: Dataset, item: Item, source: str, load: Loader) -> tuple[MaskCorrection, tuple[int, ...]] | str:
-    """The correction of an image and the foreground classes in it; or what is wrong with it."""
-    try:
-        ids = load()
-        size = load_image(item.image, long_side=MINIMUM_SIDE).size
-    except MultisaError as error:
-        return str(error)
+def _inspect(dataset: Dataset, item: Item, mask: Mask, names: tuple[str, ...]) -> tuple[int, ...]:
+    """The foreground classes in the correction of an image. Raises DatasetError and ImageError."""
+    if isinstance(mask, MaskFile):
+        values = [int(value) for value in np.unique(read_mask(mask.path)) if value != IGNORE_INDEX]
+        unknown = [v for v in values if v >= len(names) or names[v] not in dataset.class_names]
+        if unknown:
+            got = [f"{value} ({names[value]})" if value < len(names) else str(value) for value in unknown]
+            raise DatasetError(
+                f"{mask}: got class id {format_examples(got)}, which is no class of the data set, expected "
+                f"0..{len(names) - 1} of {CLASS_FILE}, or {IGNORE_INDEX} where the class is unknown"
+            )
+    ids = mask.read()
+    size = load_image(item.image, long_side=MINIMUM_SIDE).size
     longest = max(ids.shape)
     if ids.shape != size and (longest < MINIMUM_SIDE or ids.shape != working_size(*size, longest)):
-        return (
-            f"{source}: got a mask of {ids.shape[1]} x {ids.shape[0]} pixels, expected {size[1]} x {size[0]} as its "
+        raise DatasetError(
+            f"{mask}: got a mask of {ids.shape[1]} x {ids.shape[0]} pixels, expected {size[1]} x {size[0]} as its "
             f"upright image {item.image.name}, or these sides shrunk by the same factor"
         )
-    present = tuple(int(value) for value in np.unique(ids) if 0 < value < len(dataset.class_names))
-    return MaskCorrection(source, load, _digest(ids)), present
+    return tuple(int(class_id) for class_id in np.unique(ids) if class_id not in (0, IGNORE_INDEX))
 
 
 def _with_classes(dataset: Dataset, classes: dict[str, tuple[int, ...]]) -> tuple[Dataset, list[Finding]]:
@@ -278,7 +251,3 @@ def _with_classes(dataset: Dataset, classes: dict[str, tuple[int, ...]]) -> tupl
     ]
     images, train = (tuple(map(corrected, items)) for items in (dataset.train_images, dataset.train))
     return replace(dataset, train_images=images, train=train), findings
-
-
-def _digest(ids: UInt8) -> str:
-    return hashlib.sha256(repr(ids.shape).encode() + np.ascontiguousarray(ids).tobytes()).hexdigest()
