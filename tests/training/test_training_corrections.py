@@ -450,7 +450,3 @@ def test_from_the_report_to_a_better_training(run_folder: Path, voc_folder: Path
     assert record.images.corrected == 2
     assert np.array_equal(read_mask(masks / "photo_01.png"), drawn["photo_01.jpg"])
     assert np.array_equal(read_mask(masks / "photo_00.png"), read_mask(out / "masks/photo_00.png"))
-    words = ("--data", voc_folder, *sources, "-o", tmp_path / "better", "--num-images", 2)
-    assert "better" in multisa("export", run_folder, *words)
-    card = (tmp_path / "better/MODEL_CARD.md").read_text()
-    assert "2 corrected masks of images to train on were trained on" in card
