@@ -136,7 +136,10 @@ def export_bundle(
     check_replaceable(output)  # before minutes of work
     check_report(options.report, output)
     if dataset.class_names != record.classes or dataset.train_images_digest() != record.data_digest:
-        raise UsageError(f"{dataset.root}: not the data set that {run} was trained on; give the same one")
+        raise UsageError(
+            f"{dataset.root}: not the data set that {run} was trained on; give the same one, with the same "
+            "--labels and --corrections"
+        )
     origins = origins_of(record.config, record.files)
     licences = licence_files(record.config.name, origins, options.notices)
     known_failures = read_user_text(options.known_failures) if options.known_failures else ""

@@ -30,6 +30,7 @@ _image_options = together(
 @_path("--data", required=True, help="The data set that RUN was trained on.")
 @_path("--labels", metavar="PATH", help="The labels given to `multisa train`, if any.")
 @_path("--val", metavar="PATH", help="The images to measure on that were given to `multisa train`, if any.")
+@_path("--corrections", multiple=True, metavar="PATH", help="The corrections given to `multisa train`. Repeatable.")
 @_path("-o", "--output", required=True, help="Folder to write the bundle to.")
 @_count("--num-images", default=32, help="Images to compare on.")
 @option("--full-weights", is_flag=True, help="Store weights as float32 instead of float16.")
@@ -50,9 +51,10 @@ def export(
       multisa export runs/voc --data VOC2012 -o bundles/voc
     """
     from multisa.export.bundle import ExportOptions, export_bundle
-    from multisa.training.data import read_dataset
+    from multisa.training import add_corrections, read_dataset
 
-    dataset = read_dataset(data, labels, val, quiet=True)
+    corrections = options.pop("corrections")
+    dataset = add_corrections(read_dataset(data, labels, val, quiet=True), *corrections, quiet=True)
     _print(export_bundle(run, dataset, output, ExportOptions(**options)), as_json)
 
 

@@ -69,6 +69,9 @@ def _head(run: RunRecord) -> Iterator[str]:
 
 
 def _masks_used(run: RunRecord) -> str:
+    if run.images.corrected:
+        chosen = "; those of the list train chose the background score" if _are_masks_used(run) else ""
+        return f"{run.images.corrected} corrected masks of images to train on were trained on{chosen}"
     if _are_masks_used(run):
         return "those of the list train chose the background score of the pseudo-masks; no mask was trained on"
     if run.config.background_from != "yen" or run.config.affinity_labels.foreground is not None:
@@ -83,6 +86,8 @@ def _are_masks_used(run: RunRecord) -> bool:
 def _data(run: RunRecord) -> Iterator[str]:
     images = run.images
     yield f"- Trained on {images.train_images} images with image-level labels of {len(run.classes) - 1} classes."
+    if images.corrected:
+        yield f"- {images.corrected} of them have a mask that people corrected, which every stage learns from."
     yield f"- {images.train} of them have masks, on which pseudo-masks are measured (list train)."
     if images.val:
         yield f"- {images.val} other images with masks measure the segmenter (list val) and choose nothing."

@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "training", "export", "benchmarks")
-MOST_LINES = 36_700  # of Python outside tests
-MOST_BENCHMARK_LINES = 4_900
-MOST_RUNTIME_FILES = 88
+MOST_LINES = 40_000  # of Python outside tests
+MOST_BENCHMARK_LINES = 5_100
+MOST_RUNTIME_FILES = 89
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_PARAMETERS = 6

@@ -10,11 +10,11 @@
 
         segmenter = create_model(config.segmenter, n_classes=21)
 
-`load_config` reads a preset or a TOML file into a `TrainConfig`, `read_dataset` a folder into a `Dataset`, and
-`check_dataset` decodes all of its files and counts what is there. `train` runs every stage and returns a
-`RunRecord`, which `load_run` reads again from the output folder. `create_model` builds one network.
-`reproduce_paper` makes the tables and figures of the paper. Importing this package loads nothing else; each name
-loads its module, and with it torch where needed, when it is first used.
+`load_config` reads a preset or a TOML file into a `TrainConfig`, `read_dataset` a folder into a `Dataset`,
+`add_corrections` adds masks that people corrected, and `check_dataset` decodes all files and counts what is there.
+`train` runs every stage and returns a `RunRecord`, which `load_run` reads again from the output folder.
+`create_model` builds one network. `reproduce_paper` makes the tables and figures of the paper. Importing this package
+loads nothing else; each name loads its module, and with it torch where needed, when it is first used.
 """
 
 import importlib
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multisa.training.config import TrainConfig, load_config
+    from multisa.training.corrections import add_corrections
     from multisa.training.data import Dataset, read_dataset
     from multisa.training.data_check import DatasetReport, check_dataset
     from multisa.training.models import create_model
@@ -34,6 +35,7 @@ __all__ = [
     "DatasetReport",
     "RunRecord",
     "TrainConfig",
+    "add_corrections",
     "check_dataset",
     "create_model",
     "load_config",
@@ -45,6 +47,7 @@ __all__ = [
 
 _MODULES = {
     "config": ("TrainConfig", "load_config"),
+    "corrections": ("add_corrections",),
     "data": ("Dataset", "read_dataset"),
     "data_check": ("DatasetReport", "check_dataset"),
     "models": ("create_model",),

@@ -6,11 +6,14 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from multisa.runtime.cli.options import PATH, json_option, option, together
+
+if TYPE_CHECKING:
+    from multisa.training import Dataset
 
 TRAINING_PACKAGES = ("torch", "timm", "safetensors")
 PAPER_ITEMS = ("table1", "table2", "table3", "figure4", "figure5", "figure6")
@@ -28,6 +31,12 @@ _val = _path(
     metavar="PATH",
     help="Images to measure on, which are not trained on: a list of names (.txt), annotations or masks of some images "
     "of DATA, or another folder with images/ and masks/.",
+)
+_corrections = _path(
+    "--corrections",
+    multiple=True,
+    metavar="PATH",
+    help="Masks that people corrected: a folder of ID.png, a CVAT or Label Studio export, or COCO JSON. Repeatable.",
 )
 _overrides = option(
     "--set",
@@ -48,6 +57,7 @@ training_options = together(
     _preset,
     _labels,
     _val,
+    _corrections,
     _path(
         "-o",
         "--output",
@@ -58,6 +68,14 @@ training_options = together(
     ),
     _overrides,
 )
+
+
+def _read(
+    data: Path, labels: Path | None, val: Path | None, corrections: tuple[Path, ...], *, quiet: bool = False
+) -> "Dataset":
+    from multisa.training import add_corrections, read_dataset
+
+    return add_corrections(read_dataset(data, labels, val, quiet=quiet), *corrections, quiet=quiet)
 
 
 @click.group()
@@ -72,12 +90,11 @@ def data() -> None:
 @click.argument("data_set", type=PATH, metavar="DATA")
 @_labels
 @_val
+@_corrections
 @_preset
 @_overrides
 @json_option
-def check(
-    data_set: Path, labels: Path | None, val: Path | None, preset: str, overrides: tuple[str, ...], *, as_json: bool
-) -> None:
+def check(data_set: Path, preset: str, overrides: tuple[str, ...], *, as_json: bool, **sources: Any) -> None:
     """Read and decode all of a data set, count what is there, and estimate the training.
 
     Lists files that cannot be used (exit code 1), everything that no training uses and why, images of each
@@ -88,10 +105,10 @@ def check(
     """
     from multisa.runtime.errors import DatasetError
     from multisa.runtime.progress import log, pluralize
-    from multisa.training import check_dataset, load_config, read_dataset
+    from multisa.training import check_dataset, load_config
 
     config = load_config(preset, overrides)
-    dataset = read_dataset(data_set, labels, val, quiet=True)
+    dataset = _read(data_set, quiet=True, **sources)
     report = check_dataset(dataset)
     has_packages = all(map(importlib.util.find_spec, TRAINING_PACKAGES))
     if not has_packages:
@@ -121,26 +138,29 @@ def check(
     help="Also send metrics to these, separated by commas: tensorboard, mlflow, wandb. Same as the setting trackers.",
 )
 @_path("--init-from", metavar="BUNDLE", help="Start from the networks of this bundle, with the same or other classes.")
+@option("--discard-edits", is_flag=True, help="Make files of finished stages again that were changed by hand.")
 def train(  # more than six parameters: one for each option
     data: Path,
     preset: str,
-    labels: Path | None,
-    val: Path | None,
     output: Path,
     overrides: tuple[str, ...],
+    *,
     track: str | None,
     init_from: Path | None,
     devices: int,
+    discard_edits: bool,
+    **sources: Any,
 ) -> None:
     """Train every stage from image-level labels.
 
     Run the same command again to resume an interrupted run, also with another number of devices. Stages that are
     already done with the same inputs are skipped. The page train.html in the run folder shows how far the training is,
-    metrics.csv has its figures.
+    metrics.csv has its figures. With --corrections, the masks of these images replace what the stages would make of
+    them.
 
     Example: multisa train --data VOC2012 --preset lite0 -o runs/voc
     """
-    from multisa.training import load_config, read_dataset, train
+    from multisa.training import load_config, train
     from multisa.training.distributed import launch, on_main, process_group, rank
 
     if track is not None:
@@ -152,14 +172,17 @@ def train(  # more than six parameters: one for each option
         launch(devices, _arguments(without="devices"))
         return
     with process_group(config.device):
-        run = train(config, on_main(partial(read_dataset, data, labels, val)), output)
+        dataset = on_main(partial(_read, data, **sources))
+        run = train(config, dataset, output, discard_edits=discard_edits)
         if rank() > 0:
             return
     click.echo(run.format_table())
     click.echo(run.format_minutes())
     click.echo(f"details: {output / 'run.json'}; curves and sample images: {output / 'train.html'}")
-    given = {"--data": data, "--labels": labels, "--val": val, "-o": Path("bundles", run.config.name)}
-    paths = [part for name, path in given.items() if path for part in (name, str(path))]
+    corrections = [("--corrections", path) for path in sources["corrections"]]
+    given = [("--data", data), ("--labels", sources["labels"]), ("--val", sources["val"]), *corrections]
+    given.append(("-o", Path("bundles", run.config.name)))
+    paths = [part for name, path in given if path for part in (name, str(path))]
     click.echo(f"next: {shlex.join(['multisa', 'export', str(output), *paths])}")
 
 
@@ -248,6 +271,7 @@ def clean(run: Path, *, yes: bool) -> None:
 @_data
 @_labels
 @_val
+@_corrections
 @_path("-o", "--output", default=Path("tune.html"), show_default=True, help="The page to write.")
 @option(
     "--images",
@@ -259,9 +283,7 @@ def clean(run: Path, *, yes: bool) -> None:
     help="Number of images to show, evenly spaced in the train list.",
 )
 @option("--masks", "with_masks", is_flag=True, help="Also compare every score with the masks of the train list.")
-def tune(
-    run: Path, data: Path, labels: Path | None, val: Path | None, output: Path, num_images: int, *, with_masks: bool
-) -> None:  # more than six parameters: click passes each option as one
+def tune(run: Path, data: Path, output: Path, num_images: int, *, with_masks: bool, **sources: Any) -> None:
     """Show how the background score of a finished run was chosen.
 
     Writes a page with a slider over background scores: the masks of some images at every score, the histogram of the
@@ -270,10 +292,9 @@ def tune(
 
     Example: multisa tune runs/voc --data VOC2012 -o tune.html
     """
-    from multisa.training.data import read_dataset
     from multisa.training.tune import write_tune_page
 
-    dataset = read_dataset(data, labels, val, quiet=True)
+    dataset = _read(data, quiet=True, **sources)
     click.echo(write_tune_page(run, dataset, output, num_images=num_images, with_masks=with_masks))
 
 
@@ -282,15 +303,7 @@ def tune(
 @training_options
 @option("--num-images", type=int, metavar="N", help="Number of images in a figure, evenly spaced in its list.  [4]")
 @_path("--list", "image_list", help="Show the images of this file in a figure instead: one id per line.")
-def reproduce(
-    what: str,
-    data: Path,
-    labels: Path | None,
-    val: Path | None,
-    preset: str,
-    overrides: tuple[str, ...],
-    **options: Any,
-) -> None:
+def reproduce(what: str, data: Path, preset: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Reproduce a table or a figure of the paper on any data set, with the paper's numbers beside ours.
 
     \b
@@ -307,7 +320,8 @@ def reproduce(
 
     Example: multisa reproduce table2 --data VOC2012 --preset lite0 -o runs/voc
     """
-    from multisa.training import load_config, read_dataset, reproduce_paper
+    from multisa.training import load_config, reproduce_paper
 
     config = load_config(preset, overrides)
-    click.echo(reproduce_paper(what, config, read_dataset(data, labels, val), **options))
+    dataset = _read(data, *(options.pop(name) for name in ("labels", "val", "corrections")))
+    click.echo(reproduce_paper(what, config, dataset, **options))

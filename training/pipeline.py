@@ -41,12 +41,13 @@ PLAN = "plan.json"  # in the run folder: the estimate of the training
 LEAST_SAMPLES = 2000
 
 
-def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
+def train(config: TrainConfig, dataset: Dataset, output: Path, *, discard_edits: bool = False) -> RunRecord:
     """Run every stage that is not finished yet in the folder `output`, and write `output/run.json`.
 
     What `multisa train` does: class activation network, affinities, pseudo-masks and segmenter, in that
     order, each in a folder of its own. After an interruption the same call resumes; stages whose inputs did
-    not change are skipped. When the data set has no masks, nothing is measured. Progress is reported on
+    not change are skipped. A file of a finished stage that was changed since ends the run, and is made again with
+    `discard_edits`. When the data set has no masks, nothing is measured. Progress is reported on
     stderr.
 
     `config.workers` processes load the samples. They import the calling script, which must therefore keep
@@ -54,25 +55,24 @@ def train(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
 
     Raises, before any training, UsageError for a configuration that does not fit the data set or the networks
     and for an output folder inside the data set, and DatasetError for images or ground truth that cannot be
-    used; later CheckpointError for a damaged checkpoint, BackendUnavailable for a device or precision that is
-    not there,
-    and MultisaError when a loss is not finite.
+    used; later UsageError for a changed file, CheckpointError for a damaged checkpoint, BackendUnavailable for a
+    device or precision that is not there, and MultisaError when a loss is not finite.
     """
     with process_group(config.device):
-        record = run_stages(config, dataset, output)
+        record = run_stages(config, dataset, output, discard_edits=discard_edits)
         on_main(lambda: write_json_atomically(output / RUN_RECORD, record_to_dict(record)))
     return record
 
 
-def run_stages(config: TrainConfig, dataset: Dataset, output: Path) -> RunRecord:
+def run_stages(config: TrainConfig, dataset: Dataset, output: Path, *, discard_edits: bool = False) -> RunRecord:
     """Run every stage as `train` does, without writing `run.json`."""
     report = on_main(partial(check_run, config, dataset, output))
     config = replace(config, cam=with_taps(config.cam))
     if rank() > 0:
-        cache = StageCache(output)
+        cache = StageCache(output, discard_edits=discard_edits)
         return _run_all(RunStages(cache, config, dataset), cache)
     with run_lock(output), RunWatch(config, dataset, output, plan_run(config, dataset, output, report)) as watch:
-        cache = StageCache(output, watch)
+        cache = StageCache(output, watch, discard_edits=discard_edits)
         return _run_all(RunStages(cache, config, dataset, watch), cache)
 
 

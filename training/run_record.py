@@ -54,11 +54,12 @@ class ImageCounts:
     train_images: int  # trained on, with image-level labels
     train: int  # those of them with masks, which the pseudo-masks are measured on
     val: int
+    corrected: int = 0  # those trained on with a corrected mask
 
 
 def count_images(dataset: Dataset) -> ImageCounts:
     """Count the images of each list of a data set."""
-    return ImageCounts(len(dataset.train_images), len(dataset.train), len(dataset.val))
+    return ImageCounts(len(dataset.train_images), len(dataset.train), len(dataset.val), len(dataset.corrections))
 
 
 @dataclass(frozen=True)

@@ -120,13 +120,16 @@ def measure_masks(dataset: Dataset, masks: Stage, folder: Path) -> Results:
 
 
 def make_affinity_labels(config: TrainConfig, dataset: Dataset, cams: Stage, folder: Path) -> Results:
-    """Write ID.png for each train image: class ids where they are certain, 255 elsewhere."""
+    """Write ID.png for each train image: its correction; otherwise class ids where they are certain, else 255."""
     palette = dataset.mask_palette
 
     def work(item: Item, path: Path) -> None:
         image = read_working_image(item.image, config.long_side)
-        maps = load_maps(cams.folder / f"{item.id}.npy")
-        write_mask(path, affinity_labels(image, maps, item.classes, config.affinity_labels), palette)
+        labels = dataset.corrected_mask(item, (image.shape[0], image.shape[1]))
+        if labels is None:
+            maps = load_maps(cams.folder / f"{item.id}.npy")
+            labels = affinity_labels(image, maps, item.classes, config.affinity_labels)
+        write_mask(path, labels, palette)
 
     items = dataset.train_images
     for_each_item(work, items, folder, (".png",), workers=config.workers, title="affinity labels")
@@ -223,13 +226,15 @@ def make_pseudo_masks(
     walked: Stage,
     folder: Path,
 ) -> Results:
-    """Write ID.png for each image of `items`, from the walked maps."""
+    """Write ID.png for each image of `items`: its correction, or a mask from the walked maps."""
     palette = dataset.mask_palette
 
     def work(item: Item, path: Path) -> None:
         image = read_working_image(item.image, config.long_side)
-        result = pseudo_mask(image, load_maps(walked.folder / f"{item.id}.npy"), item.classes, parameters)
-        write_mask(path, result.mask, palette)
+        mask = dataset.corrected_mask(item, (image.shape[0], image.shape[1]))
+        if mask is None:
+            mask = pseudo_mask(image, load_maps(walked.folder / f"{item.id}.npy"), item.classes, parameters).mask
+        write_mask(path, mask, palette)
 
     for_each_item(work, items, folder, (".png",), workers=config.workers, title="pseudo-masks")
     return {}
@@ -315,7 +320,8 @@ def relabel(
 ) -> Results:
     """Label the train images with a segmenter, restricted to their image-level labels.
 
-    Writes ID.npy, soft targets [1 + classes of the image, h, w] at stride 4, and ID.png, the mask.
+    Writes ID.npy, soft targets [1 + classes of the image, h, w] at stride 4, and ID.png, the mask. Both are those of
+    the correction where an image has one.
     """
     device = torch_device(config)
     network = create_model(segmenter, len(dataset.class_names), checkpoint=trained.folder / CHECKPOINT).to(device)
@@ -327,6 +333,11 @@ def relabel(
 
     def work(item: Item, maps_path: Path, mask_path: Path) -> None:
         image = read_working_image(item.image, config.long_side)
+        corrected = dataset.corrected_mask(item, (image.shape[0], image.shape[1]))
+        if corrected is not None:
+            save_maps(maps_path, one_hot_targets(corrected, item.classes))
+            write_mask(mask_path, corrected, dataset.mask_palette)
+            return
         with torch.inference_mode():
             every = multi_scale_probabilities(network, as_batch(image).to(device), options.scales, options.mirror)
         before = restrict_probabilities(every[0].cpu().numpy(), item.classes)
@@ -338,6 +349,16 @@ def relabel(
     items = dataset.train_images
     for_each_item(work, items, folder, (".npy", ".png"), workers=config.workers, title="relabelling")
     return {}
+
+
+def one_hot_targets(mask: UInt8, class_ids: tuple[int, ...]) -> Float32:
+    """Soft targets of a mask: the share of each class in every cell of stride 4; pixels of 255 count for none.
+
+    mask: uint8 [H, W] with ids of the background, `class_ids` and 255. Returns float32 [1 + C, ceil(H/4), ceil(W/4)].
+    """
+    grid = (-(-mask.shape[0] // SEGMENTER_STRIDE), -(-mask.shape[1] // SEGMENTER_STRIDE))
+    each = np.stack([mask == class_id for class_id in (0, *class_ids)]).astype(np.float32)
+    return np.asarray(functional.adaptive_avg_pool2d(torch.from_numpy(each), grid).numpy())
 
 
 def evaluate_segmenter(

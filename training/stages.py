@@ -121,7 +121,8 @@ class RunStages:
         if chosen.foreground is None:
             chosen = around(self.yen_scores(cams).results["background"], chosen)
         work = partial(make_affinity_labels, replace(config, affinity_labels=chosen), dataset, cams)
-        labels = cache.stage("affinity-labels", record_to_dict(chosen), [cams], work)
+        inputs = {**record_to_dict(chosen), **dataset.corrections_input(dataset.train_images)}
+        labels = cache.stage("affinity-labels", inputs, [cams], work)
         work = partial(train_affinity, config, dataset, labels, watch=self.watch)
         execution = config.execution.identity(has_trained_norms=not config.affinity.schedule.freeze_batch_norm)
         affinity = cache.stage("affinity", {**self.network_identity(config.affinity), **execution}, [labels], work)
@@ -149,7 +150,8 @@ class RunStages:
         # The walked maps depend on the train images already; any other list is an input of its own.
         others = {} if items == self.dataset.train_images else {"items": [item.id for item in items]}
         work = partial(make_pseudo_masks, self.config, label, self.dataset, items, walked)
-        return self.cache.stage(name, {**others, **record_to_dict(label)}, [walked], work)
+        inputs = {**others, **record_to_dict(label), **self.dataset.corrections_input(items)}
+        return self.cache.stage(name, inputs, [walked], work)
 
     def measured_masks(self, masks: Stage) -> Stage:
         """Score masks on the train list: results "miou" and "iou", in percent."""
@@ -173,7 +175,7 @@ class RunStages:
             work = partial(relabel, options.teacher, parameters, config, dataset, teacher)
             settings = {k: v for k, v in record_to_dict(options).items() if k not in ("rounds", "teacher")}
             label = {k: v for k, v in record_to_dict(parameters).items() if k != "mirror"}
-            inputs = {"relabel": settings, "label": label}
+            inputs = {"relabel": settings, "label": label, **dataset.corrections_input(dataset.train_images)}
             targets = self.cache.stage(f"relabelled-{number}", inputs, [teacher], work)
             if dataset.train:
                 measured.append(Measurement(f"{ROUND} {number}", None, self.measured_masks(targets).results))

@@ -87,14 +87,16 @@ def scores_of(confusion: Counts) -> dict[str, Any]:
 
 
 def score_masks(folder: Path, items: Iterable[Item], n_classes: int) -> dict[str, Any]:
-    """Score the masks ID.png of `folder` against the items' ground truth."""
+    """Score the masks ID.png of `folder` against the items' ground truth; unknown pixels (255) do not count."""
     confusion = np.zeros((n_classes, n_classes), np.int64)
     for item in items:
         if item.mask is not None:
             ground_truth = item.mask.read()
             size = (ground_truth.shape[0], ground_truth.shape[1])
             mask = resize_mask(read_mask(folder / f"{item.id}.png"), size)
-            confusion += confusion_matrix(mask, ground_truth, n_classes)
+            # Only a correction leaves pixels unknown.
+            ground_truth = np.where(mask == IGNORE_INDEX, np.uint8(IGNORE_INDEX), ground_truth)
+            confusion += confusion_matrix(np.where(mask == IGNORE_INDEX, np.uint8(0), mask), ground_truth, n_classes)
     return scores_of(confusion)
 
 

@@ -111,7 +111,8 @@ class RunWatch:
         """Settings, machine, data, classes, stages and time left, in one line."""
         data, names = self._dataset, self._names[1:]
         return (
-            f"{self._config.name} on {self._plan.machine}, {self._config.execution.precision}: {pluralize(len(data.train_images), 'image')} to train on, "
+            f"{self._config.name} on {self._plan.machine}, {self._config.execution.precision}: "
+            f"{pluralize(len(data.train_images), 'image')} to train on, "
             f"{len(data.val)} in val, foreground classes: {len(names)} ({format_examples(names)}); {self._left()}"
         )
 

@@ -132,6 +132,31 @@ def evaluate(
 
 
 @click.command(cls=GroupedCommand)
+@click.argument("out", type=PATH)
+@option("--decisions", type=PATH, required=True, metavar="FILE", help="Decisions that OUT/report.html exported.")
+@option("-o", "--output", type=PATH, required=True, metavar="FOLDER", help="New folder for tasks and corrections.")
+@bundle_option
+@option(
+    "--writer", "writers", default="cvat,label-studio", show_default=True, metavar="NAMES", help="Formats of tasks."
+)
+@option("--image-prefix", metavar="TEXT", help="Prefix of image paths in Label Studio tasks; by default that of OUT.")
+def review(out: Path, output: Path, bundle: Path | None, writers: str, **arguments: Any) -> None:
+    """Turn decisions about the masks in OUT into annotation tasks and corrections.
+
+    Accepted masks become FOLDER/corrections, for `multisa train --corrections`. Rejected images become tasks for CVAT
+    and Label Studio, with their masks to start from. Lists name the images to decide on later, and the undecided ones.
+
+    \b
+    Example:
+      multisa review out --decisions decisions.json -o review
+    """
+    from multisa.runtime.review import review_run
+
+    names = [name for name in writers.split(",") if name]
+    click.echo(review_run(out, folder=output, bundle=_load_bundle(bundle), writers=names, **arguments).describe())
+
+
+@click.command(cls=GroupedCommand)
 @click.argument("bundle", type=PATH, required=False)
 @json_option
 def inspect(bundle: Path | None, as_json: bool) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "label": ("multisa.runtime.cli.commands:label", "Turn image-level labels into pixel masks."),
     "segment": ("multisa.runtime.cli.commands:segment", "Segment images with the trained segmenter."),
     "evaluate": ("multisa.runtime.cli.commands:evaluate", "Compare masks with ground truth (IoU, mIoU)."),
+    "review": ("multisa.runtime.cli.commands:review", "Turn decisions about masks into tasks and corrections."),
     "inspect": ("multisa.runtime.cli.commands:inspect", "Verify a bundle and describe it."),
     "doctor": ("multisa.runtime.cli.commands:doctor", "Show what this machine can run and what is missing."),
     "demo": ("multisa.runtime.cli.commands:demo", "Label and segment the packaged images."),

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from multisa.runtime.bundle.manifest import Manifest
-from multisa.runtime.errors import ImageError
+from multisa.runtime.errors import ImageError, UsageError
 from multisa.runtime.files import read_json_object, write_json_atomically
 from multisa.runtime.imaging.decode import decode_image, decode_mask, read_mask
-from multisa.runtime.jobs.shards import PRIVATE, CommittedShards
+from multisa.runtime.jobs.fingerprint import read_fingerprint, run_key
+from multisa.runtime.jobs.shards import PRIVATE, CommittedShards, leads_elsewhere, path_below
 from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.jobs.worker import FAILURES, RECORDS
@@ -166,7 +167,8 @@ def write_run_report(
     Masks are read from the files of the writers "masks" or "tar"; without either the report has only figures.
     """
     with job.open_source() as source:
-        pictures = _Pictures(job, snapshot, shard_size, source)
+        masks = RunMasks(job.output, job.writers, snapshot, shard_size, job.max_pixels)
+        pictures = _Pictures(job, snapshot, masks, source)
         write_report(
             job.output,
             ReportData(
@@ -176,6 +178,7 @@ def write_run_report(
                 failures=_read_lines(job.output / FAILED_FILE),
                 read_image=pictures.image,
                 read_mask=pictures.mask,
+                run_key=run_key(read_fingerprint(job.output) or {}, snapshot),
             ),
             report_images=report_images if {"masks", "tar"} & set(job.writers) else 0,
         )
@@ -196,7 +199,7 @@ class _Pictures:
 
     job: Job
     snapshot: Snapshot
-    shard_size: int
+    masks: "RunMasks"
     source: Source
 
     def image(self, record: Record) -> UInt8 | None:
@@ -210,12 +213,35 @@ class _Pictures:
 
     def mask(self, record: Record) -> UInt8:
         """Class ids, uint8 [H, W], at the image's own size."""
-        index = int(record["index"])
+        return self.masks.read(int(record["index"]))[1]
+
+
+@dataclass(frozen=True)
+class RunMasks:
+    """Reads the masks that a run has written in the format "masks" or "tar"."""
+
+    output: Path
+    writers: tuple[str, ...]
+    snapshot: Snapshot
+    shard_size: int
+    max_pixels: int
+
+    def read(self, index: int) -> tuple[str, UInt8]:
+        """The name of an image's results, and its class ids, uint8 [H, W], at its own size.
+
+        Raises ImageError for a mask that cannot be read, UsageError for a path that leads out of the output folder.
+        """
         name = self.snapshot.sample(index).name
-        if "masks" in self.job.writers:
-            return read_mask(self.job.output / "masks" / f"{name}.png", max_pixels=self.job.max_pixels)
+        try:
+            path = path_below(self.output, f"masks/{name}.png")
+        except ValueError as error:
+            raise UsageError(f"{self.output}: {error}; the list of its images was altered") from error
+        if "masks" in self.writers:
+            if leads_elsewhere(self.output, path.parent) or path.is_symlink():
+                raise UsageError(f"{path}: leads out of {self.output}, expected a mask of the run: remove the link")
+            return name, read_mask(path, max_pixels=self.max_pixels)
         shard = self.snapshot.shard_of(index, self.shard_size)
-        with tarfile.open(self.job.output / shard_path("shards", shard, "tar")) as archive:
+        with tarfile.open(self.output / shard_path("shards", shard, "tar")) as archive:
             file = archive.extractfile(f"{tar_key(name)}.png")
             assert file is not None  # this run has written it
-            return decode_mask(file.read(), max_pixels=self.job.max_pixels)
+            return name, decode_mask(file.read(), max_pixels=self.max_pixels)

@@ -12,15 +12,17 @@ from multisa.runtime.backends.base import DetailedBackend
 from multisa.runtime.backends.gpus import probe_gpus
 from multisa.runtime.backends.registry import BACKENDS, SelectedBackend
 from multisa.runtime.errors import UsageError
-from multisa.runtime.files import flush_folder, write_json_atomically
+from multisa.runtime.files import flush_folder, sha256_of_bytes, write_json_atomically
 from multisa.runtime.imaging.png import png_encoder
 from multisa.runtime.jobs.output import CONFIG
+from multisa.runtime.jobs.snapshot import Snapshot
 from multisa.runtime.jobs.spec import Job
 from multisa.runtime.system import installed_versions
 
 Fingerprint = Mapping[str, Any]  # settings by name, as JSON values
 
 _FORMAT = 1  # of everything below OUT/.multisa
+_KEY_DIGITS = 32  # hexadecimal
 _PACKAGES = ("multisa", "numpy", "onnxruntime", "pillow", "simplejpeg")
 # Of backends other than ONNX Runtime.
 _BACKEND_PACKAGES = {
@@ -112,6 +114,12 @@ def read_fingerprint(output: Path) -> Fingerprint | None:
     if not isinstance(values, dict):
         raise UsageError(f"{path}: got no object, expected settings: start over with --overwrite")
     return values
+
+
+def run_key(fingerprint: Fingerprint, snapshot: Snapshot) -> str:
+    """A key of the run with these settings and images: the same in every session, and for retries."""
+    settings = json.dumps(fingerprint, sort_keys=True)
+    return sha256_of_bytes(f"{snapshot.digest} {settings}".encode())[:_KEY_DIGITS]
 
 
 def write_fingerprint(output: Path, fingerprint: Fingerprint) -> None:

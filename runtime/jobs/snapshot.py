@@ -70,7 +70,7 @@ class Snapshot(AbstractContextManager["Snapshot"]):
                 extension: (count, first) for extension, (count, first) in json.loads(facts["other_kinds"]).items()
             }
             self.other_files = OtherFiles(int(facts["other_files"]), kinds)
-            self._digest = facts["digest"]
+            self.digest = facts["digest"]
         except (sqlite3.Error, KeyError, ValueError) as error:
             raise MultisaError(
                 f"{path}: cannot be read ({error}), expected the list of a run's images: start over with --overwrite"
@@ -141,7 +141,7 @@ class Snapshot(AbstractContextManager["Snapshot"]):
 
         `listing` lists the source; it is called a second time if the first listing differs.
         """
-        if _digest_of_listing(listing()) == self._digest:
+        if _digest_of_listing(listing()) == self.digest:
             return ""
         with _compare_listing(self._path, listing()) as scratch:
             found = [_describe(scratch, word, query) for word, query in _DIFFERENCES.items()]
@@ -172,7 +172,7 @@ class Snapshot(AbstractContextManager["Snapshot"]):
         with self._rows:
             self._rows.executemany("UPDATE items SET place = ?, size = ?, version = ? WHERE id = ?", changed)
             self._rows.execute("UPDATE facts SET value = ? WHERE key = 'digest'", (digest,))
-        self._digest = digest
+        self.digest = digest
         return ""
 
 

@@ -66,6 +66,7 @@ class Page:
     cards: tuple[Card, ...]
     images: int  # of the run; more than there are cards when only some are pictured
     sections: str = ""  # HTML, already escaped
+    run_key: str = ""  # of the run, which decisions about its images are kept under; empty: the page takes none
 
 
 def write_page(path: Path, page: Page, manifest: Manifest) -> None:
@@ -85,6 +86,7 @@ def write_page(path: Path, page: Page, manifest: Manifest) -> None:
         options="".join(f"<option>{escape(name)}</option>" for name in manifest.foreground if name in shown),
         sections=page.sections,
         gallery=_gallery_title(page),
+        run=escape(page.run_key),
         cards="\n".join(render_card(card, colours, background) for card in page.cards),
         facts=json_for_script([card_facts(card, background) for card in page.cards]),
     )

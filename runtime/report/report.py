@@ -103,6 +103,7 @@ class ReportData:
     failures: Iterable[Mapping[str, Any]]  # the lines of failed.jsonl, read once
     read_image: Callable[[Record], UInt8 | None]  # uint8 [H, W, 3] of a record, upright; None if it is gone
     read_mask: Callable[[Record], UInt8]  # uint8 [H, W] of a record
+    run_key: str = ""  # see Page
 
 
 def write_report(out: Path, data: ReportData, *, report_images: int = REPORT_IMAGES) -> None:
@@ -130,6 +131,7 @@ def write_report(out: Path, data: ReportData, *, report_images: int = REPORT_IMA
         cards=cards,
         images=found.images,
         sections=render_totals(figures, found) + join_sections(sections),
+        run_key=data.run_key,
     )
     write_page(out / PAGE, page, manifest)
 

@@ -216,3 +216,11 @@ def test_a_card_from_elsewhere_cannot_control_the_terminal(tmp_path: Path) -> No
     text = "# Card\x1b[2J\x07\n" + "a line\n" * 100
     page = describe(bundle_with(tmp_path / "bundle", {MODEL_CARD: text.encode() + b"\xff"}))
     assert "# Card[2J" in page and "\x1b" not in page and page.count("a line") < 20
+
+
+def test_corrected_masks_are_named() -> None:
+    run = record(rows=MEASURED)
+    card = card_of(replace(run, images=replace(run.images, corrected=12)))
+    assert "- 12 of them have a mask that people corrected, which every stage learns from." in card
+    assert card.count("12 corrected masks of images to train on were trained on") == 2
+    assert "no mask was used" not in card and "corrected" not in card_of(run)

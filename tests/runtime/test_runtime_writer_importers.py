@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -11,7 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from job_runs import run_segment
 
+from multisa.runtime.bundle import Bundle
+from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.review import FORMAT, review_run
 from multisa.runtime.writers.base import LabelledImage, file_name
 
 pytestmark = pytest.mark.slow
@@ -99,3 +104,20 @@ def test_label_studio_reads_the_brushes_and_writes_the_same(
     for path in sorted((write_all(["label-studio"], images) / "label-studio").glob("*.json")):
         read |= importer("read_brushes", path)
     assert read == {image.id: digests(image.mask, background=False) for image in images}
+
+
+def test_tasks_of_a_review_are_read(photos: Path, bundle: Bundle, importer: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_segment(photos, out, bundle)
+    (key,) = re.findall(r'data-run="(\w+)"', (out / "report.html").read_text())
+    decisions = tmp_path / "decisions.json"
+    decided = {"a.jpg": "reject", "deep/c.jpg": "reject", "b.png": "accept"}
+    decisions.write_text(json.dumps({"format": FORMAT, "run": key, "decisions": decided}))
+    review_run(out, decisions, tmp_path / "review", bundle)
+    masks = {name: read_mask(out / f"masks/{name}.png") for name in ("a", "deep/c")}
+    expected = {name: digests(mask, background=False) for name, mask in masks.items()}
+    with zipfile.ZipFile(tmp_path / "review/cvat/000000.zip") as archive:
+        archive.extractall(tmp_path / "voc")
+    assert importer("read_datumaro", "voc_segmentation", tmp_path / "voc")["items"] == expected
+    brushes = importer("read_brushes", tmp_path / "review/label-studio/000000.json")
+    assert brushes == {f"{name}.jpg": found for name, found in expected.items()}

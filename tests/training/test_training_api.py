@@ -49,6 +49,7 @@ def test_the_public_names() -> None:
         "DatasetReport",
         "RunRecord",
         "TrainConfig",
+        "add_corrections",
         "check_dataset",
         "create_model",
         "load_config",

@@ -3,15 +3,15 @@
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from multisa.runtime.errors import DatasetError, UsageError
 from multisa.runtime.files import read_user_text, sha256_of_bytes, sha256_of_file
 from multisa.runtime.image_labels import normal_name
-from multisa.runtime.imaging.decode import MAX_ENLARGEMENT, UInt8, read_image, resize_image, working_size
+from multisa.runtime.imaging.decode import MAX_ENLARGEMENT, UInt8, read_image, resize_image, resize_mask, working_size
 from multisa.runtime.imaging.png import voc_palette
 from multisa.runtime.progress import format_examples, log, pluralize
 from multisa.training.annotations.base import MAX_CLASSES, Mask
@@ -58,6 +58,7 @@ class Dataset:
     train: tuple[Item, ...]  # VOC's list "train": the train images with masks to measure on; may be empty
     val: tuple[Item, ...]  # images with masks that the segmenter is evaluated on at the end; may be empty
     findings: tuple[Finding, ...] = ()
+    corrections: Mapping[str, Mask] = field(default_factory=dict)  # by id of an image to train on (corrections.py)
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
@@ -84,6 +85,16 @@ class Dataset:
         """Digest of `items`, images and masks: what a stage measures on."""
         files = [[i.id, sha256_of_file(i.image), i.mask and i.mask.digest()] for i in items]
         return _digest([self.class_names, files])
+
+    def corrections_input(self, items: tuple[Item, ...]) -> dict[str, str]:
+        """The input of a stage that uses the corrections of `items`; empty without any."""
+        used = [[item.id, self.corrections[item.id].digest()] for item in items if item.id in self.corrections]
+        return {"corrections": _digest(used)} if used else {}
+
+    def corrected_mask(self, item: Item, size: tuple[int, int]) -> UInt8 | None:
+        """The correction of an image as class ids uint8 [*size], 255 where they are unknown; None without one."""
+        found = self.corrections.get(item.id)
+        return None if found is None else resize_mask(found.read(), size)
 
 
 def log_findings(findings: Iterable[Finding]) -> None:
