@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -161,15 +162,8 @@ def export_bundle(
     manifest = _manifest(record, parity, origins, evidence, failed)
     written = tuple(GraphFile(f.removesuffix(".onnx"), "fp32", f, len(files[f]), t) for f, t in seconds.items())
     files |= licences
-    card = model_card(
-        record,
-        manifest.parameters,
-        files,
-        origins,
-        methods_compared=evidence is not None,
-        known_failures=known_failures,
-    )
-    files[MODEL_CARD] = card.encode()
+    card = partial(model_card, methods_compared=evidence is not None, known_failures=known_failures)
+    files[MODEL_CARD] = card(record, manifest.parameters, files, origins).encode()
     bundle = write_bundle(output, manifest, files)
     return ExportResult(bundle, written, parity, time.perf_counter() - start)
 

@@ -225,7 +225,7 @@ def _inspect(dataset: Dataset, item: Item, mask: Mask, names: tuple[str, ...]) -
     if ids.shape != size and (longest < MINIMUM_SIDE or ids.shape != working_size(*size, longest)):
         raise DatasetError(
             f"{mask}: got a mask of {ids.shape[1]} x {ids.shape[0]} pixels, expected {size[1]} x {size[0]} as its "
-            f"upright image {item.image.name}, or these sides shrunk by the same factor"
+            f"upright image {item.image.name}, or these sides resized by one factor, as the masks of stages are"
         )
     return tuple(int(class_id) for class_id in np.unique(ids) if class_id not in (0, IGNORE_INDEX))
 

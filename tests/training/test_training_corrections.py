@@ -105,7 +105,7 @@ def test_classes_of_a_correction_become_labels(dataset: Dataset, voc_folder: Pat
         (np.full((96, 96), 3), r"photo_00.png: got class id 3, which is no class of the data set, expected 0..2 of"),
         (np.full((96, 95), 1), "got a mask of 95 x 96 pixels, expected 96 x 96 as its upright image photo_00.jpg"),
         (np.full((48, 48), 1), "got a mask of 48 x 48 pixels"),
-        (np.full((192, 192), 1), "or these sides shrunk by the same factor"),
+        (np.full((200, 200), 1), "or these sides resized by one factor"),
         (np.full((96, 96, 3), 1), "got a mask of mode RGB, expected a palette or 8-bit grey PNG"),
     ],
 )
