@@ -26,7 +26,7 @@ from multisa.runtime.backends.registry import (
     try_backend,
 )
 from multisa.runtime.backends.tensorrt import TensorRTOptions
-from multisa.runtime.bundle import Bundle, Manifest, write_bundle
+from multisa.runtime.bundle import Bundle, Manifest, default_bundle_path, load_bundle, write_bundle
 from multisa.runtime.demo import IMAGES
 from multisa.runtime.errors import BackendError, BackendUnavailable, UsageError
 
@@ -266,3 +266,21 @@ def test_masks_do_not_depend_on_how_the_backend_was_selected(bundle: Bundle, tmp
         run_segment(IMAGES, out, bundle, request=BackendRequest(name))
         results.append(public_bytes(out))
     assert results[0] == results[1] and len(results[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("features", "saturates"),
+    [({"avx2", "fma"}, True), ({"avx2", "avx512_vnni"}, False), ({"avx2", "avx_vnni"}, False), ({"asimd"}, False)],
+)
+def test_int8_without_vnni_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, features: set[str], saturates: bool
+) -> None:
+    monkeypatch.setattr(registry, "processor_features", lambda: frozenset(features))
+    assert registry.saturates_int8() == saturates
+    for precision in ("fp32", "int8"):
+        caplog.clear()
+        request = BackendRequest("onnxruntime-cpu", precision)
+        with open_backends(load_bundle(default_bundle_path()), (SEGMENTER,), request):
+            pass
+        warned = [r for r in caplog.records if "no VNNI" in r.message]
+        assert len(warned) == (saturates and precision == "int8")
