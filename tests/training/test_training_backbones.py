@@ -118,7 +118,7 @@ def test_a_share_of_a_transformers_blocks_is_frozen() -> None:
 @pytest.mark.slow
 def test_finished_runs_keep_their_digests(tiny_run: Path) -> None:
     """The inputs of stages are those of configurations that name every setting, as they always were."""
-    cam = load_stage(next(tiny_run.glob("cam-[0-9a-f]*")))["inputs"]["cam"]
+    cam = load_stage(load_run(tiny_run).folder(tiny_run, "cam"))["inputs"]["cam"]
     assert cam["taps"] == [2, 3, 4] and cam["weights"] == "none" and "init_from" not in cam
 
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from multisa.runtime.errors import UsageError
-from multisa.runtime.imaging.decode import read_mask
+from multisa.runtime.imaging.decode import read_mask, resize_mask
 from multisa.runtime.imaging.png import voc_palette
 from multisa.training.backbones import Backbone
 from multisa.training.config import load_config
-from multisa.training.data import Dataset, read_dataset
+from multisa.training.data import Dataset, read_dataset, read_working_image
 from multisa.training.multi_sa import MultiSACAM, SingleLevel, shares_at_peak
 from multisa.training.reproduce.command import reproduce_paper
 from multisa.training.reproduce.figures import FIGURES, choose_images
@@ -135,7 +135,8 @@ def test_figure5_shows_the_masks_of_the_run(voc_folder: Path, run_folder: Path) 
         assert item.mask is not None
         made = read_mask(run.folder(run_folder, "pseudo-masks") / f"{item.id}.png")
         assert np.array_equal(strip.panels[4], fitted(dataset.mask_palette[made]))
-        assert np.array_equal(strip.panels[5], fitted(dataset.mask_palette[item.mask.read()]))
+        truth = resize_mask(item.mask.read(), made.shape)
+        assert np.array_equal(strip.panels[5], fitted(dataset.mask_palette[truth]))
         unlike += int((strip.panels[3] != strip.panels[4]).any())
     assert unlike, "the dense CRF changed nothing anywhere"
     assert figure.shown >= {1, 2}
@@ -147,6 +148,8 @@ def test_figure6_shows_what_the_run_measured(voc_folder: Path, run_folder: Path)
     assert figure.captions == ("image", "DeepLabV3+", "ground truth")
     for item, strip in zip(dataset.val, figure.strips, strict=True):
         made = read_mask(run.folder(run_folder, "segmenter-val") / f"{item.id}.png")
+        assert item.mask is not None and made.shape == item.mask.read().shape
+        made = resize_mask(made, read_working_image(item.image, config.long_side).shape[:2])
         assert np.array_equal(strip.panels[1], fitted(dataset.mask_palette[made]))
 
 

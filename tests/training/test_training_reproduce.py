@@ -111,11 +111,11 @@ def test_table1_trains_what_is_missing_and_resumes(
     before = stage_folders(run_folder)
     train, trained_taps = stages.train_cam, []
 
-    def train_or_stop(cam, *rest):  # type: ignore[no-untyped-def]
+    def train_or_stop(cam, *rest, **options):  # type: ignore[no-untyped-def]
         if len(trained_taps) == 1:
             raise KeyboardInterrupt
         trained_taps.append(cam.taps)
-        return train(cam, *rest)
+        return train(cam, *rest, **options)
 
     monkeypatch.setattr(stages, "train_cam", train_or_stop)
     with pytest.raises(KeyboardInterrupt):

@@ -215,7 +215,8 @@ def _with_ground_truth(
         rgb = read_working_image(item.image, config.long_side)
         pictures, masks = panels(item, rgb)
         if item.mask is not None and has_masks:
-            masks.append(resize_mask(item.mask.read(), (rgb.shape[0], rgb.shape[1])))
+            masks.append(item.mask.read())
+        masks = [resize_mask(mask, (rgb.shape[0], rgb.shape[1])) for mask in masks]
         shown.update(int(i) for mask in masks for i in np.unique(mask))
         classes = ", ".join(dataset.class_names[i] for i in item.classes)
         name = f"{item.id}: {classes}" if classes else item.id
