@@ -12,6 +12,7 @@ from multisa.training.config import CamConfig, SegmenterConfig, load_config
 from multisa.training.models import create_model, with_taps
 from multisa.training.multi_sa import MultiScaleCAM
 from multisa.training.pipeline import check_networks, train
+from multisa.training.run_record import load_run
 from multisa.training.segmenter import SegmentImages
 from multisa.training.stage_cache import load_stage
 
