@@ -53,6 +53,7 @@ bench: $(VENV)/dev  ## measure on this machine and refresh benchmarks/results; m
 train: $(VENV)/dev  ## train, measure and export the bundle of the package: make train DATA=folder
 	$(BIN)/multisa train --data $(DATA) --preset lite0 --set name=voc-animals -o $(RUN)
 	$(BIN)/multisa export $(RUN) --data $(DATA) -o $(RUN)-fp32 --known-failures benchmarks/results/known-failures.md
+	# int8 needs a processor with VNNI.
 	$(BIN)/multisa convert $(RUN)-fp32 --precision int8 --images $(DATA) -o runtime/bundles/voc-animals
 	cp $(RUN)/run.json benchmarks/results/voc-animals.json
 

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multisa.benchmarks.harness import environment, make_parser, peak_memory_mib, save_results
 from multisa.benchmarks.synthetic_images import image_bytes
+from multisa.runtime.imaging.decode import working_size
 from multisa.training.annotations.base import MaskFile
 from multisa.training.config import AffinityConfig, CamConfig, Schedule, SegmenterConfig, TrainConfig, load_config
 from multisa.training.data import VOC_CLASSES, Dataset, Item
@@ -105,13 +106,13 @@ def multiply_adds(stage: str, config: TrainConfig) -> int | None:
     if stage not in (*TRAININGS, *NETWORK_OF):
         return None
     part: CamConfig | AffinityConfig | SegmenterConfig = getattr(config, NETWORK_OF.get(stage, stage))
-    shrink = min(config.long_side / WIDTH, 1)
+    height, width = working_size(HEIGHT, WIDTH, config.long_side)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = untrained(part, len(VOC_CLASSES))
         if stage in TRAININGS:
             training_loss(part, network, batch=1, n_classes=len(VOC_CLASSES)).backward()  # type: ignore[no-untyped-call]
             return int(counter.get_total_flops()) // 2 * part.schedule.batch_size
-        image = torch.empty(1, round(HEIGHT * shrink), round(WIDTH * shrink), 3, dtype=torch.uint8)
+        image = torch.empty(1, height, width, 3, dtype=torch.uint8)
         with torch.no_grad():
             if isinstance(part, CamConfig):
                 MultiScaleCAM(network, scales=part.scales)(image)

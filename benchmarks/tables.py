@@ -32,6 +32,7 @@ SUBJECTS = (
 )  # fmt: skip
 # What the name of a PyTorch recipe contains, and the method of `multisa label` that it computes.
 LABEL_METHODS = {"segmenter": "segmenter", "sparse walk": "walk"}
+EARLIER_BUNDLE = "with an earlier bundle than the packaged one, small images not enlarged"
 LEAST_AGREEMENT = 0.999  # of labels, PyTorch against the default backend
 OF_A_BUNDLE = {"segmenting": "segment", "labelling": "label"}  # results and the key of their rows
 MIOU_TOLERANCE = 0.1  # percentage points: the bundle's weights are rounded to half precision
@@ -121,7 +122,7 @@ def _facts(environment: Row) -> str:
         "quick run" if environment.get("quick") else "",
         f"commit {environment['commit']}" if environment.get("commit") else "",
         str(environment.get("started") or "")[:10],
-        "with an earlier bundle than the packaged one" if environment.get("earlier_bundle") else "",
+        EARLIER_BUNDLE if environment.get("earlier_bundle") else "",
     ]
     return ", ".join(fact for fact in facts if fact)
 
@@ -286,6 +287,7 @@ def summary(files: Files) -> str:
     used = [e for name in ("segmenting", "labelling", "start_up", "kernels") for e in _environments(files[name])]
     measured = f"Measured on {'; '.join(dict.fromkeys(map(_facts, used)))}. All results:"
     lines = table(("what", "multisa", "compared with", "speedup"), cells)
+    lines += "\n\nSpeedups are medians of paired measurements, so they can differ from the quotient of the rates."
     return f"{lines}\n\n{measured}\n[docs/benchmarks.md](docs/benchmarks.md)."
 
 

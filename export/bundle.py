@@ -139,7 +139,7 @@ def export_bundle(
     if dataset.class_names != record.classes or dataset.train_images_digest() != record.data_digest:
         raise UsageError(
             f"{dataset.root}: not the data set that {run} was trained on; give the same one, with the same "
-            "--labels and --corrections"
+            "--labels, --val and --corrections"
         )
     origins = origins_of(record.config, record.files)
     licences = licence_files(record.config.name, origins, options.notices)

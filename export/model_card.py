@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from multisa.export.licences import Origin
 from multisa.runtime.bundle import BundleParameters
+from multisa.runtime.imaging.decode import MAX_ENLARGEMENT
 from multisa.runtime.progress import pluralize
 from multisa.training.models import ModelConfig
 from multisa.training.run_record import SEGMENTER, SUPERVISED, Row, RunRecord
@@ -168,7 +169,8 @@ def _training(run: RunRecord) -> Iterator[str]:
         yield f"The teacher labels the images again, {pluralize(config.relabel.rounds, 'time')}."
         yield ""
     yield (
-        f"Networks see images at a long side of {config.long_side} pixels; the seed is {config.seed}. All stages took "
+        f"Networks see images at a long side of {config.long_side} pixels, enlarged at most {MAX_ENLARGEMENT:g} times; "
+        f"the seed is {config.seed}. All stages took "
         f"{run.seconds / 60:.0f} minutes with torch {run.torch} on {run.threads} threads. `provenance.config` in "
         "bundle.json has every number."
     )

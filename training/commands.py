@@ -252,7 +252,8 @@ def list_(folder: Path, *, as_json: bool) -> None:
 def clean(run: Path, *, yes: bool) -> None:
     """Remove the stages of a finished run that its run.json does not use.
 
-    They were made with other settings or other data. A stage with files that were changed or added by hand is kept.
+    They were made with other settings or other data. A stage that is not finished, or has files that were changed or
+    added by hand, is kept.
     Lists what it would remove, and asks.
 
     Example: multisa runs clean runs/voc
@@ -262,7 +263,7 @@ def clean(run: Path, *, yes: bool) -> None:
     with run_lock(run):
         stages = unused_stages(run)
         click.echo(describe_unused(stages))
-        if any(not stage.changed for stage in stages) and (yes or click.confirm("remove them?")):
+        if any(not stage.kept_because for stage in stages) and (yes or click.confirm("remove them?")):
             click.echo(f"removed: {remove_stages(stages)}")
 
 

@@ -209,7 +209,7 @@ class TrainConfig:
     workers: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where torch has it
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
-    long_side: int = 512  # pixels; larger images are shrunk to this when they are read
+    long_side: int = 512  # pixels; images are resized to this when they are read (`working_size`)
     # Also measure the rows of the paper that the run itself does not need: the plain CAM (k = 0), and pseudo-masks
     # by the paper's protocol.
     paper_rows: bool = False

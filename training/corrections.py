@@ -45,7 +45,7 @@ def add_corrections(dataset: Dataset, *paths: Path, quiet: bool = False) -> Data
     palette or 8-bit grey PNGs of class ids, 255 where the class is unknown. With classes.txt in the folder, ids are
     those of its lines, else the data set's. Or a file of annotations (`multisa.training.annotations`): COCO JSON, an
     export of CVAT or Label Studio, whose classes are found by name; an image without any shape is not corrected there
-    if its labels name a class. A mask has the size of its upright image, or that of the image shrunk to some long
+    if its labels name a class. A mask has the size of its upright image, or that of the image resized to some long
     side, such as a mask of a stage.
 
     A class that the labels of an image lack is added to them. Every correction is used, or is in `findings`, which
@@ -140,17 +140,19 @@ def _match(dataset: Dataset, path: Path, found: _Found) -> tuple[list[tuple[Item
     A correction belongs to the image with its path as id; otherwise to the only one with its file name.
     """
     by_id = {item.id: item for item in dataset.train_images}
-    by_name = _unique_names(dataset.train_images)
-    val = {item.id for item in dataset.val} | {item.image.stem for item in dataset.val}
+    by_name = _unique_names([*dataset.train_images, *dataset.val])
+    val = {item.id for item in dataset.val}
+    val_names = val | {item.image.stem for item in dataset.val}
     matched: dict[str, str] = {}
     moved: list[str] = []
     measured: list[str] = []
     unused: list[str] = []
     for name in found.masks:
         last = name.rpartition("/")[2]
-        item = by_id.get(name.replace("/", "__")) or by_name.get(last)
-        if item is None:
-            (measured if last in val else unused).append(name)
+        key = name.replace("/", "__")
+        item = by_id.get(key) or (None if key in val else by_name.get(last))
+        if item is None or item.id not in by_id:
+            (measured if key in val or last in val_names else unused).append(name)
             continue
         if item.id in matched:
             raise DatasetError(
@@ -158,7 +160,7 @@ def _match(dataset: Dataset, path: Path, found: _Found) -> tuple[list[tuple[Item
                 "remove one of them"
             )
         matched[item.id] = name
-        moved += [f"{name} for {item.id}"] if item.id not in (name, name.replace("/", "__")) else []
+        moved += [f"{name} for {item.id}"] if item.id not in (name, key) else []
     if not matched:
         raise DatasetError(
             f"{path}: none of the {pluralize(len(found.masks), 'correction')} is of an image to train on, expected "

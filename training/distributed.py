@@ -31,6 +31,8 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=7)
 _CPU = torch.device("cpu")
 
+_IS_ALONE = False  # within `alone`
+
 
 def rank() -> int:
     """The number of this process among those that train together, from 0."""
@@ -81,6 +83,17 @@ def process_group(device: str = "auto") -> Iterator[None]:
         log.setLevel(level)
         torch.set_num_threads(threads)
         distributed.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block, this process is the only one: for work of one rank, for which no other waits in between."""
+    global _IS_ALONE  # as the process group is one of the process
+    before, _IS_ALONE = _IS_ALONE, True
+    try:
+        yield
+    finally:
+        _IS_ALONE = before
 
 
 def barrier() -> None:
@@ -180,4 +193,4 @@ def _as_error_of_ours() -> Iterator[None]:
 
 
 def _is_open() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return distributed.is_available() and distributed.is_initialized() and not _IS_ALONE

@@ -25,6 +25,7 @@ from multisa.training.backbones import Backbone
 from multisa.training.config import AffinityConfig, CamConfig, ExecutionConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, spread
 from multisa.training.data_check import Estimate, Size
+from multisa.training.distributed import alone, world_size
 from multisa.training.frozen_norm import folded_norms
 from multisa.training.inference import keep_freed_memory, torch_device
 from multisa.training.loop import CHECKPOINT, autocast_for, save_checkpoint
@@ -111,13 +112,18 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
         "calibration": counts.calibrated,
         "val": val * counts.segmenters,
     }
+    processes = world_size()
+    shared = replace(config.execution, accumulate=config.execution.accumulate * processes)
     try:
-        with console(quiet=True), TemporaryDirectory() as folder:
-            trained, checkpoints = _training(config, dataset, counts, Path(folder), device)
+        with alone(), console(quiet=True), TemporaryDirectory() as folder:
+            part = replace(config, execution=shared)  # what one process computes of a batch at a time
+            trained, checkpoints = _training(part, dataset, counts, Path(folder), device)
             per_image, per_pixel = _other_stages(config, dataset, counts, Path(folder))
     except torch.cuda.OutOfMemoryError:
         log.warning("the memory of the GPU does not suffice: lower batch_size or crop, or raise execution.accumulate")
         return None
+    if device.type == "cuda":
+        trained = {name: value / processes for name, value in trained.items()}
     seconds = trained | {kind: per_image.get(kind, 0.0) * count for kind, count in images.items()}
     disk = checkpoints + _file_bytes(config, dataset, counts, sizes, per_pixel)
     cores = pluralize(usable_cpus(), "CPU core")

@@ -59,15 +59,14 @@ def for_each_item(  # more than six parameters: what to do, with what, and how
     *,
     workers: int,
     title: str,
-    alone: bool = False,
 ) -> None:
     """Call `work` on every item that lacks one of its files, on `workers` threads; the ranks divide the items.
 
     An item has a file `folder`/ID + suffix for each suffix; `work` gets the item and these paths. It writes
     each file atomically, so an interrupted stage resumes where it stopped. The first error ends the stage. Returns
-    when every rank is ready. With `alone`, this rank does all of it and waits for no other.
+    when every rank is ready.
     """
-    items = items if alone else items[rank() :: world_size()]
+    items = items[rank() :: world_size()]
     tasks = [(item, [folder / f"{item.id}{suffix}" for suffix in suffixes]) for item in items]
     left = [(item, paths) for item, paths in tasks if not all(path.exists() for path in paths)]
     with (
@@ -83,8 +82,7 @@ def for_each_item(  # more than six parameters: what to do, with what, and how
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    if not alone:
-        barrier()
+    barrier()
 
 
 def as_batch(image: UInt8) -> torch.Tensor:

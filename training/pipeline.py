@@ -4,6 +4,7 @@ Mistakes in the configuration or the data set are found before the first stage (
 """
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from multisa.training.backbones import layout_of
 from multisa.training.config import SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, log_findings
 from multisa.training.data_check import DatasetReport, check_dataset
-from multisa.training.distributed import on_main, process_group, rank
+from multisa.training.distributed import on_main, process_group, rank, world_size
 from multisa.training.estimate import estimate_training
 from multisa.training.inference import torch_device
 from multisa.training.loop import check_execution
@@ -68,10 +69,14 @@ def run_stages(config: TrainConfig, dataset: Dataset, output: Path, *, discard_e
     """Run every stage as `train` does, without writing `run.json`."""
     report = on_main(partial(check_run, config, dataset, output))
     config = replace(config, cam=with_taps(config.cam))
-    if rank() > 0:
-        cache = StageCache(output, discard_edits=discard_edits)
-        return _run_all(RunStages(cache, config, dataset), cache)
-    with run_lock(output), RunWatch(config, dataset, output, plan_run(config, dataset, output, report)) as watch:
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(run_lock(output))
+
+        on_main(lock)
+        plan = on_main(partial(plan_run, config, dataset, output, report))
+        watch = stack.enter_context(RunWatch(config, dataset, output, plan)) if rank() == 0 else None
         cache = StageCache(output, watch, discard_edits=discard_edits)
         return _run_all(RunStages(cache, config, dataset, watch), cache)
 
@@ -87,7 +92,8 @@ def plan_run(config: TrainConfig, dataset: Dataset, output: Path, report: Datase
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     settings = {k: v for k, v in record_to_dict(config).items() if k not in ("name", "trackers", "val_every")}
     data = [[item.id, item.classes, report.sizes[item.id]] for item in (*dataset.train_images, *dataset.val)]
-    identity = sha256_of_bytes(json.dumps([settings, dataset.class_names, data, machine]).encode())
+    about = [settings, dataset.class_names, data, machine, world_size()]
+    identity = sha256_of_bytes(json.dumps(about).encode())
     stored, names = read_json_object(output / PLAN), planned_stages(config, dataset)
     is_known = stored.get("identity") == identity
     if not is_known:

@@ -90,18 +90,29 @@ class Unused:
     path: Path
     bytes: int
     changed: tuple[str, ...]  # files that the stage did not write, or that were edited since: such a folder is kept
+    is_finished: bool = True  # a training that was interrupted is kept, because it can be resumed
+
+    @property
+    def kept_because(self) -> str:
+        """Why the folder is kept; "" if it is not."""
+        if not self.is_finished:
+            return "it is not finished, and the same command resumes it"
+        return f"{self.changed[0]} was changed or added by hand" if self.changed else ""
 
 
 def unused_stages(root: Path) -> list[Unused]:
     """Stage folders of a finished run that its record does not use: those of other settings or data.
 
-    Raises UsageError for a folder without a finished run, whose record says what is used.
+    Tables and figures in the folder use theirs, too. Raises UsageError for a folder without a finished run.
     """
     used = {stage.folder for stage in load_run(root).stages}
-    if (root / REPRODUCE / RUN_RECORD).is_file():
-        used |= {stage.folder for stage in load_run(root / REPRODUCE).stages}
+    for record in sorted((root / REPRODUCE).glob("*.json")):  # tables and figures name the stages that they show
+        used |= set(STAGE_FOLDER.findall(record.read_text(encoding="utf-8", errors="replace")))
     unused = [path for path in _stage_folders(root) if path.name not in used]
-    return [Unused(path, sum(f.stat().st_size for f in path.iterdir()), _changed(path)) for path in unused]
+    return [
+        Unused(path, sum(f.stat().st_size for f in path.iterdir()), _changed(path), (path / MARKER).is_file())
+        for path in unused
+    ]
 
 
 def _stage_folders(root: Path) -> list[Path]:
@@ -119,17 +130,17 @@ def _changed(folder: Path) -> tuple[str, ...]:
 
 def describe_unused(stages: Sequence[Unused]) -> str:
     """What `remove_stages` would remove and keep, one line each."""
-    removed, kept = ([stage for stage in stages if bool(stage.changed) == is_kept] for is_kept in (False, True))
+    removed, kept = ([stage for stage in stages if bool(stage.kept_because) == is_kept] for is_kept in (False, True))
     total = _megabytes(sum(stage.bytes for stage in removed))
     lines = [f"stages that {RUN_RECORD} does not use, {total} in all:" if removed else "no stage to remove"]
     lines += [f"  {stage.path.name}  {_megabytes(stage.bytes)}" for stage in removed]
-    lines += [f"kept: {s.path.name}, because {s.changed[0]} was changed or added by hand" for s in kept]
+    lines += [f"kept: {stage.path.name}, because {stage.kept_because}" for stage in kept]
     return "\n".join(lines)
 
 
 def remove_stages(stages: Sequence[Unused]) -> int:
-    """Remove the folders of unused stages without changed files; returns how many."""
-    removed = [stage for stage in stages if not stage.changed]
+    """Remove the folders of finished, unused stages without changed files; returns how many."""
+    removed = [stage for stage in stages if not stage.kept_because]
     for stage in removed:
         (stage.path / MARKER).unlink(missing_ok=True)  # first: half a folder must not count as a finished stage
         shutil.rmtree(stage.path)

@@ -34,6 +34,7 @@ from multisa.training.augment import AugmentedImages
 from multisa.training.backbones import Backbone
 from multisa.training.config import AffinityLabelConfig, CamConfig, SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, Item, read_working_image
+from multisa.training.distributed import alone
 from multisa.training.inference import as_batch, for_each_item, load_maps, save_maps, torch_device
 from multisa.training.loop import CHECKPOINT, BatchLoss, Epoch, LoopOptions, train_network
 from multisa.training.models import create_model
@@ -302,8 +303,9 @@ def train_segmenter(
 
     def measure(epoch: Epoch) -> Results:
         with TemporaryDirectory() as temporary:
-            title = f"val after epoch {epoch.number}"  # only rank 0 is here
-            return segment_val(network, config, dataset, Path(temporary), title=title, alone=True)
+            title = f"val after epoch {epoch.number}"
+            with alone():  # only rank 0 is here
+                return segment_val(network, config, dataset, Path(temporary), title=title)
 
     groups = [(schedule.new_layers_factor, network.new_parameters())]
     options = _loop_options(config, folder, training.title, after_epoch)
@@ -369,16 +371,14 @@ def evaluate_segmenter(
     return segment_val(network.to(torch_device(config)), config, dataset, folder, title="val")
 
 
-def segment_val(  # more than six parameters: a network, where and how to score it
-    network: DeepLabV3Plus, config: TrainConfig, dataset: Dataset, folder: Path, *, title: str, alone: bool = False
-) -> Results:
+def segment_val(network: DeepLabV3Plus, config: TrainConfig, dataset: Dataset, folder: Path, *, title: str) -> Results:
     """Segment the val list with a network in evaluation mode, write ID.png to `folder` and score them."""
     segment = SegmentImages(network)
 
     def work(item: Item, path: Path) -> None:
         write_mask(path, segment_item(segment, config, item), dataset.mask_palette)
 
-    for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title=title, alone=alone)
+    for_each_item(work, dataset.val, folder, (".png",), workers=config.workers, title=title)
     return score_masks(folder, dataset.val, len(dataset.class_names))
 
 

@@ -102,7 +102,7 @@ def sample_panels(
     one.
     """
     image = read_working_image(item.image, config.long_side)
-    image = resize_image(image, working_size(image.shape[0], image.shape[1], LONG_SIDE))
+    image = resize_image(image, working_size(image.shape[0], image.shape[1], LONG_SIDE, enlarge=1))
     panels = [("image", image)]
     for stage, caption in (("cam-maps", "CAM"), ("walk", "after the walk")):
         if stage in folders:

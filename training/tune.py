@@ -92,7 +92,7 @@ def write_tune_page(root: Path, dataset: Dataset, path: Path, *, num_images: int
     if dataset.train_images_digest() != run.data_digest:
         raise UsageError(
             f"{dataset.root}: got other images, classes or labels than {root} was trained on; give the data set of "
-            "the training, with the same --labels and --corrections"
+            "the training, with the same --labels, --val and --corrections"
         )
     if with_masks and not dataset.train:
         raise UsageError(f"{dataset.root}: got --masks, but no image of the train list has a mask; leave it out")

@@ -46,10 +46,11 @@ class Effort:
     repeats: int = 5  # of each point of a curve
     labelled: int = 48  # images through the labelling recipes
     is_quick: bool = False  # no dense matrix of kernels; torch.compile only where --backends names it
-    dense_side: int = 512  # pixels: of the image whose matrix is squared; cost grows with its 6th power
+    # Pixels of the image whose matrix is squared; the networks see it at up to twice that. Cost: the 6th power.
+    dense_side: int = 512
 
 
-QUICK = Effort(8, 3, 32, 24, 3, (1, 4), (256, 512), 3, 9, is_quick=True, dense_side=192)
+QUICK = Effort(8, 3, 32, 24, 3, (1, 4), (256, 512), 3, 9, is_quick=True, dense_side=96)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class LabelledImage:
 
 
 def read_working(path: Path, long_side: int) -> UInt8:
-    """An image as uint8 [1, h, w, 3], reduced to the long side of the bundle."""
+    """An image as uint8 [1, h, w, 3], at the working size of the bundle."""
     return read_plainly(path, long_side)[0][np.newaxis]
 
 
@@ -53,7 +53,7 @@ def copy_images(images: Sequence[LabelledImage], folder: Path) -> Path:
 
 
 def read_plainly(path: Path, long_side: int) -> tuple[UInt8, tuple[int, int]]:
-    """An image as Pillow reads it, reduced to `long_side`: uint8 [h, w, 3], and its own height and width."""
+    """An image as Pillow reads it, at its working size: uint8 [h, w, 3], and its own height and width."""
     rgb = read_image(path).rgb
     size = (rgb.shape[0], rgb.shape[1])
     return np.ascontiguousarray(resize_image(rgb, working_size(*size, long_side))), size

@@ -162,8 +162,8 @@ def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
 def default_profiles(long_side: int) -> tuple[Profile, ...]:
     """Three profiles for images whose long side is at most `long_side` pixels.
 
-    Most images are larger and are reduced to exactly `long_side`, in 4:3 or 3:4: two profiles are tuned for
-    these, and the first also covers everything wider than 3:4. The third is tuned for small images. All have
+    Images are resized to exactly `long_side`, most of them in 4:3 or 3:4: two profiles are tuned for these, and the
+    first also covers everything wider than 3:4. The third is tuned for images below half of it. All have
     batch 1, as the runtime runs them: an engine reserves the memory of its largest batch.
     """
     short = _on_grid(long_side * 3 // 4, long_side)
@@ -196,8 +196,8 @@ def parse_profiles(texts: Sequence[str], long_side: int) -> tuple[Profile, ...]:
             )
         if high > long_side:
             raise UsageError(
-                f"{where}: got a side of {high}, expected at most {long_side}: the bundle reduces every "
-                "image to that long side"
+                f"{where}: got a side of {high}, expected at most {long_side}: the bundle resizes every "
+                "image to at most that long side"
             )
     return profiles
 

@@ -77,7 +77,7 @@ ImageInput: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArr
 class DecodedImage:
     """One upright image and its original size."""
 
-    rgb: UInt8  # [h, w, 3], contiguous; smaller than `size` only if decoded with a long side
+    rgb: UInt8  # [h, w, 3], contiguous; of another size than `size` only if loaded with a long side
     orientation: int  # EXIF orientation of the file, 1..8 (1 when absent); `rgb` is already upright
     notes: tuple[str, ...]  # descriptions of lossy conversions
     size: tuple[int, int]  # (H, W) of the upright image before resizing: the size of its mask

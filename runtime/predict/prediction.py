@@ -78,7 +78,7 @@ class Labelling:
 class Prediction:
     """The class probabilities of one image, and the mask made from them.
 
-    The networks run at a working size [h, w], whose long side is the bundle's `long_side` (small images: twice theirs).
+    The networks run at a working size [h, w], whose long side is the bundle's `long_side`, or twice that of the image.
     `mask` and `confidence` have the size of the upright image, [H, W]: the probabilities are enlarged to it on first
     access.
     Mean confidence and disagreement are those at the working size, before small parts are absorbed.

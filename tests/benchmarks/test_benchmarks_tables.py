@@ -110,15 +110,15 @@ def test_the_summary_compares_each_method_of_label_with_its_own_recipe(stored: F
     files = deepcopy(stored)
     rows = files["labelling"]["label"]
     for recipe, times in (("multisa label --method walk", 2.0), ("PyTorch eager, sparse walk, pydensecrf", 9.0)):
-        next(row for row in rows if row["recipe"] == recipe).update(default_times_as_fast=times, images_per_second=1)
+        next(row for row in rows if row["recipe"] == recipe).update(default_times_as_fast=times, images_per_second=1.5)
     lines = [line for line in tables.summary(files).splitlines() if line.startswith("| `label")]
     assert len(lines) == 2 and "segmenter" in lines[0].split("|")[1] and "PyTorch eager, segmenter" in lines[0]
     walk = [cell.strip() for cell in lines[1].split("|")]
     assert walk[1:5] == [
         "`label --method walk`, file to file",
-        "1 images/s",
-        "PyTorch eager, sparse walk, pydensecrf, 1 images/s",
-        "4.5",
+        "1.50 images/s",
+        "PyTorch eager, sparse walk, pydensecrf, 1.50 images/s",
+        "4.50",
     ]
 
 

@@ -99,6 +99,29 @@ def test_classes_of_a_correction_become_labels(dataset: Dataset, voc_folder: Pat
     assert added.train_images_digest() != dataset.train_images_digest()
 
 
+def test_a_correction_of_a_val_image_is_not_used_for_another_of_its_name(
+    dataset: Dataset, voc_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "val").mkdir()
+    image = tmp_path / "val" / "photo_00.jpg"
+    shutil.copy(voc_folder / "JPEGImages" / "photo_09.jpg", image)
+    (first, *_), (last, *_) = dataset.train_images, dataset.val
+    same = replace(dataset, train_images=(first,), train=(), val=(replace(last, id="val__photo_00", image=image),))
+    assert first.id == "photo_00"
+    masks = tmp_path / "corrections"
+    write(masks, "val/photo_00", truth(voc_folder, "photo_00"))
+    write(masks, "elsewhere/photo_00", truth(voc_folder, "photo_00"))  # of which of the two?
+    with pytest.raises(DatasetError, match=r"none of the 2 corrections is of an image to train on"):
+        add_corrections(same, masks)
+    write(masks, "photo_00", truth(voc_folder, "photo_00"))
+    added = add_corrections(same, masks)
+    assert set(added.corrections) == {"photo_00"}
+    assert findings(added)["2 corrections of val images, not used: val only measures"] == (
+        "elsewhere/photo_00",
+        "val/photo_00",
+    )
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

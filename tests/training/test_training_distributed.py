@@ -80,6 +80,27 @@ def test_two_processes_train_as_one(one_process: Path, voc_folder: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_one_of_two_processes_estimates_and_measures_alone(voc_folder: Path, tmp_path: Path) -> None:
+    """The estimate and val while training are work of rank 0, which uses functions that all ranks call elsewhere."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from multisa.runtime.cli.main import main\n"
+        "from multisa.training import pipeline\n"
+        "if __name__ == '__main__':\n"
+        "    pipeline.LEAST_SAMPLES = 1  # an estimate for this small training, too\n"
+        "    main()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    given = command(voc_folder, tmp_path / "run", "--set", "val_every=1", "--set", "relabel.rounds=0")[3:]
+    result = subprocess.run([*torchrun, *given], capture_output=True, text=True, check=False, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert "mIoU on val" in result.stderr and " in all" in result.stderr
+    assert any(json.loads((tmp_path / "run" / "plan.json").read_text())["seconds"].values())
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == len({tuple(row.split(",")[1:5]) for row in rows}) and any("val_miou" in row for row in rows)
+
+
+@pytest.mark.slow
 def test_two_processes_divide_images_and_make_the_same_files(
     one_process: Path, voc_folder: Path, tmp_path: Path
 ) -> None:

@@ -148,7 +148,7 @@ class DrawnMask:
 
     def read(self) -> UInt8:
         """Class ids, uint8 [H, W]. Raises ImageError, BackendUnavailable without pycocotools for polygons."""
-        if not 0 < self.size[0] * self.size[1] <= MAX_PIXELS:
+        if min(self.size) < 1 or self.size[0] * self.size[1] > MAX_PIXELS:
             raise ImageError(f"{self.name}: got {self.size[1]} x {self.size[0]} pixels, expected 1 to {MAX_PIXELS}")
         mask = np.zeros(self.size, np.uint8)
         for class_id, shape in self.shapes:

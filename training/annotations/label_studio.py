@@ -111,6 +111,8 @@ def _read_results(
 
 def _shape(value: Mapping[str, Any], size: Size) -> Shape | None:
     if value.get("format") == "rle":
+        if not isinstance(value["rle"], list):  # bytes(10**11) would allocate as many zeros
+            raise ValueError(f"rle: got {type(value['rle']).__name__}, expected a list of bytes")
         return decode_brush(bytes(value["rle"]), size)
     if "points" in value:  # in percent of the image
         points = np.asarray(value["points"], np.float64) * (size[1] / 100, size[0] / 100)
