@@ -17,7 +17,7 @@ from PIL import Image
 
 from multisa.runtime import api
 from multisa.runtime.backends.base import PRECISIONS
-from multisa.runtime.backends.registry import ALL_PRECISIONS, BACKENDS, BackendRequest
+from multisa.runtime.backends.registry import ALL_PRECISIONS, BACKENDS, BackendRequest, saturates_int8
 from multisa.runtime.bundle import Bundle, LabelMethod, default_bundle_path
 from multisa.runtime.bundle import storage as bundle_module
 from multisa.runtime.cli import commands, options
@@ -304,7 +304,9 @@ def test_engine_and_precision(photos: Path, bundle_of_precisions: Bundle, tmp_pa
     run = ("-o", tmp_path / "out", "--bundle", bundle_of_precisions.path)
     result = run_cli("segment", photos / "a.jpg", *run, "--backend", "onnxruntime-cpu", "--precision", "int8")
     assert result.exit_code == 0
-    assert result.stderr == "segmenter: onnxruntime-cpu, int8 (requested)\n"
+    selected, *warnings = result.stderr.splitlines()
+    assert selected == "segmenter: onnxruntime-cpu, int8 (requested)"
+    assert ["no VNNI" in line for line in warnings] == [True] * saturates_int8()
     assert "background" not in json.loads((tmp_path / "out/labels.jsonl").read_text())["pixel_shares"]
     result = run_cli("label", photos / "a.jpg", *run, "--precision", "int8", "--overwrite")
     assert result.exit_code == 2 and "has cam in fp32 and fp16, got --precision int8" in result.stderr
