@@ -618,7 +618,7 @@ def test_pseudo_masks_that_are_made_on_the_device(
     monkeypatch.setattr(GpuPipeline, "label", noted)
     images = tmp_path / "images"
     images.mkdir()
-    Image.fromarray(crop(96, 128)[0]).save(images / "cat.png")
+    Image.fromarray(crop(96, 128)[0]).resize((64, 48)).save(images / "cat.png")  # enlarged to 128 x 96
     (tmp_path / "labels.csv").write_text("image,labels\ncat.png,cat\n")
     store(CAM, library)
     cache = store(AFFINITY, library)
