@@ -44,7 +44,7 @@ from multisa.training.data import Dataset, Item, read_working_image, spread
 from multisa.training.fold import AffinityFromImages, FoldedMultiSACAM
 from multisa.training.inference import as_batch
 from multisa.training.loop import CHECKPOINT
-from multisa.training.models import ModelConfig, create_model
+from multisa.training.models import create_model
 from multisa.training.multi_sa import MultiSACAM, MultiScaleCAM
 from multisa.training.run_record import RunRecord, load_run
 from multisa.training.segmenter import SegmentImages
@@ -288,8 +288,7 @@ def _convert(run: RunRecord, graphs: tuple[Graph, ...]) -> tuple[dict[str, bytes
 
 def backbone_of(config: TrainConfig, contract: GraphContract) -> str:
     """The backbone of the network of a graph."""
-    parts: dict[str, ModelConfig] = {"cam": config.cam, "affinity": config.affinity, "segmenter": config.segmenter}
-    return parts[contract.name].backbone
+    return config.networks()[contract.name].backbone
 
 
 def parameters_of_run(run: RunRecord, evidence: MethodEvidence | None = None) -> BundleParameters:

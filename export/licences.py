@@ -9,7 +9,6 @@ from pathlib import Path
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_user_text
 from multisa.training.config import TrainConfig
-from multisa.training.models import ModelConfig
 from multisa.training.weights import PACKAGED_WEIGHTS, import_timm, is_file
 
 NOTICE = "NOTICE"
@@ -40,8 +39,7 @@ def origins_of(config: TrainConfig, files: Mapping[str, str] | None = None) -> t
 
     Raises UsageError where the package of the weights is not installed, because its version is needed.
     """
-    segmenters = [network for network in config.segmenters().values() if not network.start_from_cam]
-    networks: list[ModelConfig] = [config.cam, config.affinity, *segmenters]
+    networks = [n for n in config.networks().values() if not getattr(n, "start_from_cam", False)]
     starts = dict.fromkeys((network.backbone, network.weights) for network in networks)
     origins = [_origin(backbone, weights, files or {}) for backbone, weights in starts if weights != "none"]
     if config.init_from:

@@ -258,6 +258,10 @@ class TrainConfig:
         teacher = {"relabel.teacher": self.relabel.teacher} if self.relabel.rounds else {}
         return {"segmenter": self.segmenter, **teacher}
 
+    def networks(self) -> "dict[str, CamConfig | AffinityConfig | SegmenterConfig]":
+        """All networks that this run trains, by their key."""
+        return {"cam": self.cam, "affinity": self.affinity, **self.segmenters()}
+
     def with_paper_masks(self) -> "TrainConfig":
         """The same with the paper's pseudo-masks: dense CRF, one background score, chosen on the train masks."""
         label = replace(self.label, class_gain=(), use_crf=True)

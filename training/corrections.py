@@ -24,6 +24,8 @@ from multisa.runtime.system import usable_cpus
 from multisa.training.annotations.base import Mask, MaskFile
 from multisa.training.annotations.registry import read_annotations
 from multisa.training.data import Dataset, Finding, Item, log_findings, read_class_names
+from multisa.training.data.dataset import make_finding
+from multisa.training.data.labels import notes_of
 
 MOST_LISTED = 20  # corrections that cannot be used, in an error message
 CLASS_FILE = "classes.txt"  # in a folder of masks: the names of its ids, where they differ from the data set's
@@ -79,7 +81,9 @@ def _add(dataset: Dataset, path: Path, *, quiet: bool) -> Dataset:
     findings = [
         Finding(f"{len(corrections)} of {total} to train on corrected by {path.name}", tuple(corrections)),
         *findings,
-        _finding(blank, "without any shape though the labels name a class, not used", is_warning=True),
+        make_finding(
+            "correction", "without any shape though the labels name a class, not used", blank, is_warning=True
+        ),
         *found.findings,
         *label_findings,
     ]
@@ -130,8 +134,8 @@ def _read_export(path: Path, dataset: Dataset) -> _Found:
             raise DatasetError(f"{path}: got two masks of {key}, expected one: remove one of them")
         else:
             masks[key] = image.mask
-    notes = [Finding(f"{path.name}: {note}", names, is_warning=True) for note, names in annotations.notes.items()]
-    return _Found(masks, (_finding(without, "without a mask, not used"), *notes))
+    notes = (replace(note, is_warning=True) for note in notes_of(annotations))
+    return _Found(masks, (make_finding("correction", "without a mask, not used", without), *notes))
 
 
 def _match(dataset: Dataset, path: Path, found: _Found) -> tuple[list[tuple[Item, str]], list[Finding]]:
@@ -167,15 +171,11 @@ def _match(dataset: Dataset, path: Path, found: _Found) -> tuple[list[tuple[Item
             f"names such as {dataset.train_images[0].id}.png (got {format_examples([*measured, *unused]) or 'nothing'})"
         )
     findings = [
-        _finding(moved, "matched by file name"),
-        _finding(measured, "of val images, not used: val only measures", is_warning=True),
-        _finding(unused, "of no image to train on, not used", is_warning=True),
+        make_finding("correction", "matched by file name", moved),
+        make_finding("correction", "of val images, not used: val only measures", measured, is_warning=True),
+        make_finding("correction", "of no image to train on, not used", unused, is_warning=True),
     ]
     return [(by_id[item_id], name) for item_id, name in sorted(matched.items())], findings
-
-
-def _finding(names: list[str], rest: str, *, is_warning: bool = False) -> Finding:
-    return Finding(f"{pluralize(len(names), 'correction')} {rest}", tuple(names), is_warning)
 
 
 def _unique_names(items: Iterable[Item]) -> dict[str, Item]:
@@ -249,7 +249,7 @@ def _with_classes(dataset: Dataset, classes: dict[str, tuple[int, ...]]) -> tupl
             absent += [named(item, gone)] if gone else []
     findings = [
         Finding(f"{pluralize(len(added), 'image')} given a class of the correction that the labels lack", tuple(added)),
-        _finding(absent, "without a class that the labels name"),
+        make_finding("correction", "without a class that the labels name", absent),
     ]
     images, train = (tuple(map(corrected, items)) for items in (dataset.train_images, dataset.train))
     return replace(dataset, train_images=images, train=train), findings

@@ -126,12 +126,15 @@ def estimate_training(config: TrainConfig, dataset: Dataset, sizes: Mapping[str,
         trained = {name: value / processes for name, value in trained.items()}
     seconds = trained | {kind: per_image.get(kind, 0.0) * count for kind, count in images.items()}
     disk = checkpoints + _file_bytes(config, dataset, counts, sizes, per_pixel)
-    cores = pluralize(usable_cpus(), "CPU core")
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     kinds = {name: _kind(name) for name in planned_stages(config, dataset)}
     shares = Counter(kinds.values())
     stages = {name: seconds.get(kind, 0.0) / shares[kind] for name, kind in kinds.items()}
-    return Estimate(sum(seconds.values()), disk, machine, stages)
+    return Estimate(sum(seconds.values()), disk, machine_name(device), stages)
+
+
+def machine_name(device: torch.device) -> str:
+    """What trains, in words: the GPU, or how many CPU cores."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else pluralize(usable_cpus(), "CPU core")
 
 
 def _kind(stage: str) -> str:

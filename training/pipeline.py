@@ -15,18 +15,17 @@ import torch
 from multisa.runtime.bundle import LabelParameters
 from multisa.runtime.errors import UsageError
 from multisa.runtime.files import read_json_object, sha256_of_bytes, write_json_atomically
-from multisa.runtime.progress import log, pluralize
+from multisa.runtime.progress import log
 from multisa.runtime.records import record_to_dict
-from multisa.runtime.system import usable_cpus
 from multisa.training.backbones import layout_of
 from multisa.training.config import SegmenterConfig, TrainConfig
 from multisa.training.data import Dataset, log_findings
 from multisa.training.data_check import DatasetReport, check_dataset
 from multisa.training.distributed import on_main, process_group, rank, world_size
-from multisa.training.estimate import estimate_training
+from multisa.training.estimate import estimate_training, machine_name
 from multisa.training.inference import torch_device
 from multisa.training.loop import check_execution
-from multisa.training.models import ModelConfig, create_model, with_taps
+from multisa.training.models import create_model, with_taps
 from multisa.training.run_record import RUN_RECORD, SEGMENTER, SUPERVISED, Row, RunRecord, StageRecord, count_images
 from multisa.training.runs import run_lock
 from multisa.training.stage_cache import MARKER, StageCache
@@ -87,9 +86,7 @@ def plan_run(config: TrainConfig, dataset: Dataset, output: Path, report: Datase
     The estimate is made once for the same settings, data and machine, and kept in `plan.json`. A small training has
     none.
     """
-    device = torch_device(config)
-    cores = pluralize(usable_cpus(), "CPU core")
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    machine = machine_name(torch_device(config))
     settings = {k: v for k, v in record_to_dict(config).items() if k not in ("name", "trackers", "val_every")}
     data = [[item.id, item.classes, report.sizes[item.id]] for item in (*dataset.train_images, *dataset.val)]
     about = [settings, dataset.class_names, data, machine, world_size()]
@@ -97,8 +94,7 @@ def plan_run(config: TrainConfig, dataset: Dataset, output: Path, report: Datase
     stored, names = read_json_object(output / PLAN), planned_stages(config, dataset)
     is_known = stored.get("identity") == identity
     if not is_known:
-        parts: list[ModelConfig] = [config.cam, config.affinity, *config.segmenters().values()]
-        epochs = sum(part.schedule.epochs for part in parts)
+        epochs = sum(network.schedule.epochs for network in config.networks().values())
         is_small = len(dataset.train_images) * epochs < LEAST_SAMPLES
         estimate = None if is_small else estimate_training(config, dataset, report.sizes)
         stored = {"identity": identity, "seconds": estimate.stages if estimate else {}}
@@ -156,9 +152,8 @@ def check_run(config: TrainConfig, dataset: Dataset, output: Path | None = None)
     _check_label(config, dataset)
     check_trackers(config)
     check_networks(config, len(dataset.class_names))
-    schedules = [config.cam.schedule, config.affinity.schedule, *(s.schedule for s in config.segmenters().values())]
-    for schedule in schedules:
-        check_execution(config.execution, schedule, len(dataset.train_images), torch_device(config))
+    for network in config.networks().values():
+        check_execution(config.execution, network.schedule, len(dataset.train_images), torch_device(config))
     check_start(config, dataset.class_names)
     report = check_dataset(dataset, output)
     report.require_usable()
@@ -172,7 +167,7 @@ def check_networks(config: TrainConfig, n_classes: int) -> None:
     Raises UsageError for a backbone, weights, taps, a head, frozen levels or augmentations that do not exist or do not
     fit together.
     """
-    parts: dict[str, ModelConfig] = {"cam": config.cam, "affinity": config.affinity, **config.segmenters()}
+    parts = config.networks()
     for part in parts.values():
         # Those of a segmenter that starts from the CAM network are not read.
         unread = isinstance(part, SegmenterConfig) and part.start_from_cam and not config.init_from
@@ -196,7 +191,7 @@ def check_networks(config: TrainConfig, n_classes: int) -> None:
 
 def weight_files(config: TrainConfig) -> dict[str, str]:
     """Path -> SHA-256 of every file of weights that a configuration names."""
-    parts: list[ModelConfig] = [config.cam, config.affinity, *config.segmenters().values()]
+    parts = config.networks().values()
     return {p.weights: weights_identity(p.weights).removeprefix("sha256:") for p in parts if is_file(p.weights)}
 
 

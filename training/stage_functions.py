@@ -266,7 +266,8 @@ def train_segmenter(
     n_classes = len(dataset.class_names)
     schedule = segmenter.schedule
     device = torch_device(config)
-    start = None if starts_from_bundle(config, segmenter) else training.start
+    from_bundle = starts_from_bundle(config, segmenter)
+    start = None if from_bundle else training.start
     network = create_model(segmenter if start is None else replace(segmenter, weights="none"), n_classes).to(device)
     if start is not None:
         trained = create_model(config.cam, n_classes, checkpoint=start)
@@ -282,7 +283,7 @@ def train_segmenter(
         probabilities=training.probabilities,
         stride=SEGMENTER_STRIDE if soft else 1,
     )
-    if starts_from_bundle(config, segmenter):
+    if from_bundle:
         images = _first_images(samples, network.backbone)
         start_from_bundle(network, segmenter, config, dataset.class_names, images)
     network.backbone.freeze(schedule.frozen_levels)

@@ -1,6 +1,6 @@
 """Follow a training: a head line, the time left, `metrics.csv`, `train.html`, trackers, warnings.
 
-Nothing here changes what is trained. What fails here is said once and does not stop the training.
+Nothing here changes what is trained. What fails here is logged once and does not stop the training.
 """
 
 import csv

@@ -135,16 +135,18 @@ def complete(dataset: Dataset, findings: list[Finding]) -> Dataset:
         )
     without = [item.id for item in dataset.train_images if not item.classes]
     unseen = [name for class_id, name in enumerate(names, 1) if class_id not in shown]
-    nowhere = make_finding("class", "that no image to train on shows", unseen, plural="classes")
-    findings += [make_finding("image", "to train on without any class", without), replace(nowhere, is_warning=True)]
+    findings += [
+        make_finding("image", "to train on without any class", without),
+        make_finding("class", "that no image to train on shows", unseen, plural="classes", is_warning=True),
+    ]
     return replace(dataset, findings=tuple(finding for finding in findings if finding.names))
 
 
-def make_finding(noun: str, rest: str, names: Iterable[str], plural: str = "") -> Finding:
+def make_finding(noun: str, rest: str, names: Iterable[str], plural: str = "", *, is_warning: bool = False) -> Finding:
     """A finding that begins with the number of `names`."""
     entries = tuple(names)
     count = f"{len(entries)} {plural}" if plural and len(entries) != 1 else pluralize(len(entries), noun)
-    return Finding(f"{count} {rest}", entries)
+    return Finding(f"{count} {rest}", entries, is_warning)
 
 
 def read_class_names(root: Path) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from multisa.runtime.errors import DatasetError, UsageError
@@ -94,10 +94,9 @@ def held_out(val: Path | None, paths: Paths, names: tuple[str, ...], findings: l
             f"images of {paths.root}: correct the names"
         )
     held = {i: source.images[matches.found[r]].mask for i, r in paths.images.items() if r in matches.found}
-    unused = make_finding("name", f"in {val.name} of no image, not used", matches.unused)
     findings += [
         make_finding("image", f"named in {val.name}: measured on, never trained on", held),
-        replace(unused, is_warning=True),
+        make_finding("name", f"in {val.name} of no image, not used", matches.unused, is_warning=True),
         *notes_of(source),
     ]
     return held

@@ -109,7 +109,7 @@ def _unread(root: Path, read: Collection[Path | None]) -> list[Finding]:
     in_lists = sorted((root / "ImageSets" / "Segmentation").iterdir())
     other_lists = [printable(path.name) for path in in_lists if path not in read]
     return [
-        replace(make_finding("entry", "not read, because of its capitals", respelt, plural="entries"), is_warning=True),
+        make_finding("entry", "not read, because of its capitals", respelt, plural="entries", is_warning=True),
         make_finding("entry", "beside JPEGImages, not read", [n for n in unread if n not in respelt], plural="entries"),
         make_finding("entry", "of ImageSets/Segmentation, not read", other_lists, plural="entries"),
     ]
